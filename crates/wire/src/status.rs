@@ -1,0 +1,122 @@
+//! What each running part says of itself on the bus, so that the console and the `ops` provider can show it.
+//!
+//! Core messages, once a second (workers: every 5 s, as their heartbeat). Totals count from the part's start;
+//! readers take differences. A part that has said nothing for three intervals is shown as gone.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// On [`crate::subjects::NODE_STATUS`].
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct NodeStatus {
+    pub node: String,
+    pub version: String,
+    /// Where browsers reach it.
+    pub address: String,
+    pub engine: String,
+    pub uptime_s: u64,
+    pub connections: u64,
+    pub users: u64,
+    pub channels: u64,
+    pub connects_total: u64,
+    pub deliveries_total: u64,
+    pub publications_total: u64,
+    pub messages_in_total: u64,
+    pub slow_disconnects_total: u64,
+    pub rss_bytes: u64,
+    /// Share of one core since the last status, 0.0 and up.
+    pub cpu: f64,
+    pub draining: bool,
+}
+
+/// On [`crate::subjects::ROUTER_STATUS`].
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct RouterStatus {
+    pub router: String,
+    pub version: String,
+    pub uptime_s: u64,
+    pub decisions_total: u64,
+    pub decisions_by_provider: BTreeMap<String, u64>,
+    pub decisions_by_reason: BTreeMap<String, u64>,
+    pub errors_by_code: BTreeMap<String, u64>,
+    pub results_by_status: BTreeMap<String, u64>,
+    pub in_flight: u64,
+    /// Of the last minute's decisions, microseconds.
+    pub decide_us: Percentiles,
+    pub policies: Vec<PolicyStatus>,
+    pub breakers: Vec<BreakerStatus>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct Percentiles {
+    pub p50: f64,
+    pub p95: f64,
+    pub p99: f64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct PolicyStatus {
+    pub tenant: String,
+    pub policy: String,
+    pub version: String,
+    /// Why the newest file was refused; the version above still serves.
+    pub error: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct BreakerStatus {
+    pub provider: String,
+    /// `closed`, `open` or `half_open`.
+    pub state: String,
+    pub failures: u64,
+    pub calls: u64,
+}
+
+/// On [`crate::subjects::GATEWAY_STATUS`].
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct GatewayStatus {
+    pub gateway: String,
+    pub socket: String,
+    pub uptime_s: u64,
+    pub connections: u64,
+    pub in_flight: u64,
+    pub requests_total: u64,
+    pub errors_by_code: BTreeMap<String, u64>,
+    /// Of the last minute's forwarded requests, microseconds.
+    pub forward_us: Percentiles,
+}
+
+/// A worker's heartbeat, on [`crate::subjects::HEARTBEAT`].
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct Heartbeat {
+    pub worker_id: String,
+    /// RFC 3339.
+    pub timestamp: String,
+    /// `idle`, `busy`, `draining` or `stopped`.
+    pub status: String,
+    /// 0.0 … 1.0 of its slots in use.
+    pub load: f64,
+    pub running: u64,
+    pub completed_total: u64,
+    pub failed_total: u64,
+    pub providers: Vec<ProviderStatus>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct ProviderStatus {
+    pub name: String,
+    pub kind: String,
+    pub running: u64,
+    pub completed_total: u64,
+    pub failed_total: u64,
+    /// Of its last runs, milliseconds.
+    pub latency_ms: Percentiles,
+}
