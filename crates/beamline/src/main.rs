@@ -1,1 +1,83 @@
-fn main() {}
+//! `beamline`: carries a message from a program to a person and back.
+
+mod cli;
+mod commands;
+mod config;
+mod grpc;
+mod health;
+mod http;
+mod listen;
+mod log;
+mod secrets;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+/// `EX_CONFIG`-style exit of a start with bad settings (sysexits' EX_USAGE, as systemd units expect).
+const EXIT_SETTINGS: u8 = 64;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    // Fails only when a provider is installed already.
+    let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
+    let done = match cli.command {
+        cli::Command::Up(setting) => up(setting),
+        cli::Command::Submit(args) => {
+            drop(args);
+            Ok(())
+        }
+        cli::Command::Ping(args) => {
+            drop(args);
+            Ok(())
+        }
+        cli::Command::Token(args) => commands::keys::token(args),
+        cli::Command::ApiKey(args) => commands::keys::api_key(args),
+        cli::Command::User(cli::User::Add { name, data_dir }) => {
+            drop((name, data_dir));
+            Ok(())
+        }
+        cli::Command::Config(cli::Config::Show(setting)) => show(setting),
+        cli::Command::Config(cli::Config::Check(setting)) => check(setting),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<config::Problems>() => {
+            eprint!("beamline: {error}");
+            ExitCode::from(EXIT_SETTINGS)
+        }
+        Err(error) => {
+            eprintln!("beamline: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn up(setting: cli::Setting) -> anyhow::Result<()> {
+    let settings = config::load(&setting.into_layers())?;
+    log::init(&settings)?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    let done = runtime.block_on(async move {
+        drop(settings);
+        Ok(())
+    });
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    done
+}
+
+fn show(setting: cli::Setting) -> anyhow::Result<()> {
+    print!("{}", config::load(&setting.into_layers())?.show());
+    Ok(())
+}
+
+fn check(setting: cli::Setting) -> anyhow::Result<()> {
+    let settings = config::load(&setting.into_layers())?;
+    match &settings.file {
+        Some(file) => println!("{}: ok", file.display()),
+        None => println!("no settings file; the defaults and the environment are ok"),
+    }
+    Ok(())
+}
+
+fn in_runtime(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(command)
+}

@@ -1,0 +1,165 @@
+//! The command line, as typed.
+
+use crate::config::Layers;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+#[derive(Debug, Parser)]
+#[command(name = "beamline", version, about, max_term_width = 110)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the parts (all of them unless --roles says otherwise)
+    Up(Setting),
+    /// Hand a task to the gateway and print the answer
+    Submit(Submit),
+    /// Ask the gateway whether it is there
+    Ping(Socket),
+    /// Print a connection token for the real-time endpoint
+    Token(Token),
+    /// Print the key of the server API
+    ApiKey(DataDir),
+    /// Manage the people who may sign in
+    #[command(subcommand)]
+    User(User),
+    /// Show or check the settings
+    #[command(subcommand)]
+    Config(Config),
+}
+
+/// Settings that have a flag; all others are in the file and the environment.
+#[derive(Debug, Args, Default)]
+pub struct Setting {
+    /// Settings file [default: beamline.toml where it exists]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Directory of everything the embedded mode keeps
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<String>,
+    /// Address of pages, WebSocket and API; port 0 takes a free one
+    #[arg(long, value_name = "ADDR")]
+    pub http: Option<String>,
+    /// Address of metrics and health
+    #[arg(long, value_name = "ADDR")]
+    pub ops: Option<String>,
+    /// Address of gRPC
+    #[arg(long, value_name = "ADDR")]
+    pub grpc: Option<String>,
+    /// Path of the gateway's Unix socket
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<String>,
+    /// Parts to run: gateway,router,worker,cluster,webapp
+    #[arg(long, value_name = "LIST")]
+    pub roles: Option<String>,
+    /// NATS in place of the embedded bus
+    #[arg(long, value_name = "URL")]
+    pub nats_url: Option<String>,
+    /// Redis in place of the memory engine
+    #[arg(long, value_name = "URL")]
+    pub redis_url: Option<String>,
+    /// Database in place of the embedded SQLite
+    #[arg(long, value_name = "URL")]
+    pub database_url: Option<String>,
+    /// human or json
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<String>,
+}
+
+impl Setting {
+    pub fn into_layers(self) -> Layers {
+        let mut layers = Layers::from_process();
+        layers.file = self.config;
+        let flags = [
+            ("data_dir", self.data_dir),
+            ("http.listen", self.http),
+            ("ops.listen", self.ops),
+            ("grpc.listen", self.grpc),
+            ("gateway.socket", self.socket),
+            ("roles", self.roles),
+            ("nats.url", self.nats_url),
+            ("redis.urls", self.redis_url),
+            ("database.url", self.database_url),
+            ("log.format", self.log_format),
+        ];
+        layers.flags = flags.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
+        layers
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Socket {
+    /// Path of the gateway's Unix socket [default: as the settings say]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Wait {
+    /// Who will handle it
+    Decision,
+    /// Its result
+    Result,
+    /// Its output as it comes, then its result
+    Stream,
+}
+
+#[derive(Debug, Args)]
+pub struct Submit {
+    /// Task type, which the policies decide by
+    #[arg(long = "type", value_name = "TYPE")]
+    pub task_type: String,
+    #[arg(long, value_enum, default_value = "decision")]
+    pub wait: Wait,
+    /// Give up after this long, for example 30s
+    #[arg(long, value_name = "DURATION")]
+    pub timeout: Option<String>,
+    /// Tenant to speak for
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
+    /// The task's parameters, a JSON object; `-` reads them from standard input
+    #[arg(value_name = "JSON|-")]
+    pub params: String,
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Debug, Args)]
+pub struct DataDir {
+    /// Directory of everything the embedded mode keeps [default: as the settings say]
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Token {
+    #[command(flatten)]
+    pub data_dir: DataDir,
+    /// Whom the token names
+    #[arg(long, value_name = "NAME")]
+    pub user: String,
+    /// How long it is good for
+    #[arg(long, value_name = "DURATION", default_value = "15m")]
+    pub ttl: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum User {
+    /// Create an account; the password is read from standard input
+    Add {
+        name: String,
+        #[command(flatten)]
+        data_dir: DataDir,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Config {
+    /// Print the effective settings and where each came from
+    Show(Setting),
+    /// Check them, and start nothing
+    Check(Setting),
+}

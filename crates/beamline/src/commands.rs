@@ -1,0 +1,3 @@
+//! The subcommands beside `up`.
+
+pub mod keys;

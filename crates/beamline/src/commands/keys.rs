@@ -1,0 +1,42 @@
+//! `beamline token`, `beamline api-key`: what the data directory's secrets open.
+
+use crate::cli;
+use crate::config::{Layers, load};
+use crate::secrets;
+use anyhow::{Result, bail};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The longest life of a token from the command line.
+const TTL_MAX: Duration = Duration::from_secs(365 * 86_400);
+
+pub fn token(args: cli::Token) -> Result<()> {
+    let ttl = crate::config::parse_duration(&args.ttl).map_err(|what| anyhow::anyhow!("--ttl {what}"))?;
+    if ttl.is_zero() || ttl > TTL_MAX {
+        bail!("--ttl must be from 1s to {}d", TTL_MAX.as_secs() / 86_400);
+    }
+    if args.user.is_empty() || args.user.len() > wire::limits::ID_MAX {
+        bail!("--user must have 1 to {} bytes", wire::limits::ID_MAX);
+    }
+    let secret = secrets::load_or_create(&data_dir(args.data_dir)?, secrets::TOKEN_SECRET)?;
+    println!("{}", sign(&secret, &args.user, ttl)?);
+    Ok(())
+}
+
+pub fn api_key(args: cli::DataDir) -> Result<()> {
+    println!("{}", secrets::load_or_create(&data_dir(args)?, secrets::API_KEY)?);
+    Ok(())
+}
+
+pub fn data_dir(args: cli::DataDir) -> Result<PathBuf> {
+    let mut layers = Layers::from_process();
+    layers.flags.extend(args.data_dir.map(|dir| ("data_dir", dir)));
+    Ok(load(&layers)?.values.path("data_dir"))
+}
+
+fn sign(secret: &str, user: &str, ttl: Duration) -> Result<String> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let claims = serde_json::json!({"sub": user, "iat": now.as_secs(), "exp": (now + ttl).as_secs()});
+    let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
+    Ok(jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key)?)
+}

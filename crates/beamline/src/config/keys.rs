@@ -1,0 +1,105 @@
+//! Every setting in one table: it reads the file, the environment and the flags, prints `config show` and the help.
+
+use super::value::Kind;
+
+/// One setting.
+#[derive(Debug)]
+pub struct Key {
+    /// Dotted name, as in `beamline.toml`.
+    pub name: &'static str,
+    pub kind: Kind,
+    /// As it would be written in the file; `None`: unset.
+    pub default: Option<&'static str>,
+    /// A well-known variable beside `BEAMLINE_<TABLE>_<KEY>`.
+    pub env: Option<&'static str>,
+    pub help: &'static str,
+}
+
+const fn key(name: &'static str, kind: Kind, default: &'static str, help: &'static str) -> Key {
+    Key { name, kind, default: Some(default), env: None, help }
+}
+
+const fn unset(name: &'static str, kind: Kind, help: &'static str) -> Key {
+    Key { name, kind, default: None, env: None, help }
+}
+
+const fn env(mut key: Key, name: &'static str) -> Key {
+    key.env = Some(name);
+    key
+}
+
+use Kind::{Address, Bool, Choice, Count, Duration, List, Path, Secret, Size, Text};
+
+/// Settings of the process.
+pub const KEYS: &[Key] = &[
+    key("data_dir", Path, "data", "everything the embedded mode keeps: streams, history, accounts, secrets"),
+    key("roles", List, "gateway,router,worker,cluster,webapp", "parts this process runs"),
+    key("http.listen", Address, "127.0.0.1:8000", "pages, WebSocket and server API"),
+    key("http.origins", List, "", "origins besides our own that pages may connect from, as https://…"),
+    key("http.max_connections", Count(1, 1_000_000), "20000", "open HTTP connections, WebSockets included"),
+    key("ops.listen", Address, "127.0.0.1:9090", "/metrics, /healthz, /readyz"),
+    key("ops.metrics_public", Bool, "false", "serve /metrics on http.listen to other than loopback peers"),
+    key("grpc.listen", Address, "127.0.0.1:9000", "gRPC"),
+    env(
+        key("gateway.socket", Path, "/tmp/beamline-gateway.sock", "Unix socket of the gateway, at most 107 bytes"),
+        "IPC_SOCKET_PATH",
+    ),
+    key("gateway.max_connections", Count(1, 100_000), "1024", "open IPC connections"),
+    key("gateway.max_in_flight", Count(1, 1_000_000), "1000", "requests in flight over all connections"),
+    key("gateway.max_in_flight_v1", Count(1, 100_000), "10", "requests in flight on one v1 connection"),
+    key("gateway.max_in_flight_v2", Count(1, 100_000), "256", "requests in flight on one v2 connection"),
+    key("gateway.read_timeout", Duration, "10s", "a frame that has begun must be complete within"),
+    key("gateway.write_timeout", Duration, "10s", "a client must take an answer within"),
+    key("gateway.request_timeout", Duration, "5s", "a request without its own deadline"),
+    key("gateway.receive_budget", Size, "64MiB", "unfinished frames, all connections together"),
+    key("gateway.allowed_uids", List, "", "uids besides our own and root that may connect"),
+    key("router.policies", Path, "policies", "directory of <tenant>/<policy>.{json,yaml,toml}"),
+    key("router.max_in_flight", Count(1, 1_000_000), "10000", "decisions waiting for an acknowledgement"),
+    key("worker.slots", Count(1, 10_000), "16", "assignments that run at once"),
+    env(unset("nats.url", Text, "use this NATS server in place of the embedded bus"), "NATS_URL"),
+    unset("nats.user", Text, "NATS user"),
+    unset("nats.password", Secret, "NATS password"),
+    unset("nats.token", Secret, "NATS token"),
+    unset("nats.credentials", Path, "NATS .creds file"),
+    env(
+        key("redis.urls", List, "", "use this Redis in place of the memory engine; several make a cluster"),
+        "REDIS_URL",
+    ),
+    env(unset("database.url", Secret, "sqlite://… or postgres://…; unset: SQLite in data_dir"), "DATABASE_URL"),
+    unset("cluster.node", Text, "name of this node; unset: chosen at start"),
+    key("cluster.max_connections", Count(1, 1_000_000), "10000", "WebSocket connections of this node"),
+    key("cluster.ping_interval", Duration, "25s", "server pings"),
+    key("cluster.pong_timeout", Duration, "8s", "a client must answer a ping within"),
+    key("cluster.client_queue", Size, "1MiB", "bytes that may wait for one slow client"),
+    key("cluster.drain_period", Duration, "2s", "clients are moved over this long at a shutdown"),
+    key("auth.token_ttl", Duration, "15m", "life of a connection token"),
+    key("auth.signup", Bool, "true", "people may create an account themselves"),
+    key("shutdown.deadline", Duration, "10s", "each stage of the drain"),
+    key("log.format", Choice(&["human", "json"]), "human", "form of the log lines on stderr"),
+    key("log.level", Text, "info", "error, warn, info, debug, trace, or a filter such as info,cluster=debug"),
+];
+
+/// Keys of each `[[worker.providers]]`.
+pub const PROVIDER: &[Key] = &[
+    unset("name", Text, "what policies call it"),
+    unset("kind", Choice(&["echo", "command", "openai", "ops"]), "how it runs a task"),
+    unset("program", Path, "command: the program; the task is its standard input"),
+    key("args", List, "", "command: arguments"),
+    key("output_max", Size, "1MiB", "command: output beyond this ends the run"),
+    key("timeout", Duration, "60s", "a run may take"),
+    unset("base_url", Text, "openai: for example http://127.0.0.1:11434/v1"),
+    unset("api_key", Secret, "openai: bearer key"),
+    unset("model", Text, "openai: model name"),
+    unset("system", Text, "openai: system prompt"),
+];
+
+/// Keys of each `[[cluster.namespaces]]`, and of `[cluster.defaults]` but for the name.
+pub const NAMESPACE: &[Key] = &[
+    unset("name", Text, "channels <name>:… follow it"),
+    key("history_size", Count(0, 100_000), "100", "publications kept a channel; 0: none"),
+    key("history_ttl", Duration, "10m", "how long they are kept"),
+    key("presence", Bool, "true", "who is there can be asked"),
+    key("join_leave", Bool, "false", "comings and goings are published"),
+    key("recovery", Bool, "true", "a client that was away gets what it missed"),
+    key("publish", Bool, "true", "clients may publish"),
+];

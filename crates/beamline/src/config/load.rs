@@ -1,0 +1,355 @@
+//! Reads the layers into [`Settings`], collecting every problem on the way.
+
+use super::keys::{KEYS, Key, NAMESPACE, PROVIDER};
+use super::value::{Value, parse};
+use super::{Settings, Source, Values};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use toml::de::{DeTable, DeValue};
+
+/// What the settings are read from.
+#[derive(Debug, Default)]
+pub struct Layers {
+    /// Named by `--config`: must exist. Otherwise `beamline.toml` is read where it exists.
+    pub file: Option<PathBuf>,
+    pub environment: BTreeMap<String, String>,
+    /// By key name.
+    pub flags: Vec<(&'static str, String)>,
+}
+
+impl Layers {
+    /// This process's environment, and nothing else yet.
+    #[allow(clippy::disallowed_methods, reason = "the one place that reads the environment")]
+    pub fn from_process() -> Self {
+        let environment = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        Self { environment, ..Self::default() }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    pub at: String,
+    pub what: String,
+}
+
+/// All that is wrong with the settings.
+#[derive(Debug, Default)]
+pub struct Problems(pub Vec<Problem>);
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let many = if self.0.len() == 1 { "1 problem".to_string() } else { format!("{} problems", self.0.len()) };
+        writeln!(f, "the settings have {many}; nothing was started:")?;
+        for problem in &self.0 {
+            writeln!(f, "  {}: {}", problem.at, problem.what)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Problems {}
+
+pub fn load(layers: &Layers) -> Result<Settings, Problems> {
+    let mut reader = Reader::default();
+    let mut settings = Settings::default();
+    let values = &mut settings.values;
+
+    for key in KEYS {
+        if let Some(default) = key.default {
+            let value = parse(key.kind, default).unwrap_or_else(|e| panic!("default of {}: {e}", key.name));
+            values.0.insert(key.name, (value, Source::Default));
+        }
+    }
+
+    let path = layers.file.clone().unwrap_or_else(|| "beamline.toml".into());
+    match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            reader.file(&path, &text, &mut settings);
+            settings.file = Some(path);
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && layers.file.is_none() => {}
+        Err(e) => reader.problem(path.display(), format!("cannot be read: {e}")),
+    }
+
+    let values = &mut settings.values;
+    for key in KEYS {
+        let ours = format!("BEAMLINE_{}", key.name.to_uppercase().replace('.', "_"));
+        for name in key.env.into_iter().chain([ours.as_str()]) {
+            if let Some(text) = layers.environment.get(name).filter(|text| !text.is_empty()) {
+                match parse(key.kind, text) {
+                    Ok(value) => _ = values.0.insert(key.name, (value, Source::Environment(name.to_string()))),
+                    Err(what) => reader.problem(format_args!("${name}"), what),
+                }
+            }
+        }
+    }
+    for (name, text) in &layers.flags {
+        let key = KEYS.iter().find(|key| key.name == *name).expect("flags name keys of the table");
+        match parse(key.kind, text) {
+            Ok(value) => _ = values.0.insert(key.name, (value, Source::Flag)),
+            Err(what) => reader.problem(format_args!("flag for {name}"), what),
+        }
+    }
+
+    reader.relations(&settings);
+    if reader.problems.0.is_empty() { Ok(settings) } else { Err(reader.problems) }
+}
+
+#[derive(Default)]
+struct Reader {
+    problems: Problems,
+}
+
+impl Reader {
+    fn problem(&mut self, at: impl fmt::Display, what: impl Into<String>) {
+        self.problems.0.push(Problem { at: at.to_string(), what: what.into() });
+    }
+
+    fn file(&mut self, path: &Path, text: &str, settings: &mut Settings) {
+        let (document, errors) = DeTable::parse_recoverable(text);
+        for error in errors {
+            let line = error.span().map_or(1, |span| line_of(text, span.start));
+            self.problem(format_args!("{}:{line}", path.display()), error.message().trim());
+        }
+        let scope = Scope { path, text };
+        for (name, value) in document.get_ref() {
+            let (head, line) = (name.get_ref().as_ref(), scope.line(name.span()));
+            match value.get_ref() {
+                DeValue::Table(table) => {
+                    for (name, value) in table {
+                        let (full, line) = (format!("{head}.{}", name.get_ref()), scope.line(name.span()));
+                        match (full.as_str(), value.get_ref()) {
+                            ("worker.providers", DeValue::Array(items)) => {
+                                for item in items.iter() {
+                                    let values = self.table(&scope, &full, PROVIDER, item.get_ref(), line, true);
+                                    settings.providers.extend(values);
+                                }
+                            }
+                            ("cluster.namespaces", DeValue::Array(items)) => {
+                                for item in items.iter() {
+                                    let values = self.table(&scope, &full, NAMESPACE, item.get_ref(), line, true);
+                                    settings.namespaces.extend(values);
+                                }
+                            }
+                            ("cluster.defaults", table @ DeValue::Table(_)) => {
+                                settings.namespace_defaults = self.table(&scope, &full, NAMESPACE, table, line, false);
+                            }
+                            (_, value) => self.set(&scope, KEYS, &full, value, line, &mut settings.values),
+                        }
+                    }
+                }
+                value => self.set(&scope, KEYS, head, value, line, &mut settings.values),
+            }
+        }
+    }
+
+    /// One `[[…]]` entry, its defaults filled in.
+    fn table(
+        &mut self,
+        scope: &Scope<'_>,
+        head: &str,
+        keys: &'static [Key],
+        value: &DeValue<'_>,
+        line: usize,
+        named: bool,
+    ) -> Option<Values> {
+        let DeValue::Table(table) = value else {
+            self.problem(scope.at(line), format!("{head} is not a table; write [[{head}]] above its keys"));
+            return None;
+        };
+        let mut values = Values::default();
+        for key in keys {
+            if let Some(default) = key.default {
+                let value = parse(key.kind, default).unwrap_or_else(|e| panic!("default of {}: {e}", key.name));
+                values.0.insert(key.name, (value, Source::Default));
+            }
+        }
+        let mut first = line;
+        for (name, value) in table {
+            let line = scope.line(name.span());
+            first = line;
+            self.set(scope, keys, name.get_ref(), value.get_ref(), line, &mut values);
+        }
+        if named && !values.0.contains_key("name") {
+            self.problem(scope.at(first), format!("{head} has no name; add name = \"…\""));
+        }
+        Some(values)
+    }
+
+    fn set(
+        &mut self,
+        scope: &Scope<'_>,
+        keys: &'static [Key],
+        name: &str,
+        value: &DeValue<'_>,
+        line: usize,
+        values: &mut Values,
+    ) {
+        let Some(key) = keys.iter().find(|key| key.name == name) else {
+            let near = keys
+                .iter()
+                .map(|key| (strsim::damerau_levenshtein(key.name, name), key.name))
+                .filter(|(distance, near)| *distance <= near.len().max(name.len()) / 2)
+                .min();
+            let hint = near.map_or(String::new(), |(_, near)| format!("; did you mean {near}?"));
+            return self.problem(scope.at(line), format!("{name} is not a setting{hint}"));
+        };
+        let text = match value {
+            DeValue::String(text) => text.to_string(),
+            DeValue::Integer(number) if number.radix() == 10 => number.as_str().to_string(),
+            DeValue::Float(number) => number.as_str().to_string(),
+            DeValue::Boolean(flag) => flag.to_string(),
+            DeValue::Array(items) if matches!(key.kind, super::value::Kind::List) => {
+                let texts: Option<Vec<_>> =
+                    items.iter().map(|item| item.get_ref().as_str().map(String::from)).collect();
+                match texts {
+                    Some(texts) => {
+                        values.0.insert(key.name, (Value::List(texts), Source::File { line }));
+                        return;
+                    }
+                    None => return self.problem(scope.at(line), format!("{name} is not a list of strings")),
+                }
+            }
+            other => {
+                return self
+                    .problem(scope.at(line), format!("{name} is of type {}, which it cannot be", other.type_str()));
+            }
+        };
+        match parse(key.kind, &text) {
+            Ok(value) => _ = values.0.insert(key.name, (value, Source::File { line })),
+            Err(what) => self.problem(scope.at(line), format!("{name} {what}")),
+        }
+    }
+
+    /// What no single value shows.
+    fn relations(&mut self, settings: &Settings) {
+        const ROLES: [&str; 5] = ["gateway", "router", "worker", "cluster", "webapp"];
+        let roles = settings.values.list("roles");
+        for role in roles.iter().filter(|role| !ROLES.contains(&role.as_str())) {
+            self.problem("roles", format!("{role:?} is not a role; there are {}", ROLES.join(", ")));
+        }
+        if roles.is_empty() {
+            self.problem("roles", format!("names no role; there are {}", ROLES.join(", ")));
+        }
+        if ROLES.iter().any(|role| !settings.has_role(role)) && settings.values.maybe_text("nats.url").is_none() {
+            self.problem("roles", "some parts run elsewhere, and only NATS reaches them: set nats.url");
+        }
+        for (a, b) in [("http.listen", "ops.listen"), ("http.listen", "grpc.listen"), ("ops.listen", "grpc.listen")] {
+            let (first, second) = (settings.values.address(a), settings.values.address(b));
+            if first == second && first.port() != 0 {
+                self.problem(b, format!("is {second}, the same as {a}"));
+            }
+        }
+        if settings.values.duration("cluster.pong_timeout") >= settings.values.duration("cluster.ping_interval") {
+            self.problem("cluster.pong_timeout", "must be shorter than cluster.ping_interval");
+        }
+        for provider in &settings.providers {
+            let needs: &[&str] = match provider.maybe_text("kind").as_deref() {
+                Some("command") => &["program"],
+                Some("openai") => &["base_url", "model"],
+                Some(_) => &[],
+                None => &["kind"],
+            };
+            let name = provider.maybe_text("name").unwrap_or_else(|| "a provider".into());
+            for need in needs.iter().filter(|need| provider.source(need).is_none()) {
+                self.problem("worker.providers", format!("{name} has no {need}"));
+            }
+        }
+        for name in settings.values.list("gateway.allowed_uids").iter().filter(|uid| uid.parse::<u32>().is_err()) {
+            self.problem("gateway.allowed_uids", format!("{name:?} is not a numeric uid"));
+        }
+    }
+}
+
+struct Scope<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Scope<'_> {
+    fn line(&self, span: std::ops::Range<usize>) -> usize {
+        line_of(self.text, span.start)
+    }
+
+    fn at(&self, line: usize) -> String {
+        format!("{}:{line}", self.path.display())
+    }
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    text.as_bytes()[..offset.min(text.len())].iter().filter(|b| **b == b'\n').count() + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_file(
+        text: &str,
+        environment: &[(&str, &str)],
+        flags: &[(&'static str, &str)],
+    ) -> Result<Settings, Problems> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("beamline.toml");
+        std::fs::write(&path, text).unwrap();
+        load(&Layers {
+            file: Some(path),
+            environment: environment.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+            flags: flags.iter().map(|(k, v)| (*k, v.to_string())).collect(),
+        })
+    }
+
+    #[test]
+    fn flags_beat_the_environment_and_that_beats_the_file() {
+        let file = "[http]\nlisten = \"127.0.0.1:1\"\n[gateway]\nsocket = \"/a\"\n[ops]\nlisten = \"127.0.0.1:3\"\n";
+        let settings = with_file(
+            file,
+            &[("BEAMLINE_HTTP_LISTEN", "127.0.0.1:2"), ("IPC_SOCKET_PATH", "/b")],
+            &[("gateway.socket", "/c")],
+        )
+        .unwrap();
+        assert_eq!(settings.values.address("http.listen").port(), 2);
+        assert_eq!(settings.values.path("gateway.socket"), PathBuf::from("/c"));
+        assert_eq!(settings.values.source("ops.listen"), Some(&Source::File { line: 6 }));
+    }
+
+    #[test]
+    fn every_problem_is_told_with_its_line_and_the_nearest_key() {
+        let file = "[http]\nlisten = 7\nlissten = \"x\"\n[gatway]\nsocket = \"/a\"\n[gateway]\nread_timeout = \"5 s\"\n\
+                    [[worker.providers]]\nkind = \"command\"\n";
+        let problems = with_file(file, &[("BEAMLINE_LOG_FORMAT", "xml")], &[("roles", "gateway,rooter")]).unwrap_err();
+        let text = problems.to_string();
+        for expected in [
+            "beamline.toml:2: http.listen is \"7\"",
+            "beamline.toml:3: http.lissten is not a setting; did you mean http.listen?",
+            "beamline.toml:5: gatway.socket is not a setting; did you mean gateway.socket?",
+            "beamline.toml:7: gateway.read_timeout is \"5 s\"",
+            "beamline.toml:9: worker.providers has no name",
+            "worker.providers: a provider has no program",
+            "$BEAMLINE_LOG_FORMAT: is \"xml\"",
+            "roles: \"rooter\" is not a role",
+        ] {
+            assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn broken_toml_is_told_with_its_line() {
+        let text = with_file("[http\nlisten = 1\n", &[], &[]).unwrap_err().to_string();
+        assert!(text.contains("beamline.toml:1:"), "{text}");
+    }
+
+    #[test]
+    fn what_config_show_prints_is_read_back_the_same() {
+        let shown =
+            with_file("[[worker.providers]]\nname = \"sh\"\nkind = \"command\"\nprogram = \"/bin/cat\"\n", &[], &[])
+                .unwrap()
+                .show();
+        let again = with_file(&shown, &[], &[]).unwrap_or_else(|e| panic!("{e}\n{shown}"));
+        assert_eq!(again.providers[0].text("name"), "sh");
+        assert_eq!(again.values.duration("gateway.request_timeout").as_secs(), 5);
+    }
+}

@@ -1,0 +1,168 @@
+//! The kinds of settings: how each is written and read.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+#[derive(Debug, Clone, Copy)]
+pub enum Kind {
+    Text,
+    /// Text that is never printed.
+    Secret,
+    Path,
+    Address,
+    /// "250ms", "5s", "15m", "2h", "1d".
+    Duration,
+    /// "512", "64KiB", "4MiB", "1GiB".
+    Size,
+    /// A whole number within bounds, both included.
+    Count(u64, u64),
+    Bool,
+    Choice(&'static [&'static str]),
+    /// An array of strings, or one string with commas.
+    List,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    Text(String),
+    Path(PathBuf),
+    Address(SocketAddr),
+    Duration(Duration),
+    Number(u64),
+    Bool(bool),
+    List(Vec<String>),
+}
+
+/// What is wrong with the text, in words that follow "http.listen".
+pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
+    let text = text.trim();
+    match kind {
+        Kind::Text | Kind::Secret if text.is_empty() => Err("is empty".into()),
+        Kind::Text | Kind::Secret => Ok(Value::Text(text.into())),
+        Kind::Path if text.is_empty() => Err("is an empty path".into()),
+        Kind::Path => Ok(Value::Path(text.into())),
+        Kind::Address => text
+            .parse()
+            .or_else(|_| text.replacen("localhost", "127.0.0.1", 1).parse())
+            .map(Value::Address)
+            .map_err(|_| format!("is {text:?}, not an address such as \"127.0.0.1:8000\"")),
+        Kind::Duration => duration(text)
+            .map(Value::Duration)
+            .ok_or_else(|| format!("is {text:?}, not a duration such as \"250ms\", \"5s\", \"15m\" or \"2h\"")),
+        Kind::Size => size(text)
+            .map(Value::Number)
+            .ok_or_else(|| format!("is {text:?}, not a size such as \"512\", \"64KiB\" or \"4MiB\"")),
+        Kind::Count(min, max) => match text.parse::<u64>() {
+            Ok(n) if (min..=max).contains(&n) => Ok(Value::Number(n)),
+            _ => Err(format!("is {text:?}, not a whole number from {min} to {max}")),
+        },
+        Kind::Bool => match text {
+            "true" | "1" | "yes" | "on" => Ok(Value::Bool(true)),
+            "false" | "0" | "no" | "off" => Ok(Value::Bool(false)),
+            _ => Err(format!("is {text:?}, not true or false")),
+        },
+        Kind::Choice(choices) if choices.contains(&text) => Ok(Value::Text(text.into())),
+        Kind::Choice(choices) => Err(format!("is {text:?}, not one of {}", choices.join(", "))),
+        Kind::List => {
+            Ok(Value::List(text.split(',').map(str::trim).filter(|s| !s.is_empty()).map(String::from).collect()))
+        }
+    }
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    let split = text.find(|c: char| !c.is_ascii_digit())?;
+    let (digits, unit) = text.split_at(split);
+    let number: u64 = digits.parse().ok()?;
+    let unit_ms: u64 = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return None,
+    };
+    number.checked_mul(unit_ms).map(Duration::from_millis)
+}
+
+fn size(text: &str) -> Option<u64> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(split);
+    let number: u64 = digits.parse().ok()?;
+    let unit: u64 = match unit {
+        "" | "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    number.checked_mul(unit)
+}
+
+/// As it would be written in the file.
+pub fn render(kind: Kind, value: &Value) -> String {
+    match (kind, value) {
+        (Kind::Secret, _) => "\"[REDACTED]\"".into(),
+        (Kind::Size, Value::Number(n)) => match n {
+            n if *n > 0 && n % (1 << 30) == 0 => format!("\"{}GiB\"", n >> 30),
+            n if *n > 0 && n % (1 << 20) == 0 => format!("\"{}MiB\"", n >> 20),
+            n if *n > 0 && n % (1 << 10) == 0 => format!("\"{}KiB\"", n >> 10),
+            n => format!("\"{n}\""),
+        },
+        (_, Value::Duration(d)) => match d.as_millis() {
+            0 => "\"0s\"".into(),
+            ms if ms % 3_600_000 == 0 => format!("\"{}h\"", ms / 3_600_000),
+            ms if ms % 60_000 == 0 => format!("\"{}m\"", ms / 60_000),
+            ms if ms % 1_000 == 0 => format!("\"{}s\"", ms / 1_000),
+            ms => format!("\"{ms}ms\""),
+        },
+        (_, Value::Text(s)) => format!("{s:?}"),
+        (_, Value::Path(p)) => format!("{:?}", p.display().to_string()),
+        (_, Value::Address(a)) => format!("\"{a}\""),
+        (_, Value::Number(n)) => n.to_string(),
+        (_, Value::Bool(b)) => b.to_string(),
+        (_, Value::List(items)) => format!("{items:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_rendered_is_read_back() {
+        for (kind, text) in [
+            (Kind::Duration, "250ms"),
+            (Kind::Duration, "90s"),
+            (Kind::Duration, "15m"),
+            (Kind::Size, "64MiB"),
+            (Kind::Size, "1000"),
+            (Kind::Address, "127.0.0.1:0"),
+            (Kind::Text, "a\"b"),
+        ] {
+            let value = parse(kind, text).unwrap();
+            let rendered = render(kind, &value);
+            let back: toml::Value = toml::from_str::<toml::Table>(&format!("x = {rendered}")).unwrap()["x"].clone();
+            assert_eq!(parse(kind, back.as_str().unwrap()).unwrap(), value, "{text}");
+        }
+    }
+
+    #[test]
+    fn bad_values_say_what_would_be_good() {
+        for (kind, text) in [
+            (Kind::Duration, "5"),
+            (Kind::Duration, "5 sec"),
+            (Kind::Duration, "99999999999999999999s"),
+            (Kind::Size, "4MB"),
+            (Kind::Size, "-1"),
+            (Kind::Count(1, 10), "0"),
+            (Kind::Count(1, 10), "11"),
+            (Kind::Bool, "maybe"),
+            (Kind::Address, "8000"),
+            (Kind::Choice(&["human", "json"]), "xml"),
+        ] {
+            let problem = parse(kind, text).unwrap_err();
+            assert!(problem.contains(text), "{problem}");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Secrets of this deployment: made on first start, kept in the data directory, readable by its owner only.
+
+use anyhow::{Context, Result, bail};
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+/// Signs connection tokens (HS256).
+pub const TOKEN_SECRET: &str = "token-secret";
+/// Opens the server API.
+pub const API_KEY: &str = "api-key";
+/// Of the first account, until somebody removes the file.
+pub const ADMIN_PASSWORD: &str = "admin-password";
+
+/// Makes the data directory, private to its owner, where it is missing.
+pub fn data_dir(dir: &Path) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("cannot create the data directory {}", dir.display()))
+}
+
+/// The secret of this name, made now if it does not exist.
+pub fn load_or_create(dir: &Path, name: &str) -> Result<String> {
+    data_dir(dir)?;
+    let fresh: [u8; 32] = rand::random();
+    let fresh: String = fresh.iter().map(|byte| format!("{byte:02x}")).collect();
+    match write_new(dir, name, &fresh) {
+        Ok(()) => return Ok(fresh),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(e).with_context(|| format!("cannot write {}", dir.join(name).display())),
+    }
+    let secret = read(dir, name)?;
+    if secret.len() < 32 {
+        bail!("{} is too short for a secret; remove it and a new one is made", dir.join(name).display());
+    }
+    Ok(secret)
+}
+
+/// Keeps a secret that another part made.
+pub fn keep(dir: &Path, name: &str, secret: &str) -> Result<()> {
+    write_new(dir, name, secret).with_context(|| format!("cannot write {}", dir.join(name).display()))
+}
+
+pub fn read(dir: &Path, name: &str) -> Result<String> {
+    let path = dir.join(name);
+    let mut text = String::new();
+    OpenOptions::new()
+        .read(true)
+        .open(&path)
+        .and_then(|mut file| file.read_to_string(&mut text))
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(text.trim().to_string())
+}
+
+/// A reader sees the whole secret or no file: it is written beside and linked into place.
+fn write_new(dir: &Path, name: &str, secret: &str) -> std::io::Result<()> {
+    let partial = dir.join(format!(".{name}.{}", std::process::id()));
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
+    file.write_all(secret.as_bytes())?;
+    file.write_all(b"\n")?;
+    file.sync_all()?;
+    let linked = std::fs::hard_link(&partial, dir.join(name));
+    std::fs::remove_file(&partial)?;
+    linked
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_secret_is_made_once_and_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let first = load_or_create(&data, TOKEN_SECRET).unwrap();
+        assert_eq!(load_or_create(&data, TOKEN_SECRET).unwrap(), first);
+        assert_ne!(load_or_create(&data, API_KEY).unwrap(), first);
+        assert_eq!(first.len(), 64);
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&data.join(TOKEN_SECRET)), 0o600);
+        assert_eq!(mode(&data), 0o700);
+    }
+
+    #[test]
+    fn an_emptied_secret_is_not_accepted() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(API_KEY), "\n").unwrap();
+        assert!(load_or_create(dir.path(), API_KEY).unwrap_err().to_string().contains("too short"));
+    }
+}
