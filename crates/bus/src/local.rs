@@ -1,1 +1,135 @@
-//! Embedded.
+//! The embedded bus: subjects in memory, streams and buckets in one SQLite file under the data directory.
+
+mod consumer;
+mod store;
+mod subjects;
+
+use crate::{
+    Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Message, Result, StreamConfig, StreamInfo,
+    Subscription,
+};
+use async_trait::async_trait;
+use bytes::Bytes;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use store::Store;
+use subjects::Subjects;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+/// Old messages, dedup ids and bucket entries leave this often.
+const PRUNE_INTERVAL: Duration = Duration::from_secs(10);
+
+pub struct Local {
+    subjects: Arc<Subjects>,
+    store: Arc<Store>,
+    tasks: TaskTracker,
+    cancel: CancellationToken,
+    /// Ends the consumers' pumps with the last handle.
+    _end: DropGuard,
+}
+
+impl Local {
+    /// Opens the bus whose streams live in `dir`; one process at a time may hold it.
+    pub async fn open(dir: &Path) -> Result<Bus> {
+        let path = dir.join("bus.db");
+        let store = tokio::task::spawn_blocking(move || Store::open(&path))
+            .await
+            .map_err(|e| Error::Storage(e.to_string()))??;
+        let store = Arc::new(store);
+        store.recover().await?;
+        let cancel = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        tasks.spawn(prune(store.clone(), cancel.clone()));
+        Ok(Arc::new(Self {
+            subjects: Arc::new(Subjects::default()),
+            store,
+            tasks,
+            _end: cancel.clone().drop_guard(),
+            cancel,
+        }))
+    }
+}
+
+async fn prune(store: Arc<Store>, cancel: CancellationToken) {
+    let mut ticks = tokio::time::interval(PRUNE_INTERVAL);
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        if let Err(error) = store.prune().await {
+            tracing::warn!(%error, "cannot prune the streams");
+        }
+    }
+}
+
+#[async_trait]
+impl BusApi for Local {
+    async fn publish(&self, message: Message) -> Result<()> {
+        check(&message)?;
+        self.subjects.publish(message);
+        Ok(())
+    }
+
+    async fn subscribe(&self, subject: &str, queue: Option<&str>, capacity: usize) -> Result<Subscription> {
+        subjects::check_pattern(subject)?;
+        Ok(self.subjects.subscribe(subject, queue, capacity))
+    }
+
+    async fn request(&self, subject: &str, headers: Headers, payload: Bytes, deadline: Duration) -> Result<Message> {
+        let message = Message { subject: subject.into(), reply: None, headers, payload };
+        check(&message)?;
+        self.subjects.request(message, deadline).await
+    }
+
+    async fn declare_stream(&self, stream: StreamConfig) -> Result<()> {
+        self.store.declare_stream(stream).await
+    }
+
+    async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
+        check(&message)?;
+        let appended = self.store.append(&message, msg_id).await?;
+        if !appended.duplicate {
+            self.subjects.publish(message);
+        }
+        Ok(appended)
+    }
+
+    async fn consume(&self, config: ConsumerConfig) -> Result<Consumer> {
+        consumer::start(self.store.clone(), config, &self.tasks, &self.cancel).await
+    }
+
+    async fn stream_info(&self, stream: &str) -> Result<StreamInfo> {
+        self.store.stream_info(stream).await
+    }
+
+    async fn declare_kv(&self, bucket: &'static str, max_age: Duration) -> Result<()> {
+        self.store.declare_kv(bucket, max_age).await
+    }
+
+    async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
+        self.store.kv_put(bucket, key, value, expected).await
+    }
+
+    async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
+        self.store.kv_get(bucket, key).await
+    }
+
+    async fn health(&self) -> Result<()> {
+        self.store.health().await
+    }
+
+    fn describe(&self) -> String {
+        "local".into()
+    }
+}
+
+fn check(message: &Message) -> Result<()> {
+    let max = wire::limits::BUS_MESSAGE_MAX;
+    if message.payload.len() > max {
+        return Err(Error::TooLarge { size: message.payload.len(), max });
+    }
+    subjects::check_subject(&message.subject)
+}

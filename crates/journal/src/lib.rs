@@ -4,6 +4,7 @@
 //! `synchronous=NORMAL` keeps every commit through the death of the process (a power cut may cost the last ones).
 
 pub use rusqlite;
+
 use rusqlite::{Connection, OpenFlags};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -182,8 +183,7 @@ mod tests {
         drop(journal);
         // A fresh process would find the lock free; here the last handle's drop freed it.
         let journal = Journal::open(&path, SCHEMA).unwrap();
-        let count: i64 =
-            journal.read(|c| c.query_row("SELECT count(*) FROM t", [], |row| row.get(0))).await.unwrap();
+        let count: i64 = journal.read(|c| c.query_row("SELECT count(*) FROM t", [], |row| row.get(0))).await.unwrap();
         assert_eq!(count, 100);
     }
 
