@@ -3,8 +3,10 @@
 //! One trait set, two implementations with the same meaning: [`local`] (embedded, one process) and
 //! [`nats`]. The conformance suite in `tests/` runs against both.
 
+pub mod dead_letter;
 pub mod local;
 pub mod nats;
+pub mod streams;
 
 use async_trait::async_trait;
 use bytes::Bytes;

@@ -1,1 +1,97 @@
-//! 
+//! Decides by policy who handles a task, hands it over, and follows it to its result.
+//!
+//! [`policy`] is pure; the loops around it own the clock and the bus.
+
+mod breaker;
+mod decide;
+mod policies;
+pub mod policy;
+mod results;
+mod stats;
+mod tasks;
+
+use bus::Bus;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Decide requests that wait at most; beyond it the bus answers that nobody does.
+const QUEUE_MAX: usize = 8192;
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Directory of `<tenant>/<policy>.{json,yaml,toml}`; may be missing.
+    pub policies: PathBuf,
+    /// Assignments whose publish is awaited at once.
+    pub max_in_flight: usize,
+    pub drain_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { policies: "policies".into(), max_in_flight: 10_000, drain_timeout: Duration::from_secs(10) }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the bus refused: {0}")]
+    Bus(#[from] bus::Error),
+    #[error("a loop of the router panicked: {0}")]
+    Panic(#[from] tokio::task::JoinError),
+}
+
+/// Streams declared, subjects subscribed; nothing is answered yet.
+pub struct Bound {
+    router: Arc<Router>,
+    decide: bus::Subscription,
+    queries: tasks::Queries,
+    results: bus::Consumer,
+}
+
+struct Router {
+    bus: Bus,
+    config: Config,
+    policies: policies::Policies,
+    stats: stats::Stats,
+    breakers: breaker::Breakers,
+}
+
+pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
+    bus::streams::declare(&bus).await?;
+    let policies = policies::Policies::load(&config.policies);
+    let results = bus
+        .consume(bus::ConsumerConfig {
+            stream: wire::subjects::STREAM_RESULT,
+            name: "router".into(),
+            filter: Some(wire::subjects::RESULT.into()),
+            ack_wait: Duration::from_secs(30),
+            max_ack_pending: 1000,
+            from_start: true,
+        })
+        .await?;
+    let decide = bus.subscribe(wire::subjects::DECIDE, Some(wire::subjects::DECIDE_GROUP), QUEUE_MAX).await?;
+    let queries = tasks::Queries::subscribe(&bus).await?;
+    let router =
+        Router { bus, config, policies, stats: stats::Stats::default(), breakers: breaker::Breakers::default() };
+    Ok(Bound { router: Arc::new(router), decide, queries, results })
+}
+
+impl Bound {
+    /// Answers until cancelled, then finishes what it has taken.
+    pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
+        let Self { router, decide, queries, results } = self;
+        let mut loops = JoinSet::new();
+        loops.spawn(decide::run(router.clone(), decide, cancel.clone()));
+        loops.spawn(tasks::run(router.clone(), queries, cancel.clone()));
+        loops.spawn(results::run(router.clone(), results, cancel.clone()));
+        loops.spawn(stats::run(router.clone(), cancel.clone()));
+        loops.spawn(policies::watch(router, cancel));
+        while let Some(ended) = loops.join_next().await {
+            ended?;
+        }
+        Ok(())
+    }
+}

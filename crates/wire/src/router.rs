@@ -1,1 +1,432 @@
-//! Being written.
+//! Messages between clients, routers and workers. v1 is frozen: fields are only ever added.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+pub const VERSION: &str = "1";
+
+/// A request to decide who handles a task.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DecideRequest {
+    pub version: String,
+    pub request_id: String,
+    pub tenant_id: String,
+    pub task: Task,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub constraints: Option<Constraints>,
+    /// Also the context of a policy's conditions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Map<String, Value>>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub push_assignment: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assignment_subject: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<RequestOptions>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flow_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idempotency_key: Option<String>,
+    /// Milliseconds since the epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<u64>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Task {
+    #[serde(rename = "type")]
+    pub task_type: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload: Option<Map<String, Value>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload_ref: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, Default)]
+pub struct Constraints {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_latency_ms: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_cost: Option<f64>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+pub struct RequestOptions {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<Retry>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Retry {
+    pub max_attempts: u32,
+    pub backoff_ms: u64,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { max_attempts: 2, backoff_ms: 200 }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DecideResponse {
+    pub ok: bool,
+    pub decision: Decision,
+    pub context: Context,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+pub struct Decision {
+    pub provider_id: String,
+    /// 0 … 100.
+    pub priority: u32,
+    pub expected_latency_ms: u64,
+    pub expected_cost: f64,
+    pub reason: Reason,
+    pub policy_id: String,
+    pub policy_version: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback_used: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sticky_key: Option<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub explanation: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq, Hash)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    Sticky,
+    Weighted,
+    BestScore,
+    Fallback,
+    Retry,
+    CircuitBreakerFallback,
+}
+
+impl Reason {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Sticky => "sticky",
+            Self::Weighted => "weighted",
+            Self::BestScore => "best_score",
+            Self::Fallback => "fallback",
+            Self::Retry => "retry",
+            Self::CircuitBreakerFallback => "circuit_breaker_fallback",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+pub struct Context {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ErrorResponse {
+    pub ok: bool,
+    pub error: ErrorBody,
+    pub context: Context,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ErrorBody {
+    pub code: String,
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub details: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub intake_error_code: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_seconds: Option<u64>,
+}
+
+/// Name and HTTP status of every code of [`ErrorBody::code`].
+pub const ERROR_CODES: &[(&str, u16)] = &[
+    ("invalid_request", 400),
+    ("unauthorized", 401),
+    ("forbidden", 403),
+    ("policy_not_found", 404),
+    ("extension_not_found", 404),
+    ("not_found", 404),
+    ("idempotency_conflict", 409),
+    ("rate_limited", 429),
+    ("quota_exceeded", 429),
+    ("budget_exceeded", 429),
+    ("backpressure", 429),
+    ("decision_failed", 500),
+    ("post_processor_failed", 500),
+    ("extension_error", 500),
+    ("internal", 500),
+    ("no_provider_available", 503),
+    ("extension_unavailable", 503),
+    ("unavailable", 503),
+    ("extension_timeout", 504),
+    ("deadline_exceeded", 504),
+];
+
+impl ErrorBody {
+    /// The HTTP status: that of the code (500 for one that is not known), but 413 for a request that is too large.
+    pub fn status(&self) -> u16 {
+        if self.intake_error_code.as_deref() == Some("PAYLOAD_TOO_LARGE") {
+            return 413;
+        }
+        ERROR_CODES.iter().find(|(name, _)| *name == self.code).map_or(500, |(_, status)| *status)
+    }
+}
+
+/// Router → worker.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExecAssignment {
+    pub version: String,
+    pub assignment_id: String,
+    pub request_id: String,
+    pub tenant_id: String,
+    pub executor: Executor,
+    pub job: Task,
+    pub options: ExecOptions,
+    pub correlation: Correlation,
+    pub decision: Decision,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Map<String, Value>>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Executor {
+    pub provider_id: String,
+    /// How the worker is reached; always `nats` (the subjects), also on the embedded bus.
+    pub channel: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExecOptions {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<Value>,
+    pub deadline_ms: u64,
+    pub retry: Retry,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+pub struct Correlation {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
+}
+
+/// One piece of a request's output while it runs. `seq` counts from 0 within an `attempt` (1 the first time).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OutputChunk {
+    pub request_id: String,
+    pub assignment_id: String,
+    #[serde(default)]
+    pub attempt: u32,
+    pub seq: u64,
+    pub data: Value,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum ResultStatus {
+    Success,
+    Error,
+    Timeout,
+    Cancelled,
+}
+
+impl ResultStatus {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Error => "error",
+            Self::Timeout => "timeout",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// Worker → router and whoever waits. Written in this shape; read in every shape seen in the field by
+/// [`ExecResult::decode`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExecResult {
+    #[serde(default = "version")]
+    pub version: String,
+    pub assignment_id: String,
+    pub request_id: String,
+    pub status: ResultStatus,
+    pub provider_id: String,
+    pub job: JobType,
+    #[serde(default)]
+    pub latency_ms: u64,
+    #[serde(default)]
+    pub cost: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant_id: Option<String>,
+    /// Milliseconds since the epoch, or RFC 3339: kept as it came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timestamp: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error_code: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error_message: Option<String>,
+    /// How many output chunks the last attempt published, so that a reader knows when it has them all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks: Option<u64>,
+}
+
+fn version() -> String {
+    VERSION.into()
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JobType {
+    #[serde(rename = "type")]
+    pub job_type: String,
+}
+
+impl ExecResult {
+    /// Reads a plain result or one in an envelope `{kind:"exec_result",data}`; `job.type` or `job_type`; `output` or
+    /// `result`; `completed_at` in place of `timestamp`.
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let mut value: Value = serde_json::from_slice(bytes).map_err(|e| format!("the result is not JSON: {e}"))?;
+        if value.get("kind").is_some() {
+            if value["kind"] != "exec_result" {
+                return Err(format!("the envelope is of kind {}, not exec_result", value["kind"]));
+            }
+            value = value["data"].take();
+        }
+        let object = value.as_object_mut().ok_or("the result is not an object")?;
+        if !object.contains_key("job") {
+            let job_type = object.remove("job_type").unwrap_or_else(|| "unknown".into());
+            object.insert("job".into(), serde_json::json!({"type": job_type}));
+        }
+        for (old, new) in [("result", "output"), ("completed_at", "timestamp")] {
+            if let Some(found) = object.remove(old) {
+                object.entry(new).or_insert(found);
+            }
+        }
+        match object.get("version").and_then(Value::as_str) {
+            None | Some("1" | "1.0" | "v1") => {}
+            Some(other) => return Err(format!("result version {other:?} is not known; 1, 1.0 and v1 are")),
+        }
+        object.insert("version".into(), VERSION.into());
+        serde_json::from_value(value).map_err(|e| format!("the result is not complete: {e}"))
+    }
+}
+
+/// Router → billing; one an assignment.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Usage {
+    pub version: String,
+    pub tenant_id: String,
+    pub provider_id: String,
+    pub event_type: String,
+    pub latency_ms: u64,
+    pub cost: f64,
+    pub status: ResultStatus,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
+    /// Milliseconds since the epoch.
+    pub timestamp: u64,
+    pub assignment_id: String,
+    pub request_id: String,
+}
+
+/// What `get_decision` and `cancel` ask about.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskQuery {
+    pub request_id: String,
+}
+
+/// Where a pushed task stands; kept in bucket [`crate::subjects::BUCKET_TASKS`] by request id.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskState {
+    pub task_id: String,
+    pub state: State,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decision: Option<Decision>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<ExecResult>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assignment_id: Option<String>,
+    /// Who asked, and a hash of what: another request of the same id is a conflict.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tenant_id: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub digest: String,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Queued,
+    Assigned,
+    Running,
+    Completed,
+    Failed,
+    Cancelled,
+}
+
+impl State {
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskAnswer {
+    pub ok: bool,
+    pub task: TaskState,
+}
+
+/// A message that could not be handled, as it lies in the stream DLQ.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DeadLetter {
+    pub original_subject: String,
+    pub reason: String,
+    pub delivered: u32,
+    pub first_seen_ms: u64,
+    pub last_seen_ms: u64,
+    pub headers: Vec<(String, String)>,
+    /// The payload as text, or base64 where it is not UTF-8.
+    pub payload: String,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub base64: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_is_read_in_every_shape_seen_in_the_field() {
+        let plain = r#"{"assignment_id":"a","request_id":"r","status":"success","provider_id":"p","job":{"type":"t"},"latency_ms":5,"cost":0.1}"#;
+        let flat = r#"{"version":"1.0","assignment_id":"a","request_id":"r","status":"success","provider_id":"p","job_type":"t","result":{"x":1},"completed_at":"2026-01-01T00:00:00Z"}"#;
+        let envelope = format!(r#"{{"version":"v1","kind":"exec_result","data":{plain}}}"#);
+        for text in [plain, flat, &envelope] {
+            let result = ExecResult::decode(text.as_bytes()).unwrap_or_else(|e| panic!("{e}: {text}"));
+            assert_eq!((&*result.request_id, &*result.job.job_type), ("r", "t"));
+        }
+        assert_eq!(ExecResult::decode(flat.as_bytes()).unwrap().output.unwrap()["x"], 1);
+        for bad in ["", "[]", "{}", r#"{"kind":"other","data":{}}"#, r#"{"version":"2","status":"success"}"#] {
+            assert!(ExecResult::decode(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! The streams and buckets of the product. Every part that uses them declares them; declaring again changes nothing.
+
+use crate::{Bus, Result, Retention, StreamConfig};
+use std::time::Duration;
+use wire::subjects;
+
+const DAY: Duration = Duration::from_secs(86_400);
+/// Idempotency lasts this long (contract: 3600 s).
+const DEDUP: Duration = Duration::from_secs(3600);
+
+pub async fn declare(bus: &Bus) -> Result<()> {
+    let limits = |name, subjects: Vec<String>, max_age, max_bytes| StreamConfig {
+        name,
+        subjects,
+        retention: Retention::Limits,
+        max_age,
+        max_bytes,
+        dedup_window: DEDUP,
+    };
+    let assign = limits(subjects::STREAM_ASSIGN, vec![subjects::ASSIGN.into()], 7 * DAY, 1 << 30);
+    bus.declare_stream(StreamConfig { retention: Retention::WorkQueue, ..assign }).await?;
+    bus.declare_stream(limits(subjects::STREAM_RESULT, vec![subjects::RESULT.into()], DAY, 1 << 30)).await?;
+    bus.declare_stream(limits(subjects::STREAM_USAGE, vec![subjects::USAGE.into()], 30 * DAY, 1 << 30)).await?;
+    let dead = [subjects::ASSIGN, subjects::RESULT].map(subjects::dead_letter);
+    bus.declare_stream(limits(subjects::STREAM_DLQ, dead.into(), 30 * DAY, 1 << 30)).await?;
+    bus.declare_kv(subjects::BUCKET_TASKS, DAY).await
+}

@@ -1,0 +1,225 @@
+//! Answers decide requests: checks in the contract's order, decides, hands over, replies.
+
+use crate::Router;
+use crate::policy::{Undecided, World};
+use crate::stats::now_ms;
+use bus::{Headers, Message, Subscription};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use wire::limits;
+use wire::policy::CircuitBreaker;
+use wire::router::{Context, DecideRequest, DecideResponse, Decision, ErrorBody, ErrorResponse, VERSION};
+use wire::subjects;
+
+pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: CancellationToken) {
+    let places = Arc::new(Semaphore::new(router.config.max_in_flight));
+    let pushes = TaskTracker::new();
+    loop {
+        let message = tokio::select! {
+            () = cancel.cancelled() => break,
+            message = requests.next() => message,
+        };
+        let Some(message) = message else { break };
+        let started = Instant::now();
+        let (context, outcome) = router.accept(&message);
+        match outcome {
+            Err(error) => router.refuse(&message, context, error).await,
+            Ok((request, decision)) if !request.push_assignment => {
+                router.stats.decided(&decision, started.elapsed());
+                router.reply(&message, &DecideResponse { ok: true, decision, context }).await;
+            }
+            Ok((request, decision)) => {
+                let Ok(place) = places.clone().try_acquire_owned() else {
+                    let error =
+                        failure("backpressure", "too many assignments wait for their acknowledgement; try again");
+                    let error = ErrorBody { retry_after_seconds: Some(1), ..error };
+                    router.refuse(&message, context, error).await;
+                    continue;
+                };
+                let router = router.clone();
+                pushes.spawn(async move {
+                    router.stats.in_flight.fetch_add(1, Relaxed);
+                    match crate::tasks::push(&router, &request, decision).await {
+                        Ok(decision) => {
+                            router.stats.decided(&decision, started.elapsed());
+                            let (provider_id, trace_id) = (&decision.provider_id, context.trace_id.as_deref());
+                            let (request_id, tenant_id) = (&request.request_id, &request.tenant_id);
+                            tracing::info!(trace_id, tenant_id, request_id, provider_id, "assigned");
+                            router.reply(&message, &DecideResponse { ok: true, decision, context }).await;
+                        }
+                        Err(error) => router.refuse(&message, context, error).await,
+                    }
+                    router.stats.in_flight.fetch_sub(1, Relaxed);
+                    drop(place);
+                });
+            }
+        }
+    }
+    pushes.close();
+    pushes.wait().await;
+}
+
+pub fn failure(code: &str, message: impl Into<String>) -> ErrorBody {
+    ErrorBody {
+        code: code.into(),
+        message: message.into(),
+        details: None,
+        intake_error_code: None,
+        retry_after_seconds: None,
+    }
+}
+
+fn invalid(intake: &str, message: impl Into<String>) -> ErrorBody {
+    ErrorBody { intake_error_code: Some(intake.into()), ..failure("invalid_request", message) }
+}
+
+impl Router {
+    /// The request and its decision, or why there is none; and the ids that any answer repeats.
+    fn accept(&self, message: &Message) -> (Context, Result<(DecideRequest, Decision), ErrorBody>) {
+        let size = message.payload.len();
+        if size > limits::DECIDE_MAX {
+            let text = format!("the request has {size} bytes; at most {} are taken", limits::DECIDE_MAX);
+            return (Context::default(), Err(invalid("PAYLOAD_TOO_LARGE", text)));
+        }
+        let mut request: DecideRequest = match serde_json::from_slice(&message.payload) {
+            Ok(request) => request,
+            Err(error) => return undecodable(&message.payload, &error),
+        };
+        apply_headers(&mut request, &message.headers);
+        let context = Context { request_id: Some(request.request_id.clone()), trace_id: request.trace_id.clone() };
+        let outcome = check(&request).and_then(|()| self.decide(&request)).map(|decision| (request, decision));
+        (context, outcome)
+    }
+
+    fn decide(&self, request: &DecideRequest) -> Result<Decision, ErrorBody> {
+        if request.deadline.is_some_and(|deadline| deadline < now_ms()) {
+            return Err(failure("deadline_exceeded", "the request's deadline passed before it was decided"));
+        }
+        let policies = self.policies.current();
+        let name = request.policy_id.as_deref().unwrap_or("default");
+        let Some(policy) = policies.get(&request.tenant_id, name) else {
+            let text =
+                format!("tenant {:?} has no policy {name:?}, and neither has tenant \"default\"", request.tenant_id);
+            return Err(failure("policy_not_found", text));
+        };
+        let seen = Seen { router: self, rules: &policy.circuit_breaker, now_ms: now_ms() };
+        policy.decide(request, &seen).map_err(|undecided| match undecided {
+            Undecided::NoWeight => failure("decision_failed", undecided.to_string()),
+            Undecided::AllOpen | Undecided::Constrained => failure("no_provider_available", undecided.to_string()),
+        })
+    }
+
+    async fn refuse(&self, message: &Message, context: Context, error: ErrorBody) {
+        self.stats.refused(&error);
+        tracing::info!(
+            trace_id = context.trace_id,
+            request_id = context.request_id,
+            error_code = error.code,
+            "refused: {}",
+            error.message
+        );
+        self.reply(message, &ErrorResponse { ok: false, error, context }).await;
+    }
+
+    pub async fn reply(&self, message: &Message, answer: &impl serde::Serialize) {
+        let subject = message.reply.clone().unwrap_or_else(|| subjects::DECIDE_REPLY.into());
+        let payload = serde_json::to_vec(answer).expect("an answer is JSON").into();
+        if let Err(error) = self.bus.publish(Message { subject, payload, ..Message::default() }).await {
+            tracing::warn!(%error, "an answer was not sent");
+        }
+    }
+}
+
+struct Seen<'a> {
+    router: &'a Router,
+    rules: &'a CircuitBreaker,
+    now_ms: u64,
+}
+
+impl World for Seen<'_> {
+    fn is_available(&self, provider: &str) -> bool {
+        self.router.breakers.lets_through(provider, self.rules, self.now_ms)
+    }
+
+    fn latency_ms(&self, provider: &str) -> Option<f64> {
+        self.router.stats.latency_ms(provider)
+    }
+}
+
+fn undecodable<T>(payload: &[u8], error: &serde_json::Error) -> (Context, Result<T, ErrorBody>) {
+    let Ok(value) = serde_json::from_slice::<serde_json::Value>(payload) else {
+        return (
+            Context::default(),
+            Err(invalid("SCHEMA_VALIDATION_FAILED", format!("the request is not JSON: {error}"))),
+        );
+    };
+    let text = |key: &str| value.get(key).and_then(|v| v.as_str()).map(String::from);
+    let context = Context { request_id: text("request_id"), trace_id: text("trace_id") };
+    let wrong_version = text("version").filter(|version| version != VERSION);
+    let error = match wrong_version {
+        Some(version) => unsupported(&version),
+        None => invalid("SCHEMA_VALIDATION_FAILED", format!("the request does not fit: {error}")),
+    };
+    (context, Err(error))
+}
+
+fn unsupported(version: &str) -> ErrorBody {
+    invalid("VERSION_UNSUPPORTED", format!("version {version:?} is not served here; version \"1\" is"))
+}
+
+/// Headers beat the payload. A trace id that only `traceparent` carries is taken from there.
+fn apply_headers(request: &mut DecideRequest, headers: &Headers) {
+    if let Some(tenant) = headers.get("tenant_id") {
+        request.tenant_id = tenant.into();
+    }
+    let parent = headers.get("traceparent").and_then(|parent| parent.split('-').nth(1)).filter(|id| id.len() == 32);
+    if let Some(trace) = headers.get("trace_id") {
+        request.trace_id = Some(trace.into());
+    } else if request.trace_id.is_none() {
+        request.trace_id = parent.map(String::from);
+    }
+}
+
+/// Version, correlation, fields, tenant: in this order.
+fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
+    if request.version != VERSION {
+        return Err(unsupported(&request.version));
+    }
+    let flow = [&request.run_id, &request.flow_id, &request.step_id];
+    if flow.iter().any(|id| id.is_some()) && !flow.iter().all(|id| id.is_some()) {
+        return Err(invalid("CORRELATION_FIELDS_INVALID", "run_id, flow_id and step_id stand together or not at all"));
+    }
+    let ids = [Some(&request.request_id), request.trace_id.as_ref(), request.run_id.as_ref()];
+    let names = ["request_id", "trace_id", "run_id"];
+    for (id, name) in ids.into_iter().zip(names).filter_map(|(id, name)| Some((id?, name))) {
+        if id.is_empty() || id.len() > limits::ID_MAX {
+            let text = format!("{name} has {} bytes; 1 to {} are taken", id.len(), limits::ID_MAX);
+            return Err(invalid("SCHEMA_VALIDATION_FAILED", text));
+        }
+    }
+    if request.idempotency_key.as_ref().is_some_and(|key| key.len() > limits::IDEMPOTENCY_KEY_MAX) {
+        let text = format!("idempotency_key has more than {} bytes", limits::IDEMPOTENCY_KEY_MAX);
+        return Err(invalid("SCHEMA_VALIDATION_FAILED", text));
+    }
+    let task = &request.task;
+    if task.task_type.is_empty() || task.task_type.len() > limits::ID_MAX {
+        return Err(invalid("SCHEMA_VALIDATION_FAILED", "task.type must have 1 to 128 bytes"));
+    }
+    if task.payload.is_none() && task.payload_ref.is_none() {
+        return Err(invalid("SCHEMA_VALIDATION_FAILED", "the task has neither payload nor payload_ref"));
+    }
+    let tenant = &request.tenant_id;
+    let fits = (1..=limits::ID_MAX).contains(&tenant.len())
+        && tenant.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
+    if !fits {
+        return Err(invalid(
+            "SCHEMA_VALIDATION_FAILED",
+            "tenant_id must have 1 to 128 of the characters A-Z a-z 0-9 _ . -",
+        ));
+    }
+    Ok(())
+}

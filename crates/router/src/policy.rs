@@ -1,0 +1,341 @@
+//! A compiled policy and the decision by it. Pure: the state of the world and randomness are arguments.
+
+mod condition;
+mod rendezvous;
+
+use condition::{Condition, Scope};
+use std::collections::HashMap;
+use std::sync::Arc;
+use wire::policy::{CircuitBreaker, Policy};
+use wire::router::{Constraints, DecideRequest, Decision, Reason};
+
+/// Latency that is expected of a provider nothing is known about.
+const LATENCY_UNKNOWN_MS: f64 = 1000.0;
+
+/// A policy whose rules are parsed and checked.
+pub struct Compiled {
+    pub id: String,
+    pub version: String,
+    pub circuit_breaker: CircuitBreaker,
+    providers: Vec<Candidate>,
+    rules: Vec<(Condition, usize)>,
+    session_key: Option<String>,
+}
+
+struct Candidate {
+    name: String,
+    weight: f64,
+    priority: u32,
+    cost: f64,
+    latency_ms: Option<f64>,
+}
+
+/// What is known of the providers at this moment.
+pub trait World {
+    /// Its breaker lets calls through.
+    fn is_available(&self, provider: &str) -> bool;
+    /// Milliseconds, as observed; `None` before the first result.
+    fn latency_ms(&self, provider: &str) -> Option<f64>;
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Undecided {
+    #[error("every provider of the policy is out of service: their breakers are open")]
+    AllOpen,
+    #[error("no provider can meet the constraints; relax max_latency_ms or max_cost")]
+    Constrained,
+    #[error("the policy has no provider to draw from: all weights are 0")]
+    NoWeight,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {what}")]
+pub struct Invalid {
+    /// For example `rules[2].when`.
+    pub field: String,
+    pub what: String,
+}
+
+impl Compiled {
+    pub fn new(id: &str, policy: &Policy) -> Result<Self, Invalid> {
+        let invalid = |field: String, what: &str| Invalid { field, what: what.into() };
+        let mut providers: Vec<Candidate> = Vec::new();
+        for (n, provider) in policy.providers.iter().enumerate() {
+            if provider.name.is_empty() || provider.name.len() > wire::limits::ID_MAX {
+                return Err(invalid(format!("providers[{n}].name"), "must have 1 to 128 bytes"));
+            }
+            if provider.weight > 100 {
+                return Err(invalid(format!("providers[{n}].weight"), "must be from 0 to 100"));
+            }
+            if provider.priority.is_some_and(|priority| priority > 100) {
+                return Err(invalid(format!("providers[{n}].priority"), "must be from 0 to 100"));
+            }
+            if provider.cost.is_some_and(|cost| !(cost >= 0.0)) {
+                return Err(invalid(format!("providers[{n}].cost"), "must be 0 or more"));
+            }
+            if providers.iter().any(|known| known.name == provider.name) {
+                return Err(invalid(format!("providers[{n}].name"), "stands twice"));
+            }
+            providers.push(Candidate {
+                name: provider.name.clone(),
+                weight: f64::from(provider.weight),
+                priority: provider.priority.unwrap_or(50),
+                cost: provider.cost.unwrap_or(0.0),
+                latency_ms: provider.latency_ms,
+            });
+        }
+        for (name, weight) in &policy.weights {
+            if !(0.0..=1.0).contains(weight) {
+                return Err(invalid(format!("weights.{name}"), "must be from 0 to 1"));
+            }
+            if !providers.iter().any(|known| known.name == *name) {
+                let (name, weight) = (name.clone(), weight * 100.0);
+                providers.push(Candidate { name, weight, priority: 50, cost: 0.0, latency_ms: None });
+            }
+        }
+        if providers.is_empty() {
+            return Err(invalid("providers".into(), "names no provider"));
+        }
+        let mut rules = Vec::new();
+        for (n, rule) in policy.rules.iter().enumerate() {
+            let condition = Condition::compile(&rule.when).map_err(|e| invalid(format!("rules[{n}].when"), &e))?;
+            let to = providers.iter().position(|known| known.name == rule.to);
+            let to = to.ok_or_else(|| {
+                invalid(
+                    format!("rules[{n}].to"),
+                    &format!("{:?} is not among the providers; list it with weight 0", rule.to),
+                )
+            })?;
+            rules.push((condition, to));
+        }
+        let session_key =
+            policy.sticky.as_ref().filter(|sticky| sticky.enabled).map(|sticky| sticky.session_key.clone());
+        Ok(Self {
+            id: id.into(),
+            version: policy.version.clone(),
+            circuit_breaker: policy.circuit_breaker,
+            providers,
+            rules,
+            session_key,
+        })
+    }
+
+    pub fn providers(&self) -> impl Iterator<Item = &str> {
+        self.providers.iter().map(|provider| provider.name.as_str())
+    }
+
+    /// Who handles the request. The draw hashes the request id, so the same request has the same answer on every router
+    /// and after every restart, as long as the policy and the providers' health stay.
+    pub fn decide(&self, request: &DecideRequest, world: &dyn World) -> Result<Decision, Undecided> {
+        let mut explanation = Vec::new();
+        let constraints = request.constraints.unwrap_or_default();
+        let fits = |c: &Candidate| world.is_available(&c.name) && meets(c, &constraints, world);
+
+        if !self.rules.is_empty() {
+            let scope = Scope::new(request);
+            if let Some((n, (_, to))) =
+                self.rules.iter().enumerate().find(|(_, (condition, _))| condition.holds(&scope))
+            {
+                let named = &self.providers[*to];
+                explanation.push(format!("rule {n} names {}", named.name));
+                if fits(named) {
+                    return Ok(self.decision(named, Reason::BestScore, None, explanation, world));
+                }
+                explanation.push(format!("{} cannot take it now", named.name));
+                let drawn = self.draw(&request.tenant_id, &request.request_id, fits)?;
+                return Ok(self.decision(drawn, Reason::CircuitBreakerFallback, None, explanation, world));
+            }
+        }
+        let session = self.session_key.as_ref().and_then(|key| {
+            let value = request.metadata.as_ref()?.get(key)?;
+            Some(value.as_str().map_or_else(|| value.to_string(), String::from))
+        });
+        if let Some(session) = session {
+            let pinned = self.draw(&request.tenant_id, &session, fits)?;
+            explanation.push("the session's provider".into());
+            return Ok(self.decision(pinned, Reason::Sticky, Some(session), explanation, world));
+        }
+        let drawn = self.draw(&request.tenant_id, &request.request_id, fits)?;
+        explanation.push("drawn by weight".into());
+        Ok(self.decision(drawn, Reason::Weighted, None, explanation, world))
+    }
+
+    fn draw(&self, tenant: &str, key: &str, fits: impl Fn(&Candidate) -> bool) -> Result<&Candidate, Undecided> {
+        let eligible = self.providers.iter().filter(|c| c.weight > 0.0 && fits(c));
+        let drawn = rendezvous::highest(eligible, |c| (&c.name, c.weight), &[tenant, key]);
+        drawn.ok_or_else(|| self.why_none(&fits))
+    }
+
+    fn why_none(&self, fits: &impl Fn(&Candidate) -> bool) -> Undecided {
+        if self.providers.iter().all(|c| c.weight == 0.0) {
+            return Undecided::NoWeight;
+        }
+        if self.providers.iter().any(fits) { Undecided::NoWeight } else { Undecided::AllOpen }
+    }
+
+    fn decision(
+        &self,
+        provider: &Candidate,
+        reason: Reason,
+        sticky_key: Option<String>,
+        explanation: Vec<String>,
+        world: &dyn World,
+    ) -> Decision {
+        Decision {
+            provider_id: provider.name.clone(),
+            priority: provider.priority,
+            expected_latency_ms: expected_latency(provider, world) as u64,
+            expected_cost: provider.cost,
+            reason,
+            policy_id: self.id.clone(),
+            policy_version: self.version.clone(),
+            fallback_used: (reason == Reason::CircuitBreakerFallback).then_some(true),
+            sticky_key,
+            explanation,
+        }
+    }
+}
+
+fn expected_latency(provider: &Candidate, world: &dyn World) -> f64 {
+    world.latency_ms(&provider.name).or(provider.latency_ms).unwrap_or(LATENCY_UNKNOWN_MS)
+}
+
+fn meets(provider: &Candidate, constraints: &Constraints, world: &dyn World) -> bool {
+    // A provider nothing is known about may be fast: it is not excluded by a latency it never showed.
+    let known = world.latency_ms(&provider.name).or(provider.latency_ms);
+    let fast = constraints.max_latency_ms.is_none_or(|max| known.is_none_or(|latency| latency <= max));
+    fast && constraints.max_cost.is_none_or(|max| provider.cost <= max)
+}
+
+/// All of a deployment's policies, by tenant and name; tenant `default` serves those without their own.
+#[derive(Default)]
+pub struct Set {
+    by_tenant: HashMap<String, HashMap<String, Arc<Compiled>>>,
+}
+
+impl Set {
+    pub fn insert(&mut self, tenant: &str, policy: Arc<Compiled>) {
+        self.by_tenant.entry(tenant.into()).or_default().insert(policy.id.clone(), policy);
+    }
+
+    pub fn get(&self, tenant: &str, policy: &str) -> Option<&Arc<Compiled>> {
+        let of = |tenant: &str| self.by_tenant.get(tenant).and_then(|policies| policies.get(policy));
+        of(tenant).or_else(|| of("default"))
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Arc<Compiled>)> {
+        self.by_tenant.iter().flat_map(|(tenant, policies)| policies.values().map(move |p| (tenant.as_str(), p)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::collections::HashSet;
+
+    #[derive(Default)]
+    struct Known {
+        open: HashSet<&'static str>,
+        slow: HashSet<&'static str>,
+    }
+
+    impl World for Known {
+        fn is_available(&self, provider: &str) -> bool {
+            !self.open.contains(provider)
+        }
+        fn latency_ms(&self, provider: &str) -> Option<f64> {
+            Some(if self.slow.contains(provider) { 5000.0 } else { 10.0 })
+        }
+    }
+
+    fn compiled(policy: serde_json::Value) -> Compiled {
+        Compiled::new("default", &serde_json::from_value(policy).unwrap()).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    fn request(id: usize, extra: serde_json::Value) -> DecideRequest {
+        let mut request = json!({"version": "1", "request_id": format!("r{id}"), "tenant_id": "t",
+            "task": {"type": "code_completion", "payload": {}}});
+        request.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        serde_json::from_value(request).unwrap()
+    }
+
+    fn two() -> serde_json::Value {
+        json!({"providers": [{"name": "fast", "weight": 80, "cost": 0.002}, {"name": "big", "weight": 20, "cost": 0.02}]})
+    }
+
+    #[test]
+    fn weights_share_the_requests() {
+        let policy = compiled(two());
+        let fast = (0..10_000)
+            .filter(|n| policy.decide(&request(*n, json!({})), &Known::default()).unwrap().provider_id == "fast")
+            .count();
+        assert!((7_800..8_200).contains(&fast), "{fast}");
+    }
+
+    #[test]
+    fn a_session_stays_and_moves_only_when_its_provider_is_out() {
+        let mut document = two();
+        document["sticky"] = json!({"session_key": "user_id"});
+        let policy = compiled(document);
+        for user in 0..200 {
+            let extra = json!({"metadata": {"user_id": format!("u{user}")}});
+            let first = policy.decide(&request(1, extra.clone()), &Known::default()).unwrap();
+            assert_eq!(first.reason, Reason::Sticky);
+            let other = if first.provider_id == "fast" { "big" } else { "fast" };
+            let out = Known { open: HashSet::from([if other == "big" { "fast" } else { "big" }]), ..Known::default() };
+            assert_eq!(policy.decide(&request(2, extra.clone()), &out).unwrap().provider_id, other);
+            assert_eq!(policy.decide(&request(3, extra), &Known::default()).unwrap().provider_id, first.provider_id);
+        }
+    }
+
+    #[test]
+    fn rules_constraints_and_breakers_decide() {
+        let mut document = two();
+        document["rules"] = json!([
+            {"when": "task.type == 'code_completion' && metadata.lang == 'rust'", "to": "big"},
+            {"when": {"lang": ["go", "zig"]}, "to": "big"},
+            {"when": {"==": [{"var": "context.lang"}, "c"]}, "to": "big"},
+        ]);
+        let policy = compiled(document);
+        for (lang, expected) in [("rust", Some("big")), ("zig", Some("big")), ("c", Some("big")), ("perl", None)] {
+            let decision = policy.decide(&request(1, json!({"metadata": {"lang": lang}})), &Known::default()).unwrap();
+            match expected {
+                Some(provider) => assert_eq!(decision.provider_id, provider, "{lang}"),
+                None => assert_eq!(decision.reason, Reason::Weighted, "{lang}"),
+            }
+        }
+        let cheap = json!({"constraints": {"max_cost": 0.01}});
+        for n in 0..100 {
+            assert_eq!(policy.decide(&request(n, cheap.clone()), &Known::default()).unwrap().provider_id, "fast");
+        }
+        let all_open = Known { open: HashSet::from(["fast", "big"]), ..Known::default() };
+        assert_eq!(policy.decide(&request(1, json!({})), &all_open), Err(Undecided::AllOpen));
+        let rust = json!({"metadata": {"lang": "rust"}});
+        let big_open = Known { open: HashSet::from(["big"]), ..Known::default() };
+        let moved = policy.decide(&request(1, rust), &big_open).unwrap();
+        assert_eq!((moved.provider_id.as_str(), moved.reason), ("fast", Reason::CircuitBreakerFallback));
+        let quick = json!({"constraints": {"max_latency_ms": 100.0}});
+        let slow = Known { slow: HashSet::from(["fast"]), ..Known::default() };
+        assert_eq!(policy.decide(&request(1, quick), &slow).unwrap().provider_id, "big");
+    }
+
+    #[test]
+    fn a_bad_policy_names_its_field() {
+        for (document, field) in [
+            (json!({}), "providers"),
+            (json!({"providers": [{"name": "a", "weight": 101}]}), "providers[0].weight"),
+            (json!({"providers": [{"name": "a"}, {"name": "a"}]}), "providers[1].name"),
+            (json!({"weights": {"a": 1.5}}), "weights.a"),
+            (json!({"providers": [{"name": "a"}], "rules": [{"when": "task.type ==", "to": "a"}]}), "rules[0].when"),
+            (json!({"providers": [{"name": "a"}], "rules": [{"when": "true", "to": "b"}]}), "rules[0].to"),
+            (
+                json!({"providers": [{"name": "a"}], "rules": [{"when": {"almost": [1, 2]}, "to": "a"}]}),
+                "rules[0].when",
+            ),
+        ] {
+            let error = Compiled::new("p", &serde_json::from_value(document.clone()).unwrap()).err();
+            assert_eq!(error.map(|e| e.field).as_deref(), Some(field), "{document}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Takes results: one usage event an assignment, the task's final state, the provider's statistics; then acknowledges.
+
+use crate::Router;
+use crate::stats::now_ms;
+use bus::{Consumer, Delivery, Message};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use wire::router::{ExecResult, ResultStatus, State, Usage, VERSION};
+use wire::subjects;
+
+/// Results handled at once.
+const CONCURRENT: usize = 64;
+/// After this many tries a result is a dead letter (contract: result 10).
+const MAX_DELIVER: u32 = 10;
+/// Between tries: 1, 2, then 4 s.
+const BACKOFF: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4)];
+
+pub async fn run(router: Arc<Router>, mut results: Consumer, cancel: CancellationToken) {
+    let places = Arc::new(Semaphore::new(CONCURRENT));
+    let handlers = TaskTracker::new();
+    loop {
+        let delivery = tokio::select! {
+            () = cancel.cancelled() => break,
+            delivery = results.next() => delivery,
+        };
+        let Some(delivery) = delivery else { break };
+        let Ok(place) = places.clone().acquire_owned().await else { break };
+        let router = router.clone();
+        handlers.spawn(async move {
+            handle(&router, &delivery).await;
+            drop(place);
+        });
+    }
+    handlers.close();
+    handlers.wait().await;
+}
+
+async fn handle(router: &Router, delivery: &Delivery) {
+    let done = match ExecResult::decode(&delivery.message.payload) {
+        Err(poison) => bus::dead_letter::bury(&router.bus, delivery, &poison).await,
+        Ok(_) if delivery.delivered > MAX_DELIVER => {
+            bus::dead_letter::bury(&router.bus, delivery, "the result could not be recorded").await
+        }
+        Ok(result) => match record(router, &result, delivery.delivered == 1).await {
+            Ok(()) => delivery.ack().await,
+            Err(error) => {
+                tracing::warn!(%error, request_id = result.request_id, "a result was not recorded; it comes again");
+                let tries = (delivery.delivered as usize - 1).min(BACKOFF.len() - 1);
+                delivery.nak(BACKOFF[tries]).await
+            }
+        },
+    };
+    if let Err(error) = done {
+        tracing::warn!(%error, "a result was not acknowledged; it comes again");
+    }
+}
+
+/// Safe to repeat: the usage has the assignment's id, the task's record is final once.
+async fn record(router: &Router, result: &ExecResult, first: bool) -> bus::Result<()> {
+    let usage = Usage {
+        version: VERSION.into(),
+        tenant_id: result.tenant_id.clone().unwrap_or_else(|| "default".into()),
+        provider_id: result.provider_id.clone(),
+        event_type: result.job.job_type.clone(),
+        latency_ms: result.latency_ms,
+        cost: result.cost,
+        status: result.status,
+        trace_id: result.trace_id.clone(),
+        timestamp: now_ms(),
+        assignment_id: result.assignment_id.clone(),
+        request_id: result.request_id.clone(),
+    };
+    let payload = serde_json::to_vec(&usage).expect("usage is JSON").into();
+    let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
+    router.bus.append(message, Some(&format!("usage-{}", result.assignment_id))).await?;
+
+    let state = match result.status {
+        ResultStatus::Success => State::Completed,
+        ResultStatus::Cancelled => State::Cancelled,
+        ResultStatus::Error | ResultStatus::Timeout => State::Failed,
+    };
+    let task = crate::tasks::update(&router.bus, &result.request_id, |task| {
+        if task.result.is_none() && task.assignment_id.as_deref() == Some(&result.assignment_id) {
+            task.state = if task.state == State::Cancelled { State::Cancelled } else { state };
+            task.result = Some(result.clone());
+        }
+    })
+    .await?;
+    if first {
+        router.stats.ended(result);
+        if result.status != ResultStatus::Cancelled {
+            let failed = result.status != ResultStatus::Success;
+            let policies = router.policies.current();
+            let policy =
+                task.as_ref().and_then(|task| policies.get(&task.tenant_id, &task.decision.as_ref()?.policy_id));
+            let rules = policy.map(|policy| policy.circuit_breaker).unwrap_or_default();
+            router.breakers.ended(&result.provider_id, failed, &rules, now_ms());
+        }
+    }
+    let (trace_id, tenant_id, request_id) = (&result.trace_id, &result.tenant_id, &result.request_id);
+    tracing::info!(
+        trace_id,
+        tenant_id,
+        request_id,
+        status = result.status.as_str(),
+        latency_ms = result.latency_ms,
+        "ended"
+    );
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! What the router counts, and says of itself every second.
+
+use crate::Router;
+use bus::Message;
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio_util::sync::CancellationToken;
+use wire::router::{Decision, ErrorBody, ExecResult, ResultStatus};
+use wire::status::{Percentiles, RouterStatus};
+
+/// Decisions that the percentiles look back on.
+const WINDOW: usize = 4096;
+/// Weight of the newest latency in a provider's average.
+const EWMA: f64 = 0.2;
+
+#[derive(Default)]
+pub struct Stats {
+    inner: Mutex<Inner>,
+    pub in_flight: AtomicU64,
+}
+
+#[derive(Default)]
+struct Inner {
+    decisions: u64,
+    by_provider: BTreeMap<String, u64>,
+    by_reason: BTreeMap<String, u64>,
+    errors: BTreeMap<String, u64>,
+    results: BTreeMap<String, u64>,
+    latency_ms: HashMap<String, f64>,
+    decide_us: VecDeque<u32>,
+}
+
+impl Stats {
+    pub fn decided(&self, decision: &Decision, took: Duration) {
+        let mut inner = self.inner.lock();
+        inner.decisions += 1;
+        bump(&mut inner.by_provider, &decision.provider_id);
+        bump(&mut inner.by_reason, decision.reason.as_str());
+        if inner.decide_us.len() == WINDOW {
+            inner.decide_us.pop_front();
+        }
+        inner.decide_us.push_back(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
+        drop(inner);
+        metrics::counter!("beamline_router_decisions_total", "reason" => decision.reason.as_str()).increment(1);
+        metrics::histogram!("beamline_router_decide_duration_seconds").record(took.as_secs_f64());
+    }
+
+    pub fn refused(&self, error: &ErrorBody) {
+        bump(&mut self.inner.lock().errors, &error.code);
+        metrics::counter!("beamline_router_errors_total", "code" => error.code.clone()).increment(1);
+    }
+
+    pub fn ended(&self, result: &ExecResult) {
+        let mut inner = self.inner.lock();
+        bump(&mut inner.results, result.status.as_str());
+        if result.status == ResultStatus::Success {
+            let latest = result.latency_ms as f64;
+            let average = inner.latency_ms.entry(result.provider_id.clone()).or_insert(latest);
+            *average += EWMA * (latest - *average);
+        }
+        drop(inner);
+        metrics::counter!("beamline_router_results_total", "status" => result.status.as_str()).increment(1);
+    }
+
+    pub fn latency_ms(&self, provider: &str) -> Option<f64> {
+        self.inner.lock().latency_ms.get(provider).copied()
+    }
+
+    fn totals(&self) -> RouterStatus {
+        let inner = self.inner.lock();
+        RouterStatus {
+            decisions_total: inner.decisions,
+            decisions_by_provider: inner.by_provider.clone(),
+            decisions_by_reason: inner.by_reason.clone(),
+            errors_by_code: inner.errors.clone(),
+            results_by_status: inner.results.clone(),
+            in_flight: self.in_flight.load(Relaxed),
+            ..RouterStatus::default()
+        }
+    }
+
+    pub fn decide_us(&self) -> Percentiles {
+        let mut sorted: Vec<u32> = self.inner.lock().decide_us.iter().copied().collect();
+        sorted.sort_unstable();
+        let at = |share: f64| {
+            let index = (sorted.len() as f64 * share) as usize;
+            sorted.get(index.min(sorted.len().saturating_sub(1))).copied().map_or(0.0, f64::from)
+        };
+        Percentiles { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
+    }
+}
+
+/// Counts of names that come from policies and codes: bounded by what operators wrote.
+fn bump(counts: &mut BTreeMap<String, u64>, name: &str) {
+    match counts.get_mut(name) {
+        Some(count) => *count += 1,
+        None => _ = counts.insert(name.into(), 1),
+    }
+}
+
+pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
+    let id = format!("router-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]);
+    let started = Instant::now();
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let status = RouterStatus {
+            router: id.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            uptime_s: started.elapsed().as_secs(),
+            decide_us: router.stats.decide_us(),
+            policies: router.policies.status(),
+            breakers: router.breakers.status(),
+            ..router.stats.totals()
+        };
+        let payload = serde_json::to_vec(&status).expect("a status is JSON").into();
+        let message = Message { subject: wire::subjects::ROUTER_STATUS.into(), payload, ..Message::default() };
+        if let Err(error) = router.bus.publish(message).await {
+            tracing::debug!(%error, "the router's status was not published");
+        }
+    }
+}
+
+pub fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
