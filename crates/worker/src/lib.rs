@@ -1,1 +1,142 @@
-//! 
+//! Runs assignments: takes them from the stream, has a provider do the work, publishes output and the result.
+//!
+//! The result is stored before the assignment is acknowledged, under the assignment's id: a crash in between runs the
+//! assignment again and still leaves one result.
+
+mod heartbeat;
+pub mod provider;
+mod run;
+
+use bus::Bus;
+use provider::Provider;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Redelivered when not reported in progress for this long.
+pub(crate) const ACK_WAIT: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Assignments that run at once.
+    pub slots: usize,
+    pub providers: Vec<ProviderConfig>,
+    /// What runs when a drain begins may take this long to end; then it is returned to the stream.
+    pub drain_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let provider = |name: &str, kind| ProviderConfig { name: name.into(), kind, timeout: Duration::from_secs(60) };
+        Self {
+            slots: 16,
+            providers: vec![provider("echo", Kind::Echo), provider("ops", Kind::Ops)],
+            drain_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct ProviderConfig {
+    /// What policies call it.
+    pub name: String,
+    pub kind: Kind,
+    /// One run may take this long at most; an assignment's own deadline may be shorter.
+    pub timeout: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub enum Kind {
+    /// Gives the task's payload back.
+    Echo,
+    /// Runs a program: the task on its standard input, its standard output streamed.
+    Command { program: PathBuf, args: Vec<String>, output_max: usize },
+    /// Any endpoint that speaks OpenAI's chat completions, streamed.
+    OpenAi { base_url: String, api_key: Option<String>, model: String, system: Option<String> },
+    /// Answers questions about this deployment.
+    Ops,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the bus refused: {0}")]
+    Bus(#[from] bus::Error),
+    #[error("two providers are named {0:?}; names are what policies decide by")]
+    Duplicate(String),
+    #[error("the HTTP client of provider {name:?} cannot be made: {source}")]
+    Http { name: String, source: reqwest::Error },
+    #[error("a loop of the worker panicked: {0}")]
+    Panic(#[from] tokio::task::JoinError),
+}
+
+/// Connected to the streams; nothing runs yet.
+pub struct Bound {
+    worker: Arc<Worker>,
+    assignments: bus::Consumer,
+    cancels: bus::Subscription,
+    live: provider::ops::Subscriptions,
+}
+
+pub(crate) struct Worker {
+    bus: Bus,
+    id: String,
+    slots: usize,
+    drain_timeout: Duration,
+    providers: BTreeMap<String, Arc<Provider>>,
+    running: run::Running,
+    live: Arc<provider::ops::Live>,
+}
+
+pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
+    bus::streams::declare(&bus).await?;
+    let live = Arc::new(provider::ops::Live::default());
+    let mut providers = BTreeMap::new();
+    for each in config.providers {
+        let name = each.name.clone();
+        let provider = Arc::new(Provider::new(each, &bus, &live)?);
+        if providers.insert(name.clone(), provider).is_some() {
+            return Err(Error::Duplicate(name));
+        }
+    }
+    let assignments = bus
+        .consume(bus::ConsumerConfig {
+            stream: wire::subjects::STREAM_ASSIGN,
+            name: "worker".into(),
+            filter: Some(wire::subjects::ASSIGN.into()),
+            ack_wait: ACK_WAIT,
+            max_ack_pending: 1000,
+            from_start: true,
+        })
+        .await?;
+    let cancels = bus.subscribe(wire::subjects::CONTROL_CANCEL, None, 1024).await?;
+    let subscriptions = provider::ops::Subscriptions::subscribe(&bus).await?;
+    let worker = Worker {
+        id: format!("worker-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]),
+        slots: config.slots,
+        drain_timeout: config.drain_timeout,
+        running: run::Running::default(),
+        bus,
+        providers,
+        live,
+    };
+    Ok(Bound { worker: Arc::new(worker), assignments, cancels, live: subscriptions })
+}
+
+impl Bound {
+    /// Works until cancelled, then lets what runs end.
+    pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
+        let Self { worker, assignments, cancels, live } = self;
+        let mut loops = JoinSet::new();
+        loops.spawn(run::assignments(worker.clone(), assignments, cancel.clone()));
+        loops.spawn(run::cancels(worker.clone(), cancels, cancel.clone()));
+        loops.spawn(provider::ops::listen(worker.live.clone(), live, cancel.clone()));
+        loops.spawn(heartbeat::run(worker, cancel));
+        while let Some(ended) = loops.join_next().await {
+            ended?;
+        }
+        Ok(())
+    }
+}

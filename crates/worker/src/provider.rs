@@ -1,0 +1,222 @@
+//! Providers: what can do a task.
+
+mod command;
+mod echo;
+mod openai;
+pub(crate) mod ops;
+
+use crate::{Error, Kind, ProviderConfig};
+use bus::{Bus, Message};
+use parking_lot::Mutex;
+use serde_json::Value;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use wire::router::{OutputChunk, ResultStatus, Task};
+use wire::status::Percentiles;
+
+/// Runs that the latency percentiles look back on.
+const WINDOW: usize = 256;
+
+pub(crate) struct Provider {
+    pub name: String,
+    pub timeout: Duration,
+    pub running: AtomicU64,
+    pub completed: AtomicU64,
+    pub failed: AtomicU64,
+    latencies_ms: Mutex<VecDeque<u64>>,
+    work: Work,
+}
+
+enum Work {
+    Echo,
+    Command(command::Command),
+    OpenAi(openai::OpenAi),
+    Ops(ops::Ops),
+}
+
+/// What a provider is asked to do.
+pub(crate) struct Job<'a> {
+    pub task: &'a Task,
+    pub request_id: &'a str,
+    pub tenant_id: &'a str,
+}
+
+impl Job<'_> {
+    /// `payload.params` where a program submitted it over IPC, else the payload itself.
+    pub fn field(&self, name: &str) -> Option<&Value> {
+        let payload = self.task.payload.as_ref()?;
+        payload.get(name).or_else(|| payload.get("params")?.get(name))
+    }
+
+    pub fn text(&self, name: &str) -> Option<&str> {
+        self.field(name)?.as_str()
+    }
+}
+
+/// How a run ended.
+pub(crate) struct Outcome {
+    pub status: ResultStatus,
+    pub output: Option<Value>,
+    pub error_code: Option<&'static str>,
+    pub error: Option<String>,
+}
+
+impl Outcome {
+    pub fn success(output: Value) -> Self {
+        Self { status: ResultStatus::Success, output: Some(output), error_code: None, error: None }
+    }
+
+    pub fn text(text: impl Into<String>) -> Self {
+        Self::success(serde_json::json!({"text": text.into()}))
+    }
+
+    pub fn failed(code: &'static str, message: impl Into<String>) -> Self {
+        Self { status: ResultStatus::Error, output: None, error_code: Some(code), error: Some(message.into()) }
+    }
+
+    pub fn cancelled() -> Self {
+        let error = Some("cancelled by request".into());
+        Self { status: ResultStatus::Cancelled, output: None, error_code: Some("cancelled"), error }
+    }
+
+    fn timeout(limit: Duration) -> Self {
+        let error = Some(format!("not finished within {limit:?}"));
+        Self { status: ResultStatus::Timeout, output: None, error_code: Some("timeout"), error }
+    }
+}
+
+/// Publishes a run's output as it comes, in order.
+pub(crate) struct Output {
+    bus: Bus,
+    subject: Arc<str>,
+    request_id: String,
+    assignment_id: String,
+    attempt: u32,
+    next: AtomicU64,
+    /// What text has been published, so that a cancelled or failed run keeps it.
+    text: Mutex<String>,
+}
+
+impl Output {
+    pub fn new(bus: Bus, request_id: &str, assignment_id: &str, attempt: u32) -> Self {
+        Self {
+            bus,
+            subject: wire::subjects::output(request_id).into(),
+            request_id: request_id.into(),
+            assignment_id: assignment_id.into(),
+            attempt,
+            next: AtomicU64::new(0),
+            text: Mutex::default(),
+        }
+    }
+
+    pub fn count(&self) -> u64 {
+        self.next.load(Relaxed)
+    }
+
+    pub async fn push(&self, text: &str) {
+        if text.is_empty() {
+            return;
+        }
+        self.text.lock().push_str(text);
+        let chunk = OutputChunk {
+            request_id: self.request_id.clone(),
+            assignment_id: self.assignment_id.clone(),
+            attempt: self.attempt,
+            seq: self.next.fetch_add(1, Relaxed),
+            data: text.into(),
+        };
+        let payload = serde_json::to_vec(&chunk).expect("a chunk is JSON").into();
+        let message = Message { subject: self.subject.clone(), payload, ..Message::default() };
+        if let Err(error) = self.bus.publish(message).await {
+            tracing::debug!(%error, request_id = self.request_id, "a piece of output was not published");
+        }
+    }
+
+    fn so_far(&self) -> Option<Value> {
+        let text = self.text.lock().clone();
+        (!text.is_empty()).then(|| serde_json::json!({"text": text}))
+    }
+}
+
+impl Provider {
+    pub fn new(config: ProviderConfig, bus: &Bus, live: &Arc<ops::Live>) -> Result<Self, Error> {
+        let work = match config.kind {
+            Kind::Echo => Work::Echo,
+            Kind::Command { program, args, output_max } => {
+                Work::Command(command::Command { program, args, output_max })
+            }
+            Kind::OpenAi { base_url, api_key, model, system } => {
+                let made = openai::OpenAi::new(base_url, api_key, model, system);
+                Work::OpenAi(made.map_err(|source| Error::Http { name: config.name.clone(), source })?)
+            }
+            Kind::Ops => Work::Ops(ops::Ops { bus: bus.clone(), live: live.clone() }),
+        };
+        Ok(Self {
+            name: config.name,
+            timeout: config.timeout,
+            running: AtomicU64::new(0),
+            completed: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            latencies_ms: Mutex::default(),
+            work,
+        })
+    }
+
+    pub fn kind_name(&self) -> &'static str {
+        match self.work {
+            Work::Echo => "echo",
+            Work::Command(_) => "command",
+            Work::OpenAi(_) => "openai",
+            Work::Ops(_) => "ops",
+        }
+    }
+
+    /// Does the job, within `limit`, unless it is stopped. Whatever it started has ended when this returns.
+    pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Duration, stop: &CancellationToken) -> Outcome {
+        // A child process is ended with care, so the command minds the clock itself.
+        let mut outcome = if let Work::Command(command) = &self.work {
+            command.run(job, output, limit, stop).await
+        } else {
+            let work = async {
+                match &self.work {
+                    Work::Echo => echo::run(job, output).await,
+                    Work::OpenAi(openai) => openai.run(job, output).await,
+                    Work::Ops(ops) => ops.run(job, output).await,
+                    Work::Command(_) => unreachable!("handled above"),
+                }
+            };
+            tokio::select! {
+                outcome = work => outcome,
+                () = stop.cancelled() => Outcome::cancelled(),
+                () = tokio::time::sleep(limit) => Outcome::timeout(limit),
+            }
+        };
+        if outcome.output.is_none() {
+            outcome.output = output.so_far();
+        }
+        outcome
+    }
+
+    pub fn ended(&self, success: bool, took: Duration) {
+        if success { &self.completed } else { &self.failed }.fetch_add(1, Relaxed);
+        let mut latencies = self.latencies_ms.lock();
+        if latencies.len() == WINDOW {
+            latencies.pop_front();
+        }
+        latencies.push_back(took.as_millis() as u64);
+    }
+
+    pub fn latency_ms(&self) -> Percentiles {
+        let mut sorted: Vec<u64> = self.latencies_ms.lock().iter().copied().collect();
+        sorted.sort_unstable();
+        let at = |share: f64| {
+            let index = (sorted.len() as f64 * share) as usize;
+            sorted.get(index.min(sorted.len().saturating_sub(1))).map_or(0.0, |ms| *ms as f64)
+        };
+        Percentiles { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
+    }
+}

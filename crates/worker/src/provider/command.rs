@@ -1,0 +1,187 @@
+//! Runs a program in a process group of its own: the task on its standard input, its standard output streamed.
+
+use super::{Job, Outcome, Output};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::process::{Child, Command as Process};
+use tokio_util::sync::CancellationToken;
+
+/// Between SIGTERM and SIGKILL.
+const GRACE: Duration = Duration::from_secs(2);
+/// Of standard error, its end is kept for the error message.
+const STDERR_MAX: usize = 4096;
+
+pub struct Command {
+    pub program: PathBuf,
+    pub args: Vec<String>,
+    pub output_max: usize,
+}
+
+enum End {
+    Done(std::io::Result<String>),
+    Stopped,
+    TimedOut,
+}
+
+impl Command {
+    pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Duration, stop: &CancellationToken) -> Outcome {
+        let input = serde_json::to_vec(job.task).expect("a task is JSON");
+        let mut process = Process::new(&self.program);
+        process.args(&self.args).process_group(0).kill_on_drop(true);
+        process.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        process.env("BEAMLINE_REQUEST_ID", job.request_id).env("BEAMLINE_TENANT_ID", job.tenant_id);
+        let mut child = match process.spawn() {
+            Ok(child) => child,
+            Err(error) => {
+                let text = format!("cannot start {}: {error}", self.program.display());
+                return Outcome::failed("spawn_failed", text);
+            }
+        };
+        let group = Group(child.id().map(|id| Pid::from_raw(id.cast_signed())));
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let (Some(mut stdin), Some(stdout), Some(stderr)) = (stdin, stdout, stderr) else {
+            return Outcome::failed("spawn_failed", "the program has no pipes");
+        };
+        let feed = async move {
+            // A program need not read its input: a closed pipe is no error.
+            let _ = stdin.write_all(&input).await;
+            drop(stdin);
+        };
+        let mut errors = String::new();
+        let end = {
+            let talk = async {
+                // An error of the output ends the run at once; the other pipes are not waited for.
+                let rest = async {
+                    let ((), tail) = tokio::join!(feed, tail(stderr));
+                    Ok(tail)
+                };
+                let (text, tail) = tokio::try_join!(stream(stdout, output, self.output_max), rest)?;
+                errors = tail;
+                Ok(text)
+            };
+            tokio::select! {
+                text = talk => End::Done(text),
+                () = stop.cancelled() => End::Stopped,
+                () = tokio::time::sleep(limit) => End::TimedOut,
+            }
+        };
+        match end {
+            End::Done(Ok(text)) => match tokio::time::timeout(limit, child.wait()).await {
+                Ok(Ok(status)) if status.success() => Outcome::text(text),
+                Ok(Ok(status)) => {
+                    Outcome::failed("exit_status", format!("{status}; its last words: {}", errors.trim()))
+                }
+                Ok(Err(error)) => Outcome::failed("wait_failed", error.to_string()),
+                Err(_) => {
+                    group.end(&mut child).await;
+                    Outcome::timeout(limit)
+                }
+            },
+            End::Done(Err(error)) => {
+                group.end(&mut child).await;
+                Outcome::failed("output", error.to_string())
+            }
+            End::Stopped => {
+                group.end(&mut child).await;
+                Outcome::cancelled()
+            }
+            End::TimedOut => {
+                group.end(&mut child).await;
+                Outcome::timeout(limit)
+            }
+        }
+    }
+}
+
+/// Kills the whole group on drop, so that a cancelled run leaves no grandchild.
+struct Group(Option<Pid>);
+
+impl Group {
+    async fn end(&self, child: &mut Child) {
+        self.signal(Signal::SIGTERM);
+        if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
+            self.signal(Signal::SIGKILL);
+            let _ = child.wait().await;
+        }
+        self.signal(Signal::SIGKILL);
+    }
+
+    fn signal(&self, signal: Signal) {
+        if let Some(group) = self.0 {
+            // The group is gone already when all its processes have ended.
+            let _ = killpg(group, signal);
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.signal(Signal::SIGKILL);
+    }
+}
+
+/// Publishes what comes as text, cut only between characters; the whole of it at the end.
+async fn stream(mut from: impl AsyncRead + Unpin, output: &Output, max: usize) -> std::io::Result<String> {
+    let mut text = String::new();
+    let mut pending: Vec<u8> = Vec::new();
+    let mut buffer = [0_u8; 4096];
+    loop {
+        let read = from.read(&mut buffer).await?;
+        pending.extend_from_slice(&buffer[..read]);
+        let whole = if read == 0 { pending.len() } else { whole_characters(&pending) };
+        let piece = String::from_utf8_lossy(&pending[..whole]).into_owned();
+        pending.drain(..whole);
+        if text.len() + piece.len() > max {
+            return Err(std::io::Error::other(format!("the program wrote more than {max} bytes; it was ended")));
+        }
+        output.push(&piece).await;
+        text.push_str(&piece);
+        if read == 0 {
+            return Ok(text);
+        }
+    }
+}
+
+/// How many bytes can be given out without cutting a character that may still be completed.
+fn whole_characters(bytes: &[u8]) -> usize {
+    match std::str::from_utf8(bytes) {
+        Ok(_) => bytes.len(),
+        Err(error) if error.error_len().is_none() => error.valid_up_to(),
+        // Not UTF-8 at all: nothing to wait for.
+        Err(_) => bytes.len(),
+    }
+}
+
+/// The end of what comes.
+async fn tail(mut from: impl AsyncRead + Unpin) -> String {
+    let mut kept: Vec<u8> = Vec::new();
+    let mut buffer = [0_u8; 1024];
+    while let Ok(read) = from.read(&mut buffer).await {
+        if read == 0 {
+            break;
+        }
+        kept.extend_from_slice(&buffer[..read]);
+        if kept.len() > STDERR_MAX {
+            kept.drain(..kept.len() - STDERR_MAX);
+        }
+    }
+    String::from_utf8_lossy(&kept).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::whole_characters;
+
+    #[test]
+    fn text_is_cut_between_characters() {
+        let euro = "a€".as_bytes();
+        for (length, expected) in [(1, 1), (2, 1), (3, 1), (4, 4)] {
+            assert_eq!(whole_characters(&euro[..length]), expected);
+        }
+        assert_eq!(whole_characters(&[0xff, b'a']), 2);
+    }
+}

@@ -1,0 +1,124 @@
+//! Any endpoint that speaks OpenAI's chat completions: one streamed request a task.
+
+use super::{Job, Outcome, Output};
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// A line of the event stream is not longer.
+const LINE_MAX: usize = 256 * 1024;
+/// An answer is not longer.
+const ANSWER_MAX: usize = 1024 * 1024;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+pub struct OpenAi {
+    client: reqwest::Client,
+    url: String,
+    api_key: Option<String>,
+    model: String,
+    system: Option<String>,
+}
+
+impl OpenAi {
+    pub fn new(
+        base_url: String,
+        api_key: Option<String>,
+        model: String,
+        system: Option<String>,
+    ) -> reqwest::Result<Self> {
+        let client = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).build()?;
+        let url = format!("{}/chat/completions", base_url.trim_end_matches('/'));
+        Ok(Self { client, url, api_key, model, system })
+    }
+
+    pub async fn run(&self, job: &Job<'_>, output: &Output) -> Outcome {
+        match self.ask(job, output).await {
+            Ok(text) => Outcome::text(text),
+            Err(outcome) => outcome,
+        }
+    }
+
+    async fn ask(&self, job: &Job<'_>, output: &Output) -> Result<String, Outcome> {
+        let mut messages = Vec::new();
+        if let Some(system) = &self.system {
+            messages.push(json!({"role": "system", "content": system}));
+        }
+        match (job.field("messages").and_then(Value::as_array), job.text("prompt")) {
+            (Some(given), _) if !given.is_empty() => messages.extend(given.iter().cloned()),
+            (_, Some(prompt)) => messages.push(json!({"role": "user", "content": prompt})),
+            _ => return Err(Outcome::failed("invalid_task", "the task has neither prompt nor messages")),
+        }
+        let mut request = self.client.post(&self.url);
+        if let Some(key) = &self.api_key {
+            request = request.bearer_auth(key);
+        }
+        let body = json!({"model": self.model, "messages": messages, "stream": true});
+        let response = request.json(&body).send().await;
+        let response =
+            response.map_err(|e| Outcome::failed("unreachable", format!("{} cannot be reached: {e}", self.url)))?;
+        let status = response.status();
+        if !status.is_success() {
+            let text = response.text().await.unwrap_or_default();
+            let short: String = text.chars().take(300).collect();
+            return Err(Outcome::failed("refused", format!("{} answered {status}: {short}", self.url)));
+        }
+        let mut answer = String::new();
+        let mut buffer: Vec<u8> = Vec::new();
+        let mut pieces = response.bytes_stream();
+        while let Some(piece) = pieces.next().await {
+            let piece = piece.map_err(|e| Outcome::failed("broken_stream", format!("the answer broke off: {e}")))?;
+            buffer.extend_from_slice(&piece);
+            while let Some(end) = buffer.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = buffer.drain(..=end).collect();
+                match event(&line) {
+                    Event::Text(text) => {
+                        if answer.len() + text.len() > ANSWER_MAX {
+                            return Err(Outcome::failed(
+                                "output",
+                                format!("the answer is longer than {ANSWER_MAX} bytes"),
+                            ));
+                        }
+                        output.push(&text).await;
+                        answer.push_str(&text);
+                    }
+                    Event::Done => return Ok(answer),
+                    Event::Failed(text) => return Err(Outcome::failed("refused", text)),
+                    Event::Nothing => {}
+                }
+            }
+            if buffer.len() > LINE_MAX {
+                return Err(Outcome::failed(
+                    "broken_stream",
+                    format!("a line of the answer is longer than {LINE_MAX} bytes"),
+                ));
+            }
+        }
+        Err(Outcome::failed("broken_stream", "the answer ended without [DONE]"))
+    }
+}
+
+enum Event {
+    Text(String),
+    Done,
+    Failed(String),
+    Nothing,
+}
+
+fn event(line: &[u8]) -> Event {
+    let line = String::from_utf8_lossy(line);
+    let Some(data) = line.trim().strip_prefix("data:").map(str::trim) else { return Event::Nothing };
+    if data == "[DONE]" {
+        return Event::Done;
+    }
+    let Ok(value) = serde_json::from_str::<Value>(data) else {
+        return Event::Failed("a piece of the answer is not JSON".into());
+    };
+    if let Some(error) = value.get("error") {
+        let text = error["message"].as_str().map_or_else(|| error.to_string(), String::from);
+        return Event::Failed(text);
+    }
+    match value["choices"][0]["delta"]["content"].as_str() {
+        Some(text) => Event::Text(text.into()),
+        None => Event::Nothing,
+    }
+}

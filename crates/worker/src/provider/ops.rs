@@ -1,0 +1,270 @@
+//! Answers questions about this deployment from what its parts say of themselves: no key, no model.
+
+use super::{Job, Outcome, Output};
+use bus::{Bus, Headers, Message, Subscription};
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+use wire::channels::{Answer, Presence, PresenceResult};
+use wire::status::{GatewayStatus, Heartbeat, NodeStatus, RouterStatus};
+use wire::subjects;
+
+/// A part that has said nothing for this long is gone (three intervals; workers speak every 5 s).
+const SILENCE_MAX: Duration = Duration::from_secs(4);
+const WORKER_SILENCE_MAX: Duration = Duration::from_secs(16);
+
+/// The newest word of every part.
+#[derive(Default)]
+pub struct Live {
+    nodes: Table<NodeStatus>,
+    routers: Table<RouterStatus>,
+    gateways: Table<GatewayStatus>,
+    workers: Table<Heartbeat>,
+}
+
+struct Table<T>(Mutex<BTreeMap<String, (Instant, T)>>);
+
+impl<T> Default for Table<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Clone + serde::de::DeserializeOwned> Table<T> {
+    fn hear(&self, message: &Message, name: impl Fn(&T) -> &str, silence: Duration) {
+        if let Ok(status) = serde_json::from_slice::<T>(&message.payload) {
+            let mut table = self.0.lock();
+            table.insert(name(&status).into(), (Instant::now(), status));
+            table.retain(|_, (heard, _)| heard.elapsed() < silence);
+        }
+    }
+
+    fn all(&self, silence: Duration) -> Vec<T> {
+        let table = self.0.lock();
+        table.values().filter(|(heard, _)| heard.elapsed() < silence).map(|(_, status)| status.clone()).collect()
+    }
+}
+
+pub struct Subscriptions {
+    nodes: Subscription,
+    routers: Subscription,
+    gateways: Subscription,
+    workers: Subscription,
+}
+
+impl Subscriptions {
+    pub async fn subscribe(bus: &Bus) -> bus::Result<Self> {
+        Ok(Self {
+            nodes: bus.subscribe(subjects::NODE_STATUS, None, 1024).await?,
+            routers: bus.subscribe(subjects::ROUTER_STATUS, None, 1024).await?,
+            gateways: bus.subscribe(subjects::GATEWAY_STATUS, None, 1024).await?,
+            workers: bus.subscribe(subjects::HEARTBEAT, None, 1024).await?,
+        })
+    }
+}
+
+pub async fn listen(live: Arc<Live>, mut from: Subscriptions, cancel: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            Some(message) = from.nodes.next() => live.nodes.hear(&message, |s| &s.node, SILENCE_MAX),
+            Some(message) = from.routers.next() => live.routers.hear(&message, |s| &s.router, SILENCE_MAX),
+            Some(message) = from.gateways.next() => live.gateways.hear(&message, |s| &s.gateway, SILENCE_MAX),
+            Some(message) = from.workers.next() => live.workers.hear(&message, |s| &s.worker_id, WORKER_SILENCE_MAX),
+            else => return,
+        }
+    }
+}
+
+pub struct Ops {
+    pub bus: Bus,
+    pub live: Arc<Live>,
+}
+
+impl Ops {
+    pub async fn run(&self, job: &Job<'_>, output: &Output) -> Outcome {
+        let question = job.text("prompt").unwrap_or("help").to_lowercase();
+        let room = job.text("room").unwrap_or_default();
+        let answer = match topic(&question) {
+            Topic::Status => self.status(),
+            Topic::Nodes => self.nodes(),
+            Topic::Providers => self.providers(),
+            Topic::Who => self.who(room).await,
+            Topic::Help => help(&question),
+        };
+        // Line by line: the first is on the page before the last is made.
+        for line in answer.split_inclusive('\n') {
+            output.push(line).await;
+        }
+        Outcome::text(answer)
+    }
+
+    fn status(&self) -> String {
+        let nodes = self.live.nodes.all(SILENCE_MAX);
+        let routers = self.live.routers.all(SILENCE_MAX);
+        let gateways = self.live.gateways.all(SILENCE_MAX);
+        let workers = self.live.workers.all(WORKER_SILENCE_MAX);
+        let connections: u64 = nodes.iter().map(|n| n.connections).sum();
+        let deliveries: u64 = nodes.iter().map(|n| n.deliveries_total).sum();
+        let decisions: u64 = routers.iter().map(|r| r.decisions_total).sum();
+        let open: Vec<String> = routers
+            .iter()
+            .flat_map(|r| &r.breakers)
+            .filter(|b| b.state != "closed")
+            .map(|b| format!("{} ({})", b.provider, b.state))
+            .collect();
+        let running: u64 = workers.iter().map(|w| w.running).sum();
+        let mut text = String::from("**Status of this deployment**\n");
+        let _ = writeln!(
+            text,
+            "- {} with {connections} open connections and {deliveries} deliveries",
+            count(nodes.len(), "node")
+        );
+        let _ = writeln!(text, "- {} with {decisions} decisions", count(routers.len(), "router"));
+        for router in &routers {
+            let p = router.decide_us;
+            let _ = writeln!(text, "- decisions take {:.0} µs at p50, {:.0} µs at p99", p.p50, p.p99);
+        }
+        let _ = writeln!(text, "- {} running {running} assignments now", count(workers.len(), "worker"));
+        let requests: u64 = gateways.iter().map(|g| g.requests_total).sum();
+        let _ = writeln!(text, "- {} with {requests} requests from programs", count(gateways.len(), "gateway"));
+        let _ = writeln!(text, "- breakers: {}", if open.is_empty() { "all closed".into() } else { open.join(", ") });
+        text
+    }
+
+    fn nodes(&self) -> String {
+        let nodes = self.live.nodes.all(SILENCE_MAX);
+        if nodes.is_empty() {
+            return "No node has reported in the last seconds.\n".into();
+        }
+        let mut text = String::from(
+            "| node | address | connections | users | channels | memory | up |\n|---|---|---|---|---|---|---|\n",
+        );
+        for n in nodes {
+            let (memory, up) = (n.rss_bytes >> 20, duration(n.uptime_s));
+            let (node, address) = (n.node, n.address);
+            let _ = writeln!(
+                text,
+                "| {node} | {address} | {} | {} | {} | {memory} MiB | {up} |",
+                n.connections, n.users, n.channels
+            );
+        }
+        text
+    }
+
+    fn providers(&self) -> String {
+        let workers = self.live.workers.all(WORKER_SILENCE_MAX);
+        let mut text =
+            String::from("| provider | kind | running | done | failed | p50 | p99 |\n|---|---|---|---|---|---|---|\n");
+        for p in workers.iter().flat_map(|w| &w.providers) {
+            let (p50, p99) = (p.latency_ms.p50, p.latency_ms.p99);
+            let (done, failed) = (p.completed_total, p.failed_total);
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} | {done} | {failed} | {p50:.0} ms | {p99:.0} ms |",
+                p.name, p.kind, p.running
+            );
+        }
+        text
+    }
+
+    async fn who(&self, room: &str) -> String {
+        if room.is_empty() {
+            return "Ask me that in a room, and I tell who is in it.\n".into();
+        }
+        let request = serde_json::to_vec(&Presence { channel: format!("chat:{room}") }).expect("a request is JSON");
+        let asked =
+            self.bus.request(subjects::CHANNELS_PRESENCE, Headers::new(), request.into(), Duration::from_secs(2));
+        let answer = match asked.await {
+            Ok(message) => serde_json::from_slice::<Answer<PresenceResult>>(&message.payload),
+            Err(error) => return format!("I cannot see who is here: {error}\n"),
+        };
+        match answer.map(Answer::into_result) {
+            Ok(Ok(result)) => {
+                let people: BTreeSet<_> = result.presence.into_values().map(|info| info.user).collect();
+                match people.len() {
+                    0 => "Nobody is in this room now.\n".into(),
+                    _ => format!("In this room now: {}.\n", people.into_iter().collect::<Vec<_>>().join(", ")),
+                }
+            }
+            Ok(Err(failure)) => format!("I cannot see who is here: {}\n", failure.message),
+            Err(error) => format!("I cannot see who is here: {error}\n"),
+        }
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Topic {
+    Status,
+    Nodes,
+    Providers,
+    Who,
+    Help,
+}
+
+fn topic(question: &str) -> Topic {
+    let said: Vec<&str> = question.split(|c: char| !c.is_alphanumeric()).map(|w| w.trim_end_matches('s')).collect();
+    let asks = |words: &[&str]| words.iter().any(|word| said.contains(word));
+    if asks(&["help"]) {
+        Topic::Help
+    } else if asks(&["who", "present", "here"]) {
+        Topic::Who
+    } else if asks(&["provider", "worker"]) {
+        Topic::Providers
+    } else if asks(&["node", "connection", "memory"]) {
+        Topic::Nodes
+    } else if asks(&["statu", "health", "how", "ok", "breaker", "decision"]) {
+        Topic::Status
+    } else {
+        Topic::Help
+    }
+}
+
+fn help(question: &str) -> String {
+    let mut text = String::new();
+    if !question.contains("help") {
+        text.push_str(
+            "I answer questions about this deployment; for anything else, connect a model (docs/providers.md).\n\n",
+        );
+    }
+    text.push_str("Ask me for\n- `status`: connections, decisions and breakers at a glance\n- `nodes`: every node with its load\n");
+    text.push_str(
+        "- `providers`: who does the work, and how fast\n- `who`: the people in this room\n- `help`: this list\n",
+    );
+    text
+}
+
+fn count(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+}
+
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds / 60),
+        3600..86_400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{} d {} h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn questions_find_their_topic() {
+        for (question, expected) in [
+            ("status", Topic::Status),
+            ("how are the nodes?", Topic::Nodes),
+            ("who is here?", Topic::Who),
+            ("which providers are there", Topic::Providers),
+            ("help", Topic::Help),
+            ("tell me a joke", Topic::Help),
+        ] {
+            assert_eq!(topic(question), expected, "{question}");
+        }
+    }
+}
