@@ -1,0 +1,150 @@
+//! What stands in frames, as JSON.
+
+use super::ErrorCode;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum Wait {
+    #[default]
+    Decision,
+    Result,
+    Stream,
+}
+
+/// TASK_SUBMIT. Of the task, what is no field of the protocol is its payload.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskSubmit {
+    pub command: String,
+    pub task_type: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<i64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub params: Option<Map<String, Value>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idempotency_key: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    #[serde(default)]
+    pub wait: Wait,
+    /// Hand the task over also where only the decision is waited for.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub push_assignment: bool,
+}
+
+/// TASK_QUERY, TASK_CANCEL, STREAM_SUBSCRIBE: the task by the request id of its submit.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskRef {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
+    pub task_id: String,
+}
+
+/// The answer to a query or a cancel.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskAnswer {
+    pub task_id: String,
+    pub state: crate::router::State,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decision: Option<crate::router::Decision>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<crate::router::ExecResult>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StreamData {
+    pub task_id: String,
+    pub seq: u64,
+    pub data: Value,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StreamComplete {
+    pub task_id: String,
+    /// The ExecResult as it was published.
+    pub result: Box<RawValue>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Capabilities {
+    pub protocol_versions: Vec<u8>,
+    pub message_types: Vec<u8>,
+    pub max_frame_size: usize,
+    pub features: Vec<String>,
+    pub limits: Limits,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Limits {
+    pub max_connections: usize,
+    pub max_in_flight: usize,
+    pub max_in_flight_v1: usize,
+    pub max_in_flight_v2: usize,
+    pub request_timeout_ms: u64,
+}
+
+/// RESPONSE_ERROR and STREAM_ERROR.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ErrorPayload {
+    pub ok: bool,
+    pub error: ErrorDetail,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<ExchangeContext>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ErrorDetail {
+    pub code: u16,
+    pub message: String,
+    /// Of a REJECTED: the router's HTTP status and code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub details: Option<Value>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+pub struct ExchangeContext {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
+}
+
+impl ErrorPayload {
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        let error = ErrorDetail {
+            code: code as u16,
+            message: message.into(),
+            status: None,
+            reason: None,
+            retry_after_ms: None,
+            details: None,
+        };
+        Self { ok: false, error, context: None }
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("an error is JSON")
+    }
+}
