@@ -7,7 +7,8 @@ mod payload;
 
 pub use decoder::{Decoder, Violation};
 pub use payload::{
-    Capabilities, ErrorDetail, ErrorPayload, ExchangeContext, Limits, StreamComplete, StreamData, TaskAnswer, TaskRef, TaskSubmit, Wait,
+    Capabilities, ErrorDetail, ErrorPayload, ExchangeContext, Limits, StreamComplete, StreamData, TaskAnswer, TaskRef,
+    TaskSubmit, Wait,
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
