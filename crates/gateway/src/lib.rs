@@ -1,1 +1,192 @@
+//! Takes tasks from local processes on a Unix socket and carries them over the bus to the router and back.
 //!
+//! A connection is one task ([`session`]); its requests run inside it, so whatever a client left behind ends with it.
+
+mod forward;
+mod session;
+mod socket;
+mod stats;
+mod waiters;
+
+use bus::Bus;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use wire::ipc::{ErrorCode, ErrorPayload, Frame, FrameType, Version};
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// At most 107 bytes.
+    pub socket: PathBuf,
+    pub max_connections: usize,
+    /// Requests in flight over all connections.
+    pub max_in_flight: usize,
+    /// Requests in flight on one connection, by the version of their frames.
+    pub max_in_flight_v1: usize,
+    pub max_in_flight_v2: usize,
+    /// A frame that has begun must be complete within.
+    pub read_timeout: Duration,
+    /// A client must take some of its answers within.
+    pub write_timeout: Duration,
+    /// A request without a deadline of its own; waiting for a result lasts as long as an assignment may, on top.
+    pub request_timeout: Duration,
+    /// Bytes of unfinished frames, all connections together.
+    pub receive_budget: usize,
+    /// Requests in flight when a drain begins may take this long.
+    pub drain_timeout: Duration,
+    /// Who may connect besides our own user and root. Others can only reach the socket if this is not empty.
+    pub allowed_uids: Vec<u32>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            socket: "/tmp/beamline-gateway.sock".into(),
+            max_connections: 1024,
+            max_in_flight: 1000,
+            max_in_flight_v1: 10,
+            max_in_flight_v2: 256,
+            read_timeout: Duration::from_secs(10),
+            write_timeout: Duration::from_secs(10),
+            request_timeout: Duration::from_secs(5),
+            receive_budget: 64 * 1024 * 1024,
+            drain_timeout: Duration::from_secs(10),
+            allowed_uids: Vec::new(),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("socket {path}: {problem}")]
+    Socket { path: String, problem: String },
+    #[error("the bus refused: {0}")]
+    Bus(#[from] bus::Error),
+}
+
+/// Listening; nothing is accepted yet.
+pub struct Bound {
+    gateway: Arc<Gateway>,
+    listener: socket::Listener,
+    results: bus::Subscription,
+}
+
+/// What all sessions share.
+struct Gateway {
+    config: Config,
+    bus: Bus,
+    waiters: waiters::Waiters,
+    stats: stats::Stats,
+    in_flight: Arc<Semaphore>,
+    /// Permits are KiB of [`Config::receive_budget`].
+    receive: Arc<Semaphore>,
+}
+
+pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
+    let listener = socket::Listener::bind(&config.socket, !config.allowed_uids.is_empty()).await?;
+    bus::streams::declare(&bus).await?;
+    let results = bus.subscribe(wire::subjects::RESULT, None, waiters::QUEUE_MAX).await?;
+    let gateway = Gateway {
+        in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
+        receive: Arc::new(Semaphore::new(config.receive_budget / 1024)),
+        waiters: waiters::Waiters::default(),
+        stats: stats::Stats::default(),
+        bus,
+        config,
+    };
+    Ok(Bound { gateway: Arc::new(gateway), listener, results })
+}
+
+impl Bound {
+    pub fn socket(&self) -> &Path {
+        self.listener.path()
+    }
+
+    /// Serves until cancelled; then answers what is in flight and closes.
+    pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
+        let Self { gateway, listener, results } = self;
+        let ended = CancellationToken::new();
+        let loops = TaskTracker::new();
+        loops.spawn(waiters::run(gateway.clone(), results, ended.clone()));
+        loops.spawn(stats::run(gateway.clone(), ended.clone()));
+
+        let sessions = TaskTracker::new();
+        let places = Arc::new(Semaphore::new(gateway.config.max_connections));
+        loop {
+            let accepted = tokio::select! {
+                () = cancel.cancelled() => break,
+                accepted = listener.accept() => accepted,
+            };
+            let stream = match accepted {
+                Ok(stream) => stream,
+                Err(error) => {
+                    // Out of descriptors: wait for some to come back rather than spin.
+                    tracing::warn!(%error, "cannot accept an IPC connection");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            let Some(peer) = gateway.peer(&stream) else {
+                refuse(&stream, ErrorCode::Forbidden, "This user may not connect; gateway.allowed_uids lets it");
+                continue;
+            };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                gateway.stats.failed(ErrorCode::Overloaded);
+                refuse(&stream, ErrorCode::Overloaded, "Too many connections; gateway.max_connections is the limit");
+                continue;
+            };
+            let session = session::run(gateway.clone(), stream, peer, cancel.clone());
+            sessions.spawn(async move {
+                session.await;
+                drop(place);
+            });
+        }
+        drop(listener);
+        sessions.close();
+        sessions.wait().await;
+        ended.cancel();
+        loops.close();
+        loops.wait().await;
+        Ok(())
+    }
+}
+
+/// Who is at the other end.
+#[derive(Debug, Clone, Copy)]
+struct Peer {
+    uid: u32,
+}
+
+impl Peer {
+    /// Root speaks for any tenant, others for `default`.
+    fn may_speak_for(self, tenant: &str) -> bool {
+        self.uid == 0 || tenant == forward::DEFAULT_TENANT
+    }
+}
+
+impl Gateway {
+    fn peer(&self, stream: &UnixStream) -> Option<Peer> {
+        let uid = stream.peer_cred().ok()?.uid();
+        let known = uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.config.allowed_uids.contains(&uid);
+        if !known {
+            tracing::warn!(uid, "refused an IPC connection; gateway.allowed_uids lets this user in");
+            self.stats.failed(ErrorCode::Forbidden);
+        }
+        known.then_some(Peer { uid })
+    }
+}
+
+/// One error frame into the empty buffer of a new connection, which is then closed.
+fn refuse(stream: &UnixStream, code: ErrorCode, text: &str) {
+    let mut error = ErrorPayload::new(code, text);
+    if code == ErrorCode::Overloaded {
+        error.error.retry_after_ms = Some(session::RETRY_AFTER_MS);
+    }
+    let mut bytes = bytes::BytesMut::new();
+    Frame::new(Version::V1, FrameType::ResponseError, error.encode()).encode(&mut bytes);
+    let _ = stream.try_write(&bytes);
+}

@@ -1,0 +1,487 @@
+//! One request on its way: to the router, and for `wait` result and stream on to its end.
+
+use crate::waiters::{Finished, Waiter};
+use crate::{Gateway, Peer};
+use bus::Headers;
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use wire::ipc::{
+    ErrorCode, ErrorPayload, ExchangeContext, FrameType, StreamComplete, StreamData, TaskAnswer, TaskRef, TaskSubmit,
+    Wait,
+};
+use wire::limits::{ID_MAX, IPC_FRAME_MAX};
+use wire::router::{DecideRequest, ErrorBody, OutputChunk, RequestOptions, Task, TaskQuery, VERSION};
+use wire::subjects;
+
+pub const DEFAULT_TENANT: &str = "default";
+
+/// An assignment may take this long at most (contract: its deadline is clamped to 60 s).
+const RESULT_MAX: Duration = Duration::from_secs(60);
+/// Between looks at a task's record while its result is awaited: a result message that was missed (a reconnect, a full
+/// queue, a task that had ended before) is found there.
+const LOOK_FIRST: Duration = Duration::from_millis(250);
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+/// Output that the result announces but that has not come within this time was lost on the way.
+const OUTPUT_GRACE: Duration = Duration::from_millis(500);
+/// Output chunks that may wait for one reader.
+const OUTPUT_QUEUE: usize = 4096;
+
+/// The frame that answers a request.
+pub type Reply = (FrameType, Bytes);
+
+/// Where a stream's pieces go before its last frame.
+pub type Pieces = mpsc::Sender<Reply>;
+
+/// What a client asked for.
+pub enum Request {
+    Submit(Box<TaskSubmit>),
+    Query(TaskRef),
+    Cancel(TaskRef),
+    Subscribe(TaskRef),
+}
+
+impl Request {
+    /// The request in a payload; the error names what does not fit.
+    pub fn parse(kind: FrameType, payload: &[u8]) -> Result<Self, String> {
+        let request = match kind {
+            FrameType::TaskSubmit => Self::Submit(Box::new(object(payload)?)),
+            FrameType::TaskQuery => Self::Query(object(payload)?),
+            FrameType::TaskCancel => Self::Cancel(object(payload)?),
+            FrameType::StreamSubscribe => Self::Subscribe(object(payload)?),
+            other => unreachable!("{other:?} has no request in it"),
+        };
+        match &request {
+            Self::Submit(submit) => check(submit)?,
+            Self::Query(task) | Self::Cancel(task) | Self::Subscribe(task) => id("task_id", &task.task_id)?,
+        }
+        Ok(request)
+    }
+
+    /// Answered by more than one frame.
+    pub fn is_stream(&self) -> bool {
+        matches!(self, Self::Subscribe(_)) || matches!(self, Self::Submit(submit) if submit.wait == Wait::Stream)
+    }
+}
+
+fn object<T: DeserializeOwned>(payload: &[u8]) -> Result<T, String> {
+    let text = std::str::from_utf8(payload).map_err(|e| format!("Payload is not UTF-8: {e}"))?;
+    // An array would fit a struct too.
+    if !text.trim_start().starts_with('{') {
+        return Err("Payload is not a JSON object".into());
+    }
+    serde_json::from_str(text).map_err(|e| format!("Payload does not fit: {e}"))
+}
+
+fn id(field: &str, value: &str) -> Result<(), String> {
+    match value.len() {
+        1..=ID_MAX => Ok(()),
+        bytes => Err(format!("{field} has {bytes} bytes; 1 to {ID_MAX} are allowed")),
+    }
+}
+
+fn check(submit: &TaskSubmit) -> Result<(), String> {
+    if submit.command != "task_submit" {
+        return Err(format!("command is {:?}; TASK_SUBMIT carries \"task_submit\"", submit.command));
+    }
+    id("task_type", &submit.task_type)?;
+    let optional = [
+        ("request_id", &submit.request_id),
+        ("trace_id", &submit.trace_id),
+        ("tenant_id", &submit.tenant_id),
+        ("policy_id", &submit.policy_id),
+    ];
+    for (field, value) in optional {
+        if let Some(value) = value {
+            id(field, value)?;
+        }
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+    match &submit.tenant_id {
+        Some(tenant) if !tenant.chars().all(plain) => Err("tenant_id has characters besides A-Z a-z 0-9 _ . -".into()),
+        _ => Ok(()),
+    }
+}
+
+/// A request in flight: what its errors name.
+struct Exchange {
+    gateway: Arc<Gateway>,
+    request_id: String,
+    trace_id: String,
+    tenant_id: String,
+    deadline: Instant,
+}
+
+/// Carries the request out; the last frame of its answer.
+pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_ms: u32, pieces: Pieces) -> Reply {
+    let started = Instant::now();
+    let own = (deadline_ms > 0).then(|| Duration::from_millis(deadline_ms.into()));
+    let request_timeout = gateway.config.request_timeout;
+    let new = |task: TaskRef, timeout: Duration| Exchange {
+        gateway: gateway.clone(),
+        request_id: task.task_id,
+        trace_id: new_trace_id(),
+        tenant_id: DEFAULT_TENANT.into(),
+        deadline: started + own.unwrap_or(timeout),
+    };
+    let (exchange, outcome) = match request {
+        Request::Submit(submit) => {
+            let own = own.or(submit.timeout_ms.map(Duration::from_millis));
+            let default = if submit.wait == Wait::Decision { request_timeout } else { request_timeout + RESULT_MAX };
+            let exchange = Exchange {
+                gateway: gateway.clone(),
+                request_id: submit.request_id.clone().unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
+                trace_id: trace_of(&submit),
+                tenant_id: submit.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
+                deadline: started + own.unwrap_or(default),
+            };
+            let outcome = exchange.submit(peer, *submit, own, &pieces).await;
+            (exchange, outcome)
+        }
+        Request::Query(task) => {
+            let exchange = new(task, request_timeout);
+            let outcome = exchange.ask(subjects::GET_DECISION).await.and_then(|answer| exchange.ok(&answer));
+            (exchange, outcome)
+        }
+        Request::Cancel(task) => {
+            let exchange = new(task, request_timeout);
+            let outcome = exchange.ask(subjects::CANCEL).await.and_then(|answer| exchange.ok(&answer));
+            (exchange, outcome)
+        }
+        Request::Subscribe(task) => {
+            let exchange = new(task, request_timeout + RESULT_MAX);
+            let outcome = exchange.subscribe(&pieces).await;
+            (exchange, outcome)
+        }
+    };
+    exchange.end(outcome, started)
+}
+
+impl Exchange {
+    fn end(&self, outcome: Result<Reply, Failure>, started: Instant) -> Reply {
+        let took = started.elapsed();
+        self.gateway.stats.forwarded(took);
+        let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
+        let took_us = took.as_micros() as u64;
+        match outcome {
+            Ok((kind, payload)) if payload.len() <= IPC_FRAME_MAX - wire::ipc::HEADER_V2 => {
+                tracing::debug!(trace_id, request_id, tenant_id, took_us, "answered");
+                (kind, payload)
+            }
+            Ok((_, payload)) => {
+                let text = format!("The answer has {} bytes, more than a frame holds", payload.len());
+                self.failed(Failure::new(ErrorCode::FrameTooLarge, text), took_us)
+            }
+            Err(failure) => self.failed(failure, took_us),
+        }
+    }
+
+    fn failed(&self, failure: Failure, took_us: u64) -> Reply {
+        let Failure { mut payload, code, in_stream } = failure;
+        self.gateway.stats.failed(code);
+        let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
+        let error_code = code.name();
+        tracing::info!(trace_id, request_id, tenant_id, error_code, took_us, "refused: {}", payload.error.message);
+        payload.context =
+            Some(ExchangeContext { request_id: Some(self.request_id.clone()), trace_id: Some(self.trace_id.clone()) });
+        (if in_stream { FrameType::StreamError } else { FrameType::ResponseError }, payload.encode().into())
+    }
+
+    async fn submit(
+        &self,
+        peer: Peer,
+        submit: TaskSubmit,
+        own_deadline: Option<Duration>,
+        pieces: &Pieces,
+    ) -> Result<Reply, Failure> {
+        if !peer.may_speak_for(&self.tenant_id) {
+            let text = format!("User {} may not speak for tenant {:?}", peer.uid, self.tenant_id);
+            return Err(Failure::new(ErrorCode::Forbidden, text));
+        }
+        let wait = submit.wait;
+        tracing::info!(
+            trace_id = self.trace_id,
+            request_id = self.request_id,
+            tenant_id = self.tenant_id,
+            task_type = submit.task_type,
+            ?wait,
+            "taken"
+        );
+        // Both before the router hears of it, so that nothing comes too early.
+        let waiter = (wait != Wait::Decision).then(|| Waiter::register(&self.gateway, &self.request_id));
+        let output = match wait {
+            Wait::Stream => Some(self.output().await?),
+            Wait::Decision | Wait::Result => None,
+        };
+        let decided = self.decide(submit, own_deadline).await?;
+        match waiter {
+            None => Ok((FrameType::ResponseOk, decided)),
+            Some(waiter) => self.follow(waiter, output, pieces).await,
+        }
+    }
+
+    /// The router's answer, byte for byte, if it is a decision.
+    async fn decide(&self, submit: TaskSubmit, own_deadline: Option<Duration>) -> Result<Bytes, Failure> {
+        let traceparent = submit.traceparent.clone().or_else(|| traceparent(&self.trace_id));
+        let mut headers =
+            Headers::new().with("trace_id", &self.trace_id).with("tenant_id", &self.tenant_id).with("version", VERSION);
+        if let Some(traceparent) = traceparent {
+            headers.insert("traceparent", traceparent);
+        }
+        let request = self.request(submit, own_deadline);
+        let payload = serde_json::to_vec(&request).map_err(|e| Failure::new(ErrorCode::Internal, e.to_string()))?;
+        self.request_router(subjects::DECIDE, headers, payload).await
+    }
+
+    fn request(&self, submit: TaskSubmit, own_deadline: Option<Duration>) -> DecideRequest {
+        let waits = submit.wait != Wait::Decision;
+        let mut payload = Map::new();
+        let mut put = |name: &str, value: Option<Value>| {
+            if let Some(value) = value {
+                payload.insert(name.into(), value);
+            }
+        };
+        put("file", submit.file.map(Value::from));
+        put("line", submit.line.map(Value::from));
+        put("context", submit.context);
+        put("params", submit.params.map(Value::from));
+        DecideRequest {
+            version: VERSION.into(),
+            request_id: self.request_id.clone(),
+            tenant_id: self.tenant_id.clone(),
+            task: Task { task_type: submit.task_type, payload: Some(payload), payload_ref: None },
+            policy_id: submit.policy_id,
+            trace_id: Some(self.trace_id.clone()),
+            constraints: None,
+            metadata: None,
+            push_assignment: waits || submit.push_assignment,
+            assignment_subject: None,
+            // Nobody waits longer, so nobody should work longer.
+            options: own_deadline.filter(|_| waits).map(|own| RequestOptions {
+                deadline_ms: Some(u64::try_from(own.as_millis()).unwrap_or(u64::MAX)),
+                ..RequestOptions::default()
+            }),
+            run_id: None,
+            flow_id: None,
+            step_id: None,
+            idempotency_key: submit.idempotency_key,
+            deadline: None,
+        }
+    }
+
+    async fn request_router(&self, subject: &str, headers: Headers, payload: Vec<u8>) -> Result<Bytes, Failure> {
+        let left = self.deadline.saturating_duration_since(Instant::now()).min(self.gateway.config.request_timeout);
+        let reply = self.gateway.bus.request(subject, headers, payload.into(), left).await.map_err(Failure::from)?;
+        let head: Head = serde_json::from_slice(&reply.payload)
+            .map_err(|e| Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {e}")))?;
+        match head.error {
+            None if head.ok => Ok(reply.payload),
+            Some(error) => Err(Failure::rejected(error)),
+            None => Err(Failure::new(ErrorCode::Internal, "The router refused without an error")),
+        }
+    }
+
+    async fn ask(&self, subject: &str) -> Result<TaskAnswer, Failure> {
+        let query = TaskQuery { request_id: self.request_id.clone() };
+        let query = serde_json::to_vec(&query).expect("a query is JSON");
+        let headers = Headers::new().with("trace_id", &self.trace_id).with("version", VERSION);
+        let reply = self.request_router(subject, headers, query).await?;
+        let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply)
+            .map_err(|e| Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {e}")))?;
+        let task = answer.task;
+        Ok(TaskAnswer { task_id: task.task_id, state: task.state, decision: task.decision, result: task.result })
+    }
+
+    fn ok(&self, answer: &TaskAnswer) -> Result<Reply, Failure> {
+        Ok((FrameType::ResponseOk, serde_json::to_vec(answer).expect("an answer is JSON").into()))
+    }
+
+    async fn subscribe(&self, pieces: &Pieces) -> Result<Reply, Failure> {
+        let waiter = Waiter::register(&self.gateway, &self.request_id);
+        let output = self.output().await?;
+        let known = self.ask(subjects::GET_DECISION).await?;
+        match known.result {
+            Some(result) => self.complete(&Finished::from_result(&result)),
+            None => self.follow(waiter, Some(output), pieces).await,
+        }
+    }
+
+    async fn output(&self) -> Result<bus::Subscription, Failure> {
+        Ok(self.gateway.bus.subscribe(&subjects::output(&self.request_id), None, OUTPUT_QUEUE).await?)
+    }
+
+    /// Passes the output on, if it is wanted, until the result is there.
+    async fn follow(
+        &self,
+        mut waiter: Waiter,
+        mut output: Option<bus::Subscription>,
+        pieces: &Pieces,
+    ) -> Result<Reply, Failure> {
+        let mut reader = OutputReader::default();
+        let mut look = Instant::now() + LOOK_FIRST;
+        let streams = output.is_some();
+        let fail = |failure: Failure| if streams { failure.in_stream() } else { failure };
+        let finished = loop {
+            tokio::select! {
+                biased;
+                Some(message) = next(&mut output) => {
+                    if let Some(piece) = reader.take(&message.payload) {
+                        // The session takes them as fast as its client does.
+                        let _ = pieces.send(piece).await;
+                    }
+                }
+                finished = &mut waiter.finished => match finished {
+                    Ok(finished) => break finished,
+                    Err(_) => return Err(fail(Failure::new(ErrorCode::Internal, "The result went to nobody"))),
+                },
+                () = tokio::time::sleep_until(look.into()) => {
+                    look += LOOK_AGAIN;
+                    // An error here is no answer: the next look or the deadline decides.
+                    if let Ok(TaskAnswer { result: Some(result), .. }) = self.ask(subjects::GET_DECISION).await {
+                        break Finished::from_result(&result);
+                    }
+                }
+                () = tokio::time::sleep_until(self.deadline.into()) => {
+                    let text = "The deadline passed before the result; the task goes on and can be queried";
+                    return Err(fail(Failure::new(ErrorCode::Timeout, text)));
+                }
+            }
+        };
+        if !streams {
+            return Ok((FrameType::ResponseOk, finished.result));
+        }
+        let grace = tokio::time::sleep(OUTPUT_GRACE);
+        let mut grace = std::pin::pin!(grace);
+        while finished.chunks.is_some_and(|all| reader.next < all) {
+            tokio::select! {
+                Some(message) = next(&mut output) => {
+                    if let Some(piece) = reader.take(&message.payload) {
+                        let _ = pieces.send(piece).await;
+                    }
+                }
+                () = &mut grace => break,
+            }
+        }
+        self.complete(&finished)
+    }
+
+    fn complete(&self, finished: &Finished) -> Result<Reply, Failure> {
+        let result = std::str::from_utf8(&finished.result).ok();
+        let result = result.and_then(|text| serde_json::value::RawValue::from_string(text.into()).ok());
+        let result = result.ok_or_else(|| Failure::new(ErrorCode::Internal, "The result is not JSON"))?;
+        let complete = StreamComplete { task_id: self.request_id.clone(), result };
+        Ok((FrameType::StreamComplete, serde_json::to_vec(&complete).expect("JSON").into()))
+    }
+}
+
+async fn next(output: &mut Option<bus::Subscription>) -> Option<bus::Message> {
+    match output {
+        Some(output) => output.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Output in order, of the newest attempt: when a worker starts again, `seq` starts at 0 again.
+#[derive(Default)]
+struct OutputReader {
+    attempt: u32,
+    next: u64,
+}
+
+impl OutputReader {
+    fn take(&mut self, payload: &[u8]) -> Option<Reply> {
+        let chunk: OutputChunk = serde_json::from_slice(payload).ok()?;
+        if chunk.attempt < self.attempt || (chunk.attempt == self.attempt && chunk.seq < self.next) {
+            return None;
+        }
+        (self.attempt, self.next) = (chunk.attempt, chunk.seq + 1);
+        let data = StreamData { task_id: chunk.request_id, seq: chunk.seq, data: chunk.data };
+        Some((FrameType::StreamData, serde_json::to_vec(&data).expect("JSON").into()))
+    }
+}
+
+/// What a router's answer is judged by.
+#[derive(Deserialize)]
+struct Head {
+    ok: bool,
+    error: Option<ErrorBody>,
+}
+
+/// An error on its way to the client.
+struct Failure {
+    code: ErrorCode,
+    payload: ErrorPayload,
+    in_stream: bool,
+}
+
+impl Failure {
+    fn new(code: ErrorCode, text: impl Into<String>) -> Self {
+        Self { code, payload: ErrorPayload::new(code, text), in_stream: false }
+    }
+
+    fn in_stream(self) -> Self {
+        Self { in_stream: true, ..self }
+    }
+
+    fn rejected(error: ErrorBody) -> Self {
+        let mut failure = Self::new(ErrorCode::Rejected, error.message.clone());
+        let detail = &mut failure.payload.error;
+        detail.status = Some(error.status());
+        detail.retry_after_ms = error.retry_after_seconds.map(|seconds| seconds.saturating_mul(1000));
+        detail.details = match (error.details, error.intake_error_code) {
+            (Some(Value::Object(mut details)), Some(intake)) => {
+                details.insert("intake_error_code".into(), intake.into());
+                Some(details.into())
+            }
+            (None, Some(intake)) => Some(serde_json::json!({"intake_error_code": intake})),
+            (details, _) => details,
+        };
+        detail.reason = Some(error.code);
+        failure
+    }
+}
+
+impl From<bus::Error> for Failure {
+    fn from(error: bus::Error) -> Self {
+        match error {
+            bus::Error::Timeout(_) => Self::new(ErrorCode::Timeout, "No answer before the deadline"),
+            bus::Error::TooLarge { .. } => Self::new(ErrorCode::FrameTooLarge, error.to_string()),
+            bus::Error::NoResponders(_) => {
+                let mut failure = Self::new(ErrorCode::Unavailable, "No router is running; start one or try again");
+                failure.payload.error.retry_after_ms = Some(crate::session::RETRY_AFTER_MS);
+                failure
+            }
+            bus::Error::Disconnected(_) => {
+                let mut failure = Self::new(ErrorCode::Unavailable, error.to_string());
+                failure.payload.error.retry_after_ms = Some(crate::session::RETRY_AFTER_MS);
+                failure
+            }
+            other => Self::new(ErrorCode::Internal, other.to_string()),
+        }
+    }
+}
+
+/// 32 hex digits.
+fn new_trace_id() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
+}
+
+/// That of a well-formed `traceparent`, else `trace_id`, else a new one.
+fn trace_of(submit: &TaskSubmit) -> String {
+    let from_parent = submit.traceparent.as_deref().and_then(|parent| {
+        let trace = parent.split('-').nth(1)?;
+        (trace.len() == 32 && trace.bytes().all(|b| b.is_ascii_hexdigit())).then(|| trace.to_string())
+    });
+    from_parent.or_else(|| submit.trace_id.clone()).unwrap_or_else(new_trace_id)
+}
+
+/// W3C trace context, where the trace id has a form that fits it.
+fn traceparent(trace_id: &str) -> Option<String> {
+    let trace = uuid::Uuid::try_parse(trace_id).ok()?.simple().to_string();
+    let span = &uuid::Uuid::new_v4().simple().to_string()[..16];
+    Some(format!("00-{trace}-{span}-01"))
+}

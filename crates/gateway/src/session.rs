@@ -1,0 +1,504 @@
+//! One connection: reads frames, runs its requests, writes answers. Everything happens in its one task.
+
+use crate::forward::{self, Pieces, Reply, Request};
+use crate::{Gateway, Peer};
+use bytes::{Bytes, BytesMut};
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::collections::{BTreeMap, HashSet};
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use wire::ipc::{Capabilities, Decoder, ErrorCode, ErrorPayload, Frame, FrameType, HEADER_V1, Limits, Version};
+use wire::limits::IPC_FRAME_MAX;
+
+/// When to try again after an overload that ends by itself.
+pub const RETRY_AFTER_MS: u64 = 100;
+
+/// An unfinished frame up to this size is free of the receive budget.
+const FREE_RECEIVE: usize = 16 * 1024;
+/// Answers beyond this wait in their requests until the client has read some.
+const OUTPUT_HIGH: usize = 256 * 1024;
+/// Answers of v1 requests that may stand in line, PONGs included; beyond it the socket is not read.
+const LINE_MAX: usize = 1024;
+const READ_CHUNK: usize = 16 * 1024;
+/// Stream pieces between a request and its session.
+const PIECES: usize = 16;
+
+/// Why a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    ClientClosed,
+    Broken,
+    FramingLost,
+    ReadTimeout,
+    WriteTimeout,
+    Drained,
+}
+
+/// Which answer a frame belongs to.
+#[derive(Debug, Clone, Copy)]
+enum Slot {
+    /// Its place in the line.
+    V1(u64),
+    V2(u64),
+}
+
+pub async fn run(gateway: Arc<Gateway>, stream: UnixStream, peer: Peer, cancel: CancellationToken) {
+    gateway.stats.connections.fetch_add(1, Relaxed);
+    let mut session = Session::new(gateway.clone(), stream, peer);
+    let exit = session.serve(cancel).await;
+    gateway.stats.connections.fetch_sub(1, Relaxed);
+    gateway.stats.in_flight.fetch_sub((session.v1_open + session.v2_open.len()) as u64, Relaxed);
+    tracing::debug!(uid = peer.uid, ?exit, "IPC connection ended");
+}
+
+struct Session {
+    gateway: Arc<Gateway>,
+    stream: UnixStream,
+    peer: Peer,
+    input: BytesMut,
+    output: BytesMut,
+    requests: FuturesUnordered<BoxFuture<'static, (Slot, Reply)>>,
+    pieces: (mpsc::Sender<(Slot, Reply)>, mpsc::Receiver<(Slot, Reply)>),
+    /// v1: the next place to be given, the next to be answered, and answers that wait for those before them.
+    v1_next: u64,
+    v1_head: u64,
+    v1_line: BTreeMap<u64, Reply>,
+    v1_open: usize,
+    /// v1: a stream has the connection to itself; it starts when all before it are answered.
+    v1_stream: Option<V1Stream>,
+    v2_open: HashSet<u64>,
+    /// When the frame that has begun must be complete.
+    frame_due: Option<Instant>,
+    write_due: Option<Instant>,
+    /// Its share of the receive budget, while a large frame is incomplete.
+    budget: Option<OwnedSemaphorePermit>,
+    budget_wait: Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
+    /// The client sends no more; it may still read.
+    half_closed: bool,
+    closing: Option<Exit>,
+}
+
+enum V1Stream {
+    Waiting(Request, OwnedSemaphorePermit),
+    Running(u64),
+}
+
+impl Session {
+    fn new(gateway: Arc<Gateway>, stream: UnixStream, peer: Peer) -> Self {
+        Self {
+            gateway,
+            stream,
+            peer,
+            input: BytesMut::new(),
+            output: BytesMut::new(),
+            requests: FuturesUnordered::new(),
+            pieces: mpsc::channel(PIECES),
+            v1_next: 0,
+            v1_head: 0,
+            v1_line: BTreeMap::new(),
+            v1_open: 0,
+            v1_stream: None,
+            v2_open: HashSet::new(),
+            frame_due: None,
+            write_due: None,
+            budget: None,
+            budget_wait: None,
+            half_closed: false,
+            closing: None,
+        }
+    }
+
+    async fn serve(&mut self, cancel: CancellationToken) -> Exit {
+        // Set once a drain has begun: when whatever is in flight gets code 6.
+        let mut give_up: Option<Instant> = None;
+        loop {
+            if let Err(exit) = self.flush() {
+                return exit;
+            }
+            if let Some(exit) = self.closing
+                && self.output.is_empty()
+            {
+                return exit;
+            }
+            let idle = self.requests.is_empty() && self.v1_stream.is_none() && self.output.is_empty();
+            if self.half_closed && idle {
+                return Exit::ClientClosed;
+            }
+            if give_up.is_some() && idle && self.input.is_empty() {
+                // What the client sent before it could know still gets an answer.
+                match self.read() {
+                    Ok(0) => return Exit::Drained,
+                    Ok(_) => {
+                        self.decode(true);
+                        continue;
+                    }
+                    Err(_) => return Exit::Drained,
+                }
+            }
+            let room = self.output.len() < OUTPUT_HIGH;
+            let reads = room
+                && self.closing.is_none()
+                && !self.half_closed
+                && self.v1_stream.is_none()
+                && self.budget_wait.is_none()
+                && (self.v1_next - self.v1_head) < LINE_MAX as u64;
+            tokio::select! {
+                ready = self.stream.writable(), if !self.output.is_empty() => {
+                    if ready.is_err() { return Exit::Broken; }
+                }
+                Some((slot, reply)) = self.pieces.1.recv(), if room => self.piece(slot, reply),
+                Some((slot, reply)) = self.requests.next(), if room && !self.requests.is_empty() => self.finished(slot, reply, give_up.is_some()),
+                ready = self.stream.readable(), if reads => {
+                    if ready.is_err() { return Exit::Broken; }
+                    match self.read() {
+                        Ok(_) => self.decode(give_up.is_some()),
+                        Err(exit) => return exit,
+                    }
+                }
+                permit = wait(&mut self.budget_wait) => {
+                    self.budget_wait = None;
+                    self.budget = permit;
+                }
+                () = at(self.frame_due) => {
+                    self.refuse(Version::V1, ErrorCode::Timeout, "The frame was not complete in time");
+                    self.closing = Some(Exit::ReadTimeout);
+                    self.frame_due = None;
+                }
+                () = at(self.write_due) => return Exit::WriteTimeout,
+                () = cancel.cancelled(), if give_up.is_none() => {
+                    give_up = Some(Instant::now() + self.gateway.config.drain_timeout);
+                    self.frame_due = None;
+                }
+                () = at(give_up) => {
+                    self.abandon();
+                    give_up = Some(Instant::now() + self.gateway.config.write_timeout);
+                }
+                () = gone(&self.stream), if !reads && !self.requests.is_empty() => return Exit::ClientClosed,
+            }
+        }
+    }
+
+    /// Writes what the socket takes now.
+    fn flush(&mut self) -> Result<(), Exit> {
+        while !self.output.is_empty() {
+            match self.stream.try_write(&self.output) {
+                Ok(written) => {
+                    bytes::Buf::advance(&mut self.output, written);
+                    self.write_due = Some(Instant::now() + self.gateway.config.write_timeout);
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    let timeout = self.gateway.config.write_timeout;
+                    self.write_due.get_or_insert_with(|| Instant::now() + timeout);
+                    return Ok(());
+                }
+                Err(_) => return Err(Exit::Broken),
+            }
+        }
+        self.write_due = None;
+        if self.output.capacity() > OUTPUT_HIGH {
+            self.output = BytesMut::new();
+        }
+        Ok(())
+    }
+
+    /// Reads what is there, `Ok(0)` if that is nothing.
+    fn read(&mut self) -> Result<usize, Exit> {
+        self.input.reserve(READ_CHUNK);
+        match self.stream.try_read_buf(&mut self.input) {
+            Ok(0) => {
+                self.half_closed = true;
+                self.frame_due = None;
+                Ok(0)
+            }
+            Ok(read) => Ok(read),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(0),
+            Err(_) => Err(Exit::Broken),
+        }
+    }
+
+    fn decode(&mut self, draining: bool) {
+        while self.closing.is_none() && self.v1_stream.is_none() {
+            match Decoder.decode(&mut self.input) {
+                Ok(Some(frame)) => {
+                    self.budget = None;
+                    self.frame_due = None;
+                    self.frame(frame, draining);
+                }
+                Ok(None) => break,
+                Err(violation) => {
+                    self.refuse(Version::V1, violation.code(), &violation.to_string());
+                    self.closing = Some(Exit::FramingLost);
+                    return;
+                }
+            }
+        }
+        if self.input.is_empty() {
+            self.frame_due = None;
+            self.input = BytesMut::new();
+            return;
+        }
+        if self.frame_due.is_none() && !draining {
+            self.frame_due = Some(Instant::now() + self.gateway.config.read_timeout);
+        }
+        if self.budget.is_none()
+            && self.budget_wait.is_none()
+            && let Ok(Some(length)) = Decoder::peek_length(&self.input)
+            && length > FREE_RECEIVE
+        {
+            let permits = (length as u32).div_ceil(1024);
+            let budget = self.gateway.receive.clone();
+            match budget.clone().try_acquire_many_owned(permits) {
+                Ok(permit) => self.budget = Some(permit),
+                Err(_) => {
+                    self.budget_wait = Some(Box::pin(async move { budget.acquire_many_owned(permits).await.ok() }))
+                }
+            }
+        }
+    }
+
+    fn frame(&mut self, frame: Frame, draining: bool) {
+        let version = frame.version;
+        let Some(kind) = frame.frame_type().filter(|kind| kind.is_request()) else {
+            return self.refuse(version, ErrorCode::InvalidType, "Unsupported message type");
+        };
+        if frame.flags != 0 {
+            let text = format!("Unknown flags {:#06x}; they must be 0", frame.flags);
+            return self.refuse(version, ErrorCode::InvalidPayload, &text);
+        }
+        if let Version::V2 { request_id, .. } = version
+            && self.v2_open.contains(&request_id)
+        {
+            let text = format!("request_id {request_id} is still in flight on this connection");
+            return self.refuse(version, ErrorCode::InvalidPayload, &text);
+        }
+        match kind {
+            FrameType::Ping => self.answer(version, (FrameType::Pong, Bytes::new())),
+            FrameType::Capabilities => {
+                let capabilities = serde_json::to_vec(&self.capabilities()).expect("capabilities are JSON");
+                self.answer(version, (FrameType::ResponseOk, capabilities.into()));
+            }
+            _ if draining => self.refuse(version, ErrorCode::ConnectionClosed, "The gateway is shutting down"),
+            _ => match Request::parse(kind, &frame.payload) {
+                Ok(request) => self.start(version, request),
+                Err(text) => self.refuse(version, ErrorCode::InvalidPayload, &text),
+            },
+        }
+    }
+
+    fn start(&mut self, version: Version, request: Request) {
+        let config = &self.gateway.config;
+        let full = match version {
+            Version::V1 => self.v1_open >= config.max_in_flight_v1,
+            Version::V2 { .. } => self.v2_open.len() >= config.max_in_flight_v2,
+        };
+        if full {
+            return self.overloaded(version, "Too many requests in flight on this connection");
+        }
+        let Ok(permit) = self.gateway.in_flight.clone().try_acquire_owned() else {
+            return self.overloaded(version, "Too many requests in flight");
+        };
+        self.gateway.stats.taken();
+        self.gateway.stats.in_flight.fetch_add(1, Relaxed);
+        match version {
+            Version::V1 => {
+                self.v1_open += 1;
+                if request.is_stream() && self.v1_next != self.v1_head {
+                    self.v1_stream = Some(V1Stream::Waiting(request, permit));
+                } else {
+                    self.start_v1(request, permit);
+                }
+            }
+            Version::V2 { request_id, deadline_ms } => {
+                self.v2_open.insert(request_id);
+                self.spawn(Slot::V2(request_id), request, deadline_ms, permit);
+            }
+        }
+    }
+
+    fn start_v1(&mut self, request: Request, permit: OwnedSemaphorePermit) {
+        let place = self.v1_next;
+        self.v1_next += 1;
+        if request.is_stream() {
+            self.v1_stream = Some(V1Stream::Running(place));
+        }
+        self.spawn(Slot::V1(place), request, 0, permit);
+    }
+
+    fn spawn(&mut self, slot: Slot, request: Request, deadline_ms: u32, permit: OwnedSemaphorePermit) {
+        let (gateway, peer, out) = (self.gateway.clone(), self.peer, self.pieces.0.clone());
+        self.requests.push(Box::pin(async move {
+            let (pieces, mut inbox): (Pieces, _) = mpsc::channel(1);
+            let request = forward::run(gateway, peer, request, deadline_ms, pieces);
+            let mut request = std::pin::pin!(request);
+            let reply = loop {
+                tokio::select! {
+                    biased;
+                    Some(piece) = inbox.recv() => { let _ = out.send((slot, piece)).await; }
+                    reply = &mut request => break reply,
+                }
+            };
+            while let Ok(piece) = inbox.try_recv() {
+                let _ = out.send((slot, piece)).await;
+            }
+            drop(permit);
+            (slot, reply)
+        }));
+    }
+
+    fn piece(&mut self, slot: Slot, reply: Reply) {
+        match slot {
+            // Only a stream has pieces, and in v1 it is alone: its turn has come.
+            Slot::V1(_) => self.put(Version::V1, reply),
+            Slot::V2(request_id) => self.put(Version::V2 { request_id, deadline_ms: 0 }, reply),
+        }
+    }
+
+    fn finished(&mut self, slot: Slot, reply: Reply, draining: bool) {
+        // Its pieces were sent before.
+        while let Ok((slot, piece)) = self.pieces.1.try_recv() {
+            self.piece(slot, piece);
+        }
+        self.gateway.stats.in_flight.fetch_sub(1, Relaxed);
+        match slot {
+            Slot::V1(place) => {
+                self.v1_open -= 1;
+                if matches!(self.v1_stream, Some(V1Stream::Running(running)) if running == place) {
+                    self.v1_stream = None;
+                }
+                self.v1_line.insert(place, reply);
+                self.advance();
+            }
+            Slot::V2(request_id) => {
+                self.v2_open.remove(&request_id);
+                self.put(Version::V2 { request_id, deadline_ms: 0 }, reply);
+            }
+        }
+        if self.v1_next == self.v1_head
+            && let Some(V1Stream::Waiting(request, permit)) =
+                self.v1_stream.take_if(|s| matches!(s, V1Stream::Waiting(..)))
+        {
+            self.start_v1(request, permit);
+        }
+        // Frames that came while a stream had the connection.
+        if self.v1_stream.is_none() && !self.input.is_empty() {
+            self.decode(draining);
+        }
+    }
+
+    /// Puts an answer that needs no waiting; in v1 behind those before it.
+    fn answer(&mut self, version: Version, reply: Reply) {
+        match version {
+            Version::V1 if self.v1_next == self.v1_head => self.put(version, reply),
+            Version::V1 => {
+                self.v1_line.insert(self.v1_next, reply);
+                self.v1_next += 1;
+            }
+            Version::V2 { request_id, .. } => self.put(Version::V2 { request_id, deadline_ms: 0 }, reply),
+        }
+    }
+
+    fn advance(&mut self) {
+        while let Some(reply) = self.v1_line.remove(&self.v1_head) {
+            self.v1_head += 1;
+            self.put(Version::V1, reply);
+        }
+    }
+
+    fn put(&mut self, version: Version, (kind, payload): Reply) {
+        debug_assert!(payload.len() + HEADER_V1 <= IPC_FRAME_MAX);
+        Frame::new(version, kind, payload).encode(&mut self.output);
+    }
+
+    fn refuse(&mut self, version: Version, code: ErrorCode, text: &str) {
+        self.gateway.stats.failed(code);
+        self.answer(version, (FrameType::ResponseError, ErrorPayload::new(code, text).encode().into()));
+    }
+
+    fn overloaded(&mut self, version: Version, text: &str) {
+        self.gateway.stats.failed(ErrorCode::Overloaded);
+        let mut error = ErrorPayload::new(ErrorCode::Overloaded, text);
+        error.error.retry_after_ms = Some(RETRY_AFTER_MS);
+        self.answer(version, (FrameType::ResponseError, error.encode().into()));
+    }
+
+    /// The drain has lasted too long: everything in flight is answered with code 6.
+    fn abandon(&mut self) {
+        let open = self.v1_open + self.v2_open.len();
+        if open == 0 {
+            self.closing = Some(Exit::Drained);
+            return;
+        }
+        self.requests = FuturesUnordered::new();
+        self.v1_stream = None;
+        let error = || {
+            let text = "The gateway shut down before the answer came; the task may still run";
+            (FrameType::ResponseError, Bytes::from(ErrorPayload::new(ErrorCode::ConnectionClosed, text).encode()))
+        };
+        for place in self.v1_head..self.v1_next {
+            self.v1_line.entry(place).or_insert_with(error);
+        }
+        self.advance();
+        for request_id in std::mem::take(&mut self.v2_open) {
+            self.put(Version::V2 { request_id, deadline_ms: 0 }, error());
+        }
+        self.v1_open = 0;
+        self.gateway.stats.in_flight.fetch_sub(open as u64, Relaxed);
+        for _ in 0..open {
+            self.gateway.stats.failed(ErrorCode::ConnectionClosed);
+        }
+        self.closing = Some(Exit::Drained);
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let config = &self.gateway.config;
+        Capabilities {
+            protocol_versions: vec![1, 2],
+            message_types: FrameType::ALL.iter().map(|kind| *kind as u8).collect(),
+            max_frame_size: IPC_FRAME_MAX,
+            features: ["pipelining", "multiplexing", "streaming", "query", "cancel", "wait_result", "wait_stream"]
+                .map(String::from)
+                .to_vec(),
+            limits: Limits {
+                max_connections: config.max_connections,
+                max_in_flight: config.max_in_flight,
+                max_in_flight_v1: config.max_in_flight_v1,
+                max_in_flight_v2: config.max_in_flight_v2,
+                request_timeout_ms: u64::try_from(config.request_timeout.as_millis()).unwrap_or(u64::MAX),
+            },
+        }
+    }
+}
+
+async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn wait(budget: &mut Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>) -> Option<OwnedSemaphorePermit> {
+    match budget {
+        Some(waiting) => waiting.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns when the client has hung up for good; watched while its frames are not read.
+async fn gone(stream: &UnixStream) {
+    loop {
+        match stream.ready(Interest::READABLE | Interest::WRITABLE).await {
+            Ok(ready) if ready.is_write_closed() => return,
+            Err(_) => return,
+            // Not read now, so its readiness says nothing new: looked at again soon.
+            Ok(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}

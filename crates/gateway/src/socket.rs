@@ -1,0 +1,151 @@
+//! The listening socket: private from the moment it exists, never in the place of a living one.
+
+use crate::Error;
+use std::fs::DirBuilder;
+use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use tokio::net::{UnixListener, UnixStream};
+
+/// `sun_path` less its final zero.
+const PATH_MAX: usize = 107;
+
+/// Dropping it removes the socket file, if it is still ours.
+pub struct Listener {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Listener {
+    /// `shared`: other users may reach it; who they are is checked on each connection.
+    pub async fn bind(path: &Path, shared: bool) -> Result<Self, Error> {
+        let problem = |problem: String| Error::Socket { path: path.display().to_string(), problem };
+        let bytes = path.as_os_str().len();
+        if bytes > PATH_MAX {
+            return Err(problem(format!("the path has {bytes} bytes, more than the {PATH_MAX} a socket's may have")));
+        }
+        make_way(path).await.map_err(problem)?;
+        let listener = bind_private(path, if shared { 0o666 } else { 0o600 })
+            .map_err(|e| problem(format!("cannot listen: {e}; does its directory exist and may we write there?")))?;
+        let inode = std::fs::symlink_metadata(path).map_err(|e| problem(e.to_string()))?.ino();
+        Ok(Self { listener, path: path.into(), inode })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub async fn accept(&self) -> std::io::Result<UnixStream> {
+        Ok(self.listener.accept().await?.0)
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Only a socket that nobody listens on may be replaced.
+async fn make_way(path: &Path) -> Result<(), String> {
+    let found = match std::fs::symlink_metadata(path) {
+        Ok(found) => found,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e.to_string()),
+    };
+    if !found.file_type().is_socket() {
+        return Err("there is something that is no socket; it is left alone: remove it or set another path".into());
+    }
+    match UnixStream::connect(path).await {
+        Ok(stream) => {
+            let by = stream.peer_cred().ok().and_then(|cred| cred.pid()).map(holder).unwrap_or_default();
+            Err(format!("another gateway is listening{by}; stop it or set another path"))
+        }
+        Err(e) if e.kind() == ErrorKind::ConnectionRefused => Ok(()),
+        Err(e) => Err(format!("cannot tell whether a gateway is listening there: {e}")),
+    }
+}
+
+fn holder(pid: i32) -> String {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    format!(": {} (pid {pid})", name.trim())
+}
+
+/// Bound in a directory that only we may enter, given its mode there, then renamed into place: at no moment could
+/// anybody else connect. The directory is named by its descriptor, so that a long path still fits.
+fn bind_private(path: &Path, mode: u32) -> std::io::Result<UnixListener> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let private = parent.join(format!(".beamline-{}", uuid::Uuid::new_v4().simple()));
+    DirBuilder::new().mode(0o700).create(&private)?;
+    let bound = (|| {
+        let dir = std::fs::File::open(&private)?;
+        let listener = UnixListener::bind(format!("/proc/self/fd/{}/s", dir.as_raw_fd()))?;
+        let inside = private.join("s");
+        std::fs::set_permissions(&inside, std::fs::Permissions::from_mode(mode))?;
+        std::fs::rename(&inside, path)?;
+        Ok(listener)
+    })();
+    let _ = std::fs::remove_file(private.join("s"));
+    let _ = std::fs::remove_dir(&private);
+    bound
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn refused(path: &Path) -> String {
+        Listener::bind(path, false).await.err().expect("refused").to_string()
+    }
+
+    #[tokio::test]
+    async fn private_and_gone_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = Listener::bind(&path, false).await.unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_a_living_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let listener = Listener::bind(&path, false).await.unwrap();
+        let error = refused(&path).await;
+        assert!(error.contains("another gateway is listening") && error.contains("(pid "), "{error}");
+        drop(listener);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let [file, folder, link] = ["file", "folder", "link"].map(|name| dir.path().join(name));
+        std::fs::write(&file, "precious").unwrap();
+        std::fs::create_dir(&folder).unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        for path in [&file, &folder, &link] {
+            assert!(refused(path).await.contains("no socket"), "{}", path.display());
+        }
+        assert_eq!(std::fs::read_to_string(&link).unwrap(), "precious");
+    }
+
+    #[tokio::test]
+    async fn a_path_of_the_full_length_works_and_a_longer_one_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let room = PATH_MAX - dir.path().as_os_str().len() - 1;
+        let full = dir.path().join("x".repeat(room));
+        let listener = Listener::bind(&full, false).await.unwrap();
+        UnixStream::connect(&full).await.unwrap();
+        drop(listener);
+        assert!(refused(&dir.path().join("x".repeat(room + 1))).await.contains("108 bytes"));
+        assert!(refused(&dir.path().join("missing/s")).await.contains("does its directory exist"));
+    }
+}

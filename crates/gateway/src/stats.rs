@@ -1,0 +1,92 @@
+//! What the gateway counts, and says of itself every second.
+
+use crate::Gateway;
+use bus::Message;
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+use wire::ipc::ErrorCode;
+use wire::status::{GatewayStatus, Percentiles};
+
+/// Forwarded requests that the percentiles look back on.
+const WINDOW: usize = 4096;
+
+#[derive(Default)]
+pub struct Stats {
+    pub connections: AtomicU64,
+    pub in_flight: AtomicU64,
+    requests: AtomicU64,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    errors: BTreeMap<String, u64>,
+    forward_us: VecDeque<u32>,
+}
+
+impl Stats {
+    pub fn taken(&self) {
+        self.requests.fetch_add(1, Relaxed);
+    }
+
+    pub fn failed(&self, code: ErrorCode) {
+        *self.inner.lock().errors.entry(code.name().into()).or_default() += 1;
+        metrics::counter!("beamline_gateway_errors_total", "code" => code.name()).increment(1);
+    }
+
+    pub fn forwarded(&self, took: Duration) {
+        let mut inner = self.inner.lock();
+        if inner.forward_us.len() == WINDOW {
+            inner.forward_us.pop_front();
+        }
+        inner.forward_us.push_back(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
+        drop(inner);
+        metrics::histogram!("beamline_gateway_request_duration_seconds").record(took.as_secs_f64());
+    }
+
+    fn forward_us(&self) -> Percentiles {
+        let mut sorted: Vec<u32> = self.inner.lock().forward_us.iter().copied().collect();
+        sorted.sort_unstable();
+        let at = |share: f64| {
+            let index = (sorted.len() as f64 * share) as usize;
+            sorted.get(index.min(sorted.len().saturating_sub(1))).copied().map_or(0.0, f64::from)
+        };
+        Percentiles { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
+    }
+}
+
+pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
+    let id = format!("gateway-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]);
+    let started = Instant::now();
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let stats = &gateway.stats;
+        let errors_by_code = stats.inner.lock().errors.clone();
+        let status = GatewayStatus {
+            gateway: id.clone(),
+            socket: gateway.config.socket.display().to_string(),
+            uptime_s: started.elapsed().as_secs(),
+            connections: stats.connections.load(Relaxed),
+            in_flight: stats.in_flight.load(Relaxed),
+            requests_total: stats.requests.load(Relaxed),
+            errors_by_code,
+            forward_us: stats.forward_us(),
+        };
+        metrics::gauge!("beamline_gateway_connections").set(status.connections as f64);
+        metrics::gauge!("beamline_gateway_in_flight").set(status.in_flight as f64);
+        metrics::counter!("beamline_gateway_requests_total").absolute(status.requests_total);
+        let payload = serde_json::to_vec(&status).expect("a status is JSON").into();
+        let message = Message { subject: wire::subjects::GATEWAY_STATUS.into(), payload, ..Message::default() };
+        if let Err(error) = gateway.bus.publish(message).await {
+            tracing::debug!(%error, "the gateway's status was not published");
+        }
+    }
+}

@@ -1,0 +1,535 @@
+//! Raw bytes against a bound gateway, on the embedded bus with a scripted router.
+
+use bus::{Bus, Headers, Message};
+use bytes::BytesMut;
+use serde_json::{Value, json};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
+use wire::ipc::{Decoder, Frame, FrameType, Version};
+use wire::subjects;
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    bus: Bus,
+    cancel: CancellationToken,
+    running: tokio::task::JoinHandle<Result<(), gateway::Error>>,
+}
+
+impl Fixture {
+    async fn start(change: impl FnOnce(&mut gateway::Config)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = bus::local::Local::open(dir.path()).await.unwrap();
+        let mut config = gateway::Config { socket: dir.path().join("s"), ..gateway::Config::default() };
+        change(&mut config);
+        let bound = gateway::bind(config, bus.clone()).await.unwrap();
+        let cancel = CancellationToken::new();
+        let running = tokio::spawn(bound.run(cancel.clone()));
+        Self { dir, bus, cancel, running }
+    }
+
+    async fn connect(&self) -> Raw {
+        let stream = UnixStream::connect(self.dir.path().join("s")).await.unwrap();
+        Raw { stream, input: BytesMut::new() }
+    }
+
+    /// Answers each decide request with what `answer` makes of it, all at once.
+    async fn router<F>(&self, answer: impl Fn(Value, Headers) -> F + Send + Sync + 'static)
+    where
+        F: Future<Output = Option<Value>> + Send + 'static,
+    {
+        let mut requests = self.bus.subscribe(subjects::DECIDE, None, 4096).await.unwrap();
+        let (bus, answer) = (self.bus.clone(), Arc::new(answer));
+        tokio::spawn(async move {
+            while let Some(message) = requests.next().await {
+                let (bus, answer) = (bus.clone(), answer.clone());
+                tokio::spawn(async move {
+                    let request = serde_json::from_slice(&message.payload).unwrap();
+                    if let Some(reply) = answer(request, message.headers).await {
+                        let payload = reply.to_string().into();
+                        let subject = message.reply.unwrap();
+                        bus.publish(Message { subject, payload, ..Message::default() }).await.unwrap();
+                    }
+                });
+            }
+        });
+    }
+
+    async fn echo_router(&self) {
+        self.router(|request, _| async move { Some(decision(&request)) }).await;
+    }
+}
+
+fn decision(request: &Value) -> Value {
+    json!({"ok": true, "decision": {"provider_id": request["task"]["type"]}, "context": {"request_id": request["request_id"]}})
+}
+
+struct Raw {
+    stream: UnixStream,
+    input: BytesMut,
+}
+
+impl Raw {
+    async fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).await.unwrap();
+    }
+
+    async fn submit_v1(&mut self, fields: Value) {
+        self.frame(Version::V1, FrameType::TaskSubmit, &task(fields)).await;
+    }
+
+    async fn submit_v2(&mut self, request_id: u64, fields: Value) {
+        self.frame(Version::V2 { request_id, deadline_ms: 0 }, FrameType::TaskSubmit, &task(fields)).await;
+    }
+
+    async fn frame(&mut self, version: Version, kind: FrameType, payload: &str) {
+        let mut bytes = BytesMut::new();
+        Frame::new(version, kind, payload.as_bytes().to_vec()).encode(&mut bytes);
+        self.send(&bytes).await;
+    }
+
+    /// The next frame; `None` when the gateway has closed.
+    async fn next(&mut self) -> Option<Frame> {
+        tokio::time::timeout(Duration::from_secs(20), async {
+            loop {
+                if let Some(frame) = Decoder.decode(&mut self.input).unwrap() {
+                    return Some(frame);
+                }
+                if self.stream.read_buf(&mut self.input).await.unwrap_or(0) == 0 {
+                    return None;
+                }
+            }
+        })
+        .await
+        .expect("an answer in time")
+    }
+
+    async fn answer(&mut self) -> (FrameType, Value) {
+        let frame = self.next().await.expect("an answer");
+        let value =
+            if frame.payload.is_empty() { Value::Null } else { serde_json::from_slice(&frame.payload).unwrap() };
+        (frame.frame_type().unwrap(), value)
+    }
+
+    async fn error_code(&mut self) -> u64 {
+        let (kind, value) = self.answer().await;
+        assert_eq!(kind, FrameType::ResponseError, "{value}");
+        value["error"]["code"].as_u64().unwrap()
+    }
+}
+
+fn task(fields: Value) -> String {
+    let mut task = json!({"command": "task_submit", "task_type": "t"});
+    for (key, value) in fields.as_object().unwrap() {
+        task[key] = value.clone();
+    }
+    task.to_string()
+}
+
+#[tokio::test]
+async fn golden_bytes() {
+    let fixture = Fixture::start(|_| {}).await;
+    for (sent, expected) in [
+        ("0000000601f0", "0000000601f1"),
+        (
+            "0000000609f0",
+            "0000004e01117b226f6b223a66616c73652c226572726f72223a7b22636f6465223a312c226d657373616765223a22556e737570706f727465642070726f746f636f6c2076657273696f6e227d7d",
+        ),
+    ] {
+        let mut raw = fixture.connect().await;
+        raw.send(&hex::decode(sent).unwrap()).await;
+        let mut answer = vec![0; expected.len() / 2];
+        raw.stream.read_exact(&mut answer).await.unwrap();
+        assert_eq!(hex::encode(answer), expected);
+    }
+}
+
+#[tokio::test]
+async fn bad_input_gets_its_code_and_only_lost_framing_closes() {
+    let fixture = Fixture::start(|_| {}).await;
+    let frame = |kind: u8, payload: &[u8]| {
+        let mut bytes = BytesMut::new();
+        let payload = payload.to_vec().into();
+        Frame { version: Version::V1, kind, flags: 0, payload }.encode(&mut bytes);
+        bytes.to_vec()
+    };
+    let v2 = |flags: u16| {
+        let mut bytes = BytesMut::new();
+        let version = Version::V2 { request_id: 7, deadline_ms: u32::MAX };
+        Frame { version, kind: 0x01, flags, payload: task(json!({"task_type": ""})).into() }.encode(&mut bytes);
+        bytes.to_vec()
+    };
+    let long = "x".repeat(129);
+    let open = [
+        ("unknown type", frame(0x7f, b""), 2),
+        ("server-only type", frame(0x10, b"{}"), 2),
+        ("no JSON", frame(0x01, b"{"), 4),
+        ("an array", frame(0x01, b"[]"), 4),
+        ("empty", frame(0x02, b""), 4),
+        ("no UTF-8", frame(0x01, b"{\"command\":\"task_submit\",\"task_type\":\"\xff\"}"), 4),
+        (
+            "a field twice",
+            frame(0x01, br#"{"command":"task_submit","task_type":"t","tenant_id":"a","tenant_id":"b"}"#),
+            4,
+        ),
+        ("other command", frame(0x01, br#"{"command":"task_query","task_type":"t"}"#), 4),
+        ("long id", frame(0x01, task(json!({"request_id": long})).as_bytes()), 4),
+        ("tenant with a dot and a star", frame(0x01, task(json!({"tenant_id": "a.*"})).as_bytes()), 4),
+        ("wait for what", frame(0x01, task(json!({"wait": "forever"})).as_bytes()), 4),
+        ("unknown flags", v2(0x8000), 4),
+        ("empty task type in v2", v2(0), 4),
+        ("no router", frame(0x01, task(json!({})).as_bytes()), 11),
+    ];
+    let mut raw = fixture.connect().await;
+    for (name, bytes, code) in open {
+        raw.send(&bytes).await;
+        assert_eq!(raw.error_code().await, code, "{name}");
+    }
+    raw.frame(Version::V1, FrameType::Ping, "any payload").await;
+    assert_eq!(raw.answer().await.0, FrameType::Pong, "still open");
+
+    for (name, hex, code) in [("short", "00000005", 4), ("huge", "00400001", 3), ("version", "0000000609f0", 1)] {
+        let mut raw = fixture.connect().await;
+        raw.send(&hex::decode(hex).unwrap()).await;
+        assert_eq!(raw.error_code().await, code, "{name}");
+        assert!(raw.next().await.is_none(), "{name} closes");
+    }
+}
+
+#[tokio::test]
+async fn a_decision_comes_back_byte_for_byte_and_headers_go_out() {
+    let fixture = Fixture::start(|_| {}).await;
+    fixture
+        .router(|request, headers| async move {
+            assert_eq!(headers.get("tenant_id"), Some("acme"));
+            assert_eq!(headers.get("version"), Some("1"));
+            assert_eq!(headers.get("trace_id"), Some("0af7651916cd43dd8448eb211c80319c"));
+            assert!(headers.get("traceparent").unwrap().starts_with("00-0af7651916cd43dd8448eb211c80319c-"));
+            assert_eq!(request["task"], json!({"type": "t", "payload": {"line": 3, "params": {"a": 1.50}}}));
+            assert_eq!(request.get("push_assignment"), None);
+            Some(decision(&request))
+        })
+        .await;
+    let mut raw = fixture.connect().await;
+    let trace = "0af76519-16cd-43dd-8448-eb211c80319c";
+    let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let fields = json!({"request_id": "r1", "tenant_id": "acme", "trace_id": trace, "traceparent": parent, "line": 3, "params": {"a": 1.50}});
+    raw.submit_v1(fields).await;
+    let frame = raw.next().await.unwrap();
+    let expected = r#"{"context":{"request_id":"r1"},"decision":{"provider_id":"t"},"ok":true}"#;
+    let value: Value = serde_json::from_slice(&frame.payload).unwrap();
+    assert_eq!(value, serde_json::from_str::<Value>(expected).unwrap());
+}
+
+#[tokio::test]
+async fn v1_answers_in_order_v2_as_they_come() {
+    let fixture = Fixture::start(|_| {}).await;
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    let held = gate.clone();
+    fixture
+        .router(move |request, _| {
+            let gate = held.clone();
+            async move {
+                if request["request_id"] == "slow" {
+                    let _opened = gate.acquire().await.unwrap();
+                }
+                Some(decision(&request))
+            }
+        })
+        .await;
+    let mut raw = fixture.connect().await;
+    raw.submit_v1(json!({"request_id": "slow"})).await;
+    raw.submit_v1(json!({"request_id": "fast"})).await;
+    raw.frame(Version::V1, FrameType::Ping, "").await;
+    raw.submit_v2(1, json!({"request_id": "other"})).await;
+    let first = raw.next().await.unwrap();
+    assert_eq!(first.version, Version::V2 { request_id: 1, deadline_ms: 0 }, "v2 does not stand in line");
+    gate.add_permits(1);
+    for expected in ["slow", "fast"] {
+        assert_eq!(raw.answer().await.1["context"]["request_id"], expected);
+    }
+    assert_eq!(raw.answer().await.0, FrameType::Pong);
+}
+
+#[tokio::test]
+async fn exactly_the_limit_is_accepted_and_again_after_one_ends() {
+    let fixture = Fixture::start(|config| {
+        config.max_in_flight = 12;
+        config.max_in_flight_v1 = 5;
+        config.max_in_flight_v2 = 8;
+    })
+    .await;
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    let held = gate.clone();
+    fixture
+        .router(move |request, _| {
+            let gate = held.clone();
+            async move {
+                gate.acquire().await.unwrap().forget();
+                Some(decision(&request))
+            }
+        })
+        .await;
+    let mut v1 = fixture.connect().await;
+    let mut v2 = fixture.connect().await;
+    for _ in 0..6 {
+        v1.submit_v1(json!({})).await;
+    }
+    // The sixth is refused, but its answer stands in line behind five that wait; v2 shows the global limit at once.
+    v1.frame(Version::V2 { request_id: 1, deadline_ms: 0 }, FrameType::Ping, "").await;
+    assert_eq!(v1.answer().await.0, FrameType::Pong);
+    for request_id in 0..9 {
+        v2.submit_v2(request_id, json!({})).await;
+    }
+    let mut refused = 0;
+    for _ in 0..2 {
+        let (_, value) = v2.answer().await;
+        assert_eq!(value["error"]["code"], 10, "{value}");
+        assert!(value["error"]["retry_after_ms"].as_u64().unwrap() > 0);
+        refused += 1;
+    }
+    assert_eq!(refused, 2, "12 in all: five on v1, seven on v2");
+    gate.add_permits(1);
+    let mut done = false;
+    tokio::select! {
+        (kind, _) = v1.answer() => done |= kind == FrameType::ResponseOk,
+        (kind, _) = v2.answer() => done |= kind == FrameType::ResponseOk,
+    }
+    assert!(done);
+    gate.add_permits(100);
+    let mut answers = 0;
+    v2.submit_v2(100, json!({})).await;
+    loop {
+        let frame = v2.next().await.unwrap();
+        assert_eq!(frame.frame_type(), Some(FrameType::ResponseOk));
+        answers += 1;
+        if matches!(frame.version, Version::V2 { request_id: 100, .. }) {
+            break;
+        }
+    }
+    assert!(answers >= 1);
+}
+
+#[tokio::test]
+async fn duplicate_ids_in_flight_are_refused() {
+    let fixture = Fixture::start(|_| {}).await;
+    fixture.router(|_, _| std::future::pending()).await;
+    let mut raw = fixture.connect().await;
+    raw.submit_v2(9, json!({})).await;
+    raw.submit_v2(9, json!({})).await;
+    assert_eq!(raw.error_code().await, 4);
+}
+
+#[tokio::test]
+async fn deadlines_and_refusals_of_the_router_are_told() {
+    let fixture = Fixture::start(|_| {}).await;
+    fixture
+        .router(|request, _| async move {
+            (request["request_id"] != "late").then(|| {
+                json!({"ok": false, "context": {}, "error": {"code": "backpressure", "message": "busy", "retry_after_seconds": 3, "details": {"queue": 7}}})
+            })
+        })
+        .await;
+    let mut raw = fixture.connect().await;
+    raw.submit_v1(json!({"request_id": "late", "timeout_ms": 20})).await;
+    let (_, value) = raw.answer().await;
+    assert_eq!((&value["error"]["code"], &value["context"]["request_id"]), (&json!(5), &json!("late")));
+    raw.submit_v1(json!({"request_id": "r"})).await;
+    let (_, value) = raw.answer().await;
+    let error = json!({"code": 12, "message": "busy", "status": 429, "reason": "backpressure", "retry_after_ms": 3000, "details": {"queue": 7}});
+    assert_eq!(value["error"], error);
+}
+
+#[tokio::test]
+async fn a_slow_loris_is_cut_off_and_a_full_house_says_so() {
+    let fixture = Fixture::start(|config| {
+        config.read_timeout = Duration::from_millis(50);
+        config.max_connections = 1;
+    })
+    .await;
+    let mut slow = fixture.connect().await;
+    slow.send(&[0, 0, 0, 50, 1]).await;
+    assert_eq!(slow.error_code().await, 5);
+    assert!(slow.next().await.is_none());
+    // The place is free again as soon as the session has ended.
+    let mut first = loop {
+        let mut raw = fixture.connect().await;
+        raw.frame(Version::V1, FrameType::Ping, "").await;
+        if raw.answer().await.0 == FrameType::Pong {
+            break raw;
+        }
+    };
+    assert_eq!(fixture.connect().await.error_code().await, 10);
+    first.frame(Version::V1, FrameType::Ping, "").await;
+    assert_eq!(first.answer().await.0, FrameType::Pong);
+}
+
+#[tokio::test]
+async fn unfinished_frames_share_one_budget() {
+    let fixture = Fixture::start(|config| {
+        config.receive_budget = 256 * 1024;
+        config.read_timeout = Duration::from_millis(300);
+    })
+    .await;
+    fixture.echo_router().await;
+    let large = task(json!({"context": "x".repeat(200 * 1024)}));
+    let mut bytes = BytesMut::new();
+    Frame::new(Version::V1, FrameType::TaskSubmit, large.into_bytes()).encode(&mut bytes);
+    let mut holder = fixture.connect().await;
+    holder.send(&bytes[..100_000]).await;
+    let mut waits = fixture.connect().await;
+    // The rest is not even read while the other holds the budget; then it is cut off for its slowness, and this goes on.
+    let (writing, answer) = tokio::join!(waits.stream.write_all(&bytes), async { holder.error_code().await });
+    assert_eq!(answer, 5);
+    writing.unwrap();
+    let (kind, value) = waits.answer().await;
+    assert!(kind == FrameType::ResponseOk || value["error"]["code"] == 5, "{value}");
+}
+
+#[tokio::test]
+async fn clients_that_leave_with_answers_pending_leave_nothing() {
+    let fixture = Fixture::start(|_| {}).await;
+    fixture.router(|_, _| std::future::pending()).await;
+    for _ in 0..300 {
+        let mut raw = fixture.connect().await;
+        raw.submit_v2(1, json!({})).await;
+        raw.submit_v1(json!({"wait": "stream"})).await;
+    }
+    let mut status = fixture.bus.subscribe(subjects::GATEWAY_STATUS, None, 16).await.unwrap();
+    let settled = tokio::time::timeout(Duration::from_secs(20), async {
+        loop {
+            let message = status.next().await.unwrap();
+            let status: wire::status::GatewayStatus = serde_json::from_slice(&message.payload).unwrap();
+            if status.in_flight == 0 && status.connections == 0 {
+                return;
+            }
+        }
+    });
+    settled.await.expect("everything is given back");
+}
+
+#[tokio::test]
+async fn half_closed_clients_still_get_their_answers() {
+    let fixture = Fixture::start(|_| {}).await;
+    fixture.echo_router().await;
+    let mut raw = fixture.connect().await;
+    raw.submit_v1(json!({})).await;
+    raw.stream.shutdown().await.unwrap();
+    assert_eq!(raw.answer().await.0, FrameType::ResponseOk);
+    assert!(raw.next().await.is_none());
+}
+
+#[tokio::test]
+async fn a_drain_answers_what_is_in_flight_and_refuses_the_rest() {
+    let fixture = Fixture::start(|config| config.drain_timeout = Duration::from_millis(200)).await;
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    let held = gate.clone();
+    let (seen, mut arrived) = tokio::sync::mpsc::channel(8);
+    fixture
+        .router(move |request, _| {
+            let (gate, seen) = (held.clone(), seen.clone());
+            async move {
+                seen.send(()).await.unwrap();
+                if request["request_id"] == "never" {
+                    std::future::pending::<()>().await;
+                }
+                let _opened = gate.acquire().await.unwrap();
+                Some(decision(&request))
+            }
+        })
+        .await;
+    let mut raw = fixture.connect().await;
+    raw.submit_v2(1, json!({})).await;
+    raw.submit_v2(2, json!({"request_id": "never"})).await;
+    for _ in 0..2 {
+        arrived.recv().await.unwrap();
+    }
+    fixture.cancel.cancel();
+    gate.add_permits(1);
+    let first = raw.next().await.unwrap();
+    assert_eq!(
+        (first.version, first.frame_type()),
+        (Version::V2 { request_id: 1, deadline_ms: 0 }, Some(FrameType::ResponseOk))
+    );
+    let second = raw.next().await.unwrap();
+    let value: Value = serde_json::from_slice(&second.payload).unwrap();
+    assert_eq!(value["error"]["code"], 6, "{value}");
+    assert!(raw.next().await.is_none());
+    fixture.running.await.unwrap().unwrap();
+    assert!(!fixture.dir.path().join("s").exists());
+}
+
+#[tokio::test]
+async fn a_stream_has_the_v1_connection_to_itself_and_ends_with_the_result() {
+    let fixture = Fixture::start(|_| {}).await;
+    let bus = fixture.bus.clone();
+    fixture
+        .router(move |request, _| {
+            let bus = bus.clone();
+            async move {
+                let id = request["request_id"].as_str().unwrap().to_string();
+                if request["push_assignment"] == true {
+                    // The result overtakes the last chunk: the reader waits for all that it announces.
+                    for seq in 0..2 {
+                        publish_chunk(&bus, &id, seq).await;
+                    }
+                    let result = json!({"version": "1", "assignment_id": "a", "request_id": id, "status": "success", "provider_id": "p", "job": {"type": "t"}, "chunks": 3, "big": 12345678901234567890123_f64});
+                    let subject = subjects::RESULT.into();
+                    let message = Message { subject, payload: result.to_string().into(), ..Message::default() };
+                    bus.append(message, None).await.unwrap();
+                    publish_chunk(&bus, &id, 2).await;
+                }
+                Some(decision(&request))
+            }
+        })
+        .await;
+    let mut raw = fixture.connect().await;
+    raw.submit_v1(json!({"request_id": "before"})).await;
+    raw.submit_v1(json!({"request_id": "s", "wait": "stream"})).await;
+    raw.submit_v1(json!({"request_id": "after"})).await;
+    raw.submit_v1(json!({"request_id": "r", "wait": "result"})).await;
+    assert_eq!(raw.answer().await.1["context"]["request_id"], "before");
+    for seq in 0..3 {
+        let (kind, value) = raw.answer().await;
+        assert_eq!(
+            (kind, &value),
+            (FrameType::StreamData, &json!({"task_id": "s", "seq": seq, "data": format!("c{seq}")}))
+        );
+    }
+    let (kind, value) = raw.answer().await;
+    assert_eq!((kind, &value["result"]["status"]), (FrameType::StreamComplete, &json!("success")));
+    assert!(value["result"]["big"].is_number(), "the result goes through as it was published");
+    assert_eq!(raw.answer().await.1["context"]["request_id"], "after");
+    assert_eq!(raw.answer().await.1["request_id"], "r");
+}
+
+async fn publish_chunk(bus: &Bus, id: &str, seq: u64) {
+    let chunk = json!({"request_id": id, "assignment_id": "a", "attempt": 1, "seq": seq, "data": format!("c{seq}")});
+    let subject = subjects::output(id).into();
+    bus.publish(Message { subject, payload: chunk.to_string().into(), ..Message::default() }).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_client_crate_against_the_gateway() {
+    let fixture = Fixture::start(|_| {}).await;
+    fixture.echo_router().await;
+    let client = client::Client::connect(&fixture.dir.path().join("s")).await.unwrap();
+    client.ping().await.unwrap();
+    assert_eq!(client.capabilities().await.unwrap().protocol_versions, [1, 2]);
+    let many = (0..200).map(|n| {
+        let client = client.clone();
+        async move {
+            let submit = json!({"command": "task_submit", "task_type": format!("t{n}")});
+            let answer = client.submit(&submit).await.unwrap();
+            assert_eq!(answer["decision"]["provider_id"], format!("t{n}"));
+        }
+    });
+    futures_util::future::join_all(many).await;
+    let refused = client.query("unknown").await.unwrap_err();
+    assert!(matches!(refused, client::Error::Refused(ref e) if e.error.code == 11), "{refused}");
+    let missing = client::Client::connect(&fixture.dir.path().join("nowhere")).await.err().unwrap();
+    assert!(missing.to_string().contains("is the gateway running?"), "{missing}");
+}
