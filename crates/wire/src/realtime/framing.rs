@@ -1,0 +1,170 @@
+//! Several messages in one WebSocket message: JSON lines, or protobuf messages each behind its length.
+
+use super::{Command, Reply};
+use bytes::{Buf, Bytes};
+use prost::Message;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Encoding {
+    Json,
+    Protobuf,
+}
+
+impl Encoding {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Json => "json",
+            Self::Protobuf => "protobuf",
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    #[error("the message is not JSON of the protocol: {0}")]
+    Json(#[from] serde_json::Error),
+    #[error("the message is not protobuf of the protocol: {0}")]
+    Protobuf(#[from] prost::DecodeError),
+    #[error("a line of the message is not a JSON object")]
+    NotAnObject,
+    #[error("the message is not UTF-8")]
+    Utf8,
+}
+
+/// A message of either direction.
+pub trait Framed: Message + Default + Serialize + DeserializeOwned {}
+impl Framed for Command {}
+impl Framed for Reply {}
+
+/// Every command of a WebSocket message.
+pub fn decode_commands(encoding: Encoding, bytes: &Bytes) -> Result<Vec<Command>, FrameError> {
+    decode(encoding, bytes)
+}
+
+/// Every reply of a WebSocket message.
+pub fn decode_replies(encoding: Encoding, bytes: &Bytes) -> Result<Vec<Reply>, FrameError> {
+    decode(encoding, bytes)
+}
+
+fn decode<T: Framed>(encoding: Encoding, bytes: &Bytes) -> Result<Vec<T>, FrameError> {
+    match encoding {
+        Encoding::Json => {
+            let text = std::str::from_utf8(bytes).map_err(|_| FrameError::Utf8)?;
+            let lines = text.split('\n').filter(|line| !line.trim().is_empty());
+            lines.map(object).collect()
+        }
+        Encoding::Protobuf => {
+            let mut bytes = bytes.clone();
+            let mut messages = Vec::new();
+            while bytes.has_remaining() {
+                messages.push(T::decode_length_delimited(&mut bytes)?);
+            }
+            Ok(messages)
+        }
+    }
+}
+
+fn object<T: DeserializeOwned>(line: &str) -> Result<T, FrameError> {
+    // serde would take an array for a struct too.
+    if !line.trim_start().starts_with('{') {
+        return Err(FrameError::NotAnObject);
+    }
+    Ok(serde_json::from_str(line)?)
+}
+
+/// Appends one command; in JSON the caller puts `\n` between two.
+pub fn encode_command(encoding: Encoding, command: &Command, into: &mut Vec<u8>) {
+    encode(encoding, command, into);
+}
+
+/// Appends one reply; in JSON the caller puts `\n` between two.
+pub fn encode_reply(encoding: Encoding, reply: &Reply, into: &mut Vec<u8>) {
+    encode(encoding, reply, into);
+}
+
+fn encode<T: Framed>(encoding: Encoding, message: &T, into: &mut Vec<u8>) {
+    match encoding {
+        Encoding::Json => serde_json::to_writer(into, message).expect("a message of the protocol is JSON"),
+        Encoding::Protobuf => message.encode_length_delimited(into).expect("a vector grows"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn golden_messages() {
+        let fixtures: serde_json::Value =
+            serde_json::from_str(include_str!("../../../../fixtures/wire/realtime.json")).unwrap();
+        let check = |case: &serde_json::Value, decoded: Vec<u8>, again: Vec<u8>| {
+            assert_eq!(hex::encode(decoded), case["protobuf"].as_str().unwrap(), "{case}");
+            assert_eq!(String::from_utf8(again).unwrap(), case["json"].as_str().unwrap(), "{case}");
+        };
+        for case in fixtures["commands"].as_array().unwrap() {
+            let json = Bytes::from(case["json"].as_str().unwrap().to_string());
+            let binary = Bytes::from(hex::decode(case["protobuf"].as_str().unwrap()).unwrap());
+            let (mut from_json, mut from_binary) = (Vec::new(), Vec::new());
+            encode_command(Encoding::Protobuf, &decode_commands(Encoding::Json, &json).unwrap()[0], &mut from_json);
+            encode_command(Encoding::Json, &decode_commands(Encoding::Protobuf, &binary).unwrap()[0], &mut from_binary);
+            check(case, from_json, from_binary);
+        }
+        for case in fixtures["replies"].as_array().unwrap() {
+            let json = Bytes::from(case["json"].as_str().unwrap().to_string());
+            let binary = Bytes::from(hex::decode(case["protobuf"].as_str().unwrap()).unwrap());
+            let (mut from_json, mut from_binary) = (Vec::new(), Vec::new());
+            encode_reply(Encoding::Protobuf, &decode_replies(Encoding::Json, &json).unwrap()[0], &mut from_json);
+            encode_reply(Encoding::Json, &decode_replies(Encoding::Protobuf, &binary).unwrap()[0], &mut from_binary);
+            check(case, from_json, from_binary);
+        }
+    }
+
+    #[test]
+    fn embedded_json_is_passed_through() {
+        let line = r#"{"id":1,"publish":{"channel":"c","data":{"n":1.50,"big":123456789012345678901234567890}}}"#;
+        let commands = decode_commands(Encoding::Json, &Bytes::from(line)).unwrap();
+        let mut again = Vec::new();
+        encode_command(Encoding::Json, &commands[0], &mut again);
+        assert_eq!(String::from_utf8(again).unwrap(), line);
+    }
+
+    #[test]
+    fn what_is_no_json_reaches_json_clients_as_base64_and_line_breaks_vanish() {
+        let encoded = |data: &'static [u8]| {
+            let mut out = Vec::new();
+            let publication = Publication { data: Bytes::from_static(data), ..Publication::default() };
+            let push = Push { r#pub: Some(publication), ..Push::default() };
+            encode_reply(Encoding::Json, &Reply::push("c", push), &mut out);
+            String::from_utf8(out).unwrap()
+        };
+        assert_eq!(encoded(b"\xff\x00"), r#"{"push":{"channel":"c","pub":{"data":"/wA="}}}"#);
+        assert_eq!(encoded(b"{\n\"a\": 1}"), r#"{"push":{"channel":"c","pub":{"data":{"a":1}}}}"#);
+    }
+
+    #[test]
+    fn several_commands_and_pongs() {
+        let commands = decode_commands(Encoding::Json, &Bytes::from("{\"id\":1,\"ping\":{}}\n{}\n")).unwrap();
+        assert_eq!(commands.len(), 2);
+        assert!(commands[0].ping.is_some());
+        assert_eq!(commands[1], Command::default());
+        let commands = decode_commands(Encoding::Protobuf, &Bytes::from_static(&[0, 2, 8, 5])).unwrap();
+        assert_eq!((commands.len(), commands[1].id), (2, 5));
+        for bad in ["{", "[1]", "{\"id\":-1}", "\"x\""] {
+            assert!(decode_commands(Encoding::Json, &Bytes::from(bad)).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_messages_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
+            let bytes = Bytes::from(bytes);
+            for encoding in [Encoding::Json, Encoding::Protobuf] {
+                let _ = decode_commands(encoding, &bytes);
+                let _ = decode_replies(encoding, &bytes);
+            }
+        }
+    }
+}
