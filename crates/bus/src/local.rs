@@ -2,7 +2,7 @@
 
 mod consumer;
 mod store;
-mod subjects;
+pub(crate) mod subjects;
 
 use crate::{
     Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Message, Result, StreamConfig, StreamInfo,

@@ -1,1 +1,228 @@
+//! WebSocket nodes: channels with history, recovery, presence and RPC, over the Centrifuge client protocol v2.
 //!
+//! A connection is one task ([`session`]); the [`hub`] knows who on this node follows which channel; an [`engine`] keeps
+//! history and carries publications between nodes.
+
+mod authorize;
+mod bus_api;
+mod client;
+mod commands;
+mod engine;
+mod http;
+mod hub;
+mod rules;
+mod server_api;
+mod session;
+mod status;
+mod token;
+
+pub use rules::{Namespace, Rules};
+
+use bus::Bus;
+use engine::Engine;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use wire::realtime::Disconnect;
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Name of this node; unique in the cluster.
+    pub node: String,
+    /// Where browsers reach it, for the console.
+    pub address: String,
+    pub max_connections: usize,
+    pub ping_interval: Duration,
+    /// A client must answer a ping within.
+    pub pong_timeout: Duration,
+    /// A client must send its connect command within.
+    pub connect_timeout: Duration,
+    /// Connection and subscription tokens are JWTs signed with it (HS256).
+    pub token_secret: Vec<u8>,
+    /// Opens the server API.
+    pub api_key: String,
+    /// Origins besides our own that pages may connect from, as `https://…`.
+    pub origins: Vec<String>,
+    /// Bytes that may wait for one slow client.
+    pub client_queue: usize,
+    /// Clients are moved over this long at a shutdown.
+    pub drain_period: Duration,
+    pub namespaces: Vec<Namespace>,
+    /// Of channels without a namespace.
+    pub defaults: Rules,
+    pub engine: EngineConfig,
+}
+
+#[derive(Debug, Clone)]
+pub enum EngineConfig {
+    /// One node; histories are kept in a file of this directory.
+    Memory { dir: PathBuf },
+    /// Any number of nodes.
+    Redis { url: String },
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node: format!("node-{}", &uuid::Uuid::new_v4().simple().to_string()[..8]),
+            address: String::new(),
+            max_connections: 10_000,
+            ping_interval: Duration::from_secs(25),
+            pong_timeout: Duration::from_secs(8),
+            connect_timeout: Duration::from_secs(10),
+            token_secret: Vec::new(),
+            api_key: String::new(),
+            origins: Vec::new(),
+            client_queue: 1024 * 1024,
+            drain_period: Duration::from_secs(2),
+            namespaces: rules::built_in(),
+            defaults: Rules::default(),
+            engine: EngineConfig::Memory { dir: "data".into() },
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the bus refused: {0}")]
+    Bus(#[from] bus::Error),
+    #[error("channel history: {0}")]
+    Journal(#[from] journal::Error),
+    #[error("cannot use Redis at {url}: {problem}; is it running, and are the URL and password right?")]
+    Redis { url: String, problem: String },
+    #[error("the token secret is empty; tokens would be worthless")]
+    NoSecret,
+    #[error("a loop of the node panicked: {0}")]
+    Panic(#[from] tokio::task::JoinError),
+}
+
+/// Engine connected, subjects subscribed; nothing is served yet.
+pub struct Bound {
+    node: Arc<Node>,
+    operations: bus_api::Operations,
+}
+
+pub(crate) struct Node {
+    config: Config,
+    bus: Bus,
+    hub: Arc<hub::Hub>,
+    engine: Arc<dyn Engine>,
+    tokens: token::Tokens,
+    clients: Mutex<HashMap<u64, Arc<client::Client>>>,
+    next_client: AtomicU64,
+    /// Sockets, those included that have not said who they are.
+    connections: AtomicUsize,
+    stats: status::Stats,
+    sessions: TaskTracker,
+    stopping: CancellationToken,
+}
+
+pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
+    if config.token_secret.is_empty() {
+        return Err(Error::NoSecret);
+    }
+    let hub = Arc::new(hub::Hub::default());
+    let engine: Arc<dyn Engine> = match &config.engine {
+        EngineConfig::Memory { dir } => engine::memory::Memory::open(dir, hub.clone()).await?,
+        EngineConfig::Redis { url } => engine::redis::Redis::connect(url, hub.clone()).await?,
+    };
+    let operations = bus_api::Operations::subscribe(&bus).await?;
+    let node = Node {
+        tokens: token::Tokens::new(&config.token_secret),
+        hub,
+        engine,
+        clients: Mutex::default(),
+        next_client: AtomicU64::new(1),
+        connections: AtomicUsize::new(0),
+        stats: status::Stats::default(),
+        sessions: TaskTracker::new(),
+        stopping: CancellationToken::new(),
+        bus,
+        config,
+    };
+    Ok(Bound { node: Arc::new(node), operations })
+}
+
+impl Bound {
+    /// `/connection/websocket` and `/api/<method>`.
+    pub fn routes(&self) -> axum::Router {
+        http::routes(self.node.clone())
+    }
+
+    pub fn ready(&self) -> Ready {
+        Ready { node: self.node.clone() }
+    }
+
+    /// Serves until cancelled, then moves the clients away, paced.
+    pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
+        let Self { node, operations } = self;
+        let ended = CancellationToken::new();
+        let mut loops = tokio::task::JoinSet::new();
+        loops.spawn(bus_api::run(node.clone(), operations, ended.clone()));
+        loops.spawn(status::run(node.clone(), ended.clone()));
+        loops.spawn(engine::run(node.engine.clone(), ended.clone()));
+        cancel.cancelled().await;
+        node.drain().await;
+        ended.cancel();
+        while let Some(done) = loops.join_next().await {
+            done?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether channels work now.
+#[derive(Clone)]
+pub struct Ready {
+    node: Arc<Node>,
+}
+
+impl Ready {
+    /// Publishes through the engine and waits for the delivery on this node.
+    pub async fn check(&self) -> Result<(), String> {
+        let channel = format!("$ready:{}", self.node.config.node);
+        let arrived = self.node.hub.probe(&channel);
+        let engine = &self.node.engine;
+        engine.follow(&channel).await.map_err(|e| e.to_string())?;
+        let rules = Rules { history_size: 0, ..Rules::default() };
+        engine.publish(&channel, Default::default(), &rules, None).await.map_err(|e| e.to_string())?;
+        arrived.await.map_err(|_| "another check took this one's place".to_string())
+    }
+}
+
+impl Node {
+    fn stats(&self) -> &status::Stats {
+        &self.stats
+    }
+
+    async fn drain(&self) {
+        self.stopping.cancel();
+        let clients: Vec<_> = self.clients.lock().values().cloned().collect();
+        let pause = self.config.drain_period / u32::try_from(clients.len().max(1)).unwrap_or(u32::MAX);
+        let mut due = tokio::time::Instant::now();
+        for client in clients {
+            client.outbox.close(Disconnect::Shutdown);
+            due += pause;
+            // Timers have millisecond steps: many short pauses are taken together.
+            if due > tokio::time::Instant::now() + Duration::from_millis(2) {
+                tokio::time::sleep_until(due).await;
+            }
+        }
+        self.sessions.close();
+        if tokio::time::timeout(Duration::from_secs(5), self.sessions.wait()).await.is_err() {
+            tracing::warn!("some clients did not take their goodbye; their sockets are closed");
+        }
+    }
+
+    /// Ends every connection of a user on this node.
+    fn disconnect(&self, user: &str, code: Disconnect) {
+        for client in self.clients.lock().values().filter(|client| client.user == user) {
+            client.outbox.close(code);
+        }
+    }
+}

@@ -5,7 +5,7 @@ use parking_lot::{Mutex, RwLock};
 use slab::Slab;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
@@ -16,7 +16,6 @@ pub struct Subjects {
     table: RwLock<Table>,
     requests: Mutex<Slab<Waiting>>,
     next_id: AtomicU64,
-    turn: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -77,10 +76,11 @@ impl Subjects {
             }
         }
         for (_, members) in groups {
-            let first = self.turn.fetch_add(1, Relaxed);
+            // Not in turn: a turn that several groups share can fall to the same member of one every time.
+            let first = rand::random_range(0..members.len());
             // A full member passes its turn on; only when all are full is the message dropped.
             let one = (0..members.len())
-                .map(|n| members[(first.wrapping_add(n)) % members.len()])
+                .map(|n| members[(first + n) % members.len()])
                 .find(|member| member.sender.try_send(message.clone()).is_ok());
             match one {
                 Some(_) => taken += 1,

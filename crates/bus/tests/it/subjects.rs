@@ -1,0 +1,149 @@
+//! Live messages: wildcards, queue groups, requests.
+
+use crate::{message, soon, text};
+use bus::{Bus, Error, Headers, Message, Subscription};
+use std::collections::BTreeSet;
+use std::time::Duration;
+use testkit::eventually;
+
+const LONG: Duration = Duration::from_secs(60);
+
+async fn next(subscription: &mut Subscription) -> Message {
+    soon(subscription.next()).await.expect("the bus is open")
+}
+
+pub async fn wildcards_take_what_they_should(bus: Bus) {
+    let subjects = ["a", "a.b", "a.b.c", "b.b"];
+    let patterns: [(&str, &[&str]); 5] = [
+        ("a.b", &["a.b"]),
+        ("a.*", &["a.b"]),
+        ("a.>", &["a.b", "a.b.c"]),
+        ("*.b", &["a.b", "b.b"]),
+        (">", &["a", "a.b", "a.b.c", "b.b"]),
+    ];
+    for (pattern, expected) in patterns {
+        let mut subscription = bus.subscribe(pattern, None, 16).await.unwrap();
+        for subject in subjects {
+            bus.publish(message(subject, "")).await.unwrap();
+        }
+        // The last one shows that nothing else came between.
+        bus.publish(message("a.b", "last")).await.unwrap();
+        let mut got = Vec::new();
+        loop {
+            let message = next(&mut subscription).await;
+            if text(&message) == "last" {
+                break;
+            }
+            // NATS shows replies to `>` too.
+            if !message.subject.starts_with("_INBOX.") {
+                got.push(message.subject.to_string());
+            }
+        }
+        assert_eq!(got, expected, "{pattern}");
+    }
+}
+
+pub async fn a_queue_group_shares(bus: Bus) {
+    let mut first = bus.subscribe("work", Some("group"), 256).await.unwrap();
+    let mut second = bus.subscribe("work", Some("group"), 256).await.unwrap();
+    let mut other = bus.subscribe("work", Some("other"), 256).await.unwrap();
+    let mut all = bus.subscribe("*", None, 256).await.unwrap();
+    for n in 0..100 {
+        bus.publish(message("work", &n.to_string())).await.unwrap();
+    }
+    let mut shares = [BTreeSet::new(), BTreeSet::new()];
+    for n in 0..100 {
+        assert_eq!(text(&next(&mut all).await), n.to_string());
+        assert_eq!(text(&next(&mut other).await), n.to_string());
+        let (member, message) = soon(async {
+            tokio::select! { m = first.next() => (0, m.unwrap()), m = second.next() => (1, m.unwrap()) }
+        })
+        .await;
+        shares[member].insert(text(&message).to_string());
+    }
+    assert_eq!(shares[0].len() + shares[1].len(), 100, "each message went to one member");
+    assert!(shares.iter().all(|share| !share.is_empty()), "both members work");
+}
+
+pub async fn a_request_is_answered(bus: Bus) {
+    let mut server = bus.subscribe("echo", Some("servers"), 64).await.unwrap();
+    let answers = async {
+        for _ in 0..32 {
+            let request = next(&mut server).await;
+            let headers = request.headers.clone();
+            let subject = request.reply.clone().expect("a request has a reply subject");
+            bus.publish(Message { subject, headers, payload: request.payload, reply: None }).await.unwrap();
+        }
+    };
+    let asks = async {
+        for n in 0..32 {
+            let headers = Headers::new().with("trace_id", format!("t{n}")).with("list", "1").with("list", "2");
+            let reply = bus.request("echo", headers, n.to_string().into(), LONG).await.unwrap();
+            assert_eq!(text(&reply), n.to_string());
+            assert_eq!(reply.headers.get("TRACE_ID"), Some(format!("t{n}").as_str()));
+            let list: Vec<&str> = reply.headers.iter().filter(|(name, _)| *name == "list").map(|(_, v)| v).collect();
+            assert_eq!(list, ["1", "2"]);
+        }
+    };
+    soon(async { tokio::join!(answers, asks) }).await;
+}
+
+pub async fn nobody_to_answer_is_said_at_once(bus: Bus) {
+    let asked = soon(bus.request("nobody", Headers::new(), "x".into(), LONG)).await;
+    assert!(matches!(asked, Err(Error::NoResponders(subject)) if subject == "nobody"));
+}
+
+pub async fn a_late_reply_reaches_nobody(bus: Bus) {
+    let mut server = bus.subscribe("slow", None, 64).await.unwrap();
+    let asked = bus.request("slow", Headers::new(), "first".into(), Duration::from_millis(50)).await;
+    assert!(matches!(asked, Err(Error::Timeout(_))), "{asked:?}");
+    let late = next(&mut server).await.reply.unwrap();
+    let answer = async {
+        let request = next(&mut server).await;
+        bus.publish(message(&late, "late")).await.unwrap();
+        bus.publish(message(&request.reply.unwrap(), "in time")).await.unwrap();
+    };
+    let asked = bus.request("slow", Headers::new(), "second".into(), LONG);
+    let (asked, ()) = soon(async { tokio::join!(asked, answer) }).await;
+    assert_eq!(text(&asked.unwrap()), "in time");
+}
+
+pub async fn a_full_queue_refuses_requests(bus: Bus) {
+    let mut server = bus.subscribe("busy", Some("servers"), 2).await.unwrap();
+    for n in 0..5 {
+        bus.publish(message("busy", &n.to_string())).await.unwrap();
+    }
+    let asked = soon(bus.request("busy", Headers::new(), "x".into(), LONG)).await;
+    assert!(matches!(asked, Err(Error::NoResponders(_))), "{asked:?}");
+    // What fitted is there, what did not is gone.
+    assert_eq!(text(&next(&mut server).await), "0");
+    assert_eq!(text(&next(&mut server).await), "1");
+    bus.publish(message("busy", "after")).await.unwrap();
+    assert_eq!(text(&next(&mut server).await), "after");
+}
+
+pub async fn a_dropped_subscription_is_gone(bus: Bus) {
+    drop(bus.subscribe("gone", None, 4).await.unwrap());
+    eventually(crate::SOON, || async {
+        let asked = bus.request("gone", Headers::new(), "x".into(), Duration::from_millis(100)).await;
+        matches!(asked, Err(Error::NoResponders(_)))
+    })
+    .await;
+}
+
+pub async fn bad_messages_are_refused(bus: Bus) {
+    for bad in ["", "a..b", ".a", "a.", "a b", "a\r\nPUB x 0", "a.*", "a.>"] {
+        let published = bus.publish(message(bad, "")).await;
+        assert!(matches!(published, Err(Error::InvalidSubject(_))), "{bad:?}: {published:?}");
+        let asked = bus.request(bad, Headers::new(), "x".into(), LONG).await;
+        assert!(matches!(asked, Err(Error::InvalidSubject(_))), "{bad:?}");
+        let appended = bus.append(message(bad, ""), None).await;
+        assert!(matches!(appended, Err(Error::InvalidSubject(_))), "{bad:?}");
+    }
+    for bad in ["", "a..b", "a.>.b", "a b"] {
+        assert!(matches!(bus.subscribe(bad, None, 1).await, Err(Error::InvalidSubject(_))), "{bad:?}");
+    }
+    let huge = Message { payload: vec![0; wire::limits::BUS_MESSAGE_MAX + 1].into(), ..message("a", "") };
+    assert!(matches!(bus.publish(huge).await, Err(Error::TooLarge { .. })));
+    bus.health().await.expect("a refused message leaves the bus well");
+}

@@ -1,0 +1,71 @@
+//! Where publications go: history, order and the way between nodes.
+
+pub mod memory;
+pub mod redis;
+
+use crate::Rules;
+use async_trait::async_trait;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use wire::channels::Position;
+use wire::realtime::{ClientInfo, Publication, Push};
+
+#[derive(Debug, thiserror::Error)]
+pub enum Failed {
+    #[error("{0}")]
+    Journal(#[from] journal::Error),
+    #[error("redis: {0}")]
+    Redis(#[from] ::redis::RedisError),
+}
+
+/// A channel's history: oldest first, and its newest position.
+#[derive(Debug, Default)]
+pub struct Page {
+    pub publications: Vec<Publication>,
+    pub position: Position,
+}
+
+#[async_trait]
+pub trait Engine: Send + Sync {
+    /// Returns once the publication has its place in the channel's history (if it keeps one). It reaches every node
+    /// that follows the channel, in the order of offsets. A repeat with the same key is acknowledged, not repeated.
+    async fn publish(
+        &self,
+        channel: &str,
+        publication: Publication,
+        rules: &Rules,
+        idempotency_key: Option<String>,
+    ) -> Result<Position, Failed>;
+
+    /// A join or leave, to every node that follows the channel; may be lost.
+    async fn event(&self, channel: &str, push: Push);
+
+    /// All of a channel's history, or what follows `since`.
+    async fn history(&self, channel: &str, rules: &Rules, since: Option<&Position>) -> Result<Page, Failed>;
+
+    /// Notes that a client is there, or (`None`) is not any more.
+    async fn present(&self, channel: &str, client: &str, info: Option<ClientInfo>) -> Result<(), Failed>;
+
+    async fn presence(&self, channel: &str) -> Result<BTreeMap<String, ClientInfo>, Failed>;
+
+    /// This node has the channel's first subscriber, or lost its last.
+    async fn follow(&self, channel: &str) -> Result<(), Failed>;
+    async fn unfollow(&self, channel: &str);
+
+    /// Housekeeping, now and then.
+    async fn tidy(&self);
+
+    fn describe(&self) -> &'static str;
+}
+
+pub async fn run(engine: Arc<dyn Engine>, cancel: CancellationToken) {
+    let mut ticks = tokio::time::interval(Duration::from_secs(15));
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = ticks.tick() => engine.tidy().await,
+        }
+    }
+}

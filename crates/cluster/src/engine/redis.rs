@@ -1,0 +1,365 @@
+//! Any number of nodes on one Redis: a stream and a position per channel, changed and published in one atomic step.
+//!
+//! A node that was cut off from Redis cannot know what it missed: its positioned subscribers are told to come again, and
+//! recover from the stream.
+
+use super::{Engine, Failed, Page};
+use crate::hub::Hub;
+use crate::{Error, Rules};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use parking_lot::Mutex;
+use prost::Message;
+use redis::aio::{ConnectionManager, ConnectionManagerConfig, PubSubSink, PubSubStream};
+use redis::{Client, ErrorKind, RedisError, Script};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use wire::channels::Position;
+use wire::realtime::{ClientInfo, Publication, Push};
+
+const PREFIX: &str = "beamline:";
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(4);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// A channel's position outlives its publications, so that a late client learns that it missed some.
+const POSITION_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
+/// A presence entry that its node does not renew is gone.
+const PRESENCE_TTL_MS: u64 = 60_000;
+const QUEUE_MAX: usize = 1024;
+/// First and longest wait between attempts to come back.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// KEYS: stream, position, idempotency · ARGV: publication, size, ttl ms, topic, fresh epoch, key given?, position ttl ms.
+const PUBLISH: &str = r"
+local epoch = redis.call('HGET', KEYS[2], 'e')
+if not epoch then
+  epoch = ARGV[5]
+  redis.call('DEL', KEYS[1])
+  redis.call('HSET', KEYS[2], 'e', epoch)
+end
+if ARGV[6] == '1' then
+  local known = redis.call('GET', KEYS[3])
+  if known then return {tonumber(known), epoch} end
+end
+local offset = redis.call('HINCRBY', KEYS[2], 's', 1)
+redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[2], offset .. '-0', 'd', ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[7])
+if ARGV[6] == '1' then redis.call('SET', KEYS[3], offset, 'PX', ARGV[3]) end
+redis.call('PUBLISH', ARGV[4], 'p' .. offset .. ':' .. ARGV[1])
+return {offset, epoch}
+";
+
+/// KEYS: stream, position · ARGV: behind this offset, fresh epoch, position ttl ms.
+const HISTORY: &str = r"
+redis.call('HSETNX', KEYS[2], 'e', ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+local meta = redis.call('HMGET', KEYS[2], 'e', 's')
+return {meta[1], tonumber(meta[2] or '0'), redis.call('XRANGE', KEYS[1], '(' .. ARGV[1] .. '-0', '+')}
+";
+
+pub struct Redis {
+    connection: ConnectionManager,
+    publish: Script,
+    history: Script,
+    follows: mpsc::Sender<Follow>,
+    /// Those of this node, renewed now and then.
+    present: Mutex<HashMap<(String, String), ClientInfo>>,
+    _ends: DropGuard,
+}
+
+struct Follow {
+    channel: String,
+    on: bool,
+    done: oneshot::Sender<Result<(), RedisError>>,
+}
+
+impl Redis {
+    pub async fn connect(url: &str, hub: Arc<Hub>) -> Result<Arc<Self>, Error> {
+        let failed = |e: RedisError| Error::Redis { url: without_password(url), problem: e.to_string() };
+        let client = Client::open(url).map_err(failed)?;
+        let config = ConnectionManagerConfig::new()
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_response_timeout(Some(RESPONSE_TIMEOUT));
+        let connection = client.get_connection_manager_with_config(config).await.map_err(failed)?;
+        let subscribed = subscribe(&client, &[]).await.map_err(failed)?;
+        let (follows, inbox) = mpsc::channel(QUEUE_MAX);
+        let cancel = CancellationToken::new();
+        tokio::spawn(listen(client, hub, subscribed, inbox, cancel.clone()));
+        Ok(Arc::new(Self {
+            connection,
+            publish: Script::new(PUBLISH),
+            history: Script::new(HISTORY),
+            follows,
+            present: Mutex::default(),
+            _ends: cancel.drop_guard(),
+        }))
+    }
+
+    async fn set_following(&self, channel: &str, on: bool) -> Result<(), Failed> {
+        let gone = || RedisError::from((ErrorKind::Io, "the subscription loop has ended"));
+        let (done, answer) = oneshot::channel();
+        self.follows.send(Follow { channel: channel.into(), on, done }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?.map_err(Failed::from)
+    }
+}
+
+fn without_password(url: &str) -> String {
+    match (url.find("://"), url.rfind('@')) {
+        (Some(scheme), Some(at)) if at > scheme => format!("{}://…{}", &url[..scheme], &url[at..]),
+        _ => url.into(),
+    }
+}
+
+fn key(channel: &str, of: &str) -> String {
+    // The braces keep a channel's keys on one node of a Redis Cluster.
+    format!("{PREFIX}{of}:{{{channel}}}")
+}
+
+fn topic(channel: &str) -> String {
+    format!("{PREFIX}topic:{channel}")
+}
+
+fn fresh_epoch() -> String {
+    uuid::Uuid::new_v4().simple().to_string()[..8].to_string()
+}
+
+async fn subscribe(client: &Client, channels: &[String]) -> Result<(PubSubSink, PubSubStream), RedisError> {
+    let connected = tokio::time::timeout(CONNECT_TIMEOUT, client.get_async_pubsub()).await;
+    let connected = connected.map_err(|_| RedisError::from((ErrorKind::Io, "no connection in time")))??;
+    let (mut sink, stream) = connected.split();
+    if !channels.is_empty() {
+        let topics: Vec<String> = channels.iter().map(|channel| topic(channel)).collect();
+        sink.subscribe(topics).await?;
+    }
+    Ok((sink, stream))
+}
+
+/// Owns the subscriptions: follows and unfollows, hands messages to the hub, comes back after a loss.
+async fn listen(
+    client: Client,
+    hub: Arc<Hub>,
+    subscribed: (PubSubSink, PubSubStream),
+    mut follows: mpsc::Receiver<Follow>,
+    cancel: CancellationToken,
+) {
+    let (mut sink, mut stream) = subscribed;
+    let mut followed: std::collections::HashSet<String> = std::collections::HashSet::new();
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            follow = follows.recv() => {
+                let Some(Follow { channel, on, done }) = follow else { return };
+                let topic = topic(&channel);
+                let outcome = if on { sink.subscribe(topic).await } else { sink.unsubscribe(topic).await };
+                // Kept also after a failure: the next connection begins with it.
+                if on { followed.insert(channel); } else { followed.remove(&channel); }
+                let _ = done.send(outcome);
+            }
+            message = stream.next() => match message {
+                Some(message) => {
+                    let name = message.get_channel_name();
+                    if let Some(channel) = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix("topic:")) {
+                        deliver(&hub, channel, message.get_payload_bytes());
+                    }
+                }
+                None => {
+                    tracing::warn!("the connection to Redis is lost; coming back");
+                    let Some(again) = come_back(&client, &followed, &mut follows, &cancel).await else { return };
+                    (sink, stream) = again;
+                    tracing::info!(channels = followed.len(), "back on Redis; positioned subscribers recover");
+                    hub.interrupted();
+                }
+            }
+        }
+    }
+}
+
+async fn come_back(
+    client: &Client,
+    followed: &std::collections::HashSet<String>,
+    follows: &mut mpsc::Receiver<Follow>,
+    cancel: &CancellationToken,
+) -> Option<(PubSubSink, PubSubStream)> {
+    let channels: Vec<String> = followed.iter().cloned().collect();
+    let mut wait = RETRY.0;
+    loop {
+        if let Ok(again) = subscribe(client, &channels).await {
+            return Some(again);
+        }
+        // Full jitter: nodes that lost Redis together do not come back together.
+        let share = f64::from(uuid::Uuid::new_v4().as_u128() as u16) / f64::from(u16::MAX);
+        let pause = tokio::time::sleep(wait.mul_f64(share));
+        let mut pause = std::pin::pin!(pause);
+        wait = (wait * 2).min(RETRY.1);
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return None,
+                () = &mut pause => break,
+                follow = follows.recv() => {
+                    let down = RedisError::from((ErrorKind::Io, "Redis is down"));
+                    let _ = follow?.done.send(Err(down));
+                }
+            }
+        }
+    }
+}
+
+/// `p<offset>:<publication>` or `e<push>`.
+fn deliver(hub: &Hub, channel: &str, payload: &[u8]) {
+    let decoded = match payload.split_first() {
+        Some((b'p', rest)) => publication(rest).map(|publication| hub.publication(channel, &publication)),
+        Some((b'e', rest)) => Push::decode(rest).ok().map(|push| hub.event(channel, &push)),
+        _ => None,
+    };
+    if decoded.is_none() {
+        tracing::warn!(channel, "a message on Redis cannot be read; is another program using these topics?");
+    }
+}
+
+fn publication(bytes: &[u8]) -> Option<Publication> {
+    let colon = bytes.iter().position(|byte| *byte == b':')?;
+    let offset = std::str::from_utf8(&bytes[..colon]).ok()?.parse().ok()?;
+    let publication = Publication::decode(&bytes[colon + 1..]).ok()?;
+    Some(Publication { offset, ..publication })
+}
+
+#[async_trait]
+impl Engine for Redis {
+    async fn publish(
+        &self,
+        channel: &str,
+        publication: Publication,
+        rules: &Rules,
+        idempotency_key: Option<String>,
+    ) -> Result<Position, Failed> {
+        let mut connection = self.connection.clone();
+        let data = publication.encode_to_vec();
+        if !rules.keeps_history() {
+            let payload = [b"p0:", &data[..]].concat();
+            let _: i64 = redis::cmd("PUBLISH").arg(topic(channel)).arg(payload).query_async(&mut connection).await?;
+            return Ok(Position::default());
+        }
+        let once = idempotency_key.as_deref().unwrap_or("");
+        let (offset, epoch): (u64, String) = self
+            .publish
+            .key(key(channel, "stream"))
+            .key(key(channel, "position"))
+            .key(key(channel, &format!("once:{once}")))
+            .arg(data)
+            .arg(rules.history_size)
+            .arg(rules.history_ttl.as_millis() as u64)
+            .arg(topic(channel))
+            .arg(fresh_epoch())
+            .arg(if idempotency_key.is_some() { "1" } else { "0" })
+            .arg(POSITION_TTL.as_millis() as u64)
+            .invoke_async(&mut connection)
+            .await?;
+        Ok(Position { offset, epoch })
+    }
+
+    async fn event(&self, channel: &str, push: Push) {
+        let mut connection = self.connection.clone();
+        let mut payload = vec![b'e'];
+        payload.extend(push.encode_to_vec());
+        let sent: Result<i64, _> =
+            redis::cmd("PUBLISH").arg(topic(channel)).arg(payload).query_async(&mut connection).await;
+        if let Err(error) = sent {
+            tracing::debug!(channel, %error, "a join or leave was not published");
+        }
+    }
+
+    async fn history(&self, channel: &str, _rules: &Rules, since: Option<&Position>) -> Result<Page, Failed> {
+        type Entries = Vec<(String, Vec<(String, Vec<u8>)>)>;
+        let mut connection = self.connection.clone();
+        let (epoch, offset, entries): (String, u64, Entries) = self
+            .history
+            .key(key(channel, "stream"))
+            .key(key(channel, "position"))
+            .arg(since.map_or(0, |since| since.offset))
+            .arg(fresh_epoch())
+            .arg(POSITION_TTL.as_millis() as u64)
+            .invoke_async(&mut connection)
+            .await?;
+        let publications = entries.into_iter().filter_map(|(id, fields)| {
+            let offset = id.split('-').next()?.parse().ok()?;
+            let publication = Publication::decode(Bytes::from(fields.into_iter().next()?.1)).ok()?;
+            Some(Publication { offset, ..publication })
+        });
+        Ok(Page { publications: publications.collect(), position: Position { offset, epoch } })
+    }
+
+    async fn present(&self, channel: &str, client: &str, info: Option<ClientInfo>) -> Result<(), Failed> {
+        let mut connection = self.connection.clone();
+        let key = key(channel, "presence");
+        let entry = (channel.to_string(), client.to_string());
+        match info {
+            Some(info) => {
+                let value = presence_value(&info);
+                self.present.lock().insert(entry, info);
+                let _: () = redis::pipe()
+                    .hset(&key, client, value)
+                    .ignore()
+                    .pexpire(&key, PRESENCE_TTL_MS as i64)
+                    .ignore()
+                    .query_async(&mut connection)
+                    .await?;
+            }
+            None => {
+                self.present.lock().remove(&entry);
+                let _: i64 = redis::cmd("HDEL").arg(&key).arg(client).query_async(&mut connection).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn presence(&self, channel: &str) -> Result<BTreeMap<String, ClientInfo>, Failed> {
+        let mut connection = self.connection.clone();
+        let entries: HashMap<String, Vec<u8>> =
+            redis::cmd("HGETALL").arg(key(channel, "presence")).query_async(&mut connection).await?;
+        let now = now_ms();
+        let alive = entries.into_iter().filter_map(|(client, value)| {
+            let (until, info) = value.split_first_chunk::<8>()?;
+            (u64::from_be_bytes(*until) > now).then(|| Some((client, ClientInfo::decode(info).ok()?)))?
+        });
+        Ok(alive.collect())
+    }
+
+    async fn follow(&self, channel: &str) -> Result<(), Failed> {
+        self.set_following(channel, true).await
+    }
+
+    async fn unfollow(&self, channel: &str) {
+        if let Err(error) = self.set_following(channel, false).await {
+            tracing::debug!(channel, %error, "a topic was not left");
+        }
+    }
+
+    async fn tidy(&self) {
+        let mine: Vec<_> = self.present.lock().iter().map(|(entry, info)| (entry.clone(), info.clone())).collect();
+        for ((channel, client), info) in mine {
+            if let Err(error) = self.present(&channel, &client, Some(info)).await {
+                tracing::debug!(channel, %error, "presence was not renewed");
+                return;
+            }
+        }
+    }
+
+    fn describe(&self) -> &'static str {
+        "redis"
+    }
+}
+
+/// When it ends, milliseconds since the epoch, then who it is.
+fn presence_value(info: &ClientInfo) -> Vec<u8> {
+    let mut value = (now_ms() + PRESENCE_TTL_MS).to_be_bytes().to_vec();
+    value.extend(info.encode_to_vec());
+    value
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}

@@ -1,0 +1,226 @@
+//! Who on this node follows which channel, and the delivery to them.
+//!
+//! A subscription begins by collecting: what arrives while its history is read waits, and goes out behind the reply, less
+//! what the history held already. So live publications join recovered ones with no gap and no double.
+
+use crate::client::Client;
+use bytes::Bytes;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use tokio::sync::oneshot;
+use wire::realtime::{Encoding, Publication, Push, Reply, Unsubscribe, UnsubscribePush};
+
+const SHARDS: usize = 64;
+
+pub struct Hub {
+    shards: Vec<Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>>>,
+    hasher: RandomState,
+    probes: Mutex<HashMap<String, oneshot::Sender<()>>>,
+    pub deliveries: AtomicU64,
+}
+
+#[derive(Default)]
+struct Channel {
+    subscribers: HashMap<u64, Subscriber>,
+    /// Offset of the newest publication that came by; a jump beyond the next one is a gap.
+    newest: u64,
+}
+
+struct Subscriber {
+    client: Arc<Client>,
+    /// Publications up to this offset are not for it: it has them.
+    position: u64,
+    /// Has it been told its position: then a gap is told too.
+    positioned: bool,
+    /// Until it is live.
+    collected: Option<Vec<Publication>>,
+}
+
+impl Default for Hub {
+    fn default() -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            hasher: RandomState::new(),
+            probes: Mutex::default(),
+            deliveries: AtomicU64::new(0),
+        }
+    }
+}
+
+/// Frames of one reply, made when the first reader of an encoding needs it, then shared.
+struct Encoded<'a> {
+    reply: &'a dyn Fn() -> Reply,
+    json: Option<Bytes>,
+    protobuf: Option<Bytes>,
+}
+
+impl<'a> Encoded<'a> {
+    fn new(reply: &'a dyn Fn() -> Reply) -> Self {
+        Self { reply, json: None, protobuf: None }
+    }
+
+    fn frame(&mut self, encoding: Encoding) -> Bytes {
+        let slot = match encoding {
+            Encoding::Json => &mut self.json,
+            Encoding::Protobuf => &mut self.protobuf,
+        };
+        slot.get_or_insert_with(|| crate::client::frame(encoding, &(self.reply)())).clone()
+    }
+}
+
+impl Hub {
+    fn shard(&self, channel: &str) -> &Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>> {
+        &self.shards[self.hasher.hash_one(channel) as usize % SHARDS]
+    }
+
+    pub fn channels(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().len()).sum()
+    }
+
+    /// The followed channels now.
+    pub fn followed(&self) -> Vec<Arc<str>> {
+        self.shards.iter().flat_map(|shard| shard.lock().keys().cloned().collect::<Vec<_>>()).collect()
+    }
+
+    /// Puts a client on a channel, collecting; whether it is the channel's first on this node.
+    pub fn join(&self, channel: &str, client: &Arc<Client>) -> bool {
+        let mut shard = self.shard(channel).lock();
+        let (name, first) = match shard.get_key_value(channel) {
+            Some((name, _)) => (name.clone(), false),
+            None => (Arc::from(channel), true),
+        };
+        let subscriber =
+            Subscriber { client: client.clone(), position: 0, positioned: false, collected: Some(Vec::new()) };
+        shard.entry(name).or_default().lock().subscribers.insert(client.number, subscriber);
+        first
+    }
+
+    /// Takes a client off a channel; whether it was the last one there.
+    pub fn leave(&self, channel: &str, client: u64) -> bool {
+        let mut shard = self.shard(channel).lock();
+        let Some(found) = shard.get(channel) else { return false };
+        let empty = {
+            let mut found = found.lock();
+            found.subscribers.remove(&client);
+            found.subscribers.is_empty()
+        };
+        if empty {
+            shard.remove(channel);
+        }
+        empty
+    }
+
+    /// Ends the collecting: the subscribe reply (if it goes by itself), then what was collected behind `position`.
+    /// `positioned` says whether the client counts offsets.
+    pub fn go_live(&self, channel: &str, client: &Client, reply: Option<Bytes>, position: u64, positioned: bool) {
+        let found = self.shard(channel).lock().get(channel).cloned();
+        let Some(found) = found else { return };
+        let mut found = found.lock();
+        found.newest = found.newest.max(position);
+        let Some(subscriber) = found.subscribers.get_mut(&client.number) else { return };
+        subscriber.position = position;
+        subscriber.positioned = positioned;
+        if let Some(reply) = reply {
+            client.outbox.push(reply);
+        }
+        for publication in subscriber.collected.take().into_iter().flatten() {
+            if publication.offset == 0 || publication.offset > subscriber.position {
+                subscriber.position = subscriber.position.max(publication.offset);
+                let push = Push { r#pub: Some(publication), ..Push::default() };
+                client.outbox.push(crate::client::frame(client.encoding, &Reply::push(channel, push)));
+                self.deliveries.fetch_add(1, Relaxed);
+            }
+        }
+    }
+
+    /// A publication to everybody on the channel here. Engines call it in the order of offsets.
+    pub fn publication(&self, channel: &str, publication: &Publication) {
+        if channel.starts_with("$ready:")
+            && let Some(probe) = self.probes.lock().remove(channel)
+        {
+            let _ = probe.send(());
+        }
+        let found = self.shard(channel).lock().get(channel).cloned();
+        let Some(found) = found else { return };
+        let mut found = found.lock();
+        let offset = publication.offset;
+        if offset > 0 {
+            let gap = found.newest > 0 && offset > found.newest + 1;
+            found.newest = found.newest.max(offset);
+            if gap {
+                lost(channel, &mut found);
+            }
+        }
+        let reply = || {
+            let push = Push { r#pub: Some(publication.clone()), ..Push::default() };
+            Reply::push(channel, push)
+        };
+        let mut encoded = Encoded::new(&reply);
+        let mut delivered = 0;
+        for subscriber in found.subscribers.values_mut() {
+            if let Some(collected) = &mut subscriber.collected {
+                collected.push(publication.clone());
+                continue;
+            }
+            if offset > 0 {
+                if offset <= subscriber.position {
+                    continue;
+                }
+                subscriber.position = offset;
+            }
+            subscriber.client.outbox.push(encoded.frame(subscriber.client.encoding));
+            delivered += 1;
+        }
+        self.deliveries.fetch_add(delivered, Relaxed);
+    }
+
+    /// A join or leave to everybody on the channel here.
+    pub fn event(&self, channel: &str, push: &Push) {
+        let found = self.shard(channel).lock().get(channel).cloned();
+        let Some(found) = found else { return };
+        let reply = || Reply::push(channel, push.clone());
+        let mut encoded = Encoded::new(&reply);
+        for subscriber in found.lock().subscribers.values().filter(|subscriber| subscriber.collected.is_none()) {
+            subscriber.client.outbox.push(encoded.frame(subscriber.client.encoding));
+        }
+    }
+
+    /// Publications may have been missed on every channel: those who count offsets subscribe again and recover.
+    pub fn interrupted(&self) {
+        for channel in self.followed() {
+            let found = self.shard(&channel).lock().get(&channel).cloned();
+            if let Some(found) = found {
+                let mut found = found.lock();
+                found.newest = 0;
+                lost(&channel, &mut found);
+            }
+        }
+    }
+
+    /// Resolves when a publication on `channel` reaches this node.
+    pub fn probe(&self, channel: &str) -> oneshot::Receiver<()> {
+        let (sender, receiver) = oneshot::channel();
+        self.probes.lock().insert(channel.into(), sender);
+        receiver
+    }
+}
+
+/// Ends the subscriptions that count offsets; the client comes again and recovers. Its session forgets them when the
+/// client subscribes anew.
+fn lost(channel: &str, found: &mut Channel) {
+    let code = Unsubscribe::InsufficientState;
+    found.subscribers.retain(|_, subscriber| {
+        let ends = subscriber.positioned && subscriber.collected.is_none();
+        if ends {
+            let unsubscribe = UnsubscribePush { code: code as u32, reason: code.reason().into() };
+            let push = Push { unsubscribe: Some(unsubscribe), ..Push::default() };
+            let client = &subscriber.client;
+            client.forget(channel);
+            client.outbox.push(crate::client::frame(client.encoding, &Reply::push(channel, push)));
+        }
+        !ends
+    });
+}
