@@ -1,0 +1,97 @@
+// The chat element: a room bound straight to its channel.
+import { useEffect, useState } from "preact/hooks";
+import { useSession } from "../context";
+import { Avatar } from "../elements/avatar";
+import { Icon } from "../icons";
+import { str } from "../json";
+import type { TreeNode } from "../store";
+import { Composer } from "./composer";
+import { MessageList } from "./messages";
+import { roomOf, type Person, type Room } from "./room";
+
+export function Chat({ node }: { node: TreeNode }) {
+  const session = useSession();
+  const props = node.props.value;
+  const id = str(props["room"]);
+  const channel = str(props["channel"], `chat:${id}`);
+  const room = roomOf(session, id, channel);
+  return <RoomView key={channel} room={room} title={str(props["title"], id)} me={str(props["me"], session.me.user)} assistant={str(props["assistant"])} />;
+}
+
+function RoomView({ room, title, me, assistant }: { room: Room; title: string; me: string; assistant: string }) {
+  const [showPeople, setShowPeople] = useState(false);
+  const people = room.people.value;
+
+  useEffect(() => {
+    room.markLeft();
+    return room.open();
+  }, [room]);
+
+  useEffect(() => {
+    const escape = (event: KeyboardEvent): void => {
+      if (event.key !== "Escape" || event.defaultPrevented) return;
+      const { messages } = room.state.peek();
+      for (let i = messages.length - 1; i >= 0; i--) {
+        const message = messages[i];
+        if (message?.state === "streaming") {
+          room.stop(message);
+          return;
+        }
+      }
+    };
+    window.addEventListener("keydown", escape);
+    return () => window.removeEventListener("keydown", escape);
+  }, [room]);
+
+  const shown = title.startsWith("#") ? title : `#${title}`;
+  const names = [...new Set([...(assistant ? [assistant] : []), ...people.filter((p) => p.user !== me).map((p) => p.name)])];
+  return (
+    <section class="chat" aria-label={`Room ${title}`} data-room={room.id}>
+      <header class="chat-head">
+        <h1>{shown}</h1>
+        <button type="button" class="ghost people-toggle" aria-expanded={showPeople} onClick={() => setShowPeople(!showPeople)} aria-label={`${people.length} here, show who`}>
+          <Icon name="people" /> <span class="tabular">{people.length}</span>
+        </button>
+      </header>
+      {room.problem.value && (
+        <div class="alert bad" role="alert">
+          <span>This room could not be read: {room.problem.value}</span>
+          <button type="button" class="small" onClick={() => void room.load()}><Icon name="retry" /> Try again</button>
+        </div>
+      )}
+      <div class="chat-body">
+        <div class="chat-column">
+          <MessageList room={room} me={me} assistant={assistant} />
+          <TypingLine room={room} />
+          <Composer room={room} title={shown} names={names} />
+        </div>
+        <aside class={`people ${showPeople ? "open" : ""}`} aria-label="Who is here">
+          <h2>Here now <span class="tabular muted">{people.length}</span></h2>
+          <ul>
+            {people.map((person: Person) => (
+              <li key={person.user}>
+                <Avatar name={person.name} id={person.user} small />
+                <span class="ellipsis">{person.name}{person.user === me && <span class="muted"> (you)</span>}</span>
+                <span class="dot ok" title="online" />
+              </li>
+            ))}
+            {assistant && (
+              <li>
+                <Avatar name={assistant} id={assistant} assistant small />
+                <span class="ellipsis">@{assistant}</span>
+              </li>
+            )}
+          </ul>
+          {assistant && <p class="muted hint">Begin a message with <code>@{assistant}</code> to ask. Try <code>@{assistant} status</code>.</p>}
+        </aside>
+      </div>
+    </section>
+  );
+}
+
+function TypingLine({ room }: { room: Room }) {
+  const names = room.typing.value.map((person) => person.name);
+  const text =
+    names.length === 0 ? "" : names.length === 1 ? `${names[0]} is typing…` : names.length === 2 ? `${names[0]} and ${names[1]} are typing…` : "Several people are typing…";
+  return <div class="typing" aria-live="polite">{text}</div>;
+}

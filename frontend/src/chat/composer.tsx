@@ -1,0 +1,98 @@
+// Where one writes: grows with the text, keeps a draft per room, completes names after an @.
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { Icon } from "../icons";
+import type { Room } from "./room";
+
+const MAX_LENGTH = 16_000;
+const MAX_HEIGHT = 220;
+
+export function Composer({ room, title, names }: { room: Room; title: string; names: string[] }) {
+  const [text, setText] = useState(room.draft);
+  const [choice, setChoice] = useState(0);
+  const [dismissed, setDismissed] = useState(false);
+  const field = useRef<HTMLTextAreaElement>(null);
+
+  const partial = /(?:^|\s)@([\w.-]*)$/.exec(text)?.[1];
+  const matches =
+    partial === undefined || dismissed ? [] : names.filter((name) => name.toLowerCase().startsWith(partial.toLowerCase()) && name !== partial).slice(0, 6);
+  const chosen = matches[Math.min(choice, matches.length - 1)];
+
+  useLayoutEffect(() => {
+    const el = field.current;
+    if (!el) return;
+    el.style.height = "auto";
+    el.style.height = `${Math.min(el.scrollHeight, MAX_HEIGHT)}px`;
+  }, [text]);
+
+  useEffect(() => {
+    // On a phone, focus would open the keyboard over what one came to read.
+    if (matchMedia("(pointer: fine)").matches) field.current?.focus();
+  }, []);
+
+  const change = (value: string): void => {
+    setText(value);
+    setChoice(0);
+    setDismissed(false);
+    room.draft = value;
+    if (value.trim() !== "") room.isTyping();
+  };
+
+  const complete = (name: string): void => {
+    change(`${text.slice(0, text.length - (partial?.length ?? 0))}${name} `);
+    field.current?.focus();
+  };
+
+  const send = (): void => {
+    const trimmed = text.trim();
+    if (trimmed === "") return;
+    room.send(trimmed);
+    setText("");
+    room.draft = "";
+    field.current?.focus();
+  };
+
+  const key = (event: KeyboardEvent): void => {
+    if (event.isComposing) return;
+    if (matches.length > 0 && chosen !== undefined) {
+      if (event.key === "Tab" || event.key === "Enter") {
+        event.preventDefault();
+        complete(chosen);
+        return;
+      }
+      if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+        event.preventDefault();
+        setChoice((choice + (event.key === "ArrowDown" ? 1 : matches.length - 1)) % matches.length);
+        return;
+      }
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        setDismissed(true);
+        return;
+      }
+    }
+    if (event.key === "Enter" && !event.shiftKey) {
+      event.preventDefault();
+      send();
+    }
+  };
+
+  return (
+    <form class="composer" onSubmit={(event) => { event.preventDefault(); send(); }}>
+      {matches.length > 0 && (
+        <ul class="mentions" role="listbox" aria-label="People" id="mentions">
+          {matches.map((name) => (
+            <li key={name} role="option" aria-selected={name === chosen} onMouseDown={(event) => { event.preventDefault(); complete(name); }}>@{name}</li>
+          ))}
+        </ul>
+      )}
+      <textarea
+        ref={field} rows={1} value={text} maxLength={MAX_LENGTH} data-testid="composer" data-focus="/"
+        placeholder={`Message ${title}`} aria-label={`Message ${title}`} aria-controls="mentions"
+        onInput={(event) => change(event.currentTarget.value)} onKeyDown={key}
+      />
+      <button type="submit" class="primary icon-button" data-testid="send" disabled={text.trim() === ""} aria-label="Send" title="Send (Enter)">
+        <Icon name="send" />
+      </button>
+    </form>
+  );
+}

@@ -1,0 +1,196 @@
+// The list of messages: grouped by author, divided by day, and never jumping under the reader.
+import { memo } from "../memo";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { Avatar } from "../elements/avatar";
+import { clock, day, moment } from "../format";
+import { Icon } from "../icons";
+import { Markdown } from "../markdown";
+import type { Message } from "./reducer";
+import type { Room } from "./room";
+
+const GROUP_MS = 5 * 60_000;
+/** This close to the end counts as being there. */
+const NEAR_END = 48;
+const NEAR_TOP = 120;
+
+export function MessageList({ room, me, assistant }: { room: Room; me: string; assistant: string }) {
+  const { messages, more, loaded } = room.state.value;
+  const seen = room.seenBefore.value;
+  const box = useRef<HTMLDivElement>(null);
+  const content = useRef<HTMLDivElement>(null);
+  const follow = useRef(true);
+  const before = useRef({ first: 0, height: 0 });
+  const [away, setAway] = useState(0);
+  const lastId = messages[messages.length - 1]?.id ?? 0;
+  const lastSeenAtEnd = useRef(0);
+
+  const toEnd = (): void => {
+    const el = box.current;
+    if (el) el.scrollTop = el.scrollHeight;
+    follow.current = true;
+    setAway(0);
+  };
+
+  useLayoutEffect(() => {
+    const el = box.current;
+    if (!el) return;
+    const first = messages[0]?.id ?? 0;
+    const grown = el.scrollHeight - before.current.height;
+    const mine = messages[messages.length - 1]?.state === "sending";
+    if (follow.current || mine) toEnd();
+    else if (first < before.current.first && grown > 0) el.scrollTop += grown;
+    before.current = { first, height: el.scrollHeight };
+    if (follow.current && !document.hidden) {
+      lastSeenAtEnd.current = lastId;
+      room.markRead();
+    } else setAway(messages.filter((m) => m.id > lastSeenAtEnd.current && m.user !== me).length);
+  }, [messages]);
+
+  useEffect(() => {
+    const el = box.current;
+    const inner = content.current;
+    if (!el || !inner) return;
+    // Images, fonts and a smaller window change heights without a new message.
+    const observer = new ResizeObserver(() => {
+      if (follow.current) el.scrollTop = el.scrollHeight;
+      before.current.height = el.scrollHeight;
+    });
+    observer.observe(inner);
+    observer.observe(el);
+    const visible = (): void => {
+      if (document.hidden) room.markLeft();
+      else if (follow.current) room.markRead();
+    };
+    document.addEventListener("visibilitychange", visible);
+    return () => {
+      observer.disconnect();
+      document.removeEventListener("visibilitychange", visible);
+    };
+  }, [room]);
+
+  const scrolled = (): void => {
+    const el = box.current;
+    if (!el) return;
+    follow.current = el.scrollHeight - el.scrollTop - el.clientHeight < NEAR_END;
+    if (follow.current) {
+      lastSeenAtEnd.current = lastId;
+      setAway(0);
+      room.markRead();
+    }
+    if (el.scrollTop < NEAR_TOP) void room.loadOlder();
+  };
+
+  let marked = false;
+  return (
+    <div class="messages-wrap">
+      <div class="messages" ref={box} onScroll={scrolled} tabIndex={0} role="log" aria-live="polite" aria-relevant="additions" aria-label="Messages">
+        <div class="messages-content" ref={content}>
+          {more && <div class="older">{room.loadingOlder.value ? <span class="spinner" aria-label="Loading older messages" /> : <button class="ghost small" type="button" onClick={() => void room.loadOlder()}>Older messages</button>}</div>}
+          {!loaded && !room.problem.value && <Skeletons />}
+          {loaded && messages.length === 0 && (
+            <div class="empty">
+              <Icon name="chat" />
+              <strong>Nothing here yet</strong>
+              <p>Say hello, or write <code>{assistant ? `@${assistant} status` : "a first message"}</code> to ask the assistant.</p>
+            </div>
+          )}
+          {messages.map((message, i) => {
+            const previous = messages[i - 1];
+            const newDay = !previous || new Date(previous.at).toDateString() !== new Date(message.at).toDateString();
+            const unread = !marked && seen > 0 && message.id > seen && message.user !== me && previous !== undefined;
+            if (unread) marked = true;
+            const grouped = !newDay && !unread && previous?.user === message.user && message.at - previous.at < GROUP_MS;
+            return (
+              <div key={message.id > 0 ? message.id : message.nonce}>
+                {newDay && <div class="day" role="separator"><span>{day(message.at)}</span></div>}
+                {unread && <div class="unread" role="separator"><span>New</span></div>}
+                <MessageView message={message} grouped={grouped} mine={message.user === me} assistant={message.user === assistant} room={room} />
+              </div>
+            );
+          })}
+        </div>
+      </div>
+      {(away > 0 || !follow.current) && (
+        <button type="button" class="to-end" onClick={toEnd}>
+          <Icon name="down" /> {away > 0 ? `${away} new` : "Latest"}
+        </button>
+      )}
+    </div>
+  );
+}
+
+interface MessageProps {
+  message: Message;
+  grouped: boolean;
+  mine: boolean;
+  assistant: boolean;
+  room: Room;
+}
+
+const MessageView = memo(function MessageView({ message, grouped, mine, assistant, room }: MessageProps) {
+  const streaming = message.state === "streaming";
+  const state = message.state === "done" ? "sent" : message.state;
+  return (
+    <article
+      class={`message ${grouped ? "grouped" : ""} ${assistant ? "assistant" : ""} ${mine ? "mine" : ""} ${state}`}
+      data-testid="message" data-state={state} data-user={message.user} data-id={message.id}
+      aria-busy={streaming}
+    >
+      {grouped ? (
+        <time class="gutter" dateTime={new Date(message.at).toISOString()} title={moment(message.at)}>{clock(message.at)}</time>
+      ) : (
+        <Avatar name={message.name} id={message.user} assistant={assistant} />
+      )}
+      <div class="message-main">
+        {!grouped && (
+          <header>
+            <strong class="author">{message.name}</strong>
+            {assistant && <span class="tag">assistant</span>}
+            <time dateTime={new Date(message.at).toISOString()} title={moment(message.at)}>{clock(message.at)}</time>
+          </header>
+        )}
+        <div class="body" data-testid="message-text">
+          {streaming && message.text === "" ? (
+            <span class="thinking"><span class="spinner" /> Thinking…</span>
+          ) : (
+            <Markdown text={message.text} tail={streaming ? <span class="caret" aria-hidden="true" /> : undefined} />
+          )}
+        </div>
+        <Footer message={message} state={state} room={room} />
+      </div>
+    </article>
+  );
+});
+
+function Footer({ message, state, room }: { message: Message; state: string; room: Room }) {
+  if (state === "streaming") {
+    return (
+      <footer>
+        <button type="button" class="small" data-testid="stop" onClick={() => room.stop(message)}><Icon name="stop" /> Stop <kbd>Esc</kbd></button>
+      </footer>
+    );
+  }
+  if (state === "sending") return <footer class="muted"><span role="status">Sending…</span></footer>;
+  if (state === "stopped") return <footer class="muted">Stopped</footer>;
+  if (state !== "failed") return null;
+  return (
+    <footer class="bad">
+      <span role="alert">{message.id === 0 ? "Not sent" : "The answer failed"}{message.error ? `: ${message.error}` : ""}</span>
+      <button type="button" class="small" data-testid="retry" onClick={() => room.retry(message)}><Icon name="retry" /> Retry</button>
+      {message.id === 0 && <button type="button" class="ghost small" onClick={() => room.discard(message)}>Discard</button>}
+    </footer>
+  );
+}
+
+function Skeletons() {
+  return (
+    <div class="skeletons delayed" aria-hidden="true">
+      {[62, 38, 80, 51].map((width) => (
+        <div class="skeleton-row" key={width}>
+          <span class="skeleton round" />
+          <span class={`skeleton line w${width}`} />
+        </div>
+      ))}
+    </div>
+  );
+}

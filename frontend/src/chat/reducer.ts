@@ -1,0 +1,150 @@
+// A room's messages as a value: what the channel says, what history brings and what we are sending, in one order.
+import { num, object, str, type Json } from "../json";
+
+export type MessageState = "sending" | "done" | "streaming" | "failed" | "stopped";
+
+export interface Message {
+  /** 0 while the server has not given one. */
+  id: number;
+  nonce: string;
+  user: string;
+  name: string;
+  text: string;
+  at: number;
+  state: MessageState;
+  replyTo: number;
+  error: string;
+  /** Of a streaming answer: which attempt and the last piece we hold; seq null = unknown (from history). */
+  attempt: number;
+  seq: number | null;
+}
+
+export interface ChatState {
+  messages: Message[];
+  /** Older ones exist. */
+  more: boolean;
+  loaded: boolean;
+  /** A piece of an answer is missing: load again. */
+  gap: boolean;
+}
+
+export type Action =
+  | { type: "history"; messages: Message[]; more: boolean; older: boolean }
+  | { type: "message"; message: Message }
+  | { type: "delta"; id: number; seq: number; attempt: number; text: string }
+  | { type: "send"; message: Message }
+  | { type: "sendFailed"; nonce: string; error: string }
+  | { type: "discard"; nonce: string };
+
+export const emptyChat: ChatState = { messages: [], more: false, loaded: false, gap: false };
+
+export function reduce(state: ChatState, action: Action): ChatState {
+  switch (action.type) {
+    case "history":
+      return action.older ? prepend(state, action.messages, action.more) : reload(state, action.messages, action.more);
+    case "message":
+      return { ...state, messages: put(state.messages, action.message) };
+    case "delta":
+      return append(state, action);
+    case "send": {
+      const others = state.messages.filter((m) => m.id > 0 || m.nonce !== action.message.nonce);
+      return { ...state, messages: [...others, { ...action.message, id: 0, state: "sending", error: "" }] };
+    }
+    case "sendFailed":
+      return {
+        ...state,
+        messages: state.messages.map((m) =>
+          m.id === 0 && m.nonce === action.nonce ? { ...m, state: "failed" as const, error: action.error } : m,
+        ),
+      };
+    case "discard":
+      return { ...state, messages: state.messages.filter((m) => m.id > 0 || m.nonce !== action.nonce) };
+  }
+}
+
+/** By id; ours that have none yet stay last, and the echo of one takes its place. */
+function put(messages: Message[], message: Message): Message[] {
+  const mine = message.nonce === "" ? -1 : messages.findIndex((m) => m.id === 0 && m.nonce === message.nonce);
+  const rest = mine < 0 ? messages : messages.filter((_, i) => i !== mine);
+  const index = rest.findIndex((m) => m.id === 0 || m.id >= message.id);
+  if (index < 0) return [...rest, message];
+  const there = rest[index];
+  if (there?.id !== message.id) return [...rest.slice(0, index), message, ...rest.slice(index)];
+  const seq = message.state === "streaming" && message.text === there.text ? there.seq : message.seq;
+  return [...rest.slice(0, index), { ...message, seq }, ...rest.slice(index + 1)];
+}
+
+function append(state: ChatState, delta: { id: number; seq: number; attempt: number; text: string }): ChatState {
+  const index = state.messages.findIndex((m) => m.id === delta.id);
+  const message = state.messages[index];
+  if (!message) return state.loaded ? { ...state, gap: true } : state;
+  if (message.state !== "streaming" && delta.attempt <= message.attempt) return state;
+  if (delta.attempt < message.attempt) return state;
+  let { text } = message;
+  let seq = message.seq;
+  if (delta.attempt > message.attempt) {
+    // From history we do not know the attempt: its text is the newest there was.
+    if (seq !== null || message.attempt > 0) {
+      text = "";
+      seq = 0;
+    }
+  }
+  if (seq !== null && delta.attempt === message.attempt && seq > 0 && delta.seq <= seq) return state;
+  if (seq !== null && delta.seq > seq + 1) return { ...state, gap: true };
+  const next: Message = { ...message, text: text + delta.text, seq: delta.seq, attempt: delta.attempt, state: "streaming" };
+  return { ...state, messages: state.messages.map((m, i) => (i === index ? next : m)) };
+}
+
+function prepend(state: ChatState, older: Message[], more: boolean): ChatState {
+  const first = state.messages.find((m) => m.id > 0)?.id ?? Infinity;
+  return { ...state, messages: [...older.filter((m) => m.id < first), ...state.messages], more };
+}
+
+function reload(state: ChatState, fresh: Message[], more: boolean): ChatState {
+  const from = fresh[0]?.id ?? Infinity;
+  const last = fresh[fresh.length - 1]?.id ?? 0;
+  const known = new Set(state.messages.map((m) => m.id));
+  const nonces = new Set(fresh.map((m) => m.nonce).filter((nonce) => nonce !== ""));
+  // Older messages stay only if what we held reaches into what came; else there is a hole between.
+  const joins = fresh.some((m) => known.has(m.id));
+  const before = joins ? state.messages.filter((m) => m.id > 0 && m.id < from) : [];
+  const after = state.messages.filter((m) => m.id > last);
+  const pending = state.messages.filter((m) => m.id === 0 && !nonces.has(m.nonce));
+  return {
+    messages: [...before, ...fresh, ...after, ...pending],
+    more: before.length > 0 ? state.more : more,
+    loaded: true,
+    gap: false,
+  };
+}
+
+/** A message as the server writes it; null if it is none. */
+export function readMessage(from: Json | undefined): Message | null {
+  const m = object(from);
+  const id = num(m["id"]);
+  if (id <= 0) return null;
+  const state = str(m["state"], "done");
+  const known: MessageState = state === "streaming" || state === "failed" || state === "stopped" ? state : "done";
+  const text = str(m["text"]);
+  const seq = typeof m["seq"] === "number" ? num(m["seq"]) : known === "streaming" && text === "" ? 0 : null;
+  return {
+    id,
+    nonce: str(m["nonce"]),
+    user: str(m["user"]),
+    name: str(m["name"]) || str(m["user"]),
+    text,
+    at: num(m["at"]),
+    state: known,
+    replyTo: num(m["reply_to"]),
+    error: str(m["error"]),
+    attempt: num(m["attempt"]),
+    seq,
+  };
+}
+
+export function readHistory(from: Json): { messages: Message[]; more: boolean } {
+  const reply = object(from);
+  const listed = Array.isArray(reply["messages"]) ? reply["messages"] : [];
+  const messages = listed.map(readMessage).filter((m): m is Message => m !== null);
+  return { messages, more: reply["more"] === true };
+}

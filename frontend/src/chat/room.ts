@@ -1,0 +1,284 @@
+// One room as this page knows it: kept while other rooms are shown, so that switching back is at once.
+import { signal } from "@preact/signals";
+import type { ClientInfo } from "../codec/realtime";
+import type { Position } from "../connection";
+import { fromBytes, num, object, str, type Json, type JsonObject } from "../json";
+import { randomHex, type Session } from "../session";
+import { emptyChat, readHistory, readMessage, reduce, type Action, type ChatState, type Message } from "./reducer";
+
+const PAGE = 50;
+const TYPING_SHOWN_MS = 5_000;
+const TYPING_SENT_MS = 3_000;
+const RELOAD_PAUSE_MS = 1_000;
+
+export interface Person {
+  user: string;
+  name: string;
+}
+
+export class Room {
+  readonly state = signal<ChatState>(emptyChat);
+  readonly people = signal<Person[]>([]);
+  readonly typing = signal<(Person & { until: number })[]>([]);
+  readonly problem = signal("");
+  readonly loadingOlder = signal(false);
+  /** Everything up to this id had been seen when the room was opened or the window left. */
+  readonly seenBefore = signal(0);
+  private position: Position | undefined;
+  private queue: Action[] = [];
+  private scheduled = false;
+  private loading = false;
+  private loadedAt = 0;
+  private typingSentAt = 0;
+  private readonly clients = new Map<string, Person>();
+  private typingTimer: ReturnType<typeof setTimeout> | undefined;
+
+  constructor(
+    readonly id: string,
+    readonly channel: string,
+    private readonly session: Session,
+  ) {
+    this.seenBefore.value = Number(localStorage.getItem(this.storageKey("read")) ?? 0);
+  }
+
+  /** Listens as long as the room is shown. */
+  open(): () => void {
+    const leave = this.session.connection.subscribe(
+      this.channel,
+      {
+        subscribed: ({ recovered, position }) => {
+          this.position = position;
+          if (!recovered || !this.state.peek().loaded) void this.load();
+          void this.loadPresence();
+        },
+        publication: (publication, position) => {
+          this.position = position;
+          this.said(object(fromBytes(publication.data)));
+        },
+        join: (info) => this.present(info, true),
+        leave: (info) => this.present(info, false),
+        failed: (error) => {
+          this.problem.value = error.message;
+        },
+      },
+      this.state.peek().loaded ? this.position : undefined,
+    );
+    return () => {
+      this.flush();
+      leave();
+    };
+  }
+
+  async load(): Promise<void> {
+    if (this.loading) return;
+    this.loading = true;
+    try {
+      const reply = readHistory(await this.session.rpc("chat.history", { room: this.id, limit: PAGE }));
+      this.flush();
+      this.dispatch({ type: "history", ...reply, older: false });
+      this.problem.value = "";
+    } catch (error) {
+      if (this.session.connection.connected) this.problem.value = (error as Error).message;
+    } finally {
+      this.loading = false;
+      this.loadedAt = Date.now();
+    }
+  }
+
+  async loadOlder(): Promise<void> {
+    const state = this.state.peek();
+    const first = state.messages.find((message) => message.id > 0);
+    if (!state.more || !first || this.loadingOlder.peek()) return;
+    this.loadingOlder.value = true;
+    try {
+      const request = { room: this.id, before: first.id, limit: PAGE };
+      this.dispatch({ type: "history", ...readHistory(await this.session.rpc("chat.history", request)), older: true });
+    } catch (error) {
+      if (this.session.connection.connected) this.session.toast("bad", `Older messages: ${(error as Error).message}`);
+    } finally {
+      this.loadingOlder.value = false;
+    }
+  }
+
+  send(text: string): void {
+    const { user, name } = this.session.me;
+    void this.deliver({
+      id: 0, nonce: randomHex(8), user, name, text, at: Date.now(),
+      state: "sending", replyTo: 0, error: "", attempt: 0, seq: null,
+    });
+  }
+
+  /** Again: ours that failed to go out with the same nonce, or an answer that failed. */
+  retry(message: Message): void {
+    if (message.id === 0) void this.deliver(message);
+    else this.command("chat.retry", message);
+  }
+
+  stop(message: Message): void {
+    this.command("chat.stop", message);
+  }
+
+  discard(message: Message): void {
+    this.dispatch({ type: "discard", nonce: message.nonce });
+  }
+
+  isTyping(): void {
+    const now = Date.now();
+    if (now - this.typingSentAt < TYPING_SENT_MS) return;
+    this.typingSentAt = now;
+    this.session.rpc("chat.typing", { room: this.id }).catch(() => undefined);
+  }
+
+  /** Everything here has been seen. */
+  markRead(): void {
+    const last = this.lastId();
+    if (last > 0) localStorage.setItem(this.storageKey("read"), String(last));
+  }
+
+  /** From here on is new: the window was left, or the room is opened again. */
+  markLeft(): void {
+    this.seenBefore.value = Number(localStorage.getItem(this.storageKey("read")) ?? 0);
+  }
+
+  get draft(): string {
+    return localStorage.getItem(this.storageKey("draft")) ?? "";
+  }
+
+  set draft(text: string) {
+    if (text === "") localStorage.removeItem(this.storageKey("draft"));
+    else localStorage.setItem(this.storageKey("draft"), text);
+  }
+
+  private async deliver(message: Message): Promise<void> {
+    this.dispatch({ type: "send", message });
+    this.seenBefore.value = Infinity;
+    this.typingSentAt = 0;
+    try {
+      const request = { room: this.id, text: message.text, nonce: message.nonce };
+      const sent = readMessage(object(await this.session.rpc("chat.send", request))["message"]);
+      if (sent) this.dispatch({ type: "message", message: { ...sent, nonce: message.nonce } });
+    } catch (error) {
+      this.dispatch({ type: "sendFailed", nonce: message.nonce, error: (error as Error).message });
+    }
+  }
+
+  private command(method: string, message: Message): void {
+    this.session.rpc(method, { message: message.id }).catch((error: Error) => this.session.toast("bad", error.message));
+  }
+
+  private said(event: JsonObject): void {
+    switch (event["type"]) {
+      case "message": {
+        const message = readMessage(event["message"]);
+        if (!message) return;
+        this.queue.push({ type: "message", message });
+        this.typing.value = this.typing.peek().filter((person) => person.user !== message.user);
+        break;
+      }
+      case "delta":
+        this.queue.push({
+          type: "delta", id: num(event["id"]), seq: num(event["seq"]),
+          attempt: num(event["attempt"]), text: str(event["text"]),
+        });
+        break;
+      case "typing":
+        this.isTypingHere(event);
+        return;
+      default:
+        return;
+    }
+    this.schedule();
+  }
+
+  /** Pieces of an answer come faster than a screen draws: apply what came once a frame. */
+  private schedule(): void {
+    if (this.scheduled) return;
+    this.scheduled = true;
+    const run = (): void => {
+      if (this.scheduled) this.flush();
+    };
+    requestAnimationFrame(run);
+    setTimeout(run, 100); // a hidden window draws no frames
+  }
+
+  private flush(): void {
+    this.scheduled = false;
+    const actions = this.queue;
+    this.queue = [];
+    if (actions.length === 0) return;
+    this.state.value = actions.reduce(reduce, this.state.peek());
+    if (this.state.peek().gap && Date.now() - this.loadedAt > RELOAD_PAUSE_MS) void this.load();
+  }
+
+  private dispatch(action: Action): void {
+    this.state.value = reduce(this.state.peek(), action);
+  }
+
+  private isTypingHere(event: JsonObject): void {
+    const user = str(event["user"]);
+    if (user === "" || user === this.session.me.user) return;
+    const until = Date.now() + TYPING_SHOWN_MS;
+    const others = this.typing.peek().filter((person) => person.user !== user);
+    this.typing.value = [...others, { user, name: str(event["name"], user), until }];
+    clearTimeout(this.typingTimer);
+    const expire = (): void => {
+      const now = Date.now();
+      this.typing.value = this.typing.peek().filter((person) => person.until > now);
+      if (this.typing.peek().length > 0) this.typingTimer = setTimeout(expire, 1_000);
+    };
+    this.typingTimer = setTimeout(expire, TYPING_SHOWN_MS + 50);
+  }
+
+  private async loadPresence(): Promise<void> {
+    try {
+      const infos = await this.session.connection.presence(this.channel);
+      this.clients.clear();
+      for (const info of infos) this.clients.set(info.client, this.person(info));
+      this.listPeople();
+    } catch {
+      this.people.value = []; // presence may be switched off for the namespace
+    }
+  }
+
+  private present(info: ClientInfo, here: boolean): void {
+    if (here) this.clients.set(info.client, this.person(info));
+    else this.clients.delete(info.client);
+    this.listPeople();
+  }
+
+  private listPeople(): void {
+    const byUser = new Map<string, Person>();
+    for (const person of this.clients.values()) byUser.set(person.user, person);
+    this.people.value = [...byUser.values()].sort((a, b) => a.name.localeCompare(b.name));
+  }
+
+  private person(info: ClientInfo): Person {
+    const named = (bytes: Uint8Array): Json | undefined => (bytes.length > 0 ? object(fromBytes(bytes))["name"] : undefined);
+    const known = this.state.peek().messages.find((message) => message.user === info.user)?.name;
+    const own = info.user === this.session.me.user ? this.session.me.name : undefined;
+    return { user: info.user, name: str(named(info.connInfo) ?? named(info.chanInfo) ?? own ?? known ?? info.user) };
+  }
+
+  private lastId(): number {
+    const { messages } = this.state.peek();
+    for (let i = messages.length - 1; i >= 0; i--) {
+      const id = messages[i]?.id ?? 0;
+      if (id > 0) return id;
+    }
+    return 0;
+  }
+
+  private storageKey(what: string): string {
+    return `beamline.${what}:${this.session.me.user}:${this.id}`;
+  }
+}
+
+const rooms = new WeakMap<Session, Map<string, Room>>();
+
+export function roomOf(session: Session, id: string, channel: string): Room {
+  let known = rooms.get(session);
+  if (!known) rooms.set(session, (known = new Map()));
+  let room = known.get(channel);
+  if (!room) known.set(channel, (room = new Room(id, channel, session)));
+  return room;
+}

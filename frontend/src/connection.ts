@@ -1,0 +1,442 @@
+// One WebSocket to any node: commands and replies, subscriptions that recover by offset and epoch, reconnects.
+import { signal, type ReadonlySignal } from "@preact/signals";
+import { joinFrames, splitFrames, type Partially } from "./codec/proto";
+import * as wire from "./codec/realtime";
+
+export type Status =
+  | { name: "connecting" }
+  | { name: "connected"; client: string; node: string }
+  | { name: "waiting"; retryAt: number; reason: string }
+  /** Nothing more is tried by itself: signed out, refused or closed by us. */
+  | { name: "closed"; code: number; reason: string };
+
+export interface Position {
+  offset: number;
+  epoch: string;
+}
+
+export interface Subscribed {
+  /** Missed publications were (or are about to be) delivered: what the listener holds is still whole. */
+  recovered: boolean;
+  position: Position;
+}
+
+export interface Listener {
+  publication(publication: wire.Publication, position: Position): void;
+  subscribed?(result: Subscribed): void;
+  join?(info: wire.ClientInfo): void;
+  leave?(info: wire.ClientInfo): void;
+  failed?(error: CommandError): void;
+}
+
+export interface Options {
+  url: string;
+  /** A fresh access token; null when signed out. */
+  token: () => Promise<string | null>;
+  webSocket?: (url: string, protocol: string) => WebSocket;
+  random?: () => number;
+  firstDelay?: number;
+  maxDelay?: number;
+  commandTimeout?: number;
+}
+
+export class CommandError extends Error {
+  constructor(
+    readonly code: number,
+    message: string,
+    readonly temporary: boolean,
+  ) {
+    super(message);
+  }
+}
+
+const PROTOCOL = "centrifuge-protobuf";
+const UNAUTHORIZED = 101;
+const ALREADY_SUBSCRIBED = 105;
+const TOKEN_EXPIRED = 109;
+/** How long a ping may be late before the line counts as dead. */
+const PING_GRACE = 10_000;
+
+type Timer = ReturnType<typeof setTimeout>;
+
+interface Pending {
+  resolve(reply: wire.Reply): void;
+  reject(error: CommandError): void;
+  timer: Timer;
+}
+
+interface Subscription {
+  channel: string;
+  listeners: Set<Listener>;
+  position: Position | undefined;
+  live: boolean;
+  attempts: number;
+  timer: Timer | undefined;
+}
+
+/** Delay before try number `attempt` (0 is the first): full jitter, so that a restarted node is not stormed. */
+export function backoff(attempt: number, random: number, first = 500, cap = 20_000): number {
+  const upper = Math.min(cap, first * 2 ** (attempt + 1));
+  return Math.round(first + random * (upper - first));
+}
+
+export class Connection {
+  private readonly statusSignal = signal<Status>({ name: "connecting" });
+  private readonly subscriptions = new Map<string, Subscription>();
+  private readonly pending = new Map<number, Pending>();
+  private socket: WebSocket | undefined;
+  private generation = 0;
+  private lastId = 0;
+  private attempts = 0;
+  private retryTimer: Timer | undefined;
+  private pingTimer: Timer | undefined;
+  private refreshTimer: Timer | undefined;
+  private pingInterval = 0;
+  private echoPing = false;
+  private outbox: Uint8Array[] = [];
+  private flushing = false;
+
+  constructor(private readonly options: Options) {}
+
+  get status(): ReadonlySignal<Status> {
+    return this.statusSignal;
+  }
+
+  get connected(): boolean {
+    return this.statusSignal.peek().name === "connected";
+  }
+
+  open(): void {
+    this.attempts = 0;
+    this.dial();
+  }
+
+  /** Tries at once instead of waiting out the delay. */
+  retryNow(): void {
+    if (this.statusSignal.peek().name === "waiting") this.dial();
+  }
+
+  close(reason = "closed"): void {
+    this.drop();
+    this.statusSignal.value = { name: "closed", code: 0, reason };
+  }
+
+  /** Several listeners share one subscription; `since` asks to recover what this listener missed. */
+  subscribe(channel: string, listener: Listener, since?: Position): () => void {
+    let subscription = this.subscriptions.get(channel);
+    if (!subscription) {
+      subscription = { channel, listeners: new Set(), position: since, live: false, attempts: 0, timer: undefined };
+      this.subscriptions.set(channel, subscription);
+      subscription.listeners.add(listener);
+      if (this.connected) void this.join(subscription);
+    } else {
+      subscription.listeners.add(listener);
+      if (subscription.live && subscription.position) {
+        listener.subscribed?.({ recovered: false, position: subscription.position });
+      }
+    }
+    const held = subscription;
+    return () => {
+      if (!held.listeners.delete(listener) || held.listeners.size > 0) return;
+      this.subscriptions.delete(channel);
+      clearTimeout(held.timer);
+      if (this.connected) this.request({ unsubscribe: { channel } }).catch(() => undefined);
+    };
+  }
+
+  async rpc(method: string, data: Uint8Array): Promise<Uint8Array> {
+    const reply = await this.request({ rpc: { method, data } });
+    return reply.rpc?.data ?? new Uint8Array(0);
+  }
+
+  async publish(channel: string, data: Uint8Array): Promise<void> {
+    await this.request({ publish: { channel, data } });
+  }
+
+  async presence(channel: string): Promise<wire.ClientInfo[]> {
+    const reply = await this.request({ presence: { channel } });
+    return Object.values(reply.presence?.presence ?? {});
+  }
+
+  async history(channel: string, limit: number, since?: Position): Promise<wire.HistoryResult> {
+    const reply = await this.request({ history: { channel, limit, since } });
+    return reply.history ?? wire.historyResult.empty();
+  }
+
+  private dial(): void {
+    this.drop();
+    const generation = ++this.generation;
+    this.statusSignal.value = { name: "connecting" };
+    this.options.token().then(
+      (token) => {
+        if (generation !== this.generation) return;
+        if (token === null) this.statusSignal.value = { name: "closed", code: UNAUTHORIZED, reason: "signed out" };
+        else this.openSocket(token, generation);
+      },
+      () => {
+        if (generation === this.generation) this.wait("the server cannot be reached");
+      },
+    );
+  }
+
+  private openSocket(token: string, generation: number): void {
+    const make = this.options.webSocket ?? ((url, protocol) => new WebSocket(url, protocol));
+    const socket = make(this.options.url, PROTOCOL);
+    socket.binaryType = "arraybuffer";
+    this.socket = socket;
+    const current = (): boolean => generation === this.generation && socket === this.socket;
+    // A node that is gone without a word leaves the browser connecting for minutes.
+    this.pingTimer = setTimeout(() => current() && this.lost("no answer in time"), this.commandTimeout * 2);
+    socket.onopen = () => {
+      if (current()) void this.handshake(token, generation);
+    };
+    socket.onmessage = (message: MessageEvent) => {
+      if (!current()) return;
+      if (!(message.data instanceof ArrayBuffer)) return;
+      try {
+        for (const frame of splitFrames(new Uint8Array(message.data))) {
+          this.receive(wire.reply.decode(frame), frame.length === 0);
+        }
+      } catch {
+        this.lost("a message could not be read");
+      }
+    };
+    socket.onclose = (close: CloseEvent) => {
+      if (current()) this.ended(close.code, close.reason);
+    };
+    socket.onerror = () => undefined;
+  }
+
+  private async handshake(token: string, generation: number): Promise<void> {
+    try {
+      const reply = await this.request({ connect: { token, name: "beamline" } });
+      if (generation !== this.generation) return;
+      const result = reply.connect ?? wire.connectResult.empty();
+      this.attempts = 0;
+      this.pingInterval = result.ping * 1000;
+      this.echoPing = result.pong;
+      this.watchPing();
+      if (result.expires) this.refreshIn(result.ttl);
+      for (const subscription of this.subscriptions.values()) void this.join(subscription);
+      this.statusSignal.value = { name: "connected", client: result.client, node: result.node };
+    } catch (error) {
+      if (generation !== this.generation) return;
+      this.lost(error instanceof Error ? error.message : "connect failed");
+    }
+  }
+
+  private async join(subscription: Subscription): Promise<void> {
+    clearTimeout(subscription.timer);
+    const generation = this.generation;
+    const { channel, position } = subscription;
+    const request: Partially<wire.Command> = {
+      subscribe: { channel, joinLeave: true, recoverable: true, positioned: true },
+    };
+    if (position && request.subscribe) Object.assign(request.subscribe, { recover: true, ...position });
+    try {
+      const result = (await this.request(request)).subscribe ?? wire.subscribeResult.empty();
+      if (generation !== this.generation || this.subscriptions.get(channel) !== subscription) return;
+      this.joined(subscription, result);
+    } catch (error) {
+      if (generation !== this.generation || this.subscriptions.get(channel) !== subscription) return;
+      this.notJoined(subscription, error instanceof CommandError ? error : new CommandError(0, String(error), true));
+    }
+  }
+
+  private joined(subscription: Subscription, result: wire.SubscribeResult): void {
+    const recovered = result.wasRecovering && result.recovered;
+    subscription.live = true;
+    subscription.attempts = 0;
+    const last = { epoch: result.epoch, offset: result.offset };
+    const start = recovered && subscription.position ? { ...subscription.position, epoch: result.epoch } : last;
+    subscription.position = start;
+    for (const listener of [...subscription.listeners]) listener.subscribed?.({ recovered, position: start });
+    for (const publication of result.publications) this.deliver(subscription, publication);
+    if (last.offset > subscription.position.offset) subscription.position = last;
+  }
+
+  private notJoined(subscription: Subscription, error: CommandError): void {
+    if (error.code === ALREADY_SUBSCRIBED) return;
+    if (error.temporary || error.code < 100) {
+      this.rejoinLater(subscription);
+      return;
+    }
+    this.subscriptions.delete(subscription.channel);
+    for (const listener of [...subscription.listeners]) listener.failed?.(error);
+  }
+
+  private rejoinLater(subscription: Subscription): void {
+    subscription.live = false;
+    clearTimeout(subscription.timer);
+    subscription.timer = setTimeout(
+      () => this.connected && !subscription.live && void this.join(subscription),
+      this.delay(subscription.attempts++),
+    );
+  }
+
+  private receive(reply: wire.Reply, ping: boolean): void {
+    if (ping) {
+      this.watchPing();
+      if (this.echoPing) this.write(new Uint8Array(0));
+      return;
+    }
+    if (reply.push) {
+      this.pushed(reply.push);
+      return;
+    }
+    const waiting = this.pending.get(reply.id);
+    if (!waiting) return;
+    this.pending.delete(reply.id);
+    clearTimeout(waiting.timer);
+    if (!reply.error) waiting.resolve(reply);
+    else waiting.reject(new CommandError(reply.error.code, reply.error.message, reply.error.temporary));
+  }
+
+  private pushed(push: wire.Push): void {
+    if (push.disconnect) {
+      this.ended(push.disconnect.code, push.disconnect.reason);
+      return;
+    }
+    const subscription = this.subscriptions.get(push.channel);
+    if (!subscription) return;
+    if (push.pub) this.deliver(subscription, push.pub);
+    else if (push.join?.info) for (const l of [...subscription.listeners]) l.join?.(push.join.info);
+    else if (push.leave?.info) for (const l of [...subscription.listeners]) l.leave?.(push.leave.info);
+    else if (push.unsubscribe) {
+      const { code, reason } = push.unsubscribe;
+      if (code >= 2500) this.rejoinLater(subscription);
+      else this.notJoined(subscription, new CommandError(Math.max(code, 100), reason, false));
+    }
+  }
+
+  private deliver(subscription: Subscription, publication: wire.Publication): void {
+    const position = subscription.position;
+    // Publications without an offset are of channels (or kinds) without history; others never go back.
+    if (publication.offset > 0 && position) {
+      if (publication.offset <= position.offset) return;
+      subscription.position = { epoch: position.epoch, offset: publication.offset };
+    }
+    const now = subscription.position ?? { epoch: "", offset: 0 };
+    for (const listener of [...subscription.listeners]) listener.publication(publication, now);
+  }
+
+  private request(command: Partially<wire.Command>): Promise<wire.Reply> {
+    return new Promise((resolve, reject) => {
+      if (!this.socket || this.socket.readyState !== this.socket.OPEN) {
+        reject(new CommandError(0, "not connected", true));
+        return;
+      }
+      const id = ++this.lastId;
+      const timer = setTimeout(() => {
+        this.pending.delete(id);
+        reject(new CommandError(1, "no answer in time", true));
+      }, this.commandTimeout);
+      this.pending.set(id, { resolve, reject, timer });
+      this.write(wire.command.encode({ ...command, id }));
+    });
+  }
+
+  /** Commands of one turn travel in one frame. */
+  private write(message: Uint8Array): void {
+    this.outbox.push(message);
+    if (this.flushing) return;
+    this.flushing = true;
+    queueMicrotask(() => {
+      this.flushing = false;
+      const messages = this.outbox;
+      this.outbox = [];
+      if (messages.length > 0 && this.socket?.readyState === this.socket?.OPEN) {
+        this.socket?.send(joinFrames(messages) as Uint8Array<ArrayBuffer>);
+      }
+    });
+  }
+
+  private watchPing(): void {
+    clearTimeout(this.pingTimer);
+    if (this.pingInterval > 0) {
+      this.pingTimer = setTimeout(() => this.lost("the line went silent"), this.pingInterval + PING_GRACE);
+    }
+  }
+
+  private refreshIn(ttl: number): void {
+    clearTimeout(this.refreshTimer);
+    // A little early, and never in a tight loop.
+    this.refreshTimer = setTimeout(() => void this.refresh(), Math.max(5, Math.min(ttl * 0.8, 1_000_000)) * 1000);
+  }
+
+  private async refresh(): Promise<void> {
+    const generation = this.generation;
+    try {
+      const token = await this.options.token();
+      if (generation !== this.generation) return;
+      if (token === null) {
+        this.close("signed out");
+        return;
+      }
+      const result = (await this.request({ refresh: { token } })).refresh;
+      if (generation === this.generation && result?.expires) this.refreshIn(result.ttl);
+    } catch {
+      // The server disconnects an expired client with a code that allows a new try; nothing is lost by waiting.
+      if (generation === this.generation) this.refreshIn(30);
+    }
+  }
+
+  private ended(code: number, reason: string): void {
+    const terminal = (code >= 3500 && code < 4000) || (code >= 4500 && code < 5000);
+    if (!terminal) {
+      this.lost(reason || "the connection was lost");
+      return;
+    }
+    this.drop();
+    this.statusSignal.value = { name: "closed", code, reason: reason || `refused (${code})` };
+  }
+
+  private lost(reason: string): void {
+    this.drop();
+    this.wait(reason === "" ? "the connection was lost" : reason);
+  }
+
+  private wait(reason: string): void {
+    const delay = this.delay(this.attempts++);
+    this.statusSignal.value = { name: "waiting", retryAt: Date.now() + delay, reason };
+    clearTimeout(this.retryTimer);
+    this.retryTimer = setTimeout(() => this.dial(), delay);
+  }
+
+  private drop(): void {
+    this.generation++;
+    clearTimeout(this.retryTimer);
+    clearTimeout(this.pingTimer);
+    clearTimeout(this.refreshTimer);
+    this.pingInterval = 0;
+    this.outbox = [];
+    const socket = this.socket;
+    this.socket = undefined;
+    if (socket) {
+      socket.onopen = socket.onmessage = socket.onclose = null;
+      if (socket.readyState <= socket.OPEN) socket.close();
+    }
+    for (const subscription of this.subscriptions.values()) {
+      subscription.live = false;
+      clearTimeout(subscription.timer);
+    }
+    const pending = [...this.pending.values()];
+    this.pending.clear();
+    for (const { reject, timer } of pending) {
+      clearTimeout(timer);
+      reject(new CommandError(0, "the connection was lost", true));
+    }
+  }
+
+  private delay(attempt: number): number {
+    const random = this.options.random ?? Math.random;
+    return backoff(attempt, random(), this.options.firstDelay, this.options.maxDelay);
+  }
+
+  private get commandTimeout(): number {
+    return this.options.commandTimeout ?? 5_000;
+  }
+}
+
+export const isTokenError = (error: unknown): boolean =>
+  error instanceof CommandError && (error.code === TOKEN_EXPIRED || error.code === UNAUTHORIZED);

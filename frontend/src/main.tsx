@@ -1,0 +1,78 @@
+import { render } from "preact";
+import { signal } from "@preact/signals";
+import "uplot/dist/uPlot.min.css";
+import "./theme.css";
+import { whoami, type Account } from "./auth";
+import { Connection } from "./connection";
+import { LoginPage } from "./pages/login";
+import { Shell } from "./pages/shell";
+import { Session, sessionId } from "./session";
+import { startTheme } from "./theme";
+
+type View = { name: "loading" } | { name: "unreachable" } | { name: "login"; signup: boolean; notice: string } | { name: "app"; session: Session };
+
+const view = signal<View>({ name: "loading" });
+
+async function begin(): Promise<void> {
+  view.value = { name: "loading" };
+  try {
+    const who = await whoami();
+    if ("signedOut" in who) view.value = { name: "login", signup: who.signup, notice: "" };
+    else open(who);
+  } catch {
+    view.value = { name: "unreachable" };
+  }
+}
+
+function open(account: Account): void {
+  // The first token is at hand; every later connection asks for a fresh one.
+  let first: string | undefined = account.token;
+  const connection = new Connection({
+    url: `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/connection/websocket`,
+    token: async () => {
+      const token = first;
+      first = undefined;
+      if (token) return token;
+      const who = await whoami();
+      if (!("signedOut" in who)) return who.token;
+      connection.close("signed out");
+      view.value = { name: "login", signup: who.signup, notice: "You have been signed out. Sign in to go on." };
+      return null;
+    },
+  });
+  const session = new Session(connection, { user: account.user, name: account.name }, sessionId());
+  session.start();
+  connection.open();
+  window.addEventListener("online", () => connection.retryNow());
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden) connection.retryNow();
+  });
+  view.value = { name: "app", session };
+}
+
+function Root() {
+  const now = view.value;
+  switch (now.name) {
+    case "loading":
+      return <div class="center-page delayed" role="status"><span class="spinner" /> Loading…</div>;
+    case "unreachable":
+      return (
+        <main class="center-page">
+          <div class="empty" role="alert">
+            <strong>The server cannot be reached</strong>
+            <p>It may be restarting, or you are offline.</p>
+            <button type="button" class="primary" onClick={() => void begin()}>Try again</button>
+          </div>
+        </main>
+      );
+    case "login":
+      return <LoginPage signup={now.signup} notice={now.notice} onSignedIn={open} />;
+    case "app":
+      return <Shell session={now.session} />;
+  }
+}
+
+startTheme();
+const host = document.getElementById("app");
+if (host) render(<Root />, host);
+void begin();

@@ -1,0 +1,59 @@
+// Sign in or sign up; the cookie that comes back keeps the session, the token opens the connection.
+import { useState } from "preact/hooks";
+import { authenticate, type Account } from "../auth";
+import { Logo } from "../icons";
+
+export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; notice: string; onSignedIn: (account: Account) => void }) {
+  const [creating, setCreating] = useState(false);
+  const [busy, setBusy] = useState(false);
+  const [error, setError] = useState("");
+
+  const submit = async (event: SubmitEvent): Promise<void> => {
+    event.preventDefault();
+    const form = new FormData(event.currentTarget as HTMLFormElement);
+    const name = String(form.get("name") ?? "").trim();
+    const password = String(form.get("password") ?? "");
+    if (name === "" || password === "") {
+      setError("Name and password are both needed.");
+      return;
+    }
+    setBusy(true);
+    setError("");
+    const result = await authenticate(creating ? "signup" : "login", name, password);
+    setBusy(false);
+    if ("error" in result) setError(result.error);
+    else onSignedIn(result);
+  };
+
+  return (
+    <main class="login">
+      <div class="login-card">
+        <div class="brand"><Logo /><span>Beamline</span></div>
+        <h1>{creating ? "Create an account" : "Sign in"}</h1>
+        {notice !== "" && <div class="alert info" role="status"><span>{notice}</span></div>}
+        <form class="stack" onSubmit={(event) => void submit(event)}>
+          <label class="field">
+            <span class="field-label">Name</span>
+            <input name="name" type="text" autocomplete="username" autocapitalize="none" spellcheck={false} maxLength={64} required autofocus data-testid="login-name" />
+          </label>
+          <label class="field">
+            <span class="field-label">Password</span>
+            <input name="password" type="password" autocomplete={creating ? "new-password" : "current-password"} maxLength={256} required data-testid="login-password" />
+          </label>
+          {error !== "" && <div class="alert bad" role="alert" data-testid="login-error"><span>{error}</span></div>}
+          <button type="submit" class="primary wide" disabled={busy} data-testid="login-submit">
+            {busy ? "One moment…" : creating ? "Create account" : "Sign in"}
+          </button>
+        </form>
+        {signup && (
+          <p class="muted center">
+            {creating ? "You have an account?" : "New here?"}{" "}
+            <button type="button" class="text-button" data-testid="login-mode" onClick={() => { setCreating(!creating); setError(""); }}>
+              {creating ? "Sign in" : "Create an account"}
+            </button>
+          </p>
+        )}
+      </div>
+    </main>
+  );
+}

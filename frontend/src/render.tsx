@@ -1,0 +1,72 @@
+// Draws the tree: one component a kind; a kind this page does not know yet shows a placeholder.
+import type { ComponentType } from "preact";
+import { Chat } from "./chat/chat";
+import { BarChart, LineChart } from "./elements/charts";
+import { Card, ColumnElement, Columns, Container, Dialog, Expander, Form, Plain, Tabs } from "./elements/layout";
+import { LiveBreakdown, LiveLineChart, LiveMetric, LiveTable } from "./elements/live";
+import * as show from "./elements/show";
+import * as widgets from "./elements/widgets";
+import { memo } from "./memo";
+import type { TreeNode } from "./store";
+
+const KINDS: ReadonlyMap<string, ComponentType<{ node: TreeNode }>> = new Map<string, ComponentType<{ node: TreeNode }>>([
+  ["page", Plain],
+  ["sidebar", Plain],
+  ["main", Plain],
+  ["container", Container],
+  ["columns", Columns],
+  ["column", ColumnElement],
+  ["card", Card],
+  ["tabs", Tabs],
+  ["tab", Plain],
+  ["expander", Expander],
+  ["form", Form],
+  ["dialog", Dialog],
+  ["heading", show.Heading],
+  ["text", show.Text],
+  ["markdown", show.MarkdownElement],
+  ["code", show.Code],
+  ["table", show.Table],
+  ["metric", show.Metric],
+  ["badge", show.Badge],
+  ["alert", show.Alert],
+  ["empty", show.Empty],
+  ["divider", show.Divider],
+  ["link", show.Link],
+  ["progress", show.Progress],
+  ["json", show.JsonView],
+  ["button", widgets.Button],
+  ["text_input", widgets.TextInput],
+  ["text_area", widgets.TextArea],
+  ["number_input", widgets.NumberInput],
+  ["checkbox", widgets.Checkbox],
+  ["toggle", widgets.Toggle],
+  ["radio", widgets.Radio],
+  ["selectbox", widgets.SelectBox],
+  ["slider", widgets.Slider],
+  ["line_chart", LineChart],
+  ["bar_chart", BarChart],
+  ["live_line_chart", LiveLineChart],
+  ["live_breakdown", LiveBreakdown],
+  ["live_metric", LiveMetric],
+  ["live_table", LiveTable],
+  ["chat", Chat],
+]);
+
+export const Element = memo(function Element({ node }: { node: TreeNode }) {
+  const Kind = KINDS.get(node.kind);
+  return Kind ? <Kind node={node} /> : <Unknown node={node} />;
+});
+
+export function Children({ node }: { node: TreeNode }) {
+  return <>{node.children.value.map((child) => <Element key={child.id} node={child} />)}</>;
+}
+
+function Unknown({ node }: { node: TreeNode }) {
+  return (
+    <div class="unknown">
+      <span>“{node.kind}” needs a newer page. Reload to get it.</span>
+      <Children node={node} />
+    </div>
+  );
+}
