@@ -245,3 +245,110 @@ impl Forward {
         Self { version: VERSION, run, body: Some(body) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value as Json;
+
+    /// The vectors were written by another implementation of protobuf; the page's codec reads the same file.
+    #[test]
+    fn golden_messages() {
+        let fixtures: Json = serde_json::from_str(include_str!("../../../fixtures/wire/app.json")).unwrap();
+        check(&fixtures["forward"], forward);
+        check(&fixtures["back"], back);
+    }
+
+    fn check<M: Message + Default + PartialEq + std::fmt::Debug>(cases: &Json, read: fn(&Json) -> M) {
+        for case in cases.as_array().unwrap() {
+            let bytes = hex::decode(text(case, "protobuf")).unwrap();
+            let message = read(&case["json"]);
+            assert_eq!(hex::encode(message.encode_to_vec()), text(case, "protobuf"), "{}", case["name"]);
+            assert_eq!(M::decode(bytes.as_slice()).unwrap(), message, "{}", case["name"]);
+            for end in 0..bytes.len() {
+                let _ = M::decode(&bytes[..end]);
+            }
+        }
+    }
+
+    fn forward(v: &Json) -> Forward {
+        let body = one(v, "deltas", |v| Body::Deltas(Deltas { delta: list(v, "delta", delta) }))
+            .or(one(v, "runFinished", |v| Body::RunFinished(RunFinished { duration_us: small(v, "durationUs") })))
+            .or(one(v, "error", |v| Body::Error(Failure { message: text(v, "message"), trace_id: text(v, "traceId") })))
+            .or(one(v, "navigate", |v| Body::Navigate(Navigate { path: text(v, "path"), query: text(v, "query") })))
+            .or(one(v, "toast", |v| Body::Toast(Toast { tone: text(v, "tone"), text: text(v, "text") })));
+        Forward { version: small(v, "version"), run: number(v, "run"), body }
+    }
+
+    fn delta(v: &Json) -> Delta {
+        let op = one(v, "insert", |v| {
+            Op::Insert(Insert { parent: number(v, "parent"), index: small(v, "index"), node: one(v, "node", node) })
+        })
+        .or(one(v, "update", |v| {
+            let unset = list(v, "unset", |name| name.as_str().unwrap().to_string());
+            Op::Update(Update { id: number(v, "id"), set: list(v, "set", prop), unset })
+        }))
+        .or(one(v, "remove", |v| Op::Remove(Remove { id: number(v, "id") })))
+        .or(one(v, "move", |v| {
+            Op::Move(Move { id: number(v, "id"), parent: number(v, "parent"), index: small(v, "index") })
+        }))
+        .or(one(v, "appendText", |v| {
+            Op::AppendText(AppendText { id: number(v, "id"), prop: text(v, "prop"), text: text(v, "text") })
+        }))
+        .or(one(v, "reset", |v| Op::Reset(Reset { children: list(v, "children", node), title: text(v, "title") })));
+        Delta { op }
+    }
+
+    fn node(v: &Json) -> Node {
+        Node {
+            id: number(v, "id"),
+            kind: text(v, "kind"),
+            key: text(v, "key"),
+            props: list(v, "props", prop),
+            children: list(v, "children", node),
+        }
+    }
+
+    fn prop(v: &Json) -> Prop {
+        let value = one(v, "text", |v| Value::Text(v.as_str().unwrap().to_string()))
+            .or(one(v, "number", |v| Value::Number(v.as_f64().unwrap())))
+            .or(one(v, "flag", |v| Value::Flag(v.as_bool().unwrap())))
+            .or(one(v, "json", |v| Value::Json(v.as_str().unwrap().to_string())));
+        Prop { name: text(v, "name"), value }
+    }
+
+    fn back(v: &Json) -> Back {
+        let body = one(v, "event", |v| Said::Event(event(v)))
+            .or(one(v, "rerun", |v| {
+                let reset = v["reset"].as_bool().unwrap_or_default();
+                Said::Rerun(Rerun { path: text(v, "path"), query: text(v, "query"), reset })
+            }))
+            .or(one(v, "submit", |v| Said::Submit(Submit { form: text(v, "form"), values: list(v, "values", event) })))
+            .or(one(v, "stop", |_| Said::Stop(Stop {})));
+        Back { version: small(v, "version"), session: text(v, "session"), body }
+    }
+
+    fn event(v: &Json) -> Event {
+        Event { key: text(v, "key"), value: text(v, "value") }
+    }
+
+    fn text(v: &Json, name: &str) -> String {
+        v[name].as_str().unwrap_or_default().to_string()
+    }
+
+    fn number(v: &Json, name: &str) -> u64 {
+        v[name].as_u64().unwrap_or_default()
+    }
+
+    fn small(v: &Json, name: &str) -> u32 {
+        number(v, name).try_into().unwrap()
+    }
+
+    fn one<T>(v: &Json, name: &str, read: impl Fn(&Json) -> T) -> Option<T> {
+        v.get(name).map(read)
+    }
+
+    fn list<T>(v: &Json, name: &str, read: impl Fn(&Json) -> T) -> Vec<T> {
+        v[name].as_array().into_iter().flatten().map(read).collect()
+    }
+}

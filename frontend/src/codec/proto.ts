@@ -34,8 +34,10 @@ export function message<S extends Shape>(shape: S): Message<Fields<S>> {
   const byTag = new Map(names.map((name) => [shape[name]?.tag ?? 0, name]));
   const empty = (): Record<string, unknown> =>
     Object.fromEntries(names.map((name) => [name, shape[name]?.empty()]));
-  const readFrom = (reader: PbfReader, end: number): Record<string, unknown> =>
-    reader.readFields<Record<string, unknown>>(
+  const readFrom = (reader: PbfReader, end: number): Record<string, unknown> => {
+    // The reader itself reads on behind the end of its bytes.
+    if (end > reader.length) throw new Error("a message ends inside a part");
+    const read = reader.readFields<Record<string, unknown>>(
       (tag, result) => {
         const name = byTag.get(tag);
         const field = name === undefined ? undefined : shape[name];
@@ -44,6 +46,9 @@ export function message<S extends Shape>(shape: S): Message<Fields<S>> {
       empty(),
       end,
     );
+    if (reader.pos !== end) throw new Error("a field ends outside its message");
+    return read;
+  };
   const writeTo = (writer: PbfWriter, value: Record<string, unknown>): void => {
     for (const name of names) {
       const given = value[name];
