@@ -138,6 +138,8 @@ export class Connection {
     const held = subscription;
     return () => {
       if (!held.listeners.delete(listener) || held.listeners.size > 0) return;
+      // A refused subscription is forgotten already, and the channel may have a newer one.
+      if (this.subscriptions.get(channel) !== held) return;
       this.subscriptions.delete(channel);
       clearTimeout(held.timer);
       if (this.connected) this.request({ unsubscribe: { channel } }).catch(() => undefined);

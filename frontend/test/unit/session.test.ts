@@ -1,0 +1,194 @@
+// A session over a connection whose server is the test; the browser's few globals are stand-ins.
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import { back, forward, type Back, type Delta, type Forward } from "../../src/codec/app";
+import type { Partially } from "../../src/codec/proto";
+import { Connection } from "../../src/connection";
+import { Session, sessionId } from "../../src/session";
+import { FakeServer } from "./server";
+
+const CHANNEL = "app:0123#ann";
+const settle = (): Promise<unknown> => vi.advanceTimersByTimeAsync(0);
+
+let server: FakeServer;
+let said: Back[];
+let offset: number;
+let popstate: (() => void) | undefined;
+
+beforeEach(() => {
+  vi.useFakeTimers();
+  const place = new URL("http://app.test/chat?room=general");
+  vi.stubGlobal("location", place);
+  vi.stubGlobal("history", { pushState: (_state: unknown, _title: string, url: URL) => { place.href = url.href; } });
+  vi.stubGlobal("window", { addEventListener: (name: string, listener: () => void) => { if (name === "popstate") popstate = listener; } });
+  vi.stubGlobal("document", { title: "" });
+  const kept = new Map<string, string>();
+  vi.stubGlobal("sessionStorage", { getItem: (key: string) => kept.get(key) ?? null, setItem: (key: string, value: string) => kept.set(key, value) });
+  server = new FakeServer();
+  said = [];
+  offset = 0;
+  server.rpc = (method, data) => {
+    if (method === "app.event") said.push(back.decode(data));
+    return { rpc: {} };
+  };
+});
+afterEach(() => {
+  vi.useRealTimers();
+  vi.unstubAllGlobals();
+});
+
+async function started(): Promise<Session> {
+  const connection = new Connection({ url: "ws://test/", token: () => Promise.resolve("t"), webSocket: server.webSocket, random: () => 0 });
+  const session = new Session(connection, { user: "ann", name: "Ann" }, "0123");
+  session.start();
+  connection.open();
+  await settle();
+  return session;
+}
+
+function forwards(message: Partially<Forward>): void {
+  server.publish(CHANNEL, forward.encode({ version: 1, run: 1, ...message }), ++offset);
+}
+const deltas = (...delta: Partially<Delta>[]): void => forwards({ deltas: { delta } });
+const tree = (): void => deltas({ reset: { title: "Chat", children: [{ id: 1, kind: "text", props: [{ name: "text", text: "hi" }] }] } });
+
+describe("start", () => {
+  it("subscribes to its own channel before it asks for the tree", async () => {
+    const session = await started();
+    expect(server.socket.commands.map((c) => c.subscribe?.channel ?? c.rpc?.method ?? "connect")).toEqual(["connect", CHANNEL, "app.event"]);
+    expect(said).toMatchObject([{ version: 1, session: "0123", rerun: { path: "/chat", query: "room=general", reset: true } }]);
+    expect([session.busy.value, session.store.ready.value]).toEqual([true, false]);
+    tree();
+    forwards({ runFinished: {} });
+    expect([session.busy.value, session.store.ready.value, document.title]).toEqual([false, true, "Chat"]);
+  });
+
+  it("passes over changes of a tree that it does not hold yet", async () => {
+    const session = await started();
+    deltas({ update: { id: 1, set: [{ name: "text", text: "x" }] } });
+    expect(said).toHaveLength(1);
+    tree();
+    expect(session.store.get(1)?.props.value).toEqual({ text: "hi" });
+  });
+
+  it("a channel that is refused is a failure that one can read", async () => {
+    server.subscribe = () => ({ error: { code: 103, message: "permission denied" } });
+    const session = await started();
+    expect(session.failure.value?.message).toContain("permission denied");
+  });
+});
+
+describe("reconnect", () => {
+  const reconnect = async (recovered: boolean, missed: Partially<Forward>[] = []): Promise<void> => {
+    const publications = missed.map((message) => ({ data: forward.encode({ version: 1, run: 1, ...message }), offset: ++offset }));
+    server.subscribe = () => ({ subscribe: { epoch: "e", offset, wasRecovering: true, recovered, publications } });
+    said.length = 0;
+    server.socket.drop();
+    await vi.advanceTimersByTimeAsync(1_000);
+  };
+
+  it("recovered: nothing is lost, the tree stays", async () => {
+    const session = await started();
+    tree();
+    await reconnect(true, [{ deltas: { delta: [{ appendText: { id: 1, prop: "text", text: " there" } }] } }]);
+    expect(said).toMatchObject([{ rerun: { reset: false } }]);
+    expect(session.store.get(1)?.props.value).toEqual({ text: "hi there" });
+  });
+
+  it("not recovered: asks for the whole tree and shows the old one meanwhile", async () => {
+    const session = await started();
+    tree();
+    await reconnect(false);
+    expect(said).toMatchObject([{ rerun: { reset: true } }]);
+    expect(session.store.get(1)?.props.value).toEqual({ text: "hi" });
+    deltas({ remove: { id: 1 } }); // of a tree that we do not hold
+    expect(session.store.get(1)).toBeDefined();
+    deltas({ reset: {} });
+    expect(session.store.get(1)).toBeUndefined();
+  });
+});
+
+describe("what the server says", () => {
+  it("out of step: asks for the whole tree once", async () => {
+    const session = await started();
+    tree();
+    said.length = 0;
+    deltas({ remove: { id: 77 } });
+    deltas({ remove: { id: 78 } });
+    await settle();
+    expect(said).toMatchObject([{ rerun: { reset: true } }]);
+    tree();
+    expect(session.store.ready.value).toBe(true);
+  });
+
+  it("an error shows until a run is finished", async () => {
+    const session = await started();
+    forwards({ error: { message: "division by zero", traceId: "abc" } });
+    expect([session.failure.value, session.busy.value]).toEqual([{ message: "division by zero", traceId: "abc" }, false]);
+    forwards({ runFinished: {} });
+    expect(session.failure.value).toBeNull();
+  });
+
+  it("navigate goes there; toasts come, are bounded and go", async () => {
+    const session = await started();
+    said.length = 0;
+    forwards({ navigate: { path: "/console", query: "tab=1" } });
+    await settle();
+    expect([location.pathname, location.search, session.location.value]).toEqual(["/console", "?tab=1", "/console?tab=1"]);
+    expect(said).toMatchObject([{ rerun: { path: "/console", query: "tab=1", reset: true } }]);
+    for (let i = 0; i < 9; i++) forwards({ toast: { tone: "ok", text: `saved ${i}` } });
+    expect(session.toasts.value.map(({ text }) => text)).toEqual(["saved 5", "saved 6", "saved 7", "saved 8"]);
+    await vi.advanceTimersByTimeAsync(6_000);
+    expect(session.toasts.value).toEqual([]);
+  });
+});
+
+describe("what the page says", () => {
+  it("events and forms carry JSON", async () => {
+    const session = await started();
+    said.length = 0;
+    session.event("k1", { a: [1, "é"] });
+    session.event("", 1); // an element without a key has nobody who listens
+    session.submit("f", [{ key: "name", value: "Ann" }, { key: "age", value: 41 }]);
+    await settle();
+    expect(said).toMatchObject([
+      { session: "0123", event: { key: "k1", value: '{"a":[1,"é"]}' } },
+      { submit: { form: "f", values: [{ key: "name", value: '"Ann"' }, { key: "age", value: "41" }] } },
+    ]);
+  });
+
+  it("stop only while a run is going on", async () => {
+    const session = await started();
+    session.stop();
+    forwards({ runFinished: {} });
+    session.stop();
+    await settle();
+    expect(said.filter((one) => one.stop)).toHaveLength(1);
+  });
+
+  it("going somewhere changes the address and reruns; back does too", async () => {
+    const session = await started();
+    tree();
+    said.length = 0;
+    session.go("/console");
+    location.href = "http://app.test/chat";
+    popstate?.();
+    await settle();
+    expect(said).toMatchObject([{ rerun: { path: "/console", reset: false } }, { rerun: { path: "/chat" } }]);
+    expect(session.location.value).toBe("/chat");
+  });
+
+  it("a refused event is told, and nothing keeps spinning", async () => {
+    const session = await started();
+    server.rpc = () => ({ error: { code: 107, message: "bad request" } });
+    session.event("k", null);
+    await settle();
+    expect(session.toasts.value).toMatchObject([{ tone: "bad", text: "The server did not take that: bad request" }]);
+    expect(session.busy.value).toBe(false);
+  });
+});
+
+it("the session id is 128 random bits and survives a reload", () => {
+  const id = sessionId();
+  expect(id).toMatch(/^[0-9a-f]{32}$/);
+  expect(sessionId()).toBe(id);
+});
