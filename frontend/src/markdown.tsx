@@ -18,7 +18,7 @@ export type Block =
 
 const FENCE = /^\s*(`{3,}|~{3,})\s*([\w+-]*)\s*$/;
 const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
-const HEADING = /^(#{1,6})\s+(.*?)\s*#*$/;
+const HEADING = /^(#{1,6})\s+(.*)$/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
 const RULE = /^\s*([-*_])(\s*\1){2,}\s*$/;
 
@@ -49,7 +49,7 @@ export function parseBlocks(source: string): Block[] {
     const heading = HEADING.exec(line);
     if (heading) {
       flush();
-      blocks.push({ type: "heading", level: (heading[1] ?? "#").length, children: inline(heading[2] ?? "") });
+      blocks.push({ type: "heading", level: (heading[1] ?? "#").length, children: inline(withoutEnd(heading[2] ?? "")) });
       continue;
     }
     if (RULE.test(line)) {
@@ -59,11 +59,11 @@ export function parseBlocks(source: string): Block[] {
     }
     if (line.includes("|") && TABLE_RULE.test(lines[i + 1] ?? "") && (lines[i + 1] ?? "").includes("-")) {
       flush();
-      const head = cells(line).map(inline);
+      const head = cells(line).map((cell) => inline(cell));
       const align = cells(lines[i + 1] ?? "").map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "left"));
       const rows: Inline[][][] = [];
       i += 2;
-      for (; i < lines.length && (lines[i] ?? "").includes("|"); i++) rows.push(cells(lines[i] ?? "").map(inline));
+      for (; i < lines.length && (lines[i] ?? "").includes("|"); i++) rows.push(cells(lines[i] ?? "").map((cell) => inline(cell)));
       i--;
       blocks.push({ type: "table", head, align, rows });
       continue;
@@ -96,6 +96,13 @@ export function parseBlocks(source: string): Block[] {
   return blocks;
 }
 
+/** Without the hashes that may close a heading; a pattern for this would go back and forth over long lines. */
+function withoutEnd(heading: string): string {
+  let end = heading.trimEnd().length;
+  while (heading[end - 1] === "#") end--;
+  return end === 0 || heading[end - 1] === " " ? heading.slice(0, end).trimEnd() : heading.trimEnd();
+}
+
 function cells(line: string): string[] {
   return line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
 }
@@ -104,11 +111,14 @@ function inlineLines(lines: string[]): Inline[] {
   return lines.flatMap((line, i) => (i === 0 ? inline(line) : [{ type: "break" } as const, ...inline(line)]));
 }
 
-// In order: code, link, bare address, bold, strike, italic.
+// In order: code, link, bare address, bold, strike, italic. Lengths are bounded: a search that fails at every sign must
+// not read to the end each time.
 const INLINE =
-  /`([^`]+)`|\[([^\]]+)\]\(([^()\s]+)\)|(https?:\/\/[^\s<>)]+[^\s<>).,;:!?'"])|\*\*([^*](?:.*?[^*])?)\*\*|~~(.+?)~~|\*([^*\s](?:[^*]*[^*\s])?)\*|(?<![\w])_([^_\s](?:[^_]*[^_\s])?)_(?![\w])/;
+  /`([^`]{1,4000})`|\[([^[\]]{1,500})\]\(([^()\s]{1,2000})\)|(https?:\/\/[^\s<>)]+[^\s<>).,;:!?'"])|\*\*([^*](?:.{0,4000}?[^*])?)\*\*|~~(.{1,4000}?)~~|\*([^*\s](?:[^*]{0,4000}[^*\s])?)\*|(?<![\w])_([^_\s](?:[^_]{0,4000}[^_\s])?)_(?![\w])/;
+const DEEPEST = 6;
 
-export function inline(text: string): Inline[] {
+export function inline(text: string, depth = 0): Inline[] {
+  if (depth > DEEPEST) return [{ type: "text", text }];
   const out: Inline[] = [];
   let rest = text;
   while (rest !== "") {
@@ -119,12 +129,12 @@ export function inline(text: string): Inline[] {
     if (code !== undefined) out.push({ type: "code", text: code });
     else if (label !== undefined && href !== undefined) {
       const to = safeHref(href);
-      if (to) out.push({ type: "link", href: to, children: inline(label) });
+      if (to) out.push({ type: "link", href: to, children: inline(label, depth + 1) });
       else out.push({ type: "text", text: all });
     } else if (bare !== undefined) out.push({ type: "link", href: bare, children: [{ type: "text", text: bare }] });
-    else if (bold !== undefined) out.push({ type: "bold", text: bold, children: inline(bold) });
-    else if (strike !== undefined) out.push({ type: "strike", text: strike, children: inline(strike) });
-    else out.push({ type: "italic", text: star ?? under ?? "", children: inline(star ?? under ?? "") });
+    else if (bold !== undefined) out.push({ type: "bold", text: bold, children: inline(bold, depth + 1) });
+    else if (strike !== undefined) out.push({ type: "strike", text: strike, children: inline(strike, depth + 1) });
+    else out.push({ type: "italic", text: star ?? under ?? "", children: inline(star ?? under ?? "", depth + 1) });
     rest = rest.slice(found.index + all.length);
   }
   if (rest !== "") out.push({ type: "text", text: rest });

@@ -1,0 +1,166 @@
+import { describe, expect, it } from "vitest";
+import type { Json } from "../../src/json";
+import { emptyChat, readHistory, readMessage, reduce, type Action, type ChatState, type Message } from "../../src/chat/reducer";
+
+const message = (id: number, more: Partial<Message> = {}): Message => ({
+  id, nonce: "", user: "ann", name: "Ann", text: `m${id}`, at: id * 1_000, state: "done", replyTo: 0, error: "", attempt: 0, seq: null, ...more,
+});
+const streaming = (id: number, more: Partial<Message> = {}): Message => message(id, { user: "bot", text: "", state: "streaming", seq: 0, ...more });
+const said = (...messages: Message[]): Action[] => messages.map((one) => ({ type: "message", message: one }));
+const history = (messages: Message[], more = false, older = false): Action => ({ type: "history", messages, more, older });
+const delta = (id: number, seq: number, text: string, attempt = 1): Action => ({ type: "delta", id, seq, attempt, text });
+const sent = (nonce: string, text = nonce): Action => ({ type: "send", message: message(0, { nonce, text, state: "sending" }) });
+
+const run = (...actions: Action[]): ChatState => actions.reduce(reduce, emptyChat);
+/** `id:text` each, `+` before what is not sent yet, `!` after what failed, `…` after what still comes. */
+const shown = ({ messages }: ChatState): string[] =>
+  messages.map((m) => `${m.id === 0 ? "+" : `${m.id}:`}${m.text}${m.state === "failed" ? "!" : m.state === "streaming" ? "…" : ""}`);
+
+describe("order", () => {
+  it("is by id, whatever comes first, each once", () => {
+    expect(shown(run(...said(message(2), message(5), message(3), message(1), message(3))))).toEqual(["1:m1", "2:m2", "3:m3", "5:m5"]);
+  });
+
+  it("a message said again replaces the one before", () => {
+    expect(shown(run(...said(message(1), message(2), message(1, { text: "edited" }))))).toEqual(["1:edited", "2:m2"]);
+  });
+
+  it("ours that are not sent yet stay last", () => {
+    expect(shown(run(sent("a"), ...said(message(1)), sent("b"), ...said(message(2))))).toEqual(["1:m1", "2:m2", "+a", "+b"]);
+  });
+});
+
+describe("sending", () => {
+  it("the echo takes the place of ours, whether event or reply comes first, and twice", () => {
+    const echo = message(7, { nonce: "a", text: "a" });
+    const state = run(sent("a"), sent("b"), ...said(echo, echo));
+    expect(shown(state)).toEqual(["7:a", "+b"]);
+  });
+
+  it("the echo of another window's message with the same text is another message", () => {
+    expect(shown(run(sent("a"), ...said(message(7, { nonce: "other", text: "a" }))))).toEqual(["7:a", "+a"]);
+  });
+
+  it("failed, again, and then there", () => {
+    const failed = run(sent("a"), { type: "sendFailed", nonce: "a", error: "no answer in time" });
+    expect(failed.messages[0]).toMatchObject({ state: "failed", error: "no answer in time" });
+    const again = reduce(failed, sent("a"));
+    expect(again.messages).toMatchObject([{ state: "sending", error: "" }]);
+    expect(shown(reduce(again, { type: "message", message: message(3, { nonce: "a", text: "a" }) }))).toEqual(["3:a"]);
+  });
+
+  it("a failure told after the echo changes nothing", () => {
+    expect(shown(run(sent("a"), ...said(message(3, { nonce: "a" })), { type: "sendFailed", nonce: "a", error: "late" }))).toEqual(["3:m3"]);
+  });
+
+  it("discard takes away only what was not sent", () => {
+    expect(shown(run(...said(message(1, { nonce: "a" })), sent("b"), { type: "discard", nonce: "a" }, { type: "discard", nonce: "b" }))).toEqual(["1:m1"]);
+  });
+});
+
+describe("pieces of an answer", () => {
+  const start = [history([]), ...said(streaming(4))];
+
+  it("append in order", () => {
+    const state = run(...start, delta(4, 1, "Hel"), delta(4, 2, "lo"));
+    expect([shown(state), state.gap]).toEqual([["4:Hello…"], false]);
+  });
+
+  it("twice is once", () => {
+    expect(shown(run(...start, delta(4, 1, "a"), delta(4, 2, "b"), delta(4, 1, "a"), delta(4, 2, "b")))).toEqual(["4:ab…"]);
+  });
+
+  it("one missing is a gap: no wrong text, and a reload heals it", () => {
+    const gap = run(...start, delta(4, 1, "a"), delta(4, 3, "c"));
+    expect([shown(gap), gap.gap]).toEqual([["4:a…"], true]);
+    const healed = reduce(gap, history([streaming(4, { text: "abc", seq: 3, attempt: 1 })]));
+    const more = reduce(reduce(healed, delta(4, 3, "c")), delta(4, 4, "d"));
+    expect([shown(more), more.gap]).toEqual([["4:abcd…"], false]);
+  });
+
+  it("of a message that nobody knows is a gap, once the room is loaded", () => {
+    expect(run(history([]), delta(9, 1, "a")).gap).toBe(true);
+    expect(run(delta(9, 1, "a")).gap).toBe(false);
+  });
+
+  it("a new attempt starts anew; pieces of the old one are late", () => {
+    expect(shown(run(...start, delta(4, 1, "first"), delta(4, 1, "sec", 2), delta(4, 2, "late", 1), delta(4, 2, "ond", 2)))).toEqual(["4:second…"]);
+    expect(run(...start, delta(4, 1, "first"), delta(4, 2, "x", 2)).gap).toBe(true);
+  });
+
+  it("after the end change nothing", () => {
+    for (const state of ["done", "failed", "stopped"] as const) {
+      expect(run(...start, delta(4, 1, "a"), ...said(message(4, { text: "whole", state, attempt: 1 })), delta(4, 2, "b")).messages).toMatchObject([{ text: "whole", state }]);
+    }
+  });
+
+  it("a retried answer streams again", () => {
+    const state = run(...start, delta(4, 1, "a"), ...said(message(4, { text: "a", state: "failed", error: "worker gone" }), streaming(4)), delta(4, 1, "b", 2));
+    expect(state.messages).toMatchObject([{ text: "b", state: "streaming", error: "" }]);
+  });
+
+  it("go on after a history that does not say how far it is", () => {
+    expect(shown(run(history([streaming(4, { text: "ab", seq: null })]), delta(4, 3, "c"), delta(4, 4, "d")))).toEqual(["4:abcd…"]);
+  });
+
+  it("the same state told again does not lose the count", () => {
+    expect(shown(run(...start, delta(4, 1, "a"), ...said(streaming(4, { text: "a", seq: null })), delta(4, 1, "a"), delta(4, 2, "b")))).toEqual(["4:ab…"]);
+  });
+});
+
+describe("history", () => {
+  it("the first load", () => {
+    const state = run(history([message(8), message(9)], true));
+    expect([shown(state), state.more, state.loaded]).toEqual([["8:m8", "9:m9"], true, true]);
+  });
+
+  it("keeps what came while it was asked for, and what is being sent", () => {
+    expect(shown(run(sent("a"), ...said(message(3)), history([message(1), message(2)])))).toEqual(["1:m1", "2:m2", "3:m3", "+a"]);
+  });
+
+  it("holds the echo of what was being sent", () => {
+    expect(shown(run(sent("a"), history([message(1), message(2, { nonce: "a", text: "a" })])))).toEqual(["1:m1", "2:a"]);
+  });
+
+  it("older ones go before, without doubles", () => {
+    const state = run(history([message(5), message(6)], true), history([message(3), message(4), message(5)], false, true));
+    expect([shown(state), state.more]).toEqual([["3:m3", "4:m4", "5:m5", "6:m6"], false]);
+  });
+
+  it("a reload that reaches into what we hold keeps the older ones", () => {
+    const state = run(history([message(1), message(2), message(3)], true), history([message(3), message(4)], true));
+    expect([shown(state), state.more]).toEqual([["1:m1", "2:m2", "3:m3", "4:m4"], true]);
+  });
+
+  it("a reload with a hole before it drops them, and more can be asked for", () => {
+    const state = run(history([message(1), message(2)], false), history([message(60), message(61)], true));
+    expect([shown(state), state.more]).toEqual([["60:m60", "61:m61"], true]);
+  });
+
+  it("what is gone on the server is gone here", () => {
+    expect(shown(run(history([message(1), message(2), message(3)]), history([message(1), message(3)])))).toEqual(["1:m1", "3:m3"]);
+  });
+
+  it("a room emptied is empty", () => {
+    expect(shown(run(history([]), history([])))).toEqual([]);
+  });
+});
+
+describe("reading", () => {
+  it("takes what the server writes", () => {
+    expect(readMessage({ id: 3, room: "r", user: "u1", name: "Ann", text: "hi", at: 5, nonce: "n", state: "done", reply_to: 2 })).toEqual(
+      message(3, { user: "u1", text: "hi", at: 5, nonce: "n", replyTo: 2 }),
+    );
+    expect(readMessage({ id: 3, user: "bot", text: "", state: "streaming" })).toMatchObject({ seq: 0, name: "bot" });
+    expect(readMessage({ id: 3, user: "bot", text: "ab", state: "streaming" })).toMatchObject({ seq: null });
+    expect(readMessage({ id: 3, user: "bot", text: "ab", state: "streaming", seq: 2, attempt: 1 })).toMatchObject({ seq: 2, attempt: 1 });
+  });
+
+  it("is not misled by anything else", () => {
+    const none: (Json | undefined)[] = [undefined, null, 1, "x", [], {}, { id: 0 }, { id: "7" }, { id: -1 }];
+    for (const bad of none) expect(readMessage(bad)).toBeNull();
+    expect(readMessage({ id: 1, state: "dancing", text: 5, user: null, at: "now" })).toMatchObject({ state: "done", text: "5", user: "", at: 0 });
+    const empty: Json[] = [null, [], { messages: {} }, { messages: [null, 1, { id: 0 }] }];
+    for (const bad of empty) expect(readHistory(bad)).toEqual({ messages: [], more: false });
+  });
+});
