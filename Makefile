@@ -1,19 +1,31 @@
 # make run: build and start.  make test: install what tests need, run them all.  make bench: our figures beside our peers'.
-.PHONY: run test deps frontend fmt bench
+.PHONY: run build test deps frontend fmt bench fuzz
 
 CARGO ?= cargo
+# Seconds for each fuzz target.
+FUZZ ?= 60
 
-run: frontend
-	$(CARGO) build --release --bin beamline
-	./target/release/beamline up
+run: build
+	./target/release/beamline up --data-dir data
+
+build: frontend
+	$(CARGO) build --release -p beamline
+
+# The pages come before cargo: they are put into the binary.
+test: deps frontend
+	./scripts/test.sh
+
+bench: build
+	$(CARGO) run --release -p checks --bin bench
+
+fuzz:
+	./scripts/fuzz.sh $(FUZZ)
+
+fmt:
+	$(CARGO) fmt --all
 
 frontend:
 	./scripts/build-frontend.sh
 
 deps:
 	./scripts/install-test-deps.sh
-
-test: deps frontend
-	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets -- -D warnings
-	$(CARGO) test --workspace

@@ -145,7 +145,9 @@ async fn a_client_of_another_make_learns_that_its_request_was_dropped() {
     let _full = bus.subscribe("busy", Some("g"), 1).await.unwrap();
     let other = async_nats::connect(server.url()).await.unwrap();
     other.publish("busy", "fills".into()).await.unwrap();
-    let reply = soon(other.request("busy", "x".into())).await.unwrap();
+    #[allow(clippy::disallowed_methods, reason = "the client of another make")]
+    let request = other.request("busy", "x".into());
+    let reply = soon(request).await.unwrap();
     let headers = reply.headers.unwrap();
     assert_eq!(headers.get("Nats-Service-Error-Code").unwrap().as_str(), "503");
 }

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Fuzzes the decoders with libFuzzer: fuzz.sh [seconds each] [target …]. Works with the stable compiler; wants a C++ one.
+set -eu
+cd "$(dirname "$0")/../fuzz"
+seconds=${1:-60}
+shift || true
+targets=("$@")
+if [ ${#targets[@]} -eq 0 ]; then targets=(ipc websocket realtime app); fi
+
+# What cargo-fuzz passes, less the sanitizer that needs a nightly compiler: our code has no `unsafe`, panics are found without.
+# Through --target, so that build scripts go without.
+triple=$(rustc -vV | sed -n 's/^host: //p')
+export RUSTFLAGS="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+-Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing"
+export CARGO_TARGET_DIR=$PWD/target
+cargo build --release --quiet --target "$triple" $(printf -- '--bin %s ' "${targets[@]}")
+RUSTFLAGS='' cargo run --release --quiet --bin seeds -- ../fixtures/wire corpus
+
+for target in "${targets[@]}"; do
+  echo "fuzz $target: ${seconds}s"
+  mkdir -p "artifacts/$target"
+  log=artifacts/$target.log
+  if ! "$CARGO_TARGET_DIR/$triple/release/$target" "corpus/$target" -artifact_prefix="artifacts/$target/" \
+    -max_total_time="$seconds" -max_len=8192 -rss_limit_mb=1024 -timeout=5 >"$log" 2>&1; then
+    tail -n 40 "$log"
+    echo "fuzz $target: found something; again with: fuzz/target/$triple/release/$target fuzz/artifacts/$target/FILE" >&2
+    exit 1
+  fi
+  grep -E '^#[0-9]+[[:space:]]+DONE' "$log"
+done
+echo "fuzz: clean"

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything that must hold, in the order in which a mistake is found soonest. `make test` has installed and built what it needs.
+set -u
+cd "$(dirname "$0")/.."
+CARGO=${CARGO:-cargo}
+
+# Says which step failed, and how long each took.
+step() {
+  local name=$1 began=$SECONDS
+  shift
+  echo "== $name"
+  if ! "$@"; then
+    echo "== $name FAILED: $*" >&2
+    exit 1
+  fi
+  echo "== $name: $((SECONDS - began)) s"
+}
+
+step format $CARGO fmt --all --check
+step "pages: types" npm --prefix frontend run --silent check
+step "pages: tests" npm --prefix frontend run --silent test
+step "pages: size" npm --prefix frontend run --silent size
+step clippy $CARGO clippy --workspace --all-targets --quiet -- -D warnings
+# With `xtask tidy`, which is one of the tests.
+step tests $CARGO test --workspace
+# The binary that the tests have built.
+step "browser" env BEAMLINE="$PWD/target/debug/beamline" npm --prefix frontend run --silent test:browser
+echo "== all passed"
