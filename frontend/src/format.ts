@@ -1,9 +1,11 @@
 // Numbers, times and names as people read them.
 const hourMinute = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
+const hourMinuteSecond = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 const fullTime = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 const dayMonth = new Intl.DateTimeFormat(undefined, { weekday: "long", day: "numeric", month: "long" });
 
 export const clock = (at: number): string => hourMinute.format(at);
+export const clockSeconds = (at: number): string => hourMinuteSecond.format(at);
 export const moment = (at: number): string => fullTime.format(at);
 
 export function day(at: number, now = Date.now()): string {

@@ -1,6 +1,5 @@
 import { render } from "preact";
 import { signal } from "@preact/signals";
-import "uplot/dist/uPlot.min.css";
 import "./theme.css";
 import { whoami, type Account } from "./auth";
 import { Connection } from "./connection";

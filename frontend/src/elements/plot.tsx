@@ -1,9 +1,8 @@
-// A line plot: uPlot draws, our legend shows the values under the crosshair and toggles lines. Drag to zoom.
-import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
-import uPlot from "uplot";
-import { clock, moment, withUnit } from "../format";
+// A line plot: the legend shows the values under the crosshair and toggles lines; drag to zoom, or read it as a table.
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
+import { clock, clockSeconds, moment, withUnit } from "../format";
 import { Icon } from "../icons";
-import { colour, painted, seriesToken } from "../theme";
+import { areaPath, linePath, nearest, ticks, timeTicks, yRange, type Range } from "../scale";
 
 export interface PlotSeries {
   label: string;
@@ -11,117 +10,147 @@ export interface PlotSeries {
 }
 
 export interface PlotProps {
-  /** Seconds when `time`, else plain numbers. */
+  /** Seconds when `time`, else plain numbers; ascending. */
   x: number[];
   series: PlotSeries[];
   time: boolean;
   unit: string;
   title: string;
   /** What the x axis spans when not zoomed. */
-  span?: [number, number];
+  span?: Range;
 }
 
 const HEIGHT = 200;
+const [LEFT, RIGHT, TOP, BOTTOM] = [52, 8, 8, 22];
+const BOX_HEIGHT = HEIGHT - TOP - BOTTOM;
+const SERIES = 8;
 const TABLE_ROWS = 30;
+/** A shorter drag is a click. */
+const DRAG = 6;
 
 export default function Plot(props: PlotProps) {
-  const { x, series, time, unit, span } = props;
+  const { x, series, time, unit } = props;
   const host = useRef<HTMLDivElement>(null);
-  const plot = useRef<uPlot | undefined>(undefined);
-  const zoomed = useRef(false);
-  const spanNow = useRef(span);
-  const [cursor, setCursor] = useState<number | null>(null);
+  const [width, setWidth] = useState(0);
+  const [zoom, setZoom] = useState<Range | null>(null);
+  const [pointer, setPointer] = useState<number | null>(null);
+  const [pressed, setPressed] = useState<number | null>(null);
   const [hidden, setHidden] = useState<ReadonlySet<string>>(new Set());
   const [asTable, setAsTable] = useState(false);
-  const names = series.map((one) => one.label).join("\n");
-  const paint = painted.value;
-  spanNow.current = span;
-  const data = [x, ...series.map((one) => one.values)] as uPlot.AlignedData;
 
   useLayoutEffect(() => {
     const el = host.current;
-    if (!el || asTable) return;
-    const axis: Partial<uPlot.Axis> = {
-      stroke: colour("--text-2"),
-      font: "11px system-ui, sans-serif",
-      grid: { stroke: colour("--line"), width: 1 },
-      ticks: { show: false },
-    };
-    const options: uPlot.Options = {
-      width: Math.max(120, el.clientWidth),
-      height: HEIGHT,
-      legend: { show: false },
-      padding: [8, 8, 0, 0],
-      cursor: { y: false, points: { size: 6 }, drag: { x: true, y: false, setScale: true } },
-      scales: {
-        x: { time, range: (_u, min, max) => (!zoomed.current && spanNow.current ? spanNow.current : [min, max]) },
-        y: { range: (_u, min, max) => yRange(min, max) },
-      },
-      axes: [
-        { ...axis, ...(time ? { space: 70, values: (_u: uPlot, ticks: number[]) => ticks.map((tick) => timeTick(tick, ticks)) } : {}) },
-        { ...axis, size: 52, values: (_u: uPlot, ticks: number[]) => ticks.map((tick) => withUnit(tick, unit === "bytes" || unit === "us" ? unit : "")) },
-      ],
-      series: [
-        {},
-        ...series.map((one, i) => ({
-          label: one.label,
-          stroke: colour(seriesToken(i)),
-          width: 1.5,
-          show: !hidden.has(one.label),
-          points: { show: one.values.filter((v) => v !== null).length < 3 },
-          ...(series.length === 1 ? { fill: colour("--series-fill") } : {}),
-        })),
-      ],
-      hooks: {
-        setCursor: [(u) => setCursor(u.cursor.idx ?? null)],
-        setSelect: [(u) => { if (u.select.width > 0) zoomed.current = true; }],
-      },
-    };
-    const made = new uPlot(options, data, el);
-    plot.current = made;
-    const unzoom = (): void => {
-      zoomed.current = false;
-      made.setData(made.data, true);
-    };
-    made.over.addEventListener("dblclick", unzoom);
-    const observer = new ResizeObserver(() => made.setSize({ width: Math.max(120, el.clientWidth), height: HEIGHT }));
+    if (!el) return;
+    const measure = (): void => setWidth(el.clientWidth);
+    measure();
+    const observer = new ResizeObserver(measure);
     observer.observe(el);
-    return () => {
-      observer.disconnect();
-      made.destroy();
-      plot.current = undefined;
-    };
-  }, [names, paint, unit, time, asTable]);
+    return () => observer.disconnect();
+  }, [asTable]);
 
-  useEffect(() => {
-    const made = plot.current;
-    if (made && made.data[0] !== x) {
-      made.setData(data, !zoomed.current);
-      if (zoomed.current) made.redraw();
-    }
-  });
+  const boxWidth = Math.max(60, width - LEFT - RIGHT);
+  const [from, to] = zoom ?? props.span ?? [x[0] ?? 0, x[x.length - 1] ?? 1];
+  const xRange: Range = to > from ? [from, to] : [from - 1, from + 1];
+  const perPixel = (xRange[1] - xRange[0]) / boxWidth;
+  const toX = (at: number): number => (at - xRange[0]) / perPixel;
+  // One sample more at either side, so that lines run to the edge.
+  const first = Math.max(0, x.findIndex((at) => at >= xRange[0]) - 1);
+  const after = x.findIndex((at) => at > xRange[1]);
+  const end = after < 0 ? x.length : after + 1;
+  const inside = x.slice(first, end);
+  const lines = series.map((one, i) => ({ ...one, values: one.values.slice(first, end), tint: `series-${i % SERIES}`, shown: !hidden.has(one.label) }));
+  const visible = lines.filter((line) => line.shown);
+  const range = yRange(visible.flatMap((line) => line.values));
+  const toY = (value: number): number => BOX_HEIGHT - ((value - range[0]) / (range[1] - range[0])) * BOX_HEIGHT;
 
-  const toggle = (label: string, index: number): void => {
+  // The crosshair stays under the pointer while samples move on below it.
+  const index = pointer === null ? -1 : nearest(inside, xRange[0] + pointer * perPixel);
+  const at = inside[index];
+  const when = at === undefined ? "" : time ? moment(at * 1000) : String(at);
+
+  const place = (event: PointerEvent): number => {
+    const box = (event.currentTarget as Element).getBoundingClientRect();
+    return Math.max(0, Math.min(boxWidth, event.clientX - box.left - LEFT));
+  };
+  const press = (event: PointerEvent): void => {
+    if (event.pointerType !== "mouse" || event.button !== 0) return; // a finger scrolls the page and moves the crosshair
+    (event.currentTarget as Element).setPointerCapture(event.pointerId);
+    setPressed(place(event));
+  };
+  const release = (event: PointerEvent): void => {
+    if (pressed === null) return;
+    const [low, high] = [pressed, place(event)].sort((a, b) => a - b) as [number, number];
+    if (high - low >= DRAG) setZoom([xRange[0] + low * perPixel, xRange[0] + high * perPixel]);
+    setPressed(null);
+  };
+  const toggle = (label: string): void => {
     const next = new Set(hidden);
     if (!next.delete(label)) next.add(label);
     setHidden(next);
-    plot.current?.setSeries(index + 1, { show: !next.has(label) });
   };
 
-  const index = cursor ?? x.length - 1;
-  const when = cursor !== null && x[cursor] !== undefined ? (time ? moment(x[cursor] * 1000) : String(x[cursor])) : "";
+  const yTicks = ticks(range, 4, unit === "bytes" ? 1024 : 10);
+  const xTicks = time ? timeTicks(xRange, boxWidth / 80) : ticks(xRange, boxWidth / 80);
+  const label = `${props.title}: ${series.map((one) => `${one.label} ${shown(one.values[one.values.length - 1], unit)}`).join(", ")}`;
   return (
     <div class="plot">
-      {asTable ? <PlotTable {...props} /> : <div class="plot-host" ref={host} role="img" aria-label={`${props.title}: ${series.map((one) => `${one.label} ${shown(last(one.values), unit)}`).join(", ")}`} />}
+      {asTable ? (
+        <PlotTable {...props} />
+      ) : (
+        <div class="plot-host" ref={host} onDblClick={() => setZoom(null)}>
+          {width > 0 && (
+            <svg
+              class="plot-box" width={width} height={HEIGHT} role="img" aria-label={label}
+              onPointerMove={(event) => setPointer(place(event))} onPointerDown={press} onPointerUp={release}
+              onPointerLeave={() => { setPointer(null); setPressed(null); }}
+            >
+              {yTicks.map((tick) => (
+                <g key={tick} transform={`translate(0 ${TOP + toY(tick)})`}>
+                  <path class="grid" d={`M${LEFT} 0h${boxWidth}`} />
+                  <text x={LEFT - 8} dy="0.32em" text-anchor="end">{withUnit(tick, unit === "bytes" || unit === "us" ? unit : "")}</text>
+                </g>
+              ))}
+              {xTicks.map((tick) => (
+                <g key={tick} transform={`translate(${LEFT + toX(tick)} 0)`}>
+                  <path class="grid" d={`M0 ${TOP}v${BOX_HEIGHT}`} />
+                  <text y={HEIGHT - 6} text-anchor="middle">{time ? timeTick(tick, (xTicks[1] ?? 0) - (xTicks[0] ?? 0)) : withUnit(tick, "")}</text>
+                </g>
+              ))}
+              <svg x={LEFT} y={TOP} width={boxWidth} height={BOX_HEIGHT}>
+                {visible.map((line) => {
+                  const path = linePath(inside, line.values, toX, toY);
+                  return (
+                    <g key={line.label} class={line.tint}>
+                      {series.length === 1 && <path class="area" d={areaPath(path, toY(Math.max(0, range[0])))} />}
+                      <path class="line" d={path} />
+                    </g>
+                  );
+                })}
+                {pressed !== null && pointer !== null && <rect class="selection" x={Math.min(pressed, pointer)} y={0} width={Math.abs(pointer - pressed)} height={BOX_HEIGHT} />}
+              </svg>
+              {at !== undefined && (
+                <g transform={`translate(${LEFT + toX(at)} ${TOP})`}>
+                  <path class="crosshair" d={`M0 0v${BOX_HEIGHT}`} />
+                  {visible.map((line) => {
+                    const value = line.values[index] ?? null;
+                    return value !== null && <circle key={line.label} class={`point ${line.tint}`} cy={toY(value)} r={3.5} />;
+                  })}
+                </g>
+              )}
+            </svg>
+          )}
+        </div>
+      )}
       <div class="legend">
-        {series.map((one, i) => (
-          <button key={one.label} type="button" class="legend-item" aria-pressed={!hidden.has(one.label)} onClick={() => toggle(one.label, i)}>
-            <i class={`swatch series-${i % 8}`} />
-            <span class="ellipsis">{one.label}</span>
-            <b class="tabular">{shown(one.values[index] ?? null, unit)}</b>
+        {lines.map((line) => (
+          <button key={line.label} type="button" class="legend-item" aria-pressed={line.shown} onClick={() => toggle(line.label)}>
+            <i class={`swatch ${line.tint}`} />
+            <span class="ellipsis">{line.label}</span>
+            <b class="tabular">{shown(line.values[index < 0 ? line.values.length - 1 : index], unit)}</b>
           </button>
         ))}
         <span class="legend-when muted tabular">{when}</span>
+        {zoom && <button type="button" class="small" onClick={() => setZoom(null)}>Whole range</button>}
         <button type="button" class="ghost small icon-button" aria-pressed={asTable} aria-label={asTable ? "Show as chart" : "Show as table"} title={asTable ? "Chart" : "Table"} onClick={() => setAsTable(!asTable)}>
           <Icon name={asTable ? "gauge" : "table"} />
         </button>
@@ -139,8 +168,8 @@ function PlotTable({ x, series, time, unit, title }: PlotProps) {
         <tbody>
           {rows.map((i) => (
             <tr key={i}>
-              <td class="tabular">{time ? timeTick(x[i] ?? 0, [0, 1]) : x[i]}</td>
-              {series.map((one) => <td key={one.label} class="align-right tabular">{shown(one.values[i] ?? null, unit)}</td>)}
+              <td class="tabular">{time ? timeTick(x[i] ?? 0, 1) : x[i]}</td>
+              {series.map((one) => <td key={one.label} class="align-right tabular">{shown(one.values[i], unit)}</td>)}
             </tr>
           ))}
         </tbody>
@@ -149,18 +178,7 @@ function PlotTable({ x, series, time, unit, title }: PlotProps) {
   );
 }
 
-const last = (values: (number | null)[]): number | null => values[values.length - 1] ?? null;
-const shown = (value: number | null, unit: string): string => (value === null ? "–" : withUnit(value, unit));
+const shown = (value: number | null | undefined, unit: string): string => (value === null || value === undefined ? "–" : withUnit(value, unit));
 
-/** From zero, with some air above; a flat line is not drawn on the frame. */
-function yRange(min: number | null, max: number | null): [number, number] {
-  const low = Math.min(0, min ?? 0);
-  const high = max ?? 1;
-  return [low, high <= low ? low + 1 : high + (high - low) * 0.1];
-}
-
-function timeTick(seconds: number, ticks: number[]): string {
-  const close = (ticks[1] ?? 0) - (ticks[0] ?? 0) < 60;
-  const text = clock(seconds * 1000);
-  return close ? `${text}:${String(Math.floor(seconds % 60)).padStart(2, "0")}` : text;
-}
+/** With seconds where ticks are closer than a minute. */
+const timeTick = (seconds: number, step: number): string => (step < 60 ? clockSeconds : clock)(seconds * 1000);
