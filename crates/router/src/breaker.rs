@@ -11,8 +11,15 @@ const WINDOW: usize = 50;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Closed,
-    Open { until_ms: u64 },
-    HalfOpen { probes: u32, successes: u32 },
+    Open {
+        until_ms: u64,
+    },
+    /// `asked_ms`: when the newest probe was sent.
+    HalfOpen {
+        probes: u32,
+        successes: u32,
+        asked_ms: u64,
+    },
 }
 
 #[derive(Debug)]
@@ -32,14 +39,22 @@ impl Breaker {
         match self.phase {
             Phase::Closed => true,
             Phase::Open { until_ms } => now_ms >= until_ms,
-            Phase::HalfOpen { probes, .. } => probes < rules.half_open_max_calls,
+            // Probes whose results never come (cancelled, a worker that died) must not keep a provider out for good.
+            Phase::HalfOpen { probes, asked_ms, .. } => {
+                probes < rules.half_open_max_calls || now_ms >= asked_ms.saturating_add(rules.timeout_ms)
+            }
         }
     }
 
     fn assigned(&mut self, now_ms: u64) {
         match &mut self.phase {
-            Phase::Open { until_ms } if now_ms >= *until_ms => self.phase = Phase::HalfOpen { probes: 1, successes: 0 },
-            Phase::HalfOpen { probes, .. } => *probes += 1,
+            Phase::Open { until_ms } if now_ms >= *until_ms => {
+                self.phase = Phase::HalfOpen { probes: 1, successes: 0, asked_ms: now_ms };
+            }
+            Phase::HalfOpen { probes, asked_ms, .. } => {
+                *probes += 1;
+                *asked_ms = now_ms;
+            }
             _ => {}
         }
     }
@@ -48,7 +63,7 @@ impl Breaker {
         let open = Phase::Open { until_ms: now_ms + rules.timeout_ms };
         match &mut self.phase {
             Phase::HalfOpen { .. } if failed => self.trip(open),
-            Phase::HalfOpen { probes, successes } => {
+            Phase::HalfOpen { probes, successes, .. } => {
                 *probes = probes.saturating_sub(1);
                 *successes += 1;
                 if *successes >= rules.success_threshold {
@@ -146,7 +161,8 @@ mod tests {
             assert!(breakers.lets_through("p", &rules, 1000), "probe {n}");
             breakers.assigned("p", 1000);
         }
-        assert!(!breakers.lets_through("p", &rules, 1000), "probes are bounded");
+        assert!(!breakers.lets_through("p", &rules, 1999), "probes are bounded");
+        assert!(breakers.lets_through("p", &rules, 2000), "their results never came: another one may try");
         breakers.ended("p", false, &rules, 1001);
         breakers.ended("p", false, &rules, 1001);
         assert_eq!(breakers.status()[0].state, "closed");

@@ -4,6 +4,7 @@ use crate::Router;
 use crate::policy::{Undecided, World};
 use crate::stats::now_ms;
 use bus::{Headers, Message, Subscription};
+use futures_util::FutureExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -18,21 +19,33 @@ use wire::subjects;
 pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: CancellationToken) {
     let places = Arc::new(Semaphore::new(router.config.max_in_flight));
     let pushes = TaskTracker::new();
+    let mut taken = 0;
     loop {
-        let message = tokio::select! {
-            () = cancel.cancelled() => break,
-            message = requests.next() => message,
+        let message = if cancel.is_cancelled() {
+            // What the bus has given to this router is answered by it; nobody else will.
+            taken += 1;
+            // (Unconstrained: the scheduler's wish to go on with another task is no empty queue.)
+            let waiting = tokio::task::unconstrained(requests.next()).now_or_never().flatten();
+            waiting.filter(|_| taken <= crate::QUEUE_MAX)
+        } else {
+            tokio::select! {
+                () = cancel.cancelled() => continue,
+                message = requests.next() => message,
+            }
         };
         let Some(message) = message else { break };
         let started = Instant::now();
         let (context, outcome) = router.accept(&message);
         match outcome {
             Err(error) => router.refuse(&message, context, error).await,
-            Ok((request, decision)) if !request.push_assignment => {
-                router.stats.decided(&decision, started.elapsed());
-                router.reply(&message, &DecideResponse { ok: true, decision, context }).await;
-            }
-            Ok((request, decision)) => {
+            Ok(request) if !request.push_assignment => match router.decide(&request) {
+                Ok(decision) => {
+                    router.stats.decided(&decision, started.elapsed());
+                    router.reply(&message, &DecideResponse { ok: true, decision, context }).await;
+                }
+                Err(error) => router.refuse(&message, context, error).await,
+            },
+            Ok(request) => {
                 let Ok(place) = places.clone().try_acquire_owned() else {
                     let error =
                         failure("backpressure", "too many assignments wait for their acknowledgement; try again");
@@ -43,7 +56,7 @@ pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: Cancel
                 let router = router.clone();
                 pushes.spawn(async move {
                     router.stats.in_flight.fetch_add(1, Relaxed);
-                    match crate::tasks::push(&router, &request, decision).await {
+                    match crate::tasks::push(&router, &request).await {
                         Ok(decision) => {
                             router.stats.decided(&decision, started.elapsed());
                             let (provider_id, trace_id) = (&decision.provider_id, context.trace_id.as_deref());
@@ -78,12 +91,22 @@ fn invalid(intake: &str, message: impl Into<String>) -> ErrorBody {
 }
 
 impl Router {
-    /// The request and its decision, or why there is none; and the ids that any answer repeats.
-    fn accept(&self, message: &Message) -> (Context, Result<(DecideRequest, Decision), ErrorBody>) {
+    /// The request, or why it is refused; and the ids that any answer repeats.
+    fn accept(&self, message: &Message) -> (Context, Result<DecideRequest, ErrorBody>) {
+        if self.backpressure.refuses() {
+            let error = failure("backpressure", "the router is overloaded; try again later");
+            let retry_after_seconds = Some(crate::backpressure::RETRY_AFTER_S);
+            return (Context::default(), Err(ErrorBody { retry_after_seconds, ..error }));
+        }
         let size = message.payload.len();
         if size > limits::DECIDE_MAX {
             let text = format!("the request has {size} bytes; at most {} are taken", limits::DECIDE_MAX);
             return (Context::default(), Err(invalid("PAYLOAD_TOO_LARGE", text)));
+        }
+        // An array would fit a struct too.
+        if message.payload.trim_ascii_start().first().is_some_and(|byte| *byte != b'{') {
+            let error = invalid("SCHEMA_VALIDATION_FAILED", "the request is not a JSON object");
+            return (Context::default(), Err(error));
         }
         let mut request: DecideRequest = match serde_json::from_slice(&message.payload) {
             Ok(request) => request,
@@ -91,11 +114,11 @@ impl Router {
         };
         apply_headers(&mut request, &message.headers);
         let context = Context { request_id: Some(request.request_id.clone()), trace_id: request.trace_id.clone() };
-        let outcome = check(&request).and_then(|()| self.decide(&request)).map(|decision| (request, decision));
+        let outcome = check(&request).map(|()| request);
         (context, outcome)
     }
 
-    fn decide(&self, request: &DecideRequest) -> Result<Decision, ErrorBody> {
+    pub fn decide(&self, request: &DecideRequest) -> Result<Decision, ErrorBody> {
         if request.deadline.is_some_and(|deadline| deadline < now_ms()) {
             return Err(failure("deadline_exceeded", "the request's deadline passed before it was decided"));
         }
@@ -125,8 +148,11 @@ impl Router {
         self.reply(message, &ErrorResponse { ok: false, error, context }).await;
     }
 
-    pub async fn reply(&self, message: &Message, answer: &impl serde::Serialize) {
-        let subject = message.reply.clone().unwrap_or_else(|| subjects::DECIDE_REPLY.into());
+    async fn reply(&self, message: &Message, answer: &impl serde::Serialize) {
+        self.send(message.reply.clone().unwrap_or_else(|| subjects::DECIDE_REPLY.into()), answer).await;
+    }
+
+    pub async fn send(&self, subject: Arc<str>, answer: &impl serde::Serialize) {
         let payload = serde_json::to_vec(answer).expect("an answer is JSON").into();
         if let Err(error) = self.bus.publish(Message { subject, payload, ..Message::default() }).await {
             tracing::warn!(%error, "an answer was not sent");
@@ -171,17 +197,41 @@ fn unsupported(version: &str) -> ErrorBody {
     invalid("VERSION_UNSUPPORTED", format!("version {version:?} is not served here; version \"1\" is"))
 }
 
-/// Headers beat the payload. A trace id that only `traceparent` carries is taken from there.
+/// Headers beat the payload. A trace id that only `traceparent` carries is taken from there. A wrong header is counted
+/// and as good as none.
 fn apply_headers(request: &mut DecideRequest, headers: &Headers) {
-    if let Some(tenant) = headers.get("tenant_id") {
+    let read = |name: &'static str, fits: &dyn Fn(&str) -> bool| {
+        let value = headers.get(name)?;
+        if !fits(value) {
+            metrics::counter!("beamline_router_contract_violations_total", "header" => name).increment(1);
+            return None;
+        }
+        Some(value)
+    };
+    let _counted = read("version", &|version| version == VERSION);
+    if let Some(tenant) = read("tenant_id", &is_tenant) {
         request.tenant_id = tenant.into();
     }
-    let parent = headers.get("traceparent").and_then(|parent| parent.split('-').nth(1)).filter(|id| id.len() == 32);
-    if let Some(trace) = headers.get("trace_id") {
+    let parent = read("traceparent", &|parent| trace_of_parent(parent).is_some()).and_then(trace_of_parent);
+    if let Some(trace) = read("trace_id", &is_id) {
         request.trace_id = Some(trace.into());
     } else if request.trace_id.is_none() {
         request.trace_id = parent.map(String::from);
     }
+}
+
+/// W3C: `version-trace-span-flags`, in hex.
+fn trace_of_parent(parent: &str) -> Option<&str> {
+    let trace = parent.split('-').nth(1)?;
+    (trace.len() == 32 && trace.bytes().all(|b| b.is_ascii_hexdigit())).then_some(trace)
+}
+
+fn is_id(id: &str) -> bool {
+    (1..=limits::ID_MAX).contains(&id.len())
+}
+
+fn is_tenant(id: &str) -> bool {
+    is_id(id) && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
 /// Version, correlation, fields, tenant: in this order.
@@ -193,10 +243,11 @@ fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
     if flow.iter().any(|id| id.is_some()) && !flow.iter().all(|id| id.is_some()) {
         return Err(invalid("CORRELATION_FIELDS_INVALID", "run_id, flow_id and step_id stand together or not at all"));
     }
-    let ids = [Some(&request.request_id), request.trace_id.as_ref(), request.run_id.as_ref()];
-    let names = ["request_id", "trace_id", "run_id"];
+    let [run, flow_id, step] = flow.map(Option::as_ref);
+    let ids = [Some(&request.request_id), request.trace_id.as_ref(), run, flow_id, step, request.policy_id.as_ref()];
+    let names = ["request_id", "trace_id", "run_id", "flow_id", "step_id", "policy_id"];
     for (id, name) in ids.into_iter().zip(names).filter_map(|(id, name)| Some((id?, name))) {
-        if id.is_empty() || id.len() > limits::ID_MAX {
+        if !is_id(id) {
             let text = format!("{name} has {} bytes; 1 to {} are taken", id.len(), limits::ID_MAX);
             return Err(invalid("SCHEMA_VALIDATION_FAILED", text));
         }
@@ -206,16 +257,13 @@ fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
         return Err(invalid("SCHEMA_VALIDATION_FAILED", text));
     }
     let task = &request.task;
-    if task.task_type.is_empty() || task.task_type.len() > limits::ID_MAX {
+    if !is_id(&task.task_type) {
         return Err(invalid("SCHEMA_VALIDATION_FAILED", "task.type must have 1 to 128 bytes"));
     }
     if task.payload.is_none() && task.payload_ref.is_none() {
         return Err(invalid("SCHEMA_VALIDATION_FAILED", "the task has neither payload nor payload_ref"));
     }
-    let tenant = &request.tenant_id;
-    let fits = (1..=limits::ID_MAX).contains(&tenant.len())
-        && tenant.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
-    if !fits {
+    if !is_tenant(&request.tenant_id) {
         return Err(invalid(
             "SCHEMA_VALIDATION_FAILED",
             "tenant_id must have 1 to 128 of the characters A-Z a-z 0-9 _ . -",

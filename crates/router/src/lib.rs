@@ -2,6 +2,7 @@
 //!
 //! [`policy`] is pure; the loops around it own the clock and the bus.
 
+mod backpressure;
 mod breaker;
 mod decide;
 mod policies;
@@ -57,6 +58,7 @@ struct Router {
     policies: policies::Policies,
     stats: stats::Stats,
     breakers: breaker::Breakers,
+    backpressure: backpressure::Backpressure,
 }
 
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
@@ -74,8 +76,14 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         .await?;
     let decide = bus.subscribe(wire::subjects::DECIDE, Some(wire::subjects::DECIDE_GROUP), QUEUE_MAX).await?;
     let queries = tasks::Queries::subscribe(&bus).await?;
-    let router =
-        Router { bus, config, policies, stats: stats::Stats::default(), breakers: breaker::Breakers::default() };
+    let router = Router {
+        bus,
+        config,
+        policies,
+        stats: stats::Stats::default(),
+        breakers: breaker::Breakers::default(),
+        backpressure: backpressure::Backpressure::default(),
+    };
     Ok(Bound { router: Arc::new(router), decide, queries, results })
 }
 

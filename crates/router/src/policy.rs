@@ -11,6 +11,7 @@ use wire::router::{Constraints, DecideRequest, Decision, Reason};
 
 /// Latency that is expected of a provider nothing is known about.
 const LATENCY_UNKNOWN_MS: f64 = 1000.0;
+const BREAKER_TIMEOUT_MAX_MS: u64 = 86_400_000;
 
 /// A policy whose rules are parsed and checked.
 pub struct Compiled {
@@ -70,8 +71,10 @@ impl Compiled {
             if provider.priority.is_some_and(|priority| priority > 100) {
                 return Err(invalid(format!("providers[{n}].priority"), "must be from 0 to 100"));
             }
-            if provider.cost.is_some_and(|cost| !(cost >= 0.0)) {
-                return Err(invalid(format!("providers[{n}].cost"), "must be 0 or more"));
+            for (field, number) in [("cost", provider.cost), ("latency_ms", provider.latency_ms)] {
+                if number.is_some_and(|number| !number.is_finite() || number < 0.0) {
+                    return Err(invalid(format!("providers[{n}].{field}"), "must be a number, 0 or more"));
+                }
             }
             if providers.iter().any(|known| known.name == provider.name) {
                 return Err(invalid(format!("providers[{n}].name"), "stands twice"));
@@ -96,6 +99,7 @@ impl Compiled {
         if providers.is_empty() {
             return Err(invalid("providers".into(), "names no provider"));
         }
+        check(&policy.circuit_breaker)?;
         let mut rules = Vec::new();
         for (n, rule) in policy.rules.iter().enumerate() {
             let condition = Condition::compile(&rule.when).map_err(|e| invalid(format!("rules[{n}].when"), &e))?;
@@ -142,7 +146,7 @@ impl Compiled {
                     return Ok(self.decision(named, Reason::BestScore, None, explanation, world));
                 }
                 explanation.push(format!("{} cannot take it now", named.name));
-                let drawn = self.draw(&request.tenant_id, &request.request_id, fits)?;
+                let drawn = self.draw(&request.tenant_id, &request.request_id, fits, world)?;
                 return Ok(self.decision(drawn, Reason::CircuitBreakerFallback, None, explanation, world));
             }
         }
@@ -151,26 +155,37 @@ impl Compiled {
             Some(value.as_str().map_or_else(|| value.to_string(), String::from))
         });
         if let Some(session) = session {
-            let pinned = self.draw(&request.tenant_id, &session, fits)?;
+            let pinned = self.draw(&request.tenant_id, &session, fits, world)?;
             explanation.push("the session's provider".into());
             return Ok(self.decision(pinned, Reason::Sticky, Some(session), explanation, world));
         }
-        let drawn = self.draw(&request.tenant_id, &request.request_id, fits)?;
+        let drawn = self.draw(&request.tenant_id, &request.request_id, fits, world)?;
         explanation.push("drawn by weight".into());
         Ok(self.decision(drawn, Reason::Weighted, None, explanation, world))
     }
 
-    fn draw(&self, tenant: &str, key: &str, fits: impl Fn(&Candidate) -> bool) -> Result<&Candidate, Undecided> {
+    fn draw(
+        &self,
+        tenant: &str,
+        key: &str,
+        fits: impl Fn(&Candidate) -> bool,
+        world: &dyn World,
+    ) -> Result<&Candidate, Undecided> {
         let eligible = self.providers.iter().filter(|c| c.weight > 0.0 && fits(c));
         let drawn = rendezvous::highest(eligible, |c| (&c.name, c.weight), &[tenant, key]);
-        drawn.ok_or_else(|| self.why_none(&fits))
+        drawn.ok_or_else(|| self.why_none(world))
     }
 
-    fn why_none(&self, fits: &impl Fn(&Candidate) -> bool) -> Undecided {
-        if self.providers.iter().all(|c| c.weight == 0.0) {
-            return Undecided::NoWeight;
+    /// Of the providers that can be drawn; one of weight 0 changes nothing.
+    fn why_none(&self, world: &dyn World) -> Undecided {
+        let mut drawable = self.providers.iter().filter(|c| c.weight > 0.0).peekable();
+        if drawable.peek().is_none() {
+            Undecided::NoWeight
+        } else if drawable.any(|c| world.is_available(&c.name)) {
+            Undecided::Constrained
+        } else {
+            Undecided::AllOpen
         }
-        if self.providers.iter().any(fits) { Undecided::NoWeight } else { Undecided::AllOpen }
     }
 
     fn decision(
@@ -194,6 +209,27 @@ impl Compiled {
             explanation,
         }
     }
+}
+
+/// Values with which a breaker would never close, never open, or remember without end.
+fn check(breaker: &CircuitBreaker) -> Result<(), Invalid> {
+    let counts = [
+        ("failure_threshold", breaker.failure_threshold),
+        ("min_calls", breaker.min_calls),
+        ("half_open_max_calls", breaker.half_open_max_calls),
+        ("success_threshold", breaker.success_threshold),
+    ];
+    let invalid = |field: &str, what: &str| Invalid { field: format!("circuit_breaker.{field}"), what: what.into() };
+    if let Some((field, _)) = counts.into_iter().find(|(_, count)| !(1..=10_000).contains(count)) {
+        return Err(invalid(field, "must be from 1 to 10000"));
+    }
+    if !(breaker.error_rate_threshold > 0.0 && breaker.error_rate_threshold <= 1.0) {
+        return Err(invalid("error_rate_threshold", "must be above 0, at most 1"));
+    }
+    if !(1..=BREAKER_TIMEOUT_MAX_MS).contains(&breaker.timeout_ms) {
+        return Err(invalid("timeout_ms", "must be from 1 to 86400000, a day"));
+    }
+    Ok(())
 }
 
 fn expected_latency(provider: &Candidate, world: &dyn World) -> f64 {
@@ -311,6 +347,8 @@ mod tests {
         }
         let all_open = Known { open: HashSet::from(["fast", "big"]), ..Known::default() };
         assert_eq!(policy.decide(&request(1, json!({})), &all_open), Err(Undecided::AllOpen));
+        let too_cheap = json!({"constraints": {"max_cost": 0.001}});
+        assert_eq!(policy.decide(&request(1, too_cheap), &Known::default()), Err(Undecided::Constrained));
         let rust = json!({"metadata": {"lang": "rust"}});
         let big_open = Known { open: HashSet::from(["big"]), ..Known::default() };
         let moved = policy.decide(&request(1, rust), &big_open).unwrap();
@@ -321,12 +359,28 @@ mod tests {
     }
 
     #[test]
+    fn a_provider_of_weight_0_is_drawn_by_nobody() {
+        let policy = compiled(json!({"providers": [{"name": "a", "weight": 1}, {"name": "spare"}]}));
+        let open = Known { open: HashSet::from(["a"]), ..Known::default() };
+        assert_eq!(policy.decide(&request(1, json!({})), &open), Err(Undecided::AllOpen));
+        let none = compiled(json!({"providers": [{"name": "spare"}]}));
+        assert_eq!(none.decide(&request(1, json!({})), &Known::default()), Err(Undecided::NoWeight));
+    }
+
+    #[test]
     fn a_bad_policy_names_its_field() {
+        let breaker = |rules| json!({"providers": [{"name": "a"}], "circuit_breaker": rules});
         for (document, field) in [
             (json!({}), "providers"),
             (json!({"providers": [{"name": "a", "weight": 101}]}), "providers[0].weight"),
             (json!({"providers": [{"name": "a"}, {"name": "a"}]}), "providers[1].name"),
             (json!({"weights": {"a": 1.5}}), "weights.a"),
+            (json!({"providers": [{"name": "a", "cost": -1}]}), "providers[0].cost"),
+            (json!({"providers": [{"name": "a", "latency_ms": -1}]}), "providers[0].latency_ms"),
+            (breaker(json!({"failure_threshold": 0})), "circuit_breaker.failure_threshold"),
+            (breaker(json!({"min_calls": 4_000_000_000_u32})), "circuit_breaker.min_calls"),
+            (breaker(json!({"error_rate_threshold": 0})), "circuit_breaker.error_rate_threshold"),
+            (breaker(json!({"timeout_ms": u64::MAX})), "circuit_breaker.timeout_ms"),
             (json!({"providers": [{"name": "a"}], "rules": [{"when": "task.type ==", "to": "a"}]}), "rules[0].when"),
             (json!({"providers": [{"name": "a"}], "rules": [{"when": "true", "to": "b"}]}), "rules[0].to"),
             (

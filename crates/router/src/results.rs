@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use wire::limits::ID_MAX;
 use wire::router::{ExecResult, ResultStatus, State, Usage, VERSION};
 use wire::subjects;
 
@@ -39,12 +40,13 @@ pub async fn run(router: Arc<Router>, mut results: Consumer, cancel: Cancellatio
 }
 
 async fn handle(router: &Router, delivery: &Delivery) {
-    let done = match ExecResult::decode(&delivery.message.payload) {
+    let decoded = ExecResult::decode(&delivery.message.payload).and_then(|result| check(&result).map(|()| result));
+    let done = match decoded {
         Err(poison) => bus::dead_letter::bury(&router.bus, delivery, &poison).await,
         Ok(_) if delivery.delivered > MAX_DELIVER => {
             bus::dead_letter::bury(&router.bus, delivery, "the result could not be recorded").await
         }
-        Ok(result) => match record(router, &result, delivery.delivered == 1).await {
+        Ok(result) => match record(router, &result).await {
             Ok(()) => delivery.ack().await,
             Err(error) => {
                 tracing::warn!(%error, request_id = result.request_id, "a result was not recorded; it comes again");
@@ -58,11 +60,28 @@ async fn handle(router: &Router, delivery: &Delivery) {
     }
 }
 
+fn check(result: &ExecResult) -> Result<(), String> {
+    for (name, id) in [("assignment_id", &result.assignment_id), ("request_id", &result.request_id)] {
+        if !(1..=ID_MAX).contains(&id.len()) {
+            return Err(format!("the result's {name} has {} bytes; 1 to {ID_MAX} are taken", id.len()));
+        }
+    }
+    Ok(())
+}
+
 /// Safe to repeat: the usage has the assignment's id, the task's record is final once.
-async fn record(router: &Router, result: &ExecResult, first: bool) -> bus::Result<()> {
+async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
+    let known = crate::tasks::load(&router.bus, &result.request_id).await?.map(|(task, _)| task);
+    let task = known.filter(|task| task.assignment_id.as_deref() == Some(&result.assignment_id));
+    // The record is written last: an assignment that has its result is done, however long ago that was.
+    if task.as_ref().is_some_and(|task| task.result.is_some()) {
+        return Ok(());
+    }
+    // Who pays was settled when the task was taken; a result need not name anybody.
+    let tenant_id = task.as_ref().map(|task| task.tenant_id.clone()).or_else(|| result.tenant_id.clone());
     let usage = Usage {
         version: VERSION.into(),
-        tenant_id: result.tenant_id.clone().unwrap_or_else(|| "default".into()),
+        tenant_id: tenant_id.clone().unwrap_or_else(|| "default".into()),
         provider_id: result.provider_id.clone(),
         event_type: result.job.job_type.clone(),
         latency_ms: result.latency_ms,
@@ -75,21 +94,21 @@ async fn record(router: &Router, result: &ExecResult, first: bool) -> bus::Resul
     };
     let payload = serde_json::to_vec(&usage).expect("usage is JSON").into();
     let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
-    router.bus.append(message, Some(&format!("usage-{}", result.assignment_id))).await?;
+    let usage = router.bus.append(message, Some(&format!("usage-{}", result.assignment_id))).await?;
 
     let state = match result.status {
         ResultStatus::Success => State::Completed,
         ResultStatus::Cancelled => State::Cancelled,
         ResultStatus::Error | ResultStatus::Timeout => State::Failed,
     };
-    let task = crate::tasks::update(&router.bus, &result.request_id, |task| {
+    crate::tasks::update(&router.bus, &result.request_id, |task| {
         if task.result.is_none() && task.assignment_id.as_deref() == Some(&result.assignment_id) {
             task.state = if task.state == State::Cancelled { State::Cancelled } else { state };
             task.result = Some(result.clone());
         }
     })
     .await?;
-    if first {
+    if !usage.duplicate {
         router.stats.ended(result);
         if result.status != ResultStatus::Cancelled {
             let failed = result.status != ResultStatus::Success;
@@ -100,7 +119,7 @@ async fn record(router: &Router, result: &ExecResult, first: bool) -> bus::Resul
             router.breakers.ended(&result.provider_id, failed, &rules, now_ms());
         }
     }
-    let (trace_id, tenant_id, request_id) = (&result.trace_id, &result.tenant_id, &result.request_id);
+    let (trace_id, request_id) = (&result.trace_id, &result.request_id);
     tracing::info!(
         trace_id,
         tenant_id,

@@ -124,6 +124,7 @@ pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
         if let Err(error) = router.bus.publish(message).await {
             tracing::debug!(%error, "the router's status was not published");
         }
+        crate::backpressure::measure(&router).await;
     }
 }
 

@@ -5,9 +5,8 @@ use crate::decide::failure;
 use crate::stats::now_ms;
 use bus::{Bus, Message, Subscription};
 use serde_json::json;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use sha1::{Digest, Sha1};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use tokio_util::sync::CancellationToken;
 use wire::router::{
     Context, Correlation, DecideRequest, Decision, ErrorBody, ErrorResponse, ExecAssignment, ExecOptions, Executor,
@@ -21,30 +20,11 @@ const QUEUE_MAX: usize = 1024;
 ///
 /// The task's record is made first, with the assignment's id: whoever repeats the request after a crash appends the same
 /// assignment, which the stream takes once.
-pub async fn push(router: &Router, request: &DecideRequest, decision: Decision) -> Result<Decision, ErrorBody> {
-    let unavailable = |e: bus::Error| failure("unavailable", format!("the assignment was not stored: {e}"));
-    let fresh = TaskState {
-        task_id: request.request_id.clone(),
-        state: State::Assigned,
-        decision: Some(decision),
-        result: None,
-        assignment_id: Some(uuid::Uuid::now_v7().to_string()),
-        tenant_id: request.tenant_id.clone(),
-        digest: digest(request),
-    };
-    let record = serde_json::to_vec(&fresh).expect("a task is JSON").into();
-    let task = match router.bus.kv_put(subjects::BUCKET_TASKS, &request.request_id, record, Some(0)).await {
-        Ok(_) => fresh,
-        Err(bus::Error::WrongRevision(_)) => {
-            let known = load(&router.bus, &request.request_id).await.map_err(unavailable)?;
-            let (known, _) = known.ok_or_else(|| failure("unavailable", "the task expired just now; try again"))?;
-            if known.tenant_id != fresh.tenant_id || known.digest != fresh.digest {
-                let text = "a task of this request_id with another body exists; choose another request_id";
-                return Err(failure("idempotency_conflict", text));
-            }
-            known
-        }
-        Err(error) => return Err(unavailable(error)),
+/// A task that is known has its answer, whatever policies and breakers say by now.
+pub async fn push(router: &Router, request: &DecideRequest) -> Result<Decision, ErrorBody> {
+    let task = match known(router, request).await? {
+        Some(task) => task,
+        None => begin(router, request).await?,
     };
     let decision = task.decision.clone().ok_or_else(|| failure("internal", "the task's record has no decision"))?;
     if !task.state.is_final() {
@@ -61,6 +41,43 @@ pub async fn push(router: &Router, request: &DecideRequest, decision: Decision) 
         }
     }
     Ok(decision)
+}
+
+fn unavailable(error: bus::Error) -> ErrorBody {
+    failure("unavailable", format!("the assignment was not stored: {error}"))
+}
+
+/// The task of this request, if it was pushed before; a conflict if another request was.
+async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskState>, ErrorBody> {
+    let Some((task, _)) = load(&router.bus, &request.request_id).await.map_err(unavailable)? else { return Ok(None) };
+    if task.tenant_id != request.tenant_id || task.digest != digest(request) {
+        let text = "a task of this request_id with another body exists; choose another request_id";
+        return Err(failure("idempotency_conflict", text));
+    }
+    Ok(Some(task))
+}
+
+/// Decides and makes the task's record; of many at once the first one counts.
+async fn begin(router: &Router, request: &DecideRequest) -> Result<TaskState, ErrorBody> {
+    let decision = router.decide(request)?;
+    let fresh = TaskState {
+        task_id: request.request_id.clone(),
+        state: State::Assigned,
+        decision: Some(decision),
+        result: None,
+        assignment_id: Some(uuid::Uuid::now_v7().to_string()),
+        tenant_id: request.tenant_id.clone(),
+        digest: digest(request),
+    };
+    let record = serde_json::to_vec(&fresh).expect("a task is JSON").into();
+    match router.bus.kv_put(subjects::BUCKET_TASKS, &request.request_id, record, Some(0)).await {
+        Ok(_) => Ok(fresh),
+        Err(bus::Error::WrongRevision(_)) => {
+            let task = known(router, request).await?;
+            task.ok_or_else(|| failure("unavailable", "the task expired just now; try again"))
+        }
+        Err(error) => Err(unavailable(error)),
+    }
 }
 
 fn assignment(request: &DecideRequest, task: &TaskState, decision: Decision) -> ExecAssignment {
@@ -84,12 +101,11 @@ fn assignment(request: &DecideRequest, task: &TaskState, decision: Decision) -> 
     }
 }
 
-/// Of what the caller asked for; ids that differ between tries are left out.
+/// Of what the caller asked for; ids that differ between tries are left out. Any build of the router makes the same one.
 fn digest(request: &DecideRequest) -> String {
     let asked = DecideRequest { trace_id: None, deadline: None, ..request.clone() };
-    let mut hasher = DefaultHasher::new();
-    serde_json::to_vec(&asked).unwrap_or_default().hash(&mut hasher);
-    format!("{:016x}", hasher.finish())
+    let hash = Sha1::digest(serde_json::to_vec(&asked).expect("a request is JSON"));
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 pub async fn load(bus: &Bus, request_id: &str) -> bus::Result<Option<(TaskState, u64)>> {
@@ -139,16 +155,17 @@ pub async fn run(router: Arc<Router>, mut queries: Queries, stop: CancellationTo
         tokio::select! {
             () = stop.cancelled() => return,
             Some(message) = queries.get.next() => {
-                let answer = ask(&message, |id| async move { Ok(load(&bus, &id).await?.map(|(task, _)| task)) }).await;
-                answer_with(&router, &message, answer).await;
+                let found = ask(&message, |id| async move { Ok(load(&bus, &id).await?.map(|(task, _)| task)) }).await;
+                answer_with(&router, &message, found).await;
             }
             Some(message) = queries.cancel.next() => {
-                let answer = ask(&message, |id| cancel(&router, id)).await;
-                answer_with(&router, &message, answer).await;
+                let cancelled = ask(&message, |id| cancel(&router, id)).await;
+                answer_with(&router, &message, cancelled).await;
             }
-            Some(message) = queries.backpressure.next() => router.reply(&message, &backpressure(&router).await).await,
+            Some(message) = queries.backpressure.next() => answer(&router, &message, &crate::backpressure::measure(&router).await).await,
             Some(message) = queries.breakers.next() => {
-                router.reply(&message, &json!({"success": true, "data": {"breakers": router.breakers.status()}})).await;
+                let breakers = json!({"success": true, "data": {"breakers": router.breakers.status()}});
+                answer(&router, &message, &breakers).await;
             }
             else => return,
         }
@@ -179,10 +196,17 @@ where
     }
 }
 
-async fn answer_with(router: &Router, message: &Message, answer: Result<TaskAnswer, ErrorResponse>) {
-    match answer {
-        Ok(answer) => router.reply(message, &answer).await,
-        Err(error) => router.reply(message, &error).await,
+async fn answer_with(router: &Router, message: &Message, outcome: Result<TaskAnswer, ErrorResponse>) {
+    match outcome {
+        Ok(task) => answer(router, message, &task).await,
+        Err(error) => answer(router, message, &error).await,
+    }
+}
+
+/// Who names no inbox wants no answer; only decisions have a subject for that.
+async fn answer(router: &Router, message: &Message, what: &impl serde::Serialize) {
+    if let Some(inbox) = &message.reply {
+        router.send(inbox.clone(), what).await;
     }
 }
 
@@ -198,22 +222,4 @@ async fn cancel(router: &Router, request_id: String) -> bus::Result<Option<TaskS
         router.bus.publish(Message { subject: subjects::CONTROL_CANCEL.into(), payload, ..Message::default() }).await?;
     }
     Ok(cancelled)
-}
-
-async fn backpressure(router: &Router) -> serde_json::Value {
-    let pending = match router.bus.stream_info(subjects::STREAM_ASSIGN).await {
-        Ok(info) => info.messages,
-        Err(error) => return json!({"success": false, "error": error.to_string()}),
-    };
-    let in_flight = router.stats.in_flight.load(Relaxed);
-    let p95_ms = router.stats.decide_us().p95 / 1000.0;
-    let over = [pending >= 1000, p95_ms >= 5000.0, in_flight >= 500].into_iter().filter(|over| *over).count();
-    let status = ["inactive", "warning", "active", "active"][over];
-    json!({"success": true, "data": {
-        "subject": subjects::DECIDE, "status": status,
-        "metrics": {"pending_messages": pending, "latency_p95_ms": p95_ms, "inflight_messages": in_flight},
-        "thresholds": {"queue_overload": 1000, "latency_overload_ms": 5000, "inflight_overload": 500},
-        "policy": {"retry_after_seconds": 30, "max_retry_attempts": 3},
-        "timestamp": now_ms(),
-    }})
 }

@@ -1,0 +1,207 @@
+//! Decisions by policy, and every refusal with its body.
+
+use crate::{Router, SOON, changed, request};
+use bus::{Headers, Message};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use wire::subjects;
+
+const TWO: &str = r#"{"version": "7", "providers": [
+    {"name": "fast", "weight": 80, "cost": 0.002, "latency_ms": 40, "priority": 60},
+    {"name": "big", "weight": 20, "cost": 0.02}],
+    "sticky": {"session_key": "user_id"},
+    "rules": [{"when": "task.type == 'code' && metadata.lang == 'rust'", "to": "big"}]}"#;
+
+pub async fn without_policies_the_built_in_one_serves(router: Router) {
+    for (task_type, provider) in [("chat", "ops"), ("ops", "ops"), ("anything", "echo")] {
+        let answer = router.decide(&changed(request("r"), json!({"task": {"type": task_type, "payload": {}}}))).await;
+        assert_eq!((&answer["ok"], &answer["decision"]["provider_id"]), (&json!(true), &json!(provider)), "{answer}");
+        assert_eq!(answer["decision"]["policy_version"], "built-in");
+    }
+}
+
+pub async fn without_an_inbox_the_answer_has_its_subject(router: Router) {
+    let mut answers = router.bus.subscribe(subjects::DECIDE_REPLY, None, 8).await.unwrap();
+    for (payload, ok) in [(request("r1").to_string(), true), ("{".to_string(), false)] {
+        let message = Message { subject: subjects::DECIDE.into(), payload: payload.into(), ..Message::default() };
+        router.bus.publish(message).await.unwrap();
+        let answer = tokio::time::timeout(SOON, answers.next()).await.unwrap().unwrap();
+        let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+        assert_eq!(answer["ok"], ok, "{answer}");
+    }
+    // A question without an inbox has no answer, least of all there.
+    let payload = json!({"request_id": "r1"}).to_string().into();
+    let message = Message { subject: subjects::GET_DECISION.into(), payload, ..Message::default() };
+    router.bus.publish(message).await.unwrap();
+    router.task("r1").await;
+    router.bus.publish(Message { subject: subjects::DECIDE_REPLY.into(), ..Message::default() }).await.unwrap();
+    let next = tokio::time::timeout(SOON, answers.next()).await.unwrap().unwrap();
+    assert!(next.payload.is_empty(), "{next:?}");
+}
+
+#[tokio::test]
+async fn the_whole_answer() {
+    let router = Router::with_policies(&[("acme/default.json", TWO)]).await;
+    let asked = changed(
+        request("r1"),
+        json!({"trace_id": "t1", "metadata": {"lang": "rust"}, "task": {"type": "code", "payload": {}}}),
+    );
+    let expected = json!({"ok": true, "context": {"request_id": "r1", "trace_id": "t1"}, "decision": {
+        "provider_id": "big", "priority": 50, "expected_latency_ms": 1000, "expected_cost": 0.02,
+        "reason": "best_score", "policy_id": "default", "policy_version": "7", "explanation": ["rule 0 names big"]}});
+    assert_eq!(router.decide(&asked).await, expected);
+}
+
+#[tokio::test]
+async fn weights_share_and_a_session_stays() {
+    let router = Router::with_policies(&[("default/default.json", TWO)]).await;
+    let (mut drawn, mut pinned) = (BTreeMap::<String, u32>::new(), BTreeMap::<String, String>::new());
+    for n in 0..2000 {
+        let decision = router.decide(&request(&format!("r{n}"))).await["decision"].take();
+        assert_eq!(decision["reason"], "weighted");
+        *drawn.entry(decision["provider_id"].as_str().unwrap().into()).or_default() += 1;
+    }
+    assert!((1500..1700).contains(&drawn["fast"]), "80 of 100: {drawn:?}");
+    for n in 0..300 {
+        let user = format!("u{}", n % 30);
+        let asked = changed(request(&format!("s{n}")), json!({"metadata": {"user_id": user}}));
+        let decision = router.decide(&asked).await["decision"].take();
+        assert_eq!((&decision["reason"], &decision["sticky_key"]), (&json!("sticky"), &json!(user)));
+        let provider = decision["provider_id"].as_str().unwrap();
+        assert_eq!(pinned.entry(user).or_insert(provider.into()), provider);
+    }
+    assert!(pinned.values().any(|p| p == "fast") && pinned.values().any(|p| p == "big"), "{pinned:?}");
+}
+
+#[tokio::test]
+async fn the_same_request_has_the_same_answer_after_a_restart() {
+    let mut router = Router::with_policies(&[("default/default.json", TWO)]).await;
+    let mut before = Vec::new();
+    for n in 0..50 {
+        before.push(router.decide(&request(&format!("r{n}"))).await);
+    }
+    router = router.restart().await;
+    for (n, expected) in before.iter().enumerate() {
+        assert_eq!(router.decide(&request(&format!("r{n}"))).await, *expected);
+    }
+}
+
+#[tokio::test]
+async fn headers_beat_the_payload_and_wrong_ones_are_tolerated() {
+    let router = Router::with_policies(&[("acme/default.json", TWO)]).await;
+    let long = "x".repeat(129);
+    let trace = "0af7651916cd43dd8448eb211c80319c";
+    let parent = format!("00-{trace}-b7ad6b7169203331-01");
+    let payload = changed(request("r"), json!({"tenant_id": "other", "trace_id": "from-payload"}));
+    for (name, value, version, trace_id) in [
+        ("tenant_id", "acme", "7", "from-payload"),
+        ("TENANT_ID", "acme", "7", "from-payload"),
+        ("tenant_id", "a b", "built-in", "from-payload"),
+        ("trace_id", "from-header", "built-in", "from-header"),
+        ("trace_id", &long, "built-in", "from-payload"),
+        ("traceparent", &parent, "built-in", "from-payload"),
+        ("version", "9", "built-in", "from-payload"),
+    ] {
+        let headers = Headers::new().with(name, value);
+        let answer = router.ask_bytes(subjects::DECIDE, headers, payload.to_string().into()).await;
+        assert_eq!(answer["decision"]["policy_version"], version, "{name}: {value} → {answer}");
+        assert_eq!(answer["context"]["trace_id"], trace_id, "{name}: {value}");
+    }
+    for (parent, expected) in [(parent.as_str(), json!(trace)), ("00-nonsense-01", Value::Null)] {
+        let headers = Headers::new().with("traceparent", parent);
+        let answer = router.ask_bytes(subjects::DECIDE, headers, request("r").to_string().into()).await;
+        assert_eq!(answer["context"]["trace_id"], expected, "{parent}");
+    }
+}
+
+fn invalid(intake: &str, message: &str) -> Value {
+    json!({"code": "invalid_request", "message": message, "intake_error_code": intake})
+}
+
+#[tokio::test]
+async fn every_refusal_has_its_body() {
+    let router = Router::with_policies(&[
+        ("acme/unweighted.json", r#"{"providers": [{"name": "a"}]}"#),
+        ("acme/dear.json", r#"{"providers": [{"name": "a", "weight": 1, "cost": 2}]}"#),
+    ])
+    .await;
+    let schema = |message: &str| invalid("SCHEMA_VALIDATION_FAILED", message);
+    let long = "x".repeat(129);
+    let without = |field: &str| {
+        let mut request = request("r");
+        request.as_object_mut().unwrap().remove(field);
+        request
+    };
+    let with = |fields: Value| changed(request("r"), fields);
+    let alone = "run_id, flow_id and step_id stand together or not at all";
+    let tenant = "tenant_id must have 1 to 128 of the characters A-Z a-z 0-9 _ . -";
+    let cases = [
+        (
+            with(json!({"version": "2"})),
+            invalid("VERSION_UNSUPPORTED", "version \"2\" is not served here; version \"1\" is"),
+        ),
+        (
+            json!({"version": "2", "request_id": "r"}),
+            invalid("VERSION_UNSUPPORTED", "version \"2\" is not served here; version \"1\" is"),
+        ),
+        (with(json!({"run_id": "x"})), invalid("CORRELATION_FIELDS_INVALID", alone)),
+        (with(json!({"run_id": "x", "step_id": "y"})), invalid("CORRELATION_FIELDS_INVALID", alone)),
+        (
+            with(json!({"run_id": "x", "flow_id": "", "step_id": "y"})),
+            schema("flow_id has 0 bytes; 1 to 128 are taken"),
+        ),
+        (with(json!({"trace_id": long})), schema("trace_id has 129 bytes; 1 to 128 are taken")),
+        (with(json!({"policy_id": ""})), schema("policy_id has 0 bytes; 1 to 128 are taken")),
+        (with(json!({"idempotency_key": "k".repeat(257)})), schema("idempotency_key has more than 256 bytes")),
+        (with(json!({"task": {"type": "", "payload": {}}})), schema("task.type must have 1 to 128 bytes")),
+        (with(json!({"task": {"type": "t"}})), schema("the task has neither payload nor payload_ref")),
+        (with(json!({"tenant_id": "a*"})), schema(tenant)),
+        (with(json!({"tenant_id": ""})), schema(tenant)),
+        (with(json!({"tenant_id": long})), schema(tenant)),
+        (
+            with(json!({"deadline": 1})),
+            json!({"code": "deadline_exceeded", "message": "the request's deadline passed before it was decided"}),
+        ),
+        (
+            with(json!({"policy_id": "none"})),
+            json!({"code": "policy_not_found",
+                "message": "tenant \"acme\" has no policy \"none\", and neither has tenant \"default\""}),
+        ),
+        (
+            with(json!({"policy_id": "unweighted"})),
+            json!({"code": "decision_failed", "message": "the policy has no provider to draw from: all weights are 0"}),
+        ),
+        (
+            with(json!({"policy_id": "dear", "constraints": {"max_cost": 1}})),
+            json!({"code": "no_provider_available",
+                "message": "no provider can meet the constraints; relax max_latency_ms or max_cost"}),
+        ),
+    ];
+    for (asked, error) in cases {
+        let answer = router.decide(&asked).await;
+        let mut context = json!({"request_id": "r"});
+        if let Some(trace) = asked.get("trace_id") {
+            context["trace_id"] = trace.clone();
+        }
+        assert_eq!(answer, json!({"ok": false, "error": error, "context": context}), "{asked}");
+    }
+    // The parser words what is missing or of another type; the codes are ours.
+    for asked in [
+        without("version"),
+        without("tenant_id"),
+        without("task"),
+        with(json!({"version": 1})),
+        with(json!({"task": "t"})),
+        with(json!({"task": {"type": "t", "payload": []}})),
+        with(json!({"metadata": []})),
+        with(json!({"push_assignment": "yes"})),
+        with(json!({"deadline": -1})),
+        with(json!({"options": {"deadline_ms": 1.5}})),
+    ] {
+        let answer = router.decide(&asked).await;
+        assert_eq!(answer["error"]["intake_error_code"], "SCHEMA_VALIDATION_FAILED", "{asked} → {answer}");
+        assert_eq!(answer["context"]["request_id"], "r");
+    }
+    let status = router.status(|status| status["errors_by_code"]["invalid_request"] == 23).await;
+    assert_eq!(status["errors_by_code"]["no_provider_available"], 1);
+}

@@ -1,0 +1,93 @@
+//! Bytes that are no request, too many of them, and an end in the middle.
+
+use crate::{Router, SOON, changed, push, request};
+use bus::Headers;
+use serde_json::json;
+use std::time::Duration;
+use wire::subjects;
+
+#[tokio::test]
+async fn bytes_that_are_no_request() {
+    let router = Router::local().await;
+    let deep = format!("{{\"metadata\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    let nested = changed(request("r"), json!({"metadata": {"a": json!([[[[[[[[1]]]]]]]])}}));
+    let twice = request("r").to_string().replacen('{', r#"{"tenant_id":"other","#, 1);
+    let huge = changed(request("r"), json!({"metadata": {"a": "x".repeat(wire::limits::DECIDE_MAX)}})).to_string();
+    let largest = {
+        let empty = changed(request("r"), json!({"metadata": {"a": ""}})).to_string().len();
+        changed(request("r"), json!({"metadata": {"a": "x".repeat(wire::limits::DECIDE_MAX - empty)}})).to_string()
+    };
+    for (name, payload, code) in [
+        ("nothing", vec![], Some("SCHEMA_VALIDATION_FAILED")),
+        ("half", b"{\"version\":".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("an array", br#"["1","r","t",{"type":"t","payload":{}}]"#.to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("null", b"null".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("no UTF-8", b"{\"version\":\"\xff\"}".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("too deep", deep.into_bytes(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("a field twice", twice.into_bytes(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("a number beyond all", b"{\"deadline\":1e999}".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("trailing bytes", format!("{} x", request("r")).into_bytes(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("one byte too many", format!("{largest} ").into_bytes(), Some("PAYLOAD_TOO_LARGE")),
+        ("huge", huge.into_bytes(), Some("PAYLOAD_TOO_LARGE")),
+        ("the largest", largest.into_bytes(), None),
+        ("nested", nested.to_string().into_bytes(), None),
+    ] {
+        let answer = router.ask_bytes(subjects::DECIDE, Headers::new(), payload).await;
+        assert_eq!(answer["error"]["intake_error_code"].as_str(), code, "{name}: {answer}");
+        assert_eq!(answer["ok"], code.is_none(), "{name}");
+    }
+    for subject in [subjects::GET_DECISION, subjects::CANCEL] {
+        for payload in ["", "[]", "{}", r#"{"request_id":7}"#] {
+            let answer = router.ask_bytes(subject, Headers::new(), payload.into()).await;
+            assert_eq!(answer["error"]["code"], "invalid_request", "{subject} {payload}: {answer}");
+        }
+        let unknown = router.ask(subject, &json!({"request_id": "no such"})).await;
+        let error = json!({"code": "not_found", "message": "no task \"no such\" was pushed in the last day"});
+        assert_eq!(unknown, json!({"ok": false, "error": error, "context": {"request_id": "no such"}}));
+    }
+}
+
+#[tokio::test]
+async fn what_it_has_taken_is_answered_before_it_ends() {
+    let router = Router::local().await;
+    let asked = (0..200).map(|n| {
+        let asked = if n % 2 == 0 { push(&format!("r{n}")) } else { request(&format!("r{n}")) };
+        router.bus.request(subjects::DECIDE, Headers::new(), asked.to_string().into(), SOON)
+    });
+    let mut asked = Box::pin(futures_util::future::join_all(asked));
+    // Sent, and on this thread nobody has had the time to look at them.
+    assert!(futures_util::FutureExt::now_or_never(asked.as_mut()).is_none());
+    router.cancel.cancel();
+    for answer in asked.await {
+        let answer: serde_json::Value = serde_json::from_slice(&answer.unwrap().payload).unwrap();
+        assert_eq!(answer["ok"], true, "{answer}");
+    }
+    tokio::time::timeout(SOON, router.running).await.unwrap().unwrap().unwrap();
+    let gone = router.bus.request(subjects::DECIDE, Headers::new(), "{}".into(), Duration::from_secs(1)).await;
+    assert!(matches!(gone, Err(bus::Error::NoResponders(_))), "{gone:?}");
+}
+
+#[tokio::test]
+async fn the_load_is_told_from_live_numbers() {
+    let router = Router::local().await;
+    let load = router.ask(subjects::BACKPRESSURE, &json!({})).await;
+    assert_eq!((&load["success"], &load["data"]["status"]), (&json!(true), &json!("inactive")), "{load}");
+    assert_eq!(
+        load["data"]["thresholds"],
+        json!({"queue_overload": 1000, "latency_overload_ms": 5000, "inflight_overload": 500})
+    );
+    assert_eq!(load["data"]["policy"], json!({"retry_after_seconds": 30, "max_retry_attempts": 3}));
+    let pushes = (0..1000).map(|n| {
+        let payload = push(&format!("r{n}")).to_string().into();
+        router.bus.request(subjects::DECIDE, Headers::new(), payload, SOON)
+    });
+    for answer in futures_util::future::join_all(pushes).await {
+        answer.unwrap();
+    }
+    let load = router.ask(subjects::BACKPRESSURE, &json!({})).await;
+    assert_eq!(
+        (&load["data"]["status"], &load["data"]["metrics"]["pending_messages"]),
+        (&json!("warning"), &json!(1000))
+    );
+    assert_eq!(router.decide(&request("served")).await["ok"], true, "a warning does not refuse");
+}

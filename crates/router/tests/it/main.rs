@@ -1,0 +1,205 @@
+//! The router on a bus: what it answers, stores and survives. What must hold on every bus also runs on a real
+//! nats-server.
+
+mod decide;
+mod faults;
+mod policies;
+mod results;
+mod tasks;
+
+use bus::{Bus, ConsumerConfig, Headers, Message};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+use tempfile::TempDir;
+use testkit::NatsServer;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// No wait of a test is longer.
+const SOON: Duration = Duration::from_secs(15);
+
+macro_rules! on_both {
+    ($($module:ident::$case:ident),* $(,)?) => {
+        mod local {
+            $(#[tokio::test]
+            async fn $case() {
+                crate::$module::$case(crate::Router::local().await).await;
+            })*
+        }
+        mod nats {
+            $(#[tokio::test]
+            async fn $case() {
+                crate::$module::$case(crate::Router::nats().await).await;
+            })*
+        }
+    };
+}
+
+on_both! {
+    decide::without_policies_the_built_in_one_serves,
+    decide::without_an_inbox_the_answer_has_its_subject,
+    tasks::a_pushed_task_is_stored_once_however_often_it_is_sent,
+    tasks::another_body_of_the_same_id_is_a_conflict,
+    tasks::a_cancelled_task_stays_cancelled,
+    results::a_result_is_billed_once_and_ends_the_task,
+    results::a_restart_bills_nothing_twice,
+    results::bad_results_become_dead_letters,
+}
+
+/// A running router, its bus and its policy directory.
+struct Router {
+    dir: TempDir,
+    server: Option<NatsServer>,
+    bus: Bus,
+    cancel: CancellationToken,
+    running: JoinHandle<Result<(), router::Error>>,
+}
+
+impl Router {
+    async fn local() -> Self {
+        Self::with(TempDir::new().unwrap(), None).await
+    }
+
+    async fn nats() -> Self {
+        Self::with(TempDir::new().unwrap(), Some(NatsServer::start().await)).await
+    }
+
+    /// On the local bus, with these policy files.
+    async fn with_policies(files: &[(&str, &str)]) -> Self {
+        let dir = TempDir::new().unwrap();
+        for (name, text) in files {
+            write(dir.path(), name, text);
+        }
+        Self::with(dir, None).await
+    }
+
+    async fn with(dir: TempDir, server: Option<NatsServer>) -> Self {
+        let bus = match &server {
+            None => open(dir.path()).await,
+            Some(server) => {
+                let config = bus::nats::NatsConfig { url: server.url(), name: "test".into(), ..Default::default() };
+                bus::nats::Nats::connect(config).await.unwrap()
+            }
+        };
+        let config = router::Config { policies: dir.path().join("policies"), ..router::Config::default() };
+        let bound = router::bind(config, bus.clone()).await.unwrap();
+        let cancel = CancellationToken::new();
+        let running = tokio::spawn(bound.run(cancel.clone()));
+        Self { dir, server, bus, cancel, running }
+    }
+
+    /// Ends in good order; what it stored is still there.
+    async fn restart(self) -> Self {
+        let Self { dir, server, bus, cancel, running } = self;
+        cancel.cancel();
+        running.await.unwrap().unwrap();
+        drop(bus);
+        Self::with(dir, server).await
+    }
+
+    fn policy(&self, name: &str, text: &str) {
+        write(self.dir.path(), name, text);
+    }
+
+    async fn ask(&self, subject: &str, request: &Value) -> Value {
+        self.ask_bytes(subject, Headers::new(), request.to_string().into_bytes()).await
+    }
+
+    async fn ask_bytes(&self, subject: &str, headers: Headers, payload: Vec<u8>) -> Value {
+        let answer = self.bus.request(subject, headers, payload.into(), SOON).await.unwrap();
+        serde_json::from_slice(&answer.payload).unwrap()
+    }
+
+    async fn decide(&self, request: &Value) -> Value {
+        self.ask(wire::subjects::DECIDE, request).await
+    }
+
+    async fn task(&self, request_id: &str) -> Value {
+        self.ask(wire::subjects::GET_DECISION, &json!({"request_id": request_id})).await
+    }
+
+    async fn append(&self, subject: &str, payload: impl Into<bytes::Bytes>) {
+        let message = Message { subject: subject.into(), payload: payload.into(), ..Message::default() };
+        self.bus.append(message, None).await.unwrap();
+    }
+
+    /// Everything a stream holds, oldest first.
+    async fn stored(&self, stream: &'static str) -> Vec<Value> {
+        static READERS: AtomicU64 = AtomicU64::new(0);
+        let count = self.bus.stream_info(stream).await.unwrap().messages;
+        // A work queue has one consumer.
+        let name = match stream {
+            wire::subjects::STREAM_ASSIGN => "worker".into(),
+            _ => format!("reader-{}", READERS.fetch_add(1, Relaxed)),
+        };
+        let config = ConsumerConfig {
+            stream,
+            name,
+            filter: None,
+            ack_wait: Duration::from_secs(30),
+            max_ack_pending: 10_000,
+            from_start: true,
+        };
+        let mut consumer = self.bus.consume(config).await.unwrap();
+        let mut found = Vec::new();
+        for _ in 0..count {
+            let delivery = tokio::time::timeout(SOON, consumer.next()).await.expect("a stored message").unwrap();
+            found.push(serde_json::from_slice(&delivery.message.payload).unwrap());
+        }
+        found
+    }
+
+    /// The next status the router gives of itself that fits.
+    async fn status(&self, fits: impl Fn(&Value) -> bool) -> Value {
+        let mut statuses = self.bus.subscribe(wire::subjects::ROUTER_STATUS, None, 64).await.unwrap();
+        let found = async {
+            loop {
+                let status = statuses.next().await.unwrap();
+                let status: Value = serde_json::from_slice(&status.payload).unwrap();
+                if fits(&status) {
+                    return status;
+                }
+            }
+        };
+        tokio::time::timeout(SOON, found).await.expect("a status that fits")
+    }
+}
+
+/// A bus that was let go just now may still be ending.
+async fn open(dir: &Path) -> Bus {
+    let opened = std::cell::OnceCell::new();
+    testkit::eventually(SOON, || async { bus::local::Local::open(dir).await.is_ok_and(|bus| opened.set(bus).is_ok()) })
+        .await;
+    opened.into_inner().unwrap()
+}
+
+fn write(dir: &Path, name: &str, text: &str) {
+    let path = dir.join("policies").join(name);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, text).unwrap();
+}
+
+fn request(id: &str) -> Value {
+    json!({"version": "1", "request_id": id, "tenant_id": "acme", "task": {"type": "t", "payload": {"prompt": "hi"}}})
+}
+
+/// A request whose task is handed over.
+fn push(id: &str) -> Value {
+    changed(request(id), json!({"push_assignment": true}))
+}
+
+fn changed(mut request: Value, fields: Value) -> Value {
+    for (key, value) in fields.as_object().unwrap() {
+        request[key] = value.clone();
+    }
+    request
+}
+
+/// What a worker says of the assignment.
+fn result(assignment: &Value, status: &str) -> Value {
+    json!({"version": "1", "assignment_id": assignment["assignment_id"], "request_id": assignment["request_id"],
+        "status": status, "provider_id": assignment["executor"]["provider_id"],
+        "job": {"type": assignment["job"]["type"]}, "latency_ms": 12, "cost": 0.5, "tenant_id": "acme"})
+}

@@ -1,0 +1,155 @@
+//! Results: billed once, the task ended, the breaker fed.
+
+use crate::{Router, SOON, push, result};
+use serde_json::{Value, json};
+use wire::subjects;
+
+/// The only stored assignment of a task that is pushed now.
+async fn assigned(router: &Router, id: &str) -> Value {
+    router.decide(&push(id)).await;
+    let task = router.task(id).await;
+    json!({"assignment_id": task["task"]["assignment_id"], "request_id": id,
+        "executor": {"provider_id": task["task"]["decision"]["provider_id"]}, "job": {"type": "t"}})
+}
+
+async fn ended(router: &Router, id: &str, state: &str) {
+    testkit::eventually(SOON, || async { router.task(id).await["task"]["state"] == state }).await;
+}
+
+/// Every result that was appended has been taken.
+async fn settled(router: &Router) {
+    testkit::eventually(SOON, || async {
+        let info = router.bus.stream_info(subjects::STREAM_RESULT).await.unwrap();
+        info.consumers.iter().all(|(name, pending)| name != "router" || *pending == 0)
+    })
+    .await;
+}
+
+pub async fn a_result_is_billed_once_and_ends_the_task(router: Router) {
+    let assignment = assigned(&router, "r1").await;
+    let mut told = result(&assignment, "success");
+    told["trace_id"] = json!("t1");
+    told["output"] = json!({"text": "done"});
+    // Who pays is who asked, whatever the result says.
+    told["tenant_id"] = json!("somebody else");
+    for _ in 0..3 {
+        router.append(subjects::RESULT, told.to_string()).await;
+    }
+    // The same assignment told in another shape, with another outcome: the first one counts.
+    let envelope = json!({"version": "v1", "kind": "exec_result", "data": {
+        "assignment_id": assignment["assignment_id"], "request_id": "r1", "status": "error", "provider_id": "echo",
+        "job_type": "t"}});
+    settled(&router).await;
+    router.append(subjects::RESULT, envelope.to_string()).await;
+    settled(&router).await;
+    ended(&router, "r1", "completed").await;
+    let task = router.task("r1").await;
+    assert_eq!(task["task"]["result"]["output"], json!({"text": "done"}));
+    let usage = router.stored(subjects::STREAM_USAGE).await;
+    let expected = json!([{"version": "1", "tenant_id": "acme", "provider_id": "echo", "event_type": "t",
+        "latency_ms": 12, "cost": 0.5, "status": "success", "trace_id": "t1", "timestamp": usage[0]["timestamp"],
+        "assignment_id": assignment["assignment_id"], "request_id": "r1"}]);
+    assert_eq!(Value::from(usage), expected);
+    let status = router.status(|_| true).await;
+    assert_eq!(status["results_by_status"], json!({"success": 1}), "counted once");
+}
+
+pub async fn a_restart_bills_nothing_twice(router: Router) {
+    let assignment = assigned(&router, "r1").await;
+    let told = result(&assignment, "timeout").to_string();
+    router.append(subjects::RESULT, told.clone()).await;
+    ended(&router, "r1", "failed").await;
+    let router = router.restart().await;
+    router.append(subjects::RESULT, told).await;
+    settled(&router).await;
+    assert_eq!(router.stored(subjects::STREAM_USAGE).await.len(), 1);
+    assert_eq!(router.task("r1").await["task"]["state"], "failed");
+}
+
+#[tokio::test]
+async fn what_came_while_no_router_ran_is_taken_at_the_start() {
+    let router = Router::local().await;
+    let assignment = assigned(&router, "r1").await;
+    router.cancel.cancel();
+    router.running.await.unwrap().unwrap();
+    let told = result(&assignment, "cancelled").to_string();
+    let message = bus::Message { subject: subjects::RESULT.into(), payload: told.into(), ..Default::default() };
+    for _ in 0..2 {
+        router.bus.append(message.clone(), None).await.unwrap();
+    }
+    drop(router.bus);
+    let router = Router::with(router.dir, None).await;
+    ended(&router, "r1", "cancelled").await;
+    settled(&router).await;
+    assert_eq!(router.stored(subjects::STREAM_USAGE).await.len(), 1);
+}
+
+pub async fn bad_results_become_dead_letters(router: Router) {
+    let good = result(
+        &json!({"assignment_id": "a", "request_id": "r", "executor": {"provider_id": "p"}, "job": {"type": "t"}}),
+        "success",
+    );
+    let with = |field: &str, value: Value| {
+        let mut bad = good.clone();
+        bad[field] = value;
+        bad.to_string().into_bytes()
+    };
+    let bad: Vec<(Vec<u8>, &str)> = vec![
+        (b"not json".to_vec(), "not JSON"),
+        (b"\xff\xfe".to_vec(), "not JSON"),
+        (b"[]".to_vec(), "not an object"),
+        (b"{}".to_vec(), "not complete"),
+        (br#"{"kind":"exec_ack","data":{}}"#.to_vec(), "exec_ack"),
+        (with("version", json!("9")), "\"9\""),
+        (with("status", json!("perhaps")), "perhaps"),
+        (with("assignment_id", json!("")), "assignment_id has 0 bytes"),
+        (with("request_id", json!("x".repeat(129))), "request_id has 129 bytes"),
+        (with("latency_ms", json!(-1)), "not complete"),
+    ];
+    for (payload, _) in &bad {
+        router.append(subjects::RESULT, payload.clone()).await;
+    }
+    router.append(subjects::RESULT, good.to_string()).await;
+    settled(&router).await;
+    testkit::eventually(SOON, || async {
+        router.bus.stream_info(subjects::STREAM_DLQ).await.unwrap().messages == bad.len() as u64
+    })
+    .await;
+    let mut letters = router.stored(subjects::STREAM_DLQ).await;
+    for (payload, reason) in &bad {
+        let text = String::from_utf8(payload.clone()).unwrap_or("//4=".into());
+        let at = letters.iter().position(|letter| letter["payload"] == text).expect("its dead letter");
+        let letter = letters.remove(at);
+        assert!(letter["reason"].as_str().unwrap().contains(reason), "{letter}");
+        assert_eq!((&letter["original_subject"], &letter["delivered"]), (&json!(subjects::RESULT), &json!(1)));
+        assert_eq!(letter.get("base64").is_some(), text == "//4=");
+    }
+    let usage = router.stored(subjects::STREAM_USAGE).await;
+    assert_eq!(usage.len(), 1, "the good one behind them was billed");
+}
+
+#[tokio::test]
+async fn failures_open_the_breaker_and_all_open_is_said() {
+    let policy = r#"{"providers": [{"name": "p", "weight": 1}, {"name": "spare", "weight": 0}],
+        "circuit_breaker": {"failure_threshold": 3, "timeout_ms": 600000}}"#;
+    let router = Router::with_policies(&[("default/default.json", policy)]).await;
+    for n in 0..3 {
+        let id = format!("r{n}");
+        let assignment = assigned(&router, &id).await;
+        // Twice, but one failure.
+        for _ in 0..2 {
+            router.append(subjects::RESULT, result(&assignment, "error").to_string()).await;
+        }
+        ended(&router, &id, "failed").await;
+        settled(&router).await;
+        let breakers = router.ask(subjects::ADMIN_BREAKERS, &json!({})).await;
+        let state = if n < 2 { "closed" } else { "open" };
+        assert_eq!(breakers["data"]["breakers"][0]["state"], state, "{breakers}");
+    }
+    let refused = router.decide(&push("r9")).await;
+    let error = json!({"code": "no_provider_available",
+        "message": "every provider of the policy is out of service: their breakers are open"});
+    assert_eq!(refused, json!({"ok": false, "error": error, "context": {"request_id": "r9"}}));
+    let known = router.decide(&push("r0")).await;
+    assert_eq!(known["ok"], true, "a task that was pushed before has its answer still: {known}");
+}

@@ -1,0 +1,122 @@
+//! Tasks that are handed over: once, whoever asks how often.
+
+use crate::{Router, SOON, changed, push};
+use bus::Headers;
+use serde_json::{Value, json};
+use wire::subjects;
+
+pub async fn a_pushed_task_is_stored_once_however_often_it_is_sent(router: Router) {
+    let asked = changed(
+        push("r1"),
+        json!({"trace_id": "t1", "metadata": {"k": 1}, "options": {"priority": "high", "retry": {"max_attempts": 5, "backoff_ms": 10}}}),
+    );
+    let at_once = (0..8).map(|_| router.decide(&asked));
+    let answers = futures_util::future::join_all(at_once).await;
+    for answer in &answers {
+        assert_eq!(answer, &answers[0]);
+        assert_eq!(answer["ok"], true, "{answer}");
+    }
+    let again = changed(asked, json!({"trace_id": "another try", "deadline": 99_999_999_999_999_u64}));
+    let repeated = router.decide(&again).await;
+    assert_eq!(repeated["decision"], answers[0]["decision"]);
+
+    let router = router.restart().await;
+    assert_eq!(router.decide(&again).await["decision"], answers[0]["decision"], "also after a restart");
+    let stored = router.stored(subjects::STREAM_ASSIGN).await;
+    let [assignment] = stored.as_slice() else { panic!("{} assignments", stored.len()) };
+    let id = assignment["assignment_id"].as_str().unwrap();
+    assert_eq!(id.len(), 36, "a UUID");
+    let expected = json!({"version": "1", "assignment_id": id, "request_id": "r1", "tenant_id": "acme",
+        "executor": {"provider_id": "echo", "channel": "nats"}, "job": {"type": "t", "payload": {"prompt": "hi"}},
+        "options": {"priority": "high", "deadline_ms": 5000, "retry": {"max_attempts": 5, "backoff_ms": 10}},
+        "correlation": assignment["correlation"], "decision": answers[0]["decision"], "metadata": {"k": 1}});
+    assert_eq!(*assignment, expected);
+    let task = json!({"ok": true, "task": {"task_id": "r1", "state": "assigned", "decision": answers[0]["decision"],
+        "assignment_id": id, "tenant_id": "acme"}});
+    assert_eq!(router.task("r1").await, task);
+}
+
+pub async fn another_body_of_the_same_id_is_a_conflict(router: Router) {
+    let first = router.decide(&push("r1")).await;
+    let message = "a task of this request_id with another body exists; choose another request_id";
+    let conflict = json!({"ok": false, "error": {"code": "idempotency_conflict", "message": message},
+        "context": {"request_id": "r1"}});
+    for other in [json!({"task": {"type": "t", "payload": {"prompt": "ho"}}}), json!({"tenant_id": "other"})] {
+        assert_eq!(router.decide(&changed(push("r1"), other)).await, conflict);
+    }
+    assert_eq!(router.task("r1").await["task"]["decision"], first["decision"]);
+    assert_eq!(router.bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages, 1);
+}
+
+pub async fn a_cancelled_task_stays_cancelled(router: Router) {
+    let mut cancels = router.bus.subscribe(subjects::CONTROL_CANCEL, None, 8).await.unwrap();
+    router.decide(&push("r1")).await;
+    for _ in 0..2 {
+        let answer = router.ask(subjects::CANCEL, &json!({"request_id": "r1"})).await;
+        assert_eq!((&answer["ok"], &answer["task"]["state"]), (&json!(true), &json!("cancelled")), "{answer}");
+        let told = tokio::time::timeout(SOON, cancels.next()).await.unwrap().unwrap();
+        let told: Value = serde_json::from_slice(&told.payload).unwrap();
+        assert_eq!(told, json!({"request_id": "r1"}));
+    }
+    // A worker was faster than the cancel: what it did is kept, the task was still cancelled.
+    let assignment = router.stored(subjects::STREAM_ASSIGN).await.remove(0);
+    router.append(subjects::RESULT, crate::result(&assignment, "success").to_string()).await;
+    testkit::eventually(SOON, || async { router.task("r1").await["task"]["result"]["status"] == "success" }).await;
+    assert_eq!(router.task("r1").await["task"]["state"], "cancelled");
+}
+
+#[tokio::test]
+async fn an_ended_task_is_not_cancelled_any_more() {
+    let router = Router::local().await;
+    let mut cancels = router.bus.subscribe(subjects::CONTROL_CANCEL, None, 8).await.unwrap();
+    router.decide(&push("r1")).await;
+    let assignment = router.stored(subjects::STREAM_ASSIGN).await.remove(0);
+    router.append(subjects::RESULT, crate::result(&assignment, "success").to_string()).await;
+    testkit::eventually(SOON, || async { router.task("r1").await["task"]["state"] == "completed" }).await;
+    let answer = router.ask(subjects::CANCEL, &json!({"request_id": "r1"})).await;
+    assert_eq!(answer["task"]["state"], "completed");
+    router.decide(&push("r2")).await;
+    router.ask(subjects::CANCEL, &json!({"request_id": "r2"})).await;
+    let told = tokio::time::timeout(SOON, cancels.next()).await.unwrap().unwrap();
+    assert_eq!(&*told.payload, br#"{"request_id":"r2"}"#, "nobody was told to stop r1");
+}
+
+#[tokio::test]
+async fn a_deadline_follows_the_expected_latency() {
+    let policy = |ms: u64| json!({"providers": [{"name": "p", "weight": 1, "latency_ms": ms}]}).to_string();
+    let router = Router::with_policies(&[
+        ("default/quick.json", &policy(10)),
+        ("default/slow.json", &policy(3000)),
+        ("default/endless.json", &policy(1_000_000)),
+    ])
+    .await;
+    for (n, (name, options, expected)) in [
+        ("quick", json!({}), 5000),
+        ("slow", json!({}), 15_000),
+        ("endless", json!({}), 60_000),
+        ("quick", json!({"deadline_ms": 77}), 77),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut live = router.bus.subscribe(subjects::ASSIGN, None, 8).await.unwrap();
+        router.decide(&changed(push(&format!("r{n}")), json!({"policy_id": name, "options": options}))).await;
+        let assignment = tokio::time::timeout(SOON, live.next()).await.unwrap().unwrap();
+        let assignment: Value = serde_json::from_slice(&assignment.payload).unwrap();
+        assert_eq!(assignment["options"]["deadline_ms"], expected, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn the_same_id_from_many_clients_at_once_is_one_task() {
+    let router = Router::local().await;
+    let asked = (0..40).map(|n| {
+        let asked = changed(push("r1"), json!({"task": {"type": "t", "payload": {"prompt": n % 4}}}));
+        router.ask_bytes(subjects::DECIDE, Headers::new(), asked.to_string().into_bytes())
+    });
+    let answers = futures_util::future::join_all(asked).await;
+    let served = answers.iter().filter(|answer| answer["ok"] == true).count();
+    assert_eq!(served, 10, "one of the four bodies won");
+    assert!(answers.iter().filter(|a| a["ok"] == false).all(|a| a["error"]["code"] == "idempotency_conflict"));
+    assert_eq!(router.bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages, 1);
+}
