@@ -5,6 +5,7 @@ export default defineConfig({
     include: ["test/browser/**/*.test.ts"],
     environment: "node",
     fileParallelism: false,
+    bail: 1,
     testTimeout: 120_000,
     hookTimeout: 60_000,
   },

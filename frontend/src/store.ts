@@ -1,7 +1,7 @@
 // The tree a page shows, kept by deltas: each node's props and children are signals, so a change renders one place.
-import { batch, signal, type Signal } from "@preact/signals";
+import { batch, computed, signal, type Signal } from "@preact/signals";
 import type { Delta, Node, Prop } from "./codec/app";
-import { parse, type Json } from "./json";
+import { parse, str, type Json } from "./json";
 
 export type Props = Record<string, Json>;
 
@@ -18,7 +18,12 @@ export class OutOfStep extends Error {}
 
 export class Store {
   readonly root: TreeNode = blank(0, "root", "");
-  readonly title = signal("");
+  private readonly givenTitle = signal("");
+  /** Of the page element, which moves on with it; else what the whole tree came with. */
+  readonly title = computed(() => {
+    const page = this.root.children.value.find((node) => node.kind === "page");
+    return str(page?.props.value["title"]) || this.givenTitle.value;
+  });
   /** True once the first whole tree is here. */
   readonly ready = signal(false);
   private readonly nodes = new Map<number, TreeNode>([[0, this.root]]);
@@ -40,7 +45,7 @@ export class Store {
       this.parents.clear();
       this.nodes.set(0, this.root);
       this.root.children.value = delta.reset.children.map((child) => this.adopt(child, this.root));
-      this.title.value = delta.reset.title;
+      this.givenTitle.value = delta.reset.title;
       this.ready.value = true;
     } else if (delta.insert) {
       const { parent, index, node } = delta.insert;

@@ -81,13 +81,14 @@ export function Composer({ room, title, names }: { room: Room; title: string; na
       {matches.length > 0 && (
         <ul class="mentions" role="listbox" aria-label="People" id="mentions">
           {matches.map((name) => (
-            <li key={name} role="option" aria-selected={name === chosen} onMouseDown={(event) => { event.preventDefault(); complete(name); }}>@{name}</li>
+            <li key={name} id={`mention-${name}`} role="option" aria-selected={name === chosen} onMouseDown={(event) => { event.preventDefault(); complete(name); }}>@{name}</li>
           ))}
         </ul>
       )}
       <textarea
         ref={field} rows={1} value={text} maxLength={MAX_LENGTH} data-testid="composer" data-focus="/"
-        placeholder={`Message ${title}`} aria-label={`Message ${title}`} aria-controls="mentions"
+        placeholder={`Message ${title}`} aria-label={`Message ${title}`} aria-autocomplete="list"
+        {...(chosen === undefined ? {} : { "aria-controls": "mentions", "aria-activedescendant": `mention-${chosen}` })}
         onInput={(event) => change(event.currentTarget.value)} onKeyDown={key}
       />
       <button type="submit" class="primary icon-button" data-testid="send" disabled={text.trim() === ""} aria-label="Send" title="Send (Enter)">

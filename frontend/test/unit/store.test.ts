@@ -105,6 +105,16 @@ describe("out of step", () => {
   });
 });
 
+it("the title is the page element's, and moves on with it", () => {
+  const store = new Store();
+  store.apply([delta({ reset: { title: "Home", children: [{ id: 1, kind: "page", props: [{ name: "title", text: "#general" }] }] } })]);
+  expect(store.title.value).toBe("#general");
+  store.apply([delta({ update: { id: 1, set: [{ name: "title", text: "Console" }] } })]);
+  expect(store.title.value).toBe("Console");
+  store.apply([delta({ update: { id: 1, unset: ["title"] } })]);
+  expect(store.title.value).toBe("Home");
+});
+
 it("a change touches only its own place, and several come as one", () => {
   const store = start();
   const runs = { changed: 0, other: 0 };

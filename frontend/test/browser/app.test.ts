@@ -1,0 +1,244 @@
+// The whole product in real browsers: two people, the assistant, the console, and a server that is killed meanwhile.
+import type { Browser, BrowserContextOptions } from "playwright-core";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { launch, WAIT_MS, Window } from "./browser";
+import { Server } from "./server";
+
+const PASSWORD = "correct horse battery staple";
+const DESKTOP = { width: 1280, height: 800 };
+const PHONE = { width: 360, height: 740 };
+const PICTURES = process.env["SCREENSHOTS"] === "1";
+
+const server = new Server();
+let browser: Browser;
+let ann: Window;
+let bob: Window;
+let console_: Window;
+const all = (): Window[] => [ann, bob, console_].filter((one) => one !== undefined);
+
+const open = async (name: string, options: BrowserContextOptions = {}): Promise<Window> => {
+  const context = await browser.newContext({ viewport: DESKTOP, colorScheme: "light", ...options });
+  return Window.open(context, server.url, name);
+};
+
+beforeAll(async () => {
+  await server.start();
+  browser = await launch();
+});
+afterAll(async () => {
+  await browser?.close();
+  await server.end();
+});
+afterEach(async ({ task }) => {
+  if (task.result?.state === "fail") {
+    for (const [i, window] of all().entries()) await window.picture(new URL(`out/failed-${i}.png`, import.meta.url).pathname).catch(() => undefined);
+    console.error(server.log.slice(-40).join("\n"));
+  }
+});
+
+describe("sign in", () => {
+  it("a new person creates an account and is in a room", async () => {
+    ann = await open("ann");
+    await ann.page.goto(server.url);
+    await ann.byId("login-name").waitFor();
+    await ann.accessible("login");
+    await ann.page.setViewportSize(PHONE);
+    await ann.fits(PHONE.width);
+    await ann.page.setViewportSize(DESKTOP);
+    await ann.signUp("ann", PASSWORD);
+    await ann.byId("composer").waitFor();
+  });
+
+  it("works by keyboard alone, and tells what is wrong", async () => {
+    bob = await open("bob", { colorScheme: "dark" });
+    await bob.page.goto(server.url);
+    await bob.byId("login-name").waitFor();
+    await bob.accessible("login, dark");
+    const keys = bob.page.keyboard;
+    // Focus is in the name field; the way to a new account is a button behind the form.
+    const focused = (): Promise<string | null> => bob.page.evaluate(() => document.activeElement?.getAttribute("data-testid") ?? null);
+    expect(await focused()).toBe("login-name");
+    for (let i = 0; i < 6 && (await focused()) !== "login-mode"; i++) await keys.press("Tab");
+    await keys.press("Enter");
+    await bob.page.getByRole("heading", { name: "Create an account" }).waitFor();
+    for (let i = 0; i < 6 && (await focused()) !== "login-name"; i++) await keys.press("Shift+Tab");
+    await keys.type("ann");
+    await keys.press("Tab");
+    await keys.type(PASSWORD);
+    bob.serverSays(/40\d|422/);
+    await keys.press("Enter");
+    await bob.byId("login-error").waitFor(); // the name is taken
+    for (let i = 0; i < 6 && (await focused()) !== "login-name"; i++) await keys.press("Shift+Tab");
+    await keys.press("Control+A");
+    await keys.type("bob");
+    await keys.press("Enter");
+    await bob.connected();
+    await bob.byId("composer").waitFor();
+  });
+});
+
+describe("chat", () => {
+  it("messages appear in both windows, in the same order", async () => {
+    await ann.send("hello from ann");
+    await bob.message("hello from ann").waitFor();
+    await ann.message("hello from ann").waitFor();
+    // By keyboard: the slash goes to the composer.
+    await bob.page.locator("main").focus();
+    await bob.page.keyboard.press("/");
+    await bob.page.keyboard.type("hello back, **ann** <script>alert(1)</script>");
+    await bob.page.keyboard.press("Enter");
+    await ann.message("hello back, ann <script>").waitFor();
+    await bob.message("hello back, ann <script>").waitFor();
+    await ann.byId("composer").fill("and by the button");
+    await ann.byId("send").click();
+    await bob.message("and by the button").waitFor();
+    expect(await bob.messages()).toEqual(await ann.messages());
+  });
+
+  it("the assistant's answer comes to both windows", async () => {
+    const answers = (window: Window): ReturnType<Window["message"]> => window.page.locator("[data-testid=message].assistant[data-state=sent]");
+    await ann.send("@assistant status");
+    for (const window of [ann, bob]) {
+      await answers(window).first().waitFor();
+      expect((await answers(window).first().getByTestId("message-text").innerText()).length).toBeGreaterThan(10);
+    }
+    expect(await bob.messages()).toEqual(await ann.messages());
+  });
+
+  it("shows who is there", async () => {
+    for (const window of [ann, bob]) {
+      const people = window.page.getByRole("complementary", { name: "Who is here" });
+      await people.getByText("ann").waitFor();
+      await people.getByText("bob").waitFor();
+    }
+  });
+
+  it("is accessible and fits a phone, light and dark", async () => {
+    await ann.accessible("chat");
+    await bob.accessible("chat, dark");
+    const background = (window: Window): Promise<string> => window.page.evaluate(() => getComputedStyle(document.documentElement).backgroundColor);
+    expect(await background(ann)).not.toBe(await background(bob));
+    await ann.page.setViewportSize(PHONE);
+    await ann.fits(PHONE.width);
+    await ann.accessible("chat on a phone");
+    await ann.page.setViewportSize(DESKTOP);
+  });
+
+  it("the switch dialog goes to another page by keyboard, and back brings the room", async () => {
+    await ann.page.keyboard.press("Control+K");
+    await ann.byId("jump-input").waitFor();
+    await ann.accessible("jump dialog");
+    await ann.page.keyboard.type("console");
+    await ann.page.keyboard.press("Enter");
+    await ann.byId("chart").first().waitFor();
+    expect(new URL(ann.page.url()).pathname).toBe("/console");
+    await ann.page.goBack();
+    await ann.message("hello from ann").waitFor();
+  });
+});
+
+describe("console", () => {
+  it("shows live metrics, tables and charts that move", async () => {
+    console_ = await Window.open(ann.page.context(), server.url, "console");
+    await console_.page.goto(`${server.url}/console`);
+    await console_.connected();
+    await console_.byId("chart").first().waitFor();
+    await console_.page.locator(".plot-box .line").first().waitFor({ state: "attached" });
+    await expect.poll(() => console_.byId("live-metric-value").allInnerTexts(), { timeout: WAIT_MS }).toEqual(expect.arrayContaining([expect.stringMatching(/\d/)]));
+    await console_.byId("live-table").first().locator("tbody tr").first().waitFor();
+    await console_.changes(() => console_.page.locator(".plot-box .line").first().getAttribute("d"));
+  });
+
+  it("the crosshair shows values, the legend toggles, a drag zooms, and there is a table", async () => {
+    const title = await console_.byId("chart").filter({ has: console_.page.locator(".plot-box .line") }).first().getAttribute("aria-label");
+    const chart = console_.page.locator(`[data-testid=chart][aria-label="${title}"]`);
+    const plot = chart.locator(".plot-box").first();
+    const box = await plot.boundingBox();
+    if (!box) throw new Error("the chart is not shown");
+    const [y, left, right] = [box.y + box.height / 2, box.x + box.width * 0.4, box.x + box.width * 0.7];
+    await console_.page.mouse.move(left, y);
+    await chart.locator(".crosshair").waitFor({ state: "attached" });
+    await expect.poll(() => chart.locator(".legend-when").innerText()).toMatch(/\d/);
+    await console_.page.mouse.down();
+    await console_.page.mouse.move(right, y, { steps: 4 });
+    await console_.page.mouse.up();
+    await chart.getByRole("button", { name: "Whole range" }).click();
+    const first = chart.locator(".legend-item").first();
+    const lines = await chart.locator(".plot-box .line").count();
+    await first.click();
+    await expect.poll(() => chart.locator(".plot-box .line").count()).toBe(lines - 1);
+    await first.click();
+    await chart.getByRole("button", { name: "Show as table" }).click();
+    await chart.locator(".plot-table tbody tr").first().waitFor();
+    await chart.getByRole("button", { name: "Show as chart" }).click();
+    await chart.locator(".plot-box").waitFor();
+  });
+
+  it("is accessible and fits a phone, light and dark", async () => {
+    await console_.accessible("console");
+    await console_.page.emulateMedia({ colorScheme: "dark" });
+    await console_.accessible("console, dark");
+    await console_.page.setViewportSize(PHONE);
+    await expect.poll(() => console_.fits(PHONE.width).then(() => true, String)).toBe(true); // charts follow in the next frame
+    await console_.page.setViewportSize(DESKTOP);
+    await console_.page.emulateMedia({ colorScheme: "light" });
+  });
+
+  it.runIf(PICTURES)("has its picture taken", async () => {
+    const image = (name: string): string => new URL(`../../../docs/img/${name}.png`, import.meta.url).pathname;
+    await ann.page.locator("main").focus();
+    await ann.picture(image("chat"));
+    await console_.page.emulateMedia({ colorScheme: "dark" });
+    await console_.picture(image("console"));
+    await console_.page.emulateMedia({ colorScheme: "light" });
+  });
+});
+
+describe("a server that is killed", () => {
+  it("every page says so, and what is written meanwhile can be sent again", async () => {
+    for (const window of all()) window.serverDown = true;
+    await server.kill();
+    for (const window of all()) await window.byId("offline").waitFor();
+    await ann.send("written while the server was away");
+    await ann.message("written while the server was away", "failed").waitFor();
+    await bob.byId("composer").fill("a draft");
+  });
+
+  it("started again, the pages recover by themselves with all that was there", async () => {
+    const before = await bob.messages();
+    await server.start();
+    for (const window of all()) {
+      await window.connected();
+      await window.byId("offline").waitFor({ state: "detached" });
+      window.serverDown = false;
+    }
+    expect(await bob.messages()).toEqual(before);
+    expect(await bob.byId("composer").inputValue()).toBe("a draft");
+    await ann.byId("retry").click();
+    await bob.message("written while the server was away").waitFor();
+    await bob.send("we are back");
+    await ann.message("we are back").waitFor();
+    await bob.message("we are back").waitFor();
+    expect(await ann.messages()).toEqual(await bob.messages());
+    await console_.changes(() => console_.page.locator(".plot-box .line").first().getAttribute("d"));
+  });
+
+  it("a reload shows the same, still signed in", async () => {
+    const before = await ann.messages();
+    await ann.page.reload();
+    await ann.message("we are back").waitFor();
+    expect(await ann.messages()).toEqual(before);
+  });
+});
+
+it("nothing went wrong on the way: no errors, no request to elsewhere, no broken policy", () => {
+  expect(all().flatMap((window) => window.problems)).toEqual([]);
+});
+
+it("sign out ends at the sign-in page, and signing in again brings the room", async () => {
+  await bob.byId("sign-out").click();
+  await bob.byId("login-name").fill("bob");
+  await bob.byId("login-password").fill(PASSWORD);
+  await bob.byId("login-submit").click();
+  await bob.message("we are back").waitFor();
+});

@@ -1,0 +1,64 @@
+// The product itself, as a process: started, killed and started again on the same port and data.
+import { spawn, type ChildProcess } from "node:child_process";
+import { once } from "node:events";
+import { existsSync, mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join, resolve } from "node:path";
+import { createInterface } from "node:readline";
+
+const READY_MS = 30_000;
+const LOG_LINES = 200;
+
+export class Server {
+  readonly dir = mkdtempSync(join(tmpdir(), "beamline-browser-"));
+  private readonly binary = resolve(process.env["BEAMLINE"] ?? "../target/debug/beamline");
+  private process: ChildProcess | undefined;
+  private address = "127.0.0.1:0";
+  /** The last lines it wrote, for when a test fails. */
+  readonly log: string[] = [];
+
+  get url(): string {
+    return `http://${this.address}`;
+  }
+
+  async start(): Promise<void> {
+    if (!existsSync(this.binary)) throw new Error(`${this.binary} is not there: cargo build, or set BEAMLINE`);
+    const child = spawn(
+      this.binary,
+      ["up", "--data-dir", this.dir, "--http", this.address, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--socket", join(this.dir, "gw.sock")],
+      { stdio: ["ignore", "pipe", "pipe"] },
+    );
+    this.process = child;
+    const keep = (line: string): void => {
+      this.log.push(line);
+      if (this.log.length > LOG_LINES) this.log.shift();
+    };
+    createInterface({ input: child.stderr }).on("line", keep);
+    const ready = await new Promise<string>((found, failed) => {
+      const late = setTimeout(() => failed(new Error(`not ready in time\n${this.log.join("\n")}`)), READY_MS);
+      createInterface({ input: child.stdout }).on("line", (line) => {
+        keep(line);
+        if (!line.startsWith("ready ")) return;
+        clearTimeout(late);
+        found(line.slice("ready ".length));
+      });
+      child.once("error", failed);
+      child.once("exit", (code, signal) => failed(new Error(`it ended (${signal ?? code})\n${this.log.join("\n")}`)));
+    });
+    this.address = String((JSON.parse(ready) as { http: string }).http);
+  }
+
+  /** As a crash would end it: no goodbye, nothing written after. */
+  async kill(): Promise<void> {
+    const child = this.process;
+    if (!child || child.exitCode !== null || child.signalCode !== null) return;
+    const ended = once(child, "exit");
+    child.kill("SIGKILL");
+    await ended;
+  }
+
+  async end(): Promise<void> {
+    await this.kill();
+    rmSync(this.dir, { recursive: true, force: true });
+  }
+}
