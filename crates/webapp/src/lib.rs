@@ -1,1 +1,195 @@
+//! Live web apps: accounts, pages that are functions in Rust, and the two apps of the product, chat and console.
 //!
+//! A page speaks RPCs over its WebSocket; a node hands them over on the bus, and what the page is to show goes back as
+//! publications on the session's own channel.
+
+mod accounts;
+mod app;
+mod auth;
+mod channels;
+mod chat;
+mod db;
+mod diff;
+mod files;
+mod live;
+mod pages;
+mod rpc;
+mod tree;
+
+pub use accounts::User;
+pub use app::{App, Column, PageError, Series, State, Tone, Ui};
+
+use accounts::Accounts;
+use app::sessions::Sessions;
+use bus::Bus;
+use bytes::Bytes;
+use channels::Channels;
+use chat::Chat;
+use db::Db;
+use rpc::{Caller, Handler, Methods, Refusal};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Holds `webapp.db` unless there is a database elsewhere.
+    pub data_dir: PathBuf,
+    /// `sqlite://…` or `postgres://…`.
+    pub database_url: Option<String>,
+    /// Connection tokens are JWTs signed with it (HS256).
+    pub token_secret: Vec<u8>,
+    pub token_ttl: Duration,
+    /// People may create an account themselves.
+    pub signup: bool,
+    /// Origins besides our own whose pages may sign in, as `https://…`.
+    pub origins: Vec<String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data_dir: "data".into(),
+            database_url: None,
+            token_secret: Vec::new(),
+            token_ttl: Duration::from_secs(15 * 60),
+            signup: true,
+            origins: Vec::new(),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the bus refused: {0}")]
+    Bus(#[from] bus::Error),
+    #[error(transparent)]
+    Database(#[from] db::Error),
+    #[error(transparent)]
+    Account(#[from] accounts::Error),
+    #[error("a loop of the web app panicked: {0}")]
+    Panic(#[from] tokio::task::JoinError),
+}
+
+/// Database open, subjects subscribed; nothing is answered yet.
+pub struct Bound {
+    db: Db,
+    auth: Arc<auth::Auth>,
+    sessions: Arc<Sessions>,
+    chat: Arc<Chat>,
+    chat_loops: chat::Loops,
+    calls: Methods,
+    events: Methods,
+    live: live::Live,
+    first_password: Option<String>,
+}
+
+pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
+    let db = Db::open(config.database_url.as_deref(), &config.data_dir).await?;
+    let accounts = Arc::new(Accounts::new(db.clone()));
+    let first_password = first_account(&accounts).await?;
+    let channels = Channels::new(bus.clone());
+    let (chat, chat_loops) = Chat::bind(&bus, db.clone(), channels.clone(), accounts.clone()).await?;
+    let sessions = Sessions::new(pages::app(chat.rooms()), db.clone(), channels.clone(), accounts.clone());
+    let auth = auth::Auth {
+        accounts,
+        token_secret: config.token_secret,
+        token_ttl: config.token_ttl,
+        signup: config.signup,
+        origins: config.origins,
+        tries: auth::Tries::default(),
+    };
+    Ok(Bound {
+        db,
+        auth: Arc::new(auth),
+        sessions: Arc::new(sessions),
+        chat,
+        chat_loops,
+        calls: Methods::subscribe(&bus, chat::METHODS).await?,
+        events: Methods::subscribe(&bus, &[wire::app::EVENT_METHOD]).await?,
+        live: live::Live::subscribe(&bus, channels).await?,
+        first_password,
+    })
+}
+
+/// On first start, `admin` with a password that is told once.
+async fn first_account(accounts: &Accounts) -> Result<Option<String>, Error> {
+    if !accounts.is_empty().await? {
+        return Ok(None);
+    }
+    let password = accounts::generate_password();
+    match accounts.create("admin", &password).await {
+        Ok(_) => Ok(Some(password)),
+        // Another web app on the same database was faster.
+        Err(accounts::Error::Taken(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Creates an account in a database that a web app uses or will use.
+pub async fn add_user(config: &Config, name: &str, password: &str) -> Result<User, Error> {
+    let db = Db::open(config.database_url.as_deref(), &config.data_dir).await?;
+    let user = Accounts::new(db.clone()).create(name, password).await?;
+    db.close().await;
+    Ok(user)
+}
+
+impl Bound {
+    /// Of the account `admin`, if it was made now.
+    pub fn first_password(&self) -> Option<&str> {
+        self.first_password.as_deref()
+    }
+
+    /// Sign-in, and the pages as the fallback.
+    pub fn routes(&self) -> axum::Router {
+        auth::routes(self.auth.clone()).merge(files::routes())
+    }
+
+    /// Answers until cancelled, then finishes what it has taken.
+    pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
+        let Self { db, sessions, chat, chat_loops, calls, events, live, .. } = self;
+        let mut loops = JoinSet::new();
+        let talk = (chat.clone(), cancel.clone());
+        loops.spawn(async move { talk.0.run(chat_loops, talk.1).await });
+        let answering = cancel.clone();
+        loops.spawn(async move {
+            calls.serve(chat, answering).await;
+            Ok(())
+        });
+        let (pages, answering) = (sessions.clone(), cancel.clone());
+        loops.spawn(async move {
+            events.serve(Arc::new(Events(pages)), answering).await;
+            Ok(())
+        });
+        let sampling = cancel.clone();
+        loops.spawn(async move {
+            live.run(sampling).await;
+            Ok(())
+        });
+        let keeping = sessions.clone();
+        let stop_keeping = CancellationToken::new();
+        let keeper = JoinSet::from_iter([{
+            let stop = stop_keeping.clone();
+            async move { keeping.keep(stop).await }
+        }]);
+        let mut ended = Ok(());
+        while let Some(joined) = loops.join_next().await {
+            ended = ended.and(joined.map_err(Error::from).and_then(|inner| inner));
+        }
+        // Once nobody changes sessions any more.
+        stop_keeping.cancel();
+        keeper.join_all().await;
+        db.close().await;
+        ended
+    }
+}
+
+struct Events(Arc<Sessions>);
+
+impl Handler for Events {
+    async fn call(&self, _method: &'static str, caller: Caller, payload: Bytes) -> Result<Bytes, Refusal> {
+        self.0.handle(&caller, payload).await
+    }
+}

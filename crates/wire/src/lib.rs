@@ -4,6 +4,7 @@
 
 pub mod app;
 pub mod channels;
+pub mod chat;
 pub mod ipc;
 pub mod limits;
 pub mod policy;

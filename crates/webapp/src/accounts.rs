@@ -1,0 +1,236 @@
+//! People: names, passwords, and the browsers where they are signed in.
+
+use crate::db::{self, Db, now_ms};
+use argon2::Argon2;
+use argon2::password_hash::phc::PasswordHash;
+use argon2::password_hash::{PasswordHasher, PasswordVerifier};
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+pub const PASSWORD_MIN: usize = 8;
+pub const PASSWORD_MAX: usize = 256;
+const NAME_MAX: usize = 32;
+/// A browser stays signed in for this long.
+pub const LOGIN_TTL: Duration = Duration::from_secs(30 * 86_400);
+/// Names that nobody may take.
+const RESERVED: &[&str] = &[crate::chat::ASSISTANT, "everyone", "all", "here", "system"];
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    Invalid(String),
+    #[error("the name {0} is taken; choose another")]
+    Taken(String),
+    #[error("name or password is wrong")]
+    Wrong,
+    #[error(transparent)]
+    Database(#[from] db::Error),
+    #[error("the password cannot be hashed: {0}")]
+    Hash(String),
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error.into())
+    }
+}
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// The name in lower case; what channels and tokens carry.
+    pub id: String,
+    pub name: String,
+}
+
+pub struct Accounts {
+    db: Db,
+    /// A hash takes 19 MiB and a core: only so many at once.
+    hashing: Semaphore,
+}
+
+impl Accounts {
+    pub fn new(db: Db) -> Self {
+        Self { db, hashing: Semaphore::new(2) }
+    }
+
+    pub async fn create(&self, name: &str, password: &str) -> Result<User> {
+        let user = User { id: user_id(name)?, name: name.trim().to_string() };
+        if !(PASSWORD_MIN..=PASSWORD_MAX).contains(&password.len()) {
+            return Err(Error::Invalid(format!("a password has {PASSWORD_MIN} to {PASSWORD_MAX} bytes")));
+        }
+        if self.find(&user.id).await?.is_some() {
+            return Err(Error::Taken(user.name));
+        }
+        let hash = self.hash(password.to_string()).await?;
+        let insert =
+            "INSERT INTO users (id, name, password, created_at) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO NOTHING";
+        let insert = sqlx::query(insert).bind(&user.id).bind(&user.name).bind(hash).bind(now_ms());
+        if insert.execute(self.db.write()).await?.rows_affected() == 0 {
+            return Err(Error::Taken(user.name));
+        }
+        Ok(user)
+    }
+
+    /// The user of this name and password. A name that nobody has costs the same time as a wrong password.
+    pub async fn verify(&self, name: &str, password: &str) -> Result<User> {
+        if password.len() > PASSWORD_MAX {
+            return Err(Error::Wrong);
+        }
+        let known = match user_id(name) {
+            Ok(id) => self.find(&id).await?,
+            Err(_) => None,
+        };
+        let password = password.to_string();
+        let Some((user, hash)) = known else {
+            self.hash(password).await?;
+            return Err(Error::Wrong);
+        };
+        if self.matches(password, hash).await? { Ok(user) } else { Err(Error::Wrong) }
+    }
+
+    /// A secret for the browser's cookie.
+    pub async fn sign_in(&self, user: &User) -> Result<String> {
+        let token: [u8; 32] = rand::random();
+        let token = hex(&token);
+        let expires_at = now_ms() + i64::try_from(LOGIN_TTL.as_millis()).unwrap_or(i64::MAX);
+        let insert = "INSERT INTO logins (token_hash, user_id, expires_at) VALUES ($1, $2, $3)";
+        let insert = sqlx::query(insert).bind(token_hash(&token)).bind(&user.id).bind(expires_at);
+        insert.execute(self.db.write()).await?;
+        Ok(token)
+    }
+
+    pub async fn signed_in(&self, token: &str) -> Result<Option<User>> {
+        let select = "SELECT users.id, users.name FROM logins JOIN users ON users.id = logins.user_id
+            WHERE token_hash = $1 AND expires_at > $2";
+        let select = sqlx::query_as(select).bind(token_hash(token)).bind(now_ms());
+        let found: Option<(String, String)> = select.fetch_optional(self.db.read()).await?;
+        Ok(found.map(|(id, name)| User { id, name }))
+    }
+
+    pub async fn sign_out(&self, token: &str) -> Result<()> {
+        let delete = sqlx::query("DELETE FROM logins WHERE token_hash = $1 OR expires_at < $2");
+        delete.bind(token_hash(token)).bind(now_ms()).execute(self.db.write()).await?;
+        Ok(())
+    }
+
+    /// How a user is called; the id itself for one who came with a token and has no account.
+    pub async fn name(&self, id: &str) -> String {
+        match self.find(id).await {
+            Ok(Some((user, _))) => user.name,
+            _ => id.to_string(),
+        }
+    }
+
+    /// Whether nobody has an account yet.
+    pub async fn is_empty(&self) -> Result<bool> {
+        let (count,): (i64,) = sqlx::query_as("SELECT COUNT(*) FROM users").fetch_one(self.db.read()).await?;
+        Ok(count == 0)
+    }
+
+    async fn find(&self, id: &str) -> Result<Option<(User, String)>> {
+        let select = sqlx::query_as("SELECT id, name, password FROM users WHERE id = $1").bind(id);
+        let found: Option<(String, String, String)> = select.fetch_optional(self.db.read()).await?;
+        Ok(found.map(|(id, name, hash)| (User { id, name }, hash)))
+    }
+
+    async fn hash(&self, password: String) -> Result<String> {
+        let _place = self.hashing.acquire().await.map_err(|e| Error::Hash(e.to_string()))?;
+        let hash = tokio::task::spawn_blocking(move || {
+            let hash: Result<PasswordHash, _> = Argon2::default().hash_password(password.as_bytes());
+            hash.map(|hash| hash.to_string()).map_err(|e| Error::Hash(e.to_string()))
+        });
+        hash.await.map_err(|e| Error::Hash(e.to_string()))?
+    }
+
+    async fn matches(&self, password: String, hash: String) -> Result<bool> {
+        let _place = self.hashing.acquire().await.map_err(|e| Error::Hash(e.to_string()))?;
+        let matches = tokio::task::spawn_blocking(move || {
+            let hash = PasswordHash::new(&hash).map_err(|e| Error::Hash(e.to_string()))?;
+            Ok(Argon2::default().verify_password(password.as_bytes(), &hash).is_ok())
+        });
+        matches.await.map_err(|e| Error::Hash(e.to_string()))?
+    }
+}
+
+/// Letters, digits, dots, dashes and underscores: what channel names and mentions can carry.
+fn user_id(name: &str) -> Result<String> {
+    let name = name.trim();
+    let fits = (2..=NAME_MAX).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if !fits {
+        let text = format!(
+            "a name has 2 to {NAME_MAX} letters, digits, dots, dashes or underscores, and begins with a letter or digit"
+        );
+        return Err(Error::Invalid(text));
+    }
+    let id = name.to_ascii_lowercase();
+    if RESERVED.contains(&&*id) {
+        return Err(Error::Invalid(format!("the name {name} is reserved; choose another")));
+    }
+    Ok(id)
+}
+
+/// A cookie has 256 random bits: a plain hash keeps it as well as a slow one.
+fn token_hash(token: &str) -> String {
+    use sha2::Digest;
+    hex(&sha2::Sha256::digest(token.as_bytes()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// A password that a person can type: 5 groups of 4 letters and digits, about 100 bits.
+pub fn generate_password() -> String {
+    use rand::Rng;
+    // Without those that look alike.
+    const LETTERS: &[u8] = b"abcdefghjkmnpqrstuvwxyz23456789";
+    let mut random = rand::rng();
+    let mut group = || -> String { (0..4).map(|_| LETTERS[random.random_range(0..LETTERS.len())] as char).collect() };
+    [group(), group(), group(), group(), group()].join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn accounts() -> (tempfile::TempDir, Accounts) {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(None, dir.path()).await.unwrap();
+        (dir, Accounts::new(db))
+    }
+
+    #[tokio::test]
+    async fn who_signs_up_can_sign_in_and_out() {
+        let (_dir, accounts) = accounts().await;
+        assert!(accounts.is_empty().await.unwrap());
+        let ann = accounts.create("Ann", "correct horse").await.unwrap();
+        assert_eq!(ann, User { id: "ann".into(), name: "Ann".into() });
+        assert_eq!(accounts.verify("ANN", "correct horse").await.unwrap(), ann);
+        let cookie = accounts.sign_in(&ann).await.unwrap();
+        assert_eq!(accounts.signed_in(&cookie).await.unwrap(), Some(ann));
+        accounts.sign_out(&cookie).await.unwrap();
+        assert_eq!(accounts.signed_in(&cookie).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn what_does_not_fit_is_refused_with_a_reason() {
+        let (_dir, accounts) = accounts().await;
+        accounts.create("ann", "correct horse").await.unwrap();
+        assert!(matches!(accounts.create("Ann", "battery staple").await, Err(Error::Taken(_))));
+        for name in ["", "a", "a b", "a#b", "-a", "é", "assistant", &"x".repeat(33)] {
+            assert!(matches!(accounts.create(name, "correct horse").await, Err(Error::Invalid(_))), "{name}");
+        }
+        assert!(matches!(accounts.create("bob", "short").await, Err(Error::Invalid(_))));
+        for (name, password) in [("ann", "wrong"), ("nobody", "correct horse"), ("", "")] {
+            assert!(matches!(accounts.verify(name, password).await, Err(Error::Wrong)), "{name}");
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! The chat: rooms, messages, and an assistant whose answers come from the router and stream into the room.
+
+mod answers;
+mod rooms;
+mod store;
+
+pub use rooms::Rooms;
+
+use crate::accounts::Accounts;
+use crate::channels::Channels;
+use crate::db::{self, Db};
+use crate::rpc::{Caller, Handler, Refusal};
+use answers::Answers;
+use bus::Bus;
+use bytes::Bytes;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::sync::Arc;
+use store::Store;
+use tokio_util::sync::CancellationToken;
+use wire::chat::{CreateRoom, Event, History, InRoom, Message, Messages, OfMessage, RoomCreated, Send, Sent, State};
+use wire::realtime::ErrorCode;
+
+/// Who is asked by a message that begins with `@assistant`.
+pub const ASSISTANT: &str = "assistant";
+pub const METHODS: &[&str] =
+    &["chat.rooms", "chat.create_room", "chat.history", "chat.send", "chat.typing", "chat.stop", "chat.retry"];
+/// Of one message, bytes.
+const TEXT_MAX: usize = 8 * 1024;
+const NONCE_MAX: usize = 64;
+const PAGE: i64 = 50;
+const PAGE_MAX: i64 = 100;
+
+pub struct Chat {
+    store: Store,
+    rooms: Arc<Rooms>,
+    channels: Channels,
+    accounts: Arc<Accounts>,
+    answers: Arc<Answers>,
+}
+
+impl Chat {
+    /// Subscribed to what answers are made of; nothing runs yet.
+    pub async fn bind(
+        bus: &Bus,
+        db: Db,
+        channels: Channels,
+        accounts: Arc<Accounts>,
+    ) -> Result<(Arc<Self>, Loops), crate::Error> {
+        let store = Store::new(db.clone());
+        let rooms = Arc::new(Rooms::load(db, bus.clone(), channels.clone()).await?);
+        let answers = Arc::new(Answers::new(bus.clone(), store.clone(), channels.clone()));
+        let loops = Loops { rooms: rooms.subscribe().await?, answers: answers.subscribe().await? };
+        Ok((Arc::new(Self { store, rooms, channels, accounts, answers }), loops))
+    }
+
+    pub fn rooms(&self) -> Arc<Rooms> {
+        self.rooms.clone()
+    }
+
+    pub async fn run(&self, loops: Loops, cancel: CancellationToken) -> Result<(), crate::Error> {
+        let rooms = self.rooms.follow(loops.rooms, cancel.clone());
+        let ((), answers) = tokio::join!(rooms, self.answers.run(loops.answers, cancel));
+        answers
+    }
+
+    async fn send(&self, caller: &Caller, request: Send) -> Result<Sent, Refusal> {
+        let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
+        let text = request.text.trim();
+        if text.is_empty() || text.len() > TEXT_MAX {
+            return Err(Refusal::bad(format!("a message has 1 to {TEXT_MAX} bytes; this one has {}", text.len())));
+        }
+        if request.nonce.is_empty() || request.nonce.len() > NONCE_MAX {
+            return Err(Refusal::bad(format!("a nonce has 1 to {NONCE_MAX} bytes")));
+        }
+        let name = self.accounts.name(&caller.user).await;
+        let fresh = store::New { room: &room.id, user: &caller.user, name: &name, text, nonce: &request.nonce };
+        let (message, answer) = self.store.send(&fresh).await.map_err(internal)?;
+        // From here on it is kept, whatever happens to us.
+        self.announce(&message).await?;
+        if let Some(answer) = answer {
+            self.announce(&answer.message).await?;
+            self.answers.ask(answer);
+        }
+        Ok(Sent { message })
+    }
+
+    /// Says it to the room; once, however often it is sent.
+    async fn announce(&self, message: &Message) -> Result<(), Refusal> {
+        say(&self.channels, message).await.map_err(|error| {
+            Refusal(
+                ErrorCode::Internal,
+                format!("the message is kept, but the room has not heard it: {error}; send it again"),
+            )
+        })
+    }
+
+    async fn history(&self, request: History) -> Result<Messages, Refusal> {
+        let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
+        let limit = request.limit.unwrap_or(PAGE).clamp(1, PAGE_MAX);
+        let mut messages = self.store.page(&room.id, request.before, limit + 1).await.map_err(internal)?;
+        let more = i64::try_from(messages.len()).is_ok_and(|count| count > limit);
+        if more {
+            messages.remove(0);
+        }
+        messages.iter_mut().filter(|m| m.state == State::Streaming).for_each(|m| self.answers.fill(m));
+        Ok(Messages { messages, more })
+    }
+
+    async fn typing(&self, caller: &Caller, request: InRoom) -> Result<(), Refusal> {
+        let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
+        let name = self.accounts.name(&caller.user).await;
+        let event = Event::Typing { user: caller.user.clone(), name };
+        self.channels.publish_passing(&channel(&room.id), &event).await.map_err(Refusal::internal)
+    }
+
+    async fn stop(&self, request: OfMessage) -> Result<(), Refusal> {
+        let answer = self.store.answer(request.message).await.map_err(internal)?.ok_or_else(no_answer)?;
+        if answer.message.state == State::Streaming {
+            self.answers.stop(&answer).await.map_err(internal)?;
+        }
+        Ok(())
+    }
+
+    async fn retry(&self, request: OfMessage) -> Result<(), Refusal> {
+        let answer = self.store.answer(request.message).await.map_err(internal)?.ok_or_else(no_answer)?;
+        if answer.message.state == State::Streaming {
+            return Err(Refusal::bad("the answer is still coming"));
+        }
+        if let Some(again) = self.store.ask_again(&answer).await.map_err(internal)? {
+            say(&self.channels, &again.message).await.map_err(Refusal::internal)?;
+            self.answers.ask(again);
+        }
+        Ok(())
+    }
+}
+
+/// What [`Chat::run`] listens to.
+pub struct Loops {
+    rooms: bus::Subscription,
+    answers: answers::Inputs,
+}
+
+impl Handler for Chat {
+    async fn call(&self, method: &'static str, caller: Caller, payload: Bytes) -> Result<Bytes, Refusal> {
+        match method {
+            "chat.rooms" => reply(&wire::chat::Rooms { rooms: self.rooms.all() }),
+            "chat.create_room" => {
+                let CreateRoom { name } = read(&payload)?;
+                reply(&RoomCreated { room: self.rooms.create(&name).await? })
+            }
+            "chat.history" => reply(&self.history(read(&payload)?).await?),
+            "chat.send" => reply(&self.send(&caller, read(&payload)?).await?),
+            "chat.typing" => self.typing(&caller, read(&payload)?).await.and_then(|()| done()),
+            "chat.stop" => self.stop(read(&payload)?).await.and_then(|()| done()),
+            "chat.retry" => self.retry(read(&payload)?).await.and_then(|()| done()),
+            other => Err(Refusal(ErrorCode::MethodNotFound, format!("no method {other}"))),
+        }
+    }
+}
+
+fn channel(room: &str) -> String {
+    format!("chat:{room}")
+}
+
+/// Publishes a message as it is now. A person's is said once, however often it is sent; an answer's may be repeated, and
+/// replaces itself.
+async fn say(channels: &Channels, message: &Message) -> Result<(), String> {
+    let key = message.nonce.is_some().then(|| format!("message-{}", message.id));
+    let event = Event::Message { message: message.clone() };
+    channels.publish_json(&channel(&message.room), &event, key).await
+}
+
+fn read<T: DeserializeOwned>(payload: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(payload).map_err(|e| Refusal::bad(format!("the request does not fit: {e}")))
+}
+
+fn reply(answer: &impl Serialize) -> Result<Bytes, Refusal> {
+    serde_json::to_vec(answer).map(Bytes::from).map_err(Refusal::internal)
+}
+
+fn done() -> Result<Bytes, Refusal> {
+    Ok(Bytes::from_static(b"{}"))
+}
+
+fn internal(error: db::Error) -> Refusal {
+    tracing::error!(%error, "the chat cannot use its database");
+    Refusal::internal(error)
+}
+
+fn unknown_room() -> Refusal {
+    Refusal::bad("there is no such room; it may have been renamed")
+}
+
+fn no_answer() -> Refusal {
+    Refusal::bad("this message is no answer of the assistant")
+}

@@ -1,0 +1,29 @@
+//! A room, bound straight to its channel.
+
+use super::sidebar;
+use crate::app::{PageError, Ui};
+use crate::chat::{ASSISTANT, Rooms};
+
+pub fn href(room: &str) -> String {
+    format!("/rooms/{room}")
+}
+
+pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
+    let rooms = ui.data::<Rooms>();
+    let Some(wanted) = ui.param("room") else {
+        if let Some(first) = rooms.all().first() {
+            ui.navigate(href(&first.id));
+        }
+        return Ok(());
+    };
+    let room = rooms.get(wanted);
+    let title = room.as_ref().map_or("No such room".into(), |room| format!("#{}", room.name));
+    ui.page(&title, |ui| {
+        sidebar(ui);
+        ui.main(|ui| match room {
+            Some(room) => ui.key(&room.id).chat(&room.id, &room.name, ASSISTANT),
+            None => ui.empty("There is no such room", "Choose one at the side, or press Ctrl K and name a new one."),
+        });
+    });
+    Ok(())
+}

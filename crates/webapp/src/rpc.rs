@@ -1,0 +1,112 @@
+//! Calls of pages: `beamline.rpc.v1.<method>`, shared among all web apps.
+
+use bus::{Bus, Message, Subscription};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use wire::channels::{RPC_ERROR_CODE, RPC_USER};
+use wire::realtime::ErrorCode;
+
+/// Web apps share the calls.
+pub const GROUP: &str = "webapp";
+const QUEUE_MAX: usize = 1024;
+/// Calls answered at once.
+const CONCURRENT_MAX: usize = 256;
+
+pub struct Caller {
+    pub user: String,
+}
+
+/// Why a call is refused, as the page is told.
+#[derive(Debug, PartialEq)]
+pub struct Refusal(pub ErrorCode, pub String);
+
+impl Refusal {
+    pub fn bad(text: impl Into<String>) -> Self {
+        Self(ErrorCode::BadRequest, text.into())
+    }
+
+    pub fn internal(text: impl std::fmt::Display) -> Self {
+        Self(ErrorCode::Internal, text.to_string())
+    }
+}
+
+/// Answers one method.
+pub trait Handler: Send + Sync + 'static {
+    fn call(
+        &self,
+        method: &'static str,
+        caller: Caller,
+        payload: Bytes,
+    ) -> impl Future<Output = Result<Bytes, Refusal>> + Send;
+}
+
+/// Subscribed; calls wait until [`Methods::serve`].
+pub struct Methods {
+    bus: Bus,
+    methods: Vec<(&'static str, Subscription)>,
+}
+
+impl Methods {
+    pub async fn subscribe(bus: &Bus, names: &[&'static str]) -> bus::Result<Self> {
+        let mut methods = Vec::new();
+        for name in names {
+            let subject = wire::subjects::rpc(name).expect("our methods have valid names");
+            methods.push((*name, bus.subscribe(&subject, Some(GROUP), QUEUE_MAX).await?));
+        }
+        Ok(Self { bus: bus.clone(), methods })
+    }
+
+    pub async fn serve(self, handler: Arc<impl Handler>, cancel: CancellationToken) {
+        let places = Arc::new(Semaphore::new(CONCURRENT_MAX));
+        let tracker = TaskTracker::new();
+        let loops: FuturesUnordered<_> = self
+            .methods
+            .into_iter()
+            .map(|(method, mut calls)| {
+                let (bus, handler, places, cancel) =
+                    (self.bus.clone(), handler.clone(), places.clone(), cancel.clone());
+                let tracker = tracker.clone();
+                async move {
+                    while let Some(call) =
+                        tokio::select! { () = cancel.cancelled() => None, call = calls.next() => call }
+                    {
+                        let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
+                        let (bus, handler) = (bus.clone(), handler.clone());
+                        tracker.spawn(async move {
+                            answer(&bus, &*handler, method, call).await;
+                            drop(place);
+                        });
+                    }
+                }
+            })
+            .collect();
+        loops.collect::<()>().await;
+        tracker.close();
+        tracker.wait().await;
+    }
+}
+
+async fn answer(bus: &Bus, handler: &impl Handler, method: &'static str, call: Message) {
+    let caller = Caller { user: call.headers.get(RPC_USER).unwrap_or_default().to_string() };
+    let answer = match &*caller.user {
+        "" => Err(Refusal(ErrorCode::Unauthorized, "sign in first".into())),
+        _ => handler.call(method, caller, call.payload).await,
+    };
+    let Some(subject) = call.reply else { return };
+    let mut reply = Message { subject, ..Message::default() };
+    match answer {
+        Ok(payload) => reply.payload = payload,
+        Err(Refusal(code, text)) => {
+            reply.headers.insert(RPC_ERROR_CODE, (code as u32).to_string());
+            reply.payload = text.into();
+        }
+    }
+    if let Err(error) = bus.publish(reply).await {
+        tracing::debug!(method, %error, "an answer was not published");
+    }
+}
