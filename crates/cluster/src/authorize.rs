@@ -3,6 +3,7 @@
 use crate::rules::{Rules, namespace_of};
 use crate::token::{Refusal, Subscription};
 use crate::{Node, client::Client};
+use bytes::Bytes;
 use wire::limits::CHANNEL_MAX;
 use wire::realtime::ErrorCode;
 
@@ -54,7 +55,13 @@ impl Node {
         Ok(rules.clone())
     }
 
-    pub fn subscription_token(&self, client: &Client, channel: &str, token: &str) -> Result<Option<u64>, Denied> {
+    /// Until when the token lets the client stay, and what it says of it on the channel.
+    pub fn subscription_token(
+        &self,
+        client: &Client,
+        channel: &str,
+        token: &str,
+    ) -> Result<(Option<u64>, Bytes), Denied> {
         if token.is_empty() {
             return Err((ErrorCode::PermissionDenied, "a private channel needs a subscription token".into()));
         }
@@ -67,7 +74,7 @@ impl Node {
         if claims.channel != channel || claims.sub != client.user {
             return Err((ErrorCode::PermissionDenied, "the subscription token is for another user or channel".into()));
         }
-        Ok(claims.exp)
+        Ok((claims.exp, crate::token::json(claims.info)))
     }
 
     fn may_touch(&self, client: &Client, channel: &str) -> Result<&Rules, Denied> {

@@ -120,7 +120,7 @@ impl Node {
                 let request: Presence = read(payload)?;
                 self.rules(&request.channel)?;
                 let presence = self.engine.presence(&request.channel).await;
-                let presence = presence.map_err(|e| (ErrorCode::Internal, e.to_string()))?;
+                let presence = presence.map_err(|error| error.denied())?;
                 let presence = presence
                     .into_iter()
                     .map(|(client, info)| (client.clone(), PresenceInfo { user: info.user, client }));

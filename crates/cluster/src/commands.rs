@@ -2,22 +2,22 @@
 
 use crate::authorize::Denied;
 use crate::client::{Client, Held, Outbox};
-use crate::session::Outcome;
+use crate::session::{Outcome, Transport};
 use crate::token::{Connection, Refusal};
 use crate::{Node, Rules};
 use bus::Headers;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use wire::channels::{self, Position};
 use wire::limits::{CHANNELS_PER_CLIENT_MAX, HISTORY_PAGE_MAX};
 use wire::realtime::{
-    Command, ConnectRequest, ConnectResult, Disconnect, Encoding, ErrorCode, HistoryRequest, HistoryResult, Join,
-    Leave, PresenceResult, PresenceStatsResult, Publication, PublishRequest, PublishResult, Push, RefreshRequest,
+    Command, ConnectRequest, ConnectResult, Disconnect, ErrorCode, HistoryRequest, HistoryResult, Join, Leave,
+    PresenceResult, PresenceStatsResult, Publication, PublishRequest, PublishResult, Push, RefreshRequest,
     RefreshResult, Reply, RpcRequest, RpcResult, SubRefreshRequest, SubRefreshResult, SubscribeRequest,
-    SubscribeResult, UnsubscribeResult,
+    SubscribeResult, Unsubscribe, UnsubscribeResult,
 };
 
 /// Clients give a command five seconds; what takes longer here is told as an error, not as silence.
@@ -26,23 +26,27 @@ const RPC_TIMEOUT: Duration = Duration::from_millis(4500);
 /// Carries out the commands of one message, in order. RPCs run beside each other and answer when they are done.
 pub async fn carry_out(
     node: Arc<Node>,
-    mut client: Option<Arc<Client>>,
+    client: Arc<OnceLock<Arc<Client>>>,
     outbox: Arc<Outbox>,
-    encoding: Encoding,
+    transport: Transport,
     commands: Vec<Command>,
     mut rpc_room: usize,
 ) -> Outcome {
     let mut outcome = Outcome::default();
     for command in commands {
-        let Some(connected) = &client else {
-            let Some(connect) = command.connect else {
+        outbox.room().await;
+        let Some(connected) = client.get() else {
+            let (id, Some(connect)) = (command.id, command.connect) else {
                 outcome.close = Some(Disconnect::BadRequest);
                 break;
             };
-            match connect_client(&node, outbox.clone(), encoding, command.id, connect).await {
-                Ok((fresh, ttl)) => {
-                    client = Some(fresh.clone());
-                    outcome.connected = Some(fresh);
+            if id == 0 {
+                outcome.close = Some(Disconnect::BadRequest);
+                break;
+            }
+            match connect_client(&node, &client, outbox.clone(), transport, id, connect).await {
+                Ok(ttl) => {
+                    outcome.connected = true;
                     outcome.token_ttl = ttl;
                     continue;
                 }
@@ -88,14 +92,16 @@ pub async fn carry_out(
     outcome
 }
 
-/// Gives a connection its client; else what to close it with (nothing, if an error reply tells what to do).
+/// Gives a connection its client and says how long its token is good for; else what to close it with (nothing, if an
+/// error reply tells what to do).
 async fn connect_client(
     node: &Arc<Node>,
+    place: &OnceLock<Arc<Client>>,
     outbox: Arc<Outbox>,
-    encoding: Encoding,
+    transport: Transport,
     id: u32,
     request: ConnectRequest,
-) -> Result<(Arc<Client>, Option<u32>), Option<Disconnect>> {
+) -> Result<Option<u32>, Option<Disconnect>> {
     if request.token.is_empty() {
         return Err(Some(Disconnect::InvalidToken));
     }
@@ -103,7 +109,7 @@ async fn connect_client(
         Ok(claims) => claims,
         Err(Refusal::Expired) => {
             let reply = Reply::failed(id, ErrorCode::TokenExpired, "the connection token has expired; get a new one");
-            outbox.push(crate::client::frame(encoding, &reply));
+            outbox.push(crate::client::frame(transport.encoding, &reply));
             return Err(None);
         }
         Err(Refusal::Invalid(why)) => {
@@ -111,13 +117,15 @@ async fn connect_client(
             return Err(Some(Disconnect::InvalidToken));
         }
     };
-    let info = claims.info.map(|info| Bytes::from(String::from(Box::<str>::from(info)))).unwrap_or_default();
+    let info = crate::token::json(claims.info);
     let number = node.next_client.fetch_add(1, Relaxed);
-    let client = Arc::new(Client::new(number, claims.sub, info, encoding, outbox));
+    // From here on the session cleans up behind the client, even if this does not get to its end.
+    let client =
+        place.get_or_init(|| Arc::new(Client::new(number, claims.sub, info, transport.encoding, outbox))).clone();
+    node.clients.lock().insert(number, client.clone());
     if node.stopping.is_cancelled() {
         return Err(Some(Disconnect::Shutdown));
     }
-    node.clients.lock().insert(number, client.clone());
     node.stats().connected();
 
     // Those of the token go live behind the connect reply.
@@ -134,7 +142,7 @@ async fn connect_client(
             Err((_, text)) => tracing::warn!(channel, text, "a token's channel was not subscribed"),
         }
     }
-    let ttl = claims.exp.map(|exp| u32::try_from(exp.saturating_sub(now_s())).unwrap_or(u32::MAX));
+    let ttl = claims.exp.map(ttl);
     let config = &node.config;
     let connect = ConnectResult {
         client: client.id.clone(),
@@ -142,18 +150,19 @@ async fn connect_client(
         expires: ttl.is_some(),
         ttl: ttl.unwrap_or(0),
         subs,
-        ping: u32::try_from(config.ping_interval.as_secs()).unwrap_or(u32::MAX).max(1),
-        pong: true,
+        ping: if transport.frame_pings { 0 } else { config.ping_interval.as_secs().clamp(1, 3600) as u32 },
+        pong: !transport.frame_pings,
+        time: i64::try_from(now_s() * 1000).unwrap_or(0),
         session: client.id.clone(),
         node: config.node.clone(),
         ..ConnectResult::default()
     };
     client.reply(&Reply { id, connect: Some(connect), ..Reply::default() });
     for (channel, ready) in live {
-        node.hub.go_live(&channel, &client, None, ready.position, ready.result.positioned);
+        node.hub.go_live(&channel, &client, None, &ready.position, ready.result.positioned);
         announce(node, &client, &channel, &ready.rules).await;
     }
-    Ok((client, ttl))
+    Ok(ttl)
 }
 
 fn refresh_client(node: &Node, client: &Client, id: u32, request: &RefreshRequest) -> Result<Option<u32>, Disconnect> {
@@ -165,7 +174,7 @@ fn refresh_client(node: &Node, client: &Client, id: u32, request: &RefreshReques
     if claims.sub != client.user {
         return Err(Disconnect::InvalidToken);
     }
-    let ttl = claims.exp.map(|exp| u32::try_from(exp.saturating_sub(now_s())).unwrap_or(u32::MAX));
+    let ttl = claims.exp.map(ttl);
     let refresh = RefreshResult {
         client: client.id.clone(),
         version: format!("beamline {}", env!("CARGO_PKG_VERSION")),
@@ -213,24 +222,20 @@ async fn one(node: &Arc<Node>, client: &Arc<Client>, command: Command) -> Result
 /// A subscription that collects, and what its reply says.
 struct Prepared {
     result: SubscribeResult,
-    position: u64,
+    position: Position,
     rules: Rules,
+    /// Seconds that the subscription's token is still good for.
+    ttl: Option<u32>,
 }
 
 async fn subscribe(node: &Arc<Node>, client: &Arc<Client>, id: u32, request: SubscribeRequest) -> Result<(), Denied> {
     let allowed = node.may_subscribe(client, &request.channel, &request.token);
-    let mut prepared = prepare(node, client, &request, allowed).await?;
-    if request.channel.starts_with('$')
-        && let Some(exp) = node.subscription_token(client, &request.channel, &request.token)?
-    {
-        prepared.result.expires = true;
-        prepared.result.ttl = u32::try_from(exp.saturating_sub(now_s())).unwrap_or(u32::MAX);
-    }
-    let (position, positioned) = (prepared.position, prepared.result.positioned);
-    let reply = Reply { id, subscribe: Some(prepared.result), ..Reply::default() };
-    let reply = crate::client::frame(client.encoding, &reply);
-    node.hub.go_live(&request.channel, client, Some(reply), position, positioned);
-    announce(node, client, &request.channel, &prepared.rules).await;
+    let Prepared { mut result, position, rules, ttl } = prepare(node, client, &request, allowed).await?;
+    (result.expires, result.ttl) = (ttl.is_some(), ttl.unwrap_or(0));
+    let positioned = result.positioned;
+    let reply = crate::client::frame(client.encoding, &Reply { id, subscribe: Some(result), ..Reply::default() });
+    node.hub.go_live(&request.channel, client, Some(reply), &position, positioned);
+    announce(node, client, &request.channel, &rules).await;
     Ok(())
 }
 
@@ -245,31 +250,31 @@ async fn prepare(
         return Err((ErrorCode::AlreadySubscribed, "already subscribed to this channel".into()));
     }
     let rules = allowed?;
-    if client.subscription_count() >= CHANNELS_PER_CLIENT_MAX {
+    if !client.holds(channel) && client.subscription_count() >= CHANNELS_PER_CLIENT_MAX {
         let text = format!("a connection may hold {CHANNELS_PER_CLIENT_MAX} channels");
         return Err((ErrorCode::LimitExceeded, text));
     }
-    let expires = match request.token.is_empty() {
-        true => None,
+    let (expires, info) = match request.token.is_empty() {
+        true => (None, Bytes::new()),
         false => node.subscription_token(client, channel, &request.token)?,
     };
-    client.hold(channel, Held { presence: rules.presence, join_leave: rules.join_leave, expires });
-    let first = node.hub.join(channel, client);
+    let ttl = expires.map(ttl);
+    client.hold(channel, Held { presence: rules.presence, join_leave: rules.join_leave, expires, info, lost: false });
+    node.hub.join(channel, client);
     let prepared = async {
-        if first {
-            node.engine.follow(channel).await?;
-        }
+        node.engine.follow(channel).await?;
         if rules.presence {
-            node.engine.present(channel, &client.id, Some(client.client_info())).await?;
+            node.engine.present(channel, &client.id, Some(client.info_on(channel))).await?;
         }
         recover(node, request, &rules).await
     };
     match prepared.await {
-        Ok((result, position)) => Ok(Prepared { result, position, rules }),
+        Ok((result, position)) => Ok(Prepared { result, position, rules, ttl }),
         Err(error) => {
             tracing::warn!(channel, %error, "a subscription failed");
+            client.forget(channel);
             leave(node, client, channel, rules.presence).await;
-            Err((ErrorCode::Internal, "the engine failed; try again".into()))
+            Err(error.denied())
         }
     }
 }
@@ -279,9 +284,10 @@ async fn recover(
     node: &Node,
     request: &SubscribeRequest,
     rules: &Rules,
-) -> Result<(SubscribeResult, u64), crate::engine::Failed> {
+) -> Result<(SubscribeResult, Position), crate::engine::Failed> {
     if !rules.keeps_history() {
-        return Ok((SubscribeResult { was_recovering: request.recover, ..SubscribeResult::default() }, 0));
+        let result = SubscribeResult { was_recovering: request.recover, ..SubscribeResult::default() };
+        return Ok((result, Position::default()));
     }
     let since = Position { offset: request.offset, epoch: request.epoch.clone() };
     let wanted = request.recover && rules.recovers();
@@ -296,33 +302,27 @@ async fn recover(
     let result = SubscribeResult {
         recoverable: rules.recovers(),
         positioned: rules.recovers(),
-        epoch: page.position.epoch,
+        epoch: page.position.epoch.clone(),
         offset: page.position.offset,
         was_recovering: request.recover,
         recovered,
         publications: if recovered { page.publications } else { Vec::new() },
         ..SubscribeResult::default()
     };
-    Ok((result, page.position.offset))
+    Ok((result, page.position))
 }
 
 async fn unsubscribe(node: &Node, client: &Client, channel: &str) {
-    if let Some(held) = client.forget(channel) {
-        end(node, client, channel, held).await;
-    }
-}
-
-/// A client's subscription is over; it has forgotten it.
-async fn end(node: &Node, client: &Client, channel: &str, held: Held) {
+    let info = client.info_on(channel);
+    let Some(held) = client.forget(channel) else { return };
     leave(node, client, channel, held.presence).await;
     if held.join_leave {
-        let leave = Leave { info: Some(client.client_info()) };
+        let leave = Leave { info: Some(info) };
         node.engine.event(channel, Push { leave: Some(leave), ..Push::default() }).await;
     }
 }
 
 async fn leave(node: &Node, client: &Client, channel: &str, presence: bool) {
-    client.forget(channel);
     if node.hub.leave(channel, client.number) {
         node.engine.unfollow(channel).await;
     }
@@ -333,7 +333,7 @@ async fn leave(node: &Node, client: &Client, channel: &str, presence: bool) {
 
 async fn announce(node: &Node, client: &Client, channel: &str, rules: &Rules) {
     if rules.join_leave {
-        let join = Join { info: Some(client.client_info()) };
+        let join = Join { info: Some(client.info_on(channel)) };
         node.engine.event(channel, Push { join: Some(join), ..Push::default() }).await;
     }
 }
@@ -341,15 +341,18 @@ async fn announce(node: &Node, client: &Client, channel: &str, rules: &Rules) {
 /// The connection is over: so is all it held.
 pub async fn disconnected(node: &Node, client: &Client) {
     node.clients.lock().remove(&client.number);
-    for (channel, held) in client.subscriptions() {
-        end(node, client, &channel, held).await;
-        client.forget(&channel);
+    for (channel, _) in client.subscriptions() {
+        unsubscribe(node, client, &channel).await;
     }
 }
 
 async fn publish(node: &Node, client: &Client, request: PublishRequest) -> Result<(), Denied> {
     let rules = node.may_publish(client, &request.channel)?;
-    let publication = Publication { data: request.data, info: Some(client.client_info()), ..Publication::default() };
+    if request.data.is_empty() {
+        return Err((ErrorCode::BadRequest, "a publication has data".into()));
+    }
+    let info = Some(client.info_on(&request.channel));
+    let publication = Publication { data: request.data, info, ..Publication::default() };
     node.publish(&request.channel, publication, &rules, None).await?;
     Ok(())
 }
@@ -368,7 +371,7 @@ impl Node {
         self.stats().published(started.elapsed());
         published.map_err(|error| {
             tracing::warn!(channel, %error, "a publication failed");
-            (ErrorCode::Internal, "the engine failed; try again".into())
+            error.denied()
         })
     }
 }
@@ -383,7 +386,7 @@ async fn present(
         let text = "presence is off; presence = true in the channel's namespace turns it on";
         return Err((ErrorCode::NotAvailable, text.into()));
     }
-    node.engine.presence(channel).await.map_err(|e| (ErrorCode::Internal, e.to_string()))
+    node.engine.presence(channel).await.map_err(|error| error.denied())
 }
 
 async fn history(node: &Node, client: &Client, request: HistoryRequest) -> Result<HistoryResult, Denied> {
@@ -407,7 +410,7 @@ impl Node {
             return Err((ErrorCode::NotAvailable, text.into()));
         }
         let page = self.engine.history(channel, rules, None).await;
-        let page = page.map_err(|e| (ErrorCode::Internal, e.to_string()))?;
+        let page = page.map_err(|error| error.denied())?;
         let mut publications = page.publications;
         if let Some(since) = since {
             if !since.epoch.is_empty() && since.epoch != page.position.epoch {
@@ -428,24 +431,34 @@ fn sub_refresh(node: &Node, client: &Client, request: &SubRefreshRequest) -> Res
     if !client.is_subscribed(&request.channel) {
         return Err((ErrorCode::PermissionDenied, "not subscribed to this channel".into()));
     }
-    let expires = node.subscription_token(client, &request.channel, &request.token)?;
-    if let Some(held) = client.forget(&request.channel) {
-        client.hold(&request.channel, Held { expires, ..held });
-    }
-    let ttl = expires.map(|exp| u32::try_from(exp.saturating_sub(now_s())).unwrap_or(u32::MAX));
+    let (expires, _) = node.subscription_token(client, &request.channel, &request.token)?;
+    client.extend(&request.channel, expires);
+    let ttl = expires.map(ttl);
     Ok(SubRefreshResult { expires: ttl.is_some(), ttl: ttl.unwrap_or(0) })
 }
 
-/// A private channel's token ran out and was not refreshed.
-pub fn subscription_expired(client: &Client) -> bool {
-    let now = now_s();
-    client.subscriptions().iter().any(|(_, held)| held.expires.is_some_and(|exp| exp + 25 < now))
+/// Ends the subscriptions whose token ran out and was not refreshed; the client comes again with a new one.
+pub fn expire_subscriptions(node: &Arc<Node>, client: &Arc<Client>) -> Option<BoxFuture<'static, ()>> {
+    let over = now_s().saturating_sub(node.config.refresh_grace.as_secs());
+    let mut expired = client.subscriptions();
+    expired.retain(|(_, held)| !held.lost && held.expires.is_some_and(|exp| exp < over));
+    if expired.is_empty() {
+        return None;
+    }
+    let (node, client) = (node.clone(), client.clone());
+    Some(Box::pin(async move {
+        for (channel, _) in expired {
+            unsubscribe(&node, &client, &channel).await;
+            client.unsubscribed(&channel, Unsubscribe::Expired);
+        }
+    }))
 }
 
 /// What a browser calls, asked of whoever answers that method on the bus.
 fn call(node: Arc<Node>, client: Arc<Client>, id: u32, request: RpcRequest) -> BoxFuture<'static, ()> {
     Box::pin(async move {
         let answer = answer(&node, &client, request).await;
+        client.outbox.room().await;
         client.reply(&match answer {
             Ok(data) => Reply { id, rpc: Some(RpcResult { data }), ..Reply::default() },
             Err((code, text)) => Reply {
@@ -481,6 +494,11 @@ async fn answer(node: &Node, client: &Client, request: RpcRequest) -> Result<Byt
     }
 }
 
-pub fn now_s() -> u64 {
+/// Seconds until `exp`.
+fn ttl(exp: u64) -> u32 {
+    u32::try_from(exp.saturating_sub(now_s())).unwrap_or(u32::MAX)
+}
+
+fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }

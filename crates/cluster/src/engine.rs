@@ -4,13 +4,16 @@ pub mod memory;
 pub mod redis;
 
 use crate::Rules;
+use crate::authorize::Denied;
 use async_trait::async_trait;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use wire::channels::Position;
-use wire::realtime::{ClientInfo, Publication, Push};
+use wire::realtime::{ClientInfo, ErrorCode, Publication, Push};
+
+const TIDY_INTERVAL: Duration = Duration::from_secs(15);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Failed {
@@ -18,6 +21,17 @@ pub enum Failed {
     Journal(#[from] journal::Error),
     #[error("redis: {0}")]
     Redis(#[from] ::redis::RedisError),
+}
+
+impl Failed {
+    /// What a client is told; the log has the rest.
+    pub fn denied(&self) -> Denied {
+        let text = match self {
+            Self::Journal(_) => "the channel's history cannot be written or read now; try again",
+            Self::Redis(_) => "channels cannot reach Redis now; try again",
+        };
+        (ErrorCode::Internal, text.into())
+    }
 }
 
 /// A channel's history: oldest first, and its newest position.
@@ -54,6 +68,9 @@ pub trait Engine: Send + Sync {
     async fn follow(&self, channel: &str) -> Result<(), Failed>;
     async fn unfollow(&self, channel: &str);
 
+    /// What the engine does by itself, until cancelled.
+    async fn serve(&self, _cancel: CancellationToken) {}
+
     /// Housekeeping, now and then.
     async fn tidy(&self);
 
@@ -61,11 +78,14 @@ pub trait Engine: Send + Sync {
 }
 
 pub async fn run(engine: Arc<dyn Engine>, cancel: CancellationToken) {
-    let mut ticks = tokio::time::interval(Duration::from_secs(15));
-    loop {
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            _ = ticks.tick() => engine.tidy().await,
+    let tidying = async {
+        let mut ticks = tokio::time::interval(TIDY_INTERVAL);
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                _ = ticks.tick() => engine.tidy().await,
+            }
         }
-    }
+    };
+    tokio::join!(tidying, engine.serve(cancel.clone()));
 }

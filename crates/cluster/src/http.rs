@@ -1,13 +1,16 @@
 //! The upgrade to a WebSocket connection, and the server API's routes.
 
-use crate::{Node, server_api, session};
+use crate::session::{self, Transport};
+use crate::{Node, server_api};
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bytes::Bytes;
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use hyper_util::server::conn::auto;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use tokio::net::TcpStream;
@@ -36,8 +39,12 @@ async fn websocket(State(node): State<Arc<Node>>, mut request: Request) -> Respo
     }
     let offered = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
     let subprotocol = offered.flat_map(|value| value.split(',')).any(|name| name.trim() == "centrifuge-protobuf");
-    let by_query = request.uri().query().unwrap_or("").split('&').any(|pair| pair == "cf_protocol=protobuf");
-    let encoding = if subprotocol || by_query { Encoding::Protobuf } else { Encoding::Json };
+    let asks = |wanted: &str| request.uri().query().unwrap_or("").split('&').any(|pair| pair == wanted);
+    let protobuf = subprotocol || asks("cf_protocol=protobuf");
+    let transport = Transport {
+        encoding: if protobuf { Encoding::Protobuf } else { Encoding::Json },
+        frame_pings: asks("cf_ws_frame_ping_pong=true"),
+    };
     let accept = accept_key(&key);
 
     if node.connections.fetch_add(1, Relaxed) >= node.config.max_connections {
@@ -48,12 +55,17 @@ async fn websocket(State(node): State<Arc<Node>>, mut request: Request) -> Respo
     let upgrade = hyper::upgrade::on(&mut request);
     let held = node.clone();
     node.sessions.spawn(async move {
-        let taken = async { upgrade.await.ok()?.downcast::<TokioIo<TcpStream>>().ok() }.await;
-        match taken {
-            Some(parts) => Box::pin(session::run(held, parts.io.into_inner(), parts.read_buf, encoding)).await,
-            None => {
+        match upgrade.await {
+            Ok(upgraded) => match tcp_stream(upgraded) {
+                Some((stream, early)) => Box::pin(session::run(held, stream, early, transport)).await,
+                None => {
+                    held.connections.fetch_sub(1, Relaxed);
+                    tracing::error!("a connection is not a plain TCP stream; the routes are to be served on one");
+                }
+            },
+            Err(error) => {
                 held.connections.fetch_sub(1, Relaxed);
-                tracing::debug!("a connection ended before its upgrade");
+                tracing::debug!(%error, "a connection ended before its upgrade");
             }
         }
     });
@@ -66,6 +78,17 @@ async fn websocket(State(node): State<Arc<Node>>, mut request: Request) -> Respo
         response = response.header(header::SEC_WEBSOCKET_PROTOCOL, "centrifuge-protobuf");
     }
     response.body(Body::empty()).unwrap_or_else(|_| StatusCode::BAD_REQUEST.into_response())
+}
+
+/// The socket itself and what was read from it already: behind hyper's own reader each connection would cost more.
+fn tcp_stream(upgraded: Upgraded) -> Option<(TcpStream, Bytes)> {
+    // axum serves through hyper-util's `auto`, which wraps the stream once more.
+    match auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded) {
+        Ok(parts) => Some((parts.io.into_inner(), parts.read_buf)),
+        Err(upgraded) => {
+            upgraded.downcast::<TokioIo<TcpStream>>().ok().map(|parts| (parts.io.into_inner(), parts.read_buf))
+        }
+    }
 }
 
 fn upgrade_key(headers: &HeaderMap) -> Option<String> {

@@ -11,14 +11,15 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tokio::sync::oneshot;
-use wire::realtime::{Encoding, Publication, Push, Reply, Unsubscribe, UnsubscribePush};
+use wire::channels::Position;
+use wire::realtime::{Encoding, Publication, Push, Reply};
 
 const SHARDS: usize = 64;
 
 pub struct Hub {
     shards: Vec<Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>>>,
     hasher: RandomState,
-    probes: Mutex<HashMap<String, oneshot::Sender<()>>>,
+    probes: Mutex<HashMap<String, Vec<oneshot::Sender<()>>>>,
     pub deliveries: AtomicU64,
 }
 
@@ -27,6 +28,8 @@ struct Channel {
     subscribers: HashMap<u64, Subscriber>,
     /// Offset of the newest publication that came by; a jump beyond the next one is a gap.
     newest: u64,
+    /// The life of the history that `newest` counts in; empty while unknown.
+    epoch: String,
 }
 
 struct Subscriber {
@@ -37,6 +40,8 @@ struct Subscriber {
     positioned: bool,
     /// Until it is live.
     collected: Option<Vec<Publication>>,
+    /// Something may have been missed while it collected: it is told so once it is live.
+    lost: bool,
 }
 
 impl Default for Hub {
@@ -85,17 +90,23 @@ impl Hub {
         self.shards.iter().flat_map(|shard| shard.lock().keys().cloned().collect::<Vec<_>>()).collect()
     }
 
-    /// Puts a client on a channel, collecting; whether it is the channel's first on this node.
-    pub fn join(&self, channel: &str, client: &Arc<Client>) -> bool {
+    /// Whether anybody here is on the channel.
+    pub fn is_followed(&self, channel: &str) -> bool {
+        self.shard(channel).lock().contains_key(channel)
+    }
+
+    /// Puts a client on a channel, collecting.
+    pub fn join(&self, channel: &str, client: &Arc<Client>) {
         let mut shard = self.shard(channel).lock();
-        let (name, first) = match shard.get_key_value(channel) {
-            Some((name, _)) => (name.clone(), false),
-            None => (Arc::from(channel), true),
+        let name = shard.get_key_value(channel).map_or_else(|| Arc::from(channel), |(name, _)| name.clone());
+        let subscriber = Subscriber {
+            client: client.clone(),
+            position: 0,
+            positioned: false,
+            collected: Some(Vec::new()),
+            lost: false,
         };
-        let subscriber =
-            Subscriber { client: client.clone(), position: 0, positioned: false, collected: Some(Vec::new()) };
         shard.entry(name).or_default().lock().subscribers.insert(client.number, subscriber);
-        first
     }
 
     /// Takes a client off a channel; whether it was the last one there.
@@ -115,18 +126,30 @@ impl Hub {
 
     /// Ends the collecting: the subscribe reply (if it goes by itself), then what was collected behind `position`.
     /// `positioned` says whether the client counts offsets.
-    pub fn go_live(&self, channel: &str, client: &Client, reply: Option<Bytes>, position: u64, positioned: bool) {
+    pub fn go_live(&self, channel: &str, client: &Client, reply: Option<Bytes>, position: &Position, positioned: bool) {
         let found = self.shard(channel).lock().get(channel).cloned();
         let Some(found) = found else { return };
         let mut found = found.lock();
-        found.newest = found.newest.max(position);
-        let Some(subscriber) = found.subscribers.get_mut(&client.number) else { return };
-        subscriber.position = position;
-        subscriber.positioned = positioned;
         if let Some(reply) = reply {
-            client.outbox.push(reply);
+            client.outbox.push_reply(reply);
         }
-        for publication in subscriber.collected.take().into_iter().flatten() {
+        let other_life = !found.epoch.is_empty() && !position.epoch.is_empty() && found.epoch != position.epoch;
+        if found.epoch.is_empty() {
+            found.epoch.clone_from(&position.epoch);
+        }
+        if !other_life {
+            found.newest = found.newest.max(position.offset);
+        }
+        let Some(subscriber) = found.subscribers.get_mut(&client.number) else { return };
+        subscriber.position = position.offset;
+        subscriber.positioned = positioned;
+        let collected = subscriber.collected.take();
+        if positioned && (subscriber.lost || other_life) {
+            found.subscribers.remove(&client.number);
+            client.lose(channel);
+            return;
+        }
+        for publication in collected.into_iter().flatten() {
             if publication.offset == 0 || publication.offset > subscriber.position {
                 subscriber.position = subscriber.position.max(publication.offset);
                 let push = Push { r#pub: Some(publication), ..Push::default() };
@@ -136,23 +159,29 @@ impl Hub {
         }
     }
 
-    /// A publication to everybody on the channel here. Engines call it in the order of offsets.
-    pub fn publication(&self, channel: &str, publication: &Publication) {
-        if channel.starts_with("$ready:")
-            && let Some(probe) = self.probes.lock().remove(channel)
-        {
-            let _ = probe.send(());
+    /// A publication to everybody on the channel here. Engines call it in the order of offsets; `epoch` is the life of
+    /// the history that the offset counts in.
+    pub fn publication(&self, channel: &str, publication: &Publication, epoch: &str) {
+        if channel.starts_with("$ready:") {
+            for probe in self.probes.lock().remove(channel).into_iter().flatten() {
+                let _ = probe.send(());
+            }
         }
         let found = self.shard(channel).lock().get(channel).cloned();
         let Some(found) = found else { return };
         let mut found = found.lock();
         let offset = publication.offset;
         if offset > 0 {
+            let other_life = !found.epoch.is_empty() && found.epoch != epoch;
             let gap = found.newest > 0 && offset > found.newest + 1;
-            found.newest = found.newest.max(offset);
-            if gap {
+            if other_life || gap {
                 lost(channel, &mut found);
             }
+            if found.epoch != epoch {
+                found.epoch = epoch.into();
+                found.newest = offset;
+            }
+            found.newest = found.newest.max(offset);
         }
         let reply = || {
             let push = Push { r#pub: Some(publication.clone()), ..Push::default() };
@@ -195,6 +224,7 @@ impl Hub {
             if let Some(found) = found {
                 let mut found = found.lock();
                 found.newest = 0;
+                found.epoch.clear();
                 lost(&channel, &mut found);
             }
         }
@@ -203,24 +233,22 @@ impl Hub {
     /// Resolves when a publication on `channel` reaches this node.
     pub fn probe(&self, channel: &str) -> oneshot::Receiver<()> {
         let (sender, receiver) = oneshot::channel();
-        self.probes.lock().insert(channel.into(), sender);
+        self.probes.lock().entry(channel.into()).or_default().push(sender);
         receiver
     }
 }
 
-/// Ends the subscriptions that count offsets; the client comes again and recovers. Its session forgets them when the
-/// client subscribes anew.
+/// Ends the subscriptions that count offsets; the client comes again and recovers. One that collects hears of it when
+/// it is live.
 fn lost(channel: &str, found: &mut Channel) {
-    let code = Unsubscribe::InsufficientState;
     found.subscribers.retain(|_, subscriber| {
-        let ends = subscriber.positioned && subscriber.collected.is_none();
-        if ends {
-            let unsubscribe = UnsubscribePush { code: code as u32, reason: code.reason().into() };
-            let push = Push { unsubscribe: Some(unsubscribe), ..Push::default() };
-            let client = &subscriber.client;
-            client.forget(channel);
-            client.outbox.push(crate::client::frame(client.encoding, &Reply::push(channel, push)));
+        if subscriber.collected.is_some() {
+            subscriber.lost = true;
+            return true;
         }
-        !ends
+        if subscriber.positioned {
+            subscriber.client.lose(channel);
+        }
+        !subscriber.positioned
     });
 }

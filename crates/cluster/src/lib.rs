@@ -50,6 +50,8 @@ pub struct Config {
     pub origins: Vec<String>,
     /// Bytes that may wait for one slow client.
     pub client_queue: usize,
+    /// A client whose token has expired may bring a new one within.
+    pub refresh_grace: Duration,
     /// Clients are moved over this long at a shutdown.
     pub drain_period: Duration,
     pub namespaces: Vec<Namespace>,
@@ -79,6 +81,7 @@ impl Default for Config {
             api_key: String::new(),
             origins: Vec::new(),
             client_queue: 1024 * 1024,
+            refresh_grace: Duration::from_secs(25),
             drain_period: Duration::from_secs(2),
             namespaces: rules::built_in(),
             defaults: Rules::default(),
@@ -191,7 +194,11 @@ impl Ready {
         engine.follow(&channel).await.map_err(|e| e.to_string())?;
         let rules = Rules { history_size: 0, ..Rules::default() };
         engine.publish(&channel, Default::default(), &rules, None).await.map_err(|e| e.to_string())?;
-        arrived.await.map_err(|_| "another check took this one's place".to_string())
+        let arrived = tokio::time::timeout(Duration::from_secs(5), arrived).await;
+        match arrived {
+            Ok(Ok(())) => Ok(()),
+            _ => Err("a publication was not delivered within 5 s".into()),
+        }
     }
 }
 

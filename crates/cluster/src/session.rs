@@ -8,8 +8,8 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -22,10 +22,20 @@ const READ_CHUNK: usize = 4 * 1024;
 const WRITE_SLICES: usize = 64;
 /// RPCs of one client that run at once.
 pub const RPCS_MAX: usize = 32;
-/// A client must take its goodbye, and any bytes of what it is owed, within.
+/// A client must take any bytes of what it is owed within.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A client whose token has expired may bring a new one within.
-const REFRESH_GRACE: Duration = Duration::from_secs(25);
+/// A client has this long to take what is left for it, and its goodbye.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
+/// And this long to close its side.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What a client asked for with its upgrade.
+#[derive(Debug, Clone, Copy)]
+pub struct Transport {
+    pub encoding: Encoding,
+    /// Pings are WebSocket frames, not messages of the protocol.
+    pub frame_pings: bool,
+}
 
 /// How a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,11 +47,14 @@ pub enum Exit {
     Violation(u16),
 }
 
-pub async fn run(node: Arc<Node>, stream: TcpStream, early: Bytes, encoding: Encoding) {
-    let mut session = Session::new(node.clone(), stream, early, encoding);
+pub async fn run(node: Arc<Node>, stream: TcpStream, early: Bytes, transport: Transport) {
+    let mut session = Session::new(node.clone(), stream, early, transport);
     let exit = session.serve().await;
-    if let Some(client) = session.client.take() {
-        commands::disconnected(&node, &client).await;
+    let client = session.client.clone();
+    // With it goes the command that it is in the middle of: nothing is subscribed behind the clean-up.
+    drop(session);
+    if let Some(client) = client.get() {
+        commands::disconnected(&node, client).await;
     }
     node.connections.fetch_sub(1, Relaxed);
     node.stats().ended(exit);
@@ -51,14 +64,15 @@ pub async fn run(node: Arc<Node>, stream: TcpStream, early: Bytes, encoding: Enc
 struct Session {
     node: Arc<Node>,
     stream: TcpStream,
-    encoding: Encoding,
+    transport: Transport,
     decoder: Decoder,
     input: BytesMut,
     /// Frames on their way; the first may be cut.
     output: VecDeque<Bytes>,
     outbox: Arc<Outbox>,
-    /// Once it has connected.
-    client: Option<Arc<Client>>,
+    /// Filled by its connect command.
+    client: Arc<OnceLock<Arc<Client>>>,
+    connected: bool,
     /// The commands of one message, carried out in order; nothing more is read meanwhile.
     current: Option<BoxFuture<'static, Outcome>>,
     rpcs: FuturesUnordered<BoxFuture<'static, ()>>,
@@ -72,8 +86,8 @@ struct Session {
 /// What the commands of a message came to.
 #[derive(Default)]
 pub struct Outcome {
-    /// The client that a connect command made.
-    pub connected: Option<Arc<Client>>,
+    /// There was a connect command that succeeded.
+    pub connected: bool,
     /// Of a connect or refresh: seconds that the token is still good for.
     pub token_ttl: Option<u32>,
     pub rpcs: Vec<BoxFuture<'static, ()>>,
@@ -81,16 +95,17 @@ pub struct Outcome {
 }
 
 impl Session {
-    fn new(node: Arc<Node>, stream: TcpStream, early: Bytes, encoding: Encoding) -> Self {
+    fn new(node: Arc<Node>, stream: TcpStream, early: Bytes, transport: Transport) -> Self {
         let now = Instant::now();
         Self {
             outbox: Arc::new(Outbox::new(node.config.client_queue)),
             stream,
-            encoding,
+            transport,
             decoder: Decoder::new(CLIENT_MESSAGE_MAX),
             input: BytesMut::from(&early[..]),
             output: VecDeque::new(),
-            client: None,
+            client: Arc::default(),
+            connected: false,
             current: None,
             rpcs: FuturesUnordered::new(),
             next_ping: now + node.config.connect_timeout,
@@ -121,6 +136,10 @@ impl Session {
             let due = self.due();
             tokio::select! {
                 () = self.outbox.changed.notified(), if closing.is_none() => {}
+                // Those that have said who they are are moved away paced.
+                () = self.node.stopping.cancelled(), if !self.connected => {
+                    return self.goodbye(Exit::Closed(Disconnect::Shutdown)).await;
+                }
                 ready = self.stream.writable(), if !self.output.is_empty() => {
                     if ready.is_err() { return Exit::Gone; }
                 }
@@ -170,13 +189,17 @@ impl Session {
                 }
             };
             match event {
+                // JSON in a binary frame is read as well; protobuf in a text frame cannot be.
+                Event::Text(_) if self.transport.encoding == Encoding::Protobuf => {
+                    return Err(Exit::Closed(Disconnect::BadRequest));
+                }
                 Event::Text(message) | Event::Binary(message) => self.message(&message)?,
                 Event::Ping(payload) => {
                     let mut pong = BytesMut::new();
                     websocket::encode(Opcode::Pong, &payload, &mut pong);
                     self.outbox.push(pong.freeze());
                 }
-                Event::Pong => {}
+                Event::Pong => self.pong_due = None,
                 Event::Close(code) => return Err(Exit::Violation(code.unwrap_or(1000))),
             }
         }
@@ -188,7 +211,7 @@ impl Session {
     }
 
     fn message(&mut self, message: &Bytes) -> Result<(), Exit> {
-        let commands = decode_commands(self.encoding, message).map_err(|error| {
+        let commands = decode_commands(self.transport.encoding, message).map_err(|error| {
             tracing::debug!(%error, "a client's message cannot be read");
             Exit::Closed(Disconnect::BadRequest)
         })?;
@@ -201,18 +224,18 @@ impl Session {
             self.node.stats().message_in(commands.len());
             let (node, client, outbox) = (self.node.clone(), self.client.clone(), self.outbox.clone());
             let room = RPCS_MAX.saturating_sub(self.rpcs.len());
-            self.current = Some(Box::pin(commands::carry_out(node, client, outbox, self.encoding, commands, room)));
+            self.current = Some(Box::pin(commands::carry_out(node, client, outbox, self.transport, commands, room)));
         }
         Ok(())
     }
 
     fn apply(&mut self, outcome: Outcome) {
-        if let Some(client) = outcome.connected {
-            self.client = Some(client);
+        if outcome.connected {
+            self.connected = true;
             self.next_ping = Instant::now() + self.node.config.ping_interval;
         }
         if let Some(ttl) = outcome.token_ttl {
-            self.expires = Some(Instant::now() + Duration::from_secs(ttl.into()) + REFRESH_GRACE);
+            self.expires = Some(Instant::now() + Duration::from_secs(ttl.into()) + self.node.config.refresh_grace);
         }
         self.rpcs.extend(outcome.rpcs);
         if let Some(code) = outcome.close {
@@ -273,12 +296,18 @@ impl Session {
             return Err(Exit::Closed(Disconnect::Expired));
         }
         if self.next_ping <= now {
-            let Some(client) = &self.client else { return Err(Exit::Closed(Disconnect::Stale)) };
-            if commands::subscription_expired(client) {
-                return Err(Exit::Closed(Disconnect::SubscriptionExpired));
-            }
-            self.outbox.push(frame(self.encoding, &Reply::default()));
-            self.pong_due = Some(now + self.node.config.pong_timeout);
+            let Some(client) = self.client.get().filter(|_| self.connected) else {
+                return Err(Exit::Closed(Disconnect::Stale));
+            };
+            self.rpcs.extend(commands::expire_subscriptions(&self.node, client));
+            self.outbox.push(if self.transport.frame_pings {
+                let mut ping = BytesMut::new();
+                websocket::encode(Opcode::Ping, b"", &mut ping);
+                ping.freeze()
+            } else {
+                frame(self.transport.encoding, &Reply::default())
+            });
+            self.pong_due.get_or_insert(now + self.node.config.pong_timeout);
             self.next_ping = now + self.node.config.ping_interval;
         }
         Ok(())
@@ -293,8 +322,12 @@ impl Session {
         };
         let mut close = BytesMut::new();
         websocket::encode_close(code, reason, &mut close);
-        // A slow client gets no more of its backlog than the frame it is in the middle of.
-        self.output.truncate(1);
+        if exit == Exit::Closed(Disconnect::Slow) {
+            // No more of its backlog than the frame it is in the middle of.
+            self.output.truncate(1);
+        } else {
+            self.outbox.take(&mut self.output);
+        }
         self.output.push_back(close.freeze());
         let farewell = async {
             while !self.output.is_empty() {
@@ -318,12 +351,15 @@ impl Session {
                     Err(_) => return,
                 }
             }
-            // Closing with unread bytes would reset the connection before the client has read its goodbye.
+        };
+        let _ = tokio::time::timeout(GOODBYE_TIMEOUT, farewell).await;
+        // Closing with unread bytes would reset the connection before the client has read its goodbye.
+        let lingering = async {
             let mut rest = [0; 1024];
             let _ = tokio::io::AsyncWriteExt::shutdown(&mut self.stream).await;
             while matches!(tokio::io::AsyncReadExt::read(&mut self.stream, &mut rest).await, Ok(read) if read > 0) {}
         };
-        let _ = tokio::time::timeout(Duration::from_secs(1), farewell).await;
+        let _ = tokio::time::timeout(LINGER_TIMEOUT, lingering).await;
         exit
     }
 }

@@ -1,5 +1,6 @@
 //! Connection and subscription tokens: JWTs signed with the deployment's secret.
 
+use bytes::Bytes;
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use serde::Deserialize;
@@ -38,6 +39,11 @@ pub struct Subscription {
     pub exp: Option<u64>,
     #[serde(default)]
     pub info: Option<Box<RawValue>>,
+}
+
+/// A claim as it stands in the token.
+pub fn json(claim: Option<Box<RawValue>>) -> Bytes {
+    claim.map(|json| Bytes::from(String::from(Box::<str>::from(json)))).unwrap_or_default()
 }
 
 impl Tokens {

@@ -160,7 +160,7 @@ impl Engine for Memory {
         idempotency_key: Option<String>,
     ) -> Result<Position, Failed> {
         if !rules.keeps_history() {
-            self.hub.publication(channel, &publication);
+            self.hub.publication(channel, &publication, "");
             return Ok(Position::default());
         }
         let stream = self.stream(channel);
@@ -182,7 +182,7 @@ impl Engine for Memory {
         }
         stream.position.offset = offset;
         (stream.ttl, stream.durable, stream.touched_ms) = (rules.history_ttl, rules.durable, at_ms);
-        self.hub.publication(channel, &kept.publication);
+        self.hub.publication(channel, &kept.publication, &stream.position.epoch);
         stream.history.push_back(kept);
         while stream.history.len() > rules.history_size {
             stream.history.pop_front();

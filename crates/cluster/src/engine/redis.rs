@@ -3,21 +3,22 @@
 //! A node that was cut off from Redis cannot know what it missed: its positioned subscribers are told to come again, and
 //! recover from the stream.
 
+mod follow;
+
 use super::{Engine, Failed, Page};
 use crate::hub::Hub;
 use crate::{Error, Rules};
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::StreamExt;
+use follow::{Follower, Follows, topic};
 use parking_lot::Mutex;
 use prost::Message;
-use redis::aio::{ConnectionManager, ConnectionManagerConfig, PubSubSink, PubSubStream};
-use redis::{Client, ErrorKind, RedisError, Script};
+use redis::aio::{ConnectionManager, ConnectionManagerConfig};
+use redis::{Client, RedisError, Script};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 use wire::channels::Position;
 use wire::realtime::{ClientInfo, Publication, Push};
 
@@ -28,9 +29,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const POSITION_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A presence entry that its node does not renew is gone.
 const PRESENCE_TTL_MS: u64 = 60_000;
-const QUEUE_MAX: usize = 1024;
-/// First and longest wait between attempts to come back.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// A command that finds Redis gone waits for this many attempts to come back, not longer.
+const RETRIES: usize = 2;
+const RETRY_DELAY_MAX: Duration = Duration::from_millis(500);
 
 /// KEYS: stream, position, idempotency · ARGV: publication, size, ttl ms, topic, fresh epoch, key given?, position ttl ms.
 const PUBLISH: &str = r"
@@ -49,13 +50,13 @@ redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[2], offset .. '-0', 'd', ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[7])
 if ARGV[6] == '1' then redis.call('SET', KEYS[3], offset, 'PX', ARGV[3]) end
-redis.call('PUBLISH', ARGV[4], 'p' .. offset .. ':' .. ARGV[1])
+redis.call('PUBLISH', ARGV[4], 'p' .. offset .. ':' .. epoch .. ':' .. ARGV[1])
 return {offset, epoch}
 ";
 
 /// KEYS: stream, position · ARGV: behind this offset, fresh epoch, position ttl ms.
 const HISTORY: &str = r"
-redis.call('HSETNX', KEYS[2], 'e', ARGV[2])
+if redis.call('HSETNX', KEYS[2], 'e', ARGV[2]) == 1 then redis.call('DEL', KEYS[1]) end
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 local meta = redis.call('HMGET', KEYS[2], 'e', 's')
 return {meta[1], tonumber(meta[2] or '0'), redis.call('XRANGE', KEYS[1], '(' .. ARGV[1] .. '-0', '+')}
@@ -65,16 +66,11 @@ pub struct Redis {
     connection: ConnectionManager,
     publish: Script,
     history: Script,
-    follows: mpsc::Sender<Follow>,
+    follows: Follows,
+    /// Until it is served.
+    follower: Mutex<Option<Follower>>,
     /// Those of this node, renewed now and then.
     present: Mutex<HashMap<(String, String), ClientInfo>>,
-    _ends: DropGuard,
-}
-
-struct Follow {
-    channel: String,
-    on: bool,
-    done: oneshot::Sender<Result<(), RedisError>>,
 }
 
 impl Redis {
@@ -83,27 +79,19 @@ impl Redis {
         let client = Client::open(url).map_err(failed)?;
         let config = ConnectionManagerConfig::new()
             .set_connection_timeout(Some(CONNECT_TIMEOUT))
-            .set_response_timeout(Some(RESPONSE_TIMEOUT));
+            .set_response_timeout(Some(RESPONSE_TIMEOUT))
+            .set_number_of_retries(RETRIES)
+            .set_max_delay(RETRY_DELAY_MAX);
         let connection = client.get_connection_manager_with_config(config).await.map_err(failed)?;
-        let subscribed = subscribe(&client, &[]).await.map_err(failed)?;
-        let (follows, inbox) = mpsc::channel(QUEUE_MAX);
-        let cancel = CancellationToken::new();
-        tokio::spawn(listen(client, hub, subscribed, inbox, cancel.clone()));
+        let (follows, follower) = Follower::connect(client, hub).await.map_err(failed)?;
         Ok(Arc::new(Self {
             connection,
             publish: Script::new(PUBLISH),
             history: Script::new(HISTORY),
             follows,
+            follower: Mutex::new(Some(follower)),
             present: Mutex::default(),
-            _ends: cancel.drop_guard(),
         }))
-    }
-
-    async fn set_following(&self, channel: &str, on: bool) -> Result<(), Failed> {
-        let gone = || RedisError::from((ErrorKind::Io, "the subscription loop has ended"));
-        let (done, answer) = oneshot::channel();
-        self.follows.send(Follow { channel: channel.into(), on, done }).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?.map_err(Failed::from)
     }
 }
 
@@ -119,112 +107,8 @@ fn key(channel: &str, of: &str) -> String {
     format!("{PREFIX}{of}:{{{channel}}}")
 }
 
-fn topic(channel: &str) -> String {
-    format!("{PREFIX}topic:{channel}")
-}
-
 fn fresh_epoch() -> String {
     uuid::Uuid::new_v4().simple().to_string()[..8].to_string()
-}
-
-async fn subscribe(client: &Client, channels: &[String]) -> Result<(PubSubSink, PubSubStream), RedisError> {
-    let connected = tokio::time::timeout(CONNECT_TIMEOUT, client.get_async_pubsub()).await;
-    let connected = connected.map_err(|_| RedisError::from((ErrorKind::Io, "no connection in time")))??;
-    let (mut sink, stream) = connected.split();
-    if !channels.is_empty() {
-        let topics: Vec<String> = channels.iter().map(|channel| topic(channel)).collect();
-        sink.subscribe(topics).await?;
-    }
-    Ok((sink, stream))
-}
-
-/// Owns the subscriptions: follows and unfollows, hands messages to the hub, comes back after a loss.
-async fn listen(
-    client: Client,
-    hub: Arc<Hub>,
-    subscribed: (PubSubSink, PubSubStream),
-    mut follows: mpsc::Receiver<Follow>,
-    cancel: CancellationToken,
-) {
-    let (mut sink, mut stream) = subscribed;
-    let mut followed: std::collections::HashSet<String> = std::collections::HashSet::new();
-    loop {
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            follow = follows.recv() => {
-                let Some(Follow { channel, on, done }) = follow else { return };
-                let topic = topic(&channel);
-                let outcome = if on { sink.subscribe(topic).await } else { sink.unsubscribe(topic).await };
-                // Kept also after a failure: the next connection begins with it.
-                if on { followed.insert(channel); } else { followed.remove(&channel); }
-                let _ = done.send(outcome);
-            }
-            message = stream.next() => match message {
-                Some(message) => {
-                    let name = message.get_channel_name();
-                    if let Some(channel) = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix("topic:")) {
-                        deliver(&hub, channel, message.get_payload_bytes());
-                    }
-                }
-                None => {
-                    tracing::warn!("the connection to Redis is lost; coming back");
-                    let Some(again) = come_back(&client, &followed, &mut follows, &cancel).await else { return };
-                    (sink, stream) = again;
-                    tracing::info!(channels = followed.len(), "back on Redis; positioned subscribers recover");
-                    hub.interrupted();
-                }
-            }
-        }
-    }
-}
-
-async fn come_back(
-    client: &Client,
-    followed: &std::collections::HashSet<String>,
-    follows: &mut mpsc::Receiver<Follow>,
-    cancel: &CancellationToken,
-) -> Option<(PubSubSink, PubSubStream)> {
-    let channels: Vec<String> = followed.iter().cloned().collect();
-    let mut wait = RETRY.0;
-    loop {
-        if let Ok(again) = subscribe(client, &channels).await {
-            return Some(again);
-        }
-        // Full jitter: nodes that lost Redis together do not come back together.
-        let share = f64::from(uuid::Uuid::new_v4().as_u128() as u16) / f64::from(u16::MAX);
-        let pause = tokio::time::sleep(wait.mul_f64(share));
-        let mut pause = std::pin::pin!(pause);
-        wait = (wait * 2).min(RETRY.1);
-        loop {
-            tokio::select! {
-                () = cancel.cancelled() => return None,
-                () = &mut pause => break,
-                follow = follows.recv() => {
-                    let down = RedisError::from((ErrorKind::Io, "Redis is down"));
-                    let _ = follow?.done.send(Err(down));
-                }
-            }
-        }
-    }
-}
-
-/// `p<offset>:<publication>` or `e<push>`.
-fn deliver(hub: &Hub, channel: &str, payload: &[u8]) {
-    let decoded = match payload.split_first() {
-        Some((b'p', rest)) => publication(rest).map(|publication| hub.publication(channel, &publication)),
-        Some((b'e', rest)) => Push::decode(rest).ok().map(|push| hub.event(channel, &push)),
-        _ => None,
-    };
-    if decoded.is_none() {
-        tracing::warn!(channel, "a message on Redis cannot be read; is another program using these topics?");
-    }
-}
-
-fn publication(bytes: &[u8]) -> Option<Publication> {
-    let colon = bytes.iter().position(|byte| *byte == b':')?;
-    let offset = std::str::from_utf8(&bytes[..colon]).ok()?.parse().ok()?;
-    let publication = Publication::decode(&bytes[colon + 1..]).ok()?;
-    Some(Publication { offset, ..publication })
 }
 
 #[async_trait]
@@ -239,7 +123,7 @@ impl Engine for Redis {
         let mut connection = self.connection.clone();
         let data = publication.encode_to_vec();
         if !rules.keeps_history() {
-            let payload = [b"p0:", &data[..]].concat();
+            let payload = [b"p0::", &data[..]].concat();
             let _: i64 = redis::cmd("PUBLISH").arg(topic(channel)).arg(payload).query_async(&mut connection).await?;
             return Ok(Position::default());
         }
@@ -329,12 +213,19 @@ impl Engine for Redis {
     }
 
     async fn follow(&self, channel: &str) -> Result<(), Failed> {
-        self.set_following(channel, true).await
+        Ok(self.follows.set(channel, true).await?)
     }
 
     async fn unfollow(&self, channel: &str) {
-        if let Err(error) = self.set_following(channel, false).await {
+        if let Err(error) = self.follows.set(channel, false).await {
             tracing::debug!(channel, %error, "a topic was not left");
+        }
+    }
+
+    async fn serve(&self, cancel: CancellationToken) {
+        let follower = self.follower.lock().take();
+        if let Some(follower) = follower {
+            follower.run(cancel).await;
         }
     }
 

@@ -1,0 +1,227 @@
+//! What was missed comes, whole and once, or the client is told that it cannot.
+
+use crate::client::{Client, ENCODINGS, again, number, numbers, to};
+use crate::node::Node;
+use serde_json::json;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use tempfile::TempDir;
+use wire::realtime::SubscribeRequest;
+
+#[tokio::test]
+async fn what_was_missed_comes_in_order() {
+    let node = Node::start().await;
+    for encoding in ENCODINGS {
+        let channel = format!("news-{}", encoding.as_str());
+        let mut ann = Client::connect_in(&node, encoding, "ann").await;
+        let before = ann.subscribe(to(&channel)).await;
+        assert!(!before.was_recovering && !before.recovered && before.offset == 0);
+        node.publish(&channel, json!(1)).await;
+        assert_eq!(ann.publication().await.offset, 1);
+        ann.cut();
+        for number in 2..=4 {
+            node.publish(&channel, json!(number)).await;
+        }
+        let mut ann = Client::connect_in(&node, encoding, "ann").await;
+        let after = ann.subscribe(again(&channel, &before, 1)).await;
+        assert!(after.was_recovering && after.recovered);
+        assert_eq!((after.offset, after.epoch.as_str()), (4, before.epoch.as_str()));
+        assert_eq!(numbers(&after.publications), [2, 3, 4]);
+        assert_eq!(after.publications.iter().map(|p| p.offset).collect::<Vec<_>>(), [2, 3, 4]);
+        node.publish(&channel, json!(5)).await;
+        assert_eq!(number(&ann.publication().await), 5);
+        ann.nothing_pushed().await;
+
+        // Nothing missed is a recovery too.
+        ann.unsubscribe(&channel).await;
+        let after = ann.subscribe(again(&channel, &before, 5)).await;
+        assert!(after.recovered && after.publications.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn never_a_part_of_it() {
+    let node = Node::start_with(|config| config.defaults.history_size = 5).await;
+    let mut ann = Client::connect(&node, "ann").await;
+    let before = ann.subscribe(to("news")).await;
+    ann.unsubscribe("news").await;
+    for number in 1..=7 {
+        node.publish("news", json!(number)).await;
+    }
+    let other_epoch = SubscribeRequest { epoch: "other".into(), ..again("news", &before, 4) };
+    for (request, expected) in [
+        (again("news", &before, 0), None),
+        (again("news", &before, 1), None),
+        (again("news", &before, 2), Some(&[3, 4, 5, 6, 7][..])),
+        (again("news", &before, 7), Some(&[])),
+        (again("news", &before, 8), None),
+        (other_epoch, None),
+        (to("news"), None),
+    ] {
+        let result = ann.subscribe(request.clone()).await;
+        assert_eq!(result.recovered, expected.is_some(), "{request:?}");
+        assert_eq!(result.was_recovering, request.recover);
+        assert_eq!(numbers(&result.publications), expected.unwrap_or(&[]), "{request:?}");
+        assert_eq!((result.offset, &result.epoch), (7, &before.epoch));
+        ann.unsubscribe("news").await;
+    }
+}
+
+#[tokio::test]
+async fn history_that_is_too_old_recovers_nobody() {
+    let ttl = std::time::Duration::from_millis(50);
+    let node = Node::start_with(|config| config.defaults.history_ttl = ttl).await;
+    let mut ann = Client::connect(&node, "ann").await;
+    let before = ann.subscribe(to("news")).await;
+    ann.unsubscribe("news").await;
+    node.publish("news", json!(1)).await;
+    testkit::eventually(crate::node::DEADLINE, || async {
+        node.call("history", &json!({"channel": "news", "limit": -1})).await["result"]["publications"].is_null()
+    })
+    .await;
+    let after = ann.subscribe(again("news", &before, 0)).await;
+    assert!(!after.recovered && after.offset == 1, "{after:?}");
+}
+
+#[tokio::test]
+async fn a_restart_keeps_what_is_durable() {
+    let dir = TempDir::new().unwrap();
+    let node = Node::start_in(dir.path(), |_| {}).await;
+    let mut ann = Client::connect(&node, "ann").await;
+    let (chat, app) = ("chat:lobby", "app:home#ann");
+    node.publish(chat, json!(0)).await;
+    let before = (ann.subscribe(to(chat)).await, ann.subscribe(to(app)).await);
+    ann.cut();
+    for number in 1..=3 {
+        node.publish(chat, json!(number)).await;
+        node.publish(app, json!(number)).await;
+    }
+    let keyed = json!({"channel": chat, "data": 4, "idempotency_key": "k"});
+    assert_eq!(node.call("publish", &keyed).await["result"]["offset"], 5);
+    node.stop().await;
+
+    let node = reopened(dir.path()).await;
+    let mut ann = Client::connect(&node, "ann").await;
+    let after = ann.subscribe(again(chat, &before.0, 1)).await;
+    assert!(after.recovered, "{after:?}");
+    assert_eq!(numbers(&after.publications), [1, 2, 3, 4]);
+    assert_eq!(node.call("publish", &keyed).await["result"]["offset"], 5, "the key is kept too");
+    node.publish(chat, json!(5)).await;
+    let publication = loop {
+        if let Some(publication) = ann.push().await.r#pub {
+            break publication;
+        }
+    };
+    assert_eq!((publication.offset, number(&publication)), (6, 5));
+
+    let after = ann.subscribe(again(app, &before.1, 0)).await;
+    assert!(!after.recovered && after.epoch != before.1.epoch, "sessions' pages begin anew: {after:?}");
+}
+
+/// The old one's journal is closed once its last handle is dropped, a moment after its stop.
+async fn reopened(dir: &std::path::Path) -> Node {
+    testkit::eventually(crate::node::DEADLINE, || async {
+        std::fs::File::options().write(true).open(dir.join("channels.lock")).unwrap().try_lock().is_ok()
+    })
+    .await;
+    Node::start_in(dir, |_| {}).await
+}
+
+/// Small steps of xorshift: the same seed, the same test.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// Publishers do not pause while clients come, go, are cut and recover: each sees every number once, in order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn no_gap_and_no_double_however_they_meet() {
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
+    println!("seed {seed}");
+    let node = Arc::new(Node::start_with(|config| config.defaults.history_size = 100_000).await);
+    meet(&node, &node, seed).await;
+}
+
+/// Clients of `reading` while `writing` publishes.
+pub async fn meet(writing: &Arc<Node>, reading: &Arc<Node>, seed: u64) {
+    const PUBLISHERS: usize = 3;
+    const PUBLICATIONS: u64 = 1500;
+    let (channel, stop) = ("stream", Arc::new(AtomicBool::new(false)));
+    let published = Arc::new(AtomicU64::new(0));
+    let mut publishers = tokio::task::JoinSet::new();
+    for _ in 0..PUBLISHERS {
+        let (node, published) = (writing.clone(), published.clone());
+        publishers.spawn(async move {
+            let mut client = Client::connect(&node, "publisher").await;
+            while published.fetch_add(1, SeqCst) < PUBLICATIONS {
+                assert!(client.publish(channel, "1").await.publish.is_some());
+            }
+        });
+    }
+    let mut readers = tokio::task::JoinSet::new();
+    for reader in 0..6_u64 {
+        let (node, stop) = (reading.clone(), stop.clone());
+        readers.spawn(read(node, channel, stop, seed.wrapping_add(reader * 7919), ENCODINGS[reader as usize % 2]));
+    }
+    while let Some(done) = publishers.join_next().await {
+        done.unwrap();
+    }
+    stop.store(true, SeqCst);
+    let last = writing.call("history", &json!({"channel": channel})).await["result"]["offset"].as_u64().unwrap();
+    assert_eq!(last, PUBLICATIONS);
+    while let Some(seen) = readers.join_next().await {
+        let (first, offsets) = seen.unwrap();
+        let expected: Vec<u64> = (first + 1..=last).collect();
+        assert_eq!(offsets, expected, "seed {seed}");
+    }
+}
+
+/// Comes and goes until `stop`, then once more: where it began, and the offsets it saw.
+async fn read(
+    node: Arc<Node>,
+    channel: &'static str,
+    stop: Arc<AtomicBool>,
+    seed: u64,
+    encoding: wire::realtime::Encoding,
+) -> (u64, Vec<u64>) {
+    let mut random = Random(seed | 1);
+    let mut client = Client::connect_in(&node, encoding, "reader").await;
+    let mut position = client.subscribe(to(channel)).await;
+    let first = position.offset;
+    let mut seen = Vec::new();
+    loop {
+        let last_round = stop.load(SeqCst);
+        for _ in 0..random.below(30) {
+            // Short: the publishers may be done, and nothing more comes.
+            let push = tokio::time::timeout(std::time::Duration::from_millis(20), client.push());
+            if let Ok(push) = push.await {
+                seen.push(push.r#pub.unwrap().offset);
+            }
+        }
+        let at = seen.last().copied().unwrap_or(first);
+        match random.below(3) {
+            0 => {
+                client.unsubscribe(channel).await;
+                // What was pushed before the unsubscribe took effect counts as well.
+                seen.extend(client.kept().iter().map(|push| push.r#pub.as_ref().unwrap().offset));
+            }
+            _ => {
+                client.cut();
+                client = Client::connect_in(&node, encoding, "reader").await;
+            }
+        }
+        let at = seen.last().copied().unwrap_or(at);
+        position = client.subscribe(again(channel, &position, at)).await;
+        assert!(position.recovered, "seed {seed}: {position:?} from {at}");
+        seen.extend(position.publications.iter().map(|publication| publication.offset));
+        if last_round {
+            return (first, seen);
+        }
+    }
+}
