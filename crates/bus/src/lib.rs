@@ -164,8 +164,11 @@ pub struct ConsumerConfig {
     pub filter: Option<String>,
     /// Redelivered when neither acknowledged nor in progress for this long.
     pub ack_wait: Duration,
-    /// Unacknowledged messages outstanding at most.
+    /// Unacknowledged messages outstanding at most, over all consumers of the name.
     pub max_ack_pending: usize,
+    /// Deliveries that this consumer takes at most and has not yet dropped. What is taken but waits for a place to be
+    /// worked on runs out of its `ack_wait`: a consumer whose work is slow takes no more than it has places.
+    pub max_in_hand: usize,
     /// Start with what is stored (`true`) or with what comes next.
     pub from_start: bool,
 }
@@ -209,6 +212,8 @@ pub struct Delivery {
     /// When it was stored, milliseconds since the epoch.
     pub stored_ms: u64,
     pub(crate) acker: Arc<dyn Acker>,
+    /// Of [`ConsumerConfig::max_in_hand`].
+    pub(crate) _place: tokio::sync::OwnedSemaphorePermit,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

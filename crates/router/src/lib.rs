@@ -71,6 +71,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
             filter: Some(wire::subjects::RESULT.into()),
             ack_wait: Duration::from_secs(30),
             max_ack_pending: 1000,
+            max_in_hand: 1000,
             from_start: true,
         })
         .await?;

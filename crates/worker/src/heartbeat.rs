@@ -10,21 +10,21 @@ use wire::status::{Heartbeat, ProviderStatus};
 
 const INTERVAL: Duration = Duration::from_secs(5);
 
-pub async fn run(worker: Arc<Worker>, cancel: CancellationToken) {
+/// Until `ended`; from `cancel` on the worker is draining.
+pub async fn run(worker: Arc<Worker>, cancel: CancellationToken, ended: CancellationToken) {
     let mut ticks = tokio::time::interval(INTERVAL);
+    let mut draining = false;
     loop {
-        let draining = tokio::select! {
-            () = cancel.cancelled() => true,
-            _ = ticks.tick() => false,
-        };
-        beat(&worker, draining).await;
-        if draining {
-            return;
+        tokio::select! {
+            () = ended.cancelled() => return beat(&worker, Some("stopped")).await,
+            () = cancel.cancelled(), if !draining => draining = true,
+            _ = ticks.tick() => {}
         }
+        beat(&worker, draining.then_some("draining")).await;
     }
 }
 
-async fn beat(worker: &Worker, draining: bool) {
+async fn beat(worker: &Worker, leaving: Option<&str>) {
     let running = worker.running.count() as u64;
     let providers: Vec<ProviderStatus> = worker
         .providers
@@ -38,11 +38,7 @@ async fn beat(worker: &Worker, draining: bool) {
             latency_ms: provider.latency_ms(),
         })
         .collect();
-    let status = match (draining, running) {
-        (true, _) => "draining",
-        (false, 0) => "idle",
-        (false, _) => "busy",
-    };
+    let status = leaving.unwrap_or(if running == 0 { "idle" } else { "busy" });
     let heartbeat = Heartbeat {
         worker_id: worker.id.clone(),
         timestamp: timestamp(),

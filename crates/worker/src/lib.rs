@@ -26,6 +26,8 @@ pub struct Config {
     pub providers: Vec<ProviderConfig>,
     /// What runs when a drain begins may take this long to end; then it is returned to the stream.
     pub drain_timeout: Duration,
+    /// Between deliveries of an assignment that no worker here can run.
+    pub backoff: [Duration; 3],
 }
 
 impl Default for Config {
@@ -35,6 +37,7 @@ impl Default for Config {
             slots: 16,
             providers: vec![provider("echo", Kind::Echo), provider("ops", Kind::Ops)],
             drain_timeout: Duration::from_secs(10),
+            backoff: [1, 5, 15].map(Duration::from_secs),
         }
     }
 }
@@ -85,6 +88,7 @@ pub(crate) struct Worker {
     id: String,
     slots: usize,
     drain_timeout: Duration,
+    backoff: [Duration; 3],
     providers: BTreeMap<String, Arc<Provider>>,
     running: run::Running,
     live: Arc<provider::ops::Live>,
@@ -108,6 +112,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
             filter: Some(wire::subjects::ASSIGN.into()),
             ack_wait: ACK_WAIT,
             max_ack_pending: 1000,
+            max_in_hand: config.slots,
             from_start: true,
         })
         .await?;
@@ -117,6 +122,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         id: format!("worker-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]),
         slots: config.slots,
         drain_timeout: config.drain_timeout,
+        backoff: config.backoff,
         running: run::Running::default(),
         bus,
         providers,
@@ -130,10 +136,15 @@ impl Bound {
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { worker, assignments, cancels, live } = self;
         let mut loops = JoinSet::new();
-        loops.spawn(run::assignments(worker.clone(), assignments, cancel.clone()));
-        loops.spawn(run::cancels(worker.clone(), cancels, cancel.clone()));
-        loops.spawn(provider::ops::listen(worker.live.clone(), live, cancel.clone()));
-        loops.spawn(heartbeat::run(worker, cancel));
+        // What still runs in a drain can be cancelled and is reported, as before.
+        let ended = CancellationToken::new();
+        loops.spawn(run::cancels(worker.clone(), cancels, ended.clone()));
+        loops.spawn(provider::ops::listen(worker.live.clone(), live, ended.clone()));
+        loops.spawn(heartbeat::run(worker.clone(), cancel.clone(), ended.clone()));
+        loops.spawn(async move {
+            let _ended = ended.drop_guard();
+            run::assignments(worker, assignments, cancel).await;
+        });
         while let Some(ended) = loops.join_next().await {
             ended?;
         }

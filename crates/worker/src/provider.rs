@@ -136,8 +136,13 @@ impl Output {
         }
     }
 
+    /// All text so far.
+    pub fn text(&self) -> String {
+        self.text.lock().clone()
+    }
+
     fn so_far(&self) -> Option<Value> {
-        let text = self.text.lock().clone();
+        let text = self.text();
         (!text.is_empty()).then(|| serde_json::json!({"text": text}))
     }
 }

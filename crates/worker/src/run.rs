@@ -2,9 +2,10 @@
 
 use crate::provider::{Job, Outcome, Output};
 use crate::{ACK_WAIT, Worker};
-use bus::{Consumer, Delivery, Message, Subscription};
+use bus::{Bus, Consumer, Delivery, Message, Subscription};
 use parking_lot::Mutex;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -16,30 +17,47 @@ use wire::subjects;
 
 /// Deliveries of one assignment (contract: assign 5); the next one becomes a dead letter and an error result.
 const MAX_DELIVER: u32 = 5;
-/// Between deliveries: 1, 5, then 15 s.
-const BACKOFF: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(15)];
 
-/// What runs now, by request id, so that it can be cancelled.
+/// What runs now, so that it can be counted and cancelled. One request may run twice at a time, when the stream believed
+/// that its first run was lost.
 #[derive(Default)]
-pub struct Running(Mutex<HashMap<String, CancellationToken>>);
+pub struct Running(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    next: u64,
+    runs: HashMap<u64, (String, CancellationToken)>,
+}
+
+/// One run; dropping it takes it off the table.
+struct Run<'a> {
+    running: &'a Running,
+    number: u64,
+    stop: CancellationToken,
+}
 
 impl Running {
     pub fn count(&self) -> usize {
-        self.0.lock().len()
+        self.0.lock().runs.len()
     }
 
-    fn start(&self, request_id: &str) -> CancellationToken {
-        self.0.lock().entry(request_id.into()).or_default().clone()
-    }
-
-    fn end(&self, request_id: &str) {
-        self.0.lock().remove(request_id);
+    fn start(&self, request_id: &str) -> Run<'_> {
+        let stop = CancellationToken::new();
+        let mut table = self.0.lock();
+        table.next += 1;
+        let number = table.next;
+        table.runs.insert(number, (request_id.into(), stop.clone()));
+        Run { running: self, number, stop }
     }
 
     fn cancel(&self, request_id: &str) {
-        if let Some(token) = self.0.lock().get(request_id) {
-            token.cancel();
-        }
+        self.0.lock().runs.values().filter(|(id, _)| id == request_id).for_each(|(_, stop)| stop.cancel());
+    }
+}
+
+impl Drop for Run<'_> {
+    fn drop(&mut self) {
+        self.running.0.lock().runs.remove(&self.number);
     }
 }
 
@@ -96,86 +114,135 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     };
     if delivery.delivered > MAX_DELIVER {
         let text = format!("given up after {MAX_DELIVER} deliveries");
-        let failed = Outcome::failed("max_deliver", text.clone());
-        store(worker, &assignment, failed, Duration::ZERO, 0).await?;
-        return bus::dead_letter::bury(&worker.bus, delivery, &text).await;
+        return fail(worker, delivery, &assignment, "max_deliver", text).await;
     }
     let Some(provider) = worker.providers.get(&assignment.executor.provider_id) else {
-        // Another worker may have it.
-        let tries = (delivery.delivered as usize - 1).min(BACKOFF.len() - 1);
-        let (request_id, provider) = (&assignment.request_id, &assignment.executor.provider_id);
-        tracing::warn!(request_id, provider, "no provider of this name here; returned for another worker");
-        if delivery.delivered == MAX_DELIVER {
-            let text = format!("no worker has a provider named {provider:?}; add it to [[worker.providers]]");
-            store(worker, &assignment, Outcome::failed("unknown_provider", text), Duration::ZERO, 0).await?;
+        return pass_on(worker, delivery, &assignment).await;
+    };
+    // On the table before the record is looked at: a cancel is seen there or here.
+    let run = worker.running.start(&assignment.request_id);
+    match begin(&worker.bus, &assignment).await? {
+        Begin::Run => {}
+        Begin::Cancelled => {
+            store(worker, &assignment, Outcome::cancelled(), None).await?;
             return delivery.ack().await;
         }
-        return delivery.nak(BACKOFF[tries]).await;
-    };
-    if cancelled_before(worker, &assignment).await? {
-        store(worker, &assignment, Outcome::cancelled(), Duration::ZERO, 0).await?;
-        return delivery.ack().await;
+        Begin::Done => return delivery.ack().await,
     }
 
     let (trace_id, tenant_id) = (assignment.correlation.trace_id.as_deref(), &assignment.tenant_id);
     let (request_id, attempt) = (&assignment.request_id, delivery.delivered);
     tracing::info!(trace_id, tenant_id, request_id, provider = provider.name, attempt, "running");
-    let stop = worker.running.start(request_id);
     let deadline = provider.timeout.min(Duration::from_millis(assignment.options.deadline_ms.max(1)));
     let job = Job { task: &assignment.job, request_id, tenant_id };
     let output = Output::new(worker.bus.clone(), request_id, &assignment.assignment_id, attempt);
     provider.running.fetch_add(1, Relaxed);
     let started = Instant::now();
-    let outcome = {
-        let run = provider.run(&job, &output, deadline, &stop);
+    let (outcome, given_up) = {
+        let mut work = std::pin::pin!(provider.run(&job, &output, deadline, &run.stop));
         tokio::select! {
-            outcome = run => Some(outcome),
-            error = keep(delivery) => return Err(error),
-            () = give_up.cancelled() => None,
+            outcome = &mut work => (outcome, false),
+            never = keep(delivery) => match never {},
+            () = give_up.cancelled() => {
+                run.stop.cancel();
+                (work.await, true)
+            }
         }
     };
     let took = started.elapsed();
     provider.running.fetch_sub(1, Relaxed);
-    worker.running.end(request_id);
-    let Some(outcome) = outcome else {
+    drop(run);
+    if given_up && outcome.status == ResultStatus::Cancelled {
         tracing::warn!(trace_id, request_id, "not finished when the drain ended; returned to the stream");
         return delivery.nak(Duration::ZERO).await;
-    };
+    }
     provider.ended(outcome.status == ResultStatus::Success, took);
     metrics::counter!("beamline_worker_runs_total", "provider" => provider.name.clone(), "status" => outcome.status.as_str())
         .increment(1);
     metrics::histogram!("beamline_worker_run_duration_seconds", "provider" => provider.name.clone())
         .record(took.as_secs_f64());
     let (status, error) = (outcome.status.as_str(), outcome.error.clone());
-    store(worker, &assignment, outcome, took, output.count()).await?;
+    store(worker, &assignment, outcome, Some(Ran { took, chunks: output.count() })).await?;
     tracing::info!(trace_id, tenant_id, request_id, status, error, took_ms = took.as_millis() as u64, "ran");
     delivery.ack().await
 }
 
-/// Says "in progress" at a third of the time after which the stream would deliver again; returns only on an error.
-async fn keep(delivery: &Delivery) -> bus::Error {
+/// No provider of its name is here: another worker may have it.
+async fn pass_on(worker: &Worker, delivery: &Delivery, assignment: &ExecAssignment) -> bus::Result<()> {
+    let (request_id, provider) = (&assignment.request_id, &assignment.executor.provider_id);
+    if delivery.delivered == MAX_DELIVER {
+        let text = format!("no worker has a provider named {provider:?}; add it to [[worker.providers]]");
+        return fail(worker, delivery, assignment, "unknown_provider", text).await;
+    }
+    tracing::warn!(request_id, provider, "no provider of this name here; returned for another worker");
+    let tries = (delivery.delivered as usize - 1).min(worker.backoff.len() - 1);
+    delivery.nak(worker.backoff[tries]).await
+}
+
+/// Ends an assignment that never ran: an error result for who waits, a dead letter for who looks after it.
+async fn fail(
+    worker: &Worker,
+    delivery: &Delivery,
+    assignment: &ExecAssignment,
+    code: &'static str,
+    text: String,
+) -> bus::Result<()> {
+    store(worker, assignment, Outcome::failed(code, text.clone()), None).await?;
+    bus::dead_letter::bury(&worker.bus, delivery, &text).await
+}
+
+/// Says "in progress" at a third of the time after which the stream would deliver again. A bus that is away for a moment
+/// does not end the work: at worst it runs twice, and leaves one result.
+async fn keep(delivery: &Delivery) -> Infallible {
     loop {
         tokio::time::sleep(ACK_WAIT / 3).await;
         if let Err(error) = delivery.in_progress().await {
-            return error;
+            tracing::warn!(%error, "the stream was not told that an assignment is in progress");
         }
     }
 }
 
-/// A task that was cancelled while it waited is not begun.
-async fn cancelled_before(worker: &Worker, assignment: &ExecAssignment) -> bus::Result<bool> {
-    let record = worker.bus.kv_get(subjects::BUCKET_TASKS, &assignment.request_id).await?;
-    let task = record.and_then(|(bytes, _)| serde_json::from_slice::<TaskState>(&bytes).ok());
-    Ok(task.is_some_and(|task| task.state == State::Cancelled))
+enum Begin {
+    Run,
+    /// Cancelled while it waited.
+    Cancelled,
+    /// Its result is recorded; only the acknowledgement was lost.
+    Done,
 }
 
-async fn store(
-    worker: &Worker,
-    assignment: &ExecAssignment,
-    outcome: Outcome,
+/// Records that the task runs, unless it has ended.
+async fn begin(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Begin> {
+    loop {
+        let Some((bytes, revision)) = bus.kv_get(subjects::BUCKET_TASKS, &assignment.request_id).await? else {
+            return Ok(Begin::Run);
+        };
+        // Assignments need no record: one of another task, or that cannot be read, says nothing about this one.
+        let task = serde_json::from_slice::<TaskState>(&bytes).ok();
+        let ours = task.filter(|task| task.assignment_id.as_ref() == Some(&assignment.assignment_id));
+        let Some(mut task) = ours else { return Ok(Begin::Run) };
+        match task.state {
+            _ if task.result.is_some() => return Ok(Begin::Done),
+            State::Cancelled => return Ok(Begin::Cancelled),
+            State::Running => return Ok(Begin::Run),
+            State::Queued | State::Assigned | State::Completed | State::Failed => task.state = State::Running,
+        }
+        let record = serde_json::to_vec(&task).expect("a task is JSON").into();
+        match bus.kv_put(subjects::BUCKET_TASKS, &assignment.request_id, record, Some(revision)).await {
+            Ok(_) => return Ok(Begin::Run),
+            // It was cancelled or ended just now: look again.
+            Err(bus::Error::WrongRevision(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Of a run: what never ran took no time and costs nothing.
+struct Ran {
     took: Duration,
     chunks: u64,
-) -> bus::Result<()> {
+}
+
+async fn store(worker: &Worker, assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -> bus::Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
     let result = ExecResult {
         version: VERSION.into(),
@@ -184,22 +251,34 @@ async fn store(
         status: outcome.status,
         provider_id: assignment.executor.provider_id.clone(),
         job: JobType { job_type: assignment.job.task_type.clone() },
-        latency_ms: took.as_millis() as u64,
-        cost: assignment.decision.expected_cost,
+        latency_ms: ran.as_ref().map_or(0, |ran| ran.took.as_millis() as u64),
+        cost: ran.as_ref().map_or(0.0, |_| assignment.decision.expected_cost),
         output: outcome.output,
         trace_id: assignment.correlation.trace_id.clone(),
         tenant_id: Some(assignment.tenant_id.clone()),
         timestamp: Some(now.into()),
         error_code: outcome.error_code.map(String::from),
         error_message: outcome.error,
-        chunks: Some(chunks),
+        chunks: Some(ran.map_or(0, |ran| ran.chunks)),
     };
-    let payload = serde_json::to_vec(&result).expect("a result is JSON").into();
+    match append(&worker.bus, &result).await {
+        // Nobody could ever take it, and running again would not make it smaller.
+        Err(bus::Error::TooLarge { size, max }) => {
+            let text = format!("the output makes a result of {size} bytes, more than the bus takes ({max})");
+            let (error_code, error_message) = (Some("output".into()), Some(text));
+            let status = ResultStatus::Error;
+            append(&worker.bus, &ExecResult { status, output: None, error_code, error_message, ..result }).await
+        }
+        stored => stored,
+    }
+}
+
+async fn append(bus: &Bus, result: &ExecResult) -> bus::Result<()> {
+    let payload = serde_json::to_vec(result).expect("a result is JSON").into();
     let mut headers = bus::Headers::new();
     if let Some(trace) = &result.trace_id {
         headers.insert("trace_id", trace);
     }
     let message = Message { subject: subjects::RESULT.into(), reply: None, headers, payload };
-    worker.bus.append(message, Some(&format!("result-{}", result.assignment_id))).await?;
-    Ok(())
+    bus.append(message, Some(&format!("result-{}", result.assignment_id))).await.map(drop)
 }

@@ -5,7 +5,7 @@ use crate::{Acker, Consumer, ConsumerConfig, Delivery, Outcome, Result};
 use async_trait::async_trait;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -22,19 +22,27 @@ pub async fn start(
 ) -> Result<Consumer> {
     let handle = store.consumer(&config).await?;
     let (sender, receiver) = mpsc::channel(CLAIM_MAX.min(config.max_ack_pending.max(1)));
+    let hand = Arc::new(Semaphore::new(config.max_in_hand.clamp(1, Semaphore::MAX_PERMITS)));
     let cancel = end.child_token();
-    tasks.spawn(pump(store, handle, sender, cancel.clone()));
+    tasks.spawn(pump(store, handle, sender, hand, cancel.clone()));
     Ok(Consumer { receiver, _guard: Box::new(cancel.drop_guard()) })
 }
 
-async fn pump(store: Arc<Store>, consumer: ConsumerHandle, sender: mpsc::Sender<Delivery>, cancel: CancellationToken) {
+async fn pump(
+    store: Arc<Store>,
+    consumer: ConsumerHandle,
+    sender: mpsc::Sender<Delivery>,
+    hand: Arc<Semaphore>,
+    cancel: CancellationToken,
+) {
     loop {
         // Listen first, then look: what is appended in between is not missed.
         let work = consumer.work.clone();
         let told = work.notified();
         tokio::pin!(told);
         told.as_mut().enable();
-        let Some(room) = room(&sender, &cancel).await else { return };
+        let Some(mut places) = room(&sender, &hand, &cancel).await else { return };
+        let room = places.num_permits();
         let idle = match store.claim(&consumer, room).await {
             Ok(claim) => {
                 let more = claim.messages.len() == room;
@@ -50,6 +58,7 @@ async fn pump(store: Arc<Store>, consumer: ConsumerHandle, sender: mpsc::Sender<
                         sequence: claimed.sequence,
                         stored_ms: claimed.stored_ms,
                         acker,
+                        _place: places.split(1).expect("no more is claimed than there are places"),
                     };
                     if sender.send(delivery).await.is_err() {
                         return;
@@ -62,6 +71,7 @@ async fn pump(store: Arc<Store>, consumer: ConsumerHandle, sender: mpsc::Sender<
                 Duration::from_secs(1)
             }
         };
+        drop(places);
         tokio::select! {
             () = cancel.cancelled() => return,
             () = told => {}
@@ -70,14 +80,26 @@ async fn pump(store: Arc<Store>, consumer: ConsumerHandle, sender: mpsc::Sender<
     }
 }
 
-/// How many deliveries the consumer can take now: at least one, else `None` once it is gone.
-async fn room(sender: &mpsc::Sender<Delivery>, cancel: &CancellationToken) -> Option<usize> {
-    let permit = tokio::select! {
-        () = cancel.cancelled() => return None,
-        permit = sender.reserve() => permit.ok()?,
+/// Places for the deliveries that the consumer can take now: at least one, else `None` once it is gone.
+async fn room(
+    sender: &mpsc::Sender<Delivery>,
+    hand: &Arc<Semaphore>,
+    cancel: &CancellationToken,
+) -> Option<OwnedSemaphorePermit> {
+    let ready = async {
+        drop(sender.reserve().await.ok()?);
+        hand.clone().acquire_owned().await.ok()
     };
-    drop(permit);
-    Some(sender.capacity().max(1))
+    let mut places = tokio::select! {
+        () = cancel.cancelled() => return None,
+        place = ready => place?,
+    };
+    let more = hand.available_permits().min(sender.capacity().saturating_sub(1));
+    // Only this pump takes places, so those that were free are.
+    if let Ok(rest) = hand.clone().try_acquire_many_owned(u32::try_from(more).unwrap_or(u32::MAX)) {
+        places.merge(rest);
+    }
+    Some(places)
 }
 
 struct Settle {

@@ -18,7 +18,7 @@ use futures_util::StreamExt;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -47,7 +47,8 @@ pub async fn start(
     ensure(link, &config).await?;
     let (sender, receiver) = mpsc::channel(PULL_MAX.min(config.max_ack_pending.max(1)));
     let cancel = end.child_token();
-    let pump = Pump { link: link.clone(), config, sender, cancel: cancel.clone() };
+    let hand = Arc::new(Semaphore::new(config.max_in_hand.clamp(1, Semaphore::MAX_PERMITS)));
+    let pump = Pump { link: link.clone(), config, sender, hand, cancel: cancel.clone() };
     tasks.spawn(pump.run());
     Ok(Consumer { receiver, _guard: Box::new(cancel.drop_guard()) })
 }
@@ -83,6 +84,8 @@ struct Pump {
     link: Arc<Link>,
     config: ConsumerConfig,
     sender: mpsc::Sender<Delivery>,
+    /// Places for deliveries that are taken and not yet dropped.
+    hand: Arc<Semaphore>,
     cancel: CancellationToken,
 }
 
@@ -114,19 +117,32 @@ impl Pump {
         }
         let inbox = self.link.client.new_inbox();
         let mut incoming = self.link.client.subscribe(format!("{inbox}.*")).await.map_err(|error| error.to_string())?;
+        // Half the room at once, so that a busy consumer does not pull one by one; but a place in hand is never left
+        // empty while others are worked on.
         let half = self.sender.max_capacity().div_ceil(2);
+        let least = if self.config.max_in_hand > PULL_MAX { half } else { 1 };
         for number in 0_u64.. {
-            // Half the room at once, so that a busy consumer does not pull one by one.
-            let Ok(room) = self.sender.reserve_many(half).await else { return Ok(()) };
+            let Ok(room) = self.sender.reserve_many(least).await else { return Ok(()) };
             drop(room);
-            let batch = self.sender.capacity();
+            let Some(places) = self.places(least).await else { return Ok(()) };
             let reply = format!("{inbox}.{number}");
-            self.ask(&reply, batch).await.map_err(|error| error.to_string())?;
-            if self.take(&mut incoming, &reply, batch).await?.is_none() {
+            self.ask(&reply, places.num_permits()).await.map_err(|error| error.to_string())?;
+            if self.take(&mut incoming, &reply, places).await?.is_none() {
                 return Ok(());
             }
         }
         Ok(())
+    }
+
+    /// As many places as there is room for now, at least `least`.
+    async fn places(&self, least: usize) -> Option<OwnedSemaphorePermit> {
+        let count = |places: usize| u32::try_from(places).unwrap_or(u32::MAX);
+        let mut places = self.hand.clone().acquire_many_owned(count(least)).await.ok()?;
+        let more = self.hand.available_permits().min(self.sender.capacity().saturating_sub(least));
+        if let Ok(rest) = self.hand.clone().try_acquire_many_owned(count(more)) {
+            places.merge(rest);
+        }
+        Some(places)
     }
 
     async fn ask(&self, reply: &str, batch: usize) -> Result<()> {
@@ -145,14 +161,18 @@ impl Pump {
     }
 
     /// Hands over what one pull brings, until it is used up or has ended; `None` when nobody takes it any more.
-    async fn take(&self, incoming: &mut Subscriber, reply: &str, batch: usize) -> Result<Option<()>, String> {
-        let mut left = batch;
-        while left > 0 {
+    async fn take(
+        &self,
+        incoming: &mut Subscriber,
+        reply: &str,
+        mut places: OwnedSemaphorePermit,
+    ) -> Result<Option<()>, String> {
+        while places.num_permits() > 0 {
             let message = timeout_at(Instant::now() + SILENCE_MAX, incoming.next()).await;
             let message = message.map_err(|_| "the server is silent".to_string())?.ok_or("the connection is closed")?;
             let Some(status) = message.status else {
-                left -= 1;
-                let Some(delivery) = self.delivery(message) else {
+                let Some(place) = places.split(1) else { return Ok(Some(())) };
+                let Some(delivery) = self.delivery(message, place) else {
                     tracing::error!(stream = self.config.stream, "a message came without its place in the stream");
                     continue;
                 };
@@ -176,7 +196,7 @@ impl Pump {
         Ok(Some(()))
     }
 
-    fn delivery(&self, message: async_nats::Message) -> Option<Delivery> {
+    fn delivery(&self, message: async_nats::Message, place: OwnedSemaphorePermit) -> Option<Delivery> {
         let message = JetMessage { message, context: self.link.jetstream.clone() };
         let info = message.info().ok()?;
         let (sequence, delivered) = (info.stream_sequence, u32::try_from(info.delivered).unwrap_or(u32::MAX));
@@ -185,7 +205,7 @@ impl Pump {
         let mut ours = convert::from_nats(message.message);
         ours.reply = None;
         let acker = Arc::new(Settle { link: self.link.clone(), reply });
-        Some(Delivery { message: ours, delivered, sequence, stored_ms, acker })
+        Some(Delivery { message: ours, delivered, sequence, stored_ms, acker, _place: place })
     }
 }
 

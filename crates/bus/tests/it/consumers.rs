@@ -169,3 +169,26 @@ pub async fn a_burst_comes_whole_and_in_order(bus: Bus) {
     }
     testkit::eventually(SOON, || async { bus.stream_info("S").await.unwrap().messages == 0 }).await;
 }
+
+pub async fn no_more_is_taken_than_there_is_place_for(bus: Bus) {
+    bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
+    let narrow = ConsumerConfig { max_in_hand: 2, ..consumer("c") };
+    let mut slow = bus.consume(narrow.clone()).await.unwrap();
+    for n in 0..5 {
+        bus.append(message("s.a", &n.to_string()), None).await.unwrap();
+    }
+    let first = soon(slow.next()).await.unwrap();
+    let _second = soon(slow.next()).await.unwrap();
+    assert!(timeout(QUIET, slow.next()).await.is_err(), "both hands are full");
+    // What it has no place for, another takes.
+    let mut other = bus.consume(ConsumerConfig { max_in_hand: 1, ..narrow }).await.unwrap();
+    let third = soon(other.next()).await.unwrap();
+    third.ack().await.unwrap();
+    drop(third);
+    let fourth = soon(other.next()).await.unwrap();
+    first.ack().await.unwrap();
+    drop(first);
+    let fifth = soon(slow.next()).await.unwrap();
+    assert_eq!((text(&fourth.message), text(&fifth.message)), ("3", "4"));
+    assert_eq!((fourth.delivered, fifth.delivered), (1, 1));
+}

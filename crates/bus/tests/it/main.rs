@@ -62,6 +62,7 @@ conformance! {
     consumers::a_consumer_may_start_with_what_comes_next,
     consumers::unacknowledged_messages_are_bounded,
     consumers::a_burst_comes_whole_and_in_order,
+    consumers::no_more_is_taken_than_there_is_place_for,
     buckets::values_come_back_with_their_revision,
     buckets::an_expected_revision_is_kept,
     buckets::of_many_creators_one_wins,
@@ -106,6 +107,7 @@ fn consumer(name: &str) -> ConsumerConfig {
         filter: None,
         ack_wait: Duration::from_secs(10),
         max_ack_pending: 256,
+        max_in_hand: 256,
         from_start: true,
     }
 }

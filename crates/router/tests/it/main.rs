@@ -140,6 +140,7 @@ impl Router {
             filter: None,
             ack_wait: Duration::from_secs(30),
             max_ack_pending: 10_000,
+            max_in_hand: 10_000,
             from_start: true,
         };
         let mut consumer = self.bus.consume(config).await.unwrap();

@@ -3,8 +3,9 @@
 use super::{Job, Outcome, Output};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use parking_lot::Mutex;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command as Process};
@@ -22,7 +23,8 @@ pub struct Command {
 }
 
 enum End {
-    Done(std::io::Result<String>),
+    Exited(ExitStatus),
+    Failed(Outcome),
     Stopped,
     TimedOut,
 }
@@ -51,50 +53,55 @@ impl Command {
             let _ = stdin.write_all(&input).await;
             drop(stdin);
         };
-        let mut errors = String::new();
+        let last_words = Mutex::new(Vec::new());
         let end = {
-            let talk = async {
+            let pipes = async {
                 // An error of the output ends the run at once; the other pipes are not waited for.
-                let rest = async {
-                    let ((), tail) = tokio::join!(feed, tail(stderr));
-                    Ok(tail)
-                };
-                let (text, tail) = tokio::try_join!(stream(stdout, output, self.output_max), rest)?;
-                errors = tail;
-                Ok(text)
+                let rest = async { Ok(tokio::join!(feed, tail(stderr, &last_words))) };
+                tokio::try_join!(stream(stdout, output, self.output_max), rest).map(drop)
             };
             tokio::select! {
-                text = talk => End::Done(text),
+                end = finish(&mut child, &group, pipes) => end,
                 () = stop.cancelled() => End::Stopped,
                 () = tokio::time::sleep(limit) => End::TimedOut,
             }
         };
-        match end {
-            End::Done(Ok(text)) => match tokio::time::timeout(limit, child.wait()).await {
-                Ok(Ok(status)) if status.success() => Outcome::text(text),
-                Ok(Ok(status)) => {
-                    Outcome::failed("exit_status", format!("{status}; its last words: {}", errors.trim()))
-                }
-                Ok(Err(error)) => Outcome::failed("wait_failed", error.to_string()),
-                Err(_) => {
-                    group.end(&mut child).await;
-                    Outcome::timeout(limit)
-                }
-            },
-            End::Done(Err(error)) => {
-                group.end(&mut child).await;
-                Outcome::failed("output", error.to_string())
+        let outcome = match end {
+            End::Exited(status) if status.success() => return Outcome::text(output.text()),
+            End::Exited(status) => {
+                let words = String::from_utf8_lossy(&last_words.lock()).trim().to_string();
+                return Outcome::failed("exit_status", format!("{status}; its last words: {words}"));
             }
-            End::Stopped => {
-                group.end(&mut child).await;
-                Outcome::cancelled()
-            }
-            End::TimedOut => {
-                group.end(&mut child).await;
-                Outcome::timeout(limit)
-            }
+            End::Failed(outcome) => outcome,
+            End::Stopped => Outcome::cancelled(),
+            End::TimedOut => Outcome::timeout(limit),
+        };
+        group.end(&mut child).await;
+        outcome
+    }
+}
+
+/// Until the program has exited and its pipes are read. What it has started and left behind in its group may hold the
+/// pipes open: it gets a moment, then its end.
+async fn finish(child: &mut Child, group: &Group, pipes: impl Future<Output = std::io::Result<()>>) -> End {
+    let mut pipes = std::pin::pin!(pipes);
+    let failed = |error: std::io::Error| End::Failed(Outcome::failed("output", error.to_string()));
+    let status = tokio::select! {
+        read = &mut pipes => match read {
+            Ok(()) => return child.wait().await.map_or_else(failed, End::Exited),
+            Err(error) => return failed(error),
+        },
+        status = child.wait() => status,
+    };
+    for signal in [None, Some(Signal::SIGKILL)] {
+        signal.into_iter().for_each(|signal| group.signal(signal));
+        match tokio::time::timeout(GRACE, &mut pipes).await {
+            Ok(Ok(())) => break,
+            Ok(Err(error)) => return failed(error),
+            Err(_) => {}
         }
     }
+    status.map_or_else(failed, End::Exited)
 }
 
 /// Kills the whole group on drop, so that a cancelled run leaves no grandchild.
@@ -124,24 +131,24 @@ impl Drop for Group {
     }
 }
 
-/// Publishes what comes as text, cut only between characters; the whole of it at the end.
-async fn stream(mut from: impl AsyncRead + Unpin, output: &Output, max: usize) -> std::io::Result<String> {
-    let mut text = String::new();
+/// Publishes what comes as text, cut only between characters.
+async fn stream(mut from: impl AsyncRead + Unpin, output: &Output, max: usize) -> std::io::Result<()> {
     let mut pending: Vec<u8> = Vec::new();
     let mut buffer = [0_u8; 4096];
+    let mut total = 0;
     loop {
         let read = from.read(&mut buffer).await?;
         pending.extend_from_slice(&buffer[..read]);
         let whole = if read == 0 { pending.len() } else { whole_characters(&pending) };
         let piece = String::from_utf8_lossy(&pending[..whole]).into_owned();
         pending.drain(..whole);
-        if text.len() + piece.len() > max {
+        total += piece.len();
+        if total > max {
             return Err(std::io::Error::other(format!("the program wrote more than {max} bytes; it was ended")));
         }
         output.push(&piece).await;
-        text.push_str(&piece);
         if read == 0 {
-            return Ok(text);
+            return Ok(());
         }
     }
 }
@@ -156,20 +163,18 @@ fn whole_characters(bytes: &[u8]) -> usize {
     }
 }
 
-/// The end of what comes.
-async fn tail(mut from: impl AsyncRead + Unpin) -> String {
-    let mut kept: Vec<u8> = Vec::new();
+/// Keeps the end of what comes.
+async fn tail(mut from: impl AsyncRead + Unpin, kept: &Mutex<Vec<u8>>) {
     let mut buffer = [0_u8; 1024];
     while let Ok(read) = from.read(&mut buffer).await {
         if read == 0 {
-            break;
+            return;
         }
+        let mut kept = kept.lock();
         kept.extend_from_slice(&buffer[..read]);
-        if kept.len() > STDERR_MAX {
-            kept.drain(..kept.len() - STDERR_MAX);
-        }
+        let over = kept.len().saturating_sub(STDERR_MAX);
+        kept.drain(..over);
     }
-    String::from_utf8_lossy(&kept).into_owned()
 }
 
 #[cfg(test)]

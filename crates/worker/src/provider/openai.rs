@@ -9,6 +9,8 @@ use std::time::Duration;
 const LINE_MAX: usize = 256 * 1024;
 /// An answer is not longer.
 const ANSWER_MAX: usize = 1024 * 1024;
+/// Of an error's body, this many bytes are shown.
+const ERROR_TEXT_MAX: usize = 300;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct OpenAi {
@@ -26,7 +28,8 @@ impl OpenAi {
         model: String,
         system: Option<String>,
     ) -> reqwest::Result<Self> {
-        let client = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).build()?;
+        // No proxy from the environment: settings come from the configuration only.
+        let client = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).no_proxy().build()?;
         let url = format!("{}/chat/completions", base_url.trim_end_matches('/'));
         Ok(Self { client, url, api_key, model, system })
     }
@@ -58,11 +61,11 @@ impl OpenAi {
             response.map_err(|e| Outcome::failed("unreachable", format!("{} cannot be reached: {e}", self.url)))?;
         let status = response.status();
         if !status.is_success() {
-            let text = response.text().await.unwrap_or_default();
-            let short: String = text.chars().take(300).collect();
-            return Err(Outcome::failed("refused", format!("{} answered {status}: {short}", self.url)));
+            let text = start(response).await;
+            return Err(Outcome::failed("refused", format!("{} answered {status}: {text}", self.url)));
         }
         let mut answer = String::new();
+        let mut finished = false;
         let mut buffer: Vec<u8> = Vec::new();
         let mut pieces = response.bytes_stream();
         while let Some(piece) = pieces.next().await {
@@ -71,7 +74,8 @@ impl OpenAi {
             while let Some(end) = buffer.iter().position(|b| *b == b'\n') {
                 let line: Vec<u8> = buffer.drain(..=end).collect();
                 match event(&line) {
-                    Event::Text(text) => {
+                    Event::Text { text, last } => {
+                        finished |= last;
                         if answer.len() + text.len() > ANSWER_MAX {
                             return Err(Outcome::failed(
                                 "output",
@@ -83,6 +87,9 @@ impl OpenAi {
                     }
                     Event::Done => return Ok(answer),
                     Event::Failed(text) => return Err(Outcome::failed("refused", text)),
+                    Event::Garbage => {
+                        return Err(Outcome::failed("broken_stream", "a piece of the answer is not JSON"));
+                    }
                     Event::Nothing => {}
                 }
             }
@@ -93,13 +100,32 @@ impl OpenAi {
                 ));
             }
         }
-        Err(Outcome::failed("broken_stream", "the answer ended without [DONE]"))
+        // Some endpoints say why they stopped and then just end.
+        if finished { Ok(answer) } else { Err(Outcome::failed("broken_stream", "the answer ended without [DONE]")) }
     }
 }
 
+/// The start of an error's body, which may be of any size.
+async fn start(response: reqwest::Response) -> String {
+    let mut body = Vec::new();
+    let mut pieces = response.bytes_stream();
+    while let Some(Ok(piece)) = pieces.next().await
+        && body.len() < ERROR_TEXT_MAX
+    {
+        body.extend_from_slice(&piece);
+    }
+    body.truncate(ERROR_TEXT_MAX);
+    String::from_utf8_lossy(&body).trim().to_string()
+}
+
 enum Event {
-    Text(String),
+    /// `last`: it came with a reason to stop.
+    Text {
+        text: String,
+        last: bool,
+    },
     Done,
+    Garbage,
     Failed(String),
     Nothing,
 }
@@ -111,14 +137,17 @@ fn event(line: &[u8]) -> Event {
         return Event::Done;
     }
     let Ok(value) = serde_json::from_str::<Value>(data) else {
-        return Event::Failed("a piece of the answer is not JSON".into());
+        return Event::Garbage;
     };
     if let Some(error) = value.get("error") {
         let text = error["message"].as_str().map_or_else(|| error.to_string(), String::from);
         return Event::Failed(text);
     }
-    match value["choices"][0]["delta"]["content"].as_str() {
-        Some(text) => Event::Text(text.into()),
+    let choice = &value["choices"][0];
+    let last = choice["finish_reason"].is_string();
+    match choice["delta"]["content"].as_str() {
+        Some(text) => Event::Text { text: text.into(), last },
+        None if last => Event::Text { text: String::new(), last },
         None => Event::Nothing,
     }
 }
