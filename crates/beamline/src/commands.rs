@@ -1,3 +1,5 @@
 //! The subcommands beside `up`.
 
 pub mod keys;
+pub mod submit;
+pub mod user;

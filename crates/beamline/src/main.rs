@@ -9,6 +9,7 @@ mod http;
 mod listen;
 mod log;
 mod secrets;
+mod wiring;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -22,20 +23,11 @@ fn main() -> ExitCode {
     let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
     let done = match cli.command {
         cli::Command::Up(setting) => up(setting),
-        cli::Command::Submit(args) => {
-            drop(args);
-            Ok(())
-        }
-        cli::Command::Ping(args) => {
-            drop(args);
-            Ok(())
-        }
+        cli::Command::Submit(args) => in_runtime(commands::submit::submit(args)),
+        cli::Command::Ping(args) => in_runtime(commands::submit::ping(args)),
         cli::Command::Token(args) => commands::keys::token(args),
         cli::Command::ApiKey(args) => commands::keys::api_key(args),
-        cli::Command::User(cli::User::Add { name, data_dir }) => {
-            drop((name, data_dir));
-            Ok(())
-        }
+        cli::Command::User(cli::User::Add { name, data_dir }) => in_runtime(commands::user::add(name, data_dir)),
         cli::Command::Config(cli::Config::Show(setting)) => show(setting),
         cli::Command::Config(cli::Config::Check(setting)) => check(setting),
     };
@@ -56,10 +48,7 @@ fn up(setting: cli::Setting) -> anyhow::Result<()> {
     let settings = config::load(&setting.into_layers())?;
     log::init(&settings)?;
     let runtime = tokio::runtime::Runtime::new()?;
-    let done = runtime.block_on(async move {
-        drop(settings);
-        Ok(())
-    });
+    let done = runtime.block_on(wiring::up(settings));
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     done
 }

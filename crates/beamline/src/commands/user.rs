@@ -1,0 +1,28 @@
+//! `beamline user`: the people who may sign in.
+
+use crate::cli;
+use crate::config::{Layers, load};
+use crate::{secrets, wiring};
+use anyhow::{Result, bail};
+use std::io::{BufRead, IsTerminal, Write};
+
+pub async fn add(name: String, args: cli::DataDir) -> Result<()> {
+    let mut layers = Layers::from_process();
+    layers.flags.extend(args.data_dir.map(|dir| ("data_dir", dir)));
+    let settings = load(&layers)?;
+    let data_dir = settings.values.path("data_dir");
+    secrets::data_dir(&data_dir)?;
+    let config = wiring::parts::webapp_config(&settings, &data_dir)?;
+    if std::io::stdin().is_terminal() {
+        write!(std::io::stderr(), "password for {name}: ")?;
+    }
+    let mut password = String::new();
+    std::io::stdin().lock().read_line(&mut password)?;
+    let password = password.trim_end_matches(['\r', '\n']);
+    if password.is_empty() {
+        bail!("no password came; it is read from standard input");
+    }
+    let user = webapp::add_user(&config, &name, password).await?;
+    println!("{} may sign in", user.name);
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! Starts the parts on one bus, waits, and drains them in the order the data flows.
+
+use crate::config::Settings;
+use crate::health::{self, Health};
+use crate::{grpc, http, listen, secrets};
+use anyhow::{Context, Result, anyhow};
+use bus::Bus;
+use std::future::Future;
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+pub mod parts;
+
+/// Parts that stop together; the stages stop one after the other.
+struct Stage {
+    name: &'static str,
+    cancel: CancellationToken,
+    parts: JoinSet<(&'static str, Result<()>)>,
+}
+
+impl Stage {
+    fn new(name: &'static str) -> Self {
+        Self { name, cancel: CancellationToken::new(), parts: JoinSet::new() }
+    }
+
+    fn run<F, R>(&mut self, part: &'static str, run: R)
+    where
+        R: FnOnce(CancellationToken) -> F,
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        let run = run(self.cancel.clone());
+        self.parts.spawn(async move { (part, run.await) });
+    }
+
+    /// The first part that ends; never, when the stage runs none.
+    async fn first_end(&mut self) -> Result<()> {
+        match self.parts.join_next().await {
+            None => std::future::pending().await,
+            Some(Ok((part, Ok(())))) => Err(anyhow!("the {part} ended before it was told to")),
+            Some(Ok((part, Err(error)))) => Err(error.context(format!("the {part} failed"))),
+            Some(Err(panic)) => Err(anyhow!(panic).context(format!("a part of stage {} panicked", self.name))),
+        }
+    }
+
+    async fn drain(mut self, deadline: Duration) -> bool {
+        self.cancel.cancel();
+        let drained = tokio::time::timeout(deadline, async {
+            while let Some(ended) = self.parts.join_next().await {
+                match ended {
+                    Ok((part, Ok(()))) => tracing::debug!(part, "drained"),
+                    Ok((part, Err(error))) => tracing::error!(part, "failed while draining: {error:#}"),
+                    Err(panic) => tracing::error!(stage = self.name, %panic, "panicked while draining"),
+                }
+            }
+        });
+        let clean = drained.await.is_ok();
+        if !clean {
+            tracing::error!(stage = self.name, "not drained within {deadline:?}; ending it");
+        }
+        clean
+    }
+}
+
+pub async fn up(settings: Settings) -> Result<()> {
+    let values = &settings.values;
+    let data_dir = values.path("data_dir");
+    secrets::data_dir(&data_dir)?;
+
+    // Signals from here on: a Ctrl-C during the start must not leave half of it behind.
+    let mut signals = Signals::new()?;
+    let draining = CancellationToken::new();
+
+    let (http_listener, http_address) = listen::bind("http.listen", values.address("http.listen"))?;
+    let (ops_listener, ops_address) = listen::bind("ops.listen", values.address("ops.listen"))?;
+    let (grpc_listener, grpc_address) = listen::bind("grpc.listen", values.address("grpc.listen"))?;
+
+    let metrics = metrics_exporter_prometheus::PrometheusBuilder::new()
+        .set_buckets(&[0.000_025, 0.000_1, 0.000_25, 0.001, 0.002_5, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0])?
+        .install_recorder()
+        .context("cannot install the metrics recorder")?;
+
+    let bus = parts::bus(&settings, &data_dir).await?;
+    tracing::info!(bus = bus.describe(), "bus is up");
+
+    let mut intake = Stage::new("intake");
+    let mut work = Stage::new("work");
+    let mut pages = Stage::new("pages");
+    let mut nodes = Stage::new("nodes");
+    let mut last = Stage::new("operations");
+    let mut routes = axum::Router::new();
+    let mut checks: Vec<(&'static str, health::Check)> = vec![("bus", bus_check(bus.clone()))];
+    let mut socket = None;
+    let mut sign_in = None;
+
+    // Consumers first, producers last: the first request already finds who serves it.
+    if settings.has_role("cluster") {
+        let node = parts::cluster(&settings, &data_dir, http_address, bus.clone()).await?;
+        routes = routes.merge(node.routes());
+        let ready = node.ready();
+        checks.push((
+            "channels",
+            Box::new(move || {
+                let ready = ready.clone();
+                Box::pin(async move { ready.check().await })
+            }),
+        ));
+        nodes.run("cluster node", |cancel| async move { Ok(node.run(cancel).await?) });
+    }
+    if settings.has_role("worker") {
+        let worker = parts::worker(&settings, bus.clone()).await?;
+        work.run("worker", |cancel| async move { Ok(worker.run(cancel).await?) });
+    }
+    if settings.has_role("router") {
+        let router = parts::router(&settings, bus.clone()).await?;
+        work.run("router", |cancel| async move { Ok(router.run(cancel).await?) });
+    }
+    if settings.has_role("webapp") {
+        let webapp = parts::webapp(&settings, &data_dir, bus.clone()).await?;
+        if let Some(password) = webapp.first_password() {
+            secrets::keep(&data_dir, secrets::ADMIN_PASSWORD, password)?;
+        }
+        sign_in = secrets::read(&data_dir, secrets::ADMIN_PASSWORD).ok();
+        routes = routes.merge(webapp.routes());
+        pages.run("web app", |cancel| async move { Ok(webapp.run(cancel).await?) });
+    }
+    if settings.has_role("gateway") {
+        let gateway = parts::gateway(&settings, bus.clone()).await?;
+        socket = Some(gateway.socket().to_path_buf());
+        intake.run("gateway", |cancel| async move { Ok(gateway.run(cancel).await?) });
+    }
+
+    let health = Arc::new(Health {
+        checks,
+        metrics: metrics.clone(),
+        metrics_public: values.flag("ops.metrics_public"),
+        draining: draining.clone(),
+    });
+    let routes = routes.merge(health::http_routes(health.clone()));
+    let max = values.count("http.max_connections");
+    nodes.run("HTTP listener", |cancel| async move {
+        http::serve(http_listener, routes, max, cancel).await;
+        Ok(())
+    });
+    last.run("operations listener", |cancel| async move {
+        http::serve(ops_listener, health::ops_routes(health), 64, cancel).await;
+        Ok(())
+    });
+    last.run("gRPC listener", |cancel| grpc::serve(grpc_listener, cancel));
+    last.run("metrics upkeep", |cancel| upkeep(metrics, cancel));
+
+    let ready = serde_json::json!({
+        "http": http_address.to_string(), "ops": ops_address.to_string(), "grpc": grpc_address.to_string(),
+        "socket": socket, "pid": std::process::id(),
+    });
+    writeln!(std::io::stdout(), "ready {ready}")?;
+    std::io::stdout().flush()?;
+    greet(&settings, http_address, socket.as_deref(), sign_in.as_deref());
+
+    let mut stages = [intake, work, pages, nodes, last];
+    let [intake, work, pages, nodes, last] = &mut stages;
+    let ended = tokio::select! {
+        name = signals.next() => { tracing::info!(signal = name, "draining"); Ok(()) }
+        ended = intake.first_end() => ended,
+        ended = work.first_end() => ended,
+        ended = pages.first_end() => ended,
+        ended = nodes.first_end() => ended,
+        ended = last.first_end() => ended,
+    };
+    if let Err(error) = &ended {
+        tracing::error!("{error:#}; draining the rest");
+    }
+
+    draining.cancel();
+    let deadline = values.duration("shutdown.deadline");
+    let drain = async {
+        let mut clean = true;
+        for stage in stages {
+            clean &= stage.drain(deadline).await;
+        }
+        clean
+    };
+    let clean = tokio::select! {
+        clean = drain => clean,
+        name = signals.next() => return Err(anyhow!("{name} again: ended without draining")),
+    };
+    ended?;
+    if clean { Ok(()) } else { Err(anyhow!("a stage was not drained in time")) }
+}
+
+/// SIGTERM and Ctrl-C.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+fn bus_check(bus: Bus) -> health::Check {
+    Box::new(move || {
+        let bus = bus.clone();
+        Box::pin(async move { bus.health().await.map_err(|e| e.to_string()) })
+    })
+}
+
+/// Histograms hold their samples until somebody drains them.
+async fn upkeep(metrics: metrics_exporter_prometheus::PrometheusHandle, cancel: CancellationToken) -> Result<()> {
+    let mut ticks = tokio::time::interval(Duration::from_secs(5));
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return Ok(()),
+            _ = ticks.tick() => metrics.run_upkeep(),
+        }
+    }
+}
+
+/// For the person who started it, on stderr; programs read the `ready` line.
+fn greet(
+    settings: &Settings,
+    http: std::net::SocketAddr,
+    socket: Option<&std::path::Path>,
+    admin_password: Option<&str>,
+) {
+    if settings.values.text("log.format") == "json" {
+        return;
+    }
+    let mut lines = vec![format!("beamline {} is up", env!("CARGO_PKG_VERSION"))];
+    if settings.has_role("webapp") {
+        lines.push(format!("  chat      http://{http}/"));
+        lines.push(format!("  console   http://{http}/console"));
+        match admin_password {
+            Some(password) => lines.push(format!("  sign in   name admin, password {password}")),
+            None => lines.push("  sign in   with your account".into()),
+        }
+        if settings.values.flag("auth.signup") {
+            lines.push("            or create an account on the page".into());
+        }
+    }
+    if let Some(socket) = socket {
+        let socket = match settings.values.source("gateway.socket") {
+            Some(crate::config::Source::Default) => String::new(),
+            _ => format!(" --socket {}", socket.display()),
+        };
+        lines.push("  try".into());
+        lines.push(format!(
+            "    beamline submit{socket} --type echo --wait stream '{{\"prompt\":\"hello from a program\"}}'"
+        ));
+        lines.push(format!("    beamline submit{socket} --type ops --wait result '{{\"prompt\":\"status\"}}'"));
+    }
+    let _ = writeln!(std::io::stderr(), "\n{}\n", lines.join("\n"));
+}

@@ -1,0 +1,159 @@
+//! From settings to each part's own configuration.
+
+use crate::config::{Settings, Values};
+use crate::secrets;
+use anyhow::{Context, Result, bail};
+use bus::Bus;
+use std::net::SocketAddr;
+use std::path::Path;
+
+pub async fn bus(settings: &Settings, data_dir: &Path) -> Result<Bus> {
+    let values = &settings.values;
+    let Some(url) = values.maybe_text("nats.url") else {
+        return Ok(bus::local::Local::open(data_dir).await?);
+    };
+    let config = bus::nats::NatsConfig {
+        url,
+        name: format!("beamline {}", values.list("roles").join(",")),
+        user: values.maybe_text("nats.user"),
+        password: values.maybe_text("nats.password"),
+        token: values.maybe_text("nats.token"),
+        credentials: values.maybe_path("nats.credentials"),
+    };
+    Ok(bus::nats::Nats::connect(config).await?)
+}
+
+pub async fn cluster(settings: &Settings, data_dir: &Path, http: SocketAddr, bus: Bus) -> Result<cluster::Bound> {
+    let values = &settings.values;
+    let defaults = cluster::Config::default();
+    let urls = values.list("redis.urls");
+    let engine = match urls.as_slice() {
+        [] => cluster::EngineConfig::Memory { dir: data_dir.into() },
+        [url] => cluster::EngineConfig::Redis { url: url.clone() },
+        _ => bail!("redis.urls names several servers; a Redis Cluster is not supported yet, name one server"),
+    };
+    let mut namespaces = defaults.namespaces;
+    for values in &settings.namespaces {
+        let fresh = cluster::Namespace { name: values.text("name"), rules: rules(values) };
+        // One of ours may be replaced.
+        namespaces.retain(|known| known.name != fresh.name);
+        namespaces.push(fresh);
+    }
+    let config = cluster::Config {
+        node: values.maybe_text("cluster.node").unwrap_or(defaults.node),
+        address: http.to_string(),
+        max_connections: values.count("cluster.max_connections"),
+        ping_interval: values.duration("cluster.ping_interval"),
+        pong_timeout: values.duration("cluster.pong_timeout"),
+        token_secret: secrets::load_or_create(data_dir, secrets::TOKEN_SECRET)?.into_bytes(),
+        api_key: secrets::load_or_create(data_dir, secrets::API_KEY)?,
+        origins: values.list("http.origins"),
+        client_queue: values.count("cluster.client_queue"),
+        drain_period: values.duration("cluster.drain_period"),
+        namespaces,
+        defaults: settings.namespace_defaults.as_ref().map_or(defaults.defaults, rules),
+        engine,
+        ..cluster::Config::default()
+    };
+    cluster::bind(config, bus).await.context("the cluster node cannot start")
+}
+
+fn rules(values: &Values) -> cluster::Rules {
+    cluster::Rules {
+        history_size: values.count("history_size"),
+        history_ttl: values.duration("history_ttl"),
+        presence: values.flag("presence"),
+        join_leave: values.flag("join_leave"),
+        recovery: values.flag("recovery"),
+        publish: values.flag("publish"),
+        ..cluster::Rules::default()
+    }
+}
+
+pub async fn worker(settings: &Settings, bus: Bus) -> Result<worker::Bound> {
+    let values = &settings.values;
+    let mut config = worker::Config {
+        slots: values.count("worker.slots"),
+        drain_timeout: values.duration("shutdown.deadline"),
+        ..worker::Config::default()
+    };
+    for values in &settings.providers {
+        let fresh = provider(values)?;
+        // `echo` and `ops` are there unless replaced.
+        config.providers.retain(|known| known.name != fresh.name);
+        config.providers.push(fresh);
+    }
+    worker::bind(config, bus).await.context("the worker cannot start")
+}
+
+fn provider(values: &Values) -> Result<worker::ProviderConfig> {
+    let name = values.text("name");
+    let needed = |key: &str| format!("provider {name} needs {key}");
+    let kind = match values.text("kind").as_str() {
+        "echo" => worker::Kind::Echo,
+        "ops" => worker::Kind::Ops,
+        "command" => worker::Kind::Command {
+            program: values.maybe_path("program").with_context(|| needed("program"))?,
+            args: values.list("args"),
+            output_max: values.count("output_max"),
+        },
+        "openai" => worker::Kind::OpenAi {
+            base_url: values.maybe_text("base_url").with_context(|| needed("base_url"))?,
+            api_key: values.maybe_text("api_key"),
+            model: values.maybe_text("model").with_context(|| needed("model"))?,
+            system: values.maybe_text("system"),
+        },
+        other => bail!("provider {name} is of the unknown kind {other}"),
+    };
+    Ok(worker::ProviderConfig { name, kind, timeout: values.duration("timeout") })
+}
+
+pub async fn router(settings: &Settings, bus: Bus) -> Result<router::Bound> {
+    let values = &settings.values;
+    let config = router::Config {
+        policies: values.path("router.policies"),
+        max_in_flight: values.count("router.max_in_flight"),
+        drain_timeout: values.duration("shutdown.deadline"),
+    };
+    router::bind(config, bus).await.context("the router cannot start")
+}
+
+/// Also what `beamline user` works on.
+pub fn webapp_config(settings: &Settings, data_dir: &Path) -> Result<webapp::Config> {
+    let values = &settings.values;
+    Ok(webapp::Config {
+        data_dir: data_dir.into(),
+        database_url: values.maybe_text("database.url"),
+        token_secret: secrets::load_or_create(data_dir, secrets::TOKEN_SECRET)?.into_bytes(),
+        token_ttl: values.duration("auth.token_ttl"),
+        signup: values.flag("auth.signup"),
+        origins: values.list("http.origins"),
+    })
+}
+
+pub async fn webapp(settings: &Settings, data_dir: &Path, bus: Bus) -> Result<webapp::Bound> {
+    let config = webapp_config(settings, data_dir)?;
+    webapp::bind(config, bus).await.context("the web app cannot start")
+}
+
+pub async fn gateway(settings: &Settings, bus: Bus) -> Result<gateway::Bound> {
+    let values = &settings.values;
+    let uids = values
+        .list("gateway.allowed_uids")
+        .into_iter()
+        .map(|uid| uid.parse::<u32>().with_context(|| format!("gateway.allowed_uids holds {uid:?}, which is no uid")));
+    let config = gateway::Config {
+        socket: values.path("gateway.socket"),
+        max_connections: values.count("gateway.max_connections"),
+        max_in_flight: values.count("gateway.max_in_flight"),
+        max_in_flight_v1: values.count("gateway.max_in_flight_v1"),
+        max_in_flight_v2: values.count("gateway.max_in_flight_v2"),
+        read_timeout: values.duration("gateway.read_timeout"),
+        write_timeout: values.duration("gateway.write_timeout"),
+        request_timeout: values.duration("gateway.request_timeout"),
+        receive_budget: values.count("gateway.receive_budget"),
+        drain_timeout: values.duration("shutdown.deadline"),
+        allowed_uids: uids.collect::<Result<_>>()?,
+    };
+    gateway::bind(config, bus).await.context("the gateway cannot start")
+}
