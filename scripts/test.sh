@@ -23,6 +23,7 @@ step "pages: size" npm --prefix frontend run --silent size
 step clippy $CARGO clippy --workspace --all-targets --quiet -- -D warnings
 # With `xtask tidy`, which is one of the tests.
 step tests $CARGO test --workspace
-# The binary that the tests have built.
-step "browser" env BEAMLINE="$PWD/target/debug/beamline" npm --prefix frontend run --silent test:browser
+# For the browser; the tests have built all but the linking.
+step binary $CARGO build --package beamline
+step browser env BEAMLINE="$PWD/target/debug/beamline" npm --prefix frontend run --silent test:browser
 echo "== all passed"
