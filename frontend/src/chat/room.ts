@@ -31,6 +31,7 @@ export class Room {
   private loadedAt = 0;
   private typingSentAt = 0;
   private readonly clients = new Map<string, Person>();
+  private reloadTimer: ReturnType<typeof setTimeout> | undefined;
   private typingTimer: ReturnType<typeof setTimeout> | undefined;
 
   constructor(
@@ -207,7 +208,18 @@ export class Room {
     this.queue = [];
     if (actions.length === 0) return;
     this.state.value = actions.reduce(reduce, this.state.peek());
-    if (this.state.peek().gap && Date.now() - this.loadedAt > RELOAD_PAUSE_MS) void this.load();
+    if (this.state.peek().gap) this.reload();
+  }
+
+  /** Not more often than once a pause, however many pieces are missing. */
+  private reload(): void {
+    this.reloadTimer ??= setTimeout(
+      () => {
+        this.reloadTimer = undefined;
+        if (this.state.peek().gap) void this.load();
+      },
+      Math.max(0, this.loadedAt + RELOAD_PAUSE_MS - Date.now()),
+    );
   }
 
   private dispatch(action: Action): void {

@@ -89,7 +89,7 @@ export default function Plot(props: PlotProps) {
     setHidden(next);
   };
 
-  const yTicks = ticks(range, 4, unit === "bytes" ? 1024 : 10);
+  const yTicks = ticks(range, 5, unit === "bytes" ? 1024 : 10);
   const xTicks = time ? timeTicks(xRange, boxWidth / 80) : ticks(xRange, boxWidth / 80);
   const label = `${props.title}: ${series.map((one) => `${one.label} ${shown(one.values[one.values.length - 1], unit)}`).join(", ")}`;
   return (
@@ -113,7 +113,7 @@ export default function Plot(props: PlotProps) {
               {xTicks.map((tick) => (
                 <g key={tick} transform={`translate(${LEFT + toX(tick)} 0)`}>
                   <path class="grid" d={`M0 ${TOP}v${BOX_HEIGHT}`} />
-                  <text y={HEIGHT - 6} text-anchor="middle">{time ? timeTick(tick, (xTicks[1] ?? 0) - (xTicks[0] ?? 0)) : withUnit(tick, "")}</text>
+                  <text y={HEIGHT - 6} text-anchor={anchor(toX(tick), boxWidth)}>{time ? timeTick(tick, (xTicks[1] ?? 0) - (xTicks[0] ?? 0)) : withUnit(tick, "")}</text>
                 </g>
               ))}
               <svg x={LEFT} y={TOP} width={boxWidth} height={BOX_HEIGHT}>
@@ -179,6 +179,9 @@ function PlotTable({ x, series, time, unit, title }: PlotProps) {
 }
 
 const shown = (value: number | null | undefined, unit: string): string => (value === null || value === undefined ? "–" : withUnit(value, unit));
+
+/** Labels at the edges stay inside. */
+const anchor = (x: number, width: number): string => (x < 16 ? "start" : x > width - 24 ? "end" : "middle");
 
 /** With seconds where ticks are closer than a minute. */
 const timeTick = (seconds: number, step: number): string => (step < 60 ? clockSeconds : clock)(seconds * 1000);

@@ -61,7 +61,7 @@ export function Shell({ session }: { session: Session }) {
         <ConnectionBanner session={session} />
         <header class="topbar">
           <button type="button" class="ghost icon-button" aria-label="Menu" aria-expanded={drawer} onClick={() => setDrawer(!drawer)}><Icon name="menu" /></button>
-          <span class="brand"><Logo /><span class="ellipsis">{store.title.value || "Beamline"}</span></span>
+          <span class="brand"><Logo /><span>Beamline</span></span>
           <button type="button" class="ghost icon-button" aria-label="Jump to" onClick={() => setJump(true)}><Icon name="search" /></button>
         </header>
         {drawer && <div class="scrim" onClick={() => setDrawer(false)} />}
