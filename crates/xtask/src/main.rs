@@ -16,8 +16,8 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let root = tree::root();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["tidy"] => report(&tidy::check(&Tree::read(root)?)?),
-        ["protocol"] => protocol(root),
+        ["tidy"] => report(&tidy::check(&Tree::read(&root)?)?),
+        ["protocol"] => protocol(&root),
         _ => bail!("{USAGE}"),
     }
 }

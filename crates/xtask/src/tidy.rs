@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn the_repository_is_tidy() {
-        let findings = check(&Tree::read(tree::root()).unwrap()).unwrap();
+        let findings = check(&Tree::read(&tree::root()).unwrap()).unwrap();
         let lines: Vec<_> = findings.iter().map(ToString::to_string).collect();
         assert!(lines.is_empty(), "\n{}", lines.join("\n"));
     }

@@ -1,7 +1,7 @@
 //! The text files of the repository, as the rules see them.
 
 use anyhow::{Context, Result};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Directories of others' files and of what is built.
 const SKIPPED: &[&str] = &["target", "node_modules", "dist", "data", "corpus", "artifacts"];
@@ -20,9 +20,10 @@ pub struct File {
     pub text: String,
 }
 
-/// The root of the repository.
-pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("xtask lies in crates/")
+/// The root of the repository that is run in, which need not be the one it was built in: target directories are shared.
+pub fn root() -> PathBuf {
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&manifest).ancestors().nth(2).expect("xtask lies in crates/").into()
 }
 
 impl Tree {
