@@ -1,11 +1,14 @@
 // Numbers, times and names as people read them.
 const hourMinute = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
-const hourMinuteSecond = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+// On an axis there is no room for the half of the day.
+const axisMinute = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+const axisSecond = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 const fullTime = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 const dayMonth = new Intl.DateTimeFormat(undefined, { weekday: "long", day: "numeric", month: "long" });
 
 export const clock = (at: number): string => hourMinute.format(at);
-export const clockSeconds = (at: number): string => hourMinuteSecond.format(at);
+/** With seconds where ticks are closer than a minute. */
+export const axisTime = (at: number, step: number): string => (step < 60_000 ? axisSecond : axisMinute).format(at);
 export const moment = (at: number): string => fullTime.format(at);
 
 export function day(at: number, now = Date.now()): string {

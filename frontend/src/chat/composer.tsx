@@ -3,7 +3,8 @@ import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Icon } from "../icons";
 import type { Room } from "./room";
 
-const MAX_LENGTH = 16_000;
+// As the server takes it, in bytes; a text of other scripts that is longer is refused with a reason.
+const MAX_LENGTH = 8_192;
 const MAX_HEIGHT = 220;
 
 export function Composer({ room, title, names }: { room: Room; title: string; names: string[] }) {

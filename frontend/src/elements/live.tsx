@@ -1,6 +1,6 @@
 // Elements bound to a channel of samples: they move without a rerun of the app.
 import type { ComponentChildren } from "preact";
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { bytes, duration, number, withUnit } from "../format";
 import { at, num, records, str, type Json } from "../json";
 import { breakdown, numbers, useLive, type Sample } from "../live";
@@ -64,6 +64,7 @@ function LivePlot({ node, series }: ElementProps & { series: (samples: Sample[])
   const { samples, problem } = useLive(str(props["channel"]));
   const given = num(props["window"], 300);
   const [chosen, setChosen] = useState(given);
+  useEffect(() => setChosen(given), [given]);
   const all = samples.value;
   const end = all[all.length - 1]?.t ?? Date.now();
   // One sample more than shown, so that a rate begins at the edge.

@@ -1,6 +1,6 @@
 // A line plot: the legend shows the values under the crosshair and toggles lines; drag to zoom, or read it as a table.
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
-import { clock, clockSeconds, moment, withUnit } from "../format";
+import { axisTime, moment, withUnit } from "../format";
 import { Icon } from "../icons";
 import { areaPath, linePath, nearest, ticks, timeTicks, yRange, type Range } from "../scale";
 
@@ -113,7 +113,7 @@ export default function Plot(props: PlotProps) {
               {xTicks.map((tick) => (
                 <g key={tick} transform={`translate(${LEFT + toX(tick)} 0)`}>
                   <path class="grid" d={`M0 ${TOP}v${BOX_HEIGHT}`} />
-                  <text y={HEIGHT - 6} text-anchor={anchor(toX(tick), boxWidth)}>{time ? timeTick(tick, (xTicks[1] ?? 0) - (xTicks[0] ?? 0)) : withUnit(tick, "")}</text>
+                  <text y={HEIGHT - 6} text-anchor={anchor(toX(tick), boxWidth)}>{time ? axisTime(tick * 1000, ((xTicks[1] ?? 0) - (xTicks[0] ?? 0)) * 1000) : withUnit(tick, "")}</text>
                 </g>
               ))}
               <svg x={LEFT} y={TOP} width={boxWidth} height={BOX_HEIGHT}>
@@ -168,7 +168,7 @@ function PlotTable({ x, series, time, unit, title }: PlotProps) {
         <tbody>
           {rows.map((i) => (
             <tr key={i}>
-              <td class="tabular">{time ? timeTick(x[i] ?? 0, 1) : x[i]}</td>
+              <td class="tabular">{time ? axisTime((x[i] ?? 0) * 1000, 0) : x[i]}</td>
               {series.map((one) => <td key={one.label} class="align-right tabular">{shown(one.values[i], unit)}</td>)}
             </tr>
           ))}
@@ -182,6 +182,3 @@ const shown = (value: number | null | undefined, unit: string): string => (value
 
 /** Labels at the edges stay inside. */
 const anchor = (x: number, width: number): string => (x < 16 ? "start" : x > width - 24 ? "end" : "middle");
-
-/** With seconds where ticks are closer than a minute. */
-const timeTick = (seconds: number, step: number): string => (step < 60 ? clockSeconds : clock)(seconds * 1000);

@@ -145,8 +145,20 @@ describe("console", () => {
     await console_.byId("chart").first().waitFor();
     await console_.page.locator(".plot-box .line").first().waitFor({ state: "attached" });
     await expect.poll(() => console_.byId("live-metric-value").allInnerTexts(), { timeout: WAIT_MS }).toEqual(expect.arrayContaining([expect.stringMatching(/\d/)]));
-    await console_.byId("live-table").first().locator("tbody tr").first().waitFor();
     await console_.changes(() => console_.page.locator(".plot-box .line").first().getAttribute("d"));
+  });
+
+  it("tabs and choices run the page again, and tables are live", async () => {
+    for (const tab of ["Nodes", "Providers"]) {
+      await console_.page.getByRole("tab", { name: tab }).click();
+      await console_.page.locator(`[role=tab][aria-selected=true]`, { hasText: tab }).waitFor();
+      await console_.byId("live-table").first().locator("tbody tr").first().waitFor();
+      await console_.accessible(`console, ${tab}`);
+    }
+    await console_.page.getByRole("tab", { name: "Overview" }).click();
+    await console_.page.getByLabel("Time range", { exact: true }).first().selectOption("300");
+    await console_.page.getByTestId("chart").first().locator("button[aria-pressed=true]", { hasText: "5m" }).waitFor();
+    await console_.page.locator(".plot-box .line").first().waitFor({ state: "attached" });
   });
 
   it("the crosshair shows values, the legend toggles, a drag zooms, and there is a table", async () => {
