@@ -83,7 +83,7 @@ impl Redis {
             .set_number_of_retries(RETRIES)
             .set_max_delay(RETRY_DELAY_MAX);
         let connection = client.get_connection_manager_with_config(config).await.map_err(failed)?;
-        let (follows, follower) = Follower::connect(client, hub).await.map_err(failed)?;
+        let (follows, follower) = Follower::connect(client, connection.clone(), hub).await.map_err(failed)?;
         Ok(Arc::new(Self {
             connection,
             publish: Script::new(PUBLISH),

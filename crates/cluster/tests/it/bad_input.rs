@@ -18,7 +18,7 @@ use wire::status::NodeStatus;
 /// Sends one message as a connected client; the close code.
 async fn check(node: &Node, encoding: Encoding, message: Message, expected: u16) {
     let mut client = Client::connect_in(node, encoding, "ann").await;
-    let told = format!("{:.60?}", message);
+    let told = format!("{message:.60?}");
     client.socket.send(message).await.unwrap();
     assert_eq!(client.closed().await, expected, "{told}");
 }

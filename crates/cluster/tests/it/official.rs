@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::Command;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -25,8 +26,10 @@ async fn run(command: &mut Command) {
 async fn drive(name: &str, node: &Node) {
     let mut calls = node.bus.subscribe(&wire::subjects::rpc("echo").unwrap(), None, 100).await.unwrap();
     let bus = node.bus.clone();
+    let done = CancellationToken::new();
+    let end = done.clone();
     let echo = tokio::spawn(async move {
-        while let Some(call) = calls.next().await {
+        while let Some(Some(call)) = end.run_until_cancelled(calls.next()).await {
             let Some(subject) = call.reply else { continue };
             let headers = match &call.payload[..] {
                 b"\"fail\"" => Headers::new().with(wire::channels::RPC_ERROR_CODE, "418"),
@@ -49,7 +52,8 @@ async fn drive(name: &str, node: &Node) {
         .env("TOKEN_EXPIRED", token(&json!({"sub": "ann", "exp": 1})))
         .env("TOKEN_VIP", private("ann")))
     .await;
-    echo.abort();
+    done.cancel();
+    echo.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,1 +1,198 @@
-//! Two nodes on one Redis.
+//! Nodes that share a Redis: what one takes the other delivers, and what Redis loses is told.
+
+use crate::client::{Client, ENCODINGS, again, code, number, numbers, to};
+use crate::node::{DEADLINE, Node};
+use crate::recovery::meet;
+use cluster::EngineConfig;
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+use testkit::{RedisServer, eventually};
+use wire::realtime::{Encoding, HistoryRequest, Push};
+
+pub async fn start(url: &str, name: &str) -> Node {
+    Node::start_with(|config| {
+        config.node = name.into();
+        config.engine = EngineConfig::Redis { url: url.into() };
+        config.defaults.history_size = 100_000;
+    })
+    .await
+}
+
+#[tokio::test]
+async fn two_nodes_are_one() {
+    let redis = RedisServer::start().await;
+    two_nodes_share(&redis.url()).await;
+}
+
+pub async fn two_nodes_share(url: &str) {
+    let (one, two) = (start(url, "n1").await, start(url, "n2").await);
+    one.ready.check().await.unwrap();
+    for encoding in ENCODINGS {
+        let channel = format!("chat:{}", encoding.as_str());
+        let mut ann = Client::connect_in(&one, encoding, "ann").await;
+        let mut bob = Client::connect_in(&two, encoding, "bob").await;
+        assert_eq!(ann.connected.node, "n1");
+        let before = ann.subscribe(to(&channel)).await;
+        assert_eq!(ann.push().await.join.unwrap().info.unwrap().user, "ann");
+        let there = bob.subscribe(to(&channel)).await;
+        assert_eq!(before.epoch, there.epoch);
+        assert_eq!(ann.push().await.join.unwrap().info.unwrap().user, "bob");
+        assert_eq!(bob.push().await.join.unwrap().info.unwrap().user, "bob");
+
+        let keyed = json!({"channel": channel, "data": 1, "idempotency_key": "k"});
+        for node in [&one, &two] {
+            assert_eq!(node.call("publish", &keyed).await["result"]["offset"], 1);
+        }
+        for client in [&mut ann, &mut bob] {
+            let publication = client.publication().await;
+            assert_eq!((publication.offset, number(&publication)), (1, 1));
+            let users: Vec<String> = client
+                .presence(&channel)
+                .await
+                .presence
+                .unwrap()
+                .presence
+                .into_values()
+                .map(|info| info.user)
+                .collect();
+            assert!(users.len() == 2 && users.contains(&"ann".into()) && users.contains(&"bob".into()));
+        }
+
+        // Away from one node, back on the other.
+        ann.cut();
+        assert_eq!(bob.push().await.leave.unwrap().info.unwrap().user, "ann");
+        for number in 2..=4 {
+            two.publish(&channel, json!(number)).await;
+        }
+        let mut ann = Client::connect_in(&two, encoding, "ann").await;
+        let after = ann.subscribe(again(&channel, &before, 1)).await;
+        assert!(after.recovered);
+        assert_eq!(numbers(&after.publications), [2, 3, 4]);
+        let ask = HistoryRequest { channel: channel.clone(), limit: 2, reverse: true, ..HistoryRequest::default() };
+        assert_eq!(numbers(&ann.history(ask).await.publications), [4, 3]);
+
+        // Channels without history cross as well.
+        let unkept = json!({"channel": channel, "data": 5, "skip_history": true});
+        one.call("publish", &unkept).await;
+        assert!(ann.push().await.join.is_some());
+        let publication = ann.publication().await;
+        assert_eq!((publication.offset, number(&publication)), (0, 5));
+    }
+    one.stop().await;
+    two.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn no_gap_and_no_double_across_nodes() {
+    let redis = RedisServer::start().await;
+    meet_across(&redis.url()).await;
+}
+
+pub async fn meet_across(url: &str) {
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
+    println!("seed {seed}");
+    let (one, two) = (Arc::new(start(url, "n1").await), Arc::new(start(url, "n2").await));
+    meet(&one, &two, seed).await;
+}
+
+/// Skips joins and the like.
+async fn unsubscribed(client: &mut Client) -> (String, u32) {
+    loop {
+        if let Push { channel, unsubscribe: Some(unsubscribe), .. } = client.push().await {
+            return (channel, unsubscribe.code);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_redis_that_dies_and_returns_loses_nothing_it_acknowledged() {
+    let mut redis = RedisServer::start_with(&["--appendonly", "yes", "--appendfsync", "always"]).await;
+    let (one, two) = (start(&redis.url(), "n1").await, start(&redis.url(), "n2").await);
+    let mut ann = Client::connect_in(&one, Encoding::Protobuf, "ann").await;
+    let mut bob = Client::connect(&two, "bob").await;
+    let before = ann.subscribe(to("news")).await;
+    assert!(bob.publish("news", "1").await.publish.is_some());
+    assert_eq!(number(&ann.publication().await), 1);
+
+    redis.kill();
+    let reply = bob.publish("news", "2").await;
+    assert_eq!(code(&reply), 100);
+    let error = reply.error.unwrap();
+    assert!(error.temporary && error.message.contains("Redis"), "{error:?}");
+    eventually(DEADLINE, || async { two.ready.check().await.is_err() }).await;
+    assert_eq!(code(&bob.try_subscribe(to("other")).await), 100);
+    let reading = one.call("history", &json!({"channel": "news", "limit": -1})).await;
+    assert_eq!(reading["error"]["code"], 100, "{reading}");
+
+    redis.restart().await;
+    assert_eq!(unsubscribed(&mut ann).await, ("news".into(), 2500));
+    eventually(DEADLINE, || async { two.ready.check().await.is_ok() }).await;
+    assert!(bob.publish("news", "3").await.publish.is_some());
+    let after = ann.subscribe(again("news", &before, 1)).await;
+    assert!(after.recovered, "{after:?}");
+    assert_eq!(numbers(&after.publications), [3]);
+    assert!(bob.publish("news", "4").await.publish.is_some());
+    assert_eq!(number(&ann.publication().await), 4);
+    ann.nothing_pushed().await;
+    assert!(bob.try_subscribe(to("other")).await.subscribe.is_some());
+
+    // Whoever left meanwhile is present no more.
+    let mut presence = ann.presence("news").await.presence.unwrap().presence;
+    presence.remove(&ann.connected.client);
+    assert!(presence.is_empty(), "{presence:?}");
+}
+
+#[tokio::test]
+async fn a_redis_that_forgot_everything_is_a_new_epoch() {
+    let mut redis = RedisServer::start().await;
+    let node = start(&redis.url(), "n1").await;
+    let mut ann = Client::connect(&node, "ann").await;
+    let before = ann.subscribe(to("news")).await;
+    for number in 1..=3 {
+        node.publish("news", json!(number)).await;
+        ann.publication().await;
+    }
+    // With the connection up: the next publication is of another life.
+    redis.command("FLUSHALL").await.unwrap();
+    node.publish("news", json!(4)).await;
+    assert_eq!(unsubscribed(&mut ann).await, ("news".into(), 2500));
+    let after = ann.subscribe(again("news", &before, 3)).await;
+    assert!(!after.recovered && after.epoch != before.epoch && after.offset == 1, "{after:?}");
+
+    redis.kill();
+    redis.restart().await;
+    assert_eq!(unsubscribed(&mut ann).await.1, 2500);
+    let again = ann.subscribe(again("news", &after, 1)).await;
+    assert!(!again.recovered && again.epoch != after.epoch && again.offset == 0, "{again:?}");
+    eventually(DEADLINE, || async { node.ready.check().await.is_ok() }).await;
+    node.publish("news", json!(5)).await;
+    assert_eq!(number(&ann.publication().await), 5);
+}
+
+#[tokio::test]
+async fn a_redis_that_hangs_is_an_error_in_time() {
+    let redis = RedisServer::start().await;
+    let node = start(&redis.url(), "n1").await;
+    let mut ann = Client::connect(&node, "ann").await;
+    ann.subscribe(to("news")).await;
+    redis.pause();
+    let asked = tokio::time::Instant::now();
+    assert_eq!(code(&ann.publish("news", "1").await), 100);
+    assert!(asked.elapsed() < Duration::from_secs(5), "clients wait for 5 s: {:?}", asked.elapsed());
+    assert!(node.ready.check().await.is_err());
+    redis.resume();
+    eventually(DEADLINE, || async { node.ready.check().await.is_ok() }).await;
+    assert!(ann.publish("news", "2").await.publish.is_some());
+}
+
+#[tokio::test]
+async fn a_redis_that_is_not_there_is_named_without_its_password() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let bus = bus::local::Local::open(dir.path()).await.unwrap();
+    let url = "redis://user:hunter2@127.0.0.1:1/".to_string();
+    let config =
+        cluster::Config { token_secret: vec![1], engine: EngineConfig::Redis { url }, ..cluster::Config::default() };
+    let error = cluster::bind(config, bus).await.err().unwrap().to_string();
+    assert!(error.contains("127.0.0.1:1") && !error.contains("hunter2"), "{error}");
+}

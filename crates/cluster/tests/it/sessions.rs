@@ -65,11 +65,10 @@ async fn tokens_that_are_refused() {
 #[tokio::test]
 async fn who_does_not_connect_in_time_is_stale() {
     let node = Node::start_with(|config| config.connect_timeout = Duration::from_millis(100)).await;
+    let mut client = Client::connect(&node, "ann").await;
     for encoding in ENCODINGS {
         assert_eq!(Client::open(&node, encoding).await.closed().await, 3502);
     }
-    let mut client = Client::connect(&node, "ann").await;
-    tokio::time::sleep(Duration::from_millis(150)).await;
     client.nothing_pushed().await;
 }
 

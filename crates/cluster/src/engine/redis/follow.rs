@@ -5,7 +5,7 @@ use super::{CONNECT_TIMEOUT, RESPONSE_TIMEOUT};
 use crate::hub::Hub;
 use futures_util::StreamExt;
 use prost::Message;
-use redis::aio::{PubSubSink, PubSubStream};
+use redis::aio::{ConnectionManager, PubSubSink, PubSubStream};
 use redis::{Client, ErrorKind, RedisError};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -49,6 +49,8 @@ impl Follows {
 
 pub struct Follower {
     client: Client,
+    /// What commands go over; it comes back by itself, once somebody uses it.
+    commands: ConnectionManager,
     hub: Arc<Hub>,
     sink: PubSubSink,
     stream: PubSubStream,
@@ -63,10 +65,14 @@ enum Lost {
 }
 
 impl Follower {
-    pub async fn connect(client: Client, hub: Arc<Hub>) -> Result<(Follows, Self), RedisError> {
+    pub async fn connect(
+        client: Client,
+        commands: ConnectionManager,
+        hub: Arc<Hub>,
+    ) -> Result<(Follows, Self), RedisError> {
         let (sink, stream) = subscribe(&client, &[]).await?;
         let (sender, inbox) = mpsc::channel(QUEUE_MAX);
-        Ok((Follows(sender), Self { client, hub, sink, stream, inbox, followed: HashSet::new() }))
+        Ok((Follows(sender), Self { client, commands, hub, sink, stream, inbox, followed: HashSet::new() }))
     }
 
     pub async fn run(mut self, cancel: CancellationToken) {
@@ -138,23 +144,43 @@ impl Follower {
         loop {
             self.followed.retain(|channel| self.hub.is_followed(channel));
             let channels: Vec<String> = self.followed.iter().cloned().collect();
-            if let Ok(again) = subscribe(&self.client, &channels).await {
-                (self.sink, self.stream) = again;
-                return Lost::Connection;
+            let attempt = async {
+                // Both ways work again before anybody is told to come and read.
+                redis::cmd("PING").query_async::<()>(&mut self.commands).await?;
+                subscribe(&self.client, &channels).await
+            };
+            match refusing(&mut self.inbox, cancel, attempt).await {
+                None => return Lost::End,
+                Some(Ok(again)) => {
+                    (self.sink, self.stream) = again;
+                    return Lost::Connection;
+                }
+                Some(Err(error)) => tracing::debug!(%error, "Redis is not back"),
             }
             // Full jitter: nodes that lost Redis together do not come back together.
             let share = f64::from(uuid::Uuid::new_v4().as_u128() as u16) / f64::from(u16::MAX);
-            let mut pause = std::pin::pin!(tokio::time::sleep(wait.mul_f64(share)));
+            let pause = tokio::time::sleep(wait.mul_f64(share));
             wait = (wait * 2).min(RETRY.1);
-            loop {
-                tokio::select! {
-                    () = cancel.cancelled() => return Lost::End,
-                    () = &mut pause => break,
-                    follow = self.inbox.recv() => {
-                        let Some(follow) = follow else { return Lost::End };
-                        let _ = follow.done.send(Err(io("Redis is down")));
-                    }
-                }
+            if refusing(&mut self.inbox, cancel, pause).await.is_none() {
+                return Lost::End;
+            }
+        }
+    }
+}
+
+/// Waits for `future` and tells whoever asks meanwhile that Redis is down; `None` when the node stops.
+async fn refusing<T>(
+    inbox: &mut mpsc::Receiver<Follow>,
+    cancel: &CancellationToken,
+    future: impl Future<Output = T>,
+) -> Option<T> {
+    let mut future = std::pin::pin!(future);
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return None,
+            done = &mut future => return Some(done),
+            follow = inbox.recv() => {
+                let _ = follow?.done.send(Err(io("Redis is down")));
             }
         }
     }
