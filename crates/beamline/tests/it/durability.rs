@@ -1,0 +1,115 @@
+//! SIGKILL at random moments: what was acknowledged is there after the restart.
+
+use crate::process::Process;
+use crate::realtime::{Client, Failed};
+use client::Client as Ipc;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+const ROUNDS: usize = 4;
+
+/// Everything whose acknowledgement reached somebody outside the process.
+#[derive(Default)]
+struct Acknowledged {
+    /// Chat text by message id.
+    messages: BTreeMap<u64, String>,
+    /// Request ids of pushed tasks.
+    tasks: Vec<String>,
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_acknowledged_is_lost_to_sigkill() {
+    let seed: u64 = std::env::var("BEAMLINE_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
+    println!("seed {seed} (BEAMLINE_SEED={seed} repeats it)");
+    let mut random = splitmix(seed);
+    let mut process = Process::start().await;
+    let mut acknowledged = Acknowledged::default();
+
+    for round in 0..ROUNDS {
+        let token = process.run(&["token", "--user", "ann"]).await.success();
+        let moment = Duration::from_millis(20 + random() % 400);
+        let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
+        let ipc = Ipc::connect(&process.socket()).await.unwrap();
+        // The kill comes while both are in the middle of something; whichever has been answered counts.
+        let chat = chat_until_cut(&mut client, round, &mut acknowledged.messages);
+        let tasks = submit_until_cut(&ipc, round, &mut acknowledged.tasks);
+        let both = async { tokio::join!(chat, tasks) };
+        let _ = tokio::time::timeout(moment, both).await;
+        process.kill_and_restart().await;
+    }
+    println!("{} messages and {} tasks were acknowledged", acknowledged.messages.len(), acknowledged.tasks.len());
+    assert!(!acknowledged.messages.is_empty() && !acknowledged.tasks.is_empty(), "the test sent something");
+
+    let token = process.run(&["token", "--user", "ann"]).await.success();
+    let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
+    let stored = every_message(&mut client).await.unwrap();
+    for (id, text) in &acknowledged.messages {
+        assert_eq!(stored.get(id), Some(text), "seed {seed}: message {id} was acknowledged and is gone");
+    }
+
+    let ipc = Ipc::connect(&process.socket()).await.unwrap();
+    for task in &acknowledged.tasks {
+        testkit::eventually(Duration::from_secs(90), async || match ipc.query(task).await {
+            Ok(answer) => answer.state.is_final(),
+            Err(error) => panic!("seed {seed}: task {task} was acknowledged and is unknown: {error}"),
+        })
+        .await;
+    }
+}
+
+/// Sends until the connection is cut.
+async fn chat_until_cut(client: &mut Client, round: usize, sent: &mut BTreeMap<u64, String>) -> Result<(), Failed> {
+    for n in 0.. {
+        let text = format!("round {round} message {n}");
+        let nonce = format!("{round}-{n}");
+        let answer = client.rpc("chat.send", json!({"room": "general", "text": text, "nonce": nonce})).await?;
+        sent.insert(answer["message"]["id"].as_u64().unwrap(), text);
+    }
+    Ok(())
+}
+
+async fn submit_until_cut(ipc: &Ipc, round: usize, tasks: &mut Vec<String>) {
+    for n in 0.. {
+        let request_id = format!("task-{round}-{n}");
+        let submit = json!({
+            "command": "task_submit", "task_type": "echo", "request_id": request_id, "push_assignment": true,
+            "params": {"n": n},
+        });
+        if ipc.submit(&submit).await.is_err() {
+            return;
+        }
+        tasks.push(request_id);
+    }
+}
+
+async fn every_message(client: &mut Client) -> Result<BTreeMap<u64, String>, Failed> {
+    let mut all = BTreeMap::new();
+    let mut before = Value::Null;
+    loop {
+        let mut query = json!({"room": "general", "limit": 100});
+        if !before.is_null() {
+            query["before"] = before;
+        }
+        let page = client.rpc("chat.history", query).await?;
+        let messages = page["messages"].as_array().unwrap();
+        for message in messages {
+            all.insert(message["id"].as_u64().unwrap(), message["text"].as_str().unwrap().to_string());
+        }
+        if messages.is_empty() || page["more"] == false {
+            return Ok(all);
+        }
+        before = messages[0]["id"].clone();
+    }
+}
+
+/// A splitmix64 step function: repeatable from the printed seed.
+fn splitmix(mut state: u64) -> impl FnMut() -> u64 {
+    move || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+}

@@ -1,0 +1,7 @@
+//! The real process with real servers, driven from outside.
+
+mod durability;
+mod journey;
+mod process;
+mod realtime;
+mod settings;

@@ -1,0 +1,120 @@
+//! Starts, kills and restarts the real binary.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+/// A start or an end that takes longer has failed.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub struct Process {
+    pub dir: tempfile::TempDir,
+    pub ready: Value,
+    child: Child,
+    extra: Vec<String>,
+}
+
+impl Process {
+    pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// With more arguments after `up`; `{dir}` in them is the test's own directory.
+    pub async fn start_with(extra: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().display().to_string();
+        let extra: Vec<String> = extra.iter().map(|arg| arg.replace("{dir}", &path)).collect();
+        let (child, ready) = launch(dir.path(), "127.0.0.1:0", &extra).await;
+        Self { dir, ready, child, extra }
+    }
+
+    /// SIGKILL, then the same data directory on the same HTTP port.
+    pub async fn kill_and_restart(&mut self) {
+        self.child.kill().await.unwrap();
+        let http = self.http().to_string();
+        let (child, ready) = launch(self.dir.path(), &http, &self.extra).await;
+        self.child = child;
+        self.ready = ready;
+    }
+
+    pub fn http(&self) -> &str {
+        self.ready["http"].as_str().unwrap()
+    }
+
+    pub fn ops(&self) -> &str {
+        self.ready["ops"].as_str().unwrap()
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.ready["socket"].as_str().unwrap().into()
+    }
+
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().unwrap().cast_signed());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
+    /// Its exit code.
+    pub async fn ended(&mut self) -> Option<i32> {
+        tokio::time::timeout(PATIENCE, self.child.wait()).await.expect("the process ends").unwrap().code()
+    }
+
+    /// Runs another subcommand on this process's data directory and socket.
+    pub async fn run(&self, args: &[&str]) -> Output {
+        run_in(self.dir.path(), args).await
+    }
+}
+
+pub struct Output {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Output {
+    #[track_caller]
+    pub fn success(self) -> String {
+        assert_eq!(self.code, Some(0), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        self.stdout
+    }
+}
+
+/// Runs the binary to its end in `dir`.
+pub async fn run_in(dir: &Path, args: &[&str]) -> Output {
+    let output = command(dir).args(args).output();
+    let output = tokio::time::timeout(PATIENCE, output).await.expect("the command ends").unwrap();
+    Output {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+fn command(dir: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_beamline"));
+    command.current_dir(dir).env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin");
+    command.env("BEAMLINE_DATA_DIR", "data").env("IPC_SOCKET_PATH", dir.join("s"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    command
+}
+
+async fn launch(dir: &Path, http: &str, extra: &[String]) -> (Child, Value) {
+    let log = std::fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
+    let mut command = command(dir);
+    command.args(["up", "--http", http, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]).args(extra).stderr(log);
+    let mut child = command.spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let ready = tokio::time::timeout(PATIENCE, async {
+        while let Some(line) = lines.next_line().await.unwrap() {
+            if let Some(json) = line.strip_prefix("ready ") {
+                return serde_json::from_str(json).unwrap();
+            }
+        }
+        panic!("the process ended before it was ready:\n{}", std::fs::read_to_string(dir.join("log")).unwrap());
+    });
+    let ready = ready.await.expect("ready in time");
+    (child, ready)
+}

@@ -1,0 +1,83 @@
+//! Settings, secrets and the ends of a process.
+
+use crate::process::{Process, run_in};
+use nix::sys::signal::Signal;
+
+#[tokio::test]
+async fn bad_settings_are_all_told_and_nothing_is_bound() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = "[http]\nlisten = \"nowhere\"\nlissten = 1\n[gateway]\nread_timeout = \"5 sec\"\n";
+    std::fs::write(dir.path().join("beamline.toml"), file).unwrap();
+    let output = run_in(dir.path(), &["up", "--roles", "gateway"]).await;
+    assert_eq!(output.code, Some(64), "{}", output.stderr);
+    for expected in [
+        "beamline.toml:2: http.listen",
+        "beamline.toml:3: http.lissten is not a setting; did you mean http.listen?",
+        "beamline.toml:5: gateway.read_timeout",
+        "set nats.url",
+    ] {
+        assert!(output.stderr.contains(expected), "{expected} is missing in {}", output.stderr);
+    }
+    assert!(!dir.path().join("s").exists() && !dir.path().join("data").exists());
+
+    let output = run_in(dir.path(), &["config", "check"]).await;
+    assert_eq!(output.code, Some(64));
+}
+
+#[tokio::test]
+async fn config_show_redacts_and_names_the_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = "[database]\nurl = \"postgres://u:geheim@h/d\"\n[log]\nformat = \"json\"\n";
+    std::fs::write(dir.path().join("beamline.toml"), file).unwrap();
+    let shown = run_in(dir.path(), &["config", "show"]).await.success();
+    assert!(!shown.contains("geheim"), "{shown}");
+    assert!(shown.contains("format = \"json\"  # line 4"), "{shown}");
+    assert!(shown.contains("# $IPC_SOCKET_PATH"), "{shown}");
+}
+
+#[tokio::test]
+async fn a_taken_port_and_a_taken_socket_name_their_holder() {
+    let process = Process::start().await;
+    let pid = process.ready["pid"].to_string();
+    let free = ["--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+
+    let other = tempfile::tempdir().unwrap();
+    let taken = run_in(other.path(), &["up", "--http", process.http()]).await;
+    assert_eq!(taken.code, Some(1));
+    assert!(taken.stderr.contains(&format!("(pid {pid})")), "{}", taken.stderr);
+
+    let socket = process.socket().display().to_string();
+    let mut args = vec!["up", "--socket", &socket];
+    args.extend(free);
+    let taken = run_in(other.path(), &args).await;
+    assert_eq!(taken.code, Some(1));
+    assert!(taken.stderr.contains("another gateway is listening"), "{}", taken.stderr);
+
+    let mut args = vec!["up", "--socket", "other"];
+    args.extend(free);
+    let taken = process.run(&args).await;
+    assert_eq!(taken.code, Some(1), "a data directory serves one process");
+    assert!(taken.stderr.contains("data"), "{}", taken.stderr);
+}
+
+#[tokio::test]
+async fn sigterm_and_ctrl_c_drain_and_exit_0() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut process = Process::start().await;
+        let token = process.run(&["token", "--user", "ann"]).await.success();
+        let mut client = crate::realtime::Client::connect(process.http(), token.trim()).await.unwrap();
+        process.signal(signal);
+        let end = client.push(|_| false).await.unwrap_err();
+        assert!(end.0.contains("3001"), "a client is told of the shutdown: {end:?}");
+        assert_eq!(process.ended().await, Some(0), "{signal}");
+        assert!(!process.socket().exists(), "the socket is gone after an orderly end");
+    }
+}
+
+#[tokio::test]
+async fn secrets_stay_the_same_over_restarts() {
+    let mut process = Process::start().await;
+    let key = process.run(&["api-key"]).await.success();
+    process.kill_and_restart().await;
+    assert_eq!(process.run(&["api-key"]).await.success(), key);
+}
