@@ -187,7 +187,7 @@ pub struct StreamInfo {
     pub consumers: Vec<(String, u64)>,
 }
 
-/// A durable consumer's end. Dropping it returns what it holds after `ack_wait`.
+/// A durable consumer's end. Dropping it returns what it holds after `ack_wait`; [`Consumer::close`] does so at once.
 pub struct Consumer {
     pub(crate) receiver: tokio::sync::mpsc::Receiver<Delivery>,
     pub(crate) _guard: Box<dyn Send + Sync>,
@@ -197,6 +197,23 @@ impl Consumer {
     /// The next delivery; `None` once the bus has closed.
     pub async fn next(&mut self) -> Option<Delivery> {
         self.receiver.recv().await
+    }
+
+    /// Takes no more, and gives back at once what has come and was not taken. What was taken can still be settled.
+    pub async fn close(self) {
+        let Self { mut receiver, _guard } = self;
+        receiver.close();
+        drop(_guard);
+        while let Some(delivery) = receiver.recv().await {
+            give_back(&delivery).await;
+        }
+    }
+}
+
+/// A delivery that nobody takes any more is for another consumer.
+async fn give_back(delivery: &Delivery) {
+    if let Err(error) = delivery.nak(Duration::ZERO).await {
+        tracing::debug!(%error, "a delivery was not given back; it comes again after its ack wait");
     }
 }
 

@@ -35,6 +35,7 @@ pub async fn run(router: Arc<Router>, mut results: Consumer, cancel: Cancellatio
             drop(place);
         });
     }
+    results.close().await;
     handlers.close();
     handlers.wait().await;
 }

@@ -84,6 +84,8 @@ pub async fn assignments(worker: Arc<Worker>, mut assignments: Consumer, cancel:
             drop(slot);
         });
     }
+    // What nobody here has begun is for others at once, also what a job gives back.
+    assignments.close().await;
     jobs.close();
     if tokio::time::timeout(worker.drain_timeout, jobs.wait()).await.is_err() {
         give_up.cancel();

@@ -60,8 +60,9 @@ async fn pump(
                         acker,
                         _place: places.split(1).expect("no more is claimed than there are places"),
                     };
-                    if sender.send(delivery).await.is_err() {
-                        return;
+                    // Once it is closed, all of the claim is for others.
+                    if let Err(refused) = sender.send(delivery).await {
+                        crate::give_back(&refused.0).await;
                     }
                 }
                 if more { Duration::ZERO } else { claim.next.unwrap_or(IDLE_MAX).min(IDLE_MAX) }

@@ -177,7 +177,8 @@ impl Pump {
                     continue;
                 };
                 // There is room: only this task fills the queue, and it asked for no more than fits.
-                if self.sender.send(delivery).await.is_err() {
+                if let Err(refused) = self.sender.send(delivery).await {
+                    crate::give_back(&refused.0).await;
                     return Ok(None);
                 }
                 continue;

@@ -192,3 +192,20 @@ pub async fn no_more_is_taken_than_there_is_place_for(bus: Bus) {
     assert_eq!((text(&fourth.message), text(&fifth.message)), ("3", "4"));
     assert_eq!((fourth.delivered, fifth.delivered), (1, 1));
 }
+
+pub async fn a_closed_consumer_gives_back_what_it_was_given(bus: Bus) {
+    with_stream(&bus, Retention::WorkQueue, 5).await;
+    let mut first = bus.consume(consumer("c")).await.unwrap();
+    let taken = next(&mut first).await;
+    soon(first.close()).await;
+    let mut second = bus.consume(consumer("c")).await.unwrap();
+    let mut others = BTreeSet::new();
+    while others.len() < 4 {
+        let delivery = next(&mut second).await;
+        others.insert(text(&delivery.message).to_string());
+        delivery.ack().await.unwrap();
+    }
+    assert!(!others.contains(text(&taken.message)), "what was taken is still in hand");
+    taken.ack().await.unwrap();
+    testkit::eventually(SOON, || async { bus.stream_info("S").await.unwrap().messages == 0 }).await;
+}

@@ -63,6 +63,7 @@ conformance! {
     consumers::unacknowledged_messages_are_bounded,
     consumers::a_burst_comes_whole_and_in_order,
     consumers::no_more_is_taken_than_there_is_place_for,
+    consumers::a_closed_consumer_gives_back_what_it_was_given,
     buckets::values_come_back_with_their_revision,
     buckets::an_expected_revision_is_kept,
     buckets::of_many_creators_one_wins,

@@ -1,0 +1,188 @@
+//! Programs: what they get, what they say, and that none of them outlives its run.
+
+use crate::{Place, SOON, assignment, chunk, is_gone, provider, within};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+use wire::router::{ExecResult, ResultStatus};
+use wire::subjects;
+use worker::{Config, Kind};
+
+/// What one run of the script ends with.
+async fn run(script: &str, payload: Value) -> ExecResult {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let _worker = place.shell(script, |_| {}).await;
+    place.assign("r", "sh", payload).await;
+    results.next().await
+}
+
+fn text(result: &ExecResult) -> &str {
+    result.output.as_ref().and_then(|output| output["text"].as_str()).unwrap_or_default()
+}
+
+#[tokio::test]
+async fn the_task_is_its_standard_input_and_the_ids_are_in_its_environment() {
+    let result = run("cat; echo \"|$BEAMLINE_REQUEST_ID|$BEAMLINE_TENANT_ID\"", json!({"prompt": "é\n"})).await;
+    let (task, ids) = text(&result).split_once('|').unwrap();
+    assert_eq!(serde_json::from_str::<Value>(task).unwrap(), json!({"type": "t", "payload": {"prompt": "é\n"}}));
+    assert_eq!(ids, "r|acme\n");
+    assert_eq!((result.status, result.provider_id.as_str(), result.cost), (ResultStatus::Success, "sh", 0.25));
+    assert_eq!((result.trace_id.as_deref(), result.tenant_id.as_deref()), (Some("t1"), Some("acme")));
+    assert!(result.chunks.is_some_and(|chunks| chunks >= 1));
+}
+
+pub async fn output_comes_while_the_program_runs(place: Place) {
+    let script = "printf 'one \\342\\202'; while [ ! -e $DIR/go ]; do sleep 0.02; done; printf '\\254 two'";
+    let mut results = place.results().await;
+    let mut output = place.output("r").await;
+    let _worker = place.shell(script, |_| {}).await;
+    place.assign("r", "sh", json!({})).await;
+    let first = chunk(&mut output).await;
+    assert_eq!((first.seq, first.attempt, first.assignment_id.as_str(), first.data), (0, 1, "a-r", json!("one ")));
+    place.file("go");
+    let second = chunk(&mut output).await;
+    assert_eq!((second.seq, second.data), (1, json!("€ two")), "a character is not cut");
+    let result = results.next().await;
+    assert_eq!((text(&result), result.chunks), ("one € two", Some(2)));
+}
+
+#[tokio::test]
+async fn how_a_program_ends_is_told() {
+    for (script, code, message) in [
+        ("exit 0", None, ""),
+        (
+            "echo said; echo 'out of cheese' >&2; exit 3",
+            Some("exit_status"),
+            "exit status: 3; its last words: out of cheese",
+        ),
+        ("kill -9 $$", Some("exit_status"), "signal: 9 (SIGKILL)"),
+        ("nosuchprogram", Some("exit_status"), "exit status: 127"),
+    ] {
+        let result = run(script, json!({})).await;
+        assert_eq!(result.error_code.as_deref(), code, "{script}");
+        assert!(result.error_message.unwrap_or_default().contains(message), "{script}");
+        let expected = if code.is_none() { ResultStatus::Success } else { ResultStatus::Error };
+        assert_eq!(result.status, expected, "{script}");
+    }
+    let result = run("echo said; exit 1", json!({})).await;
+    assert_eq!(result.output, Some(json!({"text": "said\n"})), "what it said is kept");
+    let result = run("printf 'a\\377b'", json!({})).await;
+    assert_eq!(result.output, Some(json!({"text": "a\u{fffd}b"})));
+}
+
+#[tokio::test]
+async fn a_program_that_cannot_start() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let missing = Kind::Command { program: "/no/such/program".into(), args: vec![], output_max: 1024 };
+    let folder = Kind::Command { program: place.dir.path().into(), args: vec![], output_max: 1024 };
+    let providers = vec![provider("missing", missing), provider("folder", folder)];
+    let _worker = place.worker(Config { providers, ..Config::default() }).await;
+    for (name, problem) in [("missing", "No such file"), ("folder", "Permission denied")] {
+        place.assign(name, name, json!({})).await;
+        let result = results.next().await;
+        assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("spawn_failed")));
+        assert!(result.error_message.unwrap().contains(problem), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn input_that_is_not_read_is_no_error() {
+    let big = json!({"prompt": "x".repeat(500_000)});
+    for script in ["exec <&-; echo ok", "echo ok", "head -c 10 >/dev/null; echo ok"] {
+        let result = run(script, big.clone()).await;
+        assert_eq!((result.status, text(&result)), (ResultStatus::Success, "ok\n"), "{script}");
+    }
+}
+
+#[tokio::test]
+async fn a_flood_is_cut_off_and_bounded() {
+    let started = Instant::now();
+    let result = run("yes", json!({})).await;
+    assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("output")));
+    assert!(result.error_message.unwrap().contains("more than 65536 bytes"));
+    assert!((32 * 1024..=64 * 1024).contains(&result.output.unwrap()["text"].as_str().unwrap().len()));
+    assert!(started.elapsed() < Duration::from_secs(10));
+
+    let result = run("head -c 5000000 /dev/zero | tr '\\0' e >&2; echo end >&2; exit 1", json!({})).await;
+    let message = result.error_message.unwrap();
+    assert!(message.ends_with("eend") && message.len() < 5000, "{}", message.len());
+}
+
+/// Runs the script, which prints process ids, with a deadline of half a second; all of them are gone when the result
+/// is there.
+async fn timed_out(script: &str, processes: usize) -> Duration {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let _worker = place.shell(script, |_| {}).await;
+    let started = Instant::now();
+    place.append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), 500).to_string()).await;
+    let result = results.next().await;
+    assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Timeout, Some("timeout")), "{result:?}");
+    let pids: Vec<&str> = text(&result).split_whitespace().collect();
+    assert_eq!(pids.len(), processes, "{pids:?}");
+    testkit::eventually(SOON, || async { pids.iter().all(|pid| is_gone(pid)) }).await;
+    started.elapsed()
+}
+
+#[tokio::test]
+async fn a_program_that_hangs_ends_with_all_its_children() {
+    let hangs = "echo $$; sleep 1000 & echo $!; sh -c 'echo $$; sleep 1000 & echo $!; wait' & wait; sleep 1000";
+    let took = timed_out(hangs, 4).await;
+    assert!(took < Duration::from_secs(3), "SIGTERM was enough: {took:?}");
+}
+
+#[tokio::test]
+async fn a_program_that_ignores_sigterm_is_killed() {
+    timed_out("trap '' TERM; echo $$; (trap '' TERM; echo $(sh -c 'echo $PPID'); while :; do sleep 0.1; done) & while :; do sleep 0.1; done", 2).await;
+}
+
+#[tokio::test]
+async fn what_a_program_leaves_behind_does_not_hold_the_run() {
+    let started = Instant::now();
+    let result = run("sleep 1000 & echo $!", json!({})).await;
+    assert_eq!(result.status, ResultStatus::Success);
+    assert!(started.elapsed() < Duration::from_secs(10));
+    testkit::eventually(SOON, || async { is_gone(text(&result)) }).await;
+}
+
+pub async fn a_cancel_ends_a_running_program(place: Place) {
+    let mut results = place.results().await;
+    let mut output = place.output("r").await;
+    let _worker = place.shell("echo $$; sleep 1000", |_| {}).await;
+    place.assign("r", "sh", json!({})).await;
+    chunk(&mut output).await;
+    place.cancel("another").await;
+    place.cancel("r").await;
+    let result = results.next().await;
+    assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Cancelled, Some("cancelled")));
+    testkit::eventually(SOON, || async { is_gone(text(&result)) }).await;
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+    assert_eq!(place.count(subjects::STREAM_RESULT).await, 1);
+}
+
+#[tokio::test]
+async fn a_program_that_closed_its_output_can_still_be_cancelled() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let _worker = place.shell("exec >&- 2>&-; : > $DIR/closed; sleep 1000", |_| {}).await;
+    place.assign("r", "sh", json!({})).await;
+    testkit::eventually(SOON, || async { place.dir.path().join("closed").exists() }).await;
+    place.cancel("r").await;
+    assert_eq!(results.next().await.status, ResultStatus::Cancelled);
+}
+
+#[tokio::test]
+async fn a_result_that_the_bus_cannot_take_is_an_error_not_a_loop() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    // A zero byte is six bytes of JSON.
+    let args = vec!["-c".into(), "2000000".into(), "/dev/zero".into()];
+    let zeros = Kind::Command { program: "head".into(), args, output_max: 4_000_000 };
+    let _worker = place.worker(Config { providers: vec![provider("zeros", zeros)], ..Config::default() }).await;
+    place.assign("r", "zeros", json!({})).await;
+    let result = results.next().await;
+    assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("output")));
+    assert_eq!(result.output, None);
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+}

@@ -1,0 +1,273 @@
+//! Every assignment ends in one result: through crashes, drains, repeats and assignments that nobody can run.
+
+use crate::{Place, SOON, Worker, append, assignment, chunk, consumer, open, provider, shell};
+use serde_json::{Value, json};
+use std::time::Duration;
+use wire::router::ResultStatus;
+use wire::subjects;
+use worker::{Config, Kind};
+
+const WAITS: &str = "echo $$; while [ ! -e $DIR/go ]; do sleep 0.02; done; echo done";
+
+pub async fn echo_gives_back_what_it_got(place: Place) {
+    let (mut results, mut output) = (place.results().await, place.output("r1").await);
+    let _worker = place.worker(Config::default()).await;
+    place.assign("r1", "echo", json!({"prompt": "say it again"})).await;
+    for (seq, word) in ["say ", "it ", "again"].into_iter().enumerate() {
+        let chunk = chunk(&mut output).await;
+        assert_eq!((chunk.seq, chunk.attempt, chunk.data), (seq as u64, 1, json!(word)));
+    }
+    let result = results.next().await;
+    assert_eq!((result.status, result.output), (ResultStatus::Success, Some(json!({"text": "say it again"}))));
+    assert_eq!(result.chunks, Some(3));
+    place.assign("r2", "echo", json!({"a": [1, null]})).await;
+    assert_eq!(results.next().await.output, Some(json!({"a": [1, null]})));
+    let mut by_reference = assignment("r3", "echo", json!(null));
+    by_reference["job"] = json!({"type": "t", "payload_ref": "s3://x"});
+    place.append(subjects::ASSIGN, by_reference.to_string()).await;
+    assert_eq!(results.next().await.output, Some(json!({"payload_ref": "s3://x"})));
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+}
+
+pub async fn nobody_has_the_provider(place: Place) {
+    let mut results = place.results().await;
+    let backoff = [Duration::from_millis(20); 3];
+    let _worker = place.worker(Config { backoff, ..Config::default() }).await;
+    place.assign("r", "nobody", json!({})).await;
+    let result = results.next().await;
+    assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("unknown_provider")));
+    assert_eq!((result.cost, result.latency_ms), (0.0, 0), "it never ran");
+    let letter = place.dead_letter().await;
+    assert!(letter["reason"].as_str().unwrap().contains("no worker has a provider named \"nobody\""), "{letter}");
+    assert_eq!((&letter["delivered"], &letter["original_subject"]), (&json!(5), &json!(subjects::ASSIGN)));
+    let payload: Value = serde_json::from_str(letter["payload"].as_str().unwrap()).unwrap();
+    assert_eq!(payload, assignment("r", "nobody", json!({})));
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+}
+
+#[tokio::test]
+async fn assignments_that_cannot_be_read_are_dead_letters() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let _worker = place.worker(Config::default()).await;
+    let mut incomplete = assignment("r", "echo", json!({}));
+    incomplete.as_object_mut().unwrap().remove("executor");
+    let deep = "[".repeat(100_000);
+    for bad in [&b"\xff"[..], b"", b"{}", deep.as_bytes(), incomplete.to_string().as_bytes()] {
+        place.append(subjects::ASSIGN, bad.to_vec()).await;
+    }
+    place.assign("good", "echo", json!({})).await;
+    assert_eq!(results.next().await.request_id, "good");
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_DLQ).await == 5 }).await;
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+    assert!(place.dead_letter().await["reason"].as_str().unwrap().starts_with("the assignment cannot be read"));
+}
+
+#[tokio::test]
+async fn after_its_deliveries_an_assignment_is_given_up() {
+    let place = Place::local().await;
+    place.assign("r", "echo", json!({})).await;
+    {
+        let mut consumer = place.bus.consume(consumer(subjects::STREAM_ASSIGN, "worker")).await.unwrap();
+        for delivered in 1..=5 {
+            let delivery = tokio::time::timeout(SOON, consumer.next()).await.unwrap().unwrap();
+            assert_eq!(delivery.delivered, delivered);
+            delivery.nak(if delivered == 5 { Duration::from_millis(300) } else { Duration::ZERO }).await.unwrap();
+        }
+    }
+    let mut results = place.results().await;
+    let _worker = place.worker(Config::default()).await;
+    let result = results.next().await;
+    assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("max_deliver")));
+    assert_eq!(place.dead_letter().await["delivered"], 6);
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+}
+
+pub async fn what_no_slot_is_free_for_another_worker_takes(place: Place) {
+    let mut results = place.results().await;
+    let first = place.shell(WAITS, |config| config.slots = 1).await;
+    let mut output = place.output("r0").await;
+    place.assign("r0", "sh", json!({})).await;
+    chunk(&mut output).await;
+    place.assign("r1", "sh", json!({})).await;
+    place.assign("r2", "sh", json!({})).await;
+    let second = place.shell("echo quick", |config| config.slots = 1).await;
+    let mut quick = [results.next().await.request_id, results.next().await.request_id];
+    quick.sort();
+    assert_eq!(quick, ["r1", "r2"]);
+    place.file("go");
+    assert_eq!(results.next().await.request_id, "r0");
+    first.stop().await;
+    second.stop().await;
+}
+
+/// A process of its own: its tasks all end at once, with nothing said.
+struct Process(tokio::runtime::Runtime);
+
+impl Process {
+    fn start(dir: &std::path::Path, config: Config) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let dir = dir.to_path_buf();
+        runtime.spawn(async move {
+            let bus = open(&dir).await;
+            Worker::start(bus, config).await.running.await.unwrap().unwrap();
+        });
+        Self(runtime)
+    }
+
+    fn crash(self) {
+        self.0.shutdown_background();
+    }
+}
+
+#[tokio::test]
+async fn after_a_crash_it_runs_again_and_leaves_one_result() {
+    let Place { dir, bus, .. } = Place::local().await;
+    let path = |name: &str| dir.path().join(name);
+    // Each run leaves its own mark and waits for the word.
+    let script =
+        format!("echo $$ >> {0}/runs; while [ ! -e {0}/go ]; do sleep 0.02; done; echo done", dir.path().display());
+    let config = || Config { providers: vec![shell(&script)], ..Config::default() };
+    append(&bus, subjects::ASSIGN, assignment("r", "sh", json!({})).to_string()).await;
+    drop(bus);
+    let runs = || std::fs::read_to_string(path("runs")).unwrap_or_default();
+    for crashes in 1..=2 {
+        let process = Process::start(dir.path(), config());
+        testkit::eventually(SOON, || async { runs().lines().count() == crashes }).await;
+        process.crash();
+        // Its program ends with it.
+        testkit::eventually(SOON, || async { runs().lines().all(crate::is_gone) }).await;
+    }
+    std::fs::write(path("go"), "").unwrap();
+    let bus = open(dir.path()).await;
+    bus::streams::declare(&bus).await.unwrap();
+    let mut output = bus.subscribe(&subjects::output("r"), None, 64).await.unwrap();
+    let worker = Worker::start(bus.clone(), config()).await;
+    let last = chunk(&mut output).await;
+    assert_eq!((last.attempt, last.seq, last.data), (3, 0, json!("done\n")));
+    testkit::eventually(SOON, || async { bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages == 0 }).await;
+    assert_eq!(bus.stream_info(subjects::STREAM_RESULT).await.unwrap().messages, 1);
+    worker.stop().await;
+}
+
+#[tokio::test]
+async fn a_result_whose_acknowledgement_was_lost_stays_the_only_one() {
+    let place = Place::local().await;
+    let stored = json!({"version": "1", "assignment_id": "a-r", "request_id": "r", "status": "success",
+        "provider_id": "echo", "job": {"type": "t"}, "output": {"text": "the first"}});
+    let message =
+        bus::Message { subject: subjects::RESULT.into(), payload: stored.to_string().into(), ..Default::default() };
+    place.bus.append(message, Some("result-a-r")).await.unwrap();
+    let _worker = place.worker(Config::default()).await;
+    place.assign("r", "echo", json!({"prompt": "the second"})).await;
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+    assert_eq!(place.count(subjects::STREAM_RESULT).await, 1);
+}
+
+#[tokio::test]
+async fn the_tasks_record_says_whether_to_run() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let task = |state: &str, result: Value| {
+        let mut task =
+            json!({"task_id": "r", "state": state, "assignment_id": "a-r", "tenant_id": "acme", "digest": "d"});
+        if !result.is_null() {
+            task["result"] = result;
+        }
+        task
+    };
+    let put = async |task: Value| {
+        place.bus.kv_put(subjects::BUCKET_TASKS, "r", task.to_string().into(), None).await.unwrap();
+    };
+    put(task("cancelled", Value::Null)).await;
+    let _worker = place.shell(WAITS, |_| {}).await;
+    place.assign("r", "sh", json!({})).await;
+    let result = results.next().await;
+    assert_eq!((result.status, result.output, result.cost), (ResultStatus::Cancelled, None, 0.0), "not begun");
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+
+    put(task("completed", serde_json::to_value(assigned_result()).unwrap())).await;
+    place.assign("r", "sh", json!({})).await;
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+
+    put(task("assigned", Value::Null)).await;
+    place.assign("r", "sh", json!({})).await;
+    let state = async || -> Value {
+        let (bytes, _) = place.bus.kv_get(subjects::BUCKET_TASKS, "r").await.unwrap().unwrap();
+        serde_json::from_slice(&bytes).unwrap()
+    };
+    testkit::eventually(SOON, || async { state().await["state"] == "running" }).await;
+    assert_eq!(state().await, task("running", Value::Null), "all else is as it was");
+    place.cancel("r").await;
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+}
+
+fn assigned_result() -> Value {
+    json!({"version": "1", "assignment_id": "a-r", "request_id": "r", "status": "success", "provider_id": "sh", "job": {"type": "t"}})
+}
+
+#[tokio::test]
+async fn a_drain_lets_what_runs_end_and_says_so() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let mut beats = place.bus.subscribe(subjects::HEARTBEAT, None, 64).await.unwrap();
+    let mut output = place.output("r").await;
+    let worker = place.shell(WAITS, |_| {}).await;
+    place.assign("r", "sh", json!({})).await;
+    chunk(&mut output).await;
+    worker.cancel.cancel();
+    let mut heard = async |status: &str| loop {
+        let beat = tokio::time::timeout(SOON, beats.next()).await.expect("a heartbeat").unwrap();
+        let beat: Value = serde_json::from_slice(&beat.payload).unwrap();
+        if beat["status"] == status {
+            return beat;
+        }
+    };
+    assert_eq!(heard("draining").await["running"], 1);
+    place.assign("late", "sh", json!({})).await;
+    place.file("go");
+    assert_eq!(results.next().await.status, ResultStatus::Success);
+    let last = heard("stopped").await;
+    assert_eq!((&last["running"], &last["completed_total"]), (&json!(0), &json!(1)));
+    worker.ended().await;
+    assert_eq!(place.count(subjects::STREAM_ASSIGN).await, 1, "what came during the drain waits for another worker");
+}
+
+#[tokio::test]
+async fn a_drain_has_an_end_and_what_was_not_finished_runs_elsewhere() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let mut output = place.output("r").await;
+    let worker = place.shell(WAITS, |config| config.drain_timeout = Duration::from_millis(50)).await;
+    place.assign("r", "sh", json!({})).await;
+    let pid = chunk(&mut output).await.data;
+    worker.stop().await;
+    assert!(crate::is_gone(pid.as_str().unwrap()));
+    assert_eq!(place.count(subjects::STREAM_RESULT).await, 0);
+    place.file("go");
+    let _worker = place.shell(WAITS, |_| {}).await;
+    let result = results.next().await;
+    assert_eq!(result.status, ResultStatus::Success);
+}
+
+#[tokio::test]
+async fn a_draining_worker_can_still_be_told_to_stop_a_task() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let mut output = place.output("r").await;
+    let worker = place.shell(WAITS, |_| {}).await;
+    place.assign("r", "sh", json!({})).await;
+    chunk(&mut output).await;
+    worker.cancel.cancel();
+    place.cancel("r").await;
+    assert_eq!(results.next().await.status, ResultStatus::Cancelled);
+    worker.ended().await;
+}
+
+#[tokio::test]
+async fn two_providers_of_one_name_are_refused() {
+    let place = Place::local().await;
+    let providers = vec![provider("echo", Kind::Echo), provider("echo", Kind::Ops)];
+    let error = worker::bind(Config { providers, ..Config::default() }, place.bus.clone()).await.err().unwrap();
+    assert!(matches!(error, worker::Error::Duplicate(ref name) if name == "echo"), "{error}");
+}

@@ -1,0 +1,224 @@
+//! The worker on a bus: real programs, a scripted chat endpoint, crashes and drains. What must hold on every bus also
+//! runs on a real nats-server.
+
+mod command;
+mod delivery;
+mod openai;
+mod ops;
+
+use bus::{Bus, ConsumerConfig, Message, Subscription};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::Duration;
+use tempfile::TempDir;
+use testkit::NatsServer;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use wire::router::{ExecResult, OutputChunk};
+use wire::subjects;
+use worker::{Config, Kind, ProviderConfig};
+
+/// No wait of a test is longer.
+const SOON: Duration = Duration::from_secs(15);
+
+macro_rules! on_both {
+    ($($module:ident::$case:ident),* $(,)?) => {
+        mod local {
+            $(#[tokio::test]
+            async fn $case() {
+                let place = crate::Place::local().await;
+                crate::$module::$case(place).await;
+            })*
+        }
+        mod nats {
+            $(#[tokio::test]
+            async fn $case() {
+                let place = crate::Place::nats().await;
+                crate::$module::$case(place).await;
+            })*
+        }
+    };
+}
+
+on_both! {
+    command::output_comes_while_the_program_runs,
+    command::a_cancel_ends_a_running_program,
+    delivery::echo_gives_back_what_it_got,
+    delivery::nobody_has_the_provider,
+    delivery::what_no_slot_is_free_for_another_worker_takes,
+}
+
+/// A directory and a bus in it.
+struct Place {
+    dir: TempDir,
+    bus: Bus,
+    _server: Option<NatsServer>,
+}
+
+impl Place {
+    async fn local() -> Self {
+        let dir = TempDir::new().unwrap();
+        let bus = open(dir.path()).await;
+        Self::with(dir, bus, None).await
+    }
+
+    async fn nats() -> Self {
+        let server = NatsServer::start().await;
+        let config = bus::nats::NatsConfig { url: server.url(), name: "test".into(), ..Default::default() };
+        let bus = bus::nats::Nats::connect(config).await.unwrap();
+        Self::with(TempDir::new().unwrap(), bus, Some(server)).await
+    }
+
+    async fn with(dir: TempDir, bus: Bus, server: Option<NatsServer>) -> Self {
+        bus::streams::declare(&bus).await.unwrap();
+        Self { dir, bus, _server: server }
+    }
+
+    async fn worker(&self, config: Config) -> Worker {
+        Worker::start(self.bus.clone(), config).await
+    }
+
+    /// A worker whose provider `sh` runs this script; `$DIR` is the test's directory.
+    async fn shell(&self, script: &str, change: impl FnOnce(&mut Config)) -> Worker {
+        let mut config = Config { providers: vec![shell(&self.path(script))], ..Config::default() };
+        change(&mut config);
+        self.worker(config).await
+    }
+
+    fn path(&self, script: &str) -> String {
+        script.replace("$DIR", self.dir.path().to_str().unwrap())
+    }
+
+    fn file(&self, name: &str) {
+        std::fs::write(self.dir.path().join(name), "").unwrap();
+    }
+
+    async fn results(&self) -> Results {
+        Results(self.bus.subscribe(subjects::RESULT, None, 64).await.unwrap())
+    }
+
+    async fn output(&self, request_id: &str) -> Subscription {
+        self.bus.subscribe(&subjects::output(request_id), None, 4096).await.unwrap()
+    }
+
+    async fn assign(&self, request_id: &str, provider: &str, payload: Value) {
+        self.append(subjects::ASSIGN, assignment(request_id, provider, payload).to_string()).await;
+    }
+
+    async fn append(&self, subject: &str, payload: impl Into<bytes::Bytes>) {
+        append(&self.bus, subject, payload).await;
+    }
+
+    async fn cancel(&self, request_id: &str) {
+        let payload = json!({"request_id": request_id}).to_string().into();
+        let message = Message { subject: subjects::CONTROL_CANCEL.into(), payload, ..Message::default() };
+        self.bus.publish(message).await.unwrap();
+    }
+
+    async fn count(&self, stream: &str) -> u64 {
+        self.bus.stream_info(stream).await.unwrap().messages
+    }
+
+    async fn dead_letter(&self) -> Value {
+        testkit::eventually(SOON, || async { self.count(subjects::STREAM_DLQ).await > 0 }).await;
+        let mut consumer = self.bus.consume(consumer(subjects::STREAM_DLQ, "test")).await.unwrap();
+        let delivery = tokio::time::timeout(SOON, consumer.next()).await.unwrap().unwrap();
+        serde_json::from_slice(&delivery.message.payload).unwrap()
+    }
+}
+
+struct Worker {
+    cancel: CancellationToken,
+    running: JoinHandle<Result<(), worker::Error>>,
+}
+
+impl Worker {
+    async fn start(bus: Bus, config: Config) -> Self {
+        let bound = worker::bind(config, bus).await.unwrap();
+        let cancel = CancellationToken::new();
+        let running = tokio::spawn(bound.run(cancel.clone()));
+        Self { cancel, running }
+    }
+
+    async fn stop(self) {
+        self.cancel.cancel();
+        self.ended().await;
+    }
+
+    async fn ended(self) {
+        tokio::time::timeout(SOON, self.running).await.expect("it ends").unwrap().unwrap();
+    }
+}
+
+struct Results(Subscription);
+
+impl Results {
+    async fn next(&mut self) -> ExecResult {
+        let message = tokio::time::timeout(SOON, self.0.next()).await.expect("a result in time").unwrap();
+        ExecResult::decode(&message.payload).unwrap()
+    }
+}
+
+async fn chunk(output: &mut Subscription) -> OutputChunk {
+    let message = tokio::time::timeout(SOON, output.next()).await.expect("output in time").unwrap();
+    serde_json::from_slice(&message.payload).unwrap()
+}
+
+async fn append(bus: &Bus, subject: &str, payload: impl Into<bytes::Bytes>) {
+    let message = Message { subject: subject.into(), payload: payload.into(), ..Message::default() };
+    bus.append(message, None).await.unwrap();
+}
+
+/// A bus that was let go just now may still be ending.
+async fn open(dir: &Path) -> Bus {
+    let opened = std::sync::OnceLock::new();
+    testkit::eventually(SOON, || async { bus::local::Local::open(dir).await.is_ok_and(|bus| opened.set(bus).is_ok()) })
+        .await;
+    opened.into_inner().unwrap()
+}
+
+fn consumer(stream: &'static str, name: &str) -> ConsumerConfig {
+    ConsumerConfig {
+        stream,
+        name: name.into(),
+        filter: None,
+        ack_wait: Duration::from_secs(30),
+        max_ack_pending: 100,
+        max_in_hand: 100,
+        from_start: true,
+    }
+}
+
+fn provider(name: &str, kind: Kind) -> ProviderConfig {
+    ProviderConfig { name: name.into(), kind, timeout: Duration::from_secs(60) }
+}
+
+fn shell(script: &str) -> ProviderConfig {
+    let args = vec!["-c".into(), script.into()];
+    provider("sh", Kind::Command { program: "sh".into(), args, output_max: 64 * 1024 })
+}
+
+fn assignment(request_id: &str, provider: &str, payload: Value) -> Value {
+    json!({"version": "1", "assignment_id": format!("a-{request_id}"), "request_id": request_id, "tenant_id": "acme",
+        "executor": {"provider_id": provider, "channel": "nats"}, "job": {"type": "t", "payload": payload},
+        "options": {"deadline_ms": 60_000, "retry": {"max_attempts": 2, "backoff_ms": 200}},
+        "correlation": {"trace_id": "t1"}, "decision": {"provider_id": provider, "priority": 50,
+        "expected_latency_ms": 10, "expected_cost": 0.25, "reason": "weighted", "policy_id": "default",
+        "policy_version": "1"}})
+}
+
+/// The assignment with another deadline.
+fn within(mut assignment: Value, deadline_ms: u64) -> Value {
+    assignment["options"]["deadline_ms"] = json!(deadline_ms);
+    assignment
+}
+
+/// No such process any more; one that only waits to be reaped has ended too.
+fn is_gone(pid: &str) -> bool {
+    let pid = pid.trim();
+    assert!(!pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()), "{pid:?} is no process id");
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X'])),
+        Err(_) => true,
+    }
+}
