@@ -207,6 +207,7 @@ impl Compiled {
             fallback_used: (reason == Reason::CircuitBreakerFallback).then_some(true),
             sticky_key,
             explanation,
+            metadata: None,
         }
     }
 }

@@ -1,0 +1,77 @@
+//! The golden messages of `fixtures/wire/router.json`: v1 is frozen, so each is read and written again byte for byte.
+//! A result may have come in another shape of the field; `reads_as` is what it means.
+
+use super::*;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeSet;
+
+#[derive(Deserialize)]
+struct Case {
+    name: String,
+    #[serde(rename = "type")]
+    kind: String,
+    text: String,
+    reads_as: Option<String>,
+    /// Of an error: its HTTP status.
+    status: Option<u16>,
+}
+
+fn cases() -> Vec<Case> {
+    serde_json::from_str(include_str!("../../../../fixtures/wire/router.json")).unwrap()
+}
+
+fn again<T: Serialize + DeserializeOwned>(case: &Case) -> String {
+    let message: T = serde_json::from_str(&case.text).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+    serde_json::to_string(&message).unwrap()
+}
+
+#[test]
+fn every_message_is_written_as_it_was_read() {
+    for case in cases() {
+        let written = match case.kind.as_str() {
+            "decide_request" => again::<DecideRequest>(&case),
+            "decide_response" => again::<DecideResponse>(&case),
+            "error" => again::<ErrorResponse>(&case),
+            "assignment" => again::<ExecAssignment>(&case),
+            "output_chunk" => again::<OutputChunk>(&case),
+            "usage" => again::<Usage>(&case),
+            "task_query" => again::<TaskQuery>(&case),
+            "task_answer" => again::<TaskAnswer>(&case),
+            "dead_letter" => again::<DeadLetter>(&case),
+            "result" => {
+                let result = ExecResult::decode(case.text.as_bytes()).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+                serde_json::to_string(&result).unwrap()
+            }
+            "refused_result" => {
+                assert!(ExecResult::decode(case.text.as_bytes()).is_err(), "{}", case.name);
+                continue;
+            }
+            other => panic!("{}: nothing reads a {other:?}", case.name),
+        };
+        assert_eq!(&written, case.reads_as.as_ref().unwrap_or(&case.text), "{}", case.name);
+    }
+}
+
+#[test]
+fn every_code_reason_status_and_state_has_an_example() {
+    let cases = cases();
+    let mut codes = BTreeSet::new();
+    for case in cases.iter().filter(|case| case.kind == "error") {
+        let response: ErrorResponse = serde_json::from_str(&case.text).unwrap();
+        assert_eq!(Some(response.error.status()), case.status, "{}", case.name);
+        assert_eq!(response.error.status() == 429, response.error.retry_after_seconds.is_some(), "{}", case.name);
+        codes.insert(response.error.code);
+    }
+    assert_eq!(codes, ERROR_CODES.iter().map(|(code, _)| code.to_string()).collect());
+    let shown = |part: String| cases.iter().any(|case| case.text.contains(&part));
+    use Reason::*;
+    for reason in [Sticky, Weighted, BestScore, Fallback, Retry, CircuitBreakerFallback] {
+        assert!(shown(format!("\"reason\":\"{}\"", reason.as_str())), "{reason:?}");
+    }
+    for status in [ResultStatus::Success, ResultStatus::Error, ResultStatus::Timeout, ResultStatus::Cancelled] {
+        assert!(shown(format!("\"status\":\"{}\"", status.as_str())), "{status:?}");
+    }
+    for state in [State::Queued, State::Assigned, State::Running, State::Completed, State::Failed, State::Cancelled] {
+        assert!(shown(format!("\"state\":{}", serde_json::to_string(&state).unwrap())), "{state:?}");
+    }
+}
