@@ -64,7 +64,7 @@ pub struct Config {
 pub enum EngineConfig {
     /// One node; histories are kept in a file of this directory.
     Memory { dir: PathBuf },
-    /// Any number of nodes.
+    /// Any number of nodes. One URL, or those of a Redis Cluster with commas between.
     Redis { url: String },
 }
 

@@ -241,7 +241,8 @@ impl Engine for Memory {
                 stream.expire(ttl, now);
             }
             let forget = if stream.durable { FORGET_AFTER } else { FORGET_VOLATILE_AFTER };
-            if now.saturating_sub(stream.touched_ms) < forget.as_millis() as u64 {
+            let used = self.hub.is_followed(&channel);
+            if used || now.saturating_sub(stream.touched_ms) < forget.as_millis() as u64 {
                 continue;
             }
             let durable = stream.durable;

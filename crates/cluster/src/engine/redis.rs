@@ -4,6 +4,7 @@
 //! recover from the stream.
 
 mod follow;
+mod server;
 
 use super::{Engine, Failed, Page};
 use crate::hub::Hub;
@@ -13,8 +14,8 @@ use bytes::Bytes;
 use follow::{Follower, Follows, topic};
 use parking_lot::Mutex;
 use prost::Message;
-use redis::aio::{ConnectionManager, ConnectionManagerConfig};
-use redis::{Client, RedisError, Script};
+use redis::{RedisError, Script};
+use server::{Commands, Server};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -29,11 +30,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const POSITION_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A presence entry that its node does not renew is gone.
 const PRESENCE_TTL_MS: u64 = 60_000;
-/// A command that finds Redis gone waits for this many attempts to come back, not longer.
-const RETRIES: usize = 2;
-const RETRY_DELAY_MAX: Duration = Duration::from_millis(500);
-
-/// KEYS: stream, position, idempotency · ARGV: publication, size, ttl ms, topic, fresh epoch, key given?, position ttl ms.
+/// KEYS: stream, position, idempotency · ARGV: publication, size, ttl ms, topic, fresh epoch, key given?, position ttl ms,
+/// publish command.
 const PUBLISH: &str = r"
 local epoch = redis.call('HGET', KEYS[2], 'e')
 if not epoch then
@@ -50,7 +48,7 @@ redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[2], offset .. '-0', 'd', ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[7])
 if ARGV[6] == '1' then redis.call('SET', KEYS[3], offset, 'PX', ARGV[3]) end
-redis.call('PUBLISH', ARGV[4], 'p' .. offset .. ':' .. epoch .. ':' .. ARGV[1])
+redis.call(ARGV[8], ARGV[4], 'p' .. offset .. ':' .. epoch .. ':' .. ARGV[1])
 return {offset, epoch}
 ";
 
@@ -63,7 +61,8 @@ return {meta[1], tonumber(meta[2] or '0'), redis.call('XRANGE', KEYS[1], '(' .. 
 ";
 
 pub struct Redis {
-    connection: ConnectionManager,
+    publish_command: &'static str,
+    connection: Commands,
     publish: Script,
     history: Script,
     follows: Follows,
@@ -76,15 +75,12 @@ pub struct Redis {
 impl Redis {
     pub async fn connect(url: &str, hub: Arc<Hub>) -> Result<Arc<Self>, Error> {
         let failed = |e: RedisError| Error::Redis { url: without_password(url), problem: e.to_string() };
-        let client = Client::open(url).map_err(failed)?;
-        let config = ConnectionManagerConfig::new()
-            .set_connection_timeout(Some(CONNECT_TIMEOUT))
-            .set_response_timeout(Some(RESPONSE_TIMEOUT))
-            .set_number_of_retries(RETRIES)
-            .set_max_delay(RETRY_DELAY_MAX);
-        let connection = client.get_connection_manager_with_config(config).await.map_err(failed)?;
-        let (follows, follower) = Follower::connect(client, connection.clone(), hub).await.map_err(failed)?;
+        let server = Server::new(url).map_err(failed)?;
+        let connection = server.commands().await.map_err(failed)?;
+        let publish_command = server.publish_command();
+        let (follows, follower) = Follower::connect(server, connection.clone(), hub).await.map_err(failed)?;
         Ok(Arc::new(Self {
+            publish_command,
             connection,
             publish: Script::new(PUBLISH),
             history: Script::new(HISTORY),
@@ -95,16 +91,17 @@ impl Redis {
     }
 }
 
-fn without_password(url: &str) -> String {
-    match (url.find("://"), url.rfind('@')) {
+fn without_password(urls: &str) -> String {
+    let shown = urls.split(',').map(|url| match (url.find("://"), url.rfind('@')) {
         (Some(scheme), Some(at)) if at > scheme => format!("{}://…{}", &url[..scheme], &url[at..]),
         _ => url.into(),
-    }
+    });
+    shown.collect::<Vec<String>>().join(",")
 }
 
 fn key(channel: &str, of: &str) -> String {
-    // The braces keep a channel's keys on one node of a Redis Cluster.
-    format!("{PREFIX}{of}:{{{channel}}}")
+    // The braces keep a channel's keys on one server of a cluster; the dot, that they do not begin with the end.
+    format!("{PREFIX}{of}:{{.{channel}}}")
 }
 
 fn fresh_epoch() -> String {
@@ -124,7 +121,8 @@ impl Engine for Redis {
         let data = publication.encode_to_vec();
         if !rules.keeps_history() {
             let payload = [b"p0::", &data[..]].concat();
-            let _: i64 = redis::cmd("PUBLISH").arg(topic(channel)).arg(payload).query_async(&mut connection).await?;
+            let _: i64 =
+                redis::cmd(self.publish_command).arg(topic(channel)).arg(payload).query_async(&mut connection).await?;
             return Ok(Position::default());
         }
         let once = idempotency_key.as_deref().unwrap_or("");
@@ -140,6 +138,7 @@ impl Engine for Redis {
             .arg(fresh_epoch())
             .arg(if idempotency_key.is_some() { "1" } else { "0" })
             .arg(POSITION_TTL.as_millis() as u64)
+            .arg(self.publish_command)
             .invoke_async(&mut connection)
             .await?;
         Ok(Position { offset, epoch })
@@ -150,7 +149,7 @@ impl Engine for Redis {
         let mut payload = vec![b'e'];
         payload.extend(push.encode_to_vec());
         let sent: Result<i64, _> =
-            redis::cmd("PUBLISH").arg(topic(channel)).arg(payload).query_async(&mut connection).await;
+            redis::cmd(self.publish_command).arg(topic(channel)).arg(payload).query_async(&mut connection).await;
         if let Err(error) = sent {
             tracing::debug!(channel, %error, "a join or leave was not published");
         }

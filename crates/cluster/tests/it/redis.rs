@@ -7,7 +7,7 @@ use cluster::EngineConfig;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
-use testkit::{RedisServer, eventually};
+use testkit::{RedisCluster, RedisServer, eventually};
 use wire::realtime::{Encoding, HistoryRequest, Push};
 
 pub async fn start(url: &str, name: &str) -> Node {
@@ -195,4 +195,74 @@ async fn a_redis_that_is_not_there_is_named_without_its_password() {
         cluster::Config { token_secret: vec![1], engine: EngineConfig::Redis { url }, ..cluster::Config::default() };
     let error = cluster::bind(config, bus).await.err().unwrap().to_string();
     assert!(error.contains("127.0.0.1:1") && !error.contains("hunter2"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_redis_cluster_carries_channels_as_well() {
+    let redis = RedisCluster::start().await;
+    let urls = redis.urls().join(",");
+    two_nodes_share(&urls).await;
+    meet_across(&urls).await;
+    // Names that could tear a channel's keys apart.
+    let (one, two) = (start(&urls, "n1").await, start(&urls, "n2").await);
+    let mut ann = Client::connect(&one, "ann").await;
+    for channel in ["}x{", "a}b{c}", "{", "{}", "chat:{x}"] {
+        let before = ann.subscribe(to(channel)).await;
+        two.publish(channel, json!(1)).await;
+        let publication = loop {
+            if let Some(publication) = ann.push().await.r#pub {
+                break publication;
+            }
+        };
+        assert_eq!((publication.offset, before.offset), (1, 0), "{channel}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_primary_of_the_cluster_dies() {
+    let mut redis = RedisCluster::start().await;
+    let urls = redis.urls().join(",");
+    let (one, two) = (start(&urls, "n1").await, start(&urls, "n2").await);
+    let mut ann = Client::connect(&one, "ann").await;
+    let channels: Vec<String> = (0..12).map(|number| format!("c{number}")).collect();
+    for channel in &channels {
+        ann.subscribe(to(channel)).await;
+        two.publish(channel, json!(1)).await;
+        assert_eq!(number(&ann.publication().await), 1);
+    }
+    redis.kill_primary().await;
+    // All are told, since nobody knows what was missed; every channel works again on what took the place.
+    let mut told = std::collections::HashSet::new();
+    while told.len() < channels.len() {
+        told.insert(unsubscribed(&mut ann).await.0);
+    }
+    redis.wait_until_whole().await;
+    for channel in &channels {
+        eventually(DEADLINE, || async {
+            two.call("publish", &json!({"channel": channel, "data": 2})).await["result"].is_object()
+        })
+        .await;
+    }
+    for channel in &channels {
+        let mut subscribed = ann.try_subscribe(to(channel)).await;
+        while subscribed.error.as_ref().is_some_and(|error| error.temporary) {
+            subscribed = ann.try_subscribe(to(channel)).await;
+        }
+        assert!(subscribed.subscribe.is_some(), "{subscribed:?}");
+    }
+    for channel in &channels {
+        two.publish(channel, json!(3)).await;
+        loop {
+            let push = ann.push().await;
+            match push.r#pub {
+                Some(publication) if push.channel == *channel && number(&publication) == 3 => break,
+                // The loss may be told once more, until every server has its place: the client comes again.
+                _ if push.unsubscribe.is_some() => {
+                    ann.subscribe(to(&push.channel)).await;
+                    two.publish(&push.channel, json!(3)).await;
+                }
+                _ => {}
+            }
+        }
+    }
 }

@@ -1,31 +1,32 @@
 //! This node's subscriptions on Redis: one loop that follows and unfollows, hands messages to the hub, and comes back
 //! after a loss.
 
-use super::{CONNECT_TIMEOUT, RESPONSE_TIMEOUT};
+use super::server::{Commands, Heard, Pushes, Server, Subscriber, io};
 use crate::hub::Hub;
-use futures_util::StreamExt;
 use prost::Message;
-use redis::aio::{ConnectionManager, PubSubSink, PubSubStream};
-use redis::{Client, ErrorKind, RedisError};
+use redis::RedisError;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, MissedTickBehavior, timeout};
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use wire::realtime::{Publication, Push};
 
-const TOPIC: &str = "beamline:topic:";
+/// In braces as the channel's keys are, so that a cluster has them on one server.
+const TOPIC: &str = "beamline:topic:{.";
 const QUEUE_MAX: usize = 1024;
-/// Topics in one SUBSCRIBE.
-const TOPICS_MAX: usize = 1000;
 /// A connection that is silent for this long is asked whether it lives.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// First and longest wait between attempts to come back.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 pub fn topic(channel: &str) -> String {
-    format!("{TOPIC}{channel}")
+    format!("{TOPIC}{channel}}}")
+}
+
+fn channel(topic: &[u8]) -> Option<&str> {
+    std::str::from_utf8(topic).ok()?.strip_prefix(TOPIC)?.strip_suffix('}')
 }
 
 /// Asks the loop.
@@ -48,12 +49,12 @@ impl Follows {
 }
 
 pub struct Follower {
-    client: Client,
-    /// What commands go over; it comes back by itself, once somebody uses it.
-    commands: ConnectionManager,
+    server: Server,
+    /// It comes back by itself, once somebody uses it.
+    commands: Commands,
     hub: Arc<Hub>,
-    sink: PubSubSink,
-    stream: PubSubStream,
+    subscriber: Subscriber,
+    pushes: Pushes,
     inbox: mpsc::Receiver<Follow>,
     followed: HashSet<String>,
 }
@@ -65,14 +66,11 @@ enum Lost {
 }
 
 impl Follower {
-    pub async fn connect(
-        client: Client,
-        commands: ConnectionManager,
-        hub: Arc<Hub>,
-    ) -> Result<(Follows, Self), RedisError> {
-        let (sink, stream) = subscribe(&client, &[]).await?;
+    pub async fn connect(server: Server, commands: Commands, hub: Arc<Hub>) -> Result<(Follows, Self), RedisError> {
+        let (subscriber, pushes) = server.subscribe(&[]).await?;
         let (sender, inbox) = mpsc::channel(QUEUE_MAX);
-        Ok((Follows(sender), Self { client, commands, hub, sink, stream, inbox, followed: HashSet::new() }))
+        let followed = HashSet::new();
+        Ok((Follows(sender), Self { server, commands, hub, subscriber, pushes, inbox, followed }))
     }
 
     pub async fn run(mut self, cancel: CancellationToken) {
@@ -97,12 +95,16 @@ impl Follower {
         loop {
             tokio::select! {
                 () = cancel.cancelled() => return Lost::End,
-                message = self.stream.next() => {
-                    let Some(message) = message else { return Lost::Connection };
-                    if let Some(channel) = message.get_channel_name().strip_prefix(TOPIC) {
-                        deliver(&self.hub, channel, message.get_payload_bytes());
+                heard = self.pushes.next() => match heard {
+                    Heard::Message { topic, payload } => {
+                        if let Some(channel) = channel(&topic) {
+                            deliver(&self.hub, channel, &payload);
+                        }
                     }
-                }
+                    // Our own unsubscribing is confirmed in the same words, after the topic was let go.
+                    Heard::Dropped(topic) if !channel(&topic).is_some_and(|name| self.followed.contains(name)) => {}
+                    Heard::Dropped(_) | Heard::Lost => return Lost::Connection,
+                },
                 follow = self.inbox.recv() => {
                     let Some(follow) = follow else { return Lost::End };
                     if self.set(follow).await.is_err() {
@@ -111,7 +113,7 @@ impl Follower {
                 }
                 // A host that vanished closes no connection.
                 _ = pings.tick() => {
-                    if !matches!(timeout(RESPONSE_TIMEOUT, self.sink.ping::<redis::Value>()).await, Ok(Ok(_))) {
+                    if self.subscriber.ping().await.is_err() {
                         return Lost::Connection;
                     }
                 }
@@ -127,8 +129,7 @@ impl Follower {
             return Ok(());
         }
         let topic = topic(&channel);
-        let change = async { if on { self.sink.subscribe(topic).await } else { self.sink.unsubscribe(topic).await } };
-        let outcome = timeout(RESPONSE_TIMEOUT, change).await.unwrap_or_else(|_| Err(io("no answer in time")));
+        let outcome = if on { self.subscriber.add(&[topic]).await } else { self.subscriber.remove(&topic).await };
         if !on {
             self.followed.remove(&channel);
         } else if outcome.is_ok() {
@@ -143,16 +144,16 @@ impl Follower {
         let mut wait = RETRY.0;
         loop {
             self.followed.retain(|channel| self.hub.is_followed(channel));
-            let channels: Vec<String> = self.followed.iter().cloned().collect();
+            let topics: Vec<String> = self.followed.iter().map(|channel| topic(channel)).collect();
             let attempt = async {
                 // Both ways work again before anybody is told to come and read.
                 redis::cmd("PING").query_async::<()>(&mut self.commands).await?;
-                subscribe(&self.client, &channels).await
+                self.server.subscribe(&topics).await
             };
             match refusing(&mut self.inbox, cancel, attempt).await {
                 None => return Lost::End,
                 Some(Ok(again)) => {
-                    (self.sink, self.stream) = again;
+                    (self.subscriber, self.pushes) = again;
                     return Lost::Connection;
                 }
                 Some(Err(error)) => tracing::debug!(%error, "Redis is not back"),
@@ -184,20 +185,6 @@ async fn refusing<T>(
             }
         }
     }
-}
-
-fn io(text: &'static str) -> RedisError {
-    RedisError::from((ErrorKind::Io, text))
-}
-
-async fn subscribe(client: &Client, channels: &[String]) -> Result<(PubSubSink, PubSubStream), RedisError> {
-    let late = |_| io("no connection in time");
-    let (mut sink, stream) = timeout(CONNECT_TIMEOUT, client.get_async_pubsub()).await.map_err(late)??.split();
-    for channels in channels.chunks(TOPICS_MAX) {
-        let topics: Vec<String> = channels.iter().map(|channel| topic(channel)).collect();
-        timeout(RESPONSE_TIMEOUT, sink.subscribe(topics)).await.map_err(late)??;
-    }
-    Ok((sink, stream))
 }
 
 /// `p<offset>:<epoch>:<publication>` or `e<push>`.
