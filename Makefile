@@ -16,7 +16,7 @@ test: deps frontend
 	./scripts/test.sh
 
 bench: build
-	$(CARGO) run --release -p checks --bin bench
+	$(CARGO) bench --quiet -p checks --bench bench -- --write "$(CURDIR)/docs/benchmarks.md"
 
 fuzz:
 	./scripts/fuzz.sh $(FUZZ)

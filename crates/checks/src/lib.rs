@@ -1,1 +1,1 @@
-//!
+//! The figures of the product beside its peers': `make bench`.

@@ -43,6 +43,11 @@ impl NatsServer {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
+    /// Of the process; 0 while it does not run.
+    pub fn pid(&self) -> u32 {
+        self.process.as_ref().map_or(0, Process::id)
+    }
+
     /// Ends it in good order.
     pub async fn stop(&mut self) {
         if let Some(process) = self.process.take() {

@@ -1,0 +1,66 @@
+//! The release binary as a process of its own.
+
+use crate::Result;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+pub struct Beamline {
+    child: Child,
+    dir: tempfile::TempDir,
+    pub http: String,
+}
+
+impl Beamline {
+    pub fn start(settings: &str) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        std::fs::write(dir.path().join("beamline.toml"), settings)?;
+        let mut command = command(dir.path())?;
+        let addresses = ["--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+        command.arg("up").args(addresses).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn()?;
+        let stdout = child.stdout.take().ok_or("the process has no standard output")?;
+        for line in BufReader::new(stdout).lines() {
+            if let Some(ready) = line?.strip_prefix("ready ") {
+                let ready: serde_json::Value = serde_json::from_str(ready)?;
+                let http = ready["http"].as_str().ok_or("no http address")?.to_string();
+                return Ok(Self { child, dir, http });
+            }
+        }
+        Err("beamline ended before it was ready".into())
+    }
+
+    pub fn token(&self, user: &str) -> Result<String> {
+        let output = command(self.dir.path())?.args(["token", "--user", user, "--ttl", "1h"]).output()?;
+        Ok(String::from_utf8(output.stdout)?.trim().to_string())
+    }
+
+    pub fn rss(&self) -> u64 {
+        rss(self.child.id())
+    }
+}
+
+impl Drop for Beamline {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Built by `make bench` before this.
+fn command(dir: &Path) -> Result<Command> {
+    let target = std::env::current_exe()?.ancestors().nth(2).map(PathBuf::from).ok_or("no target directory")?;
+    let binary = target.join("beamline");
+    if !binary.exists() {
+        return Err(format!("{} is not there; run make bench, which builds it", binary.display()).into());
+    }
+    let mut command = Command::new(binary);
+    command.current_dir(dir).env("BEAMLINE_DATA_DIR", "data").env("IPC_SOCKET_PATH", dir.join("s"));
+    Ok(command)
+}
+
+/// Resident bytes of a process.
+pub fn rss(pid: u32) -> u64 {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096
+}

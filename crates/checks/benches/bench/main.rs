@@ -1,0 +1,52 @@
+//! `make bench`: our figures beside a peer's from the same run, on this machine, under the load that it has.
+//!
+//! Arguments choose by name (`gateway`, `decide`, `fanout`, `memory`, `console`); `--write FILE` also keeps the table.
+
+mod beamline;
+mod console;
+mod decide;
+mod fanout;
+mod gateway;
+mod memory;
+mod report;
+mod sockets;
+
+use report::Report;
+
+type Result<T = (), E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
+
+fn main() -> Result {
+    let mut names = Vec::new();
+    let mut file = None;
+    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--write" => file = Some(args.next().ok_or("--write needs the name of a file")?),
+            _ => names.push(arg),
+        }
+    }
+    let chosen = |name: &str| names.is_empty() || names.iter().any(|known| known == name);
+    // The provider may be installed already; then it serves as well.
+    let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut report = Report::new();
+    if chosen("decide") {
+        decide::run(&mut report)?;
+    }
+    if chosen("gateway") {
+        runtime.block_on(gateway::run(&mut report))?;
+    }
+    if chosen("fanout") {
+        runtime.block_on(fanout::run(&mut report))?;
+    }
+    if chosen("memory") {
+        runtime.block_on(memory::run(&mut report))?;
+    }
+    if chosen("console") {
+        runtime.block_on(console::run(&mut report))?;
+    }
+    if let Some(file) = file {
+        std::fs::write(file, report.markdown())?;
+    }
+    Ok(())
+}
