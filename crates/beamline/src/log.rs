@@ -1,6 +1,7 @@
 //! Log lines on stderr, human or JSON.
 
 use crate::config::Settings;
+use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
 pub fn init(settings: &Settings) -> anyhow::Result<()> {
@@ -10,7 +11,7 @@ pub fn init(settings: &Settings) -> anyhow::Result<()> {
     if settings.values.text("log.format") == "json" {
         builder.json().flatten_event(true).with_current_span(true).with_span_list(false).init();
     } else {
-        builder.with_target(true).init();
+        builder.with_ansi(std::io::stderr().is_terminal()).init();
     }
     Ok(())
 }

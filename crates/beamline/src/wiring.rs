@@ -251,15 +251,16 @@ fn greet(
         }
     }
     if let Some(socket) = socket {
+        // As it was typed, so that the lines can be copied.
+        let program = std::env::args().next().unwrap_or_else(|| "beamline".into());
         let socket = match settings.values.source("gateway.socket") {
             Some(crate::config::Source::Default) => String::new(),
             _ => format!(" --socket {}", socket.display()),
         };
+        let submit = format!("    {program} submit{socket}");
         lines.push("  try".into());
-        lines.push(format!(
-            "    beamline submit{socket} --type echo --wait stream '{{\"prompt\":\"hello from a program\"}}'"
-        ));
-        lines.push(format!("    beamline submit{socket} --type ops --wait result '{{\"prompt\":\"status\"}}'"));
+        lines.push(format!("{submit} --type echo --wait stream '{{\"prompt\":\"hello from a program\"}}'"));
+        lines.push(format!("{submit} --type ops --wait result '{{\"prompt\":\"status\"}}'"));
     }
     let _ = writeln!(std::io::stderr(), "\n{}\n", lines.join("\n"));
 }
