@@ -29,7 +29,8 @@ export class Session {
   readonly location = signal("");
   private wantsTree = true;
   private started = false;
-  private asked = 0;
+  private readonly queue: Partially<Back>[] = [];
+  private sending = false;
   private lastToast = 0;
 
   constructor(
@@ -46,7 +47,7 @@ export class Session {
       subscribed: ({ recovered }) => {
         const whole = this.started && recovered && !this.wantsTree;
         this.started = true;
-        void this.rerun(!whole);
+        this.rerun(!whole);
       },
       publication: (publication) => this.receive(forward.decode(publication.data)),
       failed: (error) => {
@@ -60,20 +61,22 @@ export class Session {
   }
 
   event(key: string, value: Json): void {
-    if (key !== "") void this.say({ event: { key, value: JSON.stringify(value) } });
+    if (key !== "") this.say({ event: { key, value: JSON.stringify(value) } });
   }
 
   submit(form: string, values: { key: string; value: Json }[]): void {
-    void this.say({ submit: { form, values: values.map(({ key, value }) => ({ key, value: JSON.stringify(value) })) } });
+    this.say({ submit: { form, values: values.map(({ key, value }) => ({ key, value: JSON.stringify(value) })) } });
   }
 
   stop(): void {
-    if (this.busy.peek()) void this.say({ stop: {} });
+    if (!this.busy.peek()) return;
+    // Not behind what it is to stop.
+    this.connection.rpc("app.event", back.encode({ version: VERSION, session: this.id, stop: {} })).catch(() => undefined);
   }
 
-  rerun(reset = false): Promise<void> {
+  rerun(reset = false): void {
     if (reset) this.wantsTree = true;
-    return this.say({ rerun: { path: location.pathname, query: location.search.slice(1), reset: this.wantsTree } });
+    this.say({ rerun: { path: location.pathname, query: location.search.slice(1), reset: this.wantsTree } });
   }
 
   /** Goes to a place inside the app; the address bar always holds a link that can be shared. */
@@ -103,19 +106,31 @@ export class Session {
 
   private arrived(): void {
     this.location.value = here();
-    void this.rerun();
+    this.rerun();
   }
 
-  private async say(message: Partially<Back>): Promise<void> {
-    const asked = ++this.asked;
+  /** In order, one at a time: the server may take two that are on their way at once in either order. */
+  private say(message: Partially<Back>): void {
     this.busy.value = true;
-    try {
-      await this.connection.rpc("app.event", back.encode({ version: VERSION, session: this.id, ...message }));
-    } catch (error) {
-      if (asked === this.asked) this.busy.value = false;
-      // A lost connection has its own banner, and the page reruns when it is back.
-      if (this.connection.connected) this.toast("bad", `The server did not take that: ${(error as Error).message}`);
+    const last = this.queue[this.queue.length - 1];
+    if (message.rerun && last?.rerun) last.rerun = { ...message.rerun, reset: Boolean(message.rerun.reset || last.rerun.reset) };
+    else this.queue.push(message);
+    if (!this.sending) void this.send();
+  }
+
+  private async send(): Promise<void> {
+    this.sending = true;
+    for (let next = this.queue.shift(); next; next = this.queue.shift()) {
+      try {
+        await this.connection.rpc("app.event", back.encode({ version: VERSION, session: this.id, ...next }));
+      } catch (error) {
+        if (this.queue.length === 0) this.busy.value = false;
+        // A lost connection has its own banner, and the page reruns when it is back; what was done meanwhile is lost.
+        if (this.connection.connected) this.toast("bad", `The server did not take that: ${(error as Error).message}`);
+        else if (!next.rerun) this.toast("bad", "That was not sent: the connection is lost.");
+      }
     }
+    this.sending = false;
   }
 
   private receive(message: Forward): void {
@@ -130,7 +145,7 @@ export class Session {
         this.store.apply(delta);
       } catch (error) {
         if (!(error instanceof OutOfStep)) throw error;
-        void this.rerun(true);
+        this.rerun(true);
       }
     } else if (message.runFinished) {
       this.busy.value = false;

@@ -28,6 +28,7 @@ export class Room {
   private queue: Action[] = [];
   private scheduled = false;
   private loading = false;
+  private sends: Promise<void> = Promise.resolve();
   private loadedAt = 0;
   private typingSentAt = 0;
   private readonly clients = new Map<string, Person>();
@@ -103,7 +104,7 @@ export class Room {
 
   send(text: string): void {
     const { user, name } = this.session.me;
-    void this.deliver({
+    this.deliver({
       id: 0, nonce: randomHex(8), user, name, text, at: Date.now(),
       state: "sending", replyTo: 0, error: "", attempt: 0, seq: null,
     });
@@ -111,7 +112,7 @@ export class Room {
 
   /** Again: ours that failed to go out with the same nonce, or an answer that failed. */
   retry(message: Message): void {
-    if (message.id === 0) void this.deliver(message);
+    if (message.id === 0) this.deliver(message);
     else this.command("chat.retry", message);
   }
 
@@ -150,10 +151,15 @@ export class Room {
     else localStorage.setItem(this.storageKey("draft"), text);
   }
 
-  private async deliver(message: Message): Promise<void> {
+  private deliver(message: Message): void {
     this.dispatch({ type: "send", message });
     this.seenBefore.value = Infinity;
     this.typingSentAt = 0;
+    // One after the other: two on their way at once may arrive in either order.
+    this.sends = this.sends.then(() => this.sendNow(message));
+  }
+
+  private async sendNow(message: Message): Promise<void> {
     try {
       const request = { room: this.id, text: message.text, nonce: message.nonce };
       const sent = readMessage(object(await this.session.rpc("chat.send", request))["message"]);

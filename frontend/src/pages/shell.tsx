@@ -41,7 +41,7 @@ export function Shell({ session }: { session: Session }) {
 
   // A new room shows in everybody's sidebar.
   useEffect(
-    () => session.connection.subscribe("chat:lobby", { publication: () => void session.rerun() }),
+    () => session.connection.subscribe("chat:lobby", { publication: () => session.rerun() }),
     [session],
   );
 
@@ -161,7 +161,7 @@ function FailureBox({ session }: { session: Session }) {
         <span>{failure.message}</span>
         {failure.traceId !== "" && <span class="muted">Trace <code>{failure.traceId}</code></span>}
       </div>
-      <button type="button" class="small" onClick={() => void session.rerun(true)}><Icon name="retry" /> Run again</button>
+      <button type="button" class="small" onClick={() => session.rerun(true)}><Icon name="retry" /> Run again</button>
     </div>
   );
 }

@@ -7,7 +7,6 @@ import { Server } from "./server";
 const PASSWORD = "correct horse battery staple";
 const DESKTOP = { width: 1280, height: 800 };
 const PHONE = { width: 360, height: 740 };
-const PICTURES = process.env["SCREENSHOTS"] === "1";
 
 const server = new Server();
 let browser: Browser;
@@ -137,6 +136,25 @@ describe("chat", () => {
   });
 });
 
+describe("rooms", () => {
+  it("a new one shows in everybody's sidebar, and is another place", async () => {
+    await ann.page.keyboard.press("Control+K");
+    await ann.byId("jump-input").fill("Launch day");
+    await ann.page.keyboard.press("Enter");
+    await ann.page.getByRole("heading", { level: 1, name: "Launch day" }).waitFor();
+    await ann.send("who is with me?");
+    await bob.byId("room-link").filter({ hasText: "Launch day" }).click();
+    await bob.message("who is with me?").waitFor();
+    expect(await bob.message("hello from ann").count()).toBe(0);
+    await bob.send("me");
+    await ann.message("me").first().waitFor();
+    for (const window of [ann, bob]) {
+      await window.byId("room-link").filter({ hasText: "general" }).click();
+      await window.message("hello from ann").waitFor();
+    }
+  });
+});
+
 describe("console", () => {
   it("shows live metrics, tables and charts that move", async () => {
     console_ = await Window.open(ann.page.context(), server.url, "console");
@@ -193,15 +211,6 @@ describe("console", () => {
     await console_.page.setViewportSize(PHONE);
     await expect.poll(() => console_.fits(PHONE.width).then(() => true, String)).toBe(true); // charts follow in the next frame
     await console_.page.setViewportSize(DESKTOP);
-    await console_.page.emulateMedia({ colorScheme: "light" });
-  });
-
-  it.runIf(PICTURES)("has its picture taken", async () => {
-    const image = (name: string): string => new URL(`../../../docs/img/${name}.png`, import.meta.url).pathname;
-    await ann.page.locator("main").focus();
-    await ann.picture(image("chat"));
-    await console_.page.emulateMedia({ colorScheme: "dark" });
-    await console_.picture(image("console"));
     await console_.page.emulateMedia({ colorScheme: "light" });
   });
 });

@@ -11,6 +11,7 @@ const LOG_LINES = 200;
 
 export class Server {
   readonly dir = mkdtempSync(join(tmpdir(), "beamline-browser-"));
+  readonly socket = join(this.dir, "gw.sock");
   private readonly binary = resolve(process.env["BEAMLINE"] ?? "../target/debug/beamline");
   private process: ChildProcess | undefined;
   private address = "127.0.0.1:0";
@@ -25,7 +26,7 @@ export class Server {
     if (!existsSync(this.binary)) throw new Error(`${this.binary} is not there: cargo build, or set BEAMLINE`);
     const child = spawn(
       this.binary,
-      ["up", "--data-dir", this.dir, "--http", this.address, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--socket", join(this.dir, "gw.sock")],
+      ["up", "--data-dir", this.dir, "--http", this.address, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--socket", this.socket],
       { stdio: ["ignore", "pipe", "pipe"] },
     );
     this.process = child;
@@ -46,6 +47,12 @@ export class Server {
       child.once("exit", (code, signal) => failed(new Error(`it ended (${signal ?? code})\n${this.log.join("\n")}`)));
     });
     this.address = String((JSON.parse(ready) as { http: string }).http);
+  }
+
+  /** A program hands in a task and waits for its result. */
+  async submit(type: string, payload: unknown): Promise<void> {
+    const child = spawn(this.binary, ["submit", "--socket", this.socket, "--type", type, "--wait", "result", JSON.stringify(payload)], { stdio: "ignore" });
+    await once(child, "exit");
   }
 
   /** As a crash would end it: no goodbye, nothing written after. */

@@ -120,6 +120,23 @@ describe("sending", () => {
     expect(texts(one)).toEqual(["1:hi:done", "9:hello:done"]);
   });
 
+  it("keeps the order of what is written quickly", async () => {
+    const one = await opened();
+    let id = 20;
+    answers["chat.send"] = (request) => ({ message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) } });
+    const whole = server.rpc;
+    let waiting = 0;
+    server.rpc = (method, data) => {
+      expect(waiting++).toBe(0);
+      queueMicrotask(() => waiting--);
+      return whole(method, data);
+    };
+    for (const text of ["a", "b", "c"]) one.send(text);
+    expect(texts(one).slice(1)).toEqual(["0:a:sending", "0:b:sending", "0:c:sending"]);
+    await frame();
+    expect(texts(one).slice(1)).toEqual(["21:a:done", "22:b:done", "23:c:done"]);
+  });
+
   it("failed while offline goes out again with the same nonce", async () => {
     const one = await opened();
     server.socket.drop();

@@ -177,6 +177,40 @@ describe("what the page says", () => {
     expect(session.location.value).toBe("/chat");
   });
 
+  it("goes in order, one at a time, and of several places only the last", async () => {
+    const session = await started();
+    tree();
+    said.length = 0;
+    server.rpc = (_method, data) => void said.push(back.decode(data)) as undefined; // no answer yet
+    session.rerun();
+    session.event("k1", 1);
+    session.go("/rooms/a");
+    session.go("/rooms/b");
+    session.stop();
+    await settle();
+    expect(said).toMatchObject([{ rerun: { path: "/chat" } }, { stop: {} }]);
+    const answer = (): void => server.socket.say({ id: server.socket.commands.filter((c) => c.rpc && !back.decode(c.rpc.data).stop).pop()?.id ?? 0, rpc: {} });
+    answer();
+    await settle();
+    answer();
+    await settle();
+    answer();
+    await settle();
+    expect(said.slice(2)).toMatchObject([{ event: { key: "k1" } }, { rerun: { path: "/rooms/b" } }]);
+    expect(said).toHaveLength(4);
+  });
+
+  it("what is done while the connection is lost is not taken, and that is told", async () => {
+    const session = await started();
+    server.socket.drop();
+    session.event("k1", 1);
+    await settle();
+    expect(session.toasts.value).toMatchObject([{ tone: "bad" }]);
+    said.length = 0;
+    await vi.advanceTimersByTimeAsync(1_000);
+    expect(said).toMatchObject([{ rerun: { reset: true } }]);
+  });
+
   it("a refused event is told, and nothing keeps spinning", async () => {
     const session = await started();
     server.rpc = () => ({ error: { code: 107, message: "bad request" } });
