@@ -71,7 +71,7 @@ pub async fn run(node: Arc<Node>, mut operations: Operations, cancel: Cancellati
             else => break,
         };
         let node = node.clone();
-        tracker.spawn(async move {
+        let mut work = Box::pin(async move {
             let answer = node.operate(kind, &message.payload).await;
             if let Some(reply) = message.reply {
                 let answer = match answer {
@@ -85,6 +85,10 @@ pub async fn run(node: Arc<Node>, mut operations: Operations, cancel: Cancellati
             }
             drop(place);
         });
+        // Begun here, one after the other, publications to a channel queue for it in the order in which they came.
+        if futures_util::poll!(&mut work).is_pending() {
+            tracker.spawn(work);
+        }
     }
     tracker.close();
     tracker.wait().await;

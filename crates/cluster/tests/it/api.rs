@@ -3,7 +3,7 @@
 use crate::client::{Client, ENCODINGS, number, numbers, to};
 use crate::node::{DEADLINE, Node};
 use base64::Engine;
-use bus::Headers;
+use bus::{Headers, Message};
 use serde_json::{Value, json};
 use std::time::Duration;
 use testkit::eventually;
@@ -140,4 +140,20 @@ async fn a_node_says_how_it_is_every_second() {
     ann.cut();
     let gone = || async { node.call("info", &json!({})).await["result"]["nodes"][0]["num_clients"] == 0 };
     eventually(Duration::from_secs(5), gone).await;
+}
+
+/// Whoever publishes without waiting for answers is delivered in the order of sending.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_publisher_keeps_its_order() {
+    let node = Node::start_with(|config| config.client_queue = 16 * 1024 * 1024).await;
+    let mut ann = Client::connect(&node, "ann").await;
+    ann.subscribe(to("news")).await;
+    for number in 0..2000 {
+        let payload = json!({"channel": "news", "data": number}).to_string().into();
+        let subject = subjects::CHANNELS_PUBLISH.into();
+        node.bus.publish(Message { subject, payload, ..Message::default() }).await.unwrap();
+    }
+    for expected in 0..2000 {
+        assert_eq!(number(&ann.publication().await), expected);
+    }
 }

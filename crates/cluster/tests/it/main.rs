@@ -7,6 +7,7 @@ mod channels;
 mod client;
 mod node;
 mod official;
+mod oracle;
 mod recovery;
 mod redis;
 mod rpc;

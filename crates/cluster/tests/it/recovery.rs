@@ -6,7 +6,7 @@ use serde_json::json;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use tempfile::TempDir;
-use wire::realtime::SubscribeRequest;
+use wire::realtime::{Command, SubscribeRequest};
 
 #[tokio::test]
 async fn what_was_missed_comes_in_order() {
@@ -116,6 +116,36 @@ async fn a_restart_keeps_what_is_durable() {
 
     let after = ann.subscribe(again(app, &before.1, 0)).await;
     assert!(!after.recovered && after.epoch != before.1.epoch, "sessions' pages begin anew: {after:?}");
+}
+
+/// Answers do not count as slowness: a client that was away for long is not closed for what it asked for.
+#[tokio::test]
+async fn more_is_recovered_than_a_queue_holds() {
+    let node = Node::start_with(|config| config.client_queue = 64 * 1024).await;
+    let text = "x".repeat(30_000);
+    for encoding in ENCODINGS {
+        let mut ann = Client::connect_in(&node, encoding, "ann").await;
+        let channels: Vec<String> = (0..4).map(|number| format!("{}-{number}", encoding.as_str())).collect();
+        let mut commands = Vec::new();
+        for (channel, id) in channels.iter().zip(100..) {
+            let before = ann.subscribe(to(channel)).await;
+            ann.unsubscribe(channel).await;
+            let subscribe = Some(again(channel, &before, 0));
+            commands.push(Command { id, subscribe, ..Command::default() });
+        }
+        for _ in 0..50 {
+            node.call("broadcast", &json!({"channels": channels, "data": text})).await;
+        }
+        ann.send(&commands).await;
+        // They arrive while the answers are on their way.
+        node.call("broadcast", &json!({"channels": channels, "data": "live"})).await;
+        for command in commands {
+            let result = ann.reply(command.id).await.subscribe.unwrap();
+            assert!(result.recovered && result.publications.len() >= 50, "{}", result.publications.len());
+        }
+        ann.kept();
+        ann.nothing_pushed().await;
+    }
 }
 
 /// The old one's journal is closed once its last handle is dropped, a moment after its stop.
