@@ -29,6 +29,8 @@ pub async fn run(stream: UnixStream, mut calls: mpsc::Receiver<Call>) {
     let mut input = BytesMut::new();
     let mut output = BytesMut::new();
     let mut done = false;
+    // What the gateway takes no more; what it said before may still be read.
+    let mut broken = false;
     loop {
         tokio::select! {
             call = calls.recv(), if !done => match call {
@@ -36,6 +38,9 @@ pub async fn run(stream: UnixStream, mut calls: mpsc::Receiver<Call>) {
                     let mut next = Some(call);
                     // Whatever else waits goes into the same write.
                     while let Some(call) = next.take() {
+                        if broken {
+                            break;
+                        }
                         last_id += 1;
                         let version = Version::V2 { request_id: last_id, deadline_ms: call.deadline_ms };
                         Frame::new(version, call.kind, call.payload).encode(&mut output);
@@ -47,12 +52,15 @@ pub async fn run(stream: UnixStream, mut calls: mpsc::Receiver<Call>) {
             },
             written = writer.write_buf(&mut output), if !output.is_empty() => {
                 if written.is_err() {
-                    return;
+                    broken = true;
+                    output.clear();
                 }
             }
             more = read(&mut reader, &mut input) => {
-                if !more || deliver(&mut input, &mut open).await.is_err() {
-                    return;
+                match deliver(&mut input, &mut open).await {
+                    Ok(()) if more => {}
+                    Ok(()) => return,
+                    Err(farewell) => return say_farewell(farewell, open, calls).await,
                 }
             }
         }
@@ -67,16 +75,41 @@ async fn read(reader: &mut OwnedReadHalf, input: &mut BytesMut) -> bool {
     reader.read_buf(input).await.is_ok_and(|read| read > 0)
 }
 
-async fn deliver(input: &mut BytesMut, open: &mut HashMap<u64, Reader>) -> Result<(), ()> {
-    while let Some(frame) = Decoder.decode(input).map_err(drop)? {
-        let Some(kind) = frame.frame_type() else { return Err(()) };
+/// Every request that waits, and every one to come, gets the gateway's reason.
+async fn say_farewell(farewell: Farewell, open: HashMap<u64, Reader>, mut calls: mpsc::Receiver<Call>) {
+    calls.close();
+    for reader in open.into_values() {
+        answer(reader, Err(farewell.error())).await;
+    }
+    while let Some(call) = calls.recv().await {
+        answer(call.reader, Err(farewell.error())).await;
+    }
+}
+
+/// Why the connection is of no more use.
+enum Farewell {
+    Said(Box<ErrorPayload>),
+    Nonsense(String),
+}
+
+impl Farewell {
+    fn error(&self) -> Error {
+        match self {
+            Self::Said(payload) => Error::Refused(payload.clone()),
+            Self::Nonsense(text) => Error::Protocol(text.clone()),
+        }
+    }
+}
+
+async fn deliver(input: &mut BytesMut, open: &mut HashMap<u64, Reader>) -> Result<(), Farewell> {
+    while let Some(frame) = Decoder.decode(input).map_err(|e| Farewell::Nonsense(e.to_string()))? {
+        let Some(kind) = frame.frame_type() else {
+            return Err(Farewell::Nonsense(format!("frame type {:#04x}", frame.kind)));
+        };
         let Version::V2 { request_id, .. } = frame.version else {
             // Of no request: the gateway says why it closes.
-            let error = refusal(&frame.payload);
-            if let Some((_, reader)) = open.drain().next() {
-                answer(reader, Err(error)).await;
-            }
-            return Err(());
+            let said = serde_json::from_slice(&frame.payload);
+            return Err(said.map_or_else(|e| Farewell::Nonsense(e.to_string()), Farewell::Said));
         };
         if kind == FrameType::StreamData {
             if let Some(Reader::Many(sender)) = open.get(&request_id)

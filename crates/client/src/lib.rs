@@ -101,7 +101,7 @@ impl Client {
     async fn open(&self, kind: FrameType, payload: Bytes) -> Result<TaskStream, Error> {
         let (sender, frames) = mpsc::channel(STREAM_QUEUE);
         self.send(kind, payload, None, connection::Reader::Many(sender)).await?;
-        Ok(TaskStream { frames })
+        Ok(TaskStream { frames, ended: false })
     }
 
     async fn send(
@@ -130,18 +130,27 @@ pub enum StreamEvent {
 
 pub struct TaskStream {
     frames: mpsc::Receiver<Result<(FrameType, Bytes), Error>>,
+    /// The last event or an error has been given out.
+    ended: bool,
 }
 
 impl TaskStream {
-    /// The next event; `None` after the last.
+    /// The next event; `None` after the last. A connection that ends before it is [`Error::Closed`].
     pub async fn next(&mut self) -> Result<Option<StreamEvent>, Error> {
-        match self.frames.recv().await {
-            None => Ok(None),
-            Some(Err(error)) => Err(error),
-            Some(Ok((FrameType::StreamData, payload))) => Ok(Some(StreamEvent::Data(decode(&payload)?))),
-            Some(Ok((FrameType::StreamComplete, payload))) => Ok(Some(StreamEvent::Complete(decode(&payload)?))),
-            Some(Ok((kind, _))) => Err(Error::Protocol(format!("{kind:?} within a stream"))),
+        if self.ended {
+            return Ok(None);
         }
+        let event = match self.frames.recv().await {
+            None => Err(Error::Closed),
+            Some(Err(error)) => Err(error),
+            Some(Ok((FrameType::StreamData, payload))) => return Ok(Some(StreamEvent::Data(decode(&payload)?))),
+            Some(Ok((FrameType::StreamComplete, payload))) => {
+                decode(&payload).map(|last| Some(StreamEvent::Complete(last)))
+            }
+            Some(Ok((kind, _))) => Err(Error::Protocol(format!("{kind:?} within a stream"))),
+        };
+        self.ended = true;
+        event
     }
 }
 

@@ -110,6 +110,7 @@ fn check(submit: &TaskSubmit) -> Result<(), String> {
 /// A request in flight: what its errors name.
 struct Exchange {
     gateway: Arc<Gateway>,
+    peer: Peer,
     request_id: String,
     trace_id: String,
     tenant_id: String,
@@ -123,6 +124,7 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_m
     let request_timeout = gateway.config.request_timeout;
     let new = |task: TaskRef, timeout: Duration| Exchange {
         gateway: gateway.clone(),
+        peer,
         request_id: task.task_id,
         trace_id: new_trace_id(),
         tenant_id: DEFAULT_TENANT.into(),
@@ -134,12 +136,13 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_m
             let default = if submit.wait == Wait::Decision { request_timeout } else { request_timeout + RESULT_MAX };
             let exchange = Exchange {
                 gateway: gateway.clone(),
+                peer,
                 request_id: submit.request_id.clone().unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
                 trace_id: trace_of(&submit),
                 tenant_id: submit.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
                 deadline: started + own.unwrap_or(default),
             };
-            let outcome = exchange.submit(peer, *submit, own, &pieces).await;
+            let outcome = exchange.submit(*submit, own, &pieces).await;
             (exchange, outcome)
         }
         Request::Query(task) => {
@@ -149,7 +152,7 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_m
         }
         Request::Cancel(task) => {
             let exchange = new(task, request_timeout);
-            let outcome = exchange.ask(subjects::CANCEL).await.and_then(|answer| exchange.ok(&answer));
+            let outcome = exchange.cancel().await.and_then(|answer| exchange.ok(&answer));
             (exchange, outcome)
         }
         Request::Subscribe(task) => {
@@ -193,15 +196,11 @@ impl Exchange {
 
     async fn submit(
         &self,
-        peer: Peer,
         submit: TaskSubmit,
         own_deadline: Option<Duration>,
         pieces: &Pieces,
     ) -> Result<Reply, Failure> {
-        if !peer.may_speak_for(&self.tenant_id) {
-            let text = format!("User {} may not speak for tenant {:?}", peer.uid, self.tenant_id);
-            return Err(Failure::new(ErrorCode::Forbidden, text));
-        }
+        self.permit(&self.tenant_id)?;
         let wait = submit.wait;
         tracing::info!(
             trace_id = self.trace_id,
@@ -226,7 +225,8 @@ impl Exchange {
 
     /// The router's answer, byte for byte, if it is a decision.
     async fn decide(&self, submit: TaskSubmit, own_deadline: Option<Duration>) -> Result<Bytes, Failure> {
-        let traceparent = submit.traceparent.clone().or_else(|| traceparent(&self.trace_id));
+        let given = submit.traceparent.clone().filter(|parent| trace_of_parent(parent).is_some());
+        let traceparent = given.or_else(|| traceparent(&self.trace_id));
         let mut headers =
             Headers::new().with("trace_id", &self.trace_id).with("tenant_id", &self.tenant_id).with("version", VERSION);
         if let Some(traceparent) = traceparent {
@@ -285,6 +285,21 @@ impl Exchange {
         }
     }
 
+    fn permit(&self, tenant_id: &str) -> Result<(), Failure> {
+        if self.peer.may_speak_for(tenant_id) {
+            return Ok(());
+        }
+        let text = format!("User {} may not speak for tenant {tenant_id:?}", self.peer.uid);
+        Err(Failure::new(ErrorCode::Forbidden, text))
+    }
+
+    /// Whose task it is must be known before it is stopped.
+    async fn cancel(&self) -> Result<TaskAnswer, Failure> {
+        self.ask(subjects::GET_DECISION).await?;
+        self.ask(subjects::CANCEL).await
+    }
+
+    /// Where the task stands, if the peer may know it.
     async fn ask(&self, subject: &str) -> Result<TaskAnswer, Failure> {
         let query = TaskQuery { request_id: self.request_id.clone() };
         let query = serde_json::to_vec(&query).expect("a query is JSON");
@@ -293,6 +308,7 @@ impl Exchange {
         let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply)
             .map_err(|e| Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {e}")))?;
         let task = answer.task;
+        self.permit(if task.tenant_id.is_empty() { DEFAULT_TENANT } else { &task.tenant_id })?;
         Ok(TaskAnswer { task_id: task.task_id, state: task.state, decision: task.decision, result: task.result })
     }
 
@@ -472,11 +488,22 @@ fn new_trace_id() -> String {
 
 /// That of a well-formed `traceparent`, else `trace_id`, else a new one.
 fn trace_of(submit: &TaskSubmit) -> String {
-    let from_parent = submit.traceparent.as_deref().and_then(|parent| {
-        let trace = parent.split('-').nth(1)?;
-        (trace.len() == 32 && trace.bytes().all(|b| b.is_ascii_hexdigit())).then(|| trace.to_string())
-    });
-    from_parent.or_else(|| submit.trace_id.clone()).unwrap_or_else(new_trace_id)
+    let from_parent = submit.traceparent.as_deref().and_then(trace_of_parent);
+    from_parent.map(String::from).or_else(|| submit.trace_id.clone()).unwrap_or_else(new_trace_id)
+}
+
+/// W3C: `version-trace-span-flags`, in hex; later versions may add fields. Any other is as good as none.
+fn trace_of_parent(parent: &str) -> Option<&str> {
+    let fields: Vec<&str> = parent.splitn(5, '-').collect();
+    let hex = |field: &str, length| field.len() == length && field.bytes().all(|b| b.is_ascii_hexdigit());
+    match fields[..] {
+        [version, trace, span, flags, ..]
+            if parent.len() <= ID_MAX && hex(version, 2) && hex(trace, 32) && hex(span, 16) && hex(flags, 2) =>
+        {
+            Some(trace)
+        }
+        _ => None,
+    }
 }
 
 /// W3C trace context, where the trace id has a form that fits it.
@@ -484,4 +511,74 @@ fn traceparent(trace_id: &str) -> Option<String> {
     let trace = uuid::Uuid::try_parse(trace_id).ok()?.simple().to_string();
     let span = &uuid::Uuid::new_v4().simple().to_string()[..16];
     Some(format!("00-{trace}-{span}-01"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bus::Message;
+
+    #[test]
+    fn only_a_whole_traceparent_counts() {
+        let trace = "0af7651916cd43dd8448eb211c80319c";
+        for (parent, expected) in [
+            (format!("00-{trace}-b7ad6b7169203331-01"), Some(trace)),
+            (format!("01-{trace}-b7ad6b7169203331-01-more"), Some(trace)),
+            (format!("00-{trace}-b7ad6b7169203331-01\r\nx: y"), None),
+            (format!("00-{trace}"), None),
+            (format!("00-{}-b7ad6b7169203331-01", &trace[1..]), None),
+            (format!("01-{trace}-b7ad6b7169203331-01-{}", "x".repeat(128)), None),
+            (String::new(), None),
+        ] {
+            assert_eq!(trace_of_parent(&parent), expected, "{parent}");
+        }
+    }
+
+    /// Tests run as root, who speaks for every tenant; so the peer is made up here.
+    #[tokio::test]
+    async fn a_task_of_another_tenant_is_neither_shown_nor_stopped() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = bus::local::Local::open(dir.path()).await.unwrap();
+        let config = crate::Config { socket: dir.path().join("s"), ..crate::Config::default() };
+        let gateway = crate::bind(config, bus.clone()).await.unwrap().gateway;
+        let mut queries = bus.subscribe(subjects::GET_DECISION, None, 8).await.unwrap();
+        let mut cancels = bus.subscribe(subjects::CANCEL, None, 8).await.unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (message, state) = tokio::select! {
+                    Some(message) = queries.next() => (message, "assigned"),
+                    Some(message) = cancels.next() => (message, "cancelled"),
+                };
+                let query: TaskQuery = serde_json::from_slice(&message.payload).unwrap();
+                let task =
+                    serde_json::json!({"task_id": query.request_id, "state": state, "tenant_id": query.request_id});
+                let payload = serde_json::json!({"ok": true, "task": task}).to_string().into();
+                bus.publish(Message { subject: message.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
+            }
+        });
+        let task = |id: &str| TaskRef { command: None, task_id: id.into() };
+        for (uid, tenant, allowed) in [(0, "acme", true), (1000, "default", true), (1000, "acme", false)] {
+            for (name, request) in [
+                ("query", Request::Query(task(tenant))),
+                ("cancel", Request::Cancel(task(tenant))),
+                ("subscribe", Request::Subscribe(task(tenant))),
+            ] {
+                if allowed && name == "subscribe" {
+                    continue;
+                }
+                let (pieces, _kept) = mpsc::channel(1);
+                let (kind, payload) = run(gateway.clone(), Peer { uid }, request, 0, pieces).await;
+                let answer: Value = serde_json::from_slice(&payload).unwrap();
+                match (allowed, name) {
+                    (true, "query") => assert_eq!(answer["state"], "assigned"),
+                    (true, _) => assert_eq!(answer["state"], "cancelled"),
+                    (false, _) => assert_eq!(
+                        (kind, &answer["error"]["code"]),
+                        (FrameType::ResponseError, &13.into()),
+                        "{name}: {answer}"
+                    ),
+                }
+            }
+        }
+    }
 }
