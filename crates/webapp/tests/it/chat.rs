@@ -1,0 +1,208 @@
+//! The chat: what is acknowledged is kept, and every answer ends.
+
+use crate::rig::{PATIENCE, Rig, decided, router};
+use bus::{Bus, Message};
+use serde_json::{Value, json};
+use wire::subjects;
+
+const ROOM: &str = "chat:general";
+
+fn send(text: &str, nonce: &str) -> Value {
+    json!({"room": "general", "text": text, "nonce": nonce})
+}
+
+async fn result(bus: &Bus, request_id: &str, status: &str, output: Value) {
+    let result = json!({
+        "version": "1", "assignment_id": format!("a-{request_id}"), "request_id": request_id, "status": status,
+        "provider_id": "ops", "job": {"type": "chat"}, "output": output,
+    });
+    let message =
+        Message { subject: subjects::RESULT.into(), payload: result.to_string().into(), ..Message::default() };
+    bus.append(message, None).await.unwrap();
+}
+
+async fn output(bus: &Bus, request_id: &str, attempt: u32, seq: u64, text: &str) {
+    let chunk = json!({"request_id": request_id, "assignment_id": "a", "attempt": attempt, "seq": seq, "data": text});
+    let message = Message {
+        subject: subjects::output(request_id).into(),
+        payload: chunk.to_string().into(),
+        ..Message::default()
+    };
+    bus.publish(message).await.unwrap();
+}
+
+fn is_answer(state: &'static str) -> impl Fn(&Value) -> bool {
+    move |event| event["message"]["user"] == "assistant" && event["message"]["state"] == state
+}
+
+/// The first decide request's id.
+async fn asked(seen: &parking_lot::Mutex<Vec<bytes::Bytes>>) -> String {
+    testkit::eventually(PATIENCE, async || !seen.lock().is_empty()).await;
+    let request: Value = serde_json::from_slice(&seen.lock()[0]).unwrap();
+    request["request_id"].as_str().unwrap().to_string()
+}
+
+#[tokio::test]
+async fn an_answer_streams_and_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    let (_router, seen) = router(&rig.bus, decided).await;
+    let sent = rig.chat("ann", "chat.send", send("@assistant how is it going?", "n")).await.unwrap();
+    let request_id = asked(&seen).await;
+    let request: Value = serde_json::from_slice(&seen.lock()[0]).unwrap();
+    assert_eq!(request["task"]["payload"]["prompt"], "how is it going?");
+    assert_eq!((&request["push_assignment"], &request["task"]["type"]), (&json!(true), &json!("chat")));
+
+    output(&rig.bus, &request_id, 1, 0, "It ").await;
+    output(&rig.bus, &request_id, 1, 1, "goes").await;
+    output(&rig.bus, &request_id, 1, 1, "goes").await;
+    rig.event(ROOM, |event| event["type"] == "delta" && event["seq"] == 2).await;
+    let history = rig.chat("bob", "chat.history", json!({"room": "general"})).await.unwrap();
+    let half = &history["messages"][1];
+    assert_eq!((&half["text"], &half["seq"], &half["state"]), (&json!("It goes"), &json!(2), &json!("streaming")));
+
+    result(&rig.bus, &request_id, "success", json!({"text": "It goes well."})).await;
+    let done = rig.event(ROOM, is_answer("done")).await;
+    assert_eq!(
+        (&done["message"]["text"], &done["message"]["reply_to"]),
+        (&json!("It goes well."), &sent["message"]["id"])
+    );
+    let deltas = rig.events(ROOM).iter().filter(|event| event["type"] == "delta").count();
+    assert_eq!(deltas, 2, "a piece that comes again is said once");
+
+    // A result that comes again, and pieces that come late, change nothing.
+    result(&rig.bus, &request_id, "error", json!({"text": "other"})).await;
+    output(&rig.bus, &request_id, 2, 0, "again").await;
+    rig.chat("ann", "chat.send", send("next", "n2")).await.unwrap();
+    let history = rig.chat("bob", "chat.history", json!({"room": "general"})).await.unwrap();
+    assert_eq!(history["messages"][1]["text"], "It goes well.");
+}
+
+/// A life of the web app that ends as by SIGKILL: its tasks are dropped wherever they are.
+fn until_killed<T>(life: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let lived = runtime.block_on(life);
+    runtime.shutdown_timeout(PATIENCE);
+    lived
+}
+
+#[test]
+fn a_kill_between_the_message_and_the_question_is_made_good() {
+    let dir = tempfile::tempdir().unwrap();
+    until_killed(async {
+        let rig = Rig::start(&dir).await;
+        // No router: the question cannot be asked yet, but the message is acknowledged.
+        rig.chat("ann", "chat.send", send("@assistant status", "n")).await.unwrap();
+    });
+    let first = until_killed(async {
+        let rig = Rig::start(&dir).await;
+        let (_router, seen) = router(&rig.bus, decided).await;
+        asked(&seen).await;
+        let request = seen.lock()[0].clone();
+        request
+    });
+    until_killed(async {
+        let rig = Rig::start(&dir).await;
+        let (_router, seen) = router(&rig.bus, decided).await;
+        let request_id = asked(&seen).await;
+        assert_eq!(seen.lock()[0], first, "asked the same to the byte, which the router takes once");
+        result(&rig.bus, &request_id, "success", json!({"text": "fine"})).await;
+        rig.event(ROOM, is_answer("done")).await;
+    });
+}
+
+#[tokio::test]
+async fn a_refused_question_fails_visibly_and_can_be_asked_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    let refuse = |request: &Value| {
+        let error = json!({"code": "policy_not_found", "message": "there is no such policy"});
+        json!({"ok": false, "error": error, "context": {"request_id": request["request_id"]}})
+    };
+    let (first_router, _) = router(&rig.bus, refuse).await;
+    rig.chat("ann", "chat.send", send("@assistant hi", "n")).await.unwrap();
+    let failed = rig.event(ROOM, is_answer("failed")).await;
+    assert_eq!(failed["message"]["error"], "there is no such policy");
+    drop(first_router);
+
+    let (_router, seen) = router(&rig.bus, decided).await;
+    let id = failed["message"]["id"].clone();
+    rig.chat("ann", "chat.retry", json!({"message": id})).await.unwrap();
+    let request_id = asked(&seen).await;
+    assert_eq!(rig.chat("ann", "chat.retry", json!({"message": id})).await.unwrap_err().0, 107, "it is still coming");
+    result(&rig.bus, &request_id, "success", json!({"text": "hello"})).await;
+    let done = rig.event(ROOM, is_answer("done")).await;
+    assert_eq!((&done["message"]["id"], &done["message"]["text"]), (&id, &json!("hello")));
+}
+
+#[tokio::test]
+async fn a_stopped_answer_keeps_what_has_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    let (_router, seen) = router(&rig.bus, decided).await;
+    rig.chat("ann", "chat.send", send("@assistant tell", "n")).await.unwrap();
+    let request_id = asked(&seen).await;
+    output(&rig.bus, &request_id, 1, 0, "Once upon").await;
+    let delta = rig.event(ROOM, |event| event["type"] == "delta").await;
+    // Nobody answers the cancel here, so it ends without a worker's word.
+    rig.chat("ann", "chat.stop", json!({"message": delta["id"]})).await.unwrap();
+    let stopped = rig.event(ROOM, is_answer("stopped")).await;
+    assert_eq!(stopped["message"]["text"], "Once upon");
+    rig.chat("ann", "chat.stop", json!({"message": delta["id"]})).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_message_sent_again_is_said_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    let first = rig.chat("ann", "chat.send", send("hello", "n")).await.unwrap();
+    let again = rig.chat("ann", "chat.send", send("hello", "n")).await.unwrap();
+    assert_eq!(first["message"], again["message"]);
+    assert_eq!(rig.events(ROOM).len(), 1);
+    let other = rig.chat("bob", "chat.send", send("hello", "n")).await.unwrap();
+    assert_ne!(first["message"]["id"], other["message"]["id"], "a nonce is its sender's own");
+}
+
+#[tokio::test]
+async fn rooms_are_made_once_and_told_to_everybody() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    let made = rig.chat("ann", "chat.create_room", json!({"name": "#Release Planning"})).await.unwrap();
+    assert_eq!(made["room"], json!({"id": "release-planning", "name": "Release Planning"}));
+    assert_eq!(rig.chat("bob", "chat.create_room", json!({"name": "release planning"})).await.unwrap(), made);
+    rig.event("chat:lobby", |event| event["room"]["id"] == "release-planning").await;
+    let rooms = rig.chat("bob", "chat.rooms", json!({})).await.unwrap();
+    let ids: Vec<&str> = rooms["rooms"].as_array().unwrap().iter().map(|room| room["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["general", "random", "release-planning"]);
+}
+
+#[tokio::test]
+async fn bad_requests_are_refused_with_a_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    let long = "x".repeat(8 * 1024 + 1);
+    let bad = [
+        ("chat.send", send("", "n")),
+        ("chat.send", send("   ", "n")),
+        ("chat.send", send(&long, "n")),
+        ("chat.send", send("x", "")),
+        ("chat.send", send("x", &"n".repeat(65))),
+        ("chat.send", json!({"room": "nowhere", "text": "x", "nonce": "n"})),
+        ("chat.send", json!({"text": "x"})),
+        ("chat.history", json!({"room": "nowhere"})),
+        ("chat.history", json!([])),
+        ("chat.create_room", json!({"name": "!!!"})),
+        ("chat.create_room", json!({"name": "lobby"})),
+        ("chat.create_room", json!({"name": "x".repeat(49)})),
+        ("chat.typing", json!({"room": "nowhere"})),
+        ("chat.stop", json!({"message": 999})),
+        ("chat.retry", json!({"message": "1"})),
+    ];
+    for (method, request) in bad {
+        let (code, text) = rig.chat("ann", method, request.clone()).await.expect_err("refused");
+        assert!(code == 107 && !text.is_empty(), "{method} {request}: {code} {text}");
+    }
+    let (code, _) = rig.rpc("ann", "chat.send", &b"\xff not json"[..]).await.unwrap_err();
+    assert_eq!(code, 107);
+    assert_eq!(rig.events(ROOM), Vec::<Value>::new());
+}

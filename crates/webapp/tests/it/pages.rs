@@ -1,0 +1,144 @@
+//! App sessions, as a page sees them.
+
+use crate::rig::Rig;
+use wire::app::{Body, Delta, Event, Node, Op, Rerun, Said, Submit};
+
+const SESSION: &str = "00112233445566778899aabbccddeeff";
+
+fn rerun(path: &str, reset: bool) -> Said {
+    Said::Rerun(Rerun { path: path.into(), query: String::new(), reset })
+}
+
+fn event(key: &str, value: &str) -> Said {
+    Said::Event(Event { key: key.into(), value: value.into() })
+}
+
+fn deltas(told: &[Body]) -> Vec<Delta> {
+    told.iter().flat_map(|body| if let Body::Deltas(deltas) = body { deltas.delta.clone() } else { vec![] }).collect()
+}
+
+fn whole(told: &[Body]) -> Vec<Node> {
+    match deltas(told).first().and_then(|delta| delta.op.clone()) {
+        Some(Op::Reset(reset)) => reset.children,
+        other => panic!("the whole tree was to come first, not {other:?}"),
+    }
+}
+
+fn find<'a>(nodes: &'a [Node], kind: &str) -> Option<&'a Node> {
+    nodes.iter().find_map(|node| if node.kind == kind { Some(node) } else { find(&node.children, kind) })
+}
+
+fn shown_tab(nodes: &[Node]) -> wire::app::Value {
+    let tabs = find(nodes, "tabs").unwrap();
+    tabs.props.iter().find(|prop| prop.name == "value").unwrap().value.clone().unwrap()
+}
+
+#[tokio::test]
+async fn an_interaction_sends_the_difference_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
+    let told = rig.told(SESSION, "ann");
+    let tree = whole(&told);
+    assert!(matches!(told.last(), Some(Body::RunFinished(_))), "{told:?}");
+    let tabs = find(&tree, "tabs").expect("the console has tabs").key.clone();
+
+    rig.say("ann", SESSION, event(&tabs, "1")).await.unwrap();
+    let told = rig.told(SESSION, "ann");
+    let changes = deltas(&told);
+    assert!(!changes.is_empty() && changes.iter().all(|delta| !matches!(delta.op, Some(Op::Reset(_)))), "{changes:?}");
+
+    rig.say("ann", SESSION, event(&tabs, "1")).await.unwrap();
+    assert_eq!(deltas(&rig.told(SESSION, "ann")), [], "nothing has changed");
+}
+
+#[tokio::test]
+async fn a_session_goes_on_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
+    let tabs = find(&whole(&rig.told(SESSION, "ann")), "tabs").unwrap().key.clone();
+    rig.say("ann", SESSION, event(&tabs, "2")).await.unwrap();
+    rig.stop().await;
+
+    let rig = Rig::start(&dir).await;
+    // The page does not know of the restart; its next word is an event.
+    rig.say("ann", SESSION, event(&tabs, "3")).await.unwrap();
+    assert_eq!(shown_tab(&whole(&rig.told(SESSION, "ann"))), wire::app::Value::Number(3.0));
+    rig.stop().await;
+
+    let rig = Rig::start(&dir).await;
+    rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
+    assert_eq!(shown_tab(&whole(&rig.told(SESSION, "ann"))), wire::app::Value::Number(3.0), "the choice is remembered");
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn the_start_leads_to_a_room_and_a_wrong_place_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    rig.say("ann", SESSION, rerun("/", true)).await.unwrap();
+    let told = rig.told(SESSION, "ann");
+    let Some(Body::Navigate(to)) = told.iter().find(|body| matches!(body, Body::Navigate(_))) else {
+        panic!("{told:?}")
+    };
+    assert_eq!(to.path, "/rooms/general");
+    rig.say("ann", SESSION, rerun(&to.path, false)).await.unwrap();
+    let changes = deltas(&rig.told(SESSION, "ann"));
+    let nodes: Vec<Node> =
+        changes.into_iter().filter_map(|d| if let Some(Op::Insert(i)) = d.op { i.node } else { None }).collect();
+    assert!(find(&nodes, "chat").is_some(), "{nodes:?}");
+    for place in ["/nowhere", "/rooms/nowhere"] {
+        rig.say("ann", SESSION, rerun(place, true)).await.unwrap();
+        assert!(find(&whole(&rig.told(SESSION, "ann")), "empty").is_some(), "{place}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_page_may_not_say_is_refused_and_the_session_lives_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
+    let tree = whole(&rig.told(SESSION, "ann"));
+    let (tabs, select) = (find(&tree, "tabs").unwrap().key.clone(), find(&tree, "selectbox").unwrap().key.clone());
+    let form = Submit { form: "no such form".into(), values: vec![] };
+    let refused = [
+        event("no such widget", "1"),
+        event("", "1"),
+        event(&tabs, "99"),
+        event(&tabs, "not json"),
+        event(&select, "\"not offered\""),
+        rerun("no slash", false),
+        rerun(&format!("/{}", "x".repeat(2000)), false),
+        Said::Submit(form),
+    ];
+    for said in refused {
+        let (code, text) = rig.say("ann", SESSION, said.clone()).await.expect_err("refused");
+        assert_eq!(code, 107, "{said:?}: {text}");
+    }
+    let garbage = rig.rpc("ann", "app.event", &b"\xff\xff\xff"[..]).await.unwrap_err();
+    assert_eq!(garbage.0, 107);
+    for session in ["", "short", "0011223344556677889900112233445g", &"0".repeat(65)] {
+        assert_eq!(rig.say("ann", session, rerun("/", true)).await.unwrap_err().0, 107, "{session}");
+    }
+    assert_eq!(rig.say("bob", SESSION, event(&tabs, "1")).await.unwrap_err().0, 103, "another's session");
+    assert_eq!(rig.say("", SESSION, event(&tabs, "1")).await.unwrap_err().0, 101, "nobody's call");
+    rig.say("ann", SESSION, event(&tabs, "1")).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_console_is_fed_by_one_web_app_of_several() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    let other = tempfile::tempdir().unwrap();
+    let second = Rig::on(rig.bus.clone(), other.path()).await;
+    let count = || rig.events("ops:live").len() + second.events("ops:live").len();
+    testkit::eventually(crate::rig::PATIENCE, async || count() >= 4).await;
+    let times: Vec<i64> = [&rig, &second]
+        .iter()
+        .flat_map(|rig| rig.events("ops:live"))
+        .map(|sample| sample["t"].as_i64().unwrap())
+        .collect();
+    let seconds: std::collections::HashSet<i64> = times.iter().map(|t| t / 800).collect();
+    assert!(seconds.len() + 2 >= times.len(), "about one sample a second, not two: {times:?}");
+}

@@ -1,0 +1,165 @@
+//! A running web app, with a node that takes what it publishes.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bus::{Bus, Headers, Message};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use prost::Message as _;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tempfile::TempDir;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use wire::app::{Back, Body, Forward, Said};
+use wire::channels::{self, Answer, Position, Publish};
+use wire::subjects;
+
+pub const PATIENCE: Duration = Duration::from_secs(10);
+const SECRET: &[u8] = b"a secret of at least thirty-two bytes";
+
+pub struct Rig {
+    pub bus: Bus,
+    pub routes: axum::Router,
+    pub first_password: Option<String>,
+    published: Arc<Mutex<Vec<Publish>>>,
+    tasks: JoinSet<()>,
+    cancel: CancellationToken,
+}
+
+impl Rig {
+    pub async fn start(dir: &TempDir) -> Self {
+        // The life before this one may still be closing its files.
+        let bus = Mutex::new(None);
+        testkit::eventually(PATIENCE, async || {
+            let opened = bus::local::Local::open(dir.path()).await.ok();
+            let is_open = opened.is_some();
+            *bus.lock() = opened;
+            is_open
+        })
+        .await;
+        let bus = bus.into_inner().expect("it was opened");
+        Self::on(bus, dir.path()).await
+    }
+
+    pub async fn on(bus: Bus, dir: &Path) -> Self {
+        let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
+        let mut tasks = JoinSet::new();
+        let published = Arc::new(Mutex::new(Vec::new()));
+        tasks.spawn(node(bus.clone(), published.clone()).await);
+        let config = webapp::Config { data_dir: dir.into(), token_secret: SECRET.into(), ..webapp::Config::default() };
+        let bound = webapp::bind(config, bus.clone()).await.unwrap();
+        let first_password = bound.first_password().map(String::from);
+        let routes = bound.routes();
+        let cancel = CancellationToken::new();
+        let stop = cancel.clone();
+        tasks.spawn(async move { bound.run(stop).await.unwrap() });
+        Self { bus, routes, first_password, published, tasks, cancel }
+    }
+
+    /// In good order; the directory can be used again.
+    pub async fn stop(mut self) {
+        self.cancel.cancel();
+        // The node goes on until the bus is closed: only the web app is waited for.
+        tokio::time::timeout(PATIENCE, self.tasks.join_next()).await.expect("drains in time").unwrap().unwrap();
+        self.tasks.shutdown().await;
+    }
+
+    /// An RPC as a node hands it over; the error's code and text.
+    pub async fn rpc(&self, user: &str, method: &str, payload: impl Into<Bytes>) -> Result<Bytes, (u32, String)> {
+        let headers = Headers::new().with(channels::RPC_USER, user);
+        let subject = subjects::rpc(method).unwrap();
+        let reply = self.bus.request(&subject, headers, payload.into(), PATIENCE).await.unwrap();
+        match reply.headers.get(channels::RPC_ERROR_CODE) {
+            None => Ok(reply.payload),
+            Some(code) => Err((code.parse().unwrap(), String::from_utf8(reply.payload.to_vec()).unwrap())),
+        }
+    }
+
+    pub async fn chat(&self, user: &str, method: &str, request: Value) -> Result<Value, (u32, String)> {
+        let reply = self.rpc(user, method, request.to_string()).await?;
+        Ok(serde_json::from_slice(&reply).unwrap())
+    }
+
+    pub async fn say(&self, user: &str, session: &str, said: Said) -> Result<Bytes, (u32, String)> {
+        let back = Back { version: 1, session: session.into(), body: Some(said) };
+        self.rpc(user, "app.event", back.encode_to_vec()).await
+    }
+
+    /// What has been published on a channel, as JSON.
+    pub fn events(&self, channel: &str) -> Vec<Value> {
+        let published = self.published.lock();
+        let data = published.iter().filter(|p| p.channel == channel).filter_map(|p| p.data.as_ref());
+        data.map(|data| serde_json::from_str(data.get()).unwrap()).collect()
+    }
+
+    /// What a session was told since it was asked last.
+    pub fn told(&self, session: &str, user: &str) -> Vec<Body> {
+        let channel = format!("app:{session}#{user}");
+        let mut published = self.published.lock();
+        let (ours, others) = std::mem::take(&mut *published).into_iter().partition(|p: &Publish| p.channel == channel);
+        *published = others;
+        let bytes = |publish: Publish| STANDARD.decode(publish.b64.unwrap()).unwrap();
+        ours.into_iter().map(|publish| Forward::decode(&*bytes(publish)).unwrap().body.unwrap()).collect()
+    }
+
+    /// Waits for a published event that fits.
+    pub async fn event(&self, channel: &str, fits: impl Fn(&Value) -> bool) -> Value {
+        let mut found = None;
+        testkit::eventually(PATIENCE, || {
+            found = self.events(channel).into_iter().find(|event| fits(event));
+            let is_there = found.is_some();
+            async move { is_there }
+        })
+        .await;
+        found.unwrap()
+    }
+}
+
+/// Takes publications as the nodes do.
+async fn node(bus: Bus, published: Arc<Mutex<Vec<Publish>>>) -> impl Future<Output = ()> + Send + 'static {
+    let mut requests = bus.subscribe(subjects::CHANNELS_PUBLISH, Some(subjects::NODES_GROUP), 1024).await.unwrap();
+    async move {
+        while let Some(request) = requests.next().await {
+            let publish: Publish = serde_json::from_slice(&request.payload).unwrap();
+            let known = |p: &Publish| publish.idempotency_key.is_some() && p.idempotency_key == publish.idempotency_key;
+            {
+                let mut published = published.lock();
+                if !published.iter().any(known) {
+                    published.push(publish);
+                }
+            }
+            let payload = serde_json::to_vec(&Answer::success(Position::default())).unwrap().into();
+            bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
+        }
+    }
+}
+
+/// Answers decide requests with what `answer` makes of them, and keeps them.
+pub async fn router(bus: &Bus, answer: fn(&Value) -> Value) -> (JoinSet<()>, Arc<Mutex<Vec<Bytes>>>) {
+    let mut requests = bus.subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), 64).await.unwrap();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (bus, kept) = (bus.clone(), seen.clone());
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        while let Some(request) = requests.next().await {
+            kept.lock().push(request.payload.clone());
+            let payload = answer(&serde_json::from_slice(&request.payload).unwrap()).to_string().into();
+            bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
+        }
+    });
+    (tasks, seen)
+}
+
+pub fn decided(request: &Value) -> Value {
+    json!({
+        "ok": true,
+        "decision": {
+            "provider_id": "ops", "priority": 50, "expected_latency_ms": 1, "expected_cost": 0.0,
+            "reason": "weighted", "policy_id": "default", "policy_version": "1",
+        },
+        "context": {"request_id": request["request_id"]},
+    })
+}
