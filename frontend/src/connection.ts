@@ -53,7 +53,6 @@ export class CommandError extends Error {
 const PROTOCOL = "centrifuge-protobuf";
 const UNAUTHORIZED = 101;
 const ALREADY_SUBSCRIBED = 105;
-const TOKEN_EXPIRED = 109;
 /** How long a ping may be late before the line counts as dead. */
 const PING_GRACE = 10_000;
 
@@ -439,6 +438,3 @@ export class Connection {
     return this.options.commandTimeout ?? 5_000;
   }
 }
-
-export const isTokenError = (error: unknown): boolean =>
-  error instanceof CommandError && (error.code === TOKEN_EXPIRED || error.code === UNAUTHORIZED);

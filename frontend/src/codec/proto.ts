@@ -90,7 +90,6 @@ export const uint = scalar(() => 0, (v) => v === 0, (r) => r.readVarint(), (w, t
 export const int = scalar(() => 0, (v) => v === 0, (r) => r.readVarint(true), (w, tag, v) => w.writeVarintField(tag, v));
 export const bool = scalar(() => false, (v) => !v, (r) => r.readBoolean(), (w, tag, v) => w.writeBooleanField(tag, v));
 export const string = scalar(() => "", (v) => v === "", (r) => r.readString(), (w, tag, v) => w.writeStringField(tag, v));
-export const double = scalar(() => 0, (v) => v === 0, (r) => r.readDouble(), (w, tag, v) => w.writeDoubleField(tag, v));
 export const bytes = scalar<Uint8Array>(
   () => new Uint8Array(0),
   (v) => v.length === 0,

@@ -16,7 +16,8 @@ let console_: Window;
 const all = (): Window[] => [ann, bob, console_].filter((one) => one !== undefined);
 
 const open = async (name: string, options: BrowserContextOptions = {}): Promise<Window> => {
-  const context = await browser.newContext({ viewport: DESKTOP, colorScheme: "light", ...options });
+  // Without motion, so that contrast is never measured half way between two colours.
+  const context = await browser.newContext({ viewport: DESKTOP, colorScheme: "light", reducedMotion: "reduce", ...options });
   return Window.open(context, server.url, name);
 };
 

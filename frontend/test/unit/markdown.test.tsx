@@ -99,9 +99,10 @@ describe("is quick on what is built to be slow", () => {
     ["deep links", `${"[**".repeat(4_000)}x${"**](/a)".repeat(4_000)}`],
     ["half bold", "**a*".repeat(4_000)],
   ])("%s", (_name, text) => {
-    const started = performance.now();
+    // Time of the processor, not of the clock: the machine may be busy.
+    const started = process.cpuUsage();
     parseBlocks(text);
-    expect(performance.now() - started).toBeLessThan(300);
+    expect(process.cpuUsage(started).user).toBeLessThan(250_000);
   });
 });
 
