@@ -27,10 +27,10 @@ pub async fn cluster(settings: &Settings, data_dir: &Path, http: SocketAddr, bus
     let values = &settings.values;
     let defaults = cluster::Config::default();
     let urls = values.list("redis.urls");
-    let engine = match urls.as_slice() {
-        [] => cluster::EngineConfig::Memory { dir: data_dir.into() },
-        [url] => cluster::EngineConfig::Redis { url: url.clone() },
-        _ => bail!("redis.urls names several servers; a Redis Cluster is not supported yet, name one server"),
+    let engine = if urls.is_empty() {
+        cluster::EngineConfig::Memory { dir: data_dir.into() }
+    } else {
+        cluster::EngineConfig::Redis { url: urls.join(",") }
     };
     let mut namespaces = defaults.namespaces;
     for values in &settings.namespaces {

@@ -20,6 +20,7 @@ struct Acknowledged {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_acknowledged_is_lost_to_sigkill() {
+    #[expect(clippy::disallowed_methods, reason = "a test's seed is no setting")]
     let seed: u64 = std::env::var("BEAMLINE_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
     println!("seed {seed} (BEAMLINE_SEED={seed} repeats it)");
     let mut random = splitmix(seed);

@@ -20,7 +20,7 @@ async fn ask(rig: &Rig, request: Request<Body>) -> Answer {
     Answer { status: parts.status, headers: parts.headers, body: serde_json::from_slice(&body).unwrap_or(Value::Null) }
 }
 
-fn post(path: &str) -> axum::http::request::Builder {
+fn post(path: &str) -> http::request::Builder {
     Request::post(path).header("host", "chat.example").header("content-type", "application/json")
 }
 

@@ -98,8 +98,7 @@ fn a_kill_between_the_message_and_the_question_is_made_good() {
         let rig = Rig::start(&dir).await;
         let (_router, seen) = router(&rig.bus, decided).await;
         asked(&seen).await;
-        let request = seen.lock()[0].clone();
-        request
+        seen.lock()[0].clone()
     });
     until_killed(async {
         let rig = Rig::start(&dir).await;
