@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
+use tokio::task::unconstrained;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::channels::{
@@ -85,8 +86,9 @@ pub async fn run(node: Arc<Node>, mut operations: Operations, cancel: Cancellati
             }
             drop(place);
         });
-        // Begun here, one after the other, publications to a channel queue for it in the order in which they came.
-        if futures_util::poll!(&mut work).is_pending() {
+        // Begun here, one after the other, publications to a channel queue for it in the order in which they came; a
+        // budget that is used up must not send one to the end.
+        if futures_util::poll!(unconstrained(&mut work)).is_pending() {
             tracker.spawn(work);
         }
     }

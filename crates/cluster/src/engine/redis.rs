@@ -17,6 +17,7 @@ use prost::Message;
 use redis::{RedisError, Script};
 use server::{Commands, Server};
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio_util::sync::CancellationToken;
@@ -30,6 +31,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const POSITION_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A presence entry that its node does not renew is gone.
 const PRESENCE_TTL_MS: u64 = 60_000;
+/// Channels share their order with the others of their lane.
+const LANES: usize = 256;
+
 /// KEYS: stream, position, idempotency · ARGV: publication, size, ttl ms, topic, fresh epoch, key given?, position ttl ms,
 /// publish command.
 const PUBLISH: &str = r"
@@ -62,8 +66,10 @@ return {meta[1], tonumber(meta[2] or '0'), redis.call('XRANGE', KEYS[1], '(' .. 
 
 pub struct Redis {
     publish_command: &'static str,
+    /// Publications of this node to a channel go one after the other: within the connection they may overtake.
+    order: Vec<tokio::sync::Mutex<()>>,
+    hasher: RandomState,
     connection: Commands,
-    publish: Script,
     history: Script,
     follows: Follows,
     /// Until it is served.
@@ -81,8 +87,9 @@ impl Redis {
         let (follows, follower) = Follower::connect(server, connection.clone(), hub).await.map_err(failed)?;
         Ok(Arc::new(Self {
             publish_command,
+            order: (0..LANES).map(|_| tokio::sync::Mutex::default()).collect(),
+            hasher: RandomState::new(),
             connection,
-            publish: Script::new(PUBLISH),
             history: Script::new(HISTORY),
             follows,
             follower: Mutex::new(Some(follower)),
@@ -119,6 +126,7 @@ impl Engine for Redis {
     ) -> Result<Position, Failed> {
         let mut connection = self.connection.clone();
         let data = publication.encode_to_vec();
+        let _turn = self.order[self.hasher.hash_one(channel) as usize % LANES].lock().await;
         if !rules.keeps_history() {
             let payload = [b"p0::", &data[..]].concat();
             let _: i64 =
@@ -126,11 +134,13 @@ impl Engine for Redis {
             return Ok(Position::default());
         }
         let once = idempotency_key.as_deref().unwrap_or("");
-        let (offset, epoch): (u64, String) = self
-            .publish
-            .key(key(channel, "stream"))
-            .key(key(channel, "position"))
-            .key(key(channel, &format!("once:{once}")))
+        // Not by its hash: where the script is not known yet, the retry would come behind later publications.
+        let (offset, epoch): (u64, String) = redis::cmd("EVAL")
+            .arg(PUBLISH)
+            .arg(3)
+            .arg(key(channel, "stream"))
+            .arg(key(channel, "position"))
+            .arg(key(channel, &format!("once:{once}")))
             .arg(data)
             .arg(rules.history_size)
             .arg(rules.history_ttl.as_millis() as u64)
@@ -139,7 +149,7 @@ impl Engine for Redis {
             .arg(if idempotency_key.is_some() { "1" } else { "0" })
             .arg(POSITION_TTL.as_millis() as u64)
             .arg(self.publish_command)
-            .invoke_async(&mut connection)
+            .query_async(&mut connection)
             .await?;
         Ok(Position { offset, epoch })
     }

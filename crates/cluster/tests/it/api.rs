@@ -142,11 +142,14 @@ async fn a_node_says_how_it_is_every_second() {
     eventually(Duration::from_secs(5), gone).await;
 }
 
-/// Whoever publishes without waiting for answers is delivered in the order of sending.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_publisher_keeps_its_order() {
-    let node = Node::start_with(|config| config.client_queue = 16 * 1024 * 1024).await;
-    let mut ann = Client::connect(&node, "ann").await;
+    keeps_order(&Node::start_with(|config| config.client_queue = 16 * 1024 * 1024).await).await;
+}
+
+/// Whoever publishes without waiting for answers is delivered in the order of sending.
+pub async fn keeps_order(node: &Node) {
+    let mut ann = Client::connect(node, "ann").await;
     ann.subscribe(to("news")).await;
     for number in 0..2000 {
         let payload = json!({"channel": "news", "data": number}).to_string().into();

@@ -96,6 +96,12 @@ pub async fn meet_across(url: &str) {
     meet(&one, &two, seed).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_publisher_keeps_its_order() {
+    let redis = RedisServer::start().await;
+    crate::api::keeps_order(&start(&redis.url(), "n1").await).await;
+}
+
 /// Skips joins and the like.
 async fn unsubscribed(client: &mut Client) -> (String, u32) {
     loop {
