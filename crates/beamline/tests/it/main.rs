@@ -5,3 +5,4 @@ mod journey;
 mod process;
 mod realtime;
 mod settings;
+mod spread;

@@ -1,0 +1,58 @@
+//! The parts in processes of their own, on NATS and Redis, and what happens when these go away for a while.
+
+use crate::process::Process;
+use crate::realtime::Client;
+use serde_json::{Value, json};
+use std::time::Duration;
+use testkit::{NatsServer, RedisServer, eventually};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn follow(process: &Process, user: &str) -> Client {
+    let token = process.run(&["token", "--user", user]).await.success();
+    let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
+    client.call("subscribe", json!({"channel": "chat:general"})).await.unwrap();
+    client
+}
+
+fn answered(push: &Value) -> bool {
+    let message = &push["pub"]["data"]["message"];
+    message["user"] == "assistant" && message["state"] == "done"
+}
+
+#[tokio::test]
+async fn parts_on_their_own_meet_on_nats_and_redis() {
+    let (mut nats, redis) = (NatsServer::start().await, RedisServer::start().await);
+    let (nats_url, redis_url) = (nats.url(), redis.url());
+    let part = async |roles: &str| {
+        Process::start_with(&["--roles", roles, "--nats-url", &nats_url, "--redis-url", &redis_url]).await
+    };
+    let gateway = part("gateway").await;
+    let _router = part("router").await;
+    let _worker = part("worker").await;
+    let near = part("cluster,webapp").await;
+    let far = part("cluster").await;
+
+    let result = gateway.run(&["submit", "--type", "echo", "--wait", "result", r#"{"n":1}"#]).await.success();
+    assert_eq!(serde_json::from_str::<Value>(&result).unwrap()["status"], "success");
+
+    let (mut ann, mut bob) = (follow(&near, "ann").await, follow(&far, "bob").await);
+    let question = |nonce: &str| json!({"room": "general", "text": "@assistant nodes", "nonce": nonce});
+    ann.rpc("chat.send", question("1")).await.unwrap();
+    for client in [&mut ann, &mut bob] {
+        client.push(answered).await.expect("the answer reaches every node");
+    }
+
+    nats.kill();
+    let down = gateway.run(&["submit", "--type", "echo", "--timeout", "20s", "{}"]).await;
+    assert_eq!(down.code, Some(1), "an error, not silence: {}", down.stdout);
+    eventually(PATIENCE, async || crate::journey::get(&format!("http://{}/ready", near.http())).await.0 == 503).await;
+    nats.restart().await;
+    eventually(PATIENCE, async || {
+        gateway.run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "10s", "{}"]).await.code == Some(0)
+    })
+    .await;
+    eventually(PATIENCE, async || crate::journey::get(&format!("http://{}/ready", near.http())).await.0 == 200).await;
+    ann.rpc("chat.send", question("2")).await.unwrap();
+    bob.push(answered).await.expect("and after the bus came back");
+}
