@@ -15,6 +15,8 @@ use tokio::sync::{mpsc, oneshot};
 const BATCH_MAX: usize = 512;
 /// Writes that wait at most; more make their callers wait.
 const QUEUE_MAX: usize = 4096;
+/// The write-ahead log shrinks to this after a burst.
+const LOG_BYTES_KEPT: i64 = 64 * 1024 * 1024;
 /// Reads that wait at most.
 const READ_QUEUE_MAX: usize = 1024;
 
@@ -34,7 +36,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Runs inside the batch's transaction; its answer leaves only after the commit.
 type Write = Box<dyn FnOnce(&Connection) -> Answer + Send>;
-/// Tells the caller how its write ended: with its own result if the commit succeeded, else with the commit's error.
+/// Tells the caller how its write ended: with its own error, else with the commit's.
 type Answer = Box<dyn FnOnce(std::result::Result<(), rusqlite::Error>) + Send>;
 type Read = Box<dyn FnOnce(&Connection) + Send>;
 
@@ -63,8 +65,11 @@ impl Journal {
         }
         let failed = |source| Error::Open { path: path.to_path_buf(), source };
         let writer = Connection::open(path).map_err(failed)?;
+        // Of a new file: what is deleted can be given back to the disk, by `PRAGMA incremental_vacuum`.
+        writer.pragma_update(None, "auto_vacuum", "INCREMENTAL").map_err(failed)?;
         writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
         writer.pragma_update(None, "synchronous", "NORMAL").map_err(failed)?;
+        writer.pragma_update(None, "journal_size_limit", LOG_BYTES_KEPT).map_err(failed)?;
         writer.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
         writer.set_prepared_statement_cache_capacity(64);
         writer.execute_batch(schema).map_err(failed)?;
@@ -116,13 +121,20 @@ impl Journal {
     }
 }
 
-/// A failing write rolls back to where it began; the batch goes on.
+/// A failing write rolls back to where it began; the batch goes on. But a full disk ends the whole transaction: then what
+/// follows must not run, for it would be committed by itself.
 fn in_savepoint<T>(
     connection: &Connection,
     write: impl FnOnce(&Connection) -> rusqlite::Result<T>,
 ) -> rusqlite::Result<T> {
+    if connection.is_autocommit() {
+        return Err(not_stored("its transaction did not begin or was rolled back"));
+    }
     connection.prepare_cached("SAVEPOINT one_write")?.execute([])?;
     let outcome = write(connection);
+    if connection.is_autocommit() {
+        return outcome.and_then(|_| Err(not_stored("its transaction was rolled back")));
+    }
     if outcome.is_err() {
         connection.prepare_cached("ROLLBACK TO one_write")?.execute([])?;
     }
@@ -130,27 +142,28 @@ fn in_savepoint<T>(
     outcome
 }
 
+fn not_stored(why: &str) -> rusqlite::Error {
+    rusqlite::Error::ToSqlConversionFailure(format!("not stored: {why}").into())
+}
+
 fn write_loop(connection: Connection, mut queue: mpsc::Receiver<Write>) {
     let mut batch = Vec::with_capacity(BATCH_MAX);
     while queue.blocking_recv_many(&mut batch, BATCH_MAX) > 0 {
         if let Err(error) = connection.execute_batch("BEGIN IMMEDIATE") {
-            tracing::error!(%error, "the journal cannot begin a transaction");
-            // Dropping the writes tells their callers.
-            batch.clear();
-            continue;
+            tracing::error!(%error, "the journal cannot begin a transaction; its writes are refused");
         }
         let answers: Vec<Answer> = batch.drain(..).map(|write| write(&connection)).collect();
-        let mut committed = connection.execute_batch("COMMIT");
+        let committed = connection.execute_batch("COMMIT").map_err(|error| error.to_string());
         if let Err(error) = &committed {
-            tracing::error!(%error, "the journal cannot commit; its writes are refused");
-            let _ = connection.execute_batch("ROLLBACK");
+            tracing::error!(error, "the journal cannot commit; its writes are refused");
+        }
+        if !connection.is_autocommit()
+            && let Err(error) = connection.execute_batch("ROLLBACK")
+        {
+            tracing::error!(%error, "the journal cannot roll back");
         }
         for answer in answers {
-            let outcome = match &mut committed {
-                Ok(()) => Ok(()),
-                Err(error) => Err(rusqlite::Error::ToSqlConversionFailure(error.to_string().into())),
-            };
-            answer(outcome);
+            answer(committed.as_ref().map(|()| ()).map_err(|error| not_stored(error)));
         }
     }
 }
@@ -208,5 +221,44 @@ mod tests {
         other.await.unwrap().unwrap();
         let sum: i64 = journal.read(|c| c.query_row("SELECT sum(n) FROM t", [], |row| row.get(0))).await.unwrap();
         assert_eq!(sum, 4);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_acknowledged_that_a_full_disk_did_not_take() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j.db");
+        // Few pages in the cache: the limit is met by a write of the batch, not by its commit.
+        let schema = "PRAGMA cache_size = 2; PRAGMA max_page_count = 40;
+            CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY, filling BLOB)";
+        let journal = Journal::open(&path, schema).unwrap();
+        let insert = |n: u32, bytes: usize| {
+            let journal = journal.clone();
+            tokio::spawn(async move {
+                let write = move |c: &Connection| c.execute("INSERT INTO t VALUES (?1, zeroblob(?2))", (n, bytes));
+                (n, journal.write(write).await)
+            })
+        };
+        let mut acknowledged = Vec::new();
+        let mut refusals = Vec::new();
+        for round in 0..20 {
+            let writes: Vec<_> = (0..50).map(|n| insert(round * 50 + n, if n % 7 == 3 { 60_000 } else { 10 })).collect();
+            for write in writes {
+                match write.await.unwrap() {
+                    (n, Ok(_)) => acknowledged.push(n),
+                    (_, Err(error)) => refusals.push(error.to_string()),
+                }
+            }
+        }
+        assert!(refusals.iter().any(|text| text.contains("full")), "{refusals:?}");
+        assert!(!refusals.iter().any(|text| text.contains("savepoint")), "{refusals:?}");
+        drop(journal);
+        let journal = Journal::open(&path, schema).unwrap();
+        let stored: Vec<u32> = journal
+            .read(|c| c.prepare("SELECT n FROM t ORDER BY n")?.query_map([], |row| row.get(0))?.collect())
+            .await
+            .unwrap();
+        acknowledged.sort_unstable();
+        assert!(!acknowledged.is_empty());
+        assert_eq!(stored, acknowledged, "refused writes are not stored, acknowledged ones are");
     }
 }
