@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs what the tests need and this machine lacks: redis-server, Chromium, nats-server, the npm client.
+# Installs what the tests need and this machine lacks: redis-server, PostgreSQL, Chromium, nats-server, the npm client.
 set -eu
 cd "$(dirname "$0")/.."
 
 packages=()
 command -v redis-server >/dev/null || packages+=(redis-server)
+command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || packages+=(postgresql)
 command -v chromium >/dev/null || packages+=(chromium)
 command -v pip3 >/dev/null || packages+=(python3-pip)
 if [ ${#packages[@]} -gt 0 ]; then

@@ -2,11 +2,13 @@
 
 mod nats;
 mod openai;
+mod postgres;
 mod process;
 mod redis;
 
 pub use nats::NatsServer;
 pub use openai::{OpenAi, Reply, Request};
+pub use postgres::PostgresServer;
 pub use redis::{RedisCluster, RedisServer};
 
 use std::time::Duration;
@@ -69,6 +71,19 @@ mod tests {
         assert!(tokio::net::TcpStream::connect(("127.0.0.1", nats.port())).await.is_err());
         nats.restart().await;
         assert_eq!(nats.url(), url);
+    }
+
+    #[tokio::test]
+    async fn postgres_starts_and_comes_back_on_its_port() {
+        let mut postgres = PostgresServer::start().await;
+        let url = postgres.url();
+        let address = url.split(['@', '/']).find(|part| part.starts_with("127.")).unwrap().to_string();
+        tokio::net::TcpStream::connect(&address).await.unwrap();
+        postgres.kill();
+        assert!(tokio::net::TcpStream::connect(&address).await.is_err());
+        postgres.restart().await;
+        tokio::net::TcpStream::connect(&address).await.unwrap();
+        assert_eq!(postgres.url(), url);
     }
 
     #[tokio::test]

@@ -1,9 +1,10 @@
 //! Signing in over HTTP, and the pages' files.
 
-use crate::rig::Rig;
+use crate::rig::{Home, Kind, Rig};
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode, header};
 use base64::Engine as _;
+use rstest::rstest;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
@@ -39,10 +40,13 @@ fn cookie(answer: &Answer) -> String {
     cookie.split(';').next().unwrap().to_string()
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn people_sign_up_in_and_out() {
-    let dir = tempfile::tempdir().unwrap();
-    let rig = Rig::start(&dir).await;
+async fn people_sign_up_in_and_out(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
     let signed_up = credentials(&rig, "/auth/signup", "Ann", "correct horse").await;
     assert_eq!((signed_up.status, &signed_up.body["user"]), (StatusCode::OK, &json!("ann")));
     assert_eq!(credentials(&rig, "/auth/signup", "ann", "correct horse").await.status, StatusCode::CONFLICT);
@@ -62,14 +66,17 @@ async fn people_sign_up_in_and_out() {
     assert_eq!((out.status, &out.body["signup"]), (StatusCode::UNAUTHORIZED, &json!(true)));
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn the_first_start_makes_an_administrator_whose_password_works() {
-    let dir = tempfile::tempdir().unwrap();
-    let rig = Rig::start(&dir).await;
+async fn the_first_start_makes_an_administrator_whose_password_works(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
     let password = rig.first_password.clone().unwrap();
     assert_eq!(credentials(&rig, "/auth/login", "admin", &password).await.status, StatusCode::OK);
     rig.stop().await;
-    assert_eq!(Rig::start(&dir).await.first_password, None, "only once");
+    assert_eq!(home.start().await.first_password, None, "only once");
 }
 
 #[tokio::test]

@@ -1,7 +1,8 @@
 //! The chat: what is acknowledged is kept, and every answer ends.
 
-use crate::rig::{PATIENCE, Rig, decided, router};
+use crate::rig::{Home, Kind, PATIENCE, Rig, decided, router};
 use bus::{Bus, Message};
+use rstest::rstest;
 use serde_json::{Value, json};
 use wire::subjects;
 
@@ -42,10 +43,13 @@ async fn asked(seen: &parking_lot::Mutex<Vec<bytes::Bytes>>) -> String {
     request["request_id"].as_str().unwrap().to_string()
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn an_answer_streams_and_ends() {
-    let dir = tempfile::tempdir().unwrap();
-    let rig = Rig::start(&dir).await;
+async fn an_answer_streams_and_ends(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
     let sent = rig.chat("ann", "chat.send", send("@assistant how is it going?", "n")).await.unwrap();
     let request_id = asked(&seen).await;
@@ -86,22 +90,24 @@ fn until_killed<T>(life: impl Future<Output = T>) -> T {
     lived
 }
 
-#[test]
-fn a_kill_between_the_message_and_the_question_is_made_good() {
-    let dir = tempfile::tempdir().unwrap();
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
+fn a_kill_between_the_message_and_the_question_is_made_good(#[case] kind: Kind) {
+    let home = until_killed(Home::new(kind));
     until_killed(async {
-        let rig = Rig::start(&dir).await;
+        let rig = home.start().await;
         // No router: the question cannot be asked yet, but the message is acknowledged.
         rig.chat("ann", "chat.send", send("@assistant status", "n")).await.unwrap();
     });
     let first = until_killed(async {
-        let rig = Rig::start(&dir).await;
+        let rig = home.start().await;
         let (_router, seen) = router(&rig.bus, decided).await;
         asked(&seen).await;
         seen.lock()[0].clone()
     });
     until_killed(async {
-        let rig = Rig::start(&dir).await;
+        let rig = home.start().await;
         let (_router, seen) = router(&rig.bus, decided).await;
         let request_id = asked(&seen).await;
         assert_eq!(seen.lock()[0], first, "asked the same to the byte, which the router takes once");
@@ -110,10 +116,13 @@ fn a_kill_between_the_message_and_the_question_is_made_good() {
     });
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn a_refused_question_fails_visibly_and_can_be_asked_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let rig = Rig::start(&dir).await;
+async fn a_refused_question_fails_visibly_and_can_be_asked_again(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
     let refuse = |request: &Value| {
         let error = json!({"code": "policy_not_found", "message": "there is no such policy"});
         json!({"ok": false, "error": error, "context": {"request_id": request["request_id"]}})
@@ -134,10 +143,13 @@ async fn a_refused_question_fails_visibly_and_can_be_asked_again() {
     assert_eq!((&done["message"]["id"], &done["message"]["text"]), (&id, &json!("hello")));
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn a_stopped_answer_keeps_what_has_come() {
-    let dir = tempfile::tempdir().unwrap();
-    let rig = Rig::start(&dir).await;
+async fn a_stopped_answer_keeps_what_has_come(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
     rig.chat("ann", "chat.send", send("@assistant tell", "n")).await.unwrap();
     let request_id = asked(&seen).await;
@@ -150,10 +162,13 @@ async fn a_stopped_answer_keeps_what_has_come() {
     rig.chat("ann", "chat.stop", json!({"message": delta["id"]})).await.unwrap();
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn a_message_sent_again_is_said_once() {
-    let dir = tempfile::tempdir().unwrap();
-    let rig = Rig::start(&dir).await;
+async fn a_message_sent_again_is_said_once(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
     let first = rig.chat("ann", "chat.send", send("hello", "n")).await.unwrap();
     let again = rig.chat("ann", "chat.send", send("hello", "n")).await.unwrap();
     assert_eq!(first["message"], again["message"]);
@@ -162,10 +177,13 @@ async fn a_message_sent_again_is_said_once() {
     assert_ne!(first["message"]["id"], other["message"]["id"], "a nonce is its sender's own");
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn rooms_are_made_once_and_told_to_everybody() {
-    let dir = tempfile::tempdir().unwrap();
-    let rig = Rig::start(&dir).await;
+async fn rooms_are_made_once_and_told_to_everybody(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
     let made = rig.chat("ann", "chat.create_room", json!({"name": "#Release Planning"})).await.unwrap();
     assert_eq!(made["room"], json!({"id": "release-planning", "name": "Release Planning"}));
     assert_eq!(rig.chat("bob", "chat.create_room", json!({"name": "release planning"})).await.unwrap(), made);

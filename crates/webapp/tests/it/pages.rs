@@ -1,6 +1,7 @@
 //! App sessions, as a page sees them.
 
-use crate::rig::Rig;
+use crate::rig::{Home, Kind, Rig};
+use rstest::rstest;
 use wire::app::{Body, Delta, Event, Node, Op, Rerun, Said, Submit};
 
 const SESSION: &str = "00112233445566778899aabbccddeeff";
@@ -52,22 +53,25 @@ async fn an_interaction_sends_the_difference_only() {
     assert_eq!(deltas(&rig.told(SESSION, "ann")), [], "nothing has changed");
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn a_session_goes_on_after_a_restart() {
-    let dir = tempfile::tempdir().unwrap();
-    let rig = Rig::start(&dir).await;
+async fn a_session_goes_on_after_a_restart(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
     rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
     let tabs = find(&whole(&rig.told(SESSION, "ann")), "tabs").unwrap().key.clone();
     rig.say("ann", SESSION, event(&tabs, "2")).await.unwrap();
     rig.stop().await;
 
-    let rig = Rig::start(&dir).await;
+    let rig = home.start().await;
     // The page does not know of the restart; its next word is an event.
     rig.say("ann", SESSION, event(&tabs, "3")).await.unwrap();
     assert_eq!(shown_tab(&whole(&rig.told(SESSION, "ann"))), wire::app::Value::Number(3.0));
     rig.stop().await;
 
-    let rig = Rig::start(&dir).await;
+    let rig = home.start().await;
     rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
     assert_eq!(shown_tab(&whole(&rig.told(SESSION, "ann"))), wire::app::Value::Number(3.0), "the choice is remembered");
     rig.stop().await;
@@ -131,7 +135,7 @@ async fn the_console_is_fed_by_one_web_app_of_several() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     let other = tempfile::tempdir().unwrap();
-    let second = Rig::on(rig.bus.clone(), other.path()).await;
+    let second = Rig::on(rig.bus.clone(), crate::rig::config(other.path())).await;
     let count = || rig.events("ops:live").len() + second.events("ops:live").len();
     testkit::eventually(crate::rig::PATIENCE, async || count() >= 4).await;
     let times: Vec<i64> = [&rig, &second]

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
+use testkit::PostgresServer;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use wire::app::{Back, Body, Forward, Said};
@@ -19,6 +20,38 @@ use wire::subjects;
 
 pub const PATIENCE: Duration = Duration::from_secs(10);
 const SECRET: &[u8] = b"a secret of at least thirty-two bytes";
+
+/// What a test's web apps keep their data in.
+#[derive(Clone, Copy)]
+pub enum Kind {
+    Sqlite,
+    Postgres,
+}
+
+/// A data directory and the database beside it, which outlive the web apps of a test.
+pub struct Home {
+    pub dir: TempDir,
+    pub postgres: Option<PostgresServer>,
+}
+
+impl Home {
+    pub async fn new(kind: Kind) -> Self {
+        let postgres = match kind {
+            Kind::Sqlite => None,
+            Kind::Postgres => Some(PostgresServer::start().await),
+        };
+        Self { dir: tempfile::tempdir().unwrap(), postgres }
+    }
+
+    pub async fn start(&self) -> Rig {
+        Rig::on(open_bus(self.dir.path()).await, self.config()).await
+    }
+
+    pub fn config(&self) -> webapp::Config {
+        let database_url = self.postgres.as_ref().map(PostgresServer::url);
+        webapp::Config { database_url, ..config(self.dir.path()) }
+    }
+}
 
 pub struct Rig {
     pub bus: Bus,
@@ -31,25 +64,14 @@ pub struct Rig {
 
 impl Rig {
     pub async fn start(dir: &TempDir) -> Self {
-        // The life before this one may still be closing its files.
-        let bus = Mutex::new(None);
-        testkit::eventually(PATIENCE, async || {
-            let opened = bus::local::Local::open(dir.path()).await.ok();
-            let is_open = opened.is_some();
-            *bus.lock() = opened;
-            is_open
-        })
-        .await;
-        let bus = bus.into_inner().expect("it was opened");
-        Self::on(bus, dir.path()).await
+        Self::on(open_bus(dir.path()).await, config(dir.path())).await
     }
 
-    pub async fn on(bus: Bus, dir: &Path) -> Self {
+    pub async fn on(bus: Bus, config: webapp::Config) -> Self {
         let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
         let mut tasks = JoinSet::new();
         let published = Arc::new(Mutex::new(Vec::new()));
         tasks.spawn(node(bus.clone(), published.clone()).await);
-        let config = webapp::Config { data_dir: dir.into(), token_secret: SECRET.into(), ..webapp::Config::default() };
         let bound = webapp::bind(config, bus.clone()).await.unwrap();
         let first_password = bound.first_password().map(String::from);
         let routes = bound.routes();
@@ -116,6 +138,23 @@ impl Rig {
         .await;
         found.unwrap()
     }
+}
+
+pub fn config(dir: &Path) -> webapp::Config {
+    webapp::Config { data_dir: dir.into(), token_secret: SECRET.into(), ..webapp::Config::default() }
+}
+
+async fn open_bus(dir: &Path) -> Bus {
+    // The life before this one may still be closing its files.
+    let bus = Mutex::new(None);
+    testkit::eventually(PATIENCE, async || {
+        let opened = bus::local::Local::open(dir).await.ok();
+        let is_open = opened.is_some();
+        *bus.lock() = opened;
+        is_open
+    })
+    .await;
+    bus.into_inner().expect("it was opened")
 }
 
 /// Takes publications as the nodes do.
