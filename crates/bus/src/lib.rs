@@ -139,9 +139,9 @@ impl Subscription {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retention {
-    /// A message is gone once its consumer acknowledged it.
+    /// A message is gone once its consumer acknowledged it. A stream that holds `max_bytes` refuses new ones.
     WorkQueue,
-    /// Messages live until `max_age`, whoever read them.
+    /// Messages live until `max_age`, whoever read them. Beyond `max_bytes` the oldest go.
     Limits,
 }
 
@@ -169,7 +169,7 @@ pub struct ConsumerConfig {
     /// Deliveries that this consumer takes at most and has not yet dropped. What is taken but waits for a place to be
     /// worked on runs out of its `ack_wait`: a consumer whose work is slow takes no more than it has places.
     pub max_in_hand: usize,
-    /// Start with what is stored (`true`) or with what comes next.
+    /// Start with what is stored (`true`) or with what comes next. A work queue's consumers start with what is stored.
     pub from_start: bool,
 }
 

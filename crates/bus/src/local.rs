@@ -1,6 +1,7 @@
 //! The embedded bus: subjects in memory, streams and buckets in one SQLite file under the data directory.
 
 mod consumer;
+mod prune;
 mod store;
 pub(crate) mod subjects;
 

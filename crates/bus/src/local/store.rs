@@ -2,7 +2,9 @@
 //!
 //! A consumer's work is the table `queue`: one row a message it still owes an answer for, with the time it is next
 //! available. Delivering moves that time ahead by `ack_wait`; an ack deletes the row; silence lets the time come.
+//! These times are of this process's own clock, which nobody can set back.
 
+use super::prune;
 use super::subjects::matches;
 use crate::{Appended, ConsumerConfig, Error, Headers, Message, Outcome, Result, Retention, StreamConfig, StreamInfo};
 use bytes::Bytes;
@@ -12,7 +14,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 
 const SCHEMA: &str = "
@@ -23,6 +25,7 @@ CREATE TABLE IF NOT EXISTS sequences (stream TEXT PRIMARY KEY, last INTEGER NOT 
 CREATE TABLE IF NOT EXISTS dedup (
     stream TEXT NOT NULL, msg_id TEXT NOT NULL, seq INTEGER NOT NULL, at_ms INTEGER NOT NULL,
     PRIMARY KEY (stream, msg_id)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS dedup_age ON dedup (stream, at_ms);
 CREATE TABLE IF NOT EXISTS consumers (
     id INTEGER PRIMARY KEY, stream TEXT NOT NULL, name TEXT NOT NULL, filter TEXT, UNIQUE (stream, name));
 CREATE TABLE IF NOT EXISTS queue (
@@ -32,6 +35,15 @@ CREATE INDEX IF NOT EXISTS queue_available ON queue (consumer, available_ms);
 CREATE TABLE IF NOT EXISTS kv (
     bucket TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, revision INTEGER NOT NULL, at_ms INTEGER NOT NULL,
     PRIMARY KEY (bucket, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS kv_age ON kv (bucket, at_ms);
+CREATE TABLE IF NOT EXISTS sizes (stream TEXT PRIMARY KEY, messages INTEGER NOT NULL, bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS message_came AFTER INSERT ON messages BEGIN
+    UPDATE sizes SET messages = messages + 1, bytes = bytes + length(NEW.payload) WHERE stream = NEW.stream;
+END;
+CREATE TRIGGER IF NOT EXISTS message_left AFTER DELETE ON messages BEGIN
+    UPDATE sizes SET messages = messages - 1, bytes = bytes - length(OLD.payload) WHERE stream = OLD.stream;
+    DELETE FROM queue WHERE consumer IN (SELECT id FROM consumers WHERE stream = OLD.stream) AND seq = OLD.seq;
+END;
 CREATE TABLE IF NOT EXISTS revisions (one INTEGER PRIMARY KEY CHECK (one = 1), last INTEGER NOT NULL);
 INSERT OR IGNORE INTO revisions VALUES (1, 0);
 ";
@@ -40,20 +52,13 @@ pub struct Store {
     journal: Journal,
     streams: RwLock<HashMap<&'static str, Arc<Stream>>>,
     buckets: RwLock<HashMap<&'static str, Duration>>,
+    opened: Instant,
 }
 
 struct Stream {
     config: StreamConfig,
-    consumers: RwLock<Vec<ConsumerRow>>,
     /// Something became available.
     work: Arc<Notify>,
-}
-
-#[derive(Clone)]
-struct ConsumerRow {
-    id: i64,
-    name: String,
-    filter: Option<String>,
 }
 
 /// What a pump needs to claim and settle.
@@ -88,7 +93,13 @@ impl From<journal::Error> for Error {
 
 impl Store {
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { journal: Journal::open(path, SCHEMA)?, streams: RwLock::default(), buckets: RwLock::default() })
+        let journal = Journal::open(path, SCHEMA)?;
+        Ok(Self { journal, streams: RwLock::default(), buckets: RwLock::default(), opened: Instant::now() })
+    }
+
+    /// Milliseconds, from 1 on.
+    fn clock_ms(&self) -> u64 {
+        millis(self.opened.elapsed()) + 1
     }
 
     /// No delivery outlives the process that held it: all of them are available again.
@@ -99,20 +110,23 @@ impl Store {
 
     pub async fn declare_stream(&self, config: StreamConfig) -> Result<()> {
         let name = config.name;
-        let consumers = self
-            .journal
+        self.journal
             .write(move |c| {
                 c.execute("INSERT OR IGNORE INTO sequences VALUES (?1, 0)", [name])?;
-                let mut rows = c.prepare_cached("SELECT id, name, filter FROM consumers WHERE stream = ?1")?;
-                let rows = rows.query_map([name], |row| {
-                    Ok(ConsumerRow { id: row.get(0)?, name: row.get(1)?, filter: row.get(2)? })
-                })?;
-                rows.collect::<rusqlite::Result<Vec<_>>>()
+                let counted = c.prepare("SELECT 1 FROM sizes WHERE stream = ?1")?.exists([name])?;
+                if !counted {
+                    c.execute(
+                        "INSERT INTO sizes SELECT ?1, count(*), coalesce(sum(length(payload)), 0) FROM messages
+                         WHERE stream = ?1",
+                        [name],
+                    )?;
+                }
+                Ok(())
             })
             .await?;
         let mut streams = self.streams.write();
         let work = streams.get(name).map_or_else(Default::default, |known| known.work.clone());
-        streams.insert(name, Arc::new(Stream { config, consumers: RwLock::new(consumers), work }));
+        streams.insert(name, Arc::new(Stream { config, work }));
         Ok(())
     }
 
@@ -124,11 +138,6 @@ impl Store {
 
     pub async fn append(&self, message: &Message, msg_id: Option<&str>) -> Result<Appended> {
         let stream = self.stream_of(&message.subject)?;
-        let owed: Vec<i64> = {
-            let consumers = stream.consumers.read();
-            let takes = |row: &&ConsumerRow| row.filter.as_deref().is_none_or(|f| matches(f, &message.subject));
-            consumers.iter().filter(takes).map(|row| row.id).collect()
-        };
         let (message, msg_id, config) = (message.clone(), msg_id.map(String::from), stream.config.clone());
         let now = now_ms();
         let appended = self
@@ -141,8 +150,11 @@ impl Store {
                         .query_row(params![config.name, msg_id, since], |row| row.get(0))
                         .optional()?;
                     if let Some(sequence) = known {
-                        return Ok(Appended { sequence, duplicate: true });
+                        return Ok(Some(Appended { sequence, duplicate: true }));
                     }
+                }
+                if config.retention == Retention::WorkQueue && is_full(c, &config, message.payload.len() as u64)? {
+                    return Ok(None);
                 }
                 let sequence: u64 = c
                     .prepare_cached("UPDATE sequences SET last = last + 1 WHERE stream = ?1 RETURNING last")?
@@ -163,13 +175,23 @@ impl Store {
                     &message.payload[..],
                     now
                 ])?;
-                for consumer in owed {
-                    c.prepare_cached("INSERT INTO queue VALUES (?1, ?2, 0, 0)")?
-                        .execute(params![consumer, sequence])?;
+                // Read here, in the order of writes: a consumer that is just made has it from its start or from here.
+                let mut consumers = c.prepare_cached("SELECT id, filter FROM consumers WHERE stream = ?1")?;
+                let mut consumers = consumers.query([config.name])?;
+                while let Some(row) = consumers.next()? {
+                    let (consumer, filter): (i64, Option<String>) = (row.get(0)?, row.get(1)?);
+                    if filter.is_none_or(|filter| matches(&filter, &message.subject)) {
+                        c.prepare_cached("INSERT INTO queue VALUES (?1, ?2, 0, 0)")?
+                            .execute(params![consumer, sequence])?;
+                    }
                 }
-                Ok(Appended { sequence, duplicate: false })
+                Ok(Some(Appended { sequence, duplicate: false }))
             })
             .await?;
+        let (name, max) = (stream.config.name, stream.config.max_bytes);
+        let appended = appended.ok_or_else(|| {
+            Error::Storage(format!("stream {name} holds its {max} bytes; its consumers are behind, try again later"))
+        })?;
         stream.work.notify_waiters();
         Ok(appended)
     }
@@ -177,7 +199,9 @@ impl Store {
     pub async fn consumer(&self, config: &ConsumerConfig) -> Result<ConsumerHandle> {
         let missing = || Error::NoStream(config.stream.into());
         let stream = self.streams.read().get(config.stream).cloned().ok_or_else(missing)?;
-        let (name, filter, from_start) = (config.name.clone(), config.filter.clone(), config.from_start);
+        let (name, filter) = (config.name.clone(), config.filter.clone());
+        // A work queue keeps only what nobody has taken: its consumers start nowhere else.
+        let from_start = config.from_start || stream.config.retention == Retention::WorkQueue;
         let stream_name = config.stream;
         let id = self
             .journal
@@ -190,6 +214,7 @@ impl Store {
                     )
                     .optional()?;
                 if let Some(id) = known {
+                    c.execute("UPDATE consumers SET filter = ?2 WHERE id = ?1", params![id, filter])?;
                     return Ok(id);
                 }
                 c.execute(
@@ -210,10 +235,6 @@ impl Store {
                 Ok(id)
             })
             .await?;
-        let mut consumers = stream.consumers.write();
-        if !consumers.iter().any(|row| row.id == id) {
-            consumers.push(ConsumerRow { id, name: config.name.clone(), filter: config.filter.clone() });
-        }
         Ok(ConsumerHandle {
             id,
             stream: config.stream,
@@ -227,7 +248,7 @@ impl Store {
     /// Takes up to `max` available messages for `ack_wait`; their delivery counts are stored before they are handed out.
     pub async fn claim(&self, consumer: &ConsumerHandle, max: usize) -> Result<Claim> {
         let consumer = consumer.clone();
-        let now = now_ms();
+        let now = self.clock_ms();
         let claim = self
             .journal
             .write(move |c| {
@@ -264,19 +285,20 @@ impl Store {
                     )?
                     .execute(params![consumer.id, claimed.sequence, until, claimed.delivered])?;
                 }
+                // Of those that are out. What is available and was not taken waits for one of them to be settled.
                 let next: Option<u64> = c
-                    .prepare_cached("SELECT min(available_ms) FROM queue WHERE consumer = ?1")?
-                    .query_row([consumer.id], |row| row.get(0))?;
+                    .prepare_cached("SELECT min(available_ms) FROM queue WHERE consumer = ?1 AND available_ms > ?2")?
+                    .query_row(params![consumer.id, now], |row| row.get(0))?;
                 Ok((messages, next))
             })
             .await?;
         let (messages, next) = claim;
-        Ok(Claim { messages, next: next.map(|at| Duration::from_millis(at.saturating_sub(now_ms()).max(1))) })
+        Ok(Claim { messages, next: next.map(|at| Duration::from_millis(at.saturating_sub(self.clock_ms()).max(1))) })
     }
 
     pub async fn settle(&self, consumer: &ConsumerHandle, sequence: u64, outcome: Outcome) -> Result<()> {
         let handle = consumer.clone();
-        let now = now_ms();
+        let now = self.clock_ms();
         self.journal
             .write(move |c| {
                 let move_to = |at: u64| -> rusqlite::Result<()> {
@@ -285,7 +307,7 @@ impl Store {
                     Ok(())
                 };
                 match outcome {
-                    Outcome::Nak(delay) => move_to(now + millis(delay)),
+                    Outcome::Nak(delay) => move_to(now.saturating_add(millis(delay))),
                     Outcome::InProgress => move_to(now + millis(handle.ack_wait)),
                     Outcome::Ack | Outcome::Term => {
                         c.prepare_cached("DELETE FROM queue WHERE consumer = ?1 AND seq = ?2")?
@@ -304,25 +326,21 @@ impl Store {
     }
 
     pub async fn stream_info(&self, stream: &str) -> Result<StreamInfo> {
+        if !self.streams.read().contains_key(stream) {
+            return Err(Error::NoStream(stream.into()));
+        }
         let name = stream.to_string();
-        let known = self.streams.read().get(stream).cloned().ok_or_else(|| Error::NoStream(name.clone()))?;
-        let consumers = known.consumers.read().clone();
         let info = self
             .journal
             .read(move |c| {
                 let (messages, bytes) = c
-                    .prepare_cached(
-                        "SELECT count(*), coalesce(sum(length(payload)), 0) FROM messages WHERE stream = ?1",
-                    )?
-                    .query_row([name], |row| Ok((row.get(0)?, row.get(1)?)))?;
-                let mut info = StreamInfo { messages, bytes, consumers: Vec::new() };
-                for consumer in consumers {
-                    let pending = c
-                        .prepare_cached("SELECT count(*) FROM queue WHERE consumer = ?1")?
-                        .query_row([consumer.id], |row| row.get(0))?;
-                    info.consumers.push((consumer.name, pending));
-                }
-                Ok(info)
+                    .prepare_cached("SELECT messages, bytes FROM sizes WHERE stream = ?1")?
+                    .query_row([&name], |row| Ok((row.get(0)?, row.get(1)?)))?;
+                let mut consumers = c.prepare_cached(
+                    "SELECT name, (SELECT count(*) FROM queue WHERE consumer = id) FROM consumers WHERE stream = ?1",
+                )?;
+                let consumers = consumers.query_map([&name], |row| Ok((row.get(0)?, row.get(1)?)))?;
+                Ok(StreamInfo { messages, bytes, consumers: consumers.collect::<rusqlite::Result<_>>()? })
             })
             .await?;
         Ok(info)
@@ -379,52 +397,20 @@ impl Store {
 
     pub async fn prune(&self) -> Result<()> {
         let now = now_ms();
-        let streams: Vec<StreamConfig> = self.streams.read().values().map(|stream| stream.config.clone()).collect();
-        let buckets: Vec<(&str, Duration)> = self.buckets.read().iter().map(|(name, age)| (*name, *age)).collect();
-        self.journal
-            .write(move |c| {
-                for stream in streams {
-                    let before = now.saturating_sub(millis(stream.max_age));
-                    let old = c.execute(
-                        "DELETE FROM messages WHERE stream = ?1 AND stored_ms < ?2",
-                        params![stream.name, before],
-                    )?;
-                    let over = if stream.retention == Retention::Limits { prune_bytes(c, &stream)? } else { 0 };
-                    if old + over > 0 {
-                        c.execute(
-                            "DELETE FROM queue WHERE consumer IN (SELECT id FROM consumers WHERE stream = ?1)
-                             AND seq NOT IN (SELECT seq FROM messages WHERE stream = ?1)",
-                            [stream.name],
-                        )?;
-                    }
-                    let before = now.saturating_sub(millis(stream.dedup_window));
-                    c.execute("DELETE FROM dedup WHERE stream = ?1 AND at_ms < ?2", params![stream.name, before])?;
-                }
-                for (bucket, max_age) in buckets {
-                    let before = now.saturating_sub(millis(max_age));
-                    c.execute("DELETE FROM kv WHERE bucket = ?1 AND at_ms < ?2", params![bucket, before])?;
-                }
-                Ok(())
-            })
-            .await?;
-        Ok(())
+        loop {
+            let streams: Vec<_> = self.streams.read().values().map(|stream| stream.config.clone()).collect();
+            let buckets: Vec<_> = self.buckets.read().iter().map(|(name, age)| (*name, *age)).collect();
+            if !self.journal.write(move |c| prune::some(c, &streams, &buckets, now)).await? {
+                return Ok(());
+            }
+        }
     }
 }
 
-/// Drops the oldest messages of a stream that holds more than its bytes.
-fn prune_bytes(c: &Connection, stream: &StreamConfig) -> rusqlite::Result<usize> {
-    let keep_from: Option<u64> = c
-        .query_row(
-            "SELECT seq FROM (SELECT seq, sum(length(payload)) OVER (ORDER BY seq DESC) AS newer FROM messages
-             WHERE stream = ?1) WHERE newer > ?2 ORDER BY seq DESC LIMIT 1",
-            params![stream.name, stream.max_bytes],
-            |row| row.get(0),
-        )
-        .optional()?;
-    match keep_from {
-        Some(seq) => c.execute("DELETE FROM messages WHERE stream = ?1 AND seq <= ?2", params![stream.name, seq]),
-        None => Ok(0),
-    }
+fn is_full(c: &Connection, stream: &StreamConfig, more: u64) -> rusqlite::Result<bool> {
+    let bytes: u64 =
+        c.prepare_cached("SELECT bytes FROM sizes WHERE stream = ?1")?.query_row([stream.name], |row| row.get(0))?;
+    Ok(bytes.saturating_add(more) > stream.max_bytes)
 }
 
 fn kv_read(c: &Connection, bucket: &str, key: &str, since: u64) -> rusqlite::Result<Option<(Bytes, u64)>> {
@@ -443,10 +429,119 @@ fn parse_headers(text: &str) -> Headers {
     pairs.into_iter().fold(Headers::new(), |headers, (name, value)| headers.with(name, value))
 }
 
-fn millis(duration: Duration) -> u64 {
+pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX / 4)
 }
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(retention: Retention) -> StreamConfig {
+        StreamConfig {
+            name: "S",
+            subjects: vec!["s.>".into()],
+            retention,
+            max_age: Duration::from_secs(3600),
+            max_bytes: 50_000,
+            dedup_window: Duration::from_secs(3600),
+        }
+    }
+
+    fn reader(name: &str, max_ack_pending: usize) -> ConsumerConfig {
+        ConsumerConfig {
+            stream: "S",
+            name: name.into(),
+            filter: None,
+            ack_wait: Duration::from_secs(30),
+            max_ack_pending,
+            max_in_hand: 100,
+            from_start: true,
+        }
+    }
+
+    fn message(payload: &str) -> Message {
+        Message { subject: "s.a".into(), payload: payload.to_string().into(), ..Message::default() }
+    }
+
+    async fn open(retention: Retention) -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("bus.db")).unwrap();
+        store.declare_stream(config(retention)).await.unwrap();
+        (dir, store)
+    }
+
+    async fn count(store: &Store, table: &'static str) -> u64 {
+        let sql = format!("SELECT count(*) FROM {table}");
+        store.journal.read(move |c| c.query_row(&sql, [], |row| row.get(0))).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_is_over_its_bytes_or_age_leaves_every_table() {
+        let (_dir, store) = open(Retention::Limits).await;
+        store.declare_kv("B", Duration::from_secs(3600)).await.unwrap();
+        store.consumer(&reader("c", 10)).await.unwrap();
+        for n in 0..3000_u32 {
+            store.append(&message(&"x".repeat(100)), Some(&n.to_string())).await.unwrap();
+        }
+        store.kv_put("B", "key", "value".into(), None).await.unwrap();
+        store.prune().await.unwrap();
+        let info = store.stream_info("S").await.unwrap();
+        assert_eq!((info.messages, info.bytes), (500, 50_000));
+        assert_eq!(info.consumers, [("c".to_string(), 500)], "what is gone is owed to nobody");
+        assert_eq!(count(&store, "dedup").await, 3000, "a repeat of what is gone is still a repeat");
+
+        let aged = |c: &Connection| {
+            c.execute_batch("UPDATE messages SET stored_ms = 1; UPDATE dedup SET at_ms = 1; UPDATE kv SET at_ms = 1")
+        };
+        store.journal.write(aged).await.unwrap();
+        store.prune().await.unwrap();
+        let info = store.stream_info("S").await.unwrap();
+        assert_eq!((info.messages, info.bytes), (0, 0));
+        for table in ["messages", "queue", "dedup", "kv"] {
+            assert_eq!(count(&store, table).await, 0, "{table}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_consumer_that_holds_all_it_may_waits_for_one_of_them() {
+        let (_dir, store) = open(Retention::WorkQueue).await;
+        let handle = store.consumer(&reader("c", 2)).await.unwrap();
+        for n in 0..5 {
+            store.append(&message(&n.to_string()), None).await.unwrap();
+        }
+        assert_eq!(store.claim(&handle, 10).await.unwrap().messages.len(), 2);
+        let nothing = store.claim(&handle, 10).await.unwrap();
+        assert!(nothing.messages.is_empty());
+        assert!(nothing.next.unwrap() > Duration::from_secs(25), "it does not look again at once: {:?}", nothing.next);
+    }
+
+    #[tokio::test]
+    async fn a_stream_declared_again_keeps_its_consumers() {
+        let (_dir, store) = open(Retention::WorkQueue).await;
+        let handle = store.consumer(&reader("c", 10)).await.unwrap();
+        store.declare_stream(config(Retention::WorkQueue)).await.unwrap();
+        store.append(&message("1"), None).await.unwrap();
+        assert_eq!(store.claim(&handle, 10).await.unwrap().messages.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_consumer_made_among_appends_misses_none() {
+        let (_dir, store) = open(Retention::WorkQueue).await;
+        let store = Arc::new(store);
+        let appends = (0..400).map(|n: u32| {
+            let store = store.clone();
+            tokio::spawn(async move { store.append(&message(&n.to_string()), None).await.unwrap() })
+        });
+        let appends: Vec<_> = appends.collect();
+        store.consumer(&reader("c", 1000)).await.unwrap();
+        for append in appends {
+            append.await.unwrap();
+        }
+        assert_eq!(store.stream_info("S").await.unwrap().consumers, [("c".to_string(), 400)]);
+    }
 }

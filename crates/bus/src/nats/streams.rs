@@ -6,7 +6,7 @@ use super::link::Link;
 use crate::{Appended, Error, Message, Result, Retention, StreamConfig, StreamInfo};
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamByNameErrorKind, GetStreamErrorKind};
-use async_nats::jetstream::stream::{Config, RetentionPolicy, StorageType, Stream};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
 use async_nats::jetstream::{ErrorCode, kv};
 use futures_util::TryStreamExt;
 use serde_json::Value;
@@ -19,6 +19,11 @@ pub async fn declare(link: &Link, stream: StreamConfig) -> Result<()> {
         config.retention = match stream.retention {
             Retention::WorkQueue => RetentionPolicy::WorkQueue,
             Retention::Limits => RetentionPolicy::Limits,
+        };
+        // A work queue's messages are owed to somebody: new ones are refused rather than old ones dropped.
+        config.discard = match stream.retention {
+            Retention::WorkQueue => DiscardPolicy::New,
+            Retention::Limits => DiscardPolicy::Old,
         };
         config.max_age = stream.max_age;
         config.max_bytes = i64::try_from(stream.max_bytes).unwrap_or(i64::MAX);

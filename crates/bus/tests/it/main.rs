@@ -51,6 +51,7 @@ conformance! {
     streams::declaring_again_changes_what_differs,
     streams::a_work_queue_forgets_what_is_acknowledged,
     streams::a_limits_stream_keeps_what_is_acknowledged,
+    streams::a_full_work_queue_refuses_and_a_limits_stream_drops_its_oldest,
     consumers::a_delivery_carries_what_was_appended,
     consumers::silence_redelivers,
     consumers::a_nak_redelivers_after_its_delay,

@@ -54,6 +54,37 @@ pub async fn a_work_queue_forgets_what_is_acknowledged(bus: Bus) {
     settle_two(&bus, Retention::WorkQueue, 1).await;
 }
 
+pub async fn a_full_work_queue_refuses_and_a_limits_stream_drops_its_oldest(bus: Bus) {
+    let small = |retention| StreamConfig { max_bytes: 4096, ..stream(retention) };
+    bus.declare_stream(small(Retention::WorkQueue)).await.unwrap();
+    let text = "x".repeat(1000);
+    let mut stored = Vec::new();
+    let refused = loop {
+        match bus.append(message("s.a", &text), None).await {
+            Ok(appended) => stored.push(appended.sequence),
+            Err(error) => break error,
+        }
+        assert!(stored.len() <= 4, "it is full");
+    };
+    assert!(matches!(refused, Error::Storage(_)), "{refused}");
+    assert_eq!(bus.stream_info("S").await.unwrap().messages, stored.len() as u64, "nothing was dropped");
+    let mut consumer = bus.consume(consumer("c")).await.unwrap();
+    for sequence in &stored {
+        let delivery = soon(consumer.next()).await.unwrap();
+        assert_eq!(delivery.sequence, *sequence);
+        delivery.ack().await.unwrap();
+    }
+    bus.append(message("s.a", &text), None).await.unwrap();
+
+    let logs = StreamConfig { name: "L", subjects: vec!["l".into()], ..small(Retention::Limits) };
+    bus.declare_stream(logs).await.unwrap();
+    for _ in 0..10 {
+        bus.append(message("l", &text), None).await.unwrap();
+    }
+    eventually(SOON, || async { bus.stream_info("L").await.unwrap().bytes <= 4096 }).await;
+    assert!(bus.stream_info("L").await.unwrap().messages > 0);
+}
+
 pub async fn a_limits_stream_keeps_what_is_acknowledged(bus: Bus) {
     settle_two(&bus, Retention::Limits, 3).await;
 }
