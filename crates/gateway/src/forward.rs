@@ -1,10 +1,10 @@
 //! One request on its way: to the router, and for `wait` result and stream on to its end.
 
+use crate::router::Refused;
 use crate::waiters::{Finished, Waiter};
 use crate::{Gateway, Peer};
 use bus::Headers;
 use bytes::Bytes;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -274,15 +274,9 @@ impl Exchange {
     }
 
     async fn request_router(&self, subject: &str, headers: Headers, payload: Vec<u8>) -> Result<Bytes, Failure> {
-        let left = self.deadline.saturating_duration_since(Instant::now()).min(self.gateway.config.request_timeout);
-        let reply = self.gateway.bus.request(subject, headers, payload.into(), left).await.map_err(Failure::from)?;
-        let head: Head = serde_json::from_slice(&reply.payload)
-            .map_err(|e| Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {e}")))?;
-        match head.error {
-            None if head.ok => Ok(reply.payload),
-            Some(error) => Err(Failure::rejected(error)),
-            None => Err(Failure::new(ErrorCode::Internal, "The router refused without an error")),
-        }
+        let gateway = &self.gateway;
+        let due = self.deadline.min(Instant::now() + gateway.config.request_timeout);
+        Ok(gateway.router.ask(&gateway.bus, subject, headers, payload.into(), due).await?)
     }
 
     fn permit(&self, tenant_id: &str) -> Result<(), Failure> {
@@ -421,12 +415,6 @@ impl OutputReader {
 }
 
 /// What a router's answer is judged by.
-#[derive(Deserialize)]
-struct Head {
-    ok: bool,
-    error: Option<ErrorBody>,
-}
-
 /// An error on its way to the client.
 struct Failure {
     code: ErrorCode,
@@ -458,6 +446,25 @@ impl Failure {
         };
         detail.reason = Some(error.code);
         failure
+    }
+}
+
+impl From<Refused> for Failure {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Open { retry_after } => {
+                let text = "The router has not answered lately and is left alone for a moment; try again";
+                let mut failure = Self::new(ErrorCode::Unavailable, text);
+                let ms = u64::try_from(retry_after.as_millis()).unwrap_or(u64::MAX);
+                failure.payload.error.retry_after_ms = Some(ms.max(1));
+                failure
+            }
+            Refused::Bus(error) => error.into(),
+            Refused::Router(error) => Self::rejected(*error),
+            Refused::Unreadable(what) => {
+                Self::new(ErrorCode::Internal, format!("The router's answer cannot be read: {what}"))
+            }
+        }
     }
 }
 

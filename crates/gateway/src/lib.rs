@@ -2,11 +2,16 @@
 //!
 //! A connection is one task ([`session`]); its requests run inside it, so whatever a client left behind ends with it.
 
+mod breaker;
 mod forward;
+mod retry;
+mod router;
 mod session;
 mod socket;
 mod stats;
 mod waiters;
+
+pub use breaker::Config as BreakerConfig;
 
 use bus::Bus;
 use std::path::{Path, PathBuf};
@@ -40,6 +45,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Who may connect besides our own user and root. Others can only reach the socket if this is not empty.
     pub allowed_uids: Vec<u32>,
+    /// When the router is not asked for a while.
+    pub breaker: breaker::Config,
 }
 
 impl Default for Config {
@@ -56,6 +63,7 @@ impl Default for Config {
             receive_budget: 64 * 1024 * 1024,
             drain_timeout: Duration::from_secs(10),
             allowed_uids: Vec::new(),
+            breaker: breaker::Config::default(),
         }
     }
 }
@@ -82,6 +90,7 @@ struct Gateway {
     waiters: waiters::Waiters,
     stats: stats::Stats,
     in_flight: Arc<Semaphore>,
+    router: router::Access,
     /// Permits are KiB of [`Config::receive_budget`].
     receive: Arc<Semaphore>,
 }
@@ -93,6 +102,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let gateway = Gateway {
         in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
         receive: Arc::new(Semaphore::new(config.receive_budget / 1024)),
+        router: router::Access::new(config.breaker, config.request_timeout),
         waiters: waiters::Waiters::default(),
         stats: stats::Stats::default(),
         bus,

@@ -466,6 +466,7 @@ impl Session {
             features: ["pipelining", "multiplexing", "streaming", "query", "cancel", "wait_result", "wait_stream"]
                 .map(String::from)
                 .to_vec(),
+            breaker: self.gateway.router.state().as_str().into(),
             limits: Limits {
                 max_connections: config.max_connections,
                 max_in_flight: config.max_in_flight,

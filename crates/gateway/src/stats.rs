@@ -79,6 +79,7 @@ pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
             requests_total: stats.requests.load(Relaxed),
             errors_by_code,
             forward_us: stats.forward_us(),
+            breaker: gateway.router.state().as_str().into(),
         };
         metrics::gauge!("beamline_gateway_connections").set(status.connections as f64);
         metrics::gauge!("beamline_gateway_in_flight").set(status.in_flight as f64);

@@ -90,6 +90,8 @@ pub struct GatewayStatus {
     pub errors_by_code: BTreeMap<String, u64>,
     /// Of the last minute's forwarded requests, microseconds.
     pub forward_us: Percentiles,
+    /// On the way to the router: `closed`, `open` or `half_open`.
+    pub breaker: String,
 }
 
 /// A worker's heartbeat, on [`crate::subjects::HEARTBEAT`].

@@ -180,7 +180,7 @@ async fn an_answer_larger_than_a_frame_is_an_error() {
 
 #[tokio::test]
 async fn a_router_that_talks_nonsense() {
-    let fixture = Fixture::start(|_| {}).await;
+    let fixture = Fixture::start(|config| config.breaker.consecutive_failures = 1000).await;
     fixture.router(|request, _| async move { Some(request["task"]["payload"]["params"]["answer"].clone()) }).await;
     let mut raw = fixture.connect().await;
     for (answer, code) in [

@@ -1,6 +1,7 @@
 //! Raw bytes against a bound gateway, on the embedded bus with a scripted router.
 
 mod bad_input;
+mod router;
 mod session;
 
 use bus::{Bus, Headers, Message};

@@ -87,6 +87,9 @@ pub struct Capabilities {
     pub message_types: Vec<u8>,
     pub max_frame_size: usize,
     pub features: Vec<String>,
+    /// On the way to the router: `closed`, `open` or `half_open`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub breaker: String,
     pub limits: Limits,
 }
 

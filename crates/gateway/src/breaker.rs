@@ -1,0 +1,360 @@
+//! Whether the router is worth asking: a circuit breaker as a state machine that is told the time.
+//!
+//! Closed until failures in a row, or their share among enough calls of the last seconds, say that the router does not
+//! answer. Open for a while, longer each time a probe fails. Half open: a few probes at once; enough that succeed close it.
+
+use std::time::{Duration, Instant};
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Config {
+    /// Failures in a row that open it.
+    pub consecutive_failures: u32,
+    /// Share of failures in [`Config::window`] that opens it, from this many calls on.
+    pub failure_rate: f64,
+    pub min_calls: u32,
+    pub window: Duration,
+    /// Open for this long at first, twice as long after each failed probe, up to the maximum.
+    pub open_for: Duration,
+    pub open_for_max: Duration,
+    /// Half open: calls let through at once, and how many must succeed.
+    pub probes: u32,
+    pub successes: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            consecutive_failures: 5,
+            failure_rate: 0.5,
+            min_calls: 20,
+            window: Duration::from_secs(10),
+            open_for: Duration::from_millis(500),
+            open_for_max: Duration::from_secs(10),
+            probes: 3,
+            successes: 2,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Closed,
+    Open,
+    HalfOpen,
+}
+
+impl State {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::Open => "open",
+            Self::HalfOpen => "half_open",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The router answered, whatever it said.
+    Answered,
+    /// It did not, or not in time, or said that it cannot work.
+    Failed,
+    /// Nobody is there to answer: known at once, and true for every call after.
+    Nobody,
+    /// Tells nothing: it asked for less load, we lost the bus, or the caller went away.
+    Neutral,
+}
+
+/// Leave to make one call; its outcome is told to [`Breaker::settle`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pass {
+    /// A call of an earlier state says nothing about this one.
+    generation: u64,
+}
+
+#[derive(Debug)]
+pub struct Breaker {
+    config: Config,
+    phase: Phase,
+    generation: u64,
+    /// The next time it opens, for so long.
+    open_for: Duration,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Closed { in_a_row: u32, window: Window },
+    Open { until: Instant },
+    HalfOpen { probing: u32, succeeded: u32 },
+}
+
+impl Breaker {
+    pub fn new(config: Config) -> Self {
+        let phase = Phase::Closed { in_a_row: 0, window: Window::new(config.window) };
+        Self { config, phase, generation: 0, open_for: config.open_for }
+    }
+
+    pub fn state(&self) -> State {
+        match self.phase {
+            Phase::Closed { .. } => State::Closed,
+            Phase::Open { .. } => State::Open,
+            Phase::HalfOpen { .. } => State::HalfOpen,
+        }
+    }
+
+    /// Leave to call; else after how long to ask again.
+    pub fn pass(&mut self, now: Instant) -> Result<Pass, Duration> {
+        if let Phase::Open { until } = self.phase {
+            if now < until {
+                return Err(until - now);
+            }
+            self.enter(Phase::HalfOpen { probing: 0, succeeded: 0 });
+        }
+        if let Phase::HalfOpen { probing, .. } = &mut self.phase {
+            if *probing >= self.config.probes {
+                return Err(self.config.open_for);
+            }
+            *probing += 1;
+        }
+        Ok(Pass { generation: self.generation })
+    }
+
+    pub fn settle(&mut self, pass: Pass, outcome: Outcome, now: Instant) {
+        if pass.generation != self.generation {
+            return;
+        }
+        let config = self.config;
+        match (&mut self.phase, outcome) {
+            (Phase::Open { .. }, _) => {}
+            (Phase::Closed { .. }, Outcome::Neutral) => {}
+            (Phase::Closed { in_a_row, window }, Outcome::Answered) => {
+                *in_a_row = 0;
+                window.count(false, now);
+            }
+            (Phase::Closed { in_a_row, window }, Outcome::Failed) => {
+                *in_a_row += 1;
+                window.count(true, now);
+                let (calls, failed) = window.sum(now);
+                let often = calls >= config.min_calls && f64::from(failed) >= config.failure_rate * f64::from(calls);
+                if *in_a_row >= config.consecutive_failures || often {
+                    self.open(now);
+                }
+            }
+            (Phase::Closed { .. }, Outcome::Nobody) => self.open(now),
+            (Phase::HalfOpen { probing, .. }, Outcome::Neutral) => *probing -= 1,
+            (Phase::HalfOpen { probing, succeeded }, Outcome::Answered) => {
+                *probing -= 1;
+                *succeeded += 1;
+                if *succeeded >= config.successes {
+                    self.open_for = config.open_for;
+                    self.enter(Phase::Closed { in_a_row: 0, window: Window::new(config.window) });
+                }
+            }
+            (Phase::HalfOpen { .. }, Outcome::Failed | Outcome::Nobody) => self.open(now),
+        }
+    }
+
+    fn open(&mut self, now: Instant) {
+        let until = now + self.open_for;
+        self.open_for = (self.open_for * 2).min(self.config.open_for_max);
+        self.enter(Phase::Open { until });
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.generation += 1;
+        self.phase = phase;
+    }
+}
+
+const BUCKETS: usize = 10;
+
+/// Calls and failures of the last while, forgotten a tenth at a time.
+#[derive(Debug)]
+struct Window {
+    step: Duration,
+    began: Option<Instant>,
+    /// Number of the newest step, and each step's calls and failures by its number modulo [`BUCKETS`].
+    newest: u64,
+    buckets: [(u32, u32); BUCKETS],
+}
+
+impl Window {
+    fn new(length: Duration) -> Self {
+        let step = (length / BUCKETS as u32).max(Duration::from_millis(1));
+        Self { step, began: None, newest: 0, buckets: [(0, 0); BUCKETS] }
+    }
+
+    fn count(&mut self, failed: bool, now: Instant) {
+        self.turn(now);
+        let (calls, failures) = &mut self.buckets[self.newest as usize % BUCKETS];
+        *calls += 1;
+        *failures += u32::from(failed);
+    }
+
+    fn sum(&mut self, now: Instant) -> (u32, u32) {
+        self.turn(now);
+        self.buckets.iter().fold((0, 0), |(calls, failed), bucket| (calls + bucket.0, failed + bucket.1))
+    }
+
+    fn turn(&mut self, now: Instant) {
+        let began = *self.began.get_or_insert(now);
+        let number = (now.saturating_duration_since(began).as_nanos() / self.step.as_nanos()) as u64;
+        let passed = number.saturating_sub(self.newest).min(BUCKETS as u64);
+        for step in 0..passed {
+            self.buckets[(number - step) as usize % BUCKETS] = (0, 0);
+        }
+        self.newest = self.newest.max(number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn breaker() -> (Breaker, Instant) {
+        (Breaker::new(Config::default()), Instant::now())
+    }
+
+    fn call(breaker: &mut Breaker, outcome: Outcome, now: Instant) {
+        let pass = breaker.pass(now).expect("let through");
+        breaker.settle(pass, outcome, now);
+    }
+
+    #[test]
+    fn failures_in_a_row_open_it_and_probes_close_it() {
+        let (mut breaker, now) = breaker();
+        for _ in 0..4 {
+            call(&mut breaker, Outcome::Failed, now);
+        }
+        call(&mut breaker, Outcome::Answered, now);
+        for _ in 0..4 {
+            call(&mut breaker, Outcome::Failed, now);
+            assert_eq!(breaker.state(), State::Closed);
+        }
+        call(&mut breaker, Outcome::Failed, now);
+        assert_eq!(breaker.state(), State::Open);
+        assert_eq!(breaker.pass(now), Err(Duration::from_millis(500)));
+        let later = now + Duration::from_millis(500);
+        call(&mut breaker, Outcome::Answered, later);
+        assert_eq!(breaker.state(), State::HalfOpen);
+        call(&mut breaker, Outcome::Answered, later);
+        assert_eq!(breaker.state(), State::Closed);
+    }
+
+    #[test]
+    fn nobody_there_opens_it_at_once() {
+        let (mut breaker, now) = breaker();
+        call(&mut breaker, Outcome::Nobody, now);
+        assert_eq!(breaker.state(), State::Open);
+    }
+
+    #[test]
+    fn a_share_of_failures_opens_it_once_there_are_enough_calls() {
+        let (mut breaker, start) = breaker();
+        for n in 0..19u32 {
+            let outcome = if n % 2 == 0 { Outcome::Failed } else { Outcome::Answered };
+            call(&mut breaker, outcome, start + Duration::from_millis(100) * n);
+            assert_eq!(breaker.state(), State::Closed, "call {n}");
+        }
+        call(&mut breaker, Outcome::Failed, start + Duration::from_millis(1900));
+        assert_eq!(breaker.state(), State::Open);
+    }
+
+    #[test]
+    fn old_failures_are_forgotten() {
+        let (mut breaker, start) = breaker();
+        for round in 0..10u32 {
+            for n in 0..16 {
+                let outcome = if n % 2 == 0 { Outcome::Failed } else { Outcome::Answered };
+                call(&mut breaker, outcome, start + Duration::from_secs(11) * round);
+            }
+        }
+        assert_eq!(breaker.state(), State::Closed);
+    }
+
+    #[test]
+    fn a_wish_for_less_load_never_closes_a_probe() {
+        let (mut breaker, now) = breaker();
+        call(&mut breaker, Outcome::Nobody, now);
+        let later = now + Duration::from_secs(1);
+        for _ in 0..100 {
+            call(&mut breaker, Outcome::Neutral, later);
+        }
+        assert_eq!(breaker.state(), State::HalfOpen);
+    }
+
+    #[test]
+    fn probes_are_bounded_and_each_failure_waits_longer() {
+        let (mut breaker, mut now) = breaker();
+        call(&mut breaker, Outcome::Nobody, now);
+        for wait in [1000, 2000, 4000, 8000, 10_000, 10_000] {
+            now += breaker.pass(now).unwrap_err();
+            let probes: Vec<Pass> = (0..3).map(|_| breaker.pass(now).unwrap()).collect();
+            assert!(breaker.pass(now).is_err(), "a fourth probe waits");
+            breaker.settle(probes[0], Outcome::Failed, now);
+            // The others were of the state that has ended.
+            breaker.settle(probes[1], Outcome::Answered, now);
+            breaker.settle(probes[2], Outcome::Answered, now);
+            assert_eq!(breaker.pass(now), Err(Duration::from_millis(wait)));
+        }
+    }
+
+    /// The breaker, said as plainly as possible: every call is remembered.
+    struct Model {
+        calls: Vec<(Instant, bool)>,
+        in_a_row: u32,
+    }
+
+    proptest! {
+        /// While closed, it opens exactly when a plain count over remembered calls says so (give or take one step of time).
+        #[test]
+        fn closed_it_agrees_with_a_plain_count(steps in prop::collection::vec((0..1500u64, 0..10u8), 1..300)) {
+            let config = Config { consecutive_failures: 1000, ..Config::default() };
+            let start = Instant::now();
+            let (mut breaker, mut now) = (Breaker::new(config), start);
+            let mut model = Model { calls: Vec::new(), in_a_row: 0 };
+            for (ms, kind) in steps {
+                now += Duration::from_millis(ms);
+                let failed = kind < 4;
+                call(&mut breaker, if failed { Outcome::Failed } else { Outcome::Answered }, now);
+                model.calls.push((now, failed));
+                model.in_a_row = if failed { model.in_a_row + 1 } else { 0 };
+                // Steps are whole tenths of the window, counted from the first call.
+                let began = model.calls[0].0;
+                let step = |at: Instant| (at - began).as_millis() / 1000;
+                let recent: Vec<bool> = model.calls.iter().filter(|(at, _)| step(*at) + 10 > step(now)).map(|(_, f)| *f).collect();
+                let failures = recent.iter().filter(|failed| **failed).count();
+                let opens = failed && recent.len() >= 20 && failures * 2 >= recent.len();
+                prop_assert_eq!(breaker.state() == State::Open, opens);
+                if opens {
+                    return Ok(());
+                }
+            }
+        }
+
+        /// Whatever happens: probes stay bounded, and it is never open for longer than it may be.
+        #[test]
+        fn its_bounds_hold(steps in prop::collection::vec((0..3000u64, 0..6u8), 1..400)) {
+            let mut breaker = Breaker::new(Config::default());
+            let mut now = Instant::now();
+            let mut passes = Vec::new();
+            for (ms, action) in steps {
+                now += Duration::from_millis(ms);
+                match action {
+                    0 | 1 => match breaker.pass(now) {
+                        Ok(pass) => passes.push(pass),
+                        Err(wait) => prop_assert!(wait <= Config::default().open_for_max),
+                    },
+                    action => if let Some(pass) = passes.pop() {
+                        let outcome = [Outcome::Answered, Outcome::Failed, Outcome::Nobody, Outcome::Neutral][usize::from(action) - 2];
+                        breaker.settle(pass, outcome, now);
+                    },
+                }
+                if let Phase::HalfOpen { probing, succeeded } = breaker.phase {
+                    prop_assert!(probing <= 3 && succeeded < 2);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! The way to the router: a breaker before it, and a bounded number of second tries.
+
+use crate::breaker::{Breaker, Config, Outcome, Pass, State};
+use crate::retry::Budget;
+use bus::{Bus, Headers, Message};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use serde::Deserialize;
+use std::time::{Duration, Instant};
+use wire::router::ErrorBody;
+
+/// A request that had less time than this, or than most of what requests have, says nothing about the router when it
+/// runs out of it.
+const FAIR_CHANCE: Duration = Duration::from_millis(500);
+/// Before a second try, half of it to one and a half.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What the gateway's requests share.
+pub struct Access {
+    breaker: Mutex<Breaker>,
+    retries: Mutex<Budget>,
+    fair_chance: Duration,
+}
+
+/// Why there is no answer to give.
+#[derive(Debug)]
+pub enum Refused {
+    /// The breaker is open.
+    Open {
+        retry_after: Duration,
+    },
+    Bus(bus::Error),
+    /// The router's own word.
+    Router(Box<ErrorBody>),
+    Unreadable(String),
+}
+
+#[derive(Deserialize)]
+struct Head {
+    ok: bool,
+    error: Option<Box<ErrorBody>>,
+}
+
+impl Access {
+    pub fn new(config: Config, request_timeout: Duration) -> Self {
+        metrics::gauge!("beamline_gateway_breaker_open").set(0.0);
+        Self {
+            breaker: Mutex::new(Breaker::new(config)),
+            retries: Mutex::new(Budget::new()),
+            fair_chance: FAIR_CHANCE.min(request_timeout.mul_f64(0.9)),
+        }
+    }
+
+    pub fn state(&self) -> State {
+        self.breaker.lock().state()
+    }
+
+    /// The router's answer, byte for byte. Requests carry ids by which the router takes a repeat once, so one that met a
+    /// lost bus or a router that was just unavailable is sent again while there is time and budget.
+    pub async fn ask(
+        &self,
+        bus: &Bus,
+        subject: &str,
+        headers: Headers,
+        payload: Bytes,
+        due: Instant,
+    ) -> Result<Bytes, Refused> {
+        self.retries.lock().request(Instant::now());
+        loop {
+            let refused = match self.once(bus, subject, headers.clone(), payload.clone(), due).await {
+                Ok(answer) => return Ok(answer),
+                Err(refused) => refused,
+            };
+            let passes = match &refused {
+                Refused::Bus(bus::Error::Disconnected(_)) => true,
+                Refused::Router(error) => error.code == "unavailable",
+                _ => false,
+            };
+            let pause = PAUSE.mul_f64(0.5 + rand::random::<f64>());
+            let now = Instant::now();
+            if !passes || now + pause >= due || !self.retries.lock().take(now) {
+                return Err(refused);
+            }
+            metrics::counter!("beamline_gateway_retries_total").increment(1);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn once(
+        &self,
+        bus: &Bus,
+        subject: &str,
+        headers: Headers,
+        payload: Bytes,
+        due: Instant,
+    ) -> Result<Bytes, Refused> {
+        let call = self.call()?;
+        let began = Instant::now();
+        let left = due.saturating_duration_since(began);
+        let answer = match bus.request(subject, headers, payload, left).await {
+            Ok(Message { payload, .. }) => read(payload),
+            Err(error) => Err(Refused::Bus(error)),
+        };
+        call.settle(match &answer {
+            Ok(_) => Outcome::Answered,
+            Err(Refused::Router(error)) => match (error.status(), &*error.code) {
+                (429, _) => Outcome::Neutral,
+                (_, "internal" | "unavailable") => Outcome::Failed,
+                _ => Outcome::Answered,
+            },
+            Err(Refused::Unreadable(_)) => Outcome::Failed,
+            Err(Refused::Bus(bus::Error::NoResponders(_))) => Outcome::Nobody,
+            Err(Refused::Bus(bus::Error::Timeout(_))) if left >= self.fair_chance => Outcome::Failed,
+            Err(Refused::Bus(_) | Refused::Open { .. }) => Outcome::Neutral,
+        });
+        answer
+    }
+
+    fn call(&self) -> Result<Call<'_>, Refused> {
+        let pass = self.observed(|breaker| breaker.pass(Instant::now()));
+        match pass {
+            Ok(pass) => Ok(Call { access: self, pass: Some(pass) }),
+            Err(retry_after) => Err(Refused::Open { retry_after }),
+        }
+    }
+
+    /// A change of state is said once, by whoever caused it.
+    fn observed<R>(&self, step: impl FnOnce(&mut Breaker) -> R) -> R {
+        let mut breaker = self.breaker.lock();
+        let before = breaker.state();
+        let result = step(&mut breaker);
+        let after = breaker.state();
+        drop(breaker);
+        if before != after {
+            let (from, to) = (before.as_str(), after.as_str());
+            metrics::counter!("beamline_gateway_breaker_transitions_total", "to" => to).increment(1);
+            metrics::gauge!("beamline_gateway_breaker_open").set(if after == State::Closed { 0.0 } else { 1.0 });
+            tracing::warn!(from, to, "the breaker on the way to the router");
+        }
+        result
+    }
+}
+
+/// One call in flight; dropped without a word when the caller goes away.
+struct Call<'a> {
+    access: &'a Access,
+    pass: Option<Pass>,
+}
+
+impl Call<'_> {
+    fn settle(mut self, outcome: Outcome) {
+        self.tell(outcome);
+    }
+
+    fn tell(&mut self, outcome: Outcome) {
+        if let Some(pass) = self.pass.take() {
+            self.access.observed(|breaker| breaker.settle(pass, outcome, Instant::now()));
+        }
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        self.tell(Outcome::Neutral);
+    }
+}
+
+fn read(payload: Bytes) -> Result<Bytes, Refused> {
+    let head: Head = serde_json::from_slice(&payload).map_err(|e| Refused::Unreadable(e.to_string()))?;
+    match head.error {
+        None if head.ok => Ok(payload),
+        Some(error) => Err(Refused::Router(error)),
+        None => Err(Refused::Unreadable("it refuses without an error".into())),
+    }
+}

@@ -1,0 +1,136 @@
+//! The way to the router: every error it may give, and a breaker for when it gives none.
+
+use crate::{Fixture, decision};
+use gateway::BreakerConfig;
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+use testkit::eventually;
+use wire::ipc::{FrameType, Version};
+use wire::router::ERROR_CODES;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+async fn submit(fixture: &Fixture, fields: Value) -> (FrameType, Value) {
+    let mut raw = fixture.connect().await;
+    raw.submit_v1(fields).await;
+    raw.answer().await
+}
+
+async fn breaker(fixture: &Fixture) -> String {
+    let mut raw = fixture.connect().await;
+    raw.frame(Version::V1, FrameType::Capabilities, "").await;
+    raw.answer().await.1["breaker"].as_str().unwrap().to_string()
+}
+
+fn refusal(code: &str) -> Value {
+    let mut error = json!({"code": code, "message": format!("this is {code}"), "details": {"field": "x"}});
+    if code == "backpressure" {
+        error["retry_after_seconds"] = json!(30);
+    }
+    json!({"ok": false, "error": error, "context": {"request_id": "r"}})
+}
+
+/// Rows of the router's error table by a scripted responder: some have no cause in the router of today.
+#[tokio::test]
+async fn every_error_of_the_router_reaches_the_client_whole() {
+    let fixture = Fixture::start(|config| config.request_timeout = Duration::from_secs(2)).await;
+    fixture.router(|request, _| async move { Some(refusal(request["task"]["type"].as_str().unwrap())) }).await;
+    for (code, status) in ERROR_CODES {
+        // The breaker is another test's matter.
+        if matches!(*code, "internal" | "unavailable") {
+            continue;
+        }
+        let (kind, answer) = submit(&fixture, json!({"task_type": code})).await;
+        assert_eq!(kind, FrameType::ResponseError);
+        let error = &answer["error"];
+        assert_eq!((&error["code"], &error["status"], &error["reason"]), (&json!(12), &json!(status), &json!(code)));
+        assert_eq!((&error["message"], &error["details"]), (&json!(format!("this is {code}")), &json!({"field": "x"})));
+        let retry = if *code == "backpressure" { json!(30_000) } else { Value::Null };
+        assert_eq!(error["retry_after_ms"], retry, "{code}");
+        assert!(answer["context"]["trace_id"].is_string(), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn without_a_router_it_says_so_at_once_and_notices_one_that_comes() {
+    let fixture = Fixture::start(|_| {}).await;
+    let (_, answer) = submit(&fixture, json!({"timeout_ms": 60_000})).await;
+    assert_eq!(answer["error"]["code"], 11, "no deadline is spent: {answer}");
+    assert_eq!(breaker(&fixture).await, "open");
+    let (_, answer) = submit(&fixture, json!({})).await;
+    assert_eq!(answer["error"]["code"], 11);
+    assert!(answer["error"]["retry_after_ms"].as_u64().unwrap() > 0, "{answer}");
+
+    fixture.router(|request, _| async move { Some(decision(&request)) }).await;
+    eventually(PATIENCE, async || submit(&fixture, json!({})).await.0 == FrameType::ResponseOk).await;
+    eventually(PATIENCE, async || {
+        submit(&fixture, json!({})).await;
+        breaker(&fixture).await == "closed"
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_router_that_has_gone_silent_is_left_alone() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let fixture = Fixture::start(|config| {
+        config.request_timeout = Duration::from_millis(500);
+        config.breaker = BreakerConfig { open_for: Duration::from_secs(60), ..BreakerConfig::default() };
+    })
+    .await;
+    let count = asked.clone();
+    fixture
+        .router(move |_, _| {
+            count.fetch_add(1, Relaxed);
+            async { None }
+        })
+        .await;
+    for _ in 0..5 {
+        assert_eq!(submit(&fixture, json!({})).await.1["error"]["code"], 5);
+    }
+    for _ in 0..20 {
+        assert_eq!(submit(&fixture, json!({})).await.1["error"]["code"], 11);
+    }
+    assert_eq!(asked.load(Relaxed), 5, "an open breaker asks nobody");
+}
+
+#[tokio::test]
+async fn a_client_in_a_hurry_does_not_open_it_for_the_others() {
+    let fixture = Fixture::start(|_| {}).await;
+    fixture
+        .router(
+            |request, _| async move { if request["task"]["type"] == "slow" { None } else { Some(decision(&request)) } },
+        )
+        .await;
+    for _ in 0..30 {
+        assert_eq!(submit(&fixture, json!({"task_type": "slow", "timeout_ms": 1})).await.1["error"]["code"], 5);
+    }
+    assert_eq!(breaker(&fixture).await, "closed");
+}
+
+#[tokio::test]
+async fn a_router_that_asks_for_less_load_is_not_counted_as_dead() {
+    let fixture = Fixture::start(|_| {}).await;
+    fixture.router(|_, _| async { Some(refusal("backpressure")) }).await;
+    for _ in 0..30 {
+        assert_eq!(submit(&fixture, json!({})).await.1["error"]["status"], 429);
+    }
+    assert_eq!(breaker(&fixture).await, "closed");
+}
+
+#[tokio::test]
+async fn a_router_that_was_just_unavailable_is_asked_again() {
+    let fixture = Fixture::start(|_| {}).await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    fixture
+        .router(move |request, _| {
+            let first = count.fetch_add(1, Relaxed) == 0;
+            async move { Some(if first { refusal("unavailable") } else { decision(&request) }) }
+        })
+        .await;
+    assert_eq!(submit(&fixture, json!({})).await.0, FrameType::ResponseOk);
+    assert_eq!(asked.load(Relaxed), 2);
+}
