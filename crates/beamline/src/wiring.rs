@@ -127,7 +127,8 @@ pub async fn up(settings: Settings) -> Result<()> {
         pages.run("web app", |cancel| async move { Ok(webapp.run(cancel).await?) });
     }
     if settings.has_role("gateway") {
-        let gateway = parts::gateway(&settings, bus.clone()).await?;
+        let gateway = parts::gateway(&settings, &data_dir, bus.clone()).await?;
+        routes = routes.merge(gateway.routes());
         socket = Some(gateway.socket().to_path_buf());
         intake.run("gateway", |cancel| async move { Ok(gateway.run(cancel).await?) });
     }

@@ -500,7 +500,7 @@ fn trace_of(submit: &TaskSubmit) -> String {
 }
 
 /// W3C: `version-trace-span-flags`, in hex; later versions may add fields. Any other is as good as none.
-fn trace_of_parent(parent: &str) -> Option<&str> {
+pub fn trace_of_parent(parent: &str) -> Option<&str> {
     let fields: Vec<&str> = parent.splitn(5, '-').collect();
     let hex = |field: &str, length| field.len() == length && field.bytes().all(|b| b.is_ascii_hexdigit());
     match fields[..] {

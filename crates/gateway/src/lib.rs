@@ -4,6 +4,7 @@
 
 mod breaker;
 mod forward;
+mod http;
 mod retry;
 mod router;
 mod session;
@@ -45,6 +46,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Who may connect besides our own user and root. Others can only reach the socket if this is not empty.
     pub allowed_uids: Vec<u32>,
+    /// Opens the HTTP way in; empty: nobody.
+    pub api_key: String,
     /// When the router is not asked for a while.
     pub breaker: breaker::Config,
 }
@@ -63,6 +66,7 @@ impl Default for Config {
             receive_budget: 64 * 1024 * 1024,
             drain_timeout: Duration::from_secs(10),
             allowed_uids: Vec::new(),
+            api_key: String::new(),
             breaker: breaker::Config::default(),
         }
     }
@@ -114,6 +118,11 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
 impl Bound {
     pub fn socket(&self) -> &Path {
         self.listener.path()
+    }
+
+    /// The HTTP way in.
+    pub fn routes(&self) -> axum::Router {
+        http::routes(self.gateway.clone())
     }
 
     /// Serves until cancelled; then answers what is in flight and closes.

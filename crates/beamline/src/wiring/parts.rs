@@ -136,7 +136,7 @@ pub async fn webapp(settings: &Settings, data_dir: &Path, bus: Bus) -> Result<we
     webapp::bind(config, bus).await.context("the web app cannot start")
 }
 
-pub async fn gateway(settings: &Settings, bus: Bus) -> Result<gateway::Bound> {
+pub async fn gateway(settings: &Settings, data_dir: &Path, bus: Bus) -> Result<gateway::Bound> {
     let values = &settings.values;
     let uids = values
         .list("gateway.allowed_uids")
@@ -154,6 +154,8 @@ pub async fn gateway(settings: &Settings, bus: Bus) -> Result<gateway::Bound> {
         receive_budget: values.count("gateway.receive_budget"),
         drain_timeout: values.duration("shutdown.deadline"),
         allowed_uids: uids.collect::<Result<_>>()?,
+        api_key: secrets::load_or_create(data_dir, secrets::API_KEY)?,
+        ..gateway::Config::default()
     };
     gateway::bind(config, bus).await.context("the gateway cannot start")
 }

@@ -1,6 +1,7 @@
 //! Raw bytes against a bound gateway, on the embedded bus with a scripted router.
 
 mod bad_input;
+mod http;
 mod router;
 mod session;
 
@@ -19,6 +20,7 @@ use wire::subjects;
 struct Fixture {
     dir: tempfile::TempDir,
     bus: Bus,
+    routes: axum::Router,
     cancel: CancellationToken,
     running: tokio::task::JoinHandle<Result<(), gateway::Error>>,
 }
@@ -30,9 +32,9 @@ impl Fixture {
         let mut config = gateway::Config { socket: dir.path().join("s"), ..gateway::Config::default() };
         change(&mut config);
         let bound = gateway::bind(config, bus.clone()).await.unwrap();
-        let cancel = CancellationToken::new();
+        let (cancel, routes) = (CancellationToken::new(), bound.routes());
         let running = tokio::spawn(bound.run(cancel.clone()));
-        Self { dir, bus, cancel, running }
+        Self { dir, bus, routes, cancel, running }
     }
 
     async fn connect(&self) -> Raw {

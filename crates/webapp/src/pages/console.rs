@@ -124,6 +124,7 @@ fn nodes(ui: &mut Ui<'_>, window: u32) {
     ui.card("Gateways", "", |ui| {
         let columns = [
             column("gateway", "Gateway", ""),
+            column("breaker", "Breaker", "badge"),
             column("socket", "Socket", ""),
             column("connections", "Connections", "int"),
             column("in_flight", "In flight", "int"),

@@ -1,0 +1,128 @@
+//! `POST /api/v1/routes/decide` with `X-API-Key`: a decide request for programs that speak HTTP. The router's answer comes
+//! back byte for byte, its error under the HTTP status that stands for it.
+
+use crate::Gateway;
+use crate::router::Refused;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::Response;
+use axum::routing::post;
+use bus::Headers;
+use serde::Deserialize;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+use wire::limits::DECIDE_MAX;
+use wire::router::{Context, ErrorBody, ErrorResponse, VERSION};
+use wire::subjects;
+
+/// When to try again where nobody said it, seconds.
+const RETRY_AFTER: u64 = 1;
+
+pub fn routes(gateway: Arc<Gateway>) -> axum::Router {
+    axum::Router::new().route("/api/v1/routes/decide", post(decide)).with_state(gateway)
+}
+
+async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
+    let started = Instant::now();
+    let (parts, body) = request.into_parts();
+    if !authorized(&parts.headers, &gateway.config.api_key) {
+        return refuse(error("unauthorized", "X-API-Key is missing or wrong; `beamline api-key` prints it"), None);
+    }
+    let Ok(_place) = gateway.in_flight.clone().try_acquire_owned() else {
+        let mut busy = error("backpressure", "too many requests in flight");
+        busy.retry_after_seconds = Some(RETRY_AFTER);
+        return refuse(busy, None);
+    };
+    let Ok(body) = to_bytes(body, DECIDE_MAX).await else {
+        let mut large = error("invalid_request", &format!("a decide request has at most {DECIDE_MAX} bytes"));
+        large.intake_error_code = Some("PAYLOAD_TOO_LARGE".into());
+        return refuse(large, None);
+    };
+    gateway.stats.taken();
+    gateway.stats.in_flight.fetch_add(1, Relaxed);
+    let _ended = Ended(&gateway);
+    let mut headers = Headers::new().with("version", VERSION);
+    if let Some(parent) = parts.headers.get("traceparent").and_then(|parent| parent.to_str().ok())
+        && let Some(trace_id) = crate::forward::trace_of_parent(parent)
+    {
+        headers.insert("trace_id", trace_id);
+        headers.insert("traceparent", parent);
+    }
+    // Read for the errors that we make ourselves; the router judges the request.
+    let context: Asked = serde_json::from_slice(&body).unwrap_or_default();
+    let due = started + gateway.config.request_timeout;
+    let answer = gateway.router.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
+    gateway.stats.forwarded(started.elapsed());
+    match answer {
+        Ok(answer) => respond(StatusCode::OK, answer.into(), None),
+        Err(Refused::Router(error)) => refuse(*error, Some(context)),
+        Err(refused) => refuse(translate(refused), Some(context)),
+    }
+}
+
+#[derive(Default, Deserialize)]
+struct Asked {
+    #[serde(default)]
+    request_id: Option<String>,
+    #[serde(default)]
+    trace_id: Option<String>,
+}
+
+struct Ended<'a>(&'a Gateway);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.stats.in_flight.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Our own errors in the router's words.
+fn translate(refused: Refused) -> ErrorBody {
+    let unavailable = |text: &str, after: Duration| {
+        let mut body = error("unavailable", text);
+        body.retry_after_seconds = Some(after.as_secs().max(RETRY_AFTER));
+        body
+    };
+    match refused {
+        Refused::Open { retry_after } => unavailable("the router has not answered lately; try again", retry_after),
+        Refused::Bus(bus::Error::Timeout(_)) => error("deadline_exceeded", "no answer before the deadline"),
+        Refused::Bus(bus::Error::NoResponders(_)) => unavailable("no router is running", Duration::ZERO),
+        Refused::Bus(problem @ bus::Error::Disconnected(_)) => unavailable(&problem.to_string(), Duration::ZERO),
+        Refused::Bus(problem) => error("internal", &problem.to_string()),
+        Refused::Unreadable(what) => error("internal", &format!("the router's answer cannot be read: {what}")),
+        Refused::Router(error) => *error,
+    }
+}
+
+fn error(code: &str, message: &str) -> ErrorBody {
+    let (code, message) = (code.into(), message.into());
+    ErrorBody { code, message, details: None, intake_error_code: None, retry_after_seconds: None }
+}
+
+fn refuse(error: ErrorBody, asked: Option<Asked>) -> Response {
+    let status = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let retry_after = error.retry_after_seconds;
+    let asked = asked.unwrap_or_default();
+    let context = Context { request_id: asked.request_id, trace_id: asked.trace_id };
+    let body = serde_json::to_vec(&ErrorResponse { ok: false, error, context }).expect("an error is JSON");
+    respond(status, body.into(), retry_after)
+}
+
+fn respond(status: StatusCode, body: Body, retry_after: Option<u64>) -> Response {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Some(seconds) = retry_after {
+        response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    }
+    response
+}
+
+/// In a time that does not tell how much of the key is right.
+fn authorized(headers: &HeaderMap, key: &str) -> bool {
+    let given = headers.get("x-api-key").map_or(&[][..], HeaderValue::as_bytes);
+    let differs = given.iter().zip(key.as_bytes()).fold(0, |differs, (a, b)| differs | (a ^ b));
+    !key.is_empty() && given.len() == key.len() && differs == 0
+}

@@ -1,0 +1,89 @@
+//! Decide requests over HTTP.
+
+use crate::{Fixture, decision};
+use axum::body::{Body, to_bytes};
+use axum::http::{Request, Response, StatusCode};
+use serde_json::{Value, json};
+use tower::ServiceExt;
+use wire::router::ERROR_CODES;
+
+const KEY: &str = "the key";
+
+async fn fixture() -> Fixture {
+    Fixture::start(|config| config.api_key = KEY.into()).await
+}
+
+fn request(body: impl Into<Body>) -> Request<Body> {
+    Request::post("/api/v1/routes/decide").header("x-api-key", KEY).body(body.into()).unwrap()
+}
+
+async fn ask(fixture: &Fixture, request: Request<Body>) -> (Response<()>, Value) {
+    let response = fixture.routes.clone().oneshot(request).await.unwrap();
+    let (parts, body) = response.into_parts();
+    let body = to_bytes(body, 1 << 20).await.unwrap();
+    (Response::from_parts(parts, ()), serde_json::from_slice(&body).unwrap())
+}
+
+fn task(kind: &str) -> String {
+    json!({"version": "1", "request_id": "r", "tenant_id": "default", "task": {"type": kind}}).to_string()
+}
+
+#[tokio::test]
+async fn a_decision_comes_back_with_its_trace() {
+    let fixture = fixture().await;
+    fixture
+        .router(|request, headers| async move {
+            assert_eq!(headers.get("trace_id"), Some("0af7651916cd43dd8448eb211c80319c"));
+            Some(decision(&request))
+        })
+        .await;
+    let mut request = request(task("t"));
+    let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    request.headers_mut().insert("traceparent", parent.parse().unwrap());
+    let (head, body) = ask(&fixture, request).await;
+    assert_eq!((head.status(), &body["decision"]["provider_id"]), (StatusCode::OK, &json!("t")));
+}
+
+#[tokio::test]
+async fn every_error_has_its_status_and_says_when_to_come_back() {
+    let fixture = fixture().await;
+    fixture
+        .router(|request, _| async move {
+            let code = request["task"]["type"].as_str().unwrap();
+            let mut error = json!({"code": code, "message": "m"});
+            if ERROR_CODES.iter().any(|(name, status)| *name == code && *status == 429) {
+                error["retry_after_seconds"] = json!(7);
+            }
+            Some(json!({"ok": false, "error": error, "context": {}}))
+        })
+        .await;
+    for (code, status) in ERROR_CODES.iter().filter(|(code, _)| !matches!(*code, "internal" | "unavailable")) {
+        let (head, body) = ask(&fixture, request(task(code))).await;
+        assert_eq!((head.status().as_u16(), &body["error"]["code"]), (*status, &json!(code)));
+        let retry_after = head.headers().get("retry-after").map(|value| value.to_str().unwrap());
+        assert_eq!(retry_after, (*status == 429).then_some("7"), "{code}");
+    }
+}
+
+#[tokio::test]
+async fn without_a_router_or_a_key_or_with_too_much_it_says_so() {
+    let fixture = fixture().await;
+    let (head, body) = ask(&fixture, request(task("t"))).await;
+    assert_eq!((head.status(), &body["error"]["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("unavailable")));
+    assert_eq!((head.headers()["retry-after"].to_str().unwrap(), &body["context"]["request_id"]), ("1", &json!("r")));
+
+    for key in ["", "the kez", "the key and more"] {
+        let mut request = request(task("t"));
+        request.headers_mut().insert("x-api-key", key.parse().unwrap());
+        assert_eq!(ask(&fixture, request).await.0.status(), StatusCode::UNAUTHORIZED, "{key}");
+    }
+    let (head, body) = ask(&fixture, request("x".repeat(1024 * 1024 + 1))).await;
+    assert_eq!(head.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    assert_eq!(body["error"]["intake_error_code"], "PAYLOAD_TOO_LARGE");
+    let closed = Fixture::start(|_| {}).await;
+    assert_eq!(
+        ask(&closed, request(task("t"))).await.0.status(),
+        StatusCode::UNAUTHORIZED,
+        "no key opens it for nobody"
+    );
+}
