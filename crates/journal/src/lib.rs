@@ -163,7 +163,7 @@ fn write_loop(connection: Connection, mut queue: mpsc::Receiver<Write>) {
             tracing::error!(%error, "the journal cannot roll back");
         }
         for answer in answers {
-            answer(committed.as_ref().map(|()| ()).map_err(|error| not_stored(error)));
+            answer(committed.clone().map_err(|error| not_stored(&error)));
         }
     }
 }
@@ -241,7 +241,8 @@ mod tests {
         let mut acknowledged = Vec::new();
         let mut refusals = Vec::new();
         for round in 0..20 {
-            let writes: Vec<_> = (0..50).map(|n| insert(round * 50 + n, if n % 7 == 3 { 60_000 } else { 10 })).collect();
+            let writes: Vec<_> =
+                (0..50).map(|n| insert(round * 50 + n, if n % 7 == 3 { 60_000 } else { 10 })).collect();
             for write in writes {
                 match write.await.unwrap() {
                     (n, Ok(_)) => acknowledged.push(n),
