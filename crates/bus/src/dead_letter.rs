@@ -1,6 +1,6 @@
 //! Dead letters: what could not be handled, kept whole in the stream DLQ.
 
-use crate::{Bus, Delivery, Message, Result};
+use crate::{Bus, Delivery, Error, Message, Result};
 use base64::Engine;
 use std::time::{SystemTime, UNIX_EPOCH};
 use wire::router::DeadLetter;
@@ -22,11 +22,22 @@ pub async fn bury(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
         payload,
         base64,
     };
-    let subject = wire::subjects::dead_letter(&message.subject);
     let msg_id = format!("dlq-{}-{}", message.subject, delivery.sequence);
-    let payload = serde_json::to_vec(&letter).expect("a dead letter is JSON").into();
-    bus.append(Message { subject: subject.into(), payload, ..Message::default() }, Some(&msg_id)).await?;
+    match append(bus, &letter, &msg_id).await {
+        // Around it, what just fitted the bus does not any more: without an end it would be delivered without end.
+        Err(Error::TooLarge { .. }) => {
+            let text = format!("{reason} (its payload of {} bytes does not fit a dead letter)", message.payload.len());
+            append(bus, &DeadLetter { reason: text, payload: String::new(), base64: false, ..letter }, &msg_id).await?;
+        }
+        stored => stored?,
+    }
     metrics::counter!("beamline_dead_letters_total").increment(1);
     tracing::error!(subject = %message.subject, reason, delivered = delivery.delivered, "a message went to the dead letters");
     delivery.term().await
+}
+
+async fn append(bus: &Bus, letter: &DeadLetter, msg_id: &str) -> Result<()> {
+    let subject = wire::subjects::dead_letter(&letter.original_subject).into();
+    let payload = serde_json::to_vec(letter).expect("a dead letter is JSON").into();
+    bus.append(Message { subject, payload, ..Message::default() }, Some(msg_id)).await.map(drop)
 }

@@ -153,3 +153,16 @@ async fn failures_open_the_breaker_and_all_open_is_said() {
     let known = router.decide(&push("r0")).await;
     assert_eq!(known["ok"], true, "a task that was pushed before has its answer still: {known}");
 }
+
+/// Quoted in a letter, such a payload is larger than what the bus takes.
+#[tokio::test]
+async fn a_dead_letter_that_does_not_fit_leaves_its_payload_out() {
+    let router = Router::local().await;
+    let payload = "\"".repeat(wire::limits::BUS_MESSAGE_MAX - 100);
+    router.append(subjects::RESULT, payload.into_bytes()).await;
+    testkit::eventually(SOON, || async { router.bus.stream_info(subjects::STREAM_DLQ).await.unwrap().messages == 1 })
+        .await;
+    let letter = router.stored(subjects::STREAM_DLQ).await.remove(0);
+    assert_eq!(letter["payload"], "");
+    assert!(letter["reason"].as_str().unwrap().contains("does not fit a dead letter"), "{letter}");
+}
