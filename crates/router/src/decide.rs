@@ -72,8 +72,7 @@ pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: Cancel
             }
         }
     }
-    pushes.close();
-    pushes.wait().await;
+    router.drain(pushes).await;
 }
 
 pub fn failure(code: &str, message: impl Into<String>) -> ErrorBody {
@@ -129,7 +128,7 @@ impl Router {
                 format!("tenant {:?} has no policy {name:?}, and neither has tenant \"default\"", request.tenant_id);
             return Err(failure("policy_not_found", text));
         };
-        let seen = Seen { router: self, rules: &policy.circuit_breaker, now_ms: now_ms() };
+        let seen = Seen { router: self, rules: &policy.circuit_breaker, now_ms: self.uptime_ms() };
         policy.decide(request, &seen).map_err(|undecided| match undecided {
             Undecided::NoWeight => failure("decision_failed", undecided.to_string()),
             Undecided::AllOpen | Undecided::Constrained => failure("no_provider_available", undecided.to_string()),

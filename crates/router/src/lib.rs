@@ -14,9 +14,10 @@ mod tasks;
 use bus::Bus;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// Decide requests that wait at most; beyond it the bus answers that nobody does.
 const QUEUE_MAX: usize = 8192;
@@ -59,6 +60,22 @@ struct Router {
     stats: stats::Stats,
     breakers: breaker::Breakers,
     backpressure: backpressure::Backpressure,
+    started: Instant,
+}
+
+impl Router {
+    /// The breakers' clock, which nobody can set back.
+    fn uptime_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
+    /// Lets what was taken end, for as long as a drain may last; what the bus holds up longer comes again.
+    async fn drain(&self, taken: TaskTracker) {
+        taken.close();
+        if tokio::time::timeout(self.config.drain_timeout, taken.wait()).await.is_err() {
+            tracing::warn!(left = taken.len(), "not all that was taken ended in time");
+        }
+    }
 }
 
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
@@ -84,6 +101,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         stats: stats::Stats::default(),
         breakers: breaker::Breakers::default(),
         backpressure: backpressure::Backpressure::default(),
+        started: Instant::now(),
     };
     Ok(Bound { router: Arc::new(router), decide, queries, results })
 }

@@ -5,6 +5,7 @@ use crate::policy::{Compiled, Set};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -40,6 +41,8 @@ struct File {
 }
 
 type Stamp = (SystemTime, u64);
+/// Tenant, policy and stamp of each file.
+type Found = BTreeMap<PathBuf, (String, String, Stamp)>;
 
 impl Policies {
     /// Reads what is there now. A bad file is logged and left out; it does not keep the others from serving.
@@ -74,8 +77,8 @@ impl Policies {
 
     /// Looks at every file; true if anything changed.
     fn reload(&self) -> bool {
-        let found = policy_files(&self.dir);
         let mut files = self.files.lock();
+        let found = policy_files(&self.dir, &files);
         let mut changed = false;
         files.retain(|path, file| {
             let stays = found.contains_key(path);
@@ -123,24 +126,47 @@ fn built_in() -> Compiled {
     Compiled::new("default", &policy).expect("the built-in policy is valid")
 }
 
-fn policy_files(dir: &Path) -> BTreeMap<PathBuf, (String, String, Stamp)> {
-    let mut found = BTreeMap::new();
-    for tenant in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        for file in std::fs::read_dir(tenant.path()).into_iter().flatten().flatten() {
-            let path = file.path();
+/// What is not there is gone. What cannot be looked at now (too many open files, no permission) is as it was.
+fn policy_files(dir: &Path, known: &BTreeMap<PathBuf, File>) -> Found {
+    let mut found = Found::new();
+    let as_before = |path: &Path, error: std::io::Error| {
+        if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) {
+            return Found::new();
+        }
+        tracing::error!(%error, path = %path.display(), "cannot look at policy files; what was read of them serves on");
+        let under = known.iter().filter(|(file, _)| file.starts_with(path));
+        under.map(|(file, known)| (file.clone(), (known.tenant.clone(), known.policy.clone(), known.stamp))).collect()
+    };
+    let tenants = entries(dir).unwrap_or_else(|error| {
+        found.extend(as_before(dir, error));
+        Vec::new()
+    });
+    for tenant in tenants {
+        let files = entries(&tenant).unwrap_or_else(|error| {
+            found.extend(as_before(&tenant, error));
+            Vec::new()
+        });
+        for path in files {
             let format = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-            let name = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+            let name = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default().to_string();
             if !matches!(format, "json" | "yaml" | "yml" | "toml") || name.starts_with('.') {
                 continue;
             }
-            if let Ok(data) = std::fs::metadata(&path) {
-                let stamp = (data.modified().unwrap_or(SystemTime::UNIX_EPOCH), data.len());
-                let tenant = tenant.file_name().to_string_lossy().to_string();
-                found.insert(path.clone(), (tenant, name.to_string(), stamp));
+            match std::fs::metadata(&path) {
+                Ok(data) => {
+                    let stamp = (data.modified().unwrap_or(SystemTime::UNIX_EPOCH), data.len());
+                    let tenant = tenant.file_name().unwrap_or_default().to_string_lossy().to_string();
+                    found.insert(path, (tenant, name, stamp));
+                }
+                Err(error) => found.extend(as_before(&path, error)),
             }
         }
     }
     found
+}
+
+fn entries(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+    std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect()
 }
 
 fn read(path: &Path, name: &str, stamp: Stamp) -> Result<Compiled, String> {
@@ -242,5 +268,25 @@ mod tests {
         std::fs::remove_file(dir.path().join("default/default.yaml")).unwrap();
         assert!(set.reload());
         assert_eq!(set.current().get("t", "default").unwrap().version, "built-in");
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_serves_on() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("policies");
+        write(&dir, "acme/p.json", r#"{"providers":[{"name":"a","weight":1}]}"#);
+        let set = Policies::load(&dir);
+        let served = || set.current().get("acme", "p").is_some();
+        for path in [dir.clone(), dir.join("acme"), dir.join("acme/p.json")] {
+            let aside = root.path().join("aside");
+            std::fs::rename(&path, &aside).unwrap();
+            // A link to itself: there, but not to be read.
+            std::os::unix::fs::symlink(&path, &path).unwrap();
+            assert!(!set.reload() && served(), "{}", path.display());
+            std::fs::remove_file(&path).unwrap();
+            assert!(set.reload() && !served(), "what is not there is gone");
+            std::fs::rename(&aside, &path).unwrap();
+            assert!(set.reload() && served());
+        }
     }
 }

@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::limits::ID_MAX;
-use wire::router::{ExecResult, ResultStatus, State, Usage, VERSION};
+use wire::router::{ExecResult, ResultStatus, State, TaskState, Usage, VERSION};
 use wire::subjects;
 
 /// Results handled at once.
@@ -36,8 +36,7 @@ pub async fn run(router: Arc<Router>, mut results: Consumer, cancel: Cancellatio
         });
     }
     results.close().await;
-    handlers.close();
-    handlers.wait().await;
+    router.drain(handlers).await;
 }
 
 async fn handle(router: &Router, delivery: &Delivery) {
@@ -111,13 +110,8 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
     .await?;
     if !usage.duplicate {
         router.stats.ended(result);
-        if result.status != ResultStatus::Cancelled {
-            let failed = result.status != ResultStatus::Success;
-            let policies = router.policies.current();
-            let policy =
-                task.as_ref().and_then(|task| policies.get(&task.tenant_id, &task.decision.as_ref()?.policy_id));
-            let rules = policy.map(|policy| policy.circuit_breaker).unwrap_or_default();
-            router.breakers.ended(&result.provider_id, failed, &rules, now_ms());
+        if let Some(task) = &task {
+            learn(router, task, result);
         }
     }
     let (trace_id, request_id) = (&result.trace_id, &result.request_id);
@@ -130,4 +124,20 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
         "ended"
     );
     Ok(())
+}
+
+/// What the result says of the provider that was decided on; anybody may write results, with any name in them.
+fn learn(router: &Router, task: &TaskState, result: &ExecResult) {
+    let Some(decision) = &task.decision else { return };
+    let failed = match result.status {
+        ResultStatus::Cancelled => return,
+        ResultStatus::Success => false,
+        ResultStatus::Error | ResultStatus::Timeout => true,
+    };
+    let policies = router.policies.current();
+    let rules = policies.get(&task.tenant_id, &decision.policy_id).map(|policy| policy.circuit_breaker);
+    router.breakers.ended(&decision.provider_id, failed, &rules.unwrap_or_default(), router.uptime_ms());
+    if !failed {
+        router.stats.took(&decision.provider_id, result.latency_ms);
+    }
 }

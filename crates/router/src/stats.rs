@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio_util::sync::CancellationToken;
-use wire::router::{Decision, ErrorBody, ExecResult, ResultStatus};
+use wire::router::{Decision, ErrorBody, ExecResult};
 use wire::status::{Percentiles, RouterStatus};
 
 /// Decisions that the percentiles look back on.
@@ -54,15 +54,14 @@ impl Stats {
     }
 
     pub fn ended(&self, result: &ExecResult) {
-        let mut inner = self.inner.lock();
-        bump(&mut inner.results, result.status.as_str());
-        if result.status == ResultStatus::Success {
-            let latest = result.latency_ms as f64;
-            let average = inner.latency_ms.entry(result.provider_id.clone()).or_insert(latest);
-            *average += EWMA * (latest - *average);
-        }
-        drop(inner);
+        bump(&mut self.inner.lock().results, result.status.as_str());
         metrics::counter!("beamline_router_results_total", "status" => result.status.as_str()).increment(1);
+    }
+
+    pub fn took(&self, provider: &str, latency_ms: u64) {
+        let (mut inner, latest) = (self.inner.lock(), latency_ms as f64);
+        let average = inner.latency_ms.entry(provider.into()).or_insert(latest);
+        *average += EWMA * (latest - *average);
     }
 
     pub fn latency_ms(&self, provider: &str) -> Option<f64> {

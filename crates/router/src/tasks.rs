@@ -2,7 +2,6 @@
 
 use crate::Router;
 use crate::decide::failure;
-use crate::stats::now_ms;
 use bus::{Bus, Message, Subscription};
 use serde_json::json;
 use sha1::{Digest, Sha1};
@@ -37,7 +36,7 @@ pub async fn push(router: &Router, request: &DecideRequest) -> Result<Decision, 
         let message = Message { subject: subjects::ASSIGN.into(), reply: None, headers, payload };
         let appended = router.bus.append(message, Some(&assignment.assignment_id)).await.map_err(unavailable)?;
         if !appended.duplicate {
-            router.breakers.assigned(&decision.provider_id, now_ms());
+            router.breakers.assigned(&decision.provider_id, router.uptime_ms());
         }
     }
     Ok(decision)

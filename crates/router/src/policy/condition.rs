@@ -5,6 +5,9 @@ use serde_json::Value;
 use std::cell::OnceCell;
 use wire::router::DecideRequest;
 
+/// Every operator of a chain is a step down the stack, for the parser and for each decision.
+const EXPRESSION_MAX: usize = 2048;
+
 pub enum Condition {
     Cel(Box<Program>),
     Legacy(Legacy),
@@ -75,6 +78,9 @@ thread_local! {
 impl Condition {
     pub fn compile(when: &Value) -> Result<Self, String> {
         match when {
+            Value::String(text) if text.len() > EXPRESSION_MAX => {
+                Err(format!("has {} bytes; an expression may have {EXPRESSION_MAX}", text.len()))
+            }
             Value::String(text) => {
                 // The parser gives up on some inputs by panicking; a policy file must not end the router.
                 let parsed = std::panic::catch_unwind(|| Program::compile(text));
@@ -194,6 +200,68 @@ impl Operator {
             Self::GreaterOrEqual => order().is_some_and(std::cmp::Ordering::is_ge),
             Self::LessOrEqual => order().is_some_and(std::cmp::Ordering::is_le),
             Self::In => right.as_array().is_some_and(|values| values.contains(left)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn holds(when: &str, metadata: Value) -> Option<bool> {
+        let request = json!({"version": "1", "request_id": "r", "tenant_id": "t", "metadata": metadata,
+            "task": {"type": "t", "payload": {}}});
+        let request = serde_json::from_value(request).unwrap();
+        Condition::compile(&when.into()).ok().map(|condition| condition.holds(&Scope::new(&request)))
+    }
+
+    #[test]
+    fn no_request_and_no_expression_ends_the_router() {
+        let least = json!({"a": i64::MIN, "b": -1, "s": "é"});
+        for when in [
+            "metadata.a / metadata.b > 0",
+            "metadata.a % metadata.b > 0",
+            "-metadata.a > 0",
+            "metadata.a - 1 > 0",
+            "metadata.a * metadata.b > 0",
+            "metadata.a / 0 > 0",
+            "[1][5] == 1",
+            "[1][metadata.a] == 1",
+            "metadata.s[1] == 'x'",
+            "duration('1000000000000000000h') > duration('1s')",
+            "timestamp('x') > timestamp('y')",
+            "metadata.s.matches('(')",
+            "int(1e300) > 0",
+            "uint(-1) > 0",
+        ] {
+            assert_eq!(holds(when, least.clone()), Some(false), "{when}");
+        }
+    }
+
+    #[test]
+    fn no_expression_goes_too_deep() {
+        for (start, step, end) in [
+            ("", "(", ""),
+            ("", "!", "true"),
+            ("", "-", "1 == 1"),
+            ("1", "+1", "==1"),
+            ("true", "||true", ""),
+            ("true", "?true:true", ""),
+            ("metadata", ".a", "==1"),
+            ("metadata", "[0]", "==1"),
+            ("", "[", ""),
+            ("", "{1:", ""),
+            ("", "size(", ""),
+            ("1", "==1", ""),
+            ("1", " in[1]", ""),
+        ] {
+            let longest = |max: usize| {
+                let room = max - start.len() - end.len();
+                format!("{start}{}{end}", step.repeat(room / step.len()))
+            };
+            holds(&longest(EXPRESSION_MAX), json!({"a": {"a": 1}}));
+            assert_eq!(holds(&longest(100_000), json!({})), None, "{step}");
         }
     }
 }
