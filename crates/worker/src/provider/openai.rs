@@ -139,7 +139,8 @@ fn event(line: &[u8]) -> Event {
     let Ok(value) = serde_json::from_str::<Value>(data) else {
         return Event::Garbage;
     };
-    if let Some(error) = value.get("error") {
+    // Some endpoints say in every piece that there is none.
+    if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
         let text = error["message"].as_str().map_or_else(|| error.to_string(), String::from);
         return Event::Failed(text);
     }

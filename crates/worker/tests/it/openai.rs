@@ -159,6 +159,12 @@ async fn nonsense_is_an_error_and_odd_endings_are_not() {
             Some("hi"),
         ),
         ("a reason to stop and no [DONE]", ok(&format!("{delta}\n\n{stop}\n\n")), None, Some("hi")),
+        (
+            "no error, said so",
+            ok(&format!("{}\n\ndata: [DONE]\n\n", delta.replace("}]}", "}],\"error\":null}"))),
+            None,
+            Some("hi"),
+        ),
         ("only a tool", ok(&format!("{tool}\n\n{stop}\n\ndata: [DONE]\n\n")), None, Some("")),
     ] {
         let result = ask(raw(answer).await, json!({"prompt": "p"}), 60_000).await;
