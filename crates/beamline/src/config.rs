@@ -23,6 +23,13 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// An entry of `gateway.tenants`.
+pub fn uid_and_tenant(entry: &str) -> Option<(u32, &str)> {
+    let (uid, tenant) = entry.split_once('=')?;
+    let tenant = tenant.trim();
+    Some((uid.trim().parse().ok()?, tenant)).filter(|_| !tenant.is_empty())
+}
+
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {

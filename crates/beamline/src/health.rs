@@ -1,7 +1,7 @@
 //! `/health`, `/ready` and `/metrics`, on the HTTP port and (as `/healthz`, `/readyz`) on the operations port.
 
 use axum::extract::{ConnectInfo, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -16,6 +16,8 @@ use std::time::Duration;
 /// Whether one thing that readiness depends on works now, else what is wrong.
 pub type Check = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send + Sync>;
 
+/// What reverse proxies add.
+const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
 /// A check that does not answer in this time has failed.
 const CHECK_MAX: Duration = Duration::from_secs(2);
 
@@ -71,10 +73,46 @@ async fn metrics(State(health): State<Arc<Health>>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], health.metrics.render()).into_response()
 }
 
-async fn metrics_on_http(health: State<Arc<Health>>, ConnectInfo(peer): ConnectInfo<SocketAddr>) -> Response {
-    if peer.ip().is_loopback() || health.metrics_public {
+async fn metrics_on_http(
+    health: State<Arc<Health>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+) -> Response {
+    // A reverse proxy on this machine hands on what comes from anywhere.
+    let handed_on = FORWARDED.iter().any(|name| headers.contains_key(*name));
+    if (peer.ip().to_canonical().is_loopback() && !handed_on) || health.metrics_public {
         return metrics(health).await;
     }
     (StatusCode::FORBIDDEN, "metrics are served to this machine only; ops.metrics_public = true serves them to all\n")
         .into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::Body;
+    use axum::http::Request;
+    use tower::ServiceExt;
+
+    async fn status(peer: &str, forwarded: Option<&str>) -> StatusCode {
+        let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
+        let draining = tokio_util::sync::CancellationToken::new();
+        let health = Health { checks: Vec::new(), metrics, metrics_public: false, draining };
+        let mut request = Request::get("/metrics");
+        if let Some(forwarded) = forwarded {
+            request = request.header("x-forwarded-for", forwarded);
+        }
+        let peer = SocketAddr::new(peer.parse().unwrap(), 1);
+        let request = request.extension(ConnectInfo(peer)).body(Body::empty()).unwrap();
+        http_routes(Arc::new(health)).oneshot(request).await.unwrap().status()
+    }
+
+    #[tokio::test]
+    async fn metrics_are_for_this_machine_also_behind_a_proxy_on_it() {
+        for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
+            assert_eq!(status(peer, None).await, StatusCode::OK, "{peer}");
+            assert_eq!(status(peer, Some("203.0.113.7")).await, StatusCode::FORBIDDEN, "{peer}");
+        }
+        assert_eq!(status("203.0.113.7", None).await, StatusCode::FORBIDDEN);
+    }
 }

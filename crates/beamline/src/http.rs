@@ -2,6 +2,8 @@
 
 use axum::Router;
 use axum::extract::ConnectInfo;
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,6 +13,9 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
+
+/// A request must have come whole and been answered within; what a WebSocket does after its upgrade is no part of it.
+const REQUEST_MAX: Duration = Duration::from_secs(30);
 
 /// Serves until cancelled, then lets requests in progress end. WebSockets leave with their upgrade: the cluster ends them.
 pub async fn serve(listener: TcpListener, routes: Router, max_connections: usize, cancel: CancellationToken) {
@@ -49,7 +54,13 @@ async fn connection(stream: TcpStream, peer: SocketAddr, routes: Router, cancel:
     let _ = stream.set_nodelay(true);
     let service = hyper::service::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(ConnectInfo(peer));
-        routes.clone().oneshot(request.map(axum::body::Body::new))
+        let answer = routes.clone().oneshot(request.map(axum::body::Body::new));
+        async move {
+            match tokio::time::timeout(REQUEST_MAX, answer).await {
+                Ok(answer) => answer,
+                Err(_) => Ok(StatusCode::REQUEST_TIMEOUT.into_response()),
+            }
+        }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())

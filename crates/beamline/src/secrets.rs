@@ -1,7 +1,7 @@
 //! Secrets of this deployment: made on first start, kept in the data directory, readable by its owner only.
 
 use anyhow::{Context, Result, bail};
-use std::fs::{DirBuilder, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
@@ -24,24 +24,28 @@ pub fn data_dir(dir: &Path) -> Result<()> {
 
 /// The secret of this name, made now if it does not exist.
 pub fn load_or_create(dir: &Path, name: &str) -> Result<String> {
-    data_dir(dir)?;
-    let fresh: [u8; 32] = rand::random();
-    let fresh: String = fresh.iter().map(|byte| format!("{byte:02x}")).collect();
-    match write_new(dir, name, &fresh) {
-        Ok(()) => return Ok(fresh),
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
-        Err(e) => return Err(e).with_context(|| format!("cannot write {}", dir.join(name).display())),
-    }
-    let secret = read(dir, name)?;
+    let random = || rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
+    let secret = load_or_make(dir, name, random)?;
     if secret.len() < 32 {
         bail!("{} is too short for a secret; remove it and a new one is made", dir.join(name).display());
     }
     Ok(secret)
 }
 
-/// Keeps a secret that another part made.
-pub fn keep(dir: &Path, name: &str, secret: &str) -> Result<()> {
-    write_new(dir, name, secret).with_context(|| format!("cannot write {}", dir.join(name).display()))
+/// The same, of whatever form.
+pub fn load_or_make(dir: &Path, name: &str, make: impl FnOnce() -> String) -> Result<String> {
+    data_dir(dir)?;
+    let fresh = make();
+    match write_new(dir, name, &fresh) {
+        Ok(()) => Ok(fresh),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => read(dir, name),
+        Err(e) => Err(e).with_context(|| format!("cannot write {}", dir.join(name).display())),
+    }
+}
+
+pub fn remove(dir: &Path, name: &str) -> Result<()> {
+    let path = dir.join(name);
+    std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
 pub fn read(dir: &Path, name: &str) -> Result<String> {
@@ -64,7 +68,9 @@ fn write_new(dir: &Path, name: &str, secret: &str) -> std::io::Result<()> {
     file.sync_all()?;
     let linked = std::fs::hard_link(&partial, dir.join(name));
     std::fs::remove_file(&partial)?;
-    linked
+    linked?;
+    // The name is on disk too.
+    File::open(dir)?.sync_all()
 }
 
 #[cfg(test)]

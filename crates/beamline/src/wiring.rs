@@ -6,7 +6,7 @@ use crate::{grpc, http, listen, secrets};
 use anyhow::{Context, Result, anyhow};
 use bus::Bus;
 use std::future::Future;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -64,14 +64,82 @@ impl Stage {
     }
 }
 
+/// In the order in which the data flows, and so they end.
+struct Stages {
+    intake: Stage,
+    work: Stage,
+    pages: Stage,
+    nodes: Stage,
+    operations: Stage,
+}
+
+impl Stages {
+    fn new() -> Self {
+        Self {
+            intake: Stage::new("intake"),
+            work: Stage::new("work"),
+            pages: Stage::new("pages"),
+            nodes: Stage::new("nodes"),
+            operations: Stage::new("operations"),
+        }
+    }
+
+    async fn first_end(&mut self) -> Result<()> {
+        tokio::select! {
+            ended = self.intake.first_end() => ended,
+            ended = self.work.first_end() => ended,
+            ended = self.pages.first_end() => ended,
+            ended = self.nodes.first_end() => ended,
+            ended = self.operations.first_end() => ended,
+        }
+    }
+
+    /// Whether all ended in time.
+    async fn drain(self, deadline: Duration) -> bool {
+        let mut clean = true;
+        for stage in [self.intake, self.work, self.pages, self.nodes, self.operations] {
+            clean &= stage.drain(deadline).await;
+        }
+        clean
+    }
+}
+
 pub async fn up(settings: Settings) -> Result<()> {
+    // From here on: a start that waits for a server that is away can be ended too.
+    let mut signals = Signals::new()?;
+    let draining = CancellationToken::new();
+    let mut stages = Stages::new();
+    let started = tokio::select! {
+        started = start(&settings, &mut stages, draining.clone()) => started.map(|()| true),
+        name = signals.next() => { tracing::info!(signal = name, "ended during the start"); Ok(false) }
+    };
+    let ended = match started {
+        Ok(true) => tokio::select! {
+            name = signals.next() => { tracing::info!(signal = name, "draining"); Ok(()) }
+            ended = stages.first_end() => {
+                if let Err(error) = &ended {
+                    tracing::error!("{error:#}; draining the rest");
+                }
+                ended
+            }
+        },
+        started => started.map(|_| ()),
+    };
+
+    draining.cancel();
+    let clean = tokio::select! {
+        clean = stages.drain(settings.values.duration("shutdown.deadline")) => clean,
+        name = signals.next() => return Err(anyhow!("{name} again: ended without draining")),
+    };
+    ended?;
+    if clean { Ok(()) } else { Err(anyhow!("a stage was not drained in time")) }
+}
+
+/// Binds and runs everything; what it has started when it fails is in `stages`.
+async fn start(settings: &Settings, stages: &mut Stages, draining: CancellationToken) -> Result<()> {
     let values = &settings.values;
     let data_dir = values.path("data_dir");
     secrets::data_dir(&data_dir)?;
-
-    // Signals from here on: a Ctrl-C during the start must not leave half of it behind.
-    let mut signals = Signals::new()?;
-    let draining = CancellationToken::new();
 
     let (http_listener, http_address) = listen::bind("http.listen", values.address("http.listen"))?;
     let (ops_listener, ops_address) = listen::bind("ops.listen", values.address("ops.listen"))?;
@@ -82,14 +150,9 @@ pub async fn up(settings: Settings) -> Result<()> {
         .install_recorder()
         .context("cannot install the metrics recorder")?;
 
-    let bus = parts::bus(&settings, &data_dir).await?;
+    let bus = parts::bus(settings, &data_dir).await?;
     tracing::info!(bus = bus.describe(), "bus is up");
 
-    let mut intake = Stage::new("intake");
-    let mut work = Stage::new("work");
-    let mut pages = Stage::new("pages");
-    let mut nodes = Stage::new("nodes");
-    let mut last = Stage::new("operations");
     let mut routes = axum::Router::new();
     let mut checks: Vec<(&'static str, health::Check)> = vec![("bus", bus_check(bus.clone()))];
     let mut socket = None;
@@ -97,7 +160,7 @@ pub async fn up(settings: Settings) -> Result<()> {
 
     // Consumers first, producers last: the first request already finds who serves it.
     if settings.has_role("cluster") {
-        let node = parts::cluster(&settings, &data_dir, http_address, bus.clone()).await?;
+        let node = parts::cluster(settings, &data_dir, http_address, bus.clone()).await?;
         routes = routes.merge(node.routes());
         let ready = node.ready();
         checks.push((
@@ -107,50 +170,62 @@ pub async fn up(settings: Settings) -> Result<()> {
                 Box::pin(async move { ready.check().await })
             }),
         ));
-        nodes.run("cluster node", |cancel| async move { Ok(node.run(cancel).await?) });
+        stages.nodes.run("cluster node", |cancel| async move { Ok(node.run(cancel).await?) });
     }
     if settings.has_role("worker") {
-        let worker = parts::worker(&settings, bus.clone()).await?;
-        work.run("worker", |cancel| async move { Ok(worker.run(cancel).await?) });
+        let worker = parts::worker(settings, bus.clone()).await?;
+        stages.work.run("worker", |cancel| async move { Ok(worker.run(cancel).await?) });
     }
     if settings.has_role("router") {
-        let router = parts::router(&settings, bus.clone()).await?;
-        work.run("router", |cancel| async move { Ok(router.run(cancel).await?) });
+        let router = parts::router(settings, bus.clone()).await?;
+        stages.work.run("router", |cancel| async move { Ok(router.run(cancel).await?) });
     }
     if settings.has_role("webapp") {
-        let webapp = parts::webapp(&settings, &data_dir, bus.clone()).await?;
-        if let Some(password) = webapp.first_password() {
-            secrets::keep(&data_dir, secrets::ADMIN_PASSWORD, password)?;
+        let webapp = parts::webapp(settings, &data_dir, bus.clone()).await?;
+        if webapp.is_new().await? {
+            // Noted before there is an account: a crash between the two must not leave one that nobody can open.
+            let password = secrets::load_or_make(&data_dir, secrets::ADMIN_PASSWORD, webapp::generate_password)?;
+            if !webapp.create_admin(&password).await.context("the first account cannot be made")? {
+                secrets::remove(&data_dir, secrets::ADMIN_PASSWORD)?;
+            }
         }
         sign_in = secrets::read(&data_dir, secrets::ADMIN_PASSWORD).ok();
+        let ready = webapp.ready();
+        checks.push((
+            "database",
+            Box::new(move || {
+                let ready = ready.clone();
+                Box::pin(async move { ready.check().await })
+            }),
+        ));
         routes = routes.merge(webapp.routes());
-        pages.run("web app", |cancel| async move { Ok(webapp.run(cancel).await?) });
+        stages.pages.run("web app", |cancel| async move { Ok(webapp.run(cancel).await?) });
     }
     if settings.has_role("gateway") {
-        let gateway = parts::gateway(&settings, &data_dir, bus.clone()).await?;
+        let gateway = parts::gateway(settings, &data_dir, bus.clone()).await?;
         routes = routes.merge(gateway.routes());
         socket = Some(gateway.socket().to_path_buf());
-        intake.run("gateway", |cancel| async move { Ok(gateway.run(cancel).await?) });
+        stages.intake.run("gateway", |cancel| async move { Ok(gateway.run(cancel).await?) });
     }
 
     let health = Arc::new(Health {
         checks,
         metrics: metrics.clone(),
         metrics_public: values.flag("ops.metrics_public"),
-        draining: draining.clone(),
+        draining,
     });
     let routes = routes.merge(health::http_routes(health.clone()));
     let max = values.count("http.max_connections");
-    nodes.run("HTTP listener", |cancel| async move {
+    stages.nodes.run("HTTP listener", |cancel| async move {
         http::serve(http_listener, routes, max, cancel).await;
         Ok(())
     });
-    last.run("operations listener", |cancel| async move {
+    stages.operations.run("operations listener", |cancel| async move {
         http::serve(ops_listener, health::ops_routes(health), 64, cancel).await;
         Ok(())
     });
-    last.run("gRPC listener", |cancel| grpc::serve(grpc_listener, cancel));
-    last.run("metrics upkeep", |cancel| upkeep(metrics, cancel));
+    stages.operations.run("gRPC listener", |cancel| grpc::serve(grpc_listener, cancel));
+    stages.operations.run("metrics upkeep", |cancel| upkeep(metrics, cancel));
 
     let ready = serde_json::json!({
         "http": http_address.to_string(), "ops": ops_address.to_string(), "grpc": grpc_address.to_string(),
@@ -158,37 +233,8 @@ pub async fn up(settings: Settings) -> Result<()> {
     });
     writeln!(std::io::stdout(), "ready {ready}")?;
     std::io::stdout().flush()?;
-    greet(&settings, http_address, socket.as_deref(), sign_in.as_deref());
-
-    let mut stages = [intake, work, pages, nodes, last];
-    let [intake, work, pages, nodes, last] = &mut stages;
-    let ended = tokio::select! {
-        name = signals.next() => { tracing::info!(signal = name, "draining"); Ok(()) }
-        ended = intake.first_end() => ended,
-        ended = work.first_end() => ended,
-        ended = pages.first_end() => ended,
-        ended = nodes.first_end() => ended,
-        ended = last.first_end() => ended,
-    };
-    if let Err(error) = &ended {
-        tracing::error!("{error:#}; draining the rest");
-    }
-
-    draining.cancel();
-    let deadline = values.duration("shutdown.deadline");
-    let drain = async {
-        let mut clean = true;
-        for stage in stages {
-            clean &= stage.drain(deadline).await;
-        }
-        clean
-    };
-    let clean = tokio::select! {
-        clean = drain => clean,
-        name = signals.next() => return Err(anyhow!("{name} again: ended without draining")),
-    };
-    ended?;
-    if clean { Ok(()) } else { Err(anyhow!("a stage was not drained in time")) }
+    greet(settings, http_address, socket.as_deref(), sign_in.as_deref());
+    Ok(())
 }
 
 /// SIGTERM and Ctrl-C.
@@ -244,6 +290,11 @@ fn greet(
         lines.push(format!("  chat      http://{http}/"));
         lines.push(format!("  console   http://{http}/console"));
         match admin_password {
+            // Logs are kept and read by many.
+            Some(_) if !std::io::stderr().is_terminal() => {
+                let file = settings.values.path("data_dir").join(secrets::ADMIN_PASSWORD);
+                lines.push(format!("  sign in   name admin, password in {}", file.display()));
+            }
             Some(password) => lines.push(format!("  sign in   name admin, password {password}")),
             None => lines.push("  sign in   with your account".into()),
         }

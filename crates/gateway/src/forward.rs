@@ -280,10 +280,10 @@ impl Exchange {
     }
 
     fn permit(&self, tenant_id: &str) -> Result<(), Failure> {
-        if self.peer.may_speak_for(tenant_id) {
+        if self.gateway.config.may_speak_for(self.peer.uid, tenant_id) {
             return Ok(());
         }
-        let text = format!("User {} may not speak for tenant {tenant_id:?}", self.peer.uid);
+        let text = format!("User {} may not speak for tenant {tenant_id:?}; gateway.tenants lets it", self.peer.uid);
         Err(Failure::new(ErrorCode::Forbidden, text))
     }
 
@@ -539,6 +539,16 @@ mod tests {
         ] {
             assert_eq!(trace_of_parent(&parent), expected, "{parent}");
         }
+    }
+
+    #[test]
+    fn a_user_speaks_for_the_tenants_that_are_its_own() {
+        let mut config = crate::Config::default();
+        let may = |config: &crate::Config, uid, tenant| config.may_speak_for(uid, tenant);
+        assert!(may(&config, 0, "acme") && may(&config, 1000, "default") && !may(&config, 1000, "acme"));
+        config.tenants = [(1000, vec!["acme".into(), "beta".into()]), (1001, vec!["*".into()])].into();
+        assert!(may(&config, 1000, "acme") && may(&config, 1000, "beta") && !may(&config, 1000, "default"));
+        assert!(may(&config, 1001, "anything") && !may(&config, 1002, "default") && may(&config, 0, "acme"));
     }
 
     /// Tests run as root, who speaks for every tenant; so the peer is made up here.

@@ -15,6 +15,7 @@ mod waiters;
 pub use breaker::Config as BreakerConfig;
 
 use bus::Bus;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,6 +47,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Who may connect besides our own user and root. Others can only reach the socket if this is not empty.
     pub allowed_uids: Vec<u32>,
+    /// Tenants that a uid may speak for, `*` for any. Empty: everybody speaks for `default` alone.
+    pub tenants: BTreeMap<u32, Vec<String>>,
     /// Opens the HTTP way in; empty: nobody.
     pub api_key: String,
     /// When the router is not asked for a while.
@@ -66,6 +69,7 @@ impl Default for Config {
             receive_budget: 64 * 1024 * 1024,
             drain_timeout: Duration::from_secs(10),
             allowed_uids: Vec::new(),
+            tenants: BTreeMap::new(),
             api_key: String::new(),
             breaker: breaker::Config::default(),
         }
@@ -180,10 +184,12 @@ struct Peer {
     uid: u32,
 }
 
-impl Peer {
-    /// Root speaks for any tenant, others for `default`.
-    fn may_speak_for(self, tenant: &str) -> bool {
-        self.uid == 0 || tenant == forward::DEFAULT_TENANT
+impl Config {
+    /// Root speaks for any tenant, others for those that are theirs.
+    fn may_speak_for(&self, uid: u32, tenant: &str) -> bool {
+        let of_all = || tenant == forward::DEFAULT_TENANT;
+        let theirs = |tenants: &Vec<String>| tenants.iter().any(|theirs| theirs == "*" || theirs == tenant);
+        uid == 0 || if self.tenants.is_empty() { of_all() } else { self.tenants.get(&uid).is_some_and(theirs) }
     }
 }
 

@@ -258,6 +258,14 @@ impl Reader {
                 self.problem("worker.providers", format!("{name} has no {need}"));
             }
         }
+        for entry in
+            settings.values.list("gateway.tenants").iter().filter(|entry| super::uid_and_tenant(entry).is_none())
+        {
+            self.problem(
+                "gateway.tenants",
+                format!("{entry:?} is not a numeric uid, = and a tenant, such as 1000=acme"),
+            );
+        }
         for name in settings.values.list("gateway.allowed_uids").iter().filter(|uid| uid.parse::<u32>().is_err()) {
             self.problem("gateway.allowed_uids", format!("{name:?} is not a numeric uid"));
         }
@@ -320,7 +328,12 @@ mod tests {
     fn every_problem_is_told_with_its_line_and_the_nearest_key() {
         let file = "[http]\nlisten = 7\nlissten = \"x\"\n[gatway]\nsocket = \"/a\"\n[gateway]\nread_timeout = \"5 s\"\n\
                     [[worker.providers]]\nkind = \"command\"\n";
-        let problems = with_file(file, &[("BEAMLINE_LOG_FORMAT", "xml")], &[("roles", "gateway,rooter")]).unwrap_err();
+        let problems = with_file(
+            file,
+            &[("BEAMLINE_LOG_FORMAT", "xml"), ("BEAMLINE_GATEWAY_TENANTS", "1000=acme,ann=acme")],
+            &[("roles", "gateway,rooter")],
+        )
+        .unwrap_err();
         let text = problems.to_string();
         for expected in [
             "beamline.toml:2: http.listen is \"7\"",
@@ -328,6 +341,7 @@ mod tests {
             "beamline.toml:5: gatway.socket is not a setting; did you mean gateway.socket?",
             "beamline.toml:7: gateway.read_timeout is \"5 s\"",
             "beamline.toml:9: worker.providers has no name",
+            "gateway.tenants: \"ann=acme\" is not a numeric uid",
             "worker.providers: a provider has no program",
             "$BEAMLINE_LOG_FORMAT: is \"xml\"",
             "roles: \"rooter\" is not a role",

@@ -1,9 +1,10 @@
 //! From settings to each part's own configuration.
 
-use crate::config::{Settings, Values};
+use crate::config::{Settings, Values, uid_and_tenant};
 use crate::secrets;
 use anyhow::{Context, Result, bail};
 use bus::Bus;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -142,7 +143,13 @@ pub async fn gateway(settings: &Settings, data_dir: &Path, bus: Bus) -> Result<g
         .list("gateway.allowed_uids")
         .into_iter()
         .map(|uid| uid.parse::<u32>().with_context(|| format!("gateway.allowed_uids holds {uid:?}, which is no uid")));
+    let mut tenants = BTreeMap::<u32, Vec<String>>::new();
+    for entry in values.list("gateway.tenants") {
+        let (uid, tenant) = uid_and_tenant(&entry).with_context(|| format!("gateway.tenants holds {entry:?}"))?;
+        tenants.entry(uid).or_default().push(tenant.into());
+    }
     let config = gateway::Config {
+        tenants,
         socket: values.path("gateway.socket"),
         max_connections: values.count("gateway.max_connections"),
         max_in_flight: values.count("gateway.max_in_flight"),
