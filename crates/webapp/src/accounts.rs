@@ -4,6 +4,7 @@ use crate::db::{self, Db, now_ms};
 use argon2::Argon2;
 use argon2::password_hash::phc::PasswordHash;
 use argon2::password_hash::{PasswordHasher, PasswordVerifier};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
@@ -12,6 +13,8 @@ pub const PASSWORD_MAX: usize = 256;
 const NAME_MAX: usize = 32;
 /// A browser stays signed in for this long.
 pub const LOGIN_TTL: Duration = Duration::from_secs(30 * 86_400);
+/// Whoever waits longer for a place to hash is told to come again.
+const HASHING_MAX: Duration = Duration::from_secs(5);
 /// Names that nobody may take.
 const RESERVED: &[&str] = &[crate::chat::ASSISTANT, "everyone", "all", "here", "system"];
 
@@ -27,6 +30,8 @@ pub enum Error {
     Database(#[from] db::Error),
     #[error("the password cannot be hashed: {0}")]
     Hash(String),
+    #[error("too many people sign in just now; try again in a moment")]
+    Busy,
 }
 
 impl From<sqlx::Error> for Error {
@@ -47,12 +52,12 @@ pub struct User {
 pub struct Accounts {
     db: Db,
     /// A hash takes 19 MiB and a core: only so many at once.
-    hashing: Semaphore,
+    hashing: Arc<Semaphore>,
 }
 
 impl Accounts {
     pub fn new(db: Db) -> Self {
-        Self { db, hashing: Semaphore::new(2) }
+        Self { db, hashing: Arc::new(Semaphore::new(2)) }
     }
 
     pub async fn create(&self, name: &str, password: &str) -> Result<User> {
@@ -94,7 +99,9 @@ impl Accounts {
     pub async fn sign_in(&self, user: &User) -> Result<String> {
         let token: [u8; 32] = rand::random();
         let token = hex(&token);
-        let expires_at = now_ms() + i64::try_from(LOGIN_TTL.as_millis()).unwrap_or(i64::MAX);
+        let now = now_ms();
+        let expires_at = now + i64::try_from(LOGIN_TTL.as_millis()).unwrap_or(i64::MAX);
+        sqlx::query("DELETE FROM logins WHERE expires_at < $1").bind(now).execute(self.db.write()).await?;
         let insert = "INSERT INTO logins (token_hash, user_id, expires_at) VALUES ($1, $2, $3)";
         let insert = sqlx::query(insert).bind(token_hash(&token)).bind(&user.id).bind(expires_at);
         insert.execute(self.db.write()).await?;
@@ -110,8 +117,8 @@ impl Accounts {
     }
 
     pub async fn sign_out(&self, token: &str) -> Result<()> {
-        let delete = sqlx::query("DELETE FROM logins WHERE token_hash = $1 OR expires_at < $2");
-        delete.bind(token_hash(token)).bind(now_ms()).execute(self.db.write()).await?;
+        let delete = sqlx::query("DELETE FROM logins WHERE token_hash = $1").bind(token_hash(token));
+        delete.execute(self.db.write()).await?;
         Ok(())
     }
 
@@ -136,21 +143,34 @@ impl Accounts {
     }
 
     async fn hash(&self, password: String) -> Result<String> {
-        let _place = self.hashing.acquire().await.map_err(|e| Error::Hash(e.to_string()))?;
-        let hash = tokio::task::spawn_blocking(move || {
+        self.in_turn(move || {
             let hash: Result<PasswordHash, _> = Argon2::default().hash_password(password.as_bytes());
             hash.map(|hash| hash.to_string()).map_err(|e| Error::Hash(e.to_string()))
-        });
-        hash.await.map_err(|e| Error::Hash(e.to_string()))?
+        })
+        .await
     }
 
     async fn matches(&self, password: String, hash: String) -> Result<bool> {
-        let _place = self.hashing.acquire().await.map_err(|e| Error::Hash(e.to_string()))?;
-        let matches = tokio::task::spawn_blocking(move || {
+        self.in_turn(move || {
             let hash = PasswordHash::new(&hash).map_err(|e| Error::Hash(e.to_string()))?;
             Ok(Argon2::default().verify_password(password.as_bytes(), &hash).is_ok())
+        })
+        .await
+    }
+
+    async fn in_turn<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> Result<T> + Send + 'static,
+    {
+        let place = tokio::time::timeout(HASHING_MAX, self.hashing.clone().acquire_owned()).await;
+        let place = place.map_err(|_| Error::Busy)?.expect("the semaphore is never closed");
+        let worked = tokio::task::spawn_blocking(move || {
+            // The work goes on when whoever asked for it has hung up; so does its hold on the place.
+            let _place = place;
+            work()
         });
-        matches.await.map_err(|e| Error::Hash(e.to_string()))?
+        worked.await.map_err(|e| Error::Hash(e.to_string()))?
     }
 }
 
@@ -218,6 +238,17 @@ mod tests {
         assert_eq!(accounts.signed_in(&cookie).await.unwrap(), Some(ann));
         accounts.sign_out(&cookie).await.unwrap();
         assert_eq!(accounts.signed_in(&cookie).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_hangs_up_does_not_free_its_place() {
+        let (_dir, accounts) = accounts().await;
+        accounts.create("ann", "correct horse").await.unwrap();
+        // Until the work has begun, then gone.
+        let hung_up = tokio::time::timeout(Duration::ZERO, accounts.hash("x".into())).await;
+        assert!(hung_up.is_err());
+        assert_eq!(accounts.hashing.available_permits(), 1, "the hash is still being made");
+        accounts.verify("ann", "correct horse").await.unwrap();
     }
 
     #[tokio::test]

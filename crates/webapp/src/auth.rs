@@ -10,7 +10,7 @@ use axum::{Extension, Json, Router, middleware};
 use parking_lot::Mutex;
 use serde_json::json;
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -19,6 +19,8 @@ const BODY_MAX: usize = 4096;
 /// Tries at a password, a minute: from one address for one name, and from one address for all.
 const TRIES_PER_NAME: u32 = 10;
 const TRIES_PER_ADDRESS: u32 = 60;
+/// Counts kept at most; beyond it counting begins anew.
+const TRIES_KEPT: usize = 100_000;
 const MINUTE: Duration = Duration::from_secs(60);
 
 pub struct Auth {
@@ -162,8 +164,13 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
     })
 }
 
+/// Of whoever asks. An IPv6 network of 64 bits is one household, or one attacker.
 fn address(peer: &Peer) -> IpAddr {
-    peer.as_ref().map_or(IpAddr::from([0, 0, 0, 0]), |Extension(ConnectInfo(address))| address.ip())
+    let Some(Extension(ConnectInfo(peer))) = peer else { return IpAddr::from([0, 0, 0, 0]) };
+    match peer.ip().to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address => address,
+    }
 }
 
 fn refused(error: &accounts::Error) -> Response {
@@ -171,6 +178,7 @@ fn refused(error: &accounts::Error) -> Response {
         accounts::Error::Invalid(_) => StatusCode::BAD_REQUEST,
         accounts::Error::Taken(_) => StatusCode::CONFLICT,
         accounts::Error::Wrong => StatusCode::UNAUTHORIZED,
+        accounts::Error::Busy => StatusCode::SERVICE_UNAVAILABLE,
         accounts::Error::Database(_) | accounts::Error::Hash(_) => {
             tracing::error!(%error, "accounts cannot be used");
             return problem(StatusCode::SERVICE_UNAVAILABLE, "accounts cannot be used now; try again in a moment");
@@ -192,7 +200,7 @@ impl Tries {
         let mut tries = self.0.lock();
         let (since, counts) = &mut *tries;
         let now = Instant::now();
-        if since.is_none_or(|since| now.duration_since(since) >= MINUTE) {
+        if since.is_none_or(|since| now.duration_since(since) >= MINUTE) || counts.len() >= TRIES_KEPT {
             *since = Some(now);
             counts.clear();
         }
@@ -221,6 +229,14 @@ mod tests {
         assert!(tries.take(address(1), "bob") && tries.take(address(2), "ann"));
         let others = (0..100).filter(|n| tries.take(address(1), &n.to_string())).count();
         assert!(others < 60, "{others}");
+    }
+
+    #[test]
+    fn an_address_is_counted_with_its_household() {
+        let seen = |text: &str| address(&Some(Extension(ConnectInfo(SocketAddr::new(text.parse().unwrap(), 1)))));
+        assert_eq!(seen("2001:db8:1:2:3::4"), seen("2001:db8:1:2:ffff::1"));
+        assert_ne!(seen("2001:db8:1:2::1"), seen("2001:db8:1:3::1"));
+        assert_eq!(seen("::ffff:192.0.2.1"), seen("192.0.2.1"));
     }
 
     #[test]

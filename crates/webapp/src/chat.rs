@@ -30,6 +30,8 @@ const TEXT_MAX: usize = 8 * 1024;
 const NONCE_MAX: usize = 64;
 const PAGE: i64 = 50;
 const PAGE_MAX: i64 = 100;
+/// Of one page of history, bytes, unless its first message alone has more.
+const PAGE_BYTES: usize = 256 * 1024;
 
 pub struct Chat {
     store: Store,
@@ -73,16 +75,21 @@ impl Chat {
         if request.nonce.is_empty() || request.nonce.len() > NONCE_MAX {
             return Err(Refusal::bad(format!("a nonce has 1 to {NONCE_MAX} bytes")));
         }
+        // PostgreSQL keeps none.
+        if text.contains('\0') || request.nonce.contains('\0') {
+            return Err(Refusal::bad("a message holds no NUL characters"));
+        }
         let name = self.accounts.name(&caller.user).await;
         let fresh = store::New { room: &room.id, user: &caller.user, name: &name, text, nonce: &request.nonce };
         let (message, answer) = self.store.send(&fresh).await.map_err(internal)?;
-        // From here on it is kept, whatever happens to us.
-        self.announce(&message).await?;
-        if let Some(answer) = answer {
-            self.announce(&answer.message).await?;
+        // From here on it is kept, whatever happens to us; and what it asks for is asked, whether or not the room hears.
+        let mut told = self.announce(&message).await;
+        if let Some(mut answer) = answer {
+            self.answers.fill(&mut answer.message);
+            told = told.and(self.announce(&answer.message).await);
             self.answers.ask(answer);
         }
-        Ok(Sent { message })
+        told.map(|()| Sent { message })
     }
 
     /// Says it to the room; once, however often it is sent.
@@ -99,12 +106,11 @@ impl Chat {
         let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
         let limit = request.limit.unwrap_or(PAGE).clamp(1, PAGE_MAX);
         let mut messages = self.store.page(&room.id, request.before, limit + 1).await.map_err(internal)?;
-        let more = i64::try_from(messages.len()).is_ok_and(|count| count > limit);
-        if more {
-            messages.remove(0);
-        }
         messages.iter_mut().filter(|m| m.state == State::Streaming).for_each(|m| self.answers.fill(m));
-        Ok(Messages { messages, more })
+        let limit = usize::try_from(limit).unwrap_or_default();
+        let fitting = newest(messages.iter().map(|message| message.text.len()), limit);
+        let older = messages.len() - fitting;
+        Ok(Messages { messages: messages.split_off(older), more: older > 0 })
     }
 
     async fn typing(&self, caller: &Caller, request: InRoom) -> Result<(), Refusal> {
@@ -124,8 +130,10 @@ impl Chat {
 
     async fn retry(&self, request: OfMessage) -> Result<(), Refusal> {
         let answer = self.store.answer(request.message).await.map_err(internal)?.ok_or_else(no_answer)?;
-        if answer.message.state == State::Streaming {
-            return Err(Refusal::bad("the answer is still coming"));
+        match answer.message.state {
+            State::Streaming => return Err(Refusal::bad("the answer is still coming")),
+            State::Done => return Err(Refusal::bad("the answer is there; ask in a new message")),
+            State::Failed | State::Stopped => {}
         }
         if let Some(again) = self.store.ask_again(&answer).await.map_err(internal)? {
             say(&self.channels, &again.message).await.map_err(Refusal::internal)?;
@@ -157,6 +165,16 @@ impl Handler for Chat {
             other => Err(Refusal(ErrorCode::MethodNotFound, format!("no method {other}"))),
         }
     }
+}
+
+/// How many of the newest fit a page, by their sizes, oldest first.
+fn newest(sizes: impl DoubleEndedIterator<Item = usize>, limit: usize) -> usize {
+    let mut bytes = 0;
+    let fits = |(n, size): (usize, usize)| {
+        bytes += size;
+        n == 0 || (n < limit && bytes <= PAGE_BYTES)
+    };
+    sizes.rev().enumerate().map(fits).take_while(|fits| *fits).count()
 }
 
 fn channel(room: &str) -> String {

@@ -1,7 +1,7 @@
 //! The database: SQLite in the data directory, or PostgreSQL; the same statements on both.
 
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
-use sqlx::{AnyConnection, AnyPool, Executor, Transaction};
+use sqlx::{AnyConnection, AnyPool, Connection, Executor, Transaction};
 use std::path::Path;
 use std::str::FromStr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -26,10 +26,16 @@ pub struct Db {
     reader: AnyPool,
 }
 
-const ACQUIRE_MAX: Duration = Duration::from_secs(10);
+/// For the first connection.
+const OPEN_MAX: Duration = Duration::from_secs(15);
+/// Shorter than a page waits for the answer to its call: it is told what is wrong, not that nobody answers.
+const ACQUIRE_MAX: Duration = Duration::from_secs(3);
 /// `FULL`: what was acknowledged is on disk, also after a power cut.
 const SQLITE_SETUP: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
      PRAGMA busy_timeout = 5000; PRAGMA temp_store = MEMORY";
+/// A web app that hangs in the middle of a transaction must not hold up the others on the database.
+const POSTGRES_SETUP: &str =
+    "SET statement_timeout = '10s'; SET lock_timeout = '3s'; SET idle_in_transaction_session_timeout = '5s'";
 
 impl Db {
     /// `url` as `sqlite://path` or `postgres://…`; without one, `webapp.db` in `dir`.
@@ -44,15 +50,16 @@ impl Db {
             let pool = AnyPoolOptions::new().max_connections(size).acquire_timeout(ACQUIRE_MAX);
             pool.after_connect(move |connection, _| {
                 Box::pin(async move {
-                    if sqlite {
-                        connection.execute(SQLITE_SETUP).await?;
-                    }
-                    Ok(())
+                    connection.execute(if sqlite { SQLITE_SETUP } else { POSTGRES_SETUP }).await.map(|_| ())
                 })
             })
         };
+        // On a connection of its own, without the limits of the others.
+        let connection = tokio::time::timeout(OPEN_MAX, AnyConnection::connect_with(&options)).await;
+        let mut connection = connection.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map_err(failed)?;
+        sqlx::migrate!().run(&mut connection).await?;
+        connection.close().await?;
         let writer = pool(if sqlite { 1 } else { 8 }).connect_with(options.clone()).await.map_err(failed)?;
-        sqlx::migrate!().run(&writer).await?;
         let reader = if sqlite { pool(4).connect_with(options).await.map_err(failed)? } else { writer.clone() };
         Ok(Self { writer, reader })
     }
@@ -89,9 +96,12 @@ pub fn now_ms() -> i64 {
 }
 
 fn without_password(url: &str) -> String {
-    match (url.split_once("://"), url.rsplit_once('@')) {
-        (Some((scheme, _)), Some((_, host))) => format!("{scheme}://…@{host}"),
-        _ => url.to_string(),
+    let Some((scheme @ ("postgres" | "postgresql"), rest)) = url.split_once("://") else { return url.to_string() };
+    // A password may also be among the parameters.
+    let rest = rest.split('?').next().unwrap_or_default();
+    match rest.rsplit_once('@') {
+        Some((_, host)) => format!("{scheme}://…@{host}"),
+        None => format!("{scheme}://{rest}"),
     }
 }
 
@@ -108,6 +118,7 @@ mod tests {
     #[test]
     fn a_password_in_the_url_is_not_shown() {
         assert_eq!(without_password("postgres://me:secret@db/x"), "postgres://…@db/x");
+        assert_eq!(without_password("postgres://db/x?user=me&password=secret"), "postgres://db/x");
         assert_eq!(without_password("sqlite:///tmp/x.db"), "sqlite:///tmp/x.db");
     }
 

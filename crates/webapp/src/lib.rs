@@ -16,7 +16,7 @@ mod pages;
 mod rpc;
 mod tree;
 
-pub use accounts::User;
+pub use accounts::{User, generate_password};
 pub use app::{App, Column, PageError, Series, State, Tone, Ui};
 
 use accounts::Accounts;
@@ -76,6 +76,7 @@ pub enum Error {
 /// Database open, subjects subscribed; nothing is answered yet.
 pub struct Bound {
     db: Db,
+    accounts: Arc<Accounts>,
     auth: Arc<auth::Auth>,
     sessions: Arc<Sessions>,
     chat: Arc<Chat>,
@@ -83,18 +84,16 @@ pub struct Bound {
     calls: Methods,
     events: Methods,
     live: live::Live,
-    first_password: Option<String>,
 }
 
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let db = Db::open(config.database_url.as_deref(), &config.data_dir).await?;
     let accounts = Arc::new(Accounts::new(db.clone()));
-    let first_password = first_account(&accounts).await?;
     let channels = Channels::new(bus.clone());
     let (chat, chat_loops) = Chat::bind(&bus, db.clone(), channels.clone(), accounts.clone()).await?;
     let sessions = Sessions::new(pages::app(chat.rooms()), db.clone(), channels.clone(), accounts.clone());
     let auth = auth::Auth {
-        accounts,
+        accounts: accounts.clone(),
         token_secret: config.token_secret,
         token_ttl: config.token_ttl,
         signup: config.signup,
@@ -103,6 +102,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     };
     Ok(Bound {
         db,
+        accounts,
         auth: Arc::new(auth),
         sessions: Arc::new(sessions),
         chat,
@@ -110,22 +110,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         calls: Methods::subscribe(&bus, chat::METHODS).await?,
         events: Methods::subscribe(&bus, &[wire::app::EVENT_METHOD]).await?,
         live: live::Live::subscribe(&bus, channels).await?,
-        first_password,
     })
-}
-
-/// On first start, `admin` with a password that is told once.
-async fn first_account(accounts: &Accounts) -> Result<Option<String>, Error> {
-    if !accounts.is_empty().await? {
-        return Ok(None);
-    }
-    let password = accounts::generate_password();
-    match accounts.create("admin", &password).await {
-        Ok(_) => Ok(Some(password)),
-        // Another web app on the same database was faster.
-        Err(accounts::Error::Taken(_)) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// Creates an account in a database that a web app uses or will use.
@@ -137,9 +122,22 @@ pub async fn add_user(config: &Config, name: &str, password: &str) -> Result<Use
 }
 
 impl Bound {
-    /// Of the account `admin`, if it was made now.
-    pub fn first_password(&self) -> Option<&str> {
-        self.first_password.as_deref()
+    /// Whether nobody has an account yet: then one is made with [`Self::create_admin`], once its password is noted.
+    pub async fn is_new(&self) -> Result<bool, Error> {
+        Ok(self.accounts.is_empty().await?)
+    }
+
+    /// Makes the account `admin`; false if another web app on the same database was faster.
+    pub async fn create_admin(&self, password: &str) -> Result<bool, Error> {
+        match self.accounts.create("admin", password).await {
+            Ok(_) => Ok(true),
+            Err(accounts::Error::Taken(_)) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    pub fn ready(&self) -> Ready {
+        Ready(self.db.clone())
     }
 
     /// Sign-in, and the pages as the fallback.
@@ -150,6 +148,7 @@ impl Bound {
     /// Answers until cancelled, then finishes what it has taken.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { db, sessions, chat, chat_loops, calls, events, live, .. } = self;
+        let cancel = cancel.child_token();
         let mut loops = JoinSet::new();
         let talk = (chat.clone(), cancel.clone());
         loops.spawn(async move { talk.0.run(chat_loops, talk.1).await });
@@ -176,6 +175,8 @@ impl Bound {
         }]);
         let mut ended = Ok(());
         while let Some(joined) = loops.join_next().await {
+            // One that ends before it was told to takes the others along: half a web app would only look alive.
+            cancel.cancel();
             ended = ended.and(joined.map_err(Error::from).and_then(|inner| inner));
         }
         // Once nobody changes sessions any more.
@@ -183,6 +184,16 @@ impl Bound {
         keeper.join_all().await;
         db.close().await;
         ended
+    }
+}
+
+/// Whether the database answers.
+#[derive(Clone)]
+pub struct Ready(Db);
+
+impl Ready {
+    pub async fn check(&self) -> Result<(), String> {
+        sqlx::query("SELECT 1").execute(self.0.read()).await.map(|_| ()).map_err(|e| e.to_string())
     }
 }
 

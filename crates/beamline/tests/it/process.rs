@@ -31,9 +31,14 @@ impl Process {
         Self { dir, ready, child, extra }
     }
 
+    /// SIGKILL.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
     /// SIGKILL, then the same data directory on the same HTTP port.
     pub async fn kill_and_restart(&mut self) {
-        self.child.kill().await.unwrap();
+        self.kill().await;
         let http = self.http().to_string();
         let (child, ready) = launch(self.dir.path(), &http, &self.extra).await;
         self.child = child;
@@ -101,11 +106,16 @@ fn command(dir: &Path) -> Command {
     command
 }
 
-async fn launch(dir: &Path, http: &str, extra: &[String]) -> (Child, Value) {
+/// `up`, without waiting for it.
+pub fn spawn(dir: &Path, http: &str, extra: &[String]) -> Child {
     let log = std::fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
     let mut command = command(dir);
     command.args(["up", "--http", http, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]).args(extra).stderr(log);
-    let mut child = command.spawn().unwrap();
+    command.spawn().unwrap()
+}
+
+async fn launch(dir: &Path, http: &str, extra: &[String]) -> (Child, Value) {
+    let mut child = spawn(dir, http, extra);
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let ready = tokio::time::timeout(PATIENCE, async {
         while let Some(line) = lines.next_line().await.unwrap() {

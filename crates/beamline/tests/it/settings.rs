@@ -1,7 +1,8 @@
 //! Settings, secrets and the ends of a process.
 
-use crate::process::{Process, run_in};
+use crate::process::{Process, run_in, spawn};
 use nix::sys::signal::Signal;
+use std::time::Duration;
 
 #[tokio::test]
 async fn bad_settings_are_all_told_and_nothing_is_bound() {
@@ -80,4 +81,52 @@ async fn secrets_stay_the_same_over_restarts() {
     let key = process.run(&["api-key"]).await.success();
     process.kill_and_restart().await;
     assert_eq!(process.run(&["api-key"]).await.success(), key);
+}
+
+#[tokio::test]
+async fn a_start_that_waits_for_a_server_can_be_ended() {
+    // Takes the connection and says nothing.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("postgres://u@{}/d", silent.local_addr().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let mut starting = spawn(dir.path(), "127.0.0.1:0", &["--database-url".into(), url]);
+    let (_connection, _) = silent.accept().await.unwrap();
+    let pid = nix::unistd::Pid::from_raw(starting.id().unwrap().cast_signed());
+    nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(10), starting.wait()).await.expect("it ends").unwrap();
+    assert_eq!(ended.code(), Some(0));
+    assert!(!dir.path().join("s").exists(), "nothing is left behind");
+}
+
+#[tokio::test]
+async fn the_noted_password_opens_a_database_that_was_made_anew() {
+    let mut process = Process::start().await;
+    let data = process.dir.path().join("data");
+    let password = std::fs::read_to_string(data.join("admin-password")).unwrap();
+    assert_eq!(sign_in(&process, password.trim()).await, 200);
+    let log = std::fs::read_to_string(process.dir.path().join("log")).unwrap();
+    assert!(!log.contains(password.trim()), "a log is no place for it");
+    process.kill().await;
+    for entry in std::fs::read_dir(&data).unwrap().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("webapp.db") {
+            std::fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    process.kill_and_restart().await;
+    assert_eq!(sign_in(&process, password.trim()).await, 200);
+}
+
+async fn sign_in(process: &Process, password: &str) -> u16 {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let body = serde_json::json!({"name": "admin", "password": password}).to_string();
+    let mut stream = tokio::net::TcpStream::connect(process.http()).await.unwrap();
+    let request = format!(
+        "POST /auth/login HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
+         Connection: close\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.unwrap();
+    response.split(' ').nth(1).unwrap().parse().unwrap()
 }

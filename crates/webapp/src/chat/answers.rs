@@ -10,7 +10,7 @@ use crate::db::{Result, now_ms};
 use bus::{Bus, Consumer, ConsumerConfig, Delivery, Headers, Subscription};
 use parking_lot::Mutex;
 use serde_json::Value as Json;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -25,8 +25,12 @@ const ASK_PAUSES: [u64; 7] = [100, 200, 500, 1000, 2000, 5000, 10_000];
 /// An answer without a result for this long beyond its time has failed.
 const GRACE_MS: i64 = 60_000;
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
-/// Of an answer, bytes; the rest is left out.
-const TEXT_MAX: usize = 256 * 1024;
+/// An answer that nobody here has heard of for this long is asked for again: whoever took its message may be gone.
+const ORPHAN_MS: i64 = 15_000;
+/// A room is told how an answer ended for so many deliveries of its result.
+const TELL_MAX: u32 = 20;
+/// Of an answer, bytes; the rest is left out. As JSON six times as much at worst, which still fits a publication.
+const TEXT_MAX: usize = 128 * 1024;
 const OUTPUT_QUEUE: usize = 4096;
 
 pub struct Answers {
@@ -46,6 +50,12 @@ struct Partial {
     attempt: u32,
     seq: u64,
     text: String,
+}
+
+impl Partial {
+    fn of(message: &Message) -> Self {
+        Self { id: message.id, room: message.room.clone(), attempt: 0, seq: 0, text: String::new() }
+    }
 }
 
 pub struct Inputs {
@@ -94,14 +104,7 @@ impl Answers {
 
     /// Has the router find somebody to answer, in the background.
     pub fn ask(self: &Arc<Self>, answer: Answer) {
-        let partial = Partial {
-            id: answer.message.id,
-            room: answer.message.room.clone(),
-            attempt: 0,
-            seq: 0,
-            text: String::new(),
-        };
-        self.partial.lock().entry(answer.request_id.clone()).or_insert(partial);
+        self.partial.lock().entry(answer.request_id.clone()).or_insert_with(|| Partial::of(&answer.message));
         let answers = self.clone();
         self.asking.spawn(async move {
             let asked = tokio::select! {
@@ -174,8 +177,12 @@ impl Answers {
     async fn relay(&self, mut output: Subscription, cancel: CancellationToken) {
         while let Some(message) = tokio::select! { () = cancel.cancelled() => None, message = output.next() => message }
         {
+            // Most of the output on the bus is none of ours.
+            if !message.subject.strip_prefix(subjects::OUTPUT_PREFIX).is_some_and(|id| id.starts_with(REQUEST_PREFIX)) {
+                continue;
+            }
             let Ok(chunk) = serde_json::from_slice::<OutputChunk>(&message.payload) else { continue };
-            if !chunk.request_id.starts_with(REQUEST_PREFIX) || !self.is_open(&chunk.request_id).await {
+            if !self.is_open(&chunk.request_id).await {
                 continue;
             }
             let Some((room, event)) = self.add(&chunk) else { continue };
@@ -193,14 +200,7 @@ impl Answers {
         }
         match self.store.answer_of(request_id).await {
             Ok(Some(answer)) if answer.message.state == State::Streaming => {
-                let partial = Partial {
-                    id: answer.message.id,
-                    room: answer.message.room,
-                    attempt: 0,
-                    seq: 0,
-                    text: String::new(),
-                };
-                self.partial.lock().entry(request_id.into()).or_insert(partial);
+                self.partial.lock().entry(request_id.into()).or_insert_with(|| Partial::of(&answer.message));
                 true
             }
             _ => false,
@@ -259,14 +259,18 @@ impl Answers {
             ResultStatus::Error => (State::Failed, Some(error.unwrap_or_else(|| "the answer failed".into()))),
         };
         let text = result.output.as_ref().map(text_of);
-        self.end(&result.request_id, state, text, error).await.map_err(|e| e.to_string())?;
+        let told = self.end(&result.request_id, state, text, error).await.map_err(|e| e.to_string())?;
+        if !told && delivery.delivered < TELL_MAX {
+            return Err("the room was not told".into());
+        }
         let trace_id = result.trace_id.as_deref().unwrap_or_default();
         tracing::info!(trace_id, request_id = result.request_id, state = state.as_str(), "an answer ended");
         Ok(())
     }
 
-    /// Ends an answer in the database, then in the room. Without a text, what has come so far stays.
-    async fn end(&self, request_id: &str, state: State, text: Option<String>, error: Option<String>) -> Result<()> {
+    /// Ends an answer in the database, then in the room; whether the room has been told. Without a text, what has come
+    /// so far stays.
+    async fn end(&self, request_id: &str, state: State, text: Option<String>, error: Option<String>) -> Result<bool> {
         let partial = self.partial.lock().get(request_id).cloned();
         let text = text.or_else(|| partial.as_ref().map(|partial| partial.text.clone())).unwrap_or_default();
         let ended = self.store.finish(request_id, state, cut(&text), error.as_deref()).await?;
@@ -280,9 +284,10 @@ impl Answers {
             message.attempt = partial.map(|partial| partial.attempt);
             if let Err(error) = say(&self.channels, &message).await {
                 tracing::warn!(request_id, error, "a room was not told that an answer ended; it shows when read again");
+                return Ok(false);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     async fn fail(&self, request_id: &str, problem: &str) {
@@ -291,22 +296,32 @@ impl Answers {
         }
     }
 
-    /// Fails what nobody will answer any more, so that nothing streams for ever.
-    async fn sweep(&self, cancel: CancellationToken) {
+    async fn sweep(self: &Arc<Self>, cancel: CancellationToken) {
         let mut ticks = tokio::time::interval(SWEEP_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while tokio::select! { () = cancel.cancelled() => false, _ = ticks.tick() => true } {
-            let open = match self.store.streaming().await {
-                Ok(open) => open,
-                Err(error) => {
-                    tracing::warn!(%error, "open answers cannot be read");
-                    continue;
-                }
-            };
-            let before = now_ms() - i64::try_from(ANSWER_MAX_MS).unwrap_or(i64::MAX) - GRACE_MS;
-            for answer in open.into_iter().filter(|answer| answer.asked_at < before) {
-                self.fail(&answer.request_id, "no answer came in time; is a worker running?").await;
+            if let Err(error) = self.sweep_once(now_ms()).await {
+                tracing::warn!(%error, "open answers cannot be read");
             }
         }
+    }
+
+    /// Fails what nobody will answer any more, so that nothing streams for ever; asks again for what nobody may have
+    /// asked for; forgets what another web app has ended.
+    async fn sweep_once(self: &Arc<Self>, now: i64) -> Result<()> {
+        let before: HashSet<String> = self.partial.lock().keys().cloned().collect();
+        let open = self.store.streaming().await?;
+        let ids: HashSet<&str> = open.iter().map(|answer| &*answer.request_id).collect();
+        self.partial.lock().retain(|id, _| ids.contains(&**id) || !before.contains(id));
+        for answer in open {
+            let age = now - answer.asked_at;
+            if age > i64::try_from(ANSWER_MAX_MS).unwrap_or(i64::MAX) + GRACE_MS {
+                self.fail(&answer.request_id, "no answer came in time; is a worker running?").await;
+            } else if age > ORPHAN_MS && !before.contains(&answer.request_id) {
+                self.ask(answer);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -326,4 +341,55 @@ fn cut(text: &str) -> &str {
         return text;
     }
     &text[..text.floor_char_boundary(TEXT_MAX)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::store::New;
+    use super::*;
+    use crate::db::Db;
+
+    async fn answers(dir: &std::path::Path) -> Arc<Answers> {
+        let bus = bus::local::Local::open(dir).await.unwrap();
+        let store = Store::new(Db::open(None, dir).await.unwrap());
+        Arc::new(Answers::new(bus.clone(), store, Channels::new(bus)))
+    }
+
+    async fn asked(answers: &Answers) -> Answer {
+        let new = New { room: "general", user: "ann", name: "Ann", text: "@assistant hi", nonce: "n" };
+        answers.store.send(&new).await.unwrap().1.unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_another_web_app_has_ended_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let answers = answers(dir.path()).await;
+        let answer = asked(&answers).await;
+        assert!(answers.is_open(&answer.request_id).await);
+        answers.sweep_once(answer.asked_at).await.unwrap();
+        assert_eq!(answers.partial.lock().len(), 1, "it has not ended");
+        answers.store.finish(&answer.request_id, State::Done, "hello", None).await.unwrap();
+        answers.sweep_once(answer.asked_at).await.unwrap();
+        assert_eq!(answers.partial.lock().len(), 0);
+        assert!(!answers.is_open(&answer.request_id).await);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_asked_for_is_asked_for_and_in_the_end_it_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let answers = answers(dir.path()).await;
+        let mut routers = answers.bus.subscribe(subjects::DECIDE, None, 8).await.unwrap();
+        let answer = asked(&answers).await;
+        answers.sweep_once(answer.asked_at + ORPHAN_MS).await.unwrap();
+        assert!(answers.partial.lock().is_empty(), "whoever took the message may still ask");
+        answers.sweep_once(answer.asked_at + ORPHAN_MS + 1).await.unwrap();
+        assert_eq!(routers.next().await.unwrap().payload, answer.request.clone());
+        let late = answer.asked_at + i64::try_from(ANSWER_MAX_MS).unwrap() + GRACE_MS + 1;
+        answers.sweep_once(late).await.unwrap();
+        let failed = answers.store.answer(answer.message.id).await.unwrap().unwrap().message;
+        assert_eq!(failed.state, State::Failed);
+        answers.stopping.cancel();
+        answers.asking.close();
+        answers.asking.wait().await;
+    }
 }

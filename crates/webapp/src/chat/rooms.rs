@@ -5,12 +5,15 @@ use crate::db::{Db, Result, now_ms};
 use crate::rpc::Refusal;
 use bus::{Bus, Subscription};
 use parking_lot::RwLock;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use wire::chat::{Event, Room};
 use wire::realtime::ErrorCode;
 
 /// Core, to every web app: the rooms have changed.
 const CHANGED: &str = "beamline.webapp.v1.rooms";
+/// A word of a change may be lost.
+const RELOAD_EVERY: Duration = Duration::from_secs(10);
 const NAME_MAX: usize = 48;
 const ROOMS_MAX: usize = 500;
 
@@ -19,11 +22,13 @@ pub struct Rooms {
     bus: Bus,
     channels: Channels,
     all: RwLock<Vec<Room>>,
+    /// One at a time: what was read first must not overwrite what was read later.
+    reloading: tokio::sync::Mutex<()>,
 }
 
 impl Rooms {
     pub async fn load(db: Db, bus: Bus, channels: Channels) -> Result<Self> {
-        let rooms = Self { db, bus, channels, all: RwLock::default() };
+        let rooms = Self { db, bus, channels, all: RwLock::default(), reloading: tokio::sync::Mutex::default() };
         rooms.reload().await?;
         Ok(rooms)
     }
@@ -33,8 +38,14 @@ impl Rooms {
     }
 
     pub async fn follow(&self, mut changes: Subscription, cancel: CancellationToken) {
-        while let Some(_change) = tokio::select! { () = cancel.cancelled() => None, change = changes.next() => change }
-        {
+        let mut ticks = tokio::time::interval(RELOAD_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                change = changes.next() => if change.is_none() { return },
+                _ = ticks.tick() => {}
+            }
             if let Err(error) = self.reload().await {
                 tracing::warn!(%error, "the rooms were not read again");
             }
@@ -53,8 +64,10 @@ impl Rooms {
     pub async fn create(&self, name: &str) -> Result<Room, Refusal> {
         let name = name.trim().trim_start_matches('#');
         let id = slug(name);
-        if id.is_empty() || id == "lobby" || name.len() > NAME_MAX {
-            let text = format!("a room's name has 1 to {NAME_MAX} bytes, with a letter or digit, and is not “lobby”");
+        if id.is_empty() || id == "lobby" || name.len() > NAME_MAX || name.contains(char::is_control) {
+            let text = format!(
+                "a room's name has 1 to {NAME_MAX} bytes, with a letter or digit and no control characters, and is not “lobby”"
+            );
             return Err(Refusal::bad(text));
         }
         if let Some(known) = self.get(&id) {
@@ -72,7 +85,9 @@ impl Rooms {
         self.reload().await.map_err(Refusal::internal)?;
         let room = self.get(&id).ok_or_else(|| Refusal::internal("the room was not found again"))?;
         let notice = bus::Message { subject: CHANGED.into(), ..bus::Message::default() };
-        self.bus.publish(notice).await.map_err(Refusal::internal)?;
+        if let Err(error) = self.bus.publish(notice).await {
+            tracing::warn!(%error, "other web apps were not told of a new room; they look again soon");
+        }
         let told = self.channels.publish_json(LOBBY, &Event::Room { room: room.clone() }, None).await;
         if let Err(error) = told {
             tracing::warn!(error, "pages were not told of a new room; they see it when they are loaded again");
@@ -81,6 +96,7 @@ impl Rooms {
     }
 
     async fn reload(&self) -> Result<()> {
+        let _turn = self.reloading.lock().await;
         let rooms: Vec<(String, String)> =
             sqlx::query_as("SELECT id, name FROM rooms ORDER BY created_at, id").fetch_all(self.db.read()).await?;
         *self.all.write() = rooms.into_iter().map(|(id, name)| Room { id, name }).collect();

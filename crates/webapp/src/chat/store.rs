@@ -191,6 +191,8 @@ impl Store {
         text: &str,
         error: Option<&str>,
     ) -> Result<Option<Message>> {
+        // Whatever a provider says; PostgreSQL keeps no NUL.
+        let (text, error) = (text.replace('\0', "\u{fffd}"), error.map(|error| error.replace('\0', "\u{fffd}")));
         let update = "UPDATE messages SET state = $1, text = $2, error = $3
             WHERE request_id = $4 AND (state = 'streaming' OR (state = 'failed' AND $1 = 'done'))";
         let update = sqlx::query(update).bind(state.as_str()).bind(text).bind(error).bind(request_id);
@@ -211,7 +213,7 @@ impl Store {
         request.trace_id = Some(uuid::Uuid::new_v4().simple().to_string());
         let request = serde_json::to_string(&request).expect("a request is JSON");
         let update = "UPDATE messages SET state = 'streaming', text = '', error = NULL, request_id = $1, request = $2, asked_at = $3
-            WHERE request_id = $4 AND state <> 'streaming'";
+            WHERE request_id = $4 AND state IN ('failed', 'stopped')";
         let update = sqlx::query(update).bind(&request_id).bind(&request).bind(now_ms()).bind(&answer.request_id);
         if update.execute(self.db.write()).await?.rows_affected() == 0 {
             return Ok(None);
@@ -343,6 +345,11 @@ mod tests {
         assert_eq!(store.finish(&answer.request_id, State::Stopped, "", None).await.unwrap(), None);
         let late = store.finish(&answer.request_id, State::Done, "text", None).await.unwrap().unwrap();
         assert_eq!((late.state, &*late.text, late.error), (State::Done, "text", None));
+        assert!(store.ask_again(&answer).await.unwrap().is_none(), "what is there is not wiped");
+
+        let (_, answer) = store.send(&new("@assistant hi", "n2")).await.unwrap();
+        let answer = answer.unwrap();
+        store.finish(&answer.request_id, State::Stopped, "", None).await.unwrap().unwrap();
         let again = store.ask_again(&answer).await.unwrap().unwrap();
         assert_eq!((again.message.state, &*again.message.text), (State::Streaming, ""));
         assert_ne!(again.request_id, answer.request_id);

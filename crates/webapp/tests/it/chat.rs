@@ -82,6 +82,68 @@ async fn an_answer_streams_and_ends(#[case] kind: Kind) {
     assert_eq!(history["messages"][1]["text"], "It goes well.");
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
+#[tokio::test]
+async fn an_answer_ends_whatever_it_holds(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
+    let (_router, seen) = router(&rig.bus, decided).await;
+    rig.chat("ann", "chat.send", send("@assistant hi", "n")).await.unwrap();
+    let request_id = asked(&seen).await;
+    result(&rig.bus, &request_id, "success", json!({"text": "a\0b"})).await;
+    let done = rig.event(ROOM, is_answer("done")).await;
+    assert_eq!(done["message"]["text"], "a\u{fffd}b");
+}
+
+#[tokio::test]
+async fn a_page_of_history_is_bounded_whatever_answers_hold() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    let (_router, seen) = router(&rig.bus, decided).await;
+    for n in 0..5 {
+        rig.chat("ann", "chat.send", send("@assistant tell", &n.to_string())).await.unwrap();
+        testkit::eventually(PATIENCE, async || seen.lock().len() == n + 1).await;
+        let request: Value = serde_json::from_slice(&seen.lock()[n]).unwrap();
+        result(&rig.bus, request["request_id"].as_str().unwrap(), "success", json!("x".repeat(300_000))).await;
+        testkit::eventually(PATIENCE, async || rig.events(ROOM).iter().filter(|e| is_answer("done")(e)).count() > n)
+            .await;
+    }
+    let mut seen = Vec::new();
+    let mut before = Value::Null;
+    loop {
+        let page = rig.chat("bob", "chat.history", json!({"room": "general", "before": before})).await.unwrap();
+        assert!(page.to_string().len() < 300_000);
+        let messages = page["messages"].as_array().unwrap();
+        seen.extend(messages.iter().rev().map(|message| message["id"].as_i64().unwrap()));
+        before = messages[0]["id"].clone();
+        if page["more"] == false {
+            break;
+        }
+    }
+    assert_eq!(seen, (1..=10).rev().collect::<Vec<_>>(), "pages leave nothing out");
+}
+
+#[tokio::test]
+async fn a_question_is_asked_though_the_room_does_not_hear_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    let (_router, seen) = router(&rig.bus, decided).await;
+    rig.refuse_publications(true);
+    let (code, text) = rig.chat("ann", "chat.send", send("@assistant hi", "n")).await.unwrap_err();
+    assert!(code == 100 && text.contains("the message is kept"), "{code} {text}");
+    let request_id = asked(&seen).await;
+    result(&rig.bus, &request_id, "success", json!("hello")).await;
+    let ended = async || {
+        let history = rig.chat("ann", "chat.history", json!({"room": "general"})).await.unwrap();
+        history["messages"][1]["state"] == "done"
+    };
+    testkit::eventually(PATIENCE, ended).await;
+    rig.refuse_publications(false);
+    rig.event(ROOM, is_answer("done")).await;
+}
+
 /// A life of the web app that ends as by SIGKILL: its tasks are dropped wherever they are.
 fn until_killed<T>(life: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -141,6 +203,8 @@ async fn a_refused_question_fails_visibly_and_can_be_asked_again(#[case] kind: K
     result(&rig.bus, &request_id, "success", json!({"text": "hello"})).await;
     let done = rig.event(ROOM, is_answer("done")).await;
     assert_eq!((&done["message"]["id"], &done["message"]["text"]), (&id, &json!("hello")));
+    let (code, _) = rig.chat("bob", "chat.retry", json!({"message": id})).await.unwrap_err();
+    assert_eq!(code, 107, "what is answered is not wiped");
 }
 
 #[rstest]
@@ -203,6 +267,8 @@ async fn bad_requests_are_refused_with_a_reason() {
         ("chat.send", send("   ", "n")),
         ("chat.send", send(&long, "n")),
         ("chat.send", send("x", "")),
+        ("chat.send", send("x\0y", "n")),
+        ("chat.send", send("x", "n\0")),
         ("chat.send", send("x", &"n".repeat(65))),
         ("chat.send", json!({"room": "nowhere", "text": "x", "nonce": "n"})),
         ("chat.send", json!({"text": "x"})),
@@ -210,6 +276,7 @@ async fn bad_requests_are_refused_with_a_reason() {
         ("chat.history", json!([])),
         ("chat.create_room", json!({"name": "!!!"})),
         ("chat.create_room", json!({"name": "lobby"})),
+        ("chat.create_room", json!({"name": "a\0b"})),
         ("chat.create_room", json!({"name": "x".repeat(49)})),
         ("chat.typing", json!({"room": "nowhere"})),
         ("chat.stop", json!({"message": 999})),

@@ -9,6 +9,7 @@ use prost::Message as _;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use tempfile::TempDir;
 use testkit::PostgresServer;
@@ -19,6 +20,7 @@ use wire::channels::{self, Answer, Position, Publish};
 use wire::subjects;
 
 pub const PATIENCE: Duration = Duration::from_secs(10);
+pub const ADMIN_PASSWORD: &str = "abcd-efgh";
 const SECRET: &[u8] = b"a secret of at least thirty-two bytes";
 
 /// What a test's web apps keep their data in.
@@ -56,8 +58,10 @@ impl Home {
 pub struct Rig {
     pub bus: Bus,
     pub routes: axum::Router,
-    pub first_password: Option<String>,
+    /// Nobody had an account.
+    pub is_new: bool,
     published: Arc<Mutex<Vec<Publish>>>,
+    refusing: Arc<AtomicBool>,
     tasks: JoinSet<()>,
     cancel: CancellationToken,
 }
@@ -71,14 +75,18 @@ impl Rig {
         let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
         let mut tasks = JoinSet::new();
         let published = Arc::new(Mutex::new(Vec::new()));
-        tasks.spawn(node(bus.clone(), published.clone()).await);
+        let refusing = Arc::new(AtomicBool::new(false));
+        tasks.spawn(node(bus.clone(), published.clone(), refusing.clone()).await);
         let bound = webapp::bind(config, bus.clone()).await.unwrap();
-        let first_password = bound.first_password().map(String::from);
+        let is_new = bound.is_new().await.unwrap();
+        if is_new {
+            assert!(bound.create_admin(ADMIN_PASSWORD).await.unwrap());
+        }
         let routes = bound.routes();
         let cancel = CancellationToken::new();
         let stop = cancel.clone();
         tasks.spawn(async move { bound.run(stop).await.unwrap() });
-        Self { bus, routes, first_password, published, tasks, cancel }
+        Self { bus, routes, is_new, published, refusing, tasks, cancel }
     }
 
     /// In good order; the directory can be used again.
@@ -87,6 +95,11 @@ impl Rig {
         // The node goes on until the bus is closed: only the web app is waited for.
         tokio::time::timeout(PATIENCE, self.tasks.join_next()).await.expect("drains in time").unwrap().unwrap();
         self.tasks.shutdown().await;
+    }
+
+    /// As nodes whose engine is away.
+    pub fn refuse_publications(&self, refuse: bool) {
+        self.refusing.store(refuse, Relaxed);
     }
 
     /// An RPC as a node hands it over; the error's code and text.
@@ -158,19 +171,26 @@ async fn open_bus(dir: &Path) -> Bus {
 }
 
 /// Takes publications as the nodes do.
-async fn node(bus: Bus, published: Arc<Mutex<Vec<Publish>>>) -> impl Future<Output = ()> + Send + 'static {
+async fn node(
+    bus: Bus,
+    published: Arc<Mutex<Vec<Publish>>>,
+    refusing: Arc<AtomicBool>,
+) -> impl Future<Output = ()> + Send + 'static {
     let mut requests = bus.subscribe(subjects::CHANNELS_PUBLISH, Some(subjects::NODES_GROUP), 1024).await.unwrap();
     async move {
         while let Some(request) = requests.next().await {
             let publish: Publish = serde_json::from_slice(&request.payload).unwrap();
             let known = |p: &Publish| publish.idempotency_key.is_some() && p.idempotency_key == publish.idempotency_key;
-            {
+            let answer = if refusing.load(Relaxed) {
+                Answer::failure(100, "the engine is away")
+            } else {
                 let mut published = published.lock();
                 if !published.iter().any(known) {
                     published.push(publish);
                 }
-            }
-            let payload = serde_json::to_vec(&Answer::success(Position::default())).unwrap().into();
+                Answer::success(Position::default())
+            };
+            let payload = serde_json::to_vec(&answer).unwrap().into();
             bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
         }
     }
