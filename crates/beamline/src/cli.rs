@@ -26,6 +26,9 @@ pub enum Command {
     /// Manage the people who may sign in
     #[command(subcommand)]
     User(User),
+    /// Drive a running part for a long time, and say whether it held
+    #[command(subcommand)]
+    Soak(Soak),
     /// Show or check the settings
     #[command(subcommand)]
     Config(Config),
@@ -154,6 +157,35 @@ pub enum User {
         #[command(flatten)]
         data_dir: DataDir,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Soak {
+    /// Send requests, account for every one, and watch memory and descriptors of the gateway's process
+    Gateway(SoakGateway),
+}
+
+#[derive(Debug, Args)]
+pub struct SoakGateway {
+    #[command(flatten)]
+    pub socket: Socket,
+    /// How long, for example 2h
+    #[arg(long = "for", value_name = "DURATION", default_value = "2h")]
+    pub duration: String,
+    #[arg(long, value_name = "N", default_value = "16")]
+    pub clients: usize,
+    /// Requests in flight of each client
+    #[arg(long, value_name = "N", default_value = "4")]
+    pub in_flight: usize,
+    /// Of each request; one that no router can meet makes every request time out
+    #[arg(long, value_name = "DURATION")]
+    pub deadline: Option<String>,
+    /// Task type, which the policies decide by
+    #[arg(long = "type", value_name = "TYPE", default_value = "echo")]
+    pub task_type: String,
+    /// Write what was seen to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub evidence: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

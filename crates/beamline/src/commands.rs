@@ -1,5 +1,6 @@
 //! The subcommands beside `up`.
 
 pub mod keys;
+pub mod soak;
 pub mod submit;
 pub mod user;

@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         cli::Command::Token(args) => commands::keys::token(args),
         cli::Command::ApiKey(args) => commands::keys::api_key(args),
         cli::Command::User(cli::User::Add { name, data_dir }) => in_runtime(commands::user::add(name, data_dir)),
+        cli::Command::Soak(cli::Soak::Gateway(args)) => in_runtime(commands::soak::gateway(args)),
         cli::Command::Config(cli::Config::Show(setting)) => show(setting),
         cli::Command::Config(cli::Config::Check(setting)) => check(setting),
     };

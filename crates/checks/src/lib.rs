@@ -1,1 +1,5 @@
-//! The figures of the product beside its peers': `make bench`.
+//! Drives the product from outside and leaves evidence: soaks, and (as `make bench`) its figures beside its peers'.
+
+pub mod process;
+pub mod slope;
+pub mod soak;

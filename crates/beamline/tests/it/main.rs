@@ -5,4 +5,5 @@ mod journey;
 mod process;
 mod realtime;
 mod settings;
+mod soak;
 mod spread;
