@@ -83,6 +83,7 @@ pub struct Bound {
     chat_loops: chat::Loops,
     calls: Methods,
     events: Methods,
+    handed_on: Methods,
     live: live::Live,
 }
 
@@ -91,7 +92,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let accounts = Arc::new(Accounts::new(db.clone()));
     let channels = Channels::new(bus.clone());
     let (chat, chat_loops) = Chat::bind(&bus, db.clone(), channels.clone(), accounts.clone()).await?;
-    let sessions = Sessions::new(pages::app(chat.rooms()), db.clone(), channels.clone(), accounts.clone());
+    let sessions = Sessions::new(pages::app(chat.rooms()), db.clone(), bus.clone(), channels.clone(), accounts.clone());
     let auth = auth::Auth {
         accounts: accounts.clone(),
         token_secret: config.token_secret,
@@ -104,12 +105,13 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         db,
         accounts,
         auth: Arc::new(auth),
-        sessions: Arc::new(sessions),
         chat,
         chat_loops,
         calls: Methods::subscribe(&bus, chat::METHODS).await?,
         events: Methods::subscribe(&bus, &[wire::app::EVENT_METHOD]).await?,
+        handed_on: Methods::subscribe_alone(&bus, app::sessions::HANDED_ON, &sessions.subject()).await?,
         live: live::Live::subscribe(&bus, channels).await?,
+        sessions: Arc::new(sessions),
     })
 }
 
@@ -147,7 +149,7 @@ impl Bound {
 
     /// Answers until cancelled, then finishes what it has taken.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
-        let Self { db, sessions, chat, chat_loops, calls, events, live, .. } = self;
+        let Self { db, sessions, chat, chat_loops, calls, events, handed_on, live, .. } = self;
         let cancel = cancel.child_token();
         let mut loops = JoinSet::new();
         let talk = (chat.clone(), cancel.clone());
@@ -157,11 +159,14 @@ impl Bound {
             calls.serve(chat, answering).await;
             Ok(())
         });
-        let (pages, answering) = (sessions.clone(), cancel.clone());
-        loops.spawn(async move {
-            events.serve(Arc::new(Events(pages)), answering).await;
-            Ok(())
-        });
+        // With places of their own: two web apps that hand on to each other do not wait for each other's places.
+        for methods in [events, handed_on] {
+            let (pages, answering) = (sessions.clone(), cancel.clone());
+            loops.spawn(async move {
+                methods.serve(Arc::new(Events(pages)), answering).await;
+                Ok(())
+            });
+        }
         let sampling = cancel.clone();
         loops.spawn(async move {
             live.run(sampling).await;
@@ -200,7 +205,7 @@ impl Ready {
 struct Events(Arc<Sessions>);
 
 impl Handler for Events {
-    async fn call(&self, _method: &'static str, caller: Caller, payload: Bytes) -> Result<Bytes, Refusal> {
-        self.0.handle(&caller, payload).await
+    async fn call(&self, method: &'static str, caller: Caller, payload: Bytes) -> Result<Bytes, Refusal> {
+        self.0.handle(&caller, payload, method == app::sessions::HANDED_ON).await
     }
 }

@@ -1,10 +1,11 @@
 //! Calls of pages: `beamline.rpc.v1.<method>`, shared among all web apps.
 
-use bus::{Bus, Message, Subscription};
+use bus::{Bus, Headers, Message, Subscription};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -61,6 +62,11 @@ impl Methods {
         Ok(Self { bus: bus.clone(), methods })
     }
 
+    /// One method for us alone.
+    pub async fn subscribe_alone(bus: &Bus, name: &'static str, subject: &str) -> bus::Result<Self> {
+        Ok(Self { bus: bus.clone(), methods: vec![(name, bus.subscribe(subject, None, QUEUE_MAX).await?)] })
+    }
+
     pub async fn serve(self, handler: Arc<impl Handler>, cancel: CancellationToken) {
         let places = Arc::new(Semaphore::new(CONCURRENT_MAX));
         let tracker = TaskTracker::new();
@@ -89,6 +95,22 @@ impl Methods {
         tracker.close();
         tracker.wait().await;
     }
+}
+
+/// Asks another web app the same; an error when that one does not answer.
+pub async fn hand_on(
+    bus: &Bus,
+    subject: &str,
+    caller: &Caller,
+    payload: Bytes,
+    deadline: Duration,
+) -> bus::Result<Result<Bytes, Refusal>> {
+    let headers = Headers::new().with(RPC_USER, &caller.user);
+    let reply = bus.request(subject, headers, payload, deadline).await?;
+    let Some(code) = reply.headers.get(RPC_ERROR_CODE) else { return Ok(Ok(reply.payload)) };
+    let known = [ErrorCode::BadRequest, ErrorCode::PermissionDenied, ErrorCode::TooManyRequests];
+    let code = known.into_iter().find(|known| code.parse() == Ok(*known as u32)).unwrap_or(ErrorCode::Internal);
+    Ok(Err(Refusal(code, String::from_utf8_lossy(&reply.payload).into_owned())))
 }
 
 async fn answer(bus: &Bus, handler: &impl Handler, method: &'static str, call: Message) {

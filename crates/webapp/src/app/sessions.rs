@@ -1,4 +1,7 @@
 //! Sessions of pages: takes what a page says (RPC `app.event`), runs its page function, publishes the difference.
+//!
+//! A session is in the memory of one web app, its owner, whose name is in the database; the others hand calls on to it,
+//! and take the session over when it does not answer.
 
 use super::input::{self, Input};
 use super::state::{Memory, Snapshot};
@@ -8,8 +11,9 @@ use crate::accounts::Accounts;
 use crate::channels::Channels;
 use crate::db::{Db, now_ms};
 use crate::diff::{Ids, adopt, diff};
-use crate::rpc::{Caller, Refusal};
+use crate::rpc::{self, Caller, Refusal};
 use crate::tree::{self, Node};
+use bus::Bus;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prost::Message as _;
@@ -41,13 +45,36 @@ const SNAPSHOT_MAX: usize = 256 * 1024;
 /// Deltas of one publication, about.
 const FORWARD_MAX: usize = 256 * 1024;
 const PATH_MAX: usize = 1024;
+/// Sessions of one user that are kept; beyond it the oldest go.
+const KEPT_PER_USER: i64 = 100;
+/// A session's owner answers within, or loses it.
+const OWNER_TIMEOUT: Duration = Duration::from_secs(3);
+/// A call that another web app hands on.
+pub const HANDED_ON: &str = "handed on";
 
 pub struct Sessions {
+    /// Our name as an owner; no other web app has it.
+    name: String,
     app: App,
+    bus: Bus,
     db: Db,
     channels: Channels,
     accounts: Arc<Accounts>,
     live: Mutex<HashMap<String, Arc<Session>>>,
+}
+
+enum Place {
+    Here(Arc<Session>),
+    /// In the memory of the web app of this name.
+    At(String),
+}
+
+#[derive(sqlx::FromRow)]
+struct Stored {
+    #[sqlx(rename = "user_id")]
+    user: String,
+    owner: String,
+    snapshot: String,
 }
 
 struct Session {
@@ -71,14 +98,20 @@ struct Core {
 }
 
 impl Sessions {
-    pub fn new(app: App, db: Db, channels: Channels, accounts: Arc<Accounts>) -> Self {
-        Self { app, db, channels, accounts, live: Mutex::default() }
+    pub fn new(app: App, db: Db, bus: Bus, channels: Channels, accounts: Arc<Accounts>) -> Self {
+        let name = uuid::Uuid::new_v4().simple().to_string();
+        Self { name, app, db, bus, channels, accounts, live: Mutex::default() }
+    }
+
+    /// Where others hand on calls to.
+    pub fn subject(&self) -> String {
+        owner_subject(&self.name)
     }
 
     /// One message of a page; answered once a run has seen it.
-    pub async fn handle(&self, caller: &Caller, payload: Bytes) -> Result<Bytes, Refusal> {
+    pub async fn handle(&self, caller: &Caller, payload: Bytes, handed_on: bool) -> Result<Bytes, Refusal> {
         let bad = |text: String| Refusal(ErrorCode::BadRequest, text);
-        let back = Back::decode(payload).map_err(|e| bad(format!("not a message of a page: {e}")))?;
+        let back = Back::decode(payload.clone()).map_err(|e| bad(format!("not a message of a page: {e}")))?;
         if back.version == 0 {
             return Err(bad("a message of a page has a version of 1 or more".into()));
         }
@@ -88,8 +121,23 @@ impl Sessions {
         }
         // A newer page may say what this version does not know.
         let Some(said) = back.body else { return Ok(Bytes::new()) };
-        let session = self.session(&back.session, &caller.user).await?;
-        *session.touched.lock() = Instant::now();
+        let session = match self.session(&back.session, &caller.user).await? {
+            Place::Here(session) => session,
+            Place::At(_) if handed_on => return Err(Refusal::internal("the session has moved; try again")),
+            Place::At(owner) => {
+                match rpc::hand_on(&self.bus, &owner_subject(&owner), caller, payload, OWNER_TIMEOUT).await {
+                    Ok(answer) => return answer,
+                    Err(error) => {
+                        tracing::info!(session = back.session, owner, %error, "taking a session over");
+                        self.take(&back.session, &owner).await.map_err(Refusal::internal)?;
+                        match self.session(&back.session, &caller.user).await? {
+                            Place::Here(session) => session,
+                            Place::At(_) => return Err(Refusal::internal("the session has moved; try again")),
+                        }
+                    }
+                }
+            }
+        };
         {
             let mut pending = session.pending.lock();
             if pending.len() >= PENDING_MAX {
@@ -108,28 +156,26 @@ impl Sessions {
         refused.map_or(Ok(Bytes::new()), |text| Err(bad(text)))
     }
 
-    async fn session(&self, id: &str, user: &str) -> Result<Arc<Session>, Refusal> {
+    async fn session(&self, id: &str, user: &str) -> Result<Place, Refusal> {
         let foreign = || Refusal(ErrorCode::PermissionDenied, "this session is another user's".into());
         if let Some(session) = self.live.lock().get(id) {
-            return if session.user == user { Ok(session.clone()) } else { Err(foreign()) };
+            // While it cannot be put away.
+            *session.touched.lock() = Instant::now();
+            return if session.user == user { Ok(Place::Here(session.clone())) } else { Err(foreign()) };
         }
-        let internal = |e: sqlx::Error| Refusal(ErrorCode::Internal, format!("the session cannot be read: {e}"));
-        let stored: Option<(String, String)> =
-            sqlx::query_as("SELECT user_id, snapshot FROM app_sessions WHERE id = $1")
-                .bind(id)
-                .fetch_optional(self.db.read())
-                .await
-                .map_err(internal)?;
+        let internal = |e: crate::db::Error| Refusal::internal(format!("the session cannot be read: {e}"));
+        let stored = self.stored(id, user).await.map_err(internal)?;
+        if stored.user != user {
+            return Err(foreign());
+        }
+        if stored.owner != self.name && !(stored.owner.is_empty() && self.take(id, "").await.map_err(internal)?) {
+            return Ok(Place::At(stored.owner));
+        }
+        // One of another version starts anew.
+        let snapshot: Snapshot = serde_json::from_str(&stored.snapshot).unwrap_or_default();
         let mut core = Core::default();
-        if let Some((owner, snapshot)) = stored {
-            if owner != user {
-                return Err(foreign());
-            }
-            // One of another version starts anew.
-            let snapshot: Snapshot = serde_json::from_str(&snapshot).unwrap_or_default();
-            (core.visit.path, core.visit.query) = (snapshot.path.clone(), snapshot.query.clone());
-            core.memory = Memory::restore(snapshot);
-        }
+        (core.visit.path, core.visit.query) = (snapshot.path.clone(), snapshot.query.clone());
+        core.memory = Memory::restore(snapshot);
         core.visit.user = user.into();
         core.visit.name = self.accounts.name(user).await;
         if core.visit.path.is_empty() {
@@ -152,7 +198,27 @@ impl Sessions {
         }
         let session = live.entry(id.into()).or_insert(fresh).clone();
         metrics::gauge!("beamline_webapp_sessions").set(live.len() as f64);
-        if session.user == user { Ok(session) } else { Err(foreign()) }
+        if session.user == user { Ok(Place::Here(session)) } else { Err(foreign()) }
+    }
+
+    /// As the database has it; ours from now on if it had none.
+    async fn stored(&self, id: &str, user: &str) -> crate::db::Result<Stored> {
+        let insert = "INSERT INTO app_sessions (id, user_id, owner, snapshot, updated_at) VALUES ($1, $2, $3, '', $4)
+            ON CONFLICT (id) DO NOTHING";
+        let select = || sqlx::query_as("SELECT user_id, owner, snapshot FROM app_sessions WHERE id = $1").bind(id);
+        if let Some(stored) = select().fetch_optional(self.db.read()).await? {
+            return Ok(stored);
+        }
+        let insert = sqlx::query(insert).bind(id).bind(user).bind(&self.name).bind(now_ms());
+        insert.execute(self.db.write()).await?;
+        Ok(select().fetch_one(self.db.read()).await?)
+    }
+
+    /// Makes a session ours; false if its owner is no longer who it was.
+    async fn take(&self, id: &str, owner: &str) -> crate::db::Result<bool> {
+        let update = sqlx::query("UPDATE app_sessions SET owner = $1 WHERE id = $2 AND owner = $3");
+        let update = update.bind(&self.name).bind(id).bind(owner);
+        Ok(update.execute(self.db.write()).await?.rows_affected() == 1)
     }
 
     /// Applies what was said, runs, publishes. Why something was refused, if something was.
@@ -230,6 +296,10 @@ impl Sessions {
                 tracing::warn!(%trace_id, session = session.id, path = core.visit.path, "a page failed: {message}");
                 metrics::counter!("beamline_webapp_page_errors_total").increment(1);
                 out.push(Body::Error(Failure { message, trace_id }));
+                if reset {
+                    // The page holds nothing, and it still does not.
+                    core.tree = None;
+                }
             }
         }
         let channel = format!("app:{}#{}", session.id, session.user);
@@ -257,6 +327,10 @@ impl Sessions {
                 tracing::warn!("sessions of pages were not written; trying again: {error}");
             }
             if last {
+                let release = sqlx::query("UPDATE app_sessions SET owner = '' WHERE owner = $1").bind(&self.name);
+                if let Err(error) = release.execute(self.db.write()).await {
+                    tracing::warn!("sessions of pages were not given up; others take them over: {error}");
+                }
                 return;
             }
             rounds = rounds.wrapping_add(1);
@@ -284,7 +358,11 @@ impl Sessions {
     async fn save_all(&self, sessions: &[Arc<Session>]) -> crate::db::Result<()> {
         let mut snapshots = Vec::with_capacity(sessions.len());
         for session in sessions {
-            let core = session.core.lock().await;
+            // One that is busy, perhaps for long, is written the next time.
+            let Ok(core) = session.core.try_lock() else {
+                session.changed.store(true, Relaxed);
+                continue;
+            };
             let snapshot = core.memory.snapshot(&core.visit.path, &core.visit.query);
             let snapshot = serde_json::to_string(&snapshot).unwrap_or_default();
             if snapshot.len() > SNAPSHOT_MAX {
@@ -294,18 +372,20 @@ impl Sessions {
             snapshots.push((session, snapshot));
         }
         let mut tx = self.db.begin().await?;
+        let mut lost = Vec::new();
         for (session, snapshot) in snapshots {
-            let upsert = "INSERT INTO app_sessions (id, user_id, snapshot, updated_at) VALUES ($1, $2, $3, $4)
-                ON CONFLICT (id) DO UPDATE SET snapshot = excluded.snapshot, updated_at = excluded.updated_at";
-            sqlx::query(upsert)
-                .bind(&session.id)
-                .bind(&session.user)
-                .bind(snapshot)
-                .bind(now_ms())
-                .execute(&mut *tx)
-                .await?;
+            let update = "UPDATE app_sessions SET snapshot = $1, updated_at = $2 WHERE id = $3 AND owner = $4";
+            let update = sqlx::query(update).bind(snapshot).bind(now_ms()).bind(&session.id).bind(&self.name);
+            if update.execute(&mut *tx).await?.rows_affected() == 0 {
+                lost.push(session);
+            }
         }
         tx.commit().await?;
+        // Another web app has taken them over, or they are no longer kept.
+        let mut live = self.live.lock();
+        for session in lost {
+            live.remove(&session.id);
+        }
         Ok(())
     }
 
@@ -314,11 +394,19 @@ impl Sessions {
             .lock()
             .retain(|_, session| session.changed.load(Relaxed) || session.touched.lock().elapsed() < IDLE_MAX);
         let before = now_ms() - i64::try_from(KEPT.as_millis()).unwrap_or(i64::MAX);
-        let delete = sqlx::query("DELETE FROM app_sessions WHERE updated_at < $1").bind(before);
+        // Anybody who is signed in can begin sessions without end.
+        let delete = "DELETE FROM app_sessions WHERE updated_at < $1 OR id IN (SELECT id FROM (
+            SELECT id, ROW_NUMBER() OVER (PARTITION BY user_id ORDER BY updated_at DESC) AS place FROM app_sessions
+            ) ranked WHERE place > $2)";
+        let delete = sqlx::query(delete).bind(before).bind(KEPT_PER_USER);
         if let Err(error) = delete.execute(self.db.write()).await {
             tracing::warn!("old sessions of pages were not removed: {error}");
         }
     }
+}
+
+fn owner_subject(name: &str) -> String {
+    format!("beamline.webapp.v1.session.{name}")
 }
 
 /// Notes what a widget reports.
@@ -431,6 +519,76 @@ fn split(delta: &Delta) -> Option<Vec<Delta>> {
 mod tests {
     use super::*;
     use crate::tree::Element;
+    use base64::Engine as _;
+    use wire::channels::{Answer, Position, Publish};
+
+    const ID: &str = "00112233445566778899aabbccddeeff";
+
+    async fn said(sessions: &Sessions, bus: &Bus, path: &str, reset: bool) -> Body {
+        let rerun = Said::Rerun(wire::app::Rerun { path: path.into(), query: String::new(), reset });
+        let back = Back { version: 1, session: ID.into(), body: Some(rerun) }.encode_to_vec();
+        let mut node = bus.subscribe(wire::subjects::CHANNELS_PUBLISH, None, 16).await.unwrap();
+        let caller = Caller { user: "ann".into() };
+        let mut handled = std::pin::pin!(sessions.handle(&caller, back.into(), false));
+        let mut first = None;
+        loop {
+            tokio::select! {
+                done = handled.as_mut() => {
+                    done.map_err(|refusal| refusal.1).unwrap();
+                    return first.unwrap();
+                }
+                Some(request) = node.next() => {
+                    let publish: Publish = serde_json::from_slice(&request.payload).unwrap();
+                    let data = base64::engine::general_purpose::STANDARD.decode(publish.b64.unwrap()).unwrap();
+                    first = first.or(Forward::decode(&*data).unwrap().body);
+                    let payload = serde_json::to_vec(&Answer::success(Position::default())).unwrap().into();
+                    let reply = bus::Message { subject: request.reply.unwrap(), payload, ..bus::Message::default() };
+                    bus.publish(reply).await.unwrap();
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_page_that_lost_its_tree_gets_it_whole_though_a_run_failed_between() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = bus::local::Local::open(dir.path()).await.unwrap();
+        let db = Db::open(None, dir.path()).await.unwrap();
+        let app = App::new()
+            .page("/", |ui| {
+                ui.text("hello");
+                Ok(())
+            })
+            .page("/broken", |_| Err("it is broken".into()));
+        let accounts = Arc::new(Accounts::new(db.clone()));
+        let sessions = Sessions::new(app, db, bus.clone(), Channels::new(bus.clone()), accounts);
+        let is_whole = |body: &Body| {
+            let Body::Deltas(deltas) = body else { return false };
+            matches!(deltas.delta[0].op, Some(Op::Reset(_)))
+        };
+        assert!(is_whole(&said(&sessions, &bus, "/", true).await));
+        assert!(matches!(said(&sessions, &bus, "/", false).await, Body::RunFinished(_)));
+        // The page is loaded anew, and what it asks for fails.
+        assert!(matches!(said(&sessions, &bus, "/broken", true).await, Body::Error(_)));
+        assert!(is_whole(&said(&sessions, &bus, "/", false).await));
+    }
+
+    #[tokio::test]
+    async fn a_user_keeps_so_many_sessions() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = bus::local::Local::open(dir.path()).await.unwrap();
+        let db = Db::open(None, dir.path()).await.unwrap();
+        let accounts = Arc::new(Accounts::new(db.clone()));
+        let sessions = Sessions::new(App::new(), db.clone(), bus.clone(), Channels::new(bus), accounts);
+        for n in 0..KEPT_PER_USER + 5 {
+            sessions.session(&format!("{n:032}"), "ann").await.map_err(|refusal| refusal.1).unwrap();
+        }
+        sessions.session(ID, "bob").await.map_err(|refusal| refusal.1).unwrap();
+        sessions.put_away().await;
+        let count = sqlx::query_as("SELECT COUNT(*) FROM app_sessions").fetch_one(db.read());
+        let (count,): (i64,) = count.await.unwrap();
+        assert_eq!(count, KEPT_PER_USER + 1);
+    }
 
     #[test]
     fn a_large_tree_goes_in_portions_and_nothing_is_left_out() {

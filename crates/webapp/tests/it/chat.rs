@@ -4,6 +4,7 @@ use crate::rig::{Home, Kind, PATIENCE, Rig, decided, router};
 use bus::{Bus, Message};
 use rstest::rstest;
 use serde_json::{Value, json};
+use sqlx::{Connection, Executor};
 use wire::subjects;
 
 const ROOM: &str = "chat:general";
@@ -95,6 +96,41 @@ async fn an_answer_ends_whatever_it_holds(#[case] kind: Kind) {
     result(&rig.bus, &request_id, "success", json!({"text": "a\0b"})).await;
     let done = rig.event(ROOM, is_answer("done")).await;
     assert_eq!(done["message"]["text"], "a\u{fffd}b");
+}
+
+#[tokio::test]
+async fn a_result_that_comes_while_the_database_is_away_is_not_lost() {
+    let mut home = Home::new(Kind::Postgres).await;
+    let rig = home.start().await;
+    let (_router, seen) = router(&rig.bus, decided).await;
+    rig.chat("ann", "chat.send", send("@assistant hi", "n")).await.unwrap();
+    let request_id = asked(&seen).await;
+    let postgres = home.postgres.as_mut().unwrap();
+    postgres.kill();
+    result(&rig.bus, &request_id, "success", json!("hello")).await;
+    let (code, _) = rig.chat("ann", "chat.send", send("lost?", "n2")).await.unwrap_err();
+    assert_eq!(code, 100, "an error, not silence");
+    postgres.restart().await;
+    let done = rig.event(ROOM, is_answer("done")).await;
+    assert_eq!(done["message"]["text"], "hello");
+    rig.chat("ann", "chat.send", send("lost?", "n2")).await.unwrap();
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_web_app_that_hangs_does_not_hold_up_the_others() {
+    let home = Home::new(Kind::Postgres).await;
+    let rig = home.start().await;
+    // As one that was stopped between the message's id and the commit.
+    sqlx::any::install_default_drivers();
+    let mut hanging = sqlx::AnyConnection::connect(&home.config().database_url.unwrap()).await.unwrap();
+    hanging.execute("SET idle_in_transaction_session_timeout = '5s'; BEGIN").await.unwrap();
+    hanging.execute("UPDATE message_ids SET last = last + 1").await.unwrap();
+    let sent = testkit::eventually(PATIENCE, async || rig.chat("ann", "chat.send", send("hi", "n")).await.is_ok());
+    // Meanwhile what needs no lock is answered.
+    let read = async || rig.chat("bob", "chat.history", json!({"room": "general"})).await.unwrap();
+    tokio::join!(sent, read());
+    assert_eq!(read().await["messages"].as_array().unwrap().len(), 1);
 }
 
 #[tokio::test]

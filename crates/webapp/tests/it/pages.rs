@@ -77,6 +77,43 @@ async fn a_session_goes_on_after_a_restart(#[case] kind: Kind) {
     rig.stop().await;
 }
 
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
+#[tokio::test]
+async fn a_session_is_in_one_of_several_web_apps_and_moves_when_that_one_dies(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let first = home.start().await;
+    let second = first.beside(home.config()).await;
+    let ids: Vec<String> = (0..12).map(|n| format!("{n:032x}")).collect();
+    let mut tabs = String::new();
+    for id in &ids {
+        first.say("ann", id, rerun("/console", true)).await.unwrap();
+        tabs = find(&whole(&first.told(id, "ann")), "tabs").unwrap().key.clone();
+    }
+    // Whichever takes the call, it is the difference to what the page holds.
+    for tab in ["1", "2", "0", "3", "1", "2"] {
+        for id in &ids {
+            first.say("ann", id, event(&tabs, tab)).await.unwrap();
+            let changes = deltas(&first.told(id, "ann"));
+            let is_reset = |delta: &Delta| matches!(delta.op, Some(Op::Reset(_)));
+            assert!(!changes.is_empty() && !changes.iter().any(is_reset), "{changes:?}");
+        }
+    }
+    let foreign = first.say("bob", &ids[0], event(&tabs, "1")).await.unwrap_err();
+    assert_eq!(foreign.0, 103, "also handed on: {}", foreign.1);
+
+    second.die().await;
+    for id in &ids {
+        first.say("ann", id, rerun("/console", true)).await.unwrap();
+        whole(&first.told(id, "ann"));
+        first.say("ann", id, event(&tabs, "3")).await.unwrap();
+        first.told(id, "ann");
+        first.say("ann", id, rerun("/console", true)).await.unwrap();
+        assert_eq!(shown_tab(&whole(&first.told(id, "ann"))), wire::app::Value::Number(3.0), "{id}");
+    }
+}
+
 #[tokio::test]
 async fn the_start_leads_to_a_room_and_a_wrong_place_says_so() {
     let dir = tempfile::tempdir().unwrap();

@@ -77,6 +77,21 @@ impl Rig {
         let published = Arc::new(Mutex::new(Vec::new()));
         let refusing = Arc::new(AtomicBool::new(false));
         tasks.spawn(node(bus.clone(), published.clone(), refusing.clone()).await);
+        Self::with(bus, config, published, refusing, tasks).await
+    }
+
+    /// Another web app on the same bus.
+    pub async fn beside(&self, config: webapp::Config) -> Self {
+        Self::with(self.bus.clone(), config, self.published.clone(), self.refusing.clone(), JoinSet::new()).await
+    }
+
+    async fn with(
+        bus: Bus,
+        config: webapp::Config,
+        published: Arc<Mutex<Vec<Publish>>>,
+        refusing: Arc<AtomicBool>,
+        mut tasks: JoinSet<()>,
+    ) -> Self {
         let bound = webapp::bind(config, bus.clone()).await.unwrap();
         let is_new = bound.is_new().await.unwrap();
         if is_new {
@@ -94,6 +109,11 @@ impl Rig {
         self.cancel.cancel();
         // The node goes on until the bus is closed: only the web app is waited for.
         tokio::time::timeout(PATIENCE, self.tasks.join_next()).await.expect("drains in time").unwrap().unwrap();
+        self.tasks.shutdown().await;
+    }
+
+    /// As by SIGKILL: its tasks are dropped wherever they are.
+    pub async fn die(mut self) {
         self.tasks.shutdown().await;
     }
 
