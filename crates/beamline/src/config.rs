@@ -50,6 +50,8 @@ pub struct Settings {
     pub providers: Vec<Values>,
     pub namespaces: Vec<Values>,
     pub namespace_defaults: Option<Values>,
+    /// What is no problem, and probably not meant.
+    pub warnings: Vec<String>,
     /// The file that was read, if any.
     pub file: Option<PathBuf>,
 }

@@ -38,6 +38,8 @@ fn main() -> ExitCode {
             eprint!("beamline: {error}");
             ExitCode::from(EXIT_SETTINGS)
         }
+        // Whoever read our output has seen enough, as `head` does.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("beamline: {error:#}");
             ExitCode::FAILURE
@@ -45,9 +47,16 @@ fn main() -> ExitCode {
     }
 }
 
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
 fn up(setting: cli::Setting) -> anyhow::Result<()> {
     let settings = config::load(&setting.into_layers())?;
     log::init(&settings)?;
+    for warning in &settings.warnings {
+        tracing::warn!("{warning}");
+    }
     let runtime = tokio::runtime::Runtime::new()?;
     let done = runtime.block_on(wiring::up(settings));
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
@@ -61,6 +70,9 @@ fn show(setting: cli::Setting) -> anyhow::Result<()> {
 
 fn check(setting: cli::Setting) -> anyhow::Result<()> {
     let settings = config::load(&setting.into_layers())?;
+    for warning in &settings.warnings {
+        eprintln!("beamline: {warning}");
+    }
     match &settings.file {
         Some(file) => println!("{}: ok", file.display()),
         None => println!("no settings file; the defaults and the environment are ok"),

@@ -132,6 +132,9 @@ pub async fn up(settings: Settings) -> Result<()> {
         name = signals.next() => return Err(anyhow!("{name} again: ended without draining")),
     };
     ended?;
+    if clean {
+        tracing::info!("drained and stopped");
+    }
     if clean { Ok(()) } else { Err(anyhow!("a stage was not drained in time")) }
 }
 

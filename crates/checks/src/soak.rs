@@ -66,8 +66,8 @@ pub struct Sample {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot connect to {path}: {source}; is the gateway running?")]
-    Connect { path: String, source: std::io::Error },
+    #[error("cannot connect to {path}: {problem}; is the gateway running?")]
+    Connect { path: String, problem: std::io::Error },
     #[error(transparent)]
     Client(#[from] client::Error),
     #[error("cannot look at process {0}, which listens on the socket; run the soak as its user, on its machine")]
@@ -220,7 +220,7 @@ fn judge(pid: u32, took: Duration, mut total: Counts, samples: Vec<Sample>, conf
 
 /// The process at the other end of the socket.
 async fn listener(socket: &Path) -> Result<u32, Error> {
-    let failed = |source| Error::Connect { path: socket.display().to_string(), source };
+    let failed = |problem| Error::Connect { path: socket.display().to_string(), problem };
     let stream = UnixStream::connect(socket).await.map_err(failed)?;
     let credentials = stream.peer_cred().map_err(failed)?;
     Ok(credentials.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0))

@@ -20,8 +20,8 @@ const STREAM_QUEUE: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot connect to {path}: {source}; is the gateway running?")]
-    Connect { path: String, source: std::io::Error },
+    #[error("cannot connect to {path}: {problem}; is the gateway running?")]
+    Connect { path: String, problem: std::io::Error },
     #[error("the gateway closed the connection before it answered")]
     Closed,
     /// The gateway's answer, with its code.
@@ -54,7 +54,7 @@ impl Client {
     pub async fn connect(path: &Path) -> Result<Self, Error> {
         let stream = UnixStream::connect(path)
             .await
-            .map_err(|source| Error::Connect { path: path.display().to_string(), source })?;
+            .map_err(|problem| Error::Connect { path: path.display().to_string(), problem })?;
         let (requests, inbox) = mpsc::channel(QUEUE);
         tokio::spawn(connection::run(stream, inbox));
         Ok(Self { requests })

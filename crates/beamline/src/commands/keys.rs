@@ -3,7 +3,7 @@
 use crate::cli;
 use crate::config::{Layers, load};
 use crate::secrets;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -18,17 +18,25 @@ pub fn token(args: cli::Token) -> Result<()> {
     if args.user.is_empty() || args.user.len() > wire::limits::ID_MAX {
         bail!("--user must have 1 to {} bytes", wire::limits::ID_MAX);
     }
-    let secret = secrets::load_or_create(&data_dir(args.data_dir)?, secrets::TOKEN_SECRET)?;
+    let secret = existing(args.data_dir, secrets::TOKEN_SECRET)?;
     println!("{}", sign(&secret, &args.user, ttl)?);
     Ok(())
 }
 
 pub fn api_key(args: cli::DataDir) -> Result<()> {
-    println!("{}", secrets::load_or_create(&data_dir(args)?, secrets::API_KEY)?);
+    println!("{}", existing(args, secrets::API_KEY)?);
     Ok(())
 }
 
-pub fn data_dir(args: cli::DataDir) -> Result<PathBuf> {
+/// A secret made here would open nothing: it is the running process's that counts.
+fn existing(args: cli::DataDir, name: &str) -> Result<String> {
+    let dir = data_dir(args)?;
+    let missing =
+        || format!("no beamline has run with the data directory {} yet; start it, or set --data-dir", dir.display());
+    secrets::read(&dir, name).with_context(missing)
+}
+
+fn data_dir(args: cli::DataDir) -> Result<PathBuf> {
     let mut layers = Layers::from_process();
     layers.flags.extend(args.data_dir.map(|dir| ("data_dir", dir)));
     Ok(load(&layers)?.values.path("data_dir"))

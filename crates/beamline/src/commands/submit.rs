@@ -9,6 +9,9 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// An answer about a deadline comes after it.
+const GRACE: Duration = Duration::from_secs(2);
+
 pub async fn ping(args: cli::Socket) -> Result<()> {
     Client::connect(&socket(args)?).await?.ping().await?;
     println!("pong");
@@ -18,7 +21,7 @@ pub async fn ping(args: cli::Socket) -> Result<()> {
 pub async fn submit(args: cli::Submit) -> Result<()> {
     let timeout = args.timeout.as_deref().map(parse_duration).transpose();
     let timeout = timeout.map_err(|what| anyhow::anyhow!("--timeout {what}"))?;
-    let request = request(&args)?;
+    let request = request(&args, timeout)?;
     let client = Client::connect(&socket(args.socket)?).await?;
     let answered = async {
         match args.wait {
@@ -30,11 +33,13 @@ pub async fn submit(args: cli::Submit) -> Result<()> {
             cli::Wait::Stream => stream(&client, &request).await,
         }
     };
-    let answered = tokio::time::timeout(timeout.unwrap_or(Duration::MAX), answered).await;
+    // The gateway knows the deadline and says more about it than we could.
+    let patience = timeout.map_or(Duration::MAX, |timeout| timeout + GRACE);
+    let answered = tokio::time::timeout(patience, answered).await;
     answered.context("no answer within --timeout; the task may still run")?
 }
 
-fn request(args: &cli::Submit) -> Result<Value> {
+fn request(args: &cli::Submit, timeout: Option<Duration>) -> Result<Value> {
     let mut text = args.params.clone();
     if text == "-" {
         text.clear();
@@ -55,6 +60,9 @@ fn request(args: &cli::Submit) -> Result<Value> {
             cli::Wait::Stream => "stream",
         },
     });
+    if let Some(timeout) = timeout {
+        request["timeout_ms"] = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).into();
+    }
     if let Some(tenant) = &args.tenant {
         request["tenant_id"] = tenant.as_str().into();
     }

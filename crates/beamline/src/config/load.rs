@@ -1,12 +1,16 @@
 //! Reads the layers into [`Settings`], collecting every problem on the way.
 
 use super::keys::{KEYS, Key, NAMESPACE, PROVIDER};
-use super::value::{Value, parse};
+use super::value::{Kind, Value, parse};
 use super::{Settings, Source, Values};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use toml::de::{DeTable, DeValue};
+
+/// What is longer was meant otherwise.
+const DURATION_MAX: Duration = Duration::from_secs(3650 * 86_400);
 
 /// What the settings are read from.
 #[derive(Debug, Default)]
@@ -76,7 +80,7 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
 
     let values = &mut settings.values;
     for key in KEYS {
-        let ours = format!("BEAMLINE_{}", key.name.to_uppercase().replace('.', "_"));
+        let ours = variable(key);
         for name in key.env.into_iter().chain([ours.as_str()]) {
             if let Some(text) = layers.environment.get(name).filter(|text| !text.is_empty()) {
                 match parse(key.kind, text) {
@@ -86,6 +90,8 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
             }
         }
     }
+    settings.warnings.extend(strangers(&layers.environment));
+    let values = &mut settings.values;
     for (name, text) in &layers.flags {
         let key = KEYS.iter().find(|key| key.name == *name).expect("flags name keys of the table");
         match parse(key.kind, text) {
@@ -96,6 +102,26 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
 
     reader.relations(&settings);
     if reader.problems.0.is_empty() { Ok(settings) } else { Err(reader.problems) }
+}
+
+fn variable(key: &Key) -> String {
+    format!("BEAMLINE_{}", key.name.to_uppercase().replace('.', "_"))
+}
+
+/// Variables that look like ours and set nothing. No error: an orchestrator may put `BEAMLINE_PORT` there by itself.
+fn strangers(environment: &BTreeMap<String, String>) -> Vec<String> {
+    let known: Vec<String> = KEYS.iter().map(variable).collect();
+    let ours = environment.keys().filter(|name| name.starts_with("BEAMLINE_") && !known.contains(name));
+    ours.map(|name| format!("${name} is not a setting{}", did_you_mean(known.iter().map(String::as_str), name)))
+        .collect()
+}
+
+fn did_you_mean<'a>(known: impl Iterator<Item = &'a str>, name: &str) -> String {
+    let near = known
+        .map(|known| (strsim::damerau_levenshtein(known, name), known))
+        .filter(|(distance, near)| *distance <= near.len().max(name.len()) / 2)
+        .min();
+    near.map_or(String::new(), |(_, near)| format!("; did you mean {near}?"))
 }
 
 #[derive(Default)]
@@ -189,12 +215,7 @@ impl Reader {
         values: &mut Values,
     ) {
         let Some(key) = keys.iter().find(|key| key.name == name) else {
-            let near = keys
-                .iter()
-                .map(|key| (strsim::damerau_levenshtein(key.name, name), key.name))
-                .filter(|(distance, near)| *distance <= near.len().max(name.len()) / 2)
-                .min();
-            let hint = near.map_or(String::new(), |(_, near)| format!("; did you mean {near}?"));
+            let hint = did_you_mean(keys.iter().map(|key| key.name), name);
             return self.problem(scope.at(line), format!("{name} is not a setting{hint}"));
         };
         let text = match value {
@@ -202,7 +223,7 @@ impl Reader {
             DeValue::Integer(number) if number.radix() == 10 => number.as_str().to_string(),
             DeValue::Float(number) => number.as_str().to_string(),
             DeValue::Boolean(flag) => flag.to_string(),
-            DeValue::Array(items) if matches!(key.kind, super::value::Kind::List) => {
+            DeValue::Array(items) if matches!(key.kind, Kind::List) => {
                 let texts: Option<Vec<_>> =
                     items.iter().map(|item| item.get_ref().as_str().map(String::from)).collect();
                 match texts {
@@ -246,6 +267,31 @@ impl Reader {
         if settings.values.duration("cluster.pong_timeout") >= settings.values.duration("cluster.ping_interval") {
             self.problem("cluster.pong_timeout", "must be shorter than cluster.ping_interval");
         }
+        for key in KEYS.iter().filter(|key| matches!(key.kind, Kind::Duration) && key.name != "cluster.drain_period") {
+            let duration = settings.values.duration(key.name);
+            if duration.is_zero() || duration > DURATION_MAX {
+                self.problem(key.name, format!("must be from 1ms to {} days", DURATION_MAX.as_secs() / 86_400));
+            }
+        }
+        for origin in settings.values.list("http.origins").iter().filter(|origin| !is_origin(origin)) {
+            self.problem("http.origins", format!("holds {origin:?}; an origin is https://host or https://host:port"));
+        }
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(settings.values.text("log.level")) {
+            self.problem("log.level", format!("is no filter: {error}"));
+        }
+        let database = settings.values.maybe_text("database.url");
+        if database.is_some_and(|url| !["sqlite:", "postgres://", "postgresql://"].iter().any(|s| url.starts_with(s))) {
+            self.problem("database.url", "must begin with sqlite:// or postgres://");
+        }
+        for (what, tables) in [("worker.providers", &settings.providers), ("cluster.namespaces", &settings.namespaces)]
+        {
+            let mut seen = BTreeSet::new();
+            for name in tables.iter().filter_map(|values| values.maybe_text("name")) {
+                if !seen.insert(name.clone()) {
+                    self.problem(what, format!("{name} is there twice"));
+                }
+            }
+        }
         for provider in &settings.providers {
             let needs: &[&str] = match provider.maybe_text("kind").as_deref() {
                 Some("command") => &["program"],
@@ -285,6 +331,14 @@ impl Scope<'_> {
     fn at(&self, line: usize) -> String {
         format!("{}:{line}", self.path.display())
     }
+}
+
+/// As a browser writes it: no path, no slash at the end.
+fn is_origin(text: &str) -> bool {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    host.is_some_and(|host| {
+        !host.is_empty() && !host.contains(['/', '?', '#', '@', ' ']) && !host.contains(char::is_uppercase)
+    })
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
@@ -351,6 +405,27 @@ mod tests {
     }
 
     #[test]
+    fn what_would_fail_later_is_told_now() {
+        let file = "[shutdown]\ndeadline = \"0s\"\n[auth]\ntoken_ttl = \"99999d\"\n[http]\norigins = [\"https://a.example/\"]\n\
+                    [log]\nlevel = \"info,=,x=loud\"\n[database]\nurl = \"mysql://geheim\"\n\
+                    [[cluster.namespaces]]\nname = \"a\"\n[[cluster.namespaces]]\nname = \"a\"\n";
+        let text = with_file(file, &[], &[]).unwrap_err().to_string();
+        for expected in [
+            "shutdown.deadline: must be from 1ms",
+            "auth.token_ttl: must be from 1ms to 3650 days",
+            "http.origins: holds \"https://a.example/\"",
+            "log.level: is no filter",
+            "database.url: must begin with",
+            "cluster.namespaces: a is there twice",
+        ] {
+            assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+        }
+        assert!(!text.contains("geheim"));
+        let fine = "[http]\norigins = [\"https://a.example\", \"http://localhost:5173\"]\n";
+        assert!(with_file(fine, &[], &[]).is_ok());
+    }
+
+    #[test]
     fn broken_toml_is_told_with_its_line() {
         let text = with_file("[http\nlisten = 1\n", &[], &[]).unwrap_err().to_string();
         assert!(text.contains("beamline.toml:1:"), "{text}");
@@ -365,5 +440,12 @@ mod tests {
         let again = with_file(&shown, &[], &[]).unwrap_or_else(|e| panic!("{e}\n{shown}"));
         assert_eq!(again.providers[0].text("name"), "sh");
         assert_eq!(again.values.duration("gateway.request_timeout").as_secs(), 5);
+    }
+
+    #[test]
+    fn a_mistyped_variable_is_told_and_is_no_error() {
+        let environment = [("BEAMLINE_HTTP_LISEN", "x"), ("BEAMLINE_LOG_LEVEL", "warn"), ("PATH", "/bin")];
+        let settings = with_file("", &environment, &[]).unwrap();
+        assert_eq!(settings.warnings, ["$BEAMLINE_HTTP_LISEN is not a setting; did you mean BEAMLINE_HTTP_LISTEN?"]);
     }
 }

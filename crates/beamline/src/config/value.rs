@@ -1,5 +1,6 @@
 //! The kinds of settings: how each is written and read.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -116,12 +117,24 @@ pub fn render(kind: Kind, value: &Value) -> String {
             ms if ms % 1_000 == 0 => format!("\"{}s\"", ms / 1_000),
             ms => format!("\"{ms}ms\""),
         },
-        (_, Value::Text(s)) => format!("{s:?}"),
+        (_, Value::Text(s)) => format!("{:?}", without_password(s)),
         (_, Value::Path(p)) => format!("{:?}", p.display().to_string()),
         (_, Value::Address(a)) => format!("\"{a}\""),
         (_, Value::Number(n)) => n.to_string(),
         (_, Value::Bool(b)) => b.to_string(),
-        (_, Value::List(items)) => format!("{items:?}"),
+        (_, Value::List(items)) => {
+            format!("{:?}", items.iter().map(|item| without_password(item)).collect::<Vec<_>>())
+        }
+    }
+}
+
+/// A URL without whom it signs in as and with what.
+fn without_password(text: &str) -> Cow<'_, str> {
+    let Some((scheme, rest)) = text.split_once("://") else { return text.into() };
+    let end = rest.find(['/', '?']).unwrap_or(rest.len());
+    match rest[..end].rsplit_once('@') {
+        Some((_, host)) => format!("{scheme}://[REDACTED]@{host}{}", &rest[end..]).into(),
+        None => text.into(),
     }
 }
 
@@ -145,6 +158,15 @@ mod tests {
             let back: toml::Value = toml::from_str::<toml::Table>(&format!("x = {rendered}")).unwrap()["x"].clone();
             assert_eq!(parse(kind, back.as_str().unwrap()).unwrap(), value, "{text}");
         }
+    }
+
+    #[test]
+    fn a_url_is_shown_without_its_password() {
+        let list = Value::List(vec!["redis://:geheim@a:6379/1".into(), "redis://b".into()]);
+        assert_eq!(render(Kind::List, &list), r#"["redis://[REDACTED]@a:6379/1", "redis://b"]"#);
+        let url = Value::Text("nats://me:ge@heim@host".into());
+        assert_eq!(render(Kind::Text, &url), r#""nats://[REDACTED]@host""#);
+        assert_eq!(render(Kind::Text, &Value::Text("a@b".into())), r#""a@b""#);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The real process with real servers, driven from outside.
 
+mod commands;
 mod durability;
 mod journey;
 mod process;

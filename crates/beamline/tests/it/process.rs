@@ -31,6 +31,14 @@ impl Process {
         Self { dir, ready, child, extra }
     }
 
+    /// With a settings file.
+    pub async fn start_with_settings(settings: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("beamline.toml"), settings).unwrap();
+        let (child, ready) = launch(dir.path(), "127.0.0.1:0", &[]).await;
+        Self { dir, ready, child, extra: Vec::new() }
+    }
+
     /// SIGKILL.
     pub async fn kill(&mut self) {
         self.child.kill().await.unwrap();
