@@ -19,6 +19,7 @@ type PageFn = dyn Fn(&mut Ui<'_>) -> Result<(), PageError> + Send + Sync;
 #[derive(Default)]
 pub struct App {
     pages: Vec<(Pattern, Arc<PageFn>)>,
+    fallback: Option<Arc<PageFn>>,
     data: HashMap<TypeId, Arc<dyn Any + Send + Sync>>,
 }
 
@@ -37,6 +38,16 @@ impl App {
         self
     }
 
+    /// Shown where no page is; without one, a page that says so.
+    #[must_use]
+    pub fn fallback<F>(mut self, page: F) -> Self
+    where
+        F: Fn(&mut Ui<'_>) -> Result<(), PageError> + Send + Sync + 'static,
+    {
+        self.fallback = Some(Arc::new(page));
+        self
+    }
+
     /// Shared with every page, which reads it with [`Ui::data`].
     #[must_use]
     pub fn data<T: Send + Sync + 'static>(mut self, data: Arc<T>) -> Self {
@@ -45,7 +56,8 @@ impl App {
     }
 
     fn find(&self, path: &str) -> Option<(&Arc<PageFn>, Vec<(String, String)>)> {
-        self.pages.iter().find_map(|(pattern, page)| Some((page, pattern.matches(path)?)))
+        let found = self.pages.iter().find_map(|(pattern, page)| Some((page, pattern.matches(path)?)));
+        found.or_else(|| Some((self.fallback.as_ref()?, Vec::new())))
     }
 }
 
@@ -108,6 +120,16 @@ fn decode(part: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_fallback_is_where_no_page_is() {
+        let app = App::new().page("/a/{b}", |_| Ok(()));
+        assert!(app.find("/b").is_none());
+        let app = app.fallback(|_| Ok(()));
+        let params = |path: &str| app.find(path).unwrap().1;
+        assert_eq!(params("/a/c"), [("b".into(), "c".into())]);
+        assert_eq!(params("/b"), []);
+    }
 
     #[test]
     fn a_path_finds_its_page_and_parameters() {

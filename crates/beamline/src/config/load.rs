@@ -333,8 +333,11 @@ impl Scope<'_> {
     }
 }
 
-/// As a browser writes it: no path, no slash at the end.
+/// As a browser writes it: no path, no slash at the end. `*` lets every page connect, and none but ours sign in.
 fn is_origin(text: &str) -> bool {
+    if text == "*" {
+        return true;
+    }
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     host.is_some_and(|host| {
         !host.is_empty() && !host.contains(['/', '?', '#', '@', ' ']) && !host.contains(char::is_uppercase)

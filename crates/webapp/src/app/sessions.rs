@@ -49,6 +49,8 @@ const PATH_MAX: usize = 1024;
 const KEPT_PER_USER: i64 = 100;
 /// A session's owner answers within, or loses it.
 const OWNER_TIMEOUT: Duration = Duration::from_secs(3);
+/// A session's owner takes here what others hand on.
+const OWNER_PREFIX: &str = "beamline.webapp.v1.session.";
 /// A call that another web app hands on.
 pub const HANDED_ON: &str = "handed on";
 
@@ -406,7 +408,7 @@ impl Sessions {
 }
 
 fn owner_subject(name: &str) -> String {
-    format!("beamline.webapp.v1.session.{name}")
+    format!("{OWNER_PREFIX}{name}")
 }
 
 /// Notes what a widget reports.

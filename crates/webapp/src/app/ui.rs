@@ -416,6 +416,11 @@ impl<'a> Ui<'a> {
 
     // ── Bound to a channel: they move without a run ────────────────────────────────────────────────────────────────
 
+    /// What opens the dialog for a new room.
+    pub fn new_room(&mut self) {
+        self.show(Element::new("new_room"));
+    }
+
     /// A room: its messages, who is there, and a field to write in.
     pub fn chat(&mut self, room: &str, title: &str, assistant: &str) {
         let element = Element::new("chat").text("room", room).text("channel", format!("chat:{room}"));
@@ -423,7 +428,7 @@ impl<'a> Ui<'a> {
         self.show(element.text("title", title).text("me", me).text("assistant", assistant));
     }
 
-    /// `window`: seconds shown at first.
+    /// `window`: seconds shown.
     pub fn live_line_chart(&mut self, channel: &str, title: &str, unit: &str, series: &[Series], window: u32) {
         let element = Element::new("live_line_chart").text("channel", channel).text("title", title).text("unit", unit);
         self.show(element.json("series", json!(series)).number("window", f64::from(window)));

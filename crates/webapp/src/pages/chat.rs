@@ -22,7 +22,10 @@ pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
         sidebar(ui);
         ui.main(|ui| match room {
             Some(room) => ui.key(&room.id).chat(&room.id, &room.name, ASSISTANT),
-            None => ui.empty("There is no such room", "Choose one at the side, or press Ctrl K and name a new one."),
+            None => {
+                ui.empty("There is no such room", "Choose one from the list, or make it with the + beside “Rooms”.");
+                ui.link("/", "To the start");
+            }
         });
     });
     Ok(())

@@ -8,13 +8,13 @@ pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
     ui.page("Console", |ui| {
         sidebar(ui);
         ui.main(|ui| {
-            ui.row(|ui| {
+            let window = ui.row(|ui| {
                 ui.heading(1, "Console");
+                ui.selectbox(
+                    "Time range",
+                    &[("60", "Last minute"), ("300", "Last 5 minutes"), ("900", "Last 15 minutes")],
+                )
             });
-            let window = ui.selectbox(
-                "Time range",
-                &[("60", "Last minute"), ("300", "Last 5 minutes"), ("900", "Last 15 minutes")],
-            );
             let window = window.parse().unwrap_or(60);
             ui.tabs(&["Overview", "Providers", "Nodes", "Queues"], |ui, tab| match tab {
                 0 => overview(ui, window),
