@@ -131,7 +131,7 @@ impl Router {
         let seen = Seen { router: self, rules: &policy.circuit_breaker, now_ms: self.uptime_ms() };
         policy.decide(request, &seen).map_err(|undecided| match undecided {
             Undecided::NoWeight => failure("decision_failed", undecided.to_string()),
-            Undecided::AllOpen | Undecided::Constrained => failure("no_provider_available", undecided.to_string()),
+            Undecided::AllOpen(_) | Undecided::Constrained => failure("no_provider_available", undecided.to_string()),
         })
     }
 

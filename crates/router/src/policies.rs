@@ -47,6 +47,9 @@ type Found = BTreeMap<PathBuf, (String, String, Stamp)>;
 impl Policies {
     /// Reads what is there now. A bad file is logged and left out; it does not keep the others from serving.
     pub fn load(dir: &Path) -> Self {
+        if !dir.is_dir() {
+            tracing::info!("there is no directory {}: the built-in policy serves until there is", dir.display());
+        }
         let policies = Self { dir: dir.into(), current: ArcSwap::default(), files: Mutex::default() };
         policies.reload();
         policies

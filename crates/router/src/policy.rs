@@ -19,7 +19,7 @@ pub struct Compiled {
     pub version: String,
     pub circuit_breaker: CircuitBreaker,
     providers: Vec<Candidate>,
-    rules: Vec<(Condition, usize)>,
+    rules: Vec<(Condition, Vec<usize>)>,
     session_key: Option<String>,
 }
 
@@ -41,8 +41,8 @@ pub trait World {
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Undecided {
-    #[error("every provider of the policy is out of service: their breakers are open")]
-    AllOpen,
+    #[error("out of service for now, after failures: {}", .0.join(", "))]
+    AllOpen(Vec<String>),
     #[error("no provider can meet the constraints; relax max_latency_ms or max_cost")]
     Constrained,
     #[error("the policy has no provider to draw from: all weights are 0")]
@@ -103,13 +103,15 @@ impl Compiled {
         let mut rules = Vec::new();
         for (n, rule) in policy.rules.iter().enumerate() {
             let condition = Condition::compile(&rule.when).map_err(|e| invalid(format!("rules[{n}].when"), &e))?;
-            let to = providers.iter().position(|known| known.name == rule.to);
-            let to = to.ok_or_else(|| {
-                invalid(
-                    format!("rules[{n}].to"),
-                    &format!("{:?} is not among the providers; list it with weight 0", rule.to),
-                )
-            })?;
+            let place = |name: &String| {
+                let place = providers.iter().position(|known| known.name == *name);
+                let what = || format!("{name:?} is not among the providers; list it with weight 0");
+                place.ok_or_else(|| invalid(format!("rules[{n}].to"), &what()))
+            };
+            let to = rule.to.iter().map(place).collect::<Result<Vec<usize>, Invalid>>()?;
+            if to.is_empty() {
+                return Err(invalid(format!("rules[{n}].to"), "names no provider"));
+            }
             rules.push((condition, to));
         }
         let session_key =
@@ -140,14 +142,17 @@ impl Compiled {
             if let Some((n, (_, to))) =
                 self.rules.iter().enumerate().find(|(_, (condition, _))| condition.holds(&scope))
             {
-                let named = &self.providers[*to];
-                explanation.push(format!("rule {n} names {}", named.name));
-                if fits(named) {
-                    return Ok(self.decision(named, Reason::BestScore, None, explanation, world));
+                // Nobody but those it names: what one provider is for, others may not understand.
+                let mut reason = Reason::BestScore;
+                for named in to.iter().map(|place| &self.providers[*place]) {
+                    explanation.push(format!("rule {n} names {}", named.name));
+                    if fits(named) {
+                        return Ok(self.decision(named, reason, None, explanation, world));
+                    }
+                    explanation.push(format!("{} cannot take it now", named.name));
+                    reason = Reason::CircuitBreakerFallback;
                 }
-                explanation.push(format!("{} cannot take it now", named.name));
-                let drawn = self.draw(&request.tenant_id, &request.request_id, fits, world)?;
-                return Ok(self.decision(drawn, Reason::CircuitBreakerFallback, None, explanation, world));
+                return Err(why_none(to.iter().map(|place| &self.providers[*place]), world));
             }
         }
         let session = self.session_key.as_ref().and_then(|key| {
@@ -173,19 +178,8 @@ impl Compiled {
     ) -> Result<&Candidate, Undecided> {
         let eligible = self.providers.iter().filter(|c| c.weight > 0.0 && fits(c));
         let drawn = rendezvous::highest(eligible, |c| (&c.name, c.weight), &[tenant, key]);
-        drawn.ok_or_else(|| self.why_none(world))
-    }
-
-    /// Of the providers that can be drawn; one of weight 0 changes nothing.
-    fn why_none(&self, world: &dyn World) -> Undecided {
-        let mut drawable = self.providers.iter().filter(|c| c.weight > 0.0).peekable();
-        if drawable.peek().is_none() {
-            Undecided::NoWeight
-        } else if drawable.any(|c| world.is_available(&c.name)) {
-            Undecided::Constrained
-        } else {
-            Undecided::AllOpen
-        }
+        // One of weight 0 changes nothing.
+        drawn.ok_or_else(|| why_none(self.providers.iter().filter(|c| c.weight > 0.0), world))
     }
 
     fn decision(
@@ -212,6 +206,16 @@ impl Compiled {
     }
 }
 
+/// Why none of these can take it.
+fn why_none<'a>(asked: impl Iterator<Item = &'a Candidate>, world: &dyn World) -> Undecided {
+    let (up, out): (Vec<_>, Vec<_>) = asked.partition(|c| world.is_available(&c.name));
+    match (up.is_empty(), out.is_empty()) {
+        (true, true) => Undecided::NoWeight,
+        (true, false) => Undecided::AllOpen(out.into_iter().map(|c| c.name.clone()).collect()),
+        (false, _) => Undecided::Constrained,
+    }
+}
+
 /// Values with which a breaker would never close, never open, or remember without end.
 fn check(breaker: &CircuitBreaker) -> Result<(), Invalid> {
     let counts = [
@@ -234,7 +238,9 @@ fn check(breaker: &CircuitBreaker) -> Result<(), Invalid> {
 }
 
 fn expected_latency(provider: &Candidate, world: &dyn World) -> f64 {
-    world.latency_ms(&provider.name).or(provider.latency_ms).unwrap_or(LATENCY_UNKNOWN_MS)
+    // What the policy says is the least: a provider that was quick so far may still have a long task.
+    let observed = world.latency_ms(&provider.name).into_iter().chain(provider.latency_ms).reduce(f64::max);
+    observed.unwrap_or(LATENCY_UNKNOWN_MS)
 }
 
 fn meets(provider: &Candidate, constraints: &Constraints, world: &dyn World) -> bool {
@@ -347,12 +353,19 @@ mod tests {
             assert_eq!(policy.decide(&request(n, cheap.clone()), &Known::default()).unwrap().provider_id, "fast");
         }
         let all_open = Known { open: HashSet::from(["fast", "big"]), ..Known::default() };
-        assert_eq!(policy.decide(&request(1, json!({})), &all_open), Err(Undecided::AllOpen));
+        assert_eq!(
+            policy.decide(&request(1, json!({})), &all_open),
+            Err(Undecided::AllOpen(vec!["fast".into(), "big".into()]))
+        );
         let too_cheap = json!({"constraints": {"max_cost": 0.001}});
         assert_eq!(policy.decide(&request(1, too_cheap), &Known::default()), Err(Undecided::Constrained));
         let rust = json!({"metadata": {"lang": "rust"}});
         let big_open = Known { open: HashSet::from(["big"]), ..Known::default() };
-        let moved = policy.decide(&request(1, rust), &big_open).unwrap();
+        let out = policy.decide(&request(1, rust.clone()), &big_open);
+        assert_eq!(out, Err(Undecided::AllOpen(vec!["big".into()])), "a rule's task goes to nobody else");
+        let mut document = two();
+        document["rules"] = json!([{"when": "metadata.lang == 'rust'", "to": ["big", "fast"]}]);
+        let moved = compiled(document).decide(&request(1, rust), &big_open).unwrap();
         assert_eq!((moved.provider_id.as_str(), moved.reason), ("fast", Reason::CircuitBreakerFallback));
         let quick = json!({"constraints": {"max_latency_ms": 100.0}});
         let slow = Known { slow: HashSet::from(["fast"]), ..Known::default() };
@@ -363,7 +376,7 @@ mod tests {
     fn a_provider_of_weight_0_is_drawn_by_nobody() {
         let policy = compiled(json!({"providers": [{"name": "a", "weight": 1}, {"name": "spare"}]}));
         let open = Known { open: HashSet::from(["a"]), ..Known::default() };
-        assert_eq!(policy.decide(&request(1, json!({})), &open), Err(Undecided::AllOpen));
+        assert_eq!(policy.decide(&request(1, json!({})), &open), Err(Undecided::AllOpen(vec!["a".into()])));
         let none = compiled(json!({"providers": [{"name": "spare"}]}));
         assert_eq!(none.decide(&request(1, json!({})), &Known::default()), Err(Undecided::NoWeight));
     }
@@ -384,6 +397,7 @@ mod tests {
             (breaker(json!({"timeout_ms": u64::MAX})), "circuit_breaker.timeout_ms"),
             (json!({"providers": [{"name": "a"}], "rules": [{"when": "task.type ==", "to": "a"}]}), "rules[0].when"),
             (json!({"providers": [{"name": "a"}], "rules": [{"when": "true", "to": "b"}]}), "rules[0].to"),
+            (json!({"providers": [{"name": "a"}], "rules": [{"when": "true", "to": []}]}), "rules[0].to"),
             (
                 json!({"providers": [{"name": "a"}], "rules": [{"when": {"almost": [1, 2]}, "to": "a"}]}),
                 "rules[0].when",

@@ -126,12 +126,16 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
     Ok(())
 }
 
+/// Errors that the task brings along: with another task the provider may do well.
+const OF_THE_TASK: [&str; 3] = ["invalid_task", "exit_status", "output"];
+
 /// What the result says of the provider that was decided on; anybody may write results, with any name in them.
 fn learn(router: &Router, task: &TaskState, result: &ExecResult) {
     let Some(decision) = &task.decision else { return };
     let failed = match result.status {
         ResultStatus::Cancelled => return,
         ResultStatus::Success => false,
+        ResultStatus::Error if result.error_code.as_deref().is_some_and(|code| OF_THE_TASK.contains(&code)) => return,
         ResultStatus::Error | ResultStatus::Timeout => true,
     };
     let policies = router.policies.current();

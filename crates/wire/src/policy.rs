@@ -63,10 +63,25 @@ fn yes() -> bool {
 pub struct Rule {
     /// A CEL expression, or the legacy JSON form.
     pub when: Value,
-    pub to: String,
+    /// The first of these that can take it; one may be written by itself.
+    #[serde(deserialize_with = "one_or_many")]
+    pub to: Vec<String>,
 }
 
 /// When a provider is left out of the draw, and how it comes back.
+fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a provider's name, or a list of them")]
+    enum Names {
+        One(String),
+        Many(Vec<String>),
+    }
+    Ok(match Names::deserialize(deserializer)? {
+        Names::One(name) => vec![name],
+        Names::Many(names) => names,
+    })
+}
+
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CircuitBreaker {

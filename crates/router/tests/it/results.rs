@@ -148,10 +148,25 @@ async fn failures_open_the_breaker_and_all_open_is_said() {
     }
     let refused = router.decide(&push("r9")).await;
     let error = json!({"code": "no_provider_available",
-        "message": "every provider of the policy is out of service: their breakers are open"});
+        "message": "out of service for now, after failures: p"});
     assert_eq!(refused, json!({"ok": false, "error": error, "context": {"request_id": "r9"}}));
     let known = router.decide(&push("r0")).await;
     assert_eq!(known["ok"], true, "a task that was pushed before has its answer still: {known}");
+}
+
+#[tokio::test]
+async fn what_a_task_does_wrong_is_not_its_providers_failure() {
+    let policy = r#"{"providers": [{"name": "p", "weight": 1}], "circuit_breaker": {"failure_threshold": 2}}"#;
+    let router = Router::with_policies(&[("default/default.json", policy)]).await;
+    for (n, code) in ["invalid_task", "exit_status", "invalid_task", "exit_status"].iter().enumerate() {
+        let id = format!("r{n}");
+        let mut failed = result(&assigned(&router, &id).await, "error");
+        failed["error_code"] = json!(code);
+        router.append(subjects::RESULT, failed.to_string()).await;
+        ended(&router, &id, "failed").await;
+    }
+    settled(&router).await;
+    assert_eq!(router.decide(&push("r9")).await["ok"], true, "a red test suite stops nobody else's work");
 }
 
 /// Quoted in a letter, such a payload is larger than what the bus takes.

@@ -2,6 +2,7 @@
 
 use super::{Job, Outcome, Output};
 use futures_util::StreamExt;
+use reqwest::StatusCode;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -9,8 +10,9 @@ use std::time::Duration;
 const LINE_MAX: usize = 256 * 1024;
 /// An answer is not longer.
 const ANSWER_MAX: usize = 1024 * 1024;
-/// Of an error's body, this many bytes are shown.
-const ERROR_TEXT_MAX: usize = 300;
+/// Of an error's body, this many bytes are read, and this many characters shown.
+const ERROR_TEXT_MAX: usize = 16 * 1024;
+const ERROR_SHOWN_MAX: usize = 300;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct OpenAi {
@@ -57,12 +59,20 @@ impl OpenAi {
         }
         let body = json!({"model": self.model, "messages": messages, "stream": true});
         let response = request.json(&body).send().await;
-        let response =
-            response.map_err(|e| Outcome::failed("unreachable", format!("{} cannot be reached: {e}", self.url)))?;
+        // Where it is and how it fails is for the log; the answer may be read by anybody.
+        let response = response.map_err(|error| {
+            tracing::warn!(url = self.url, "the model's endpoint cannot be reached: {error:?}");
+            Outcome::failed("unreachable", "the model's endpoint cannot be reached")
+        })?;
         let status = response.status();
         if !status.is_success() {
             let text = start(response).await;
-            return Err(Outcome::failed("refused", format!("{} answered {status}: {text}", self.url)));
+            tracing::warn!(url = self.url, %status, "the model's endpoint refused: {text}");
+            let code = if is_of_the_task(status) { "invalid_task" } else { "refused" };
+            return Err(Outcome::failed(
+                code,
+                format!("the model's endpoint answered {status}: {}", message_of(&text)),
+            ));
         }
         let mut answer = String::new();
         let mut finished = false;
@@ -116,6 +126,24 @@ async fn start(response: reqwest::Response) -> String {
     }
     body.truncate(ERROR_TEXT_MAX);
     String::from_utf8_lossy(&body).trim().to_string()
+}
+
+/// What the endpoint says in the usual form of its errors, else the beginning of what it says.
+fn message_of(text: &str) -> String {
+    let body: Value = serde_json::from_str(text).unwrap_or_default();
+    let message = body["error"]["message"].as_str().or(body["error"].as_str()).unwrap_or(text);
+    message.chars().take(ERROR_SHOWN_MAX).collect()
+}
+
+/// Another task may well be taken: it is not the endpoint that fails.
+fn is_of_the_task(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::BAD_REQUEST
+            | StatusCode::PAYLOAD_TOO_LARGE
+            | StatusCode::UNPROCESSABLE_ENTITY
+            | StatusCode::URI_TOO_LONG
+    )
 }
 
 enum Event {

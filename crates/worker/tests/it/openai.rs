@@ -65,6 +65,7 @@ async fn what_goes_wrong_is_told_and_what_was_said_is_kept() {
     let endpoint = OpenAi::start().await;
     let error = |status: u16, message: &str| Reply::Error { status, message: message.into() };
     for (reply, code, message, kept) in [
+        (error(400, "too long"), "invalid_task", "too long", None),
         (error(401, "bad key"), "refused", "bad key", None),
         (error(429, "slow down"), "refused", "429", None),
         (error(500, &"x".repeat(100_000)), "refused", "500", None),
@@ -81,6 +82,7 @@ async fn what_goes_wrong_is_told_and_what_was_said_is_kept() {
         assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some(code)));
         let told = result.error_message.unwrap();
         assert!(told.contains(message) && told.len() < 1000, "{told}");
+        assert!(!told.contains("127.0.0.1"), "where the endpoint is is nobody's business: {told}");
         assert_eq!(result.output, kept.map(|text| json!({"text": text})));
     }
     let nobody = ask("http://127.0.0.1:1/v1".into(), json!({"prompt": "p"}), 60_000).await;
