@@ -61,9 +61,14 @@ impl Chat {
     }
 
     pub async fn run(&self, loops: Loops, cancel: CancellationToken) -> Result<(), crate::Error> {
-        let rooms = self.rooms.follow(loops.rooms, cancel.clone());
-        let ((), answers) = tokio::join!(rooms, self.answers.run(loops.answers, cancel));
-        answers
+        let stop = cancel.child_token();
+        let answers = async {
+            let ended = self.answers.run(loops.answers, cancel).await;
+            stop.cancel();
+            ended
+        };
+        let ((), ended) = tokio::join!(self.rooms.follow(loops.rooms, stop.clone()), answers);
+        ended
     }
 
     async fn send(&self, caller: &Caller, request: Send) -> Result<Sent, Refusal> {

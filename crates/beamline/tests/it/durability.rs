@@ -3,6 +3,7 @@
 use crate::process::Process;
 use crate::realtime::{Client, Failed};
 use client::Client as Ipc;
+use rstest::rstest;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,13 +19,19 @@ struct Acknowledged {
     tasks: Vec<String>,
 }
 
+#[rstest]
+#[case::sqlite(false)]
+#[case::postgres(true)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_acknowledged_is_lost_to_sigkill() {
+async fn nothing_acknowledged_is_lost_to_sigkill(#[case] on_postgres: bool) {
     #[expect(clippy::disallowed_methods, reason = "a test's seed is no setting")]
     let seed: u64 = std::env::var("BEAMLINE_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
     println!("seed {seed} (BEAMLINE_SEED={seed} repeats it)");
     let mut random = splitmix(seed);
-    let mut process = Process::start().await;
+    let postgres = if on_postgres { Some(testkit::PostgresServer::start().await) } else { None };
+    let database = postgres.iter().flat_map(|postgres| ["--database-url".into(), postgres.url()]);
+    let arguments: Vec<String> = database.collect();
+    let mut process = Process::start_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let mut acknowledged = Acknowledged::default();
 
     for round in 0..ROUNDS {

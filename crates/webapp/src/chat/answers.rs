@@ -222,6 +222,10 @@ impl Answers {
         if chunk.attempt < partial.attempt || seq <= partial.seq || partial.text.len() + text.len() > TEXT_MAX {
             return None;
         }
+        if seq > partial.seq + 1 {
+            // What is kept of an answer that is stopped must not read as if it were whole.
+            partial.text.push('…');
+        }
         partial.seq = seq;
         partial.text.push_str(&text);
         Some((partial.room.clone(), Event::Delta { id: partial.id, attempt: chunk.attempt, seq, text }))
@@ -348,6 +352,7 @@ mod tests {
     use super::super::store::New;
     use super::*;
     use crate::db::Db;
+    use serde_json::json;
 
     async fn answers(dir: &std::path::Path) -> Arc<Answers> {
         let bus = bus::local::Local::open(dir).await.unwrap();
@@ -372,6 +377,25 @@ mod tests {
         answers.sweep_once(answer.asked_at).await.unwrap();
         assert_eq!(answers.partial.lock().len(), 0);
         assert!(!answers.is_open(&answer.request_id).await);
+    }
+
+    #[tokio::test]
+    async fn pieces_are_taken_once_and_a_gap_shows() {
+        let dir = tempfile::tempdir().unwrap();
+        let answers = answers(dir.path()).await;
+        let answer = asked(&answers).await;
+        assert!(answers.is_open(&answer.request_id).await);
+        let pieces = [(1, 0, "a"), (1, 0, "a"), (1, 3, "d"), (1, 2, "c"), (2, 0, "A"), (1, 4, "e"), (2, 1, "B")];
+        let taken = pieces.map(|(attempt, seq, text)| {
+            let chunk = json!({
+                "request_id": answer.request_id, "assignment_id": "a", "attempt": attempt, "seq": seq, "data": text,
+            });
+            let taken = answers.add(&serde_json::from_value(chunk).unwrap()).is_some();
+            (taken, answers.partial.lock()[&answer.request_id].text.clone())
+        });
+        let expected =
+            [(true, "a"), (false, "a"), (true, "a…d"), (false, "a…d"), (true, "A"), (false, "A"), (true, "AB")];
+        assert_eq!(taken, expected.map(|(taken, text)| (taken, text.to_string())));
     }
 
     #[tokio::test]

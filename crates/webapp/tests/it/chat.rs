@@ -5,6 +5,7 @@ use bus::{Bus, Message};
 use rstest::rstest;
 use serde_json::{Value, json};
 use sqlx::{Connection, Executor};
+use tokio_util::sync::CancellationToken;
 use wire::subjects;
 
 const ROOM: &str = "chat:general";
@@ -115,6 +116,17 @@ async fn a_result_that_comes_while_the_database_is_away_is_not_lost() {
     assert_eq!(done["message"]["text"], "hello");
     rig.chat("ann", "chat.send", send("lost?", "n2")).await.unwrap();
     rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_web_app_that_cannot_begin_ends() {
+    let mut home = Home::new(Kind::Postgres).await;
+    let bus = bus::local::Local::open(home.dir.path()).await.unwrap();
+    let bound = webapp::bind(home.config(), bus).await.unwrap();
+    home.postgres.as_mut().unwrap().kill();
+    let ended = tokio::time::timeout(2 * PATIENCE, bound.run(CancellationToken::new())).await;
+    let error = ended.expect("half a web app does not live on").unwrap_err().to_string();
+    assert!(error.contains("the database"), "{error}");
 }
 
 #[tokio::test]

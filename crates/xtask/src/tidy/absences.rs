@@ -57,6 +57,7 @@ const ABSENCES: &[Absence] = &[
         except: &[
             ("crates/wire/", "subjects live here"),
             ("crates/cluster/src/bus_api.rs", "said among nodes only"),
+            ("crates/webapp/src/app/sessions.rs", "said among web apps only"),
             ("crates/webapp/src/chat/rooms.rs", "said among web apps only"),
             ("crates/webapp/src/live.rs", "said among web apps only"),
         ],
