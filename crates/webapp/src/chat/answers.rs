@@ -22,6 +22,8 @@ use wire::subjects;
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pauses between tries while no router answers; then the answer fails and can be asked for again.
 const ASK_PAUSES: [u64; 7] = [100, 200, 500, 1000, 2000, 5000, 10_000];
+/// While no provider can take it, only after pauses up to this one.
+const SHORT: u64 = 500;
 /// An answer without a result for this long beyond its time has failed.
 const GRACE_MS: i64 = 60_000;
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
@@ -142,8 +144,11 @@ impl Answers {
                 tracing::debug!(trace_id, request_id = answer.request_id, "an answer was asked for");
                 return Ok(());
             };
-            // What cannot pass by waiting fails now.
-            let passes = matches!(refusal.error.status(), 429 | 503);
+            // What cannot pass by waiting fails now; a provider that is out is out for longer than a person waits.
+            let passes = match &*refusal.error.code {
+                "no_provider_available" => pause <= SHORT,
+                _ => matches!(refusal.error.status(), 429 | 503),
+            };
             problem = refusal.error.message;
             if !passes {
                 break;
