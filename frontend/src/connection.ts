@@ -51,6 +51,8 @@ export class CommandError extends Error {
 }
 
 const PROTOCOL = "centrifuge-protobuf";
+/** A command that found no connection, or lost it on the way. */
+export const NOT_CONNECTED = 0;
 const UNAUTHORIZED = 101;
 const ALREADY_SUBSCRIBED = 105;
 /** How long a ping may be late before the line counts as dead. */
@@ -324,7 +326,7 @@ export class Connection {
   private request(command: Partially<wire.Command>): Promise<wire.Reply> {
     return new Promise((resolve, reject) => {
       if (!this.socket || this.socket.readyState !== this.socket.OPEN) {
-        reject(new CommandError(0, "not connected", true));
+        reject(new CommandError(NOT_CONNECTED, "not connected", true));
         return;
       }
       const id = ++this.lastId;
@@ -425,7 +427,7 @@ export class Connection {
     this.pending.clear();
     for (const { reject, timer } of pending) {
       clearTimeout(timer);
-      reject(new CommandError(0, "the connection was lost", true));
+      reject(new CommandError(NOT_CONNECTED, "the connection was lost", true));
     }
   }
 

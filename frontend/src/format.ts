@@ -54,9 +54,16 @@ export function withUnit(value: number, unit: string, digits?: number): string {
   if (unit === "bytes") return bytes(value);
   if (unit === "percent" || unit === "%") return `${number(value, digits ?? (value < 10 ? 1 : 0))} %`;
   if ((unit === "us" || unit === "µs") && Math.abs(value) >= 1000) return `${number(value / 1000)} ms`;
+  if (unit === "ms" && value >= 0 && value < 1) return "< 1 ms"; // whole ones are counted
   const text = number(value, digits);
   if (unit === "us") return `${text} µs`;
   return unit === "" ? text : `${text} ${unit}`;
+}
+
+/** What the server says in lower case, as a sentence of its own. */
+export function sentence(text: string): string {
+  const [first = ""] = text;
+  return first.toUpperCase() + text.slice(first.length) + (/[.!?…]$/.test(text) || text === "" ? "" : ".");
 }
 
 export function initials(name: string): string {

@@ -2,6 +2,7 @@
 import type { ComponentChildren, VNode } from "preact";
 import { useState } from "preact/hooks";
 import { Icon } from "./icons";
+import { Sideways } from "./sideways";
 
 export type Inline =
   | { type: "text" | "bold" | "italic" | "code" | "strike"; text: string; children?: Inline[] }
@@ -185,7 +186,7 @@ function BlockView({ block, tail }: { block: Block; tail?: ComponentChildren }):
     case "table":
       return (
         <>
-          <div class="table-scroll" tabIndex={0} role="group" aria-label="Table">
+          <Sideways>
             <table>
               <thead><tr>{block.head.map((cell, i) => <th key={i} class={`align-${block.align[i] ?? "left"}`}>{inlines(cell)}</th>)}</tr></thead>
               <tbody>
@@ -194,7 +195,7 @@ function BlockView({ block, tail }: { block: Block; tail?: ComponentChildren }):
                 ))}
               </tbody>
             </table>
-          </div>
+          </Sideways>
           {tail}
         </>
       );

@@ -46,6 +46,7 @@ const KINDS: ReadonlyMap<string, ComponentType<{ node: TreeNode }>> = new Map<st
   ["slider", widgets.Slider],
   ["line_chart", LineChart],
   ["bar_chart", BarChart],
+  ["new_room", show.NewRoom],
   ["live_line_chart", LiveLineChart],
   ["live_breakdown", LiveBreakdown],
   ["live_metric", LiveMetric],

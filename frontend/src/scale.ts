@@ -43,6 +43,19 @@ function multiples(low: number, high: number, step: number): number[] {
   return Array.from({ length: Math.max(0, last - first + 1) }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
+/** One line hides the other: they are the same for the larger part. */
+export function coincide(a: readonly (number | null)[], b: readonly (number | null)[]): boolean {
+  let both = 0;
+  let same = 0;
+  a.forEach((value, i) => {
+    const other = b[i];
+    if (value === null || other === null || other === undefined) return;
+    both++;
+    if (value === other) same++;
+  });
+  return same * 2 > both;
+}
+
 /** Index of the value nearest to `at` in an ascending list; -1 if it is empty. */
 export function nearest(sorted: readonly number[], at: number): number {
   let low = 0;

@@ -27,6 +27,8 @@ export class Session {
   /** A run was asked for and has not finished. */
   readonly busy = signal(false);
   readonly location = signal("");
+  /** The dialog over the page: to jump to a place, or to make a room. */
+  readonly dialog = signal<"" | "place" | "room">("");
   private wantsTree = true;
   private started = false;
   private readonly queue: Partially<Back>[] = [];

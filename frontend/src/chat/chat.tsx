@@ -21,6 +21,7 @@ export function Chat({ node }: { node: TreeNode }) {
 function RoomView({ room, title, me, assistant }: { room: Room; title: string; me: string; assistant: string }) {
   const [showPeople, setShowPeople] = useState(false);
   const people = room.people.value;
+  const online = useSession().connection.status.value.name === "connected";
 
   useEffect(() => {
     room.markLeft();
@@ -63,7 +64,7 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
         <div class="chat-column">
           <MessageList room={room} me={me} assistant={assistant} />
           <TypingLine room={room} />
-          <Composer room={room} title={shown} names={names} />
+          <Composer room={room} title={shown} names={names} assistant={assistant} />
         </div>
         <aside class={`people ${showPeople ? "open" : ""}`} aria-label="Who is here">
           <h2>Here now <span class="tabular muted">{people.length}</span></h2>
@@ -72,7 +73,7 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
               <li key={person.user}>
                 <Avatar name={person.name} id={person.user} small />
                 <span class="ellipsis">{person.name}{person.user === me && <span class="muted"> (you)</span>}</span>
-                <span class="dot ok" title="online" />
+                <span class={`dot ${online ? "ok" : ""}`} title={online ? "online" : "not known without a connection"} />
               </li>
             ))}
             {assistant && (
@@ -82,7 +83,7 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
               </li>
             )}
           </ul>
-          {assistant && <p class="muted hint">Begin a message with <code>@{assistant}</code> to ask. Try <code>@{assistant} status</code>.</p>}
+          {assistant && <p class="muted hint">Begin a message with <code>@{assistant}</code> to ask, as in <code>@{assistant} status</code>.</p>}
         </aside>
       </div>
     </section>

@@ -2,12 +2,11 @@
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Icon } from "../icons";
 import type { Room } from "./room";
+import { bytesLeft, namesInVain } from "./text";
 
-// As the server takes it, in bytes; a text of other scripts that is longer is refused with a reason.
-const MAX_LENGTH = 8_192;
 const MAX_HEIGHT = 220;
 
-export function Composer({ room, title, names }: { room: Room; title: string; names: string[] }) {
+export function Composer({ room, title, names, assistant }: { room: Room; title: string; names: string[]; assistant: string }) {
   const [text, setText] = useState(room.draft);
   const [choice, setChoice] = useState(0);
   const [dismissed, setDismissed] = useState(false);
@@ -16,6 +15,12 @@ export function Composer({ room, title, names }: { room: Room; title: string; na
   const partial = /(?:^|\s)@([\w.-]*)$/.exec(text)?.[1];
   const matches =
     partial === undefined || dismissed ? [] : names.filter((name) => name.toLowerCase().startsWith(partial.toLowerCase()) && name !== partial).slice(0, 6);
+  const left = bytesLeft(text);
+  const tooLong = left !== null && left < 0;
+  const note =
+    left !== null ? (tooLong ? `${-left} bytes too long` : `${left} bytes left`)
+    : matches.length === 0 && namesInVain(text, assistant) ? `Begin the message with @${assistant} to ask.`
+    : "";
   const chosen = matches[Math.min(choice, matches.length - 1)];
 
   useLayoutEffect(() => {
@@ -45,7 +50,7 @@ export function Composer({ room, title, names }: { room: Room; title: string; na
 
   const send = (): void => {
     const trimmed = text.trim();
-    if (trimmed === "") return;
+    if (trimmed === "" || tooLong) return;
     room.send(trimmed);
     setText("");
     room.draft = "";
@@ -87,14 +92,15 @@ export function Composer({ room, title, names }: { room: Room; title: string; na
         </ul>
       )}
       <textarea
-        ref={field} rows={1} value={text} maxLength={MAX_LENGTH} data-testid="composer" data-focus="/"
+        ref={field} rows={1} value={text} aria-invalid={tooLong} aria-describedby="composer-note" data-testid="composer" data-focus="/"
         placeholder={`Message ${title}`} aria-label={`Message ${title}`} aria-autocomplete="list"
         {...(chosen === undefined ? {} : { "aria-controls": "mentions", "aria-activedescendant": `mention-${chosen}` })}
         onInput={(event) => change(event.currentTarget.value)} onKeyDown={key}
       />
-      <button type="submit" class="primary icon-button" data-testid="send" disabled={text.trim() === ""} aria-label="Send" title="Send (Enter)">
+      <button type="submit" class="primary icon-button" data-testid="send" disabled={text.trim() === "" || tooLong} aria-label="Send" title="Send (Enter)">
         <Icon name="send" />
       </button>
+      <span id="composer-note" class={`composer-note ${tooLong ? "bad" : ""}`} role="status" data-testid="composer-note">{note}</span>
     </form>
   );
 }

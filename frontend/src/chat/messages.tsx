@@ -12,6 +12,8 @@ const GROUP_MS = 5 * 60_000;
 /** This close to the end counts as being there. */
 const NEAR_END = 48;
 const NEAR_TOP = 120;
+/** A provider that is there has said something by then. */
+const PATIENCE_MS = 2_000;
 
 export function MessageList({ room, me, assistant }: { room: Room; me: string; assistant: string }) {
   const { messages, more, loaded } = room.state.value;
@@ -36,7 +38,8 @@ export function MessageList({ room, me, assistant }: { room: Room; me: string; a
     if (!el) return;
     const first = messages[0]?.id ?? 0;
     const grown = el.scrollHeight - before.current.height;
-    const mine = messages[messages.length - 1]?.state === "sending";
+    const last = messages[messages.length - 1]?.state;
+    const mine = last === "sending" || last === "waiting";
     if (follow.current || mine) toEnd();
     else if (first < before.current.first && grown > 0) el.scrollTop += grown;
     before.current = { first, height: el.scrollHeight };
@@ -151,7 +154,7 @@ const MessageView = memo(function MessageView({ message, grouped, mine, assistan
         )}
         <div class="body" data-testid="message-text">
           {streaming && message.text === "" ? (
-            <span class="thinking"><span class="spinner" /> Thinking…</span>
+            <Thinking />
           ) : (
             <Markdown text={message.text} tail={streaming ? <span class="caret" aria-hidden="true" /> : undefined} />
           )}
@@ -162,6 +165,16 @@ const MessageView = memo(function MessageView({ message, grouped, mine, assistan
   );
 });
 
+/** Nothing has come yet; after a while it says what is lacking. */
+function Thinking() {
+  const [long, setLong] = useState(false);
+  useEffect(() => {
+    const timer = setTimeout(() => setLong(true), PATIENCE_MS);
+    return () => clearTimeout(timer);
+  }, []);
+  return <span class="thinking"><span class="spinner" /> {long ? "Waiting for a provider…" : "Thinking…"}</span>;
+}
+
 function Footer({ message, state, room }: { message: Message; state: string; room: Room }) {
   if (state === "streaming") {
     return (
@@ -171,6 +184,14 @@ function Footer({ message, state, room }: { message: Message; state: string; roo
     );
   }
   if (state === "sending") return <footer class="muted"><span role="status">Sending…</span></footer>;
+  if (state === "waiting") {
+    return (
+      <footer class="muted">
+        <span role="status">Waiting for the connection</span>
+        <button type="button" class="ghost small" onClick={() => room.discard(message)}>Discard</button>
+      </footer>
+    );
+  }
   if (state === "stopped") return <footer class="muted">Stopped</footer>;
   if (state !== "failed") return null;
   return (

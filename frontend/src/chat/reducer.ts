@@ -1,7 +1,7 @@
 // A room's messages as a value: what the channel says, what history brings and what we are sending, in one order.
 import { num, object, str, type Json } from "../json";
 
-export type MessageState = "sending" | "done" | "streaming" | "failed" | "stopped";
+export type MessageState = "waiting" | "sending" | "done" | "streaming" | "failed" | "stopped";
 
 export interface Message {
   /** 0 while the server has not given one. */
@@ -33,7 +33,8 @@ export type Action =
   | { type: "message"; message: Message }
   | { type: "delta"; id: number; seq: number; attempt: number; text: string }
   | { type: "send"; message: Message }
-  | { type: "sendFailed"; nonce: string; error: string }
+  /** How it goes with one of ours that the server has not confirmed. */
+  | { type: "outgoing"; nonce: string; state: "waiting" | "sending" | "failed"; error: string }
   | { type: "discard"; nonce: string };
 
 export const emptyChat: ChatState = { messages: [], more: false, loaded: false, gap: false };
@@ -48,13 +49,13 @@ export function reduce(state: ChatState, action: Action): ChatState {
       return append(state, action);
     case "send": {
       const others = state.messages.filter((m) => m.id > 0 || m.nonce !== action.message.nonce);
-      return { ...state, messages: [...others, { ...action.message, id: 0, state: "sending", error: "" }] };
+      return { ...state, messages: [...others, { ...action.message, id: 0, error: "" }] };
     }
-    case "sendFailed":
+    case "outgoing":
       return {
         ...state,
         messages: state.messages.map((m) =>
-          m.id === 0 && m.nonce === action.nonce ? { ...m, state: "failed" as const, error: action.error } : m,
+          m.id === 0 && m.nonce === action.nonce ? { ...m, state: action.state, error: action.error } : m,
         ),
       };
     case "discard":

@@ -1,7 +1,7 @@
 // One room as this page knows it: kept while other rooms are shown, so that switching back is at once.
-import { signal } from "@preact/signals";
+import { effect, signal } from "@preact/signals";
 import type { ClientInfo } from "../codec/realtime";
-import type { Position } from "../connection";
+import { NOT_CONNECTED, CommandError, type Position } from "../connection";
 import { fromBytes, num, object, str, type Json, type JsonObject } from "../json";
 import { randomHex, type Session } from "../session";
 import { emptyChat, readHistory, readMessage, reduce, type Action, type ChatState, type Message } from "./reducer";
@@ -28,7 +28,9 @@ export class Room {
   private queue: Action[] = [];
   private scheduled = false;
   private loading = false;
-  private sends: Promise<void> = Promise.resolve();
+  /** Ours that the server has not confirmed, in the order they go out. */
+  private outbox: Message[] = [];
+  private draining = false;
   private loadedAt = 0;
   private typingSentAt = 0;
   private readonly clients = new Map<string, Person>();
@@ -41,6 +43,10 @@ export class Room {
     private readonly session: Session,
   ) {
     this.seenBefore.value = Number(localStorage.getItem(this.storageKey("read")) ?? 0);
+    // As long as the session: what was written offline goes out even if another room is shown by then.
+    effect(() => {
+      if (session.connection.status.value.name === "connected") void this.drain();
+    });
   }
 
   /** Listens as long as the room is shown. */
@@ -147,26 +153,50 @@ export class Room {
   }
 
   set draft(text: string) {
-    if (text === "") localStorage.removeItem(this.storageKey("draft"));
-    else localStorage.setItem(this.storageKey("draft"), text);
+    try {
+      if (text === "") localStorage.removeItem(this.storageKey("draft"));
+      else localStorage.setItem(this.storageKey("draft"), text);
+    } catch {
+      // More than the browser keeps; it stays in the field.
+    }
   }
 
   private deliver(message: Message): void {
-    this.dispatch({ type: "send", message });
+    this.dispatch({ type: "send", message: { ...message, state: this.session.connection.connected ? "sending" : "waiting" } });
     this.seenBefore.value = Infinity;
     this.typingSentAt = 0;
-    // One after the other: two on their way at once may arrive in either order.
-    this.sends = this.sends.then(() => this.sendNow(message));
+    this.outbox.push(message);
+    void this.drain();
   }
 
-  private async sendNow(message: Message): Promise<void> {
-    try {
-      const request = { room: this.id, text: message.text, nonce: message.nonce };
-      const sent = readMessage(object(await this.session.rpc("chat.send", request))["message"]);
-      if (sent) this.dispatch({ type: "message", message: { ...sent, nonce: message.nonce } });
-    } catch (error) {
-      this.dispatch({ type: "sendFailed", nonce: message.nonce, error: (error as Error).message });
+  /** One after the other: two on their way at once may arrive in either order. */
+  private async drain(): Promise<void> {
+    if (this.draining) return;
+    this.draining = true;
+    for (let next = this.outbox[0]; next && this.session.connection.connected; next = this.outbox[0]) {
+      if (this.isPending(next) && !(await this.sendNow(next))) break;
+      this.outbox.shift();
     }
+    for (const { nonce } of this.outbox) this.dispatch({ type: "outgoing", nonce, state: "waiting", error: "" });
+    this.draining = false;
+  }
+
+  /** False if it is to be sent again, with the same nonce: the server takes it once. */
+  private async sendNow({ text, nonce }: Message): Promise<boolean> {
+    this.dispatch({ type: "outgoing", nonce, state: "sending", error: "" });
+    try {
+      const sent = readMessage(object(await this.session.rpc("chat.send", { room: this.id, text, nonce }))["message"]);
+      if (sent) this.dispatch({ type: "message", message: { ...sent, nonce } });
+    } catch (error) {
+      if (error instanceof CommandError && error.code === NOT_CONNECTED) return false;
+      this.dispatch({ type: "outgoing", nonce, state: "failed", error: (error as Error).message });
+    }
+    return true;
+  }
+
+  /** Neither discarded nor said by the room meanwhile. */
+  private isPending({ nonce }: Message): boolean {
+    return this.state.peek().messages.some((message) => message.id === 0 && message.nonce === nonce);
   }
 
   private command(method: string, message: Message): void {

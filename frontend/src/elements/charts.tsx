@@ -22,10 +22,10 @@ export function LazyPlot(props: PlotProps) {
   return Plot ? <Plot {...props} /> : <div class="plot-host skeleton delayed" />;
 }
 
-export function ChartCard(props: { title: string; children: preact.ComponentChildren; actions?: preact.ComponentChildren }) {
+export function ChartCard(props: { title: string; children: preact.ComponentChildren }) {
   return (
     <section class="card chart" data-testid="chart" aria-label={props.title}>
-      <header><h2>{props.title}</h2>{props.actions}</header>
+      <header><h2>{props.title}</h2></header>
       {props.children}
     </section>
   );

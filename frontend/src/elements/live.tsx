@@ -1,16 +1,14 @@
 // Elements bound to a channel of samples: they move without a rerun of the app.
 import type { ComponentChildren } from "preact";
-import { useEffect, useState } from "preact/hooks";
 import { bytes, duration, number, withUnit } from "../format";
 import { at, num, records, str, type Json } from "../json";
 import { breakdown, numbers, useLive, type Sample } from "../live";
 import { ChartCard, LazyPlot } from "./charts";
 import type { PlotSeries } from "./plot";
-import { columnsOf, DataTable, MetricCard, type Column, type ElementProps } from "./show";
+import { columnsOf, DataTable, MetricCard, yesNo, type Column, type ElementProps } from "./show";
 
 const SPARK = 60;
 const MOST_SERIES = 8;
-const RANGES = [60, 300, 900];
 
 export function LiveMetric({ node }: ElementProps) {
   const props = node.props.value;
@@ -62,33 +60,21 @@ export function LiveBreakdown({ node }: ElementProps) {
 function LivePlot({ node, series }: ElementProps & { series: (samples: Sample[]) => PlotSeries[] }) {
   const props = node.props.value;
   const { samples, problem } = useLive(str(props["channel"]));
-  const given = num(props["window"], 300);
-  const [chosen, setChosen] = useState(given);
-  useEffect(() => setChosen(given), [given]);
+  const range = num(props["window"], 300);
   const all = samples.value;
   const end = all[all.length - 1]?.t ?? Date.now();
   // One sample more than shown, so that a rate begins at the edge.
-  const shown = all.filter((sample) => sample.t >= end - (chosen + 2) * 1000);
+  const shown = all.filter((sample) => sample.t >= end - (range + 2) * 1000);
   const title = str(props["title"]);
   const lines = series(shown);
-  const ranges = [...new Set([...RANGES, given])].sort((a, b) => a - b);
   return (
-    <ChartCard
-      title={title}
-      actions={
-        <span class="segmented" role="group" aria-label="Time range">
-          {ranges.map((range) => (
-            <button key={range} type="button" aria-pressed={range === chosen} onClick={() => setChosen(range)}>{range < 60 ? `${range}s` : `${Math.round(range / 60)}m`}</button>
-          ))}
-        </span>
-      }
-    >
+    <ChartCard title={title}>
       {problem.value !== "" ? (
         <div class="empty small"><p>This channel cannot be read: {problem.value}</p></div>
       ) : shown.length === 0 || lines.length === 0 ? (
         <div class="plot-host empty small"><p>{shown.length === 0 ? "Waiting for the first sample…" : "Nothing counted yet. Send a request to see it here."}</p></div>
       ) : (
-        <LazyPlot x={shown.map((sample) => sample.t / 1000)} time unit={str(props["unit"])} title={title} series={lines} span={[end / 1000 - chosen, end / 1000]} />
+        <LazyPlot x={shown.map((sample) => sample.t / 1000)} time unit={str(props["unit"])} title={title} series={lines} span={[end / 1000 - range, end / 1000]} />
       )}
     </ChartCard>
   );
@@ -115,9 +101,10 @@ function stateTone(word: string): string {
 function cell(value: Json | undefined, column: Column): ComponentChildren {
   if (value === undefined || value === null) return <span class="muted">–</span>;
   if (column.format === "badge") {
-    const word = typeof value === "boolean" ? (value ? "yes" : "no") : str(value);
+    const word = typeof value === "boolean" ? yesNo(value) : str(value);
     return <span class={`badge ${stateTone(word)}`}>{word.replace(/_/g, " ")}</span>;
   }
+  if (typeof value === "boolean") return yesNo(value);
   if (typeof value === "number") return formatted(value, column.format);
   if (typeof value === "object") return <code>{JSON.stringify(value)}</code>;
   return str(value);

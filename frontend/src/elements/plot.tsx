@@ -2,7 +2,8 @@
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { axisTime, moment, withUnit } from "../format";
 import { Icon } from "../icons";
-import { areaPath, linePath, nearest, ticks, timeTicks, yRange, type Range } from "../scale";
+import { areaPath, coincide, linePath, nearest, ticks, timeTicks, yRange, type Range } from "../scale";
+import { Sideways } from "../sideways";
 
 export interface PlotSeries {
   label: string;
@@ -24,6 +25,8 @@ const HEIGHT = 200;
 const [LEFT, RIGHT, TOP, BOTTOM] = [52, 8, 8, 22];
 const BOX_HEIGHT = HEIGHT - TOP - BOTTOM;
 const SERIES = 8;
+/** A dash and the gap after it. */
+const DASHES = 16;
 const TABLE_ROWS = 30;
 /** A shorter drag is a click. */
 const DRAG = 6;
@@ -117,12 +120,12 @@ export default function Plot(props: PlotProps) {
                 </g>
               ))}
               <svg x={LEFT} y={TOP} width={boxWidth} height={BOX_HEIGHT}>
-                {visible.map((line) => {
+                {visible.map((line, i) => {
                   const path = linePath(inside, line.values, toX, toY);
                   return (
                     <g key={line.label} class={line.tint}>
                       {series.length === 1 && <path class="area" d={areaPath(path, toY(Math.max(0, range[0])))} />}
-                      <path class="line" d={path} />
+                      <path class="line" d={path} stroke-dasharray={dashes(visible.slice(0, i).filter((below) => coincide(below.values, line.values)).length)} />
                     </g>
                   );
                 })}
@@ -152,7 +155,7 @@ export default function Plot(props: PlotProps) {
         <span class="legend-when muted tabular">{when}</span>
         {zoom && <button type="button" class="small" onClick={() => setZoom(null)}>Whole range</button>}
         <button type="button" class="ghost small icon-button" aria-pressed={asTable} aria-label={asTable ? "Show as chart" : "Show as table"} title={asTable ? "Chart" : "Table"} onClick={() => setAsTable(!asTable)}>
-          <Icon name={asTable ? "gauge" : "table"} />
+          <Icon name={asTable ? "chart" : "table"} />
         </button>
       </div>
     </div>
@@ -162,7 +165,7 @@ export default function Plot(props: PlotProps) {
 function PlotTable({ x, series, time, unit, title }: PlotProps) {
   const rows = x.map((_, i) => i).slice(-TABLE_ROWS).reverse();
   return (
-    <div class="table-scroll plot-table" tabIndex={0} role="group" aria-label={title}>
+    <Sideways also="plot-table" label={title}>
       <table>
         <thead><tr><th scope="col">{time ? "Time" : "x"}</th>{series.map((one) => <th key={one.label} scope="col" class="align-right">{one.label}</th>)}</tr></thead>
         <tbody>
@@ -174,11 +177,17 @@ function PlotTable({ x, series, time, unit, title }: PlotProps) {
           ))}
         </tbody>
       </table>
-    </div>
+    </Sideways>
   );
 }
 
 const shown = (value: number | null | undefined, unit: string): string => (value === null || value === undefined ? "–" : withUnit(value, unit));
+
+/** A line over others shows through its gaps what is below. */
+function dashes(below: number): string | undefined {
+  const dash = DASHES / 2 ** below;
+  return below === 0 ? undefined : `${dash} ${DASHES - dash}`;
+}
 
 /** Labels at the edges stay inside. */
 const anchor = (x: number, width: number): string => (x < 16 ? "start" : x > width - 24 ? "end" : "middle");

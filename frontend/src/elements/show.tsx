@@ -5,6 +5,7 @@ import { number } from "../format";
 import { Icon, type IconName } from "../icons";
 import { list, num, records, str, type Json, type JsonObject } from "../json";
 import { CodeBlock, Markdown } from "../markdown";
+import { Sideways } from "../sideways";
 import type { TreeNode } from "../store";
 
 export interface ElementProps {
@@ -111,6 +112,15 @@ export function Link({ node }: ElementProps) {
   );
 }
 
+export function NewRoom() {
+  const session = useSession();
+  return (
+    <button type="button" class="ghost icon-button small new-room" aria-label="New room" title="New room" data-testid="new-room" onClick={() => { session.dialog.value = "room"; }}>
+      <Icon name="plus" />
+    </button>
+  );
+}
+
 export function Metric({ node }: ElementProps) {
   const props = node.props.value;
   const delta = str(props["delta"]);
@@ -155,8 +165,10 @@ export function Table({ node }: ElementProps) {
   return <DataTable columns={columnsOf(props["columns"])} rows={records(props["rows"])} cell={plainCell} />;
 }
 
+export const yesNo = (value: boolean): string => (value ? "yes" : "no");
+
 const plainCell = (value: Json | undefined): ComponentChildren =>
-  typeof value === "number" ? number(value) : typeof value === "object" && value !== null ? JSON.stringify(value) : str(value, "–");
+  typeof value === "number" ? number(value) : typeof value === "boolean" ? yesNo(value) : typeof value === "object" && value !== null ? JSON.stringify(value) : str(value, "–");
 
 export function DataTable(props: {
   columns: Column[];
@@ -170,7 +182,7 @@ export function DataTable(props: {
     column.align === "right" || (column.align === "" && rows.length > 0 && rows.every((row) => typeof row[column.key] === "number"));
   if (rows.length === 0) return <div class="empty small" data-testid={props.testid}><p>{props.empty || "Nothing to show yet."}</p></div>;
   return (
-    <div class="table-scroll" data-testid={props.testid} tabIndex={0} role="group" aria-label="Table">
+    <Sideways testid={props.testid}>
       <table>
         <thead>
           <tr>{columns.map((column) => <th key={column.key} scope="col" class={numeric(column) ? "align-right" : ""}>{column.label}</th>)}</tr>
@@ -185,7 +197,7 @@ export function DataTable(props: {
           ))}
         </tbody>
       </table>
-    </div>
+    </Sideways>
   );
 }
 

@@ -1,6 +1,7 @@
 // Sign in or sign up; the cookie that comes back keeps the session, the token opens the connection.
 import { useState } from "preact/hooks";
 import { authenticate, type Account } from "../auth";
+import { sentence } from "../format";
 import { Logo } from "../icons";
 
 export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; notice: string; onSignedIn: (account: Account) => void }) {
@@ -21,7 +22,7 @@ export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; not
     setError("");
     const result = await authenticate(creating ? "signup" : "login", name, password);
     setBusy(false);
-    if ("error" in result) setError(result.error);
+    if ("error" in result) setError(sentence(result.error));
     else onSignedIn(result);
   };
 
@@ -34,11 +35,13 @@ export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; not
         <form class="stack" onSubmit={(event) => void submit(event)}>
           <label class="field">
             <span class="field-label">Name</span>
-            <input name="name" type="text" autocomplete="username" autocapitalize="none" spellcheck={false} maxLength={64} required autofocus data-testid="login-name" />
+            <input name="name" type="text" autocomplete="username" autocapitalize="none" spellcheck={false} maxLength={64} required autofocus aria-describedby="name-rule" data-testid="login-name" />
+            {creating && <span id="name-rule" class="muted hint">2 to 32 letters, digits, dots, dashes or underscores</span>}
           </label>
           <label class="field">
             <span class="field-label">Password</span>
-            <input name="password" type="password" autocomplete={creating ? "new-password" : "current-password"} maxLength={256} required data-testid="login-password" />
+            <input name="password" type="password" autocomplete={creating ? "new-password" : "current-password"} maxLength={256} required aria-describedby="password-rule" data-testid="login-password" />
+            {creating && <span id="password-rule" class="muted hint">At least 8 characters</span>}
           </label>
           {error !== "" && <div class="alert bad" role="alert" data-testid="login-error"><span>{error}</span></div>}
           <button type="submit" class="primary wide" disabled={busy} data-testid="login-submit">

@@ -4,6 +4,7 @@ import { signOut } from "../auth";
 import type { Status } from "../connection";
 import { SessionProvider } from "../context";
 import { Avatar } from "../elements/avatar";
+import { sentence } from "../format";
 import { Icon, Logo } from "../icons";
 import { object, str } from "../json";
 import { Element } from "../render";
@@ -13,23 +14,26 @@ import { nextTheme, theme } from "../theme";
 
 export function Shell({ session }: { session: Session }) {
   const [drawer, setDrawer] = useState(false);
-  const [jump, setJump] = useState(false);
-  const { store } = session;
+  const { store, dialog } = session;
+  const jump = dialog.value;
+  const setJump = (value: typeof jump): void => {
+    dialog.value = value;
+  };
   const { sidebar, main } = parts(store.root);
   const place = session.location.value;
 
-  useEffect(() => setDrawer(false), [place]);
+  useEffect(() => setDrawer(false), [place, jump]);
 
   useEffect(() => {
     const key = (event: KeyboardEvent): void => {
       if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
         event.preventDefault();
-        setJump(true);
+        setJump("place");
       } else if (event.key === "/" && !typingIn(event.target)) {
         event.preventDefault();
         const field = document.querySelector<HTMLElement>("[data-focus='/']");
         if (field) field.focus();
-        else setJump(true);
+        else setJump("place");
       } else if (event.key === "Escape" && !event.defaultPrevented) {
         setDrawer(false);
         session.stop();
@@ -62,12 +66,12 @@ export function Shell({ session }: { session: Session }) {
         <header class="topbar">
           <button type="button" class="ghost icon-button" aria-label="Menu" aria-expanded={drawer} onClick={() => setDrawer(!drawer)}><Icon name="menu" /></button>
           <span class="brand"><Logo /><span>Beamline</span></span>
-          <button type="button" class="ghost icon-button" aria-label="Jump to" onClick={() => setJump(true)}><Icon name="search" /></button>
+          <button type="button" class="ghost icon-button" aria-label="Jump to" onClick={() => setJump("place")}><Icon name="search" /></button>
         </header>
         {drawer && <div class="scrim" onClick={() => setDrawer(false)} />}
         <nav class="sidebar" aria-label="Main">
           <div class="brand"><Logo /><span>Beamline</span></div>
-          <button type="button" class="jump" onClick={() => setJump(true)}><Icon name="search" /><span>Jump to…</span><kbd>Ctrl K</kbd></button>
+          <button type="button" class="jump" onClick={() => setJump("place")}><Icon name="search" /><span>Jump to…</span><kbd>Ctrl K</kbd></button>
           <div class="sidebar-tree">{sidebar.map((node) => <Element key={node.id} node={node} />)}</div>
           <Foot session={session} />
         </nav>
@@ -76,7 +80,7 @@ export function Shell({ session }: { session: Session }) {
           <FailureBox session={session} />
           {!store.ready.value ? <LoadingPage /> : main.map((node) => <Element key={node.id} node={node} />)}
         </main>
-        {jump && <Jump session={session} close={() => setJump(false)} />}
+        {jump && <Jump key={jump} session={session} fresh={jump === "room"} close={() => setJump("")} />}
         <Toasts session={session} />
       </div>
     </SessionProvider>
@@ -158,7 +162,7 @@ function FailureBox({ session }: { session: Session }) {
     <div class="alert bad" role="alert" data-testid="failure">
       <div>
         <strong>This page ran into an error</strong>
-        <span>{failure.message}</span>
+        <span>{sentence(failure.message)}</span>
         {failure.traceId !== "" && <span class="muted">Trace <code>{failure.traceId}</code></span>}
       </div>
       <button type="button" class="small" onClick={() => session.rerun(true)}><Icon name="retry" /> Run again</button>
@@ -218,16 +222,19 @@ function roomHref(root: TreeNode, id: string): string {
   return `/chat/${id}`;
 }
 
-function Jump({ session, close }: { session: Session; close: () => void }) {
+/** Where to go; with `fresh`, the name of a new room. */
+function Jump({ session, fresh, close }: { session: Session; fresh: boolean; close: () => void }) {
   const [query, setQuery] = useState("");
-  const [chosen, setChosen] = useState(0);
+  const [picked, setChosen] = useState<number | null>(null);
   const dialog = useRef<HTMLDialogElement>(null);
   useEffect(() => dialog.current?.showModal(), []);
   const wanted = query.trim().toLowerCase();
-  const found = places(session.store.root).filter((place) => place.label.toLowerCase().includes(wanted));
+  const title = fresh ? "New room" : "Jump to";
+  const found = fresh && wanted === "" ? [] : places(session.store.root).filter((place) => place.label.toLowerCase().includes(wanted));
   const name = query.trim().replace(/^#/, "");
   const creates = name !== "" && !found.some((place) => place.label.toLowerCase().replace(/^#\s*/, "") === name.toLowerCase());
   const count = found.length + (creates ? 1 : 0);
+  const chosen = picked ?? (fresh && creates ? found.length : 0);
 
   const create = async (): Promise<void> => {
     try {
@@ -253,13 +260,13 @@ function Jump({ session, close }: { session: Session; close: () => void }) {
     }
   };
   return (
-    <dialog ref={dialog} class="dialog jump-dialog" aria-label="Jump to" onClose={close} onClick={(event) => { if (event.target === dialog.current) close(); }}>
+    <dialog ref={dialog} class="dialog jump-dialog" aria-label={title} onClose={close} onClick={(event) => { if (event.target === dialog.current) close(); }}>
       <div class="jump-field">
-        <Icon name="search" />
-        <input type="text" value={query} placeholder="Jump to a room or page, or name a new room" aria-label="Jump to" role="combobox" aria-expanded="true" aria-controls="jump-list" data-testid="jump-input"
-          onInput={(event) => { setQuery(event.currentTarget.value); setChosen(0); }} onKeyDown={key} />
+        <Icon name={fresh ? "plus" : "search"} />
+        <input type="text" value={query} placeholder={fresh ? "Name of the new room" : "Jump to a room or page, or name a new room"} aria-label={title} role="combobox" aria-expanded={count > 0} aria-controls="jump-list" data-testid="jump-input"
+          onInput={(event) => { setQuery(event.currentTarget.value); setChosen(null); }} onKeyDown={key} />
       </div>
-      <ul id="jump-list" role="listbox" aria-label="Places">
+      <ul id="jump-list" role="listbox" aria-label="Places" hidden={count === 0}>
         {found.map((place, i) => (
           <li key={place.href} role="option" aria-selected={i === chosen} onMouseEnter={() => setChosen(i)} onClick={() => take(i)}>
             <span class="ellipsis">{place.label}</span>{place.active && <span class="muted">open</span>}
@@ -271,6 +278,7 @@ function Jump({ session, close }: { session: Session; close: () => void }) {
           </li>
         )}
       </ul>
+      {count === 0 && <p class="jump-hint muted">{fresh ? "Type a name, then press Enter." : "There is no such place."}</p>}
     </dialog>
   );
 }

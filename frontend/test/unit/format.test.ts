@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { bytes, day, duration, initials, number, pick, withUnit } from "../../src/format";
+import { bytes, day, duration, initials, number, pick, sentence, withUnit } from "../../src/format";
 
 describe("format", () => {
   it.each([
@@ -11,7 +11,9 @@ describe("format", () => {
 
   it.each([[0.25, "250 ms"], [1.5, "1.5 s"], [59, "59 s"], [61, "1 min 1 s"], [3_700, "1 h 1 min"], [200_000, "2 d 7 h"]])("%d seconds are %s", (value, expected) => expect(duration(value)).toBe(expected));
 
-  it.each([[512, "bytes", "512 B"], [5, "percent", "5.0 %"], [0.25, "percent", "0.3 %"], [900, "us", "900 µs"], [1_500, "us", "1.5 ms"], [7, "/s", "7 /s"], [7, "", "7"]])("%d with unit %s is %s", (value, unit, expected) => expect(withUnit(value, unit)).toBe(expected));
+  it.each([[512, "bytes", "512 B"], [5, "percent", "5.0 %"], [0.25, "percent", "0.3 %"], [900, "us", "900 µs"], [1_500, "us", "1.5 ms"], [0, "ms", "< 1 ms"], [3, "ms", "3 ms"], [7, "/s", "7 /s"], [7, "", "7"]])("%d with unit %s is %s", (value, unit, expected) => expect(withUnit(value, unit)).toBe(expected));
+
+  it.each([["", ""], ["a password has 8 bytes", "A password has 8 bytes."], ["Again!", "Again!"], ["éa; b", "Éa; b."]])("%j as a sentence is %j", (text, expected) => expect(sentence(text)).toBe(expected));
 
   it.each([["Ann", "A"], ["ann lee", "AL"], ["a.b-c", "AC"], ["", "?"], ["  ", "?"], ["🙂 smile", "🙂S"], ["élan", "É"]])("initials of %j are %s", (name, expected) => expect(initials(name)).toBe(expected));
 

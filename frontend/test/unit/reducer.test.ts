@@ -42,7 +42,7 @@ describe("sending", () => {
   });
 
   it("failed, again, and then there", () => {
-    const failed = run(sent("a"), { type: "sendFailed", nonce: "a", error: "no answer in time" });
+    const failed = run(sent("a"), { type: "outgoing", nonce: "a", state: "failed", error: "no answer in time" });
     expect(failed.messages[0]).toMatchObject({ state: "failed", error: "no answer in time" });
     const again = reduce(failed, sent("a"));
     expect(again.messages).toMatchObject([{ state: "sending", error: "" }]);
@@ -50,7 +50,7 @@ describe("sending", () => {
   });
 
   it("a failure told after the echo changes nothing", () => {
-    expect(shown(run(sent("a"), ...said(message(3, { nonce: "a" })), { type: "sendFailed", nonce: "a", error: "late" }))).toEqual(["3:m3"]);
+    expect(shown(run(sent("a"), ...said(message(3, { nonce: "a" })), { type: "outgoing", nonce: "a", state: "failed", error: "late" }))).toEqual(["3:m3"]);
   });
 
   it("discard takes away only what was not sent", () => {

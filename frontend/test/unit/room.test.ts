@@ -137,19 +137,60 @@ describe("sending", () => {
     expect(texts(one).slice(1)).toEqual(["21:a:done", "22:b:done", "23:c:done"]);
   });
 
-  it("failed while offline goes out again with the same nonce", async () => {
+  it("written offline waits, and goes out by itself when the connection is back: in order, once", async () => {
     const one = await opened();
+    let id = 20;
+    answers["chat.send"] = (request) => ({ message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) } });
     server.socket.drop();
-    one.send("hello");
+    for (const text of ["a", "b", "c"]) one.send(text);
     await vi.advanceTimersByTimeAsync(0);
-    expect(texts(one)).toEqual(["1:hi:done", "0:hello:failed"]);
+    expect(texts(one).slice(1)).toEqual(["0:a:waiting", "0:b:waiting", "0:c:waiting"]);
+    one.discard(one.state.value.messages[2]!);
     await vi.advanceTimersByTimeAsync(2_000);
+    expect(texts(one).slice(1)).toEqual(["21:a:done", "22:c:done"]);
+    expect(of("chat.send").map((request) => request["text"])).toEqual(["a", "c"]);
+    server.socket.drop();
+    await vi.advanceTimersByTimeAsync(2_000);
+    expect(of("chat.send")).toHaveLength(2);
+  });
+
+  it("lost on the way goes out again with the same nonce, unless the room has it", async () => {
+    const one = await opened();
+    const whole = server.rpc;
+    const lost: JsonObject[] = [];
+    server.rpc = (method, data) => {
+      if (method !== "chat.send") return whole(method, data);
+      lost.push(object(fromBytes(data)));
+      return undefined; // never answered
+    };
+    one.send("a");
+    one.send("b");
+    await vi.advanceTimersByTimeAsync(0);
+    server.socket.drop();
+    await vi.advanceTimersByTimeAsync(0);
+    expect(texts(one).slice(1)).toEqual(["0:a:waiting", "0:b:waiting"]);
+    expect(lost).toHaveLength(1);
+    server.rpc = whole;
+    await vi.advanceTimersByTimeAsync(2_000);
+    expect(of("chat.send").map(({ text, nonce }) => [text, nonce === lost[0]?.["nonce"]])).toEqual([["a", true], ["b", false]]);
+  });
+
+  it("refused says why and is not tried again by itself, but when asked, with the same nonce", async () => {
+    const one = await opened();
+    const whole = server.rpc;
+    server.rpc = () => ({ error: { code: 108, message: "too many" } });
+    one.send("hello");
+    await frame();
     const failed = one.state.value.messages[1];
-    if (!failed) throw new Error("it is gone");
-    one.retry(failed);
+    expect([failed?.state, failed?.error]).toEqual(["failed", "too many"]);
+    server.rpc = whole;
+    server.socket.drop();
+    await vi.advanceTimersByTimeAsync(2_000);
+    expect(of("chat.send")).toEqual([]);
+    one.retry(failed!);
     await frame();
     expect(texts(one)).toEqual(["1:hi:done", "9:hello:done"]);
-    expect(of("chat.send")).toMatchObject([{ room: "general", text: "hello", nonce: failed.nonce }]);
+    expect(of("chat.send")).toMatchObject([{ text: "hello", nonce: failed?.nonce }]);
   });
 
   it("says that one is typing, but not at every key", async () => {

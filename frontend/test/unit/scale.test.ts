@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { areaPath, linePath, nearest, ticks, timeTicks, yRange } from "../../src/scale";
+import { areaPath, coincide, linePath, nearest, ticks, timeTicks, yRange } from "../../src/scale";
 
 describe("ranges", () => {
   it("begin at zero and leave air above", () => {
@@ -12,6 +12,13 @@ describe("ranges", () => {
       expect(high).toBeGreaterThan(low);
     }
   });
+});
+
+it("lines coincide that are the same for the larger part of what both have", () => {
+  expect(coincide([1, 2, 3], [1, 2, 4])).toBe(true);
+  expect(coincide([1, 2, 3], [1, 5, 4])).toBe(false);
+  expect(coincide([null, 2], [1, 2])).toBe(true);
+  expect(coincide([null], [null])).toBe(false);
 });
 
 describe("ticks", () => {

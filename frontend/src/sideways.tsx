@@ -1,0 +1,27 @@
+// A table wider than its place scrolls sideways; its edges fade where there is more to see.
+import type { ComponentChildren } from "preact";
+import { useLayoutEffect, useRef } from "preact/hooks";
+
+export function Sideways({ label = "Table", testid, also = "", children }: { label?: string; testid?: string | undefined; also?: string; children: ComponentChildren }) {
+  const box = useRef<HTMLDivElement>(null);
+  const measure = (): void => {
+    const el = box.current;
+    if (!el) return;
+    el.classList.toggle("more-left", el.scrollLeft > 1);
+    el.classList.toggle("more-right", el.scrollLeft + el.clientWidth < el.scrollWidth - 1);
+  };
+  useLayoutEffect(() => {
+    const el = box.current;
+    if (!el) return;
+    // Observed at first as well: that measures.
+    const observer = new ResizeObserver(measure);
+    observer.observe(el);
+    if (el.firstElementChild) observer.observe(el.firstElementChild);
+    return () => observer.disconnect();
+  }, []);
+  return (
+    <div class={`table-scroll ${also}`} ref={box} onScroll={measure} data-testid={testid} tabIndex={0} role="group" aria-label={label}>
+      {children}
+    </div>
+  );
+}
