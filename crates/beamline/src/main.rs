@@ -8,6 +8,7 @@ mod health;
 mod http;
 mod listen;
 mod log;
+mod metrics;
 mod secrets;
 mod wiring;
 

@@ -148,10 +148,7 @@ async fn start(settings: &Settings, stages: &mut Stages, draining: CancellationT
     let (ops_listener, ops_address) = listen::bind("ops.listen", values.address("ops.listen"))?;
     let (grpc_listener, grpc_address) = listen::bind("grpc.listen", values.address("grpc.listen"))?;
 
-    let metrics = metrics_exporter_prometheus::PrometheusBuilder::new()
-        .set_buckets(&[0.000_025, 0.000_1, 0.000_25, 0.001, 0.002_5, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0])?
-        .install_recorder()
-        .context("cannot install the metrics recorder")?;
+    let metrics = crate::metrics::install()?;
 
     let bus = parts::bus(settings, &data_dir).await?;
     tracing::info!(bus = bus.describe(), "bus is up");

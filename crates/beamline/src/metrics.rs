@@ -1,0 +1,103 @@
+//! What `/metrics` has to say of each figure, and figures that are there from the start: an alert on an increase sees the
+//! first one only where there was a zero before.
+
+use anyhow::{Context, Result};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+
+/// Upper bounds of durations, seconds: from what a decision takes to what a slow answer does.
+const BUCKETS: &[f64] = &[0.000_025, 0.000_1, 0.000_25, 0.001, 0.002_5, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0];
+
+/// Name, whether it has labels, and help.
+const COUNTERS: &[(&str, bool, &str)] = &[
+    ("beamline_bus_bad_headers_total", false, "Headers that the bus could not carry and left out"),
+    ("beamline_bus_dropped_total", false, "Messages dropped because a subscriber's queue was full"),
+    ("beamline_bus_late_replies_total", false, "Replies that came after their request had given up"),
+    ("beamline_cluster_connects_total", false, "Connections that said who they are"),
+    ("beamline_cluster_deliveries_total", false, "Publications handed to a connection"),
+    ("beamline_cluster_disconnects_total", true, "Ends of connections, by close code"),
+    ("beamline_cluster_messages_in_total", false, "Commands from clients"),
+    ("beamline_cluster_publications_total", false, "Publications taken"),
+    ("beamline_cluster_refused_total", false, "Connections refused because the node was full"),
+    ("beamline_dead_letters_total", false, "Messages that nobody could handle; they are in the stream DLQ"),
+    (
+        "beamline_gateway_breaker_transitions_total",
+        true,
+        "Changes of the breaker on the way to the router, by its new state",
+    ),
+    ("beamline_gateway_errors_total", true, "Requests refused, by error code"),
+    ("beamline_gateway_requests_total", false, "Requests taken"),
+    ("beamline_gateway_retries_total", false, "Requests sent to the router a second time"),
+    ("beamline_router_contract_violations_total", true, "Headers of requests that were wrong and ignored, by name"),
+    ("beamline_router_decisions_total", true, "Decisions, by reason"),
+    ("beamline_router_errors_total", true, "Requests refused, by error code"),
+    ("beamline_router_results_total", true, "Results of tasks, by status"),
+    ("beamline_webapp_page_errors_total", false, "Runs of a page that failed"),
+    ("beamline_worker_runs_total", true, "Runs of tasks, by provider and how they ended"),
+];
+
+const GAUGES: &[(&str, &str)] = &[
+    ("beamline_cluster_channels", "Channels that somebody on this node follows"),
+    ("beamline_cluster_connections", "Open WebSocket connections of this node"),
+    ("beamline_gateway_breaker_open", "1 while the breaker on the way to the router is not closed"),
+    ("beamline_gateway_connections", "Open IPC connections"),
+    ("beamline_gateway_in_flight", "Requests in flight"),
+    ("beamline_process_resident_bytes", "Resident memory of the process"),
+    ("beamline_webapp_sessions", "Sessions of pages in memory"),
+];
+
+const HISTOGRAMS: &[(&str, &str)] = &[
+    ("beamline_cluster_publish_duration_seconds", "From a publication's arrival to the engine's acknowledgement"),
+    ("beamline_gateway_request_duration_seconds", "From a request to its last answer"),
+    ("beamline_router_decide_duration_seconds", "From a decide request to its answer, the stored assignment included"),
+    ("beamline_webapp_run_duration_seconds", "One run of a page"),
+    ("beamline_worker_run_duration_seconds", "One run of a task, by provider"),
+];
+
+pub fn install() -> Result<PrometheusHandle> {
+    let handle = PrometheusBuilder::new().set_buckets(BUCKETS)?.install_recorder();
+    let handle = handle.context("cannot install the metrics recorder")?;
+    for (name, labelled, help) in COUNTERS {
+        ::metrics::describe_counter!(*name, *help);
+        if !labelled {
+            ::metrics::counter!(*name).increment(0);
+        }
+    }
+    for (name, help) in GAUGES {
+        ::metrics::describe_gauge!(*name, *help);
+    }
+    for (name, help) in HISTOGRAMS {
+        ::metrics::describe_histogram!(*name, ::metrics::Unit::Seconds, *help);
+    }
+    Ok(handle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// Every figure of the sources is described here, and nothing else is.
+    #[test]
+    fn every_figure_is_described() {
+        let mut used = std::collections::BTreeSet::new();
+        let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("..")];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.extension().is_some_and(|extension| extension == "rs") {
+                    let text = std::fs::read_to_string(&path).unwrap();
+                    let macros = ["counter!(\"", "gauge!(\"", "histogram!(\""];
+                    let found = macros.iter().flat_map(|name| text.split(name).skip(1));
+                    used.extend(found.filter_map(|rest| Some(rest.split_once('"')?.0.to_string())));
+                }
+            }
+        }
+        used.retain(|name| name.starts_with("beamline_"));
+        let names = COUNTERS.iter().map(|(name, _, _)| *name);
+        let names = names.chain(GAUGES.iter().map(|(name, _)| *name)).chain(HISTOGRAMS.iter().map(|(name, _)| *name));
+        let described: std::collections::BTreeSet<String> = names.map(String::from).collect();
+        assert_eq!(used, described);
+    }
+}
