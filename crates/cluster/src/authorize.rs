@@ -17,9 +17,8 @@ impl Node {
             let text = format!("a channel's name has 1 to {CHANNEL_MAX} bytes and no control characters");
             return Err((ErrorCode::BadRequest, text));
         }
-        let Some(namespace) = namespace_of(channel) else { return Ok(&self.config.defaults) };
-        let found = self.config.namespaces.iter().rev().find(|known| known.name == namespace);
-        found.map(|namespace| &namespace.rules).ok_or_else(|| {
+        crate::rules::of(channel, &self.config.namespaces, &self.config.defaults).ok_or_else(|| {
+            let namespace = namespace_of(channel).unwrap_or_default();
             let text = format!("no namespace {namespace:?}; add it to [[cluster.namespaces]]");
             (ErrorCode::UnknownChannel, text)
         })

@@ -297,7 +297,7 @@ async fn recover(
     let whole = page
         .publications
         .first()
-        .map_or(request.offset == page.position.offset, |first| first.offset == request.offset + 1);
+        .map_or(request.offset == page.position.offset, |first| Some(first.offset) == request.offset.checked_add(1));
     let recovered = wanted && same && whole && request.offset <= page.position.offset;
     let result = SubscribeResult {
         recoverable: rules.recovers(),

@@ -15,6 +15,8 @@ use wire::channels::Position;
 use wire::realtime::{Encoding, Publication, Push, Reply};
 
 const SHARDS: usize = 64;
+/// Publications that wait for one subscription to become live; what comes beyond is missed, and that is told.
+const COLLECTED_MAX: usize = 4096;
 
 pub struct Hub {
     shards: Vec<Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>>>,
@@ -191,7 +193,11 @@ impl Hub {
         let mut delivered = 0;
         for subscriber in found.subscribers.values_mut() {
             if let Some(collected) = &mut subscriber.collected {
-                collected.push(publication.clone());
+                if collected.len() < COLLECTED_MAX {
+                    collected.push(publication.clone());
+                } else {
+                    subscriber.lost = true;
+                }
                 continue;
             }
             if offset > 0 {
@@ -233,7 +239,11 @@ impl Hub {
     /// Resolves when a publication on `channel` reaches this node.
     pub fn probe(&self, channel: &str) -> oneshot::Receiver<()> {
         let (sender, receiver) = oneshot::channel();
-        self.probes.lock().entry(channel.into()).or_default().push(sender);
+        let mut probes = self.probes.lock();
+        let waiting = probes.entry(channel.into()).or_default();
+        // While nothing is delivered, those before it have given up.
+        waiting.retain(|sender| !sender.is_closed());
+        waiting.push(sender);
         receiver
     }
 }
@@ -251,4 +261,19 @@ fn lost(channel: &str, found: &mut Channel) {
         }
         !subscriber.positioned
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probes_that_gave_up_are_dropped() {
+        let hub = Hub::default();
+        (0..100).for_each(|_| drop(hub.probe("$ready:n")));
+        let mut waiting = hub.probe("$ready:n");
+        assert_eq!(hub.probes.lock()["$ready:n"].len(), 1);
+        hub.publication("$ready:n", &Publication::default(), "");
+        assert!(waiting.try_recv().is_ok() && hub.probes.lock().is_empty());
+    }
 }

@@ -131,7 +131,10 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     }
     let hub = Arc::new(hub::Hub::default());
     let engine: Arc<dyn Engine> = match &config.engine {
-        EngineConfig::Memory { dir } => engine::memory::Memory::open(dir, hub.clone()).await?,
+        EngineConfig::Memory { dir } => {
+            let rules = |channel: &str| rules::of(channel, &config.namespaces, &config.defaults);
+            engine::memory::Memory::open(dir, hub.clone(), rules).await?
+        }
         EngineConfig::Redis { url } => engine::redis::Redis::connect(url, hub.clone()).await?,
     };
     let operations = bus_api::Operations::subscribe(&bus).await?;

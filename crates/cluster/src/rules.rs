@@ -74,6 +74,12 @@ pub fn built_in() -> Vec<Namespace> {
     ]
 }
 
+/// The rules of a channel; `None` if its namespace is not known.
+pub fn of<'a>(channel: &str, namespaces: &'a [Namespace], defaults: &'a Rules) -> Option<&'a Rules> {
+    let Some(name) = namespace_of(channel) else { return Some(defaults) };
+    namespaces.iter().rev().find(|known| known.name == name).map(|namespace| &namespace.rules)
+}
+
 /// The namespace in a channel's name, if it has one.
 pub fn namespace_of(channel: &str) -> Option<&str> {
     let channel = channel.strip_prefix('$').unwrap_or(channel);

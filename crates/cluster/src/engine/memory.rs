@@ -29,6 +29,8 @@ CREATE TABLE IF NOT EXISTS publications (
 const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 /// The same for a channel whose history is not kept through a restart.
 const FORGET_VOLATILE_AFTER: Duration = Duration::from_secs(3600);
+/// And for one that nobody has published to: any client may ask for any number of them.
+const FORGET_EMPTY_AFTER: Duration = Duration::from_secs(300);
 
 pub struct Memory {
     hub: Arc<Hub>,
@@ -44,6 +46,8 @@ struct Stream {
     ttl: Duration,
     durable: bool,
     touched_ms: u64,
+    /// The journal holds none before this offset.
+    stored_from: u64,
 }
 
 struct Kept {
@@ -61,6 +65,7 @@ impl Stream {
             ttl: Duration::ZERO,
             durable: false,
             touched_ms: now_ms(),
+            stored_from: 0,
         }
     }
 
@@ -70,14 +75,37 @@ impl Stream {
             self.history.pop_front();
         }
     }
+
+    /// Offset of the oldest publication that is kept, or of the next one.
+    fn oldest(&self) -> u64 {
+        self.history.front().map_or(self.position.offset + 1, |kept| kept.publication.offset)
+    }
+
+    fn forget_after(&self) -> Duration {
+        match (self.position.offset, self.durable) {
+            (0, _) => FORGET_EMPTY_AFTER,
+            (_, true) => FORGET_AFTER,
+            (_, false) => FORGET_VOLATILE_AFTER,
+        }
+    }
 }
 
 impl Memory {
-    pub async fn open(dir: &Path, hub: Arc<Hub>) -> Result<Arc<Self>, journal::Error> {
+    pub async fn open<'a>(
+        dir: &Path,
+        hub: Arc<Hub>,
+        rules: impl Fn(&str) -> Option<&'a Rules>,
+    ) -> Result<Arc<Self>, journal::Error> {
         let path = dir.join("channels.db");
         let journal = tokio::task::spawn_blocking(move || Journal::open(&path, SCHEMA));
         let journal = journal.await.map_err(|_| journal::Error::Closed)??;
-        let streams = Mutex::new(load(&journal).await?);
+        let mut streams = load(&journal).await?;
+        for (channel, stream) in &mut streams {
+            stream.ttl = rules(channel).map_or(Duration::ZERO, |rules| rules.history_ttl);
+            stream.expire(stream.ttl, now_ms());
+        }
+        let shared = |(channel, stream)| (channel, Arc::new(tokio::sync::Mutex::new(stream)));
+        let streams = Mutex::new(streams.into_iter().map(shared).collect());
         Ok(Arc::new(Self { hub, journal, streams, presence: Mutex::default() }))
     }
 
@@ -114,16 +142,47 @@ impl Memory {
                 .execute(params![channel, epoch, offset])?;
                 db.prepare_cached("INSERT OR REPLACE INTO publications VALUES (?1, ?2, ?3, ?4, ?5)")?
                     .execute(params![channel, offset, data, at_ms, key])?;
+                // What is newer than the newest is of an earlier life.
+                db.prepare_cached("DELETE FROM publications WHERE channel = ?1 AND (offset < ?2 OR offset > ?3)")?
+                    .execute(params![channel, oldest, offset])?;
+                Ok(())
+            })
+            .await
+    }
+
+    /// Removes from the journal what is not kept any more.
+    async fn unstore(&self, channel: &str, stream: &mut Stream) -> Result<(), journal::Error> {
+        let oldest = stream.oldest();
+        if !stream.durable || stream.stored_from >= oldest {
+            return Ok(());
+        }
+        let channel = channel.to_string();
+        self.journal
+            .write(move |db| {
                 db.prepare_cached("DELETE FROM publications WHERE channel = ?1 AND offset < ?2")?
-                    .execute(params![channel, oldest])?;
+                    .execute(params![channel, oldest])
+            })
+            .await?;
+        stream.stored_from = oldest;
+        Ok(())
+    }
+
+    /// Removes a channel that was forgotten, unless it has begun anew meanwhile.
+    async fn remove(&self, channel: String, epoch: String) -> Result<(), journal::Error> {
+        self.journal
+            .write(move |db| {
+                let gone = db.execute("DELETE FROM channels WHERE channel = ?1 AND epoch = ?2", [&channel, &epoch])?;
+                if gone > 0 {
+                    db.execute("DELETE FROM publications WHERE channel = ?1", [&channel])?;
+                }
                 Ok(())
             })
             .await
     }
 }
 
-async fn load(journal: &Journal) -> Result<HashMap<String, Arc<tokio::sync::Mutex<Stream>>>, journal::Error> {
-    let rows = journal.read(|db| {
+async fn load(journal: &Journal) -> Result<HashMap<String, Stream>, journal::Error> {
+    let streams = journal.read(|db| {
         let mut streams: HashMap<String, Stream> = HashMap::new();
         let mut statement = db.prepare("SELECT channel, epoch, offset FROM channels")?;
         let mut rows = statement.query([])?;
@@ -146,8 +205,7 @@ async fn load(journal: &Journal) -> Result<HashMap<String, Arc<tokio::sync::Mute
         }
         Ok(streams)
     });
-    let shared = |(channel, stream)| (channel, Arc::new(tokio::sync::Mutex::new(stream)));
-    Ok(rows.await?.into_iter().map(shared).collect())
+    streams.await
 }
 
 #[async_trait]
@@ -177,8 +235,9 @@ impl Engine for Memory {
         publication.offset = offset;
         let kept = Kept { publication, at_ms, key: idempotency_key };
         if rules.durable {
-            let oldest = (offset + 1).saturating_sub(rules.history_size as u64);
+            let oldest = (offset + 1).saturating_sub(rules.history_size as u64).max(stream.oldest());
             self.store(channel, &kept, &stream.position.epoch, oldest).await?;
+            stream.stored_from = oldest;
         }
         stream.position.offset = offset;
         (stream.ttl, stream.durable, stream.touched_ms) = (rules.history_ttl, rules.durable, at_ms);
@@ -236,26 +295,21 @@ impl Engine for Memory {
         for (channel, stream) in streams {
             let mut stream = stream.lock().await;
             let ttl = stream.ttl;
-            // Zero: loaded and not used since; how long it is kept is known with its first use.
-            if !ttl.is_zero() {
-                stream.expire(ttl, now);
+            stream.expire(ttl, now);
+            if let Err(error) = self.unstore(&channel, &mut stream).await {
+                tracing::warn!(channel, %error, "old publications were not removed from the journal");
             }
-            let forget = if stream.durable { FORGET_AFTER } else { FORGET_VOLATILE_AFTER };
             let used = self.hub.is_followed(&channel);
-            if used || now.saturating_sub(stream.touched_ms) < forget.as_millis() as u64 {
+            if used || now.saturating_sub(stream.touched_ms) < stream.forget_after().as_millis() as u64 {
                 continue;
             }
-            let durable = stream.durable;
+            let (durable, epoch) = (stream.durable, stream.position.epoch.clone());
             drop(stream);
-            let idle = self.forget(&channel);
-            if idle && durable {
-                let removed = self.journal.write(move |db| {
-                    db.execute("DELETE FROM publications WHERE channel = ?1", [&channel])?;
-                    db.execute("DELETE FROM channels WHERE channel = ?1", [&channel])
-                });
-                if let Err(error) = removed.await {
-                    tracing::warn!(%error, "an old channel was not removed from the journal");
-                }
+            if self.forget(&channel)
+                && durable
+                && let Err(error) = self.remove(channel, epoch).await
+            {
+                tracing::warn!(%error, "an old channel was not removed from the journal");
             }
         }
     }
@@ -267,4 +321,94 @@ impl Engine for Memory {
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn open(dir: &Path, rules: &Rules) -> Arc<Memory> {
+        // The old one lets go of its file soon after its last handle.
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        loop {
+            match Memory::open(dir, Arc::default(), |_| Some(rules)).await {
+                Ok(memory) => return memory,
+                Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    async fn publish(memory: &Memory, channel: &str, rules: &Rules) -> Position {
+        let publication = Publication { data: "1".into(), ..Publication::default() };
+        memory.publish(channel, publication, rules, None).await.unwrap()
+    }
+
+    async fn stored(memory: &Memory) -> u64 {
+        let count = |db: &journal::rusqlite::Connection| {
+            db.query_row("SELECT count(*) FROM publications", [], |row| row.get(0))
+        };
+        memory.journal.read(count).await.unwrap()
+    }
+
+    /// As if all had been published, and the channels used, this long ago.
+    async fn age(memory: &Memory, by: Duration) {
+        let by = by.as_millis() as u64;
+        let streams: Vec<_> = memory.streams.lock().values().cloned().collect();
+        for stream in streams {
+            let mut stream = stream.lock().await;
+            stream.touched_ms -= by;
+            stream.history.iter_mut().for_each(|kept| kept.at_ms -= by);
+        }
+        let sql = format!("UPDATE publications SET at_ms = at_ms - {by}");
+        memory.journal.write(move |db| db.execute(&sql, [])).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_too_old_leaves_memory_and_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let rules = Rules { history_ttl: Duration::from_secs(60), ..Rules::default() };
+        let memory = open(dir.path(), &rules).await;
+        let position = publish(&memory, "a", &rules).await;
+        publish(&memory, "a", &rules).await;
+        age(&memory, Duration::from_secs(61)).await;
+        publish(&memory, "a", &rules).await;
+        assert_eq!(stored(&memory).await, 1, "a publication takes the old ones with it");
+        age(&memory, Duration::from_secs(61)).await;
+        publish(&memory, "b", &rules).await;
+        memory.tidy().await;
+        assert_eq!(stored(&memory).await, 1, "that of b");
+
+        age(&memory, Duration::from_secs(61)).await;
+        drop(memory);
+        let memory = open(dir.path(), &rules).await;
+        let kept: usize = memory.streams.lock().values().map(|stream| stream.try_lock().unwrap().history.len()).sum();
+        assert_eq!(kept, 0, "a restart brings nothing back that was over");
+        let page = memory.history("a", &rules, None).await.unwrap();
+        assert_eq!(page.position, Position { offset: 3, ..position }, "but the position stays");
+    }
+
+    #[tokio::test]
+    async fn channels_that_nobody_uses_are_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let rules = Rules::default();
+        let memory = open(dir.path(), &rules).await;
+        for n in 0..1000 {
+            memory.history(&format!("asked for {n}"), &rules, None).await.unwrap();
+        }
+        let first = publish(&memory, "used", &rules).await;
+        age(&memory, FORGET_EMPTY_AFTER).await;
+        memory.tidy().await;
+        assert_eq!(memory.streams.lock().len(), 1);
+        age(&memory, FORGET_AFTER).await;
+        memory.tidy().await;
+        assert!(memory.streams.lock().is_empty());
+        assert_eq!(stored(&memory).await, 0);
+
+        // It begins anew in the moment in which it is forgotten.
+        let second = publish(&memory, "used", &rules).await;
+        assert_ne!(first.epoch, second.epoch);
+        memory.remove("used".into(), first.epoch).await.unwrap();
+        assert_eq!(stored(&memory).await, 1, "what was acknowledged stays");
+    }
 }

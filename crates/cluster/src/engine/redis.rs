@@ -12,6 +12,7 @@ use crate::{Error, Rules};
 use async_trait::async_trait;
 use bytes::Bytes;
 use follow::{Follower, Follows, topic};
+use futures_util::TryStreamExt;
 use parking_lot::Mutex;
 use prost::Message;
 use redis::{RedisError, Script};
@@ -31,6 +32,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const POSITION_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A presence entry that its node does not renew is gone.
 const PRESENCE_TTL_MS: u64 = 60_000;
+/// One that ended this long ago is removed by whoever sees it; the clocks of nodes may differ by less.
+const PRESENCE_REMOVED_AFTER_MS: u64 = 600_000;
+/// Entries renewed at once.
+const RENEWALS_MAX: usize = 64;
 /// Channels share their order with the others of their lane.
 const LANES: usize = 256;
 
@@ -98,6 +103,72 @@ impl Redis {
     }
 }
 
+impl Redis {
+    async fn publish_in_turn(
+        &self,
+        channel: &str,
+        publication: Publication,
+        rules: &Rules,
+        idempotency_key: Option<String>,
+    ) -> Result<Position, Failed> {
+        let mut connection = self.connection.clone();
+        let data = publication.encode_to_vec();
+        let lane = &self.order[self.hasher.hash_one(channel) as usize % LANES];
+        let _turn = lane.lock().await;
+        if !rules.keeps_history() {
+            let payload = [b"p0::", &data[..]].concat();
+            let _: i64 =
+                redis::cmd(self.publish_command).arg(topic(channel)).arg(payload).query_async(&mut connection).await?;
+            return Ok(Position::default());
+        }
+        let once = idempotency_key.as_deref().unwrap_or("");
+        // Not by its hash: where the script is not known yet, the retry would come behind later publications.
+        let (offset, epoch): (u64, String) = redis::cmd("EVAL")
+            .arg(PUBLISH)
+            .arg(3)
+            .arg(key(channel, "stream"))
+            .arg(key(channel, "position"))
+            .arg(key(channel, &format!("once:{once}")))
+            .arg(data)
+            .arg(rules.history_size)
+            .arg(rules.history_ttl.as_millis() as u64)
+            .arg(topic(channel))
+            .arg(fresh_epoch())
+            .arg(if idempotency_key.is_some() { "1" } else { "0" })
+            .arg(POSITION_TTL.as_millis() as u64)
+            .arg(self.publish_command)
+            .query_async(&mut connection)
+            .await?;
+        Ok(Position { offset, epoch })
+    }
+
+    /// Of a client that is still there, and does not leave meanwhile.
+    async fn renew(&self, entry: &(String, String)) -> Result<(), RedisError> {
+        let Some(info) = self.present.lock().get(entry).cloned() else { return Ok(()) };
+        let (channel, client) = entry;
+        self.write_presence(channel, client, &info).await?;
+        if !self.present.lock().contains_key(entry) {
+            self.remove_presence(channel, &[client]).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_presence(&self, channel: &str, client: &str, info: &ClientInfo) -> Result<(), RedisError> {
+        let key = key(channel, "presence");
+        let mut write = redis::pipe();
+        write.hset(&key, client, presence_value(info)).ignore().pexpire(&key, PRESENCE_TTL_MS as i64).ignore();
+        write.query_async(&mut self.connection.clone()).await
+    }
+
+    async fn remove_presence(
+        &self,
+        channel: &str,
+        clients: &[impl redis::ToRedisArgs + Sync],
+    ) -> Result<(), RedisError> {
+        redis::cmd("HDEL").arg(key(channel, "presence")).arg(clients).query_async(&mut self.connection.clone()).await
+    }
+}
+
 fn without_password(urls: &str) -> String {
     let shown = urls.split(',').map(|url| match (url.find("://"), url.rfind('@')) {
         (Some(scheme), Some(at)) if at > scheme => format!("{}://…{}", &url[..scheme], &url[at..]),
@@ -124,34 +195,10 @@ impl Engine for Redis {
         rules: &Rules,
         idempotency_key: Option<String>,
     ) -> Result<Position, Failed> {
-        let mut connection = self.connection.clone();
-        let data = publication.encode_to_vec();
-        let _turn = self.order[self.hasher.hash_one(channel) as usize % LANES].lock().await;
-        if !rules.keeps_history() {
-            let payload = [b"p0::", &data[..]].concat();
-            let _: i64 =
-                redis::cmd(self.publish_command).arg(topic(channel)).arg(payload).query_async(&mut connection).await?;
-            return Ok(Position::default());
-        }
-        let once = idempotency_key.as_deref().unwrap_or("");
-        // Not by its hash: where the script is not known yet, the retry would come behind later publications.
-        let (offset, epoch): (u64, String) = redis::cmd("EVAL")
-            .arg(PUBLISH)
-            .arg(3)
-            .arg(key(channel, "stream"))
-            .arg(key(channel, "position"))
-            .arg(key(channel, &format!("once:{once}")))
-            .arg(data)
-            .arg(rules.history_size)
-            .arg(rules.history_ttl.as_millis() as u64)
-            .arg(topic(channel))
-            .arg(fresh_epoch())
-            .arg(if idempotency_key.is_some() { "1" } else { "0" })
-            .arg(POSITION_TTL.as_millis() as u64)
-            .arg(self.publish_command)
-            .query_async(&mut connection)
-            .await?;
-        Ok(Position { offset, epoch })
+        let published = self.publish_in_turn(channel, publication, rules, idempotency_key);
+        // With the wait for its turn: where Redis hangs, a queue of them would last for minutes.
+        let late = |_| Failed::Redis(server::io("no answer in time"));
+        tokio::time::timeout(RESPONSE_TIMEOUT, published).await.map_err(late)?
     }
 
     async fn event(&self, channel: &str, push: Push) {
@@ -186,24 +233,15 @@ impl Engine for Redis {
     }
 
     async fn present(&self, channel: &str, client: &str, info: Option<ClientInfo>) -> Result<(), Failed> {
-        let mut connection = self.connection.clone();
-        let key = key(channel, "presence");
         let entry = (channel.to_string(), client.to_string());
         match info {
             Some(info) => {
-                let value = presence_value(&info);
-                self.present.lock().insert(entry, info);
-                let _: () = redis::pipe()
-                    .hset(&key, client, value)
-                    .ignore()
-                    .pexpire(&key, PRESENCE_TTL_MS as i64)
-                    .ignore()
-                    .query_async(&mut connection)
-                    .await?;
+                self.present.lock().insert(entry, info.clone());
+                self.write_presence(channel, client, &info).await?;
             }
             None => {
                 self.present.lock().remove(&entry);
-                let _: i64 = redis::cmd("HDEL").arg(&key).arg(client).query_async(&mut connection).await?;
+                self.remove_presence(channel, &[client]).await?;
             }
         }
         Ok(())
@@ -214,11 +252,21 @@ impl Engine for Redis {
         let entries: HashMap<String, Vec<u8>> =
             redis::cmd("HGETALL").arg(key(channel, "presence")).query_async(&mut connection).await?;
         let now = now_ms();
-        let alive = entries.into_iter().filter_map(|(client, value)| {
-            let (until, info) = value.split_first_chunk::<8>()?;
-            (u64::from_be_bytes(*until) > now).then(|| Some((client, ClientInfo::decode(info).ok()?)))?
-        });
-        Ok(alive.collect())
+        let (mut alive, mut dead) = (BTreeMap::new(), Vec::new());
+        for (client, value) in entries {
+            let Some((until, info)) = value.split_first_chunk::<8>() else { continue };
+            let until = u64::from_be_bytes(*until);
+            if until > now {
+                alive.extend(ClientInfo::decode(info).ok().map(|info| (client, info)));
+            } else if until.saturating_add(PRESENCE_REMOVED_AFTER_MS) < now {
+                dead.push(client);
+            }
+        }
+        // Those of nodes that died: where others come and go, the key itself never expires.
+        if !dead.is_empty() {
+            self.remove_presence(channel, &dead).await?;
+        }
+        Ok(alive)
     }
 
     async fn follow(&self, channel: &str) -> Result<(), Failed> {
@@ -239,12 +287,11 @@ impl Engine for Redis {
     }
 
     async fn tidy(&self) {
-        let mine: Vec<_> = self.present.lock().iter().map(|(entry, info)| (entry.clone(), info.clone())).collect();
-        for ((channel, client), info) in mine {
-            if let Err(error) = self.present(&channel, &client, Some(info)).await {
-                tracing::debug!(channel, %error, "presence was not renewed");
-                return;
-            }
+        let mine: Vec<_> = self.present.lock().keys().cloned().collect();
+        let renewals = futures_util::stream::iter(mine.iter().map(Ok));
+        let renewed = renewals.try_for_each_concurrent(RENEWALS_MAX, |entry| self.renew(entry)).await;
+        if let Err(error) = renewed {
+            tracing::warn!(%error, "presence was not renewed; it ends within a minute");
         }
     }
 
@@ -262,4 +309,41 @@ fn presence_value(info: &ClientInfo) -> Vec<u8> {
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn presence_is_renewed_for_those_who_are_there() {
+        let server = testkit::RedisServer::start().await;
+        let redis = Redis::connect(&server.url(), Arc::default()).await.unwrap();
+        let ann = ClientInfo { user: "ann".into(), ..ClientInfo::default() };
+        let [here, left] = ["here", "left"].map(|client| ("c".to_string(), client.to_string()));
+        for (channel, client) in [&here, &left] {
+            redis.present(channel, client, Some(ann.clone())).await.unwrap();
+        }
+        redis.present("c", "left", None).await.unwrap();
+        for entry in [&here, &left] {
+            redis.renew(entry).await.unwrap();
+        }
+        let present = redis.presence("c").await.unwrap();
+        assert_eq!(present.keys().collect::<Vec<_>>(), ["here"]);
+        assert_eq!(redis.present.lock().len(), 1);
+
+        // Of a node that died long ago, in a channel that lives.
+        let dead = [1_u64.to_be_bytes().to_vec(), ann.encode_to_vec()].concat();
+        let key = key("c", "presence");
+        let _: i64 = redis::cmd("HSET")
+            .arg(&key)
+            .arg("dead")
+            .arg(dead)
+            .query_async(&mut redis.connection.clone())
+            .await
+            .unwrap();
+        assert_eq!(redis.presence("c").await.unwrap().len(), 1);
+        let fields: i64 = redis::cmd("HLEN").arg(&key).query_async(&mut redis.connection.clone()).await.unwrap();
+        assert_eq!(fields, 1, "it is removed");
+    }
 }

@@ -230,8 +230,11 @@ async fn read(
         for _ in 0..random.below(30) {
             // Short: the publishers may be done, and nothing more comes.
             let push = tokio::time::timeout(std::time::Duration::from_millis(20), client.push());
-            if let Ok(push) = push.await {
-                seen.push(push.r#pub.unwrap().offset);
+            match push.await {
+                // Told to come again: a server of the Redis Cluster may close its connection at any time.
+                Ok(push) if push.unsubscribe.is_some() => break,
+                Ok(push) => seen.push(push.r#pub.unwrap().offset),
+                Err(_) => {}
             }
         }
         let at = seen.last().copied().unwrap_or(first);
@@ -239,7 +242,7 @@ async fn read(
             0 => {
                 client.unsubscribe(channel).await;
                 // What was pushed before the unsubscribe took effect counts as well.
-                seen.extend(client.kept().iter().map(|push| push.r#pub.as_ref().unwrap().offset));
+                seen.extend(client.kept().iter().filter_map(|push| Some(push.r#pub.as_ref()?.offset)));
             }
             _ => {
                 client.cut();
@@ -247,7 +250,13 @@ async fn read(
             }
         }
         let at = seen.last().copied().unwrap_or(at);
-        position = client.subscribe(again(channel, &position, at)).await;
+        position = loop {
+            let reply = client.try_subscribe(again(channel, &position, at)).await;
+            match reply.subscribe {
+                Some(subscribed) => break subscribed,
+                None => assert!(reply.error.as_ref().is_some_and(|error| error.temporary), "seed {seed}: {reply:?}"),
+            }
+        };
         assert!(position.recovered, "seed {seed}: {position:?} from {at}");
         seen.extend(position.publications.iter().map(|publication| publication.offset));
         if last_round {

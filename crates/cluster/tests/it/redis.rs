@@ -187,6 +187,11 @@ async fn a_redis_that_hangs_is_an_error_in_time() {
     assert_eq!(code(&ann.publish("news", "1").await), 100);
     assert!(asked.elapsed() < Duration::from_secs(5), "clients wait for 5 s: {:?}", asked.elapsed());
     assert!(node.ready.check().await.is_err());
+    let asked = tokio::time::Instant::now();
+    let data = json!({"channel": "news", "data": 3});
+    let answers = futures_util::future::join_all((0..20).map(|_| node.call("publish", &data))).await;
+    assert!(answers.iter().all(|answer| answer["error"]["code"] == 100), "{answers:?}");
+    assert!(asked.elapsed() < Duration::from_secs(8), "they do not wait for each other: {:?}", asked.elapsed());
     redis.resume();
     eventually(DEADLINE, || async { node.ready.check().await.is_ok() }).await;
     assert!(ann.publish("news", "2").await.publish.is_some());

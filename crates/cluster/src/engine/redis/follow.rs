@@ -5,7 +5,7 @@ use super::server::{Commands, Heard, Pushes, Server, Subscriber, io};
 use crate::hub::Hub;
 use prost::Message;
 use redis::RedisError;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -57,6 +57,9 @@ pub struct Follower {
     pushes: Pushes,
     inbox: mpsc::Receiver<Follow>,
     followed: HashSet<String>,
+    /// Topics of a cluster that were left, as often as the server has yet to confirm it: it does so in the words by which
+    /// it drops one, and the topic may be followed again by then.
+    leaving: HashMap<String, usize>,
 }
 
 enum Lost {
@@ -69,8 +72,8 @@ impl Follower {
     pub async fn connect(server: Server, commands: Commands, hub: Arc<Hub>) -> Result<(Follows, Self), RedisError> {
         let (subscriber, pushes) = server.subscribe(&[]).await?;
         let (sender, inbox) = mpsc::channel(QUEUE_MAX);
-        let followed = HashSet::new();
-        Ok((Follows(sender), Self { server, commands, hub, subscriber, pushes, inbox, followed }))
+        let (followed, leaving) = (HashSet::new(), HashMap::new());
+        Ok((Follows(sender), Self { server, commands, hub, subscriber, pushes, inbox, followed, leaving }))
     }
 
     pub async fn run(mut self, cancel: CancellationToken) {
@@ -101,8 +104,7 @@ impl Follower {
                             deliver(&self.hub, channel, &payload);
                         }
                     }
-                    // Our own unsubscribing is confirmed in the same words, after the topic was let go.
-                    Heard::Dropped(topic) if !channel(&topic).is_some_and(|name| self.followed.contains(name)) => {}
+                    Heard::Dropped(topic) if self.has_left(&topic) => {}
                     Heard::Dropped(_) | Heard::Lost => return Lost::Connection,
                 },
                 follow = self.inbox.recv() => {
@@ -121,6 +123,17 @@ impl Follower {
         }
     }
 
+    /// Whether a topic that the server dropped was left by us.
+    fn has_left(&mut self, topic: &[u8]) -> bool {
+        let Some(name) = channel(topic) else { return true };
+        let Some(times) = self.leaving.get_mut(name) else { return !self.followed.contains(name) };
+        *times -= 1;
+        if *times == 0 {
+            self.leaving.remove(name);
+        }
+        true
+    }
+
     /// Requests of one channel may have overtaken each other on their way here: what the hub holds decides.
     async fn set(&mut self, Follow { channel, on, done }: Follow) -> Result<(), ()> {
         let changes = if on { !self.followed.contains(&channel) } else { !self.hub.is_followed(&channel) };
@@ -132,6 +145,9 @@ impl Follower {
         let outcome = if on { self.subscriber.add(&[topic]).await } else { self.subscriber.remove(&topic).await };
         if !on {
             self.followed.remove(&channel);
+            if self.subscriber.confirms_by_push() {
+                *self.leaving.entry(channel).or_default() += 1;
+            }
         } else if outcome.is_ok() {
             self.followed.insert(channel);
         }
@@ -154,6 +170,7 @@ impl Follower {
                 None => return Lost::End,
                 Some(Ok(again)) => {
                     (self.subscriber, self.pushes) = again;
+                    self.leaving.clear();
                     return Lost::Connection;
                 }
                 Some(Err(error)) => tracing::debug!(%error, "Redis is not back"),

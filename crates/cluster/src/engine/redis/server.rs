@@ -177,6 +177,11 @@ impl Subscriber {
         }
     }
 
+    /// Whether what is left is heard of as [`Heard::Dropped`].
+    pub fn confirms_by_push(&self) -> bool {
+        matches!(self, Self::Cluster(_))
+    }
+
     pub async fn ping(&self) -> Result<(), RedisError> {
         match self {
             Self::Single(connection) => in_time(redis::cmd("PING").query_async(&mut connection.clone())).await,
