@@ -33,7 +33,7 @@ fn sidebar(ui: &mut Ui<'_>) {
     ui.sidebar(|ui| {
         ui.row(|ui| {
             ui.heading(4, "Rooms");
-            ui.new_room();
+            ui.new_room(&chat::href(""));
         });
         for room in rooms.all() {
             ui.key(&room.id).link(&chat::href(&room.id), &format!("#{}", room.name));

@@ -1,7 +1,7 @@
 // Elements bound to a channel of samples: they move without a rerun of the app.
 import type { ComponentChildren } from "preact";
 import { bytes, duration, number, withUnit } from "../format";
-import { at, num, records, str, type Json } from "../json";
+import { at, num, records, str, type Json, type JsonObject } from "../json";
 import { breakdown, numbers, useLive, type Sample } from "../live";
 import { ChartCard, LazyPlot } from "./charts";
 import type { PlotSeries } from "./plot";
@@ -98,8 +98,10 @@ function stateTone(word: string): string {
   return BAD.includes(word) ? "bad" : "muted";
 }
 
-function cell(value: Json | undefined, column: Column): ComponentChildren {
-  if (value === undefined || value === null) return <span class="muted">–</span>;
+function cell(value: Json | undefined, column: Column, row: JsonObject): ComponentChildren {
+  // Of nothing completed there is no time.
+  const none = column.format === "ms" && value === 0 && row["completed_total"] === 0;
+  if (value === undefined || value === null || none) return <span class="muted">–</span>;
   if (column.format === "badge") {
     const word = typeof value === "boolean" ? yesNo(value) : str(value);
     return <span class={`badge ${stateTone(word)}`}>{word.replace(/_/g, " ")}</span>;

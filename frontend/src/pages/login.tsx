@@ -4,6 +4,9 @@ import { authenticate, type Account } from "../auth";
 import { sentence } from "../format";
 import { Logo } from "../icons";
 
+/** As the server wants it. */
+const PASSWORD_MIN = 8;
+
 export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; notice: string; onSignedIn: (account: Account) => void }) {
   const [creating, setCreating] = useState(false);
   const [busy, setBusy] = useState(false);
@@ -16,6 +19,10 @@ export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; not
     const password = String(form.get("password") ?? "");
     if (name === "" || password === "") {
       setError("Name and password are both needed.");
+      return;
+    }
+    if (creating && password.length < PASSWORD_MIN) {
+      setError(`A password has at least ${PASSWORD_MIN} characters.`);
       return;
     }
     setBusy(true);
@@ -41,7 +48,7 @@ export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; not
           <label class="field">
             <span class="field-label">Password</span>
             <input name="password" type="password" autocomplete={creating ? "new-password" : "current-password"} maxLength={256} required aria-describedby="password-rule" data-testid="login-password" />
-            {creating && <span id="password-rule" class="muted hint">At least 8 characters</span>}
+            {creating && <span id="password-rule" class="muted hint">At least {PASSWORD_MIN} characters</span>}
           </label>
           {error !== "" && <div class="alert bad" role="alert" data-testid="login-error"><span>{error}</span></div>}
           <button type="submit" class="primary wide" disabled={busy} data-testid="login-submit">

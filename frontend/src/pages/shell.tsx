@@ -211,15 +211,10 @@ function places(root: TreeNode): Place[] {
   return [...found.values()];
 }
 
-/** The link to a room, made after the link to the room that is open. */
-function roomHref(root: TreeNode, id: string): string {
-  for (const node of walk(root)) {
-    if (node.kind !== "chat") continue;
-    const room = str(node.props.value["room"]);
-    const pattern = places(root).find(({ href }) => href.endsWith(room) && room !== "");
-    if (pattern) return pattern.href.slice(0, -room.length) + id;
-  }
-  return `/chat/${id}`;
+/** Where rooms are; none if this app makes none. */
+function roomsHref(root: TreeNode): string | undefined {
+  for (const node of walk(root)) if (node.kind === "new_room") return str(node.props.value["href"]);
+  return undefined;
 }
 
 /** Where to go; with `fresh`, the name of a new room. */
@@ -232,14 +227,15 @@ function Jump({ session, fresh, close }: { session: Session; fresh: boolean; clo
   const title = fresh ? "New room" : "Jump to";
   const found = fresh && wanted === "" ? [] : places(session.store.root).filter((place) => place.label.toLowerCase().includes(wanted));
   const name = query.trim().replace(/^#/, "");
-  const creates = name !== "" && !found.some((place) => place.label.toLowerCase().replace(/^#\s*/, "") === name.toLowerCase());
+  const rooms = roomsHref(session.store.root);
+  const creates = rooms !== undefined && name !== "" && !found.some((place) => place.label.toLowerCase().replace(/^#\s*/, "") === name.toLowerCase());
   const count = found.length + (creates ? 1 : 0);
   const chosen = picked ?? (fresh && creates ? found.length : 0);
 
   const create = async (): Promise<void> => {
     try {
       const room = object(object(await session.rpc("chat.create_room", { name }))["room"]);
-      session.go(roomHref(session.store.root, str(room["id"], name)));
+      session.go(rooms + str(room["id"], name));
     } catch (error) {
       session.toast("bad", `The room was not created: ${(error as Error).message}`);
     }
@@ -263,22 +259,22 @@ function Jump({ session, fresh, close }: { session: Session; fresh: boolean; clo
     <dialog ref={dialog} class="dialog jump-dialog" aria-label={title} onClose={close} onClick={(event) => { if (event.target === dialog.current) close(); }}>
       <div class="jump-field">
         <Icon name={fresh ? "plus" : "search"} />
-        <input type="text" value={query} placeholder={fresh ? "Name of the new room" : "Jump to a room or page, or name a new room"} aria-label={title} role="combobox" aria-expanded={count > 0} aria-controls="jump-list" data-testid="jump-input"
+        <input type="text" value={query} placeholder={fresh ? "Name of the new room" : rooms === undefined ? "Jump to a page" : "Jump to a room or page, or name a new room"} aria-label={title} role="combobox" aria-expanded={count > 0} aria-controls="jump-list" {...(count > 0 ? { "aria-activedescendant": `place-${chosen}` } : {})} data-testid="jump-input"
           onInput={(event) => { setQuery(event.currentTarget.value); setChosen(null); }} onKeyDown={key} />
       </div>
       <ul id="jump-list" role="listbox" aria-label="Places" hidden={count === 0}>
         {found.map((place, i) => (
-          <li key={place.href} role="option" aria-selected={i === chosen} onMouseEnter={() => setChosen(i)} onClick={() => take(i)}>
+          <li key={place.href} id={`place-${i}`} role="option" aria-selected={i === chosen} onMouseEnter={() => setChosen(i)} onClick={() => take(i)}>
             <span class="ellipsis">{place.label}</span>{place.active && <span class="muted">open</span>}
           </li>
         ))}
         {creates && (
-          <li role="option" aria-selected={chosen === found.length} onMouseEnter={() => setChosen(found.length)} onClick={() => take(found.length)}>
+          <li id={`place-${found.length}`} role="option" aria-selected={chosen === found.length} onMouseEnter={() => setChosen(found.length)} onClick={() => take(found.length)}>
             <Icon name="plus" /><span class="ellipsis">Create room “{name}”</span>
           </li>
         )}
       </ul>
-      {count === 0 && <p class="jump-hint muted">{fresh ? "Type a name, then press Enter." : "There is no such place."}</p>}
+      {count === 0 && <p class="jump-hint muted">{fresh ? "Type a name for it." : "There is no such place."}</p>}
     </dialog>
   );
 }

@@ -416,9 +416,9 @@ impl<'a> Ui<'a> {
 
     // ── Bound to a channel: they move without a run ────────────────────────────────────────────────────────────────
 
-    /// What opens the dialog for a new room.
-    pub fn new_room(&mut self) {
-        self.show(Element::new("new_room"));
+    /// What opens the dialog for a new room; the room is then at `href` followed by its id.
+    pub fn new_room(&mut self, href: &str) {
+        self.show(Element::new("new_room").text("href", href));
     }
 
     /// A room: its messages, who is there, and a field to write in.
