@@ -20,6 +20,7 @@ fn nothing_here(ui: &mut Ui<'_>) -> Result<(), PageError> {
     ui.page("Not found", |ui| {
         sidebar(ui);
         ui.main(|ui| {
+            ui.heading(1, "Not found");
             ui.empty("There is nothing here", "The link may be old, or mistyped.");
             ui.link("/", "To the start");
         });

@@ -196,10 +196,12 @@ describe("rooms", () => {
 });
 
 it("a place that is not there says so, beside the way to others", async () => {
-  await ann.page.goto(`${server.url}/nosuch`);
-  await ann.page.getByText("There is nothing here").waitFor();
-  await ann.byId("room-link").first().waitFor();
-  await ann.accessible("nothing here");
+  for (const [place, text] of [["/rooms/nosuch", "There is no such room"], ["/nosuch", "There is nothing here"]] as const) {
+    await ann.page.goto(server.url + place);
+    await ann.page.getByText(text).waitFor();
+    await ann.byId("room-link").first().waitFor();
+    await ann.accessible(place);
+  }
   await ann.page.getByRole("link", { name: "To the start" }).click();
   await ann.message("hello from ann").waitFor();
 });

@@ -17,12 +17,13 @@ pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
         return Ok(());
     };
     let room = rooms.get(wanted);
-    let title = room.as_ref().map_or("No such room".into(), |room| format!("#{}", room.name));
+    let title = room.as_ref().map_or("Not found".into(), |room| format!("#{}", room.name));
     ui.page(&title, |ui| {
         sidebar(ui);
         ui.main(|ui| match room {
             Some(room) => ui.key(&room.id).chat(&room.id, &room.name, ASSISTANT),
             None => {
+                ui.heading(1, "Not found");
                 ui.empty("There is no such room", "Choose one from the list, or make it with the + beside “Rooms”.");
                 ui.link("/", "To the start");
             }
