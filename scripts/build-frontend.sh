@@ -2,9 +2,13 @@
 # Builds the pages into frontend/dist, from where they are put into the binary. Skips what has not changed.
 set -eu
 cd "$(dirname "$0")/../frontend"
-if [ ! -f package.json ]; then exit 0; fi
-if [ ! -d node_modules ] || [ package-lock.json -nt node_modules/.package-lock.json ]; then
+if ! node -e 'const [a, b] = process.versions.node.split("."); process.exit(+a > 20 || (+a === 20 && +b >= 19) ? 0 : 1)'; then
+  echo "the pages need Node 20.19 or newer; here is $(node --version 2>/dev/null || echo none)" >&2
+  exit 1
+fi
+if [ package-lock.json -nt node_modules/.package-lock.json ]; then
   npm ci --no-audit --no-fund --loglevel=error
 fi
-newest=$(find src index.html package.json vite.config.ts tsconfig.json -newer dist/index.html -print -quit 2>/dev/null || echo build)
+from=(src scripts index.html package.json package-lock.json vite.config.ts tsconfig.json)
+newest=$(find "${from[@]}" -newer dist/index.html -print -quit 2>/dev/null || echo build)
 if [ ! -f dist/index.html ] || [ -n "$newest" ]; then npm run --silent build; fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold, in the order in which a mistake is found soonest. `make test` has installed and built what it needs.
-set -u
+set -eu
 cd "$(dirname "$0")/.."
 CARGO=${CARGO:-cargo}
 
