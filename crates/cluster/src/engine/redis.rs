@@ -104,44 +104,6 @@ impl Redis {
 }
 
 impl Redis {
-    async fn publish_in_turn(
-        &self,
-        channel: &str,
-        publication: Publication,
-        rules: &Rules,
-        idempotency_key: Option<String>,
-    ) -> Result<Position, Failed> {
-        let mut connection = self.connection.clone();
-        let data = publication.encode_to_vec();
-        let lane = &self.order[self.hasher.hash_one(channel) as usize % LANES];
-        let _turn = lane.lock().await;
-        if !rules.keeps_history() {
-            let payload = [b"p0::", &data[..]].concat();
-            let _: i64 =
-                redis::cmd(self.publish_command).arg(topic(channel)).arg(payload).query_async(&mut connection).await?;
-            return Ok(Position::default());
-        }
-        let once = idempotency_key.as_deref().unwrap_or("");
-        // Not by its hash: where the script is not known yet, the retry would come behind later publications.
-        let (offset, epoch): (u64, String) = redis::cmd("EVAL")
-            .arg(PUBLISH)
-            .arg(3)
-            .arg(key(channel, "stream"))
-            .arg(key(channel, "position"))
-            .arg(key(channel, &format!("once:{once}")))
-            .arg(data)
-            .arg(rules.history_size)
-            .arg(rules.history_ttl.as_millis() as u64)
-            .arg(topic(channel))
-            .arg(fresh_epoch())
-            .arg(if idempotency_key.is_some() { "1" } else { "0" })
-            .arg(POSITION_TTL.as_millis() as u64)
-            .arg(self.publish_command)
-            .query_async(&mut connection)
-            .await?;
-        Ok(Position { offset, epoch })
-    }
-
     /// Of a client that is still there, and does not leave meanwhile.
     async fn renew(&self, entry: &(String, String)) -> Result<(), RedisError> {
         let Some(info) = self.present.lock().get(entry).cloned() else { return Ok(()) };
@@ -195,7 +157,40 @@ impl Engine for Redis {
         rules: &Rules,
         idempotency_key: Option<String>,
     ) -> Result<Position, Failed> {
-        let published = self.publish_in_turn(channel, publication, rules, idempotency_key);
+        let published = async move {
+            let mut connection = self.connection.clone();
+            let data = publication.encode_to_vec();
+            let lane = &self.order[self.hasher.hash_one(channel) as usize % LANES];
+            let _turn = lane.lock().await;
+            if !rules.keeps_history() {
+                let payload = [b"p0::", &data[..]].concat();
+                let _: i64 = redis::cmd(self.publish_command)
+                    .arg(topic(channel))
+                    .arg(payload)
+                    .query_async(&mut connection)
+                    .await?;
+                return Ok(Position::default());
+            }
+            let once = idempotency_key.as_deref().unwrap_or("");
+            // Not by its hash: where the script is not known yet, the retry would come behind later publications.
+            let (offset, epoch): (u64, String) = redis::cmd("EVAL")
+                .arg(PUBLISH)
+                .arg(3)
+                .arg(key(channel, "stream"))
+                .arg(key(channel, "position"))
+                .arg(key(channel, &format!("once:{once}")))
+                .arg(data)
+                .arg(rules.history_size)
+                .arg(rules.history_ttl.as_millis() as u64)
+                .arg(topic(channel))
+                .arg(fresh_epoch())
+                .arg(if idempotency_key.is_some() { "1" } else { "0" })
+                .arg(POSITION_TTL.as_millis() as u64)
+                .arg(self.publish_command)
+                .query_async(&mut connection)
+                .await?;
+            Ok::<_, Failed>(Position { offset, epoch })
+        };
         // With the wait for its turn: where Redis hangs, a queue of them would last for minutes.
         let late = |_| Failed::Redis(server::io("no answer in time"));
         tokio::time::timeout(RESPONSE_TIMEOUT, published).await.map_err(late)?
