@@ -9,12 +9,11 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use axum::routing::post;
 use bus::Headers;
-use serde::Deserialize;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use wire::limits::DECIDE_MAX;
-use wire::router::{Context, ErrorBody, ErrorResponse, VERSION};
+use wire::router::{Context, ErrorBody, ErrorResponse, RequestHead, VERSION};
 use wire::subjects;
 
 /// When to try again where nobody said it, seconds.
@@ -51,7 +50,7 @@ async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Respon
         headers.insert("traceparent", parent);
     }
     // Read for the errors that we make ourselves; the router judges the request.
-    let context: Asked = serde_json::from_slice(&body).unwrap_or_default();
+    let context: RequestHead = serde_json::from_slice(&body).unwrap_or_default();
     let due = started + gateway.config.request_timeout;
     let answer = gateway.router.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
     gateway.stats.forwarded(started.elapsed());
@@ -60,14 +59,6 @@ async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Respon
         Err(Refused::Router(error)) => refuse(*error, Some(context)),
         Err(refused) => refuse(translate(refused), Some(context)),
     }
-}
-
-#[derive(Default, Deserialize)]
-struct Asked {
-    #[serde(default)]
-    request_id: Option<String>,
-    #[serde(default)]
-    trace_id: Option<String>,
 }
 
 struct Ended<'a>(&'a Gateway);
@@ -101,7 +92,7 @@ fn error(code: &str, message: &str) -> ErrorBody {
     ErrorBody { code, message, details: None, intake_error_code: None, retry_after_seconds: None }
 }
 
-fn refuse(error: ErrorBody, asked: Option<Asked>) -> Response {
+fn refuse(error: ErrorBody, asked: Option<RequestHead>) -> Response {
     let status = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let retry_after = error.retry_after_seconds;
     let asked = asked.unwrap_or_default();

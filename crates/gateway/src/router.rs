@@ -5,9 +5,8 @@ use crate::retry::Budget;
 use bus::{Bus, Headers, Message};
 use bytes::Bytes;
 use parking_lot::Mutex;
-use serde::Deserialize;
 use std::time::{Duration, Instant};
-use wire::router::ErrorBody;
+use wire::router::{AnswerHead, ErrorBody};
 
 /// A request that had less time than this, or than most of what requests have, says nothing about the router when it
 /// runs out of it.
@@ -33,12 +32,6 @@ pub enum Refused {
     /// The router's own word.
     Router(Box<ErrorBody>),
     Unreadable(String),
-}
-
-#[derive(Deserialize)]
-struct Head {
-    ok: bool,
-    error: Option<Box<ErrorBody>>,
 }
 
 impl Access {
@@ -166,7 +159,7 @@ impl Drop for Call<'_> {
 }
 
 fn read(payload: Bytes) -> Result<Bytes, Refused> {
-    let head: Head = serde_json::from_slice(&payload).map_err(|e| Refused::Unreadable(e.to_string()))?;
+    let head: AnswerHead = serde_json::from_slice(&payload).map_err(|e| Refused::Unreadable(e.to_string()))?;
     match head.error {
         None if head.ok => Ok(payload),
         Some(error) => Err(Refused::Router(error)),

@@ -161,6 +161,21 @@ pub struct ErrorBody {
     pub retry_after_seconds: Option<u64>,
 }
 
+/// What of an answer must be read to pass it on: whether it is an error.
+#[derive(Debug, Deserialize)]
+pub struct AnswerHead {
+    pub ok: bool,
+    pub error: Option<Box<ErrorBody>>,
+}
+
+/// What of a request must be read to answer in its place.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct RequestHead {
+    pub request_id: Option<String>,
+    pub trace_id: Option<String>,
+}
+
 /// Name and HTTP status of every code of [`ErrorBody::code`].
 pub const ERROR_CODES: &[(&str, u16)] = &[
     ("invalid_request", 400),

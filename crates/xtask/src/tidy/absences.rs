@@ -41,7 +41,6 @@ const ABSENCES: &[Absence] = &[
             ("crates/wire/", "messages live here"),
             ("crates/beamline/src/config", "the settings file"),
             ("crates/cluster/src/token.rs", "claims of a token: signed here and read here"),
-            ("crates/gateway/src/forward.rs", "looks into an answer for `ok`, without decoding the rest"),
             ("crates/gateway/src/waiters.rs", "looks into a result for its envelope"),
             ("crates/webapp/src/auth.rs", "bodies of signing in, an HTTP face only this crate has"),
             ("crates/webapp/src/app/", "props of elements and snapshots of sessions, written and read here"),
