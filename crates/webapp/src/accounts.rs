@@ -195,8 +195,12 @@ fn user_id(name: &str) -> Result<String> {
 
 /// A cookie has 256 random bits: a plain hash keeps it as well as a slow one.
 fn token_hash(token: &str) -> String {
+    hash(token.as_bytes())
+}
+
+pub fn hash(bytes: &[u8]) -> String {
     use sha2::Digest;
-    hex(&sha2::Sha256::digest(token.as_bytes()))
+    hex(&sha2::Sha256::digest(bytes))
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -64,6 +64,15 @@ impl Db {
         Ok(Self { writer, reader })
     }
 
+    /// Of this database, for as long as it exists.
+    pub async fn id(&self) -> Result<String> {
+        let fresh = uuid::Uuid::new_v4().simple().to_string();
+        let insert = "INSERT INTO deployment (one, id) VALUES (1, $1) ON CONFLICT (one) DO NOTHING";
+        sqlx::query(insert).bind(fresh).execute(&self.writer).await?;
+        let (id,): (String,) = sqlx::query_as("SELECT id FROM deployment").fetch_one(&self.writer).await?;
+        Ok(id)
+    }
+
     pub fn read(&self) -> &AnyPool {
         &self.reader
     }

@@ -91,6 +91,9 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let db = Db::open(config.database_url.as_deref(), &config.data_dir).await?;
     let accounts = Arc::new(Accounts::new(db.clone()));
     let channels = Channels::new(bus.clone());
+    // Of the secret, too little to be of use to anybody.
+    let secret = accounts::hash(&config.token_secret)[..8].to_string();
+    let same = live::Same { database: db.id().await?, secret };
     let (chat, chat_loops) = Chat::bind(&bus, db.clone(), channels.clone(), accounts.clone()).await?;
     let sessions = Sessions::new(pages::app(chat.rooms()), db.clone(), bus.clone(), channels.clone(), accounts.clone());
     let auth = auth::Auth {
@@ -110,7 +113,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         calls: Methods::subscribe(&bus, chat::METHODS).await?,
         events: Methods::subscribe(&bus, &[wire::app::EVENT_METHOD]).await?,
         handed_on: Methods::subscribe_alone(&bus, app::sessions::HANDED_ON, &sessions.subject()).await?,
-        live: live::Live::subscribe(&bus, channels).await?,
+        live: live::Live::subscribe(&bus, channels, same).await?,
         sessions: Arc::new(sessions),
     })
 }

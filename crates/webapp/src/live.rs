@@ -7,7 +7,7 @@ use bus::{Bus, Message, Subscription};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use wire::status::{GatewayStatus, Heartbeat, NodeStatus, Percentiles, RouterStatus};
@@ -25,6 +25,9 @@ pub struct Live {
     bus: Bus,
     channels: Channels,
     id: String,
+    same: Same,
+    /// Other web apps that were found to differ; each is told of once.
+    strangers: HashSet<String>,
     said: Said,
     alive: Subscription,
     nodes: Subscription,
@@ -36,7 +39,7 @@ pub struct Live {
 /// The last word of every part, and when it came.
 #[derive(Default)]
 struct Said {
-    webapps: Parts<()>,
+    webapps: Parts<Alive>,
     nodes: Parts<NodeStatus>,
     routers: Parts<RouterStatus>,
     gateways: Parts<GatewayStatus>,
@@ -68,17 +71,42 @@ impl<T> Parts<T> {
     }
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 struct Alive {
     webapp: String,
+    #[serde(flatten)]
+    same: Option<Same>,
+}
+
+/// What all web apps on one bus must have in common.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Same {
+    pub database: String,
+    /// The beginning of a hash of the token secret.
+    pub secret: String,
+}
+
+impl Same {
+    /// What goes wrong with another that differs.
+    fn differs(&self, other: &Self) -> Option<&'static str> {
+        if self.database != other.database {
+            return Some(
+                "it uses another database, so accounts and rooms differ from call to call: give both the same database.url",
+            );
+        }
+        (self.secret != other.secret)
+            .then_some("it has another token secret, so tokens of one are refused by the other: copy token-secret from one data directory to the other")
+    }
 }
 
 impl Live {
-    pub async fn subscribe(bus: &Bus, channels: Channels) -> bus::Result<Self> {
+    pub async fn subscribe(bus: &Bus, channels: Channels, same: Same) -> bus::Result<Self> {
         Ok(Self {
             bus: bus.clone(),
             channels,
             id: uuid::Uuid::now_v7().to_string(),
+            same,
+            strangers: HashSet::new(),
             said: Said::default(),
             alive: bus.subscribe(ALIVE, None, QUEUE_MAX).await?,
             nodes: bus.subscribe(subjects::NODE_STATUS, None, QUEUE_MAX).await?,
@@ -95,7 +123,7 @@ impl Live {
             tokio::select! {
                 () = cancel.cancelled() => return,
                 _ = ticks.tick() => self.tick().await,
-                Some(m) = self.alive.next() => note(&mut self.said.webapps, &m, |alive: &Alive| alive.webapp.clone(), |_| ()),
+                Some(m) = self.alive.next() => note(&mut self.said.webapps, &m, |alive: &Alive| alive.webapp.clone(), |alive| alive),
                 Some(m) = self.nodes.next() => note(&mut self.said.nodes, &m, |s: &NodeStatus| s.node.clone(), |s| s),
                 Some(m) = self.routers.next() => note(&mut self.said.routers, &m, |s: &RouterStatus| s.router.clone(), |s| s),
                 Some(m) = self.gateways.next() => note(&mut self.said.gateways, &m, |s: &GatewayStatus| s.gateway.clone(), |s| s),
@@ -105,19 +133,31 @@ impl Live {
     }
 
     async fn tick(&mut self) {
-        let payload = serde_json::to_vec(&Alive { webapp: self.id.clone() }).expect("a name is JSON").into();
+        let alive = Alive { webapp: self.id.clone(), same: Some(self.same.clone()) };
+        let payload = serde_json::to_vec(&alive).expect("a name is JSON").into();
         let alive = self.bus.publish(Message { subject: ALIVE.into(), payload, ..Message::default() }).await;
         if let Err(error) = alive {
             tracing::debug!(%error, "the bus does not take what the console shows");
             return;
         }
         self.said.forget(Instant::now());
+        self.compare();
         if self.said.webapps.0.keys().next().is_some_and(|first| *first < self.id) {
             return;
         }
         let sample = self.said.sample(crate::db::now_ms(), self.streams().await);
         if let Err(error) = self.channels.publish_json(CHANNEL, &sample, None).await {
             tracing::debug!(error, "the console's numbers were not published");
+        }
+    }
+
+    /// Two web apps with databases of their own would answer in turns, each from its own.
+    fn compare(&mut self) {
+        for other in self.said.webapps.iter() {
+            let differs = other.same.as_ref().and_then(|same| self.same.differs(same));
+            if let Some(differs) = differs.filter(|_| self.strangers.insert(other.webapp.clone())) {
+                tracing::error!(webapp = other.webapp, "another web app is on this bus, and {differs}");
+            }
         }
     }
 
@@ -230,5 +270,15 @@ mod tests {
         );
         said.forget(now + Duration::from_secs(4));
         assert_eq!(said.sample(8, BTreeMap::new())["nodes"], json!([]));
+    }
+
+    #[test]
+    fn web_apps_that_do_not_belong_together_are_told_why() {
+        let same = |database: &str, secret: &str| Same { database: database.into(), secret: secret.into() };
+        assert_eq!(same("d", "s").differs(&same("d", "s")), None);
+        assert!(same("d", "s").differs(&same("e", "s")).unwrap().contains("database.url"));
+        assert!(same("d", "s").differs(&same("d", "t")).unwrap().contains("token-secret"));
+        let older: Alive = serde_json::from_str(r#"{"webapp":"w"}"#).unwrap();
+        assert_eq!(older.same, None);
     }
 }
