@@ -1,6 +1,7 @@
 //! One request on its way: to the router, and for `wait` result and stream on to its end.
 
 use crate::router::Refused;
+use crate::session::Pieces;
 use crate::waiters::{Finished, Waiter};
 use crate::{Gateway, Peer};
 use bus::Headers;
@@ -9,7 +10,6 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
 use wire::ipc::{
     ErrorCode, ErrorPayload, ExchangeContext, FrameType, StreamComplete, StreamData, TaskAnswer, TaskRef, TaskSubmit,
     Wait,
@@ -33,9 +33,6 @@ const OUTPUT_QUEUE: usize = 4096;
 
 /// The frame that answers a request.
 pub type Reply = (FrameType, Bytes);
-
-/// Where a stream's pieces go before its last frame.
-pub type Pieces = mpsc::Sender<Reply>;
 
 /// What a client asked for.
 pub enum Request {
@@ -341,7 +338,7 @@ impl Exchange {
                 Some(message) = next(&mut output) => {
                     if let Some(piece) = reader.take(&message.payload) {
                         // The session takes them as fast as its client does.
-                        let _ = pieces.send(piece).await;
+                        pieces.send(piece).await;
                     }
                 }
                 finished = &mut waiter.finished => match finished {
@@ -370,7 +367,7 @@ impl Exchange {
             tokio::select! {
                 Some(message) = next(&mut output) => {
                     if let Some(piece) = reader.take(&message.payload) {
-                        let _ = pieces.send(piece).await;
+                        pieces.send(piece).await;
                     }
                 }
                 () = &mut grace => break,
@@ -583,7 +580,7 @@ mod tests {
                 if allowed && name == "subscribe" {
                     continue;
                 }
-                let (pieces, _kept) = mpsc::channel(1);
+                let pieces = Pieces::nowhere();
                 let (kind, payload) = run(gateway.clone(), Peer { uid }, request, 0, pieces).await;
                 let answer: Value = serde_json::from_slice(&payload).unwrap();
                 match (allowed, name) {

@@ -59,9 +59,12 @@ impl Access {
         due: Instant,
     ) -> Result<Bytes, Refused> {
         self.retries.lock().request(Instant::now());
+        let mut before = None;
         loop {
             let refused = match self.once(bus, subject, headers.clone(), payload.clone(), due).await {
                 Ok(answer) => return Ok(answer),
+                // The breaker that these tries have opened does not hide why.
+                Err(refused @ Refused::Open { .. }) => return Err(before.unwrap_or(refused)),
                 Err(refused) => refused,
             };
             let passes = match &refused {
@@ -75,6 +78,7 @@ impl Access {
                 return Err(refused);
             }
             metrics::counter!("beamline_gateway_retries_total").increment(1);
+            before = Some(refused);
             tokio::time::sleep(pause).await;
         }
     }

@@ -1,17 +1,21 @@
 //! One connection: reads frames, runs its requests, writes answers. Everything happens in its one task.
 
-use crate::forward::{self, Pieces, Reply, Request};
+use crate::forward::{self, Reply, Request};
 use crate::{Gateway, Peer};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::io::ErrorKind;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Poll, ready};
 use std::time::Duration;
-use tokio::io::Interest;
+use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -61,7 +65,8 @@ pub async fn run(gateway: Arc<Gateway>, stream: UnixStream, peer: Peer, cancel: 
 
 struct Session {
     gateway: Arc<Gateway>,
-    stream: UnixStream,
+    reader: OwnedReadHalf,
+    writer: OwnedWriteHalf,
     peer: Peer,
     input: BytesMut,
     output: BytesMut,
@@ -86,6 +91,25 @@ struct Session {
     closing: Option<Exit>,
 }
 
+/// Where a stream's pieces go before its last frame.
+pub struct Pieces {
+    slot: Slot,
+    out: mpsc::Sender<(Slot, Reply)>,
+}
+
+impl Pieces {
+    /// Waits while the client does not read.
+    pub async fn send(&self, piece: Reply) {
+        // Fails only when the session has ended, and this request with it.
+        let _ = self.out.send((self.slot, piece)).await;
+    }
+
+    #[cfg(test)]
+    pub fn nowhere() -> Self {
+        Self { slot: Slot::V2(1), out: mpsc::channel(1).0 }
+    }
+}
+
 enum V1Stream {
     Waiting(Request, OwnedSemaphorePermit),
     Running(u64),
@@ -93,9 +117,11 @@ enum V1Stream {
 
 impl Session {
     fn new(gateway: Arc<Gateway>, stream: UnixStream, peer: Peer) -> Self {
+        let (reader, writer) = stream.into_split();
         Self {
             gateway,
-            stream,
+            reader,
+            writer,
             peer,
             input: BytesMut::new(),
             output: BytesMut::new(),
@@ -151,18 +177,16 @@ impl Session {
                 && self.budget_wait.is_none()
                 && (self.v1_next - self.v1_head) < LINE_MAX as u64;
             tokio::select! {
-                ready = self.stream.writable(), if !self.output.is_empty() => {
+                ready = self.writer.writable(), if !self.output.is_empty() => {
                     if ready.is_err() { return Exit::Broken; }
                 }
                 Some((slot, reply)) = self.pieces.1.recv(), if room => self.piece(slot, reply),
                 Some((slot, reply)) = self.requests.next(), if room && !self.requests.is_empty() => self.finished(slot, reply, give_up.is_some()),
-                ready = self.stream.readable(), if reads => {
-                    if ready.is_err() { return Exit::Broken; }
-                    match self.read() {
-                        Ok(_) => self.decode(give_up.is_some()),
-                        Err(exit) => return exit,
-                    }
-                }
+                received = receive(&mut self.reader, &mut self.input), if reads => match received {
+                    Ok(0) => self.half_close(),
+                    Ok(_) => self.decode(give_up.is_some()),
+                    Err(_) => return Exit::Broken,
+                },
                 permit = wait(&mut self.budget_wait) => {
                     self.budget_wait = None;
                     self.budget = permit;
@@ -181,7 +205,7 @@ impl Session {
                     self.abandon();
                     give_up = Some(Instant::now() + self.gateway.config.write_timeout);
                 }
-                () = gone(&self.stream), if !reads && !self.requests.is_empty() => return Exit::ClientClosed,
+                () = gone(&self.writer), if !reads && !self.requests.is_empty() => return Exit::ClientClosed,
             }
         }
     }
@@ -189,7 +213,7 @@ impl Session {
     /// Writes what the socket takes now.
     fn flush(&mut self) -> Result<(), Exit> {
         while !self.output.is_empty() {
-            match self.stream.try_write(&self.output) {
+            match self.writer.try_write(&self.output) {
                 Ok(written) => {
                     bytes::Buf::advance(&mut self.output, written);
                     self.write_due = Some(Instant::now() + self.gateway.config.write_timeout);
@@ -212,16 +236,20 @@ impl Session {
     /// Reads what is there, `Ok(0)` if that is nothing.
     fn read(&mut self) -> Result<usize, Exit> {
         self.input.reserve(READ_CHUNK);
-        match self.stream.try_read_buf(&mut self.input) {
+        match self.reader.try_read_buf(&mut self.input) {
             Ok(0) => {
-                self.half_closed = true;
-                self.frame_due = None;
+                self.half_close();
                 Ok(0)
             }
             Ok(read) => Ok(read),
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(0),
             Err(_) => Err(Exit::Broken),
         }
+    }
+
+    fn half_close(&mut self) {
+        self.half_closed = true;
+        self.frame_due = None;
     }
 
     fn decode(&mut self, draining: bool) {
@@ -333,21 +361,10 @@ impl Session {
     }
 
     fn spawn(&mut self, slot: Slot, request: Request, deadline_ms: u32, permit: OwnedSemaphorePermit) {
-        let (gateway, peer, out) = (self.gateway.clone(), self.peer, self.pieces.0.clone());
+        let (gateway, peer) = (self.gateway.clone(), self.peer);
+        let pieces = Pieces { slot, out: self.pieces.0.clone() };
         self.requests.push(Box::pin(async move {
-            let (pieces, mut inbox): (Pieces, _) = mpsc::channel(1);
-            let request = forward::run(gateway, peer, request, deadline_ms, pieces);
-            let mut request = std::pin::pin!(request);
-            let reply = loop {
-                tokio::select! {
-                    biased;
-                    Some(piece) = inbox.recv() => { let _ = out.send((slot, piece)).await; }
-                    reply = &mut request => break reply,
-                }
-            };
-            while let Ok(piece) = inbox.try_recv() {
-                let _ = out.send((slot, piece)).await;
-            }
+            let reply = forward::run(gateway, peer, request, deadline_ms, pieces).await;
             drop(permit);
             (slot, reply)
         }));
@@ -478,6 +495,24 @@ impl Session {
     }
 }
 
+thread_local! {
+    /// Where the sessions of a thread receive: one that waits holds no buffer of its own.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; 64 * 1024]);
+}
+
+/// Waits for bytes and appends them; 0 at the end. Nothing is lost when it is dropped before.
+async fn receive(reader: &mut OwnedReadHalf, input: &mut BytesMut) -> std::io::Result<usize> {
+    std::future::poll_fn(|context| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut buffer = ReadBuf::new(scratch);
+            ready!(Pin::new(&mut *reader).poll_read(context, &mut buffer))?;
+            input.extend_from_slice(buffer.filled());
+            Poll::Ready(Ok(buffer.filled().len()))
+        })
+    })
+    .await
+}
+
 async fn at(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due).await,
@@ -493,7 +528,7 @@ async fn wait(budget: &mut Option<BoxFuture<'static, Option<OwnedSemaphorePermit
 }
 
 /// Returns when the client has hung up for good; watched while its frames are not read.
-async fn gone(stream: &UnixStream) {
+async fn gone(stream: &OwnedWriteHalf) {
     loop {
         match stream.ready(Interest::READABLE | Interest::WRITABLE).await {
             Ok(ready) if ready.is_write_closed() => return,
