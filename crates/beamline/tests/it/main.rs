@@ -2,6 +2,7 @@
 
 mod commands;
 mod durability;
+mod gateway;
 mod journey;
 mod process;
 mod realtime;

@@ -1,0 +1,421 @@
+//! The five end-to-end scenarios of the gateway, each by name: `cargo test -p beamline --test it e2e_3`.
+//!
+//! The gateway is a process of its own on a real nats-server; so are the router and the worker, but for what the router
+//! cannot cause. There a responder on NATS does as its script says:
+//! - scenario 2, every row of the table of errors ([`wire::router::ERROR_CODES`]), of which the router causes 400, 404,
+//!   409, 413 and 500 itself over the socket and 401 (the gateway's own), 503 and 504 over HTTP;
+//! - scenario 3, replies around and after the deadline.
+
+mod stage;
+
+use bus::{Message, Subscription};
+use client::{Client, Error};
+use serde_json::{Value, json};
+use stage::{Outcomes, PATIENCE, Raw, Stage};
+use std::collections::BTreeSet;
+use std::time::Duration;
+use testkit::eventually;
+use wire::ipc::{ErrorDetail, FrameType};
+use wire::router::ERROR_CODES;
+use wire::subjects;
+
+/// Requests of scenario 4, and the connections that share them.
+const HAPPY: usize = 1000;
+const HAPPY_CLIENTS: usize = 4;
+/// How often scenario 5 kills NATS.
+const STORMS: usize = 3;
+/// Requests that time out in scenario 3: rounds of so many at once.
+const TIMEOUT_ROUNDS: u64 = 5;
+const TIMEOUTS_AT_ONCE: u64 = 200;
+
+fn submit(task_type: &str, fields: Value) -> Value {
+    let mut submit = json!({"command": "task_submit", "task_type": task_type});
+    submit.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    submit
+}
+
+fn decided(request: &Value) -> Value {
+    let decision = json!({"provider_id": "scripted", "priority": 50, "expected_latency_ms": 1, "expected_cost": 0,
+        "reason": "weighted", "policy_id": "default", "policy_version": "1"});
+    json!({"ok": true, "decision": decision, "context": {"request_id": request["request_id"]}})
+}
+
+#[track_caller]
+fn refused(outcome: Result<Value, Error>) -> ErrorDetail {
+    match outcome {
+        Err(Error::Refused(payload)) => payload.error,
+        other => panic!("no refusal: {other:?}"),
+    }
+}
+
+/// The next request of a client to a router.
+async fn captured(wire: &mut Subscription) -> (Message, Value) {
+    loop {
+        let next = tokio::time::timeout(PATIENCE, wire.next());
+        let message = next.await.expect("a message on the wire").unwrap();
+        if [subjects::DECIDE, subjects::GET_DECISION, subjects::CANCEL].contains(&&*message.subject) {
+            let payload = serde_json::from_slice(&message.payload).unwrap();
+            return (message, payload);
+        }
+    }
+}
+
+#[tokio::test]
+async fn e2e_1_subjects_and_headers() {
+    let stage = Stage::start().await;
+    let mut wire = stage.bus.subscribe("beamline.router.v1.>", None, 4096).await.unwrap();
+    let _parts = stage.part("router,worker").await;
+    let client = stage.client().await;
+
+    let trace = "0af7651916cd43dd8448eb211c80319c";
+    let parent = format!("00-{trace}-b7ad6b7169203331-01");
+    let answer = client
+        .submit(&submit(
+            "code_completion",
+            json!({"request_id": "r-1", "tenant_id": "acme", "policy_id": "default", "traceparent": parent,
+                "idempotency_key": "k", "file": "a\"}.rs", "line": 3, "context": ["ü"], "params": {"tenant_id": "evil"}}),
+        ))
+        .await
+        .unwrap();
+    assert_eq!(answer["context"], json!({"request_id": "r-1", "trace_id": trace}));
+    let (message, payload) = captured(&mut wire).await;
+    assert_eq!(&*message.subject, "beamline.router.v1.decide");
+    assert!(message.reply.is_some_and(|reply| reply.starts_with("_INBOX.")));
+    for (header, value) in [("traceparent", &*parent), ("trace_id", trace), ("tenant_id", "acme"), ("version", "1")] {
+        assert_eq!(message.headers.get(header), Some(value), "{header}");
+    }
+    let task = json!({"type": "code_completion",
+        "payload": {"file": "a\"}.rs", "line": 3, "context": ["ü"], "params": {"tenant_id": "evil"}}});
+    let expected = json!({"version": "1", "request_id": "r-1", "tenant_id": "acme", "policy_id": "default",
+        "trace_id": trace, "idempotency_key": "k", "task": task});
+    assert_eq!(payload, expected);
+
+    // Without any id of its own: made here, and the same in header and payload.
+    let waits = json!({"wait": "result", "timeout_ms": 9000});
+    assert_eq!(client.submit(&submit("echo", waits)).await.unwrap()["status"], "success");
+    let (message, payload) = captured(&mut wire).await;
+    let trace = payload["trace_id"].as_str().unwrap();
+    assert_eq!((message.headers.get("trace_id"), trace.len()), (Some(trace), 32));
+    let parent = message.headers.get("traceparent").unwrap();
+    assert!(parent.starts_with(&format!("00-{trace}-")) && parent.ends_with("-01"), "{parent}");
+    assert_eq!(message.headers.get("tenant_id"), Some("default"));
+    assert_eq!((&payload["push_assignment"], &payload["options"]["deadline_ms"]), (&json!(true), &json!(9000)));
+
+    let task = payload["request_id"].as_str().unwrap();
+    client.query(task).await.unwrap();
+    client.cancel(task).await.unwrap();
+    client.subscribe(task).await.unwrap().next().await.unwrap();
+    for subject in [subjects::GET_DECISION, subjects::GET_DECISION, subjects::CANCEL, subjects::GET_DECISION] {
+        let (message, payload) = captured(&mut wire).await;
+        assert_eq!((&*message.subject, payload), (subject, json!({"request_id": task})));
+        assert_eq!(message.headers.get("version"), Some("1"));
+        assert_eq!(message.headers.get("trace_id").map(str::len), Some(32));
+    }
+}
+
+#[tokio::test]
+async fn e2e_1_what_the_gateway_sends_the_router_accepts() {
+    let stage = Stage::start().await;
+    let mut wire = stage.bus.subscribe(subjects::DECIDE, None, 4096).await.unwrap();
+    let _parts = stage.part("router,worker").await;
+
+    let golden: Vec<Value> = serde_json::from_str(include_str!("../../../../fixtures/wire/ipc.json")).unwrap();
+    let submits: Vec<&Value> = golden.iter().filter(|case| case["type"] == FrameType::TaskSubmit as u8).collect();
+    assert!(submits.len() >= 2);
+    for case in submits {
+        let hex = case["hex"].as_str().unwrap();
+        let bytes: Vec<u8> =
+            (0..hex.len()).step_by(2).map(|n| u8::from_str_radix(&hex[n..n + 2], 16).unwrap()).collect();
+        let mut raw = Raw::connect(&stage).await;
+        raw.send(&bytes).await;
+        let frame = raw.next().await;
+        assert_eq!(frame.frame_type(), Some(FrameType::ResponseOk), "{case}: {frame:?}");
+        let (_, sent) = captured(&mut wire).await;
+        let golden: Value = serde_json::from_str(case["payload"].as_str().unwrap()).unwrap();
+        assert_eq!(sent["task"]["type"], golden["task_type"], "{case}");
+    }
+
+    let key = stage.api_key().await;
+    let golden: Vec<Value> = serde_json::from_str(include_str!("../../../../fixtures/wire/router.json")).unwrap();
+    let requests: Vec<&Value> = golden.iter().filter(|case| case["type"] == "decide_request").collect();
+    assert!(requests.len() >= 3);
+    for case in requests {
+        let text = case["text"].as_str().unwrap();
+        let (status, _, answer) = stage.post_decide(&key, text).await;
+        // A golden request may ask for what no provider can give, or for an answer by a day that is over; it is read.
+        let outcome = answer["error"]["code"].as_str().unwrap_or("ok");
+        assert!(["ok", "no_provider_available", "deadline_exceeded"].contains(&outcome), "{case}: {answer}");
+        assert_eq!(status == 200, outcome == "ok");
+        let (message, _) = captured(&mut wire).await;
+        assert_eq!(&message.payload[..], text.as_bytes(), "{case}");
+    }
+    let (status, _, answer) = stage.post_decide(&key, r#"{"version":"1","request_id":"r","tenant_id":"t"}"#).await;
+    assert_eq!((status, &answer["error"]["code"]), (400, &json!("invalid_request")), "the router does look: {answer}");
+}
+
+#[tokio::test]
+async fn e2e_2_errors_that_the_router_causes() {
+    let stage = Stage::start().await;
+    let router = stage.part("router").await;
+    let client = stage.client().await;
+    let weightless = router.dir.path().join("policies/default");
+    std::fs::create_dir_all(&weightless).unwrap();
+    let policy = json!({"version": "1.0", "providers": [{"name": "echo", "weight": 0}]}).to_string();
+    std::fs::write(weightless.join("weightless.json"), policy).unwrap();
+
+    let pushed = json!({"request_id": "twice", "push_assignment": true, "params": {"n": 1}});
+    client.submit(&submit("echo", pushed)).await.unwrap();
+    eventually(PATIENCE, async || {
+        let outcome = client.submit(&submit("echo", json!({"policy_id": "weightless"}))).await;
+        refused(outcome).reason.as_deref() != Some("policy_not_found")
+    })
+    .await;
+    for (fields, status, reason, intake) in [
+        (json!({"idempotency_key": "k".repeat(257)}), 400, "invalid_request", Some("SCHEMA_VALIDATION_FAILED")),
+        (json!({"policy_id": "none"}), 404, "policy_not_found", None),
+        (
+            json!({"request_id": "twice", "push_assignment": true, "params": {"n": 2}}),
+            409,
+            "idempotency_conflict",
+            None,
+        ),
+        (json!({"context": "x".repeat(1_100_000)}), 413, "invalid_request", Some("PAYLOAD_TOO_LARGE")),
+        (json!({"policy_id": "weightless"}), 500, "decision_failed", None),
+    ] {
+        let error = refused(client.submit(&submit("echo", fields)).await);
+        assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(status), Some(reason)));
+        assert_eq!(error.details.as_ref().and_then(|d| d["intake_error_code"].as_str()), intake, "{error:?}");
+    }
+
+    let key = stage.api_key().await;
+    let request = |fields: Value| {
+        let mut request = json!({"version": "1", "request_id": "r", "tenant_id": "default",
+            "task": {"type": "echo", "payload": {}}});
+        request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        request.to_string()
+    };
+    for (key, fields, expected, code) in [
+        (&*key, json!({}), 200, None),
+        (&*key, json!({"version": "7"}), 400, Some("invalid_request")),
+        ("wrong", json!({}), 401, Some("unauthorized")),
+        (&*key, json!({"policy_id": "none"}), 404, Some("policy_not_found")),
+        (&*key, json!({"policy_id": "weightless"}), 500, Some("decision_failed")),
+        (&*key, json!({"constraints": {"max_latency_ms": 0.0, "max_cost": -1.0}}), 503, Some("no_provider_available")),
+        (&*key, json!({"deadline": 1}), 504, Some("deadline_exceeded")),
+    ] {
+        let (status, _, answer) = stage.post_decide(key, &request(fields)).await;
+        assert_eq!((status, answer["error"]["code"].as_str()), (expected, code), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
+    let stage = Stage::start().await;
+    // The task's type is the code that it is refused with.
+    let _responder = stage
+        .responder(async |request| {
+            let code = request["task"]["type"].as_str().unwrap();
+            let Some((_, status)) = ERROR_CODES.iter().find(|(known, _)| *known == code) else {
+                return decided(&request);
+            };
+            let mut error = json!({"code": code, "message": format!("because {code}"), "details": {"what": code}});
+            if *status == 429 {
+                error["retry_after_seconds"] = json!(7);
+            }
+            json!({"ok": false, "error": error, "context": {"request_id": request["request_id"]}})
+        })
+        .await;
+    let client = stage.client().await;
+    let key = stage.api_key().await;
+    let statuses: BTreeSet<u16> = ERROR_CODES.iter().map(|(_, status)| *status).collect();
+    assert_eq!(statuses, BTreeSet::from([400, 401, 403, 404, 409, 429, 500, 503, 504]));
+    // The gateway asks again where a router is just unavailable, until that opens the breaker: so it comes last.
+    let mut rows = ERROR_CODES.to_vec();
+    rows.sort_by_key(|(code, _)| *code == "unavailable");
+
+    for (code, status) in rows.clone() {
+        let outcome = client.submit(&submit(code, json!({"request_id": format!("r-{code}")}))).await;
+        let error = refused(outcome);
+        assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(status), Some(code)), "{error:?}");
+        assert_eq!(error.message, format!("because {code}"));
+        assert_eq!(error.details, Some(json!({"what": code})));
+        assert_eq!(error.retry_after_ms, (status == 429).then_some(7000), "{code}");
+    }
+    eventually(PATIENCE, async || client.submit(&submit("fine", json!({}))).await.is_ok()).await;
+    for (code, status) in rows {
+        let request = json!({"version": "1", "request_id": format!("h-{code}"), "tenant_id": "default",
+            "task": {"type": code, "payload": {}}});
+        let (answered, retry_after, answer) = stage.post_decide(&key, &request.to_string()).await;
+        assert_eq!((answered, &answer["error"]["code"]), (status, &json!(code)), "{answer}");
+        assert_eq!(answer["error"]["details"], json!({"what": code}));
+        assert_eq!(answer["context"]["request_id"], format!("h-{code}"));
+        assert_eq!(retry_after, (status == 429).then_some(7), "{code}");
+    }
+}
+
+#[tokio::test]
+async fn e2e_3_timeouts_and_late_replies() {
+    let stage = Stage::start().await;
+    let _responder = stage
+        .responder(async |request| {
+            let after = request["task"]["payload"]["params"]["after_ms"].as_u64().unwrap();
+            tokio::time::sleep(Duration::from_millis(after)).await;
+            decided(&request)
+        })
+        .await;
+    let late = async || stage.metric("beamline_bus_late_replies_total").await;
+    let after = |ms: u64| submit("slow", json!({"params": {"after_ms": ms}}));
+    let mut raw = Raw::connect(&stage).await;
+    let descriptors = stage.descriptors();
+
+    // Around the deadline: one outcome each, and the outcome that is due where it is not a matter of luck.
+    let deadline = Duration::from_millis(400);
+    let delays: Vec<u64> = [100, 200, 600, 700].into_iter().chain(390..=410).collect();
+    let ids = 1..1 + delays.len() as u64;
+    for (id, delay) in ids.clone().zip(&delays) {
+        raw.submit(id, deadline, &after(*delay)).await;
+    }
+    let outcomes = raw.outcomes(ids.clone()).await;
+    let mut timeouts = 0;
+    for (id, delay) in ids.zip(&delays) {
+        let [(kind, answer)] = &outcomes[&id][..] else { panic!("{delay} ms: {:?}", outcomes[&id]) };
+        let answered = *kind == FrameType::ResponseOk;
+        assert!(answered || answer["error"]["code"] == 5, "{delay} ms: {answer}");
+        assert!(answered || *delay >= 390, "{delay} ms: a reply in time is no timeout");
+        assert!(!answered || *delay <= 410, "{delay} ms: a late reply is no answer");
+        timeouts += usize::from(!answered);
+    }
+    eventually(PATIENCE, async || late().await == timeouts as f64).await;
+
+    // A thousand timeouts, every one answered too late. (Their deadline is too short to speak against the router.)
+    for round in 0..TIMEOUT_ROUNDS {
+        let ids = 1000 * (round + 1)..1000 * (round + 1) + TIMEOUTS_AT_ONCE;
+        for id in ids.clone() {
+            raw.submit(id, Duration::from_millis(200), &after(900)).await;
+        }
+        let outcomes = raw.outcomes(ids).await;
+        assert_eq!(outcomes.len() as u64, TIMEOUTS_AT_ONCE);
+        for (id, outcome) in outcomes {
+            let [(FrameType::ResponseError, answer)] = &outcome[..] else { panic!("{id}: {outcome:?}") };
+            assert_eq!(answer["error"]["code"], 5, "{answer}");
+        }
+    }
+    let all = timeouts as u64 + TIMEOUT_ROUNDS * TIMEOUTS_AT_ONCE;
+    eventually(PATIENCE, async || late().await == all as f64).await;
+    raw.submit(1, deadline, &after(0)).await;
+    let mut outcomes = Outcomes::new();
+    raw.take(&mut outcomes).await;
+    assert_eq!(outcomes[&1][0].0, FrameType::ResponseOk, "the breaker stayed closed: {outcomes:?}");
+    assert_eq!(stage.metric("beamline_gateway_breaker_open").await, 0.0);
+    stage.is_as_before(descriptors).await;
+}
+
+#[tokio::test]
+async fn e2e_4_happy_path() {
+    let stage = Stage::start().await;
+    let (_router, _worker) = (stage.part("router").await, stage.part("worker").await);
+    let mut clients = tokio::task::JoinSet::new();
+    for number in 0..HAPPY_CLIENTS {
+        let client = stage.client().await;
+        clients.spawn(async move {
+            let requests = (0..HAPPY / HAPPY_CLIENTS).map(|n| happy(client.clone(), format!("happy-{number}-{n}"), n));
+            futures_util::future::join_all(requests).await
+        });
+    }
+    let answered: Vec<String> = clients.join_all().await.into_iter().flatten().collect();
+    assert_eq!(answered.len(), HAPPY);
+    assert_eq!(answered.iter().collect::<BTreeSet<_>>().len(), HAPPY, "each its own answer");
+    eventually(PATIENCE, async || stage.metric("beamline_gateway_requests_total").await == HAPPY as f64).await;
+    assert_eq!(stage.metric("beamline_gateway_in_flight").await, 0.0);
+}
+
+/// One request, every second one for its result; the request id in its answer.
+async fn happy(client: Client, request_id: String, n: usize) -> String {
+    let wait = ["decision", "result"][n % 2];
+    let fields =
+        json!({"request_id": request_id, "wait": wait, "timeout_ms": 20_000, "params": {"prompt": request_id}});
+    let answer = client.submit(&submit("echo", fields)).await.unwrap();
+    let answered = if wait == "decision" {
+        assert_eq!((&answer["ok"], &answer["decision"]["provider_id"]), (&json!(true), &json!("echo")), "{answer}");
+        &answer["context"]["request_id"]
+    } else {
+        assert_eq!(answer["status"], "success", "{answer}");
+        &answer["request_id"]
+    };
+    assert_eq!(*answered, request_id);
+    request_id
+}
+
+#[tokio::test]
+async fn e2e_5_reconnect_storm() {
+    let mut stage = Stage::start().await;
+    let _router = stage.part("router").await;
+    let fine = submit("echo", json!({}));
+    let mut raw = Raw::connect(&stage).await;
+    raw.submit(0, PATIENCE, &fine).await;
+    let mut outcomes = Outcomes::new();
+    raw.take(&mut outcomes).await;
+    assert_eq!(outcomes[&0][0].0, FrameType::ResponseOk);
+    let descriptors = stage.descriptors();
+
+    // 100 a second; NATS goes when a request has been answered, and comes when one has been refused.
+    let mut tick = tokio::time::interval(Duration::from_millis(10));
+    let (mut sent, mut storms, mut down) = (1, 0, false);
+    let (mut seen, mut in_this_state) = (0, 0);
+    let give_up = tokio::time::Instant::now() + PATIENCE;
+    while storms < STORMS || down {
+        assert!(tokio::time::Instant::now() < give_up, "storm {storms}, down: {down}");
+        tokio::select! {
+            () = raw.take(&mut outcomes) => {}
+            _ = tick.tick() => {
+                raw.submit(sent, Duration::from_secs(2), &fine).await;
+                sent += 1;
+            }
+        }
+        let answers: usize = outcomes.values().map(Vec::len).sum();
+        if answers == seen {
+            continue;
+        }
+        seen = answers;
+        let ok = outcomes.values().filter(|outcome| outcome[0].0 == FrameType::ResponseOk).count();
+        let now = if down { outcomes.len() - ok } else { ok };
+        in_this_state = if in_this_state == 0 { now } else { in_this_state };
+        // Enough of them that the state is felt.
+        if now < in_this_state + 20 {
+            continue;
+        }
+        in_this_state = 0;
+        if down {
+            stage.nats.restart().await;
+        } else {
+            stage.nats.kill();
+            storms += 1;
+        }
+        down = !down;
+    }
+    while outcomes.len() < sent as usize {
+        raw.take(&mut outcomes).await;
+    }
+
+    let client = stage.client().await;
+    eventually(PATIENCE, async || {
+        client.submit(&fine).await.is_ok() && stage.metric("beamline_gateway_breaker_open").await == 0.0
+    })
+    .await;
+    for _ in 0..100 {
+        client.submit(&fine).await.unwrap();
+    }
+    drop(client);
+
+    // A second answer to one of them would have come before this.
+    for (id, again) in raw.outcomes(sent..sent).await {
+        outcomes.entry(id).or_default().extend(again);
+    }
+    for (id, outcome) in &outcomes {
+        let [(kind, answer)] = &outcome[..] else { panic!("request {id} has {} outcomes: {outcome:?}", outcome.len()) };
+        let explicit = matches!(answer["error"]["code"].as_u64(), Some(5 | 10 | 11));
+        assert!(*kind == FrameType::ResponseOk || explicit, "request {id}: {answer}");
+    }
+    assert_eq!(outcomes.len(), sent as usize);
+    stage.is_as_before(descriptors).await;
+}

@@ -1,0 +1,178 @@
+//! What the gateway's scenarios stand on: the parts in processes of their own, raw frames, a responder that does as told.
+
+use crate::process::Process;
+use bus::nats::{Nats, NatsConfig};
+use bus::{Bus, Message};
+use bytes::BytesMut;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use testkit::{NatsServer, eventually};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::task::JoinSet;
+use wire::ipc::{Decoder, Frame, FrameType, Version};
+
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The gateway alone in its process, on a NATS of its own.
+pub struct Stage {
+    pub nats: NatsServer,
+    pub bus: Bus,
+    pub gateway: Process,
+}
+
+impl Stage {
+    pub async fn start() -> Self {
+        let nats = NatsServer::start().await;
+        let bus = Nats::connect(NatsConfig { url: nats.url(), ..NatsConfig::default() }).await.unwrap();
+        let gateway = Process::start_with(&["--roles", "gateway", "--nats-url", &nats.url()]).await;
+        Self { nats, bus, gateway }
+    }
+
+    /// Another part, in its own process.
+    pub async fn part(&self, roles: &str) -> Process {
+        Process::start_with(&["--roles", roles, "--nats-url", &self.nats.url()]).await
+    }
+
+    pub async fn client(&self) -> client::Client {
+        client::Client::connect(&self.gateway.socket()).await.unwrap()
+    }
+
+    /// A number on the gateway's /metrics.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let (status, metrics) = crate::journey::get(&format!("http://{}/metrics", self.gateway.ops())).await;
+        assert_eq!(status, 200);
+        let line = metrics.lines().find(|line| line.split([' ', '{']).next() == Some(name));
+        let line = line.unwrap_or_else(|| panic!("no {name} in {metrics}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// What the gateway's process holds. Before the first look at [`Self::metric`]: that is a connection for a moment.
+    pub fn descriptors(&self) -> u64 {
+        let pid = self.gateway.ready["pid"].as_u64().unwrap();
+        checks::process::look(u32::try_from(pid).unwrap()).unwrap().descriptors
+    }
+
+    /// Nothing is in flight, and the process holds what it held.
+    pub async fn is_as_before(&self, descriptors: u64) {
+        eventually(PATIENCE, async || self.metric("beamline_gateway_in_flight").await == 0.0).await;
+        eventually(PATIENCE, async || self.descriptors() == descriptors).await;
+    }
+
+    /// POST with `key`: status, Retry-After and body.
+    pub async fn post_decide(&self, key: &str, body: &str) -> (u16, Option<u64>, Value) {
+        let mut stream = TcpStream::connect(self.gateway.http()).await.unwrap();
+        let request = format!(
+            "POST /api/v1/routes/decide HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-API-Key: {key}\r\n\
+             Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).await.unwrap();
+        let (head, body) = response.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let retry_after = head.lines().find_map(|line| line.to_lowercase().strip_prefix("retry-after: ")?.parse().ok());
+        (status, retry_after, serde_json::from_str(body).unwrap())
+    }
+
+    pub async fn api_key(&self) -> String {
+        self.gateway.run(&["api-key"]).await.success().trim().to_string()
+    }
+
+    /// In the router's place: answers each decide request with what `answer` makes of it, when it has made it.
+    pub async fn responder<F>(&self, answer: impl Fn(Value) -> F + Send + Sync + 'static) -> JoinSet<()>
+    where
+        F: Future<Output = Value> + Send + 'static,
+    {
+        let group = Some(wire::subjects::DECIDE_GROUP);
+        let mut requests = self.bus.subscribe(wire::subjects::DECIDE, group, 4096).await.unwrap();
+        // The server has the subscription when it has answered this.
+        self.bus.health().await.unwrap();
+        let (bus, answer) = (self.bus.clone(), Arc::new(answer));
+        let mut running = JoinSet::new();
+        running.spawn(async move {
+            let mut answers = JoinSet::new();
+            while let Some(message) = requests.next().await {
+                while answers.try_join_next().is_some() {}
+                let (bus, answer) = (bus.clone(), answer.clone());
+                answers.spawn(async move {
+                    let payload = answer(serde_json::from_slice(&message.payload).unwrap()).await.to_string().into();
+                    bus.publish(Message { subject: message.reply.unwrap(), payload, ..Message::default() })
+                        .await
+                        .unwrap();
+                });
+            }
+        });
+        running
+    }
+}
+
+/// Every frame that came for each request id.
+pub type Outcomes = BTreeMap<u64, Vec<(FrameType, Value)>>;
+
+/// A connection on which nothing that the gateway sends goes unseen, not even a second answer.
+pub struct Raw {
+    reader: OwnedReadHalf,
+    writer: OwnedWriteHalf,
+    input: BytesMut,
+}
+
+impl Raw {
+    pub async fn connect(stage: &Stage) -> Self {
+        let (reader, writer) = UnixStream::connect(stage.gateway.socket()).await.unwrap().into_split();
+        Self { reader, writer, input: BytesMut::new() }
+    }
+
+    pub async fn send(&mut self, bytes: &[u8]) {
+        self.writer.write_all(bytes).await.unwrap();
+    }
+
+    pub async fn submit(&mut self, request_id: u64, deadline: Duration, submit: &Value) {
+        let deadline_ms = u32::try_from(deadline.as_millis()).unwrap();
+        let mut bytes = BytesMut::new();
+        let version = Version::V2 { request_id, deadline_ms };
+        Frame::new(version, FrameType::TaskSubmit, submit.to_string()).encode(&mut bytes);
+        self.send(&bytes).await;
+    }
+
+    pub async fn next(&mut self) -> Frame {
+        let frame = async {
+            loop {
+                if let Some(frame) = Decoder.decode(&mut self.input).unwrap() {
+                    return frame;
+                }
+                assert_ne!(self.reader.read_buf(&mut self.input).await.unwrap(), 0, "the gateway closed");
+            }
+        };
+        tokio::time::timeout(PATIENCE, frame).await.expect("a frame in time")
+    }
+
+    /// Takes one answer in.
+    pub async fn take(&mut self, outcomes: &mut Outcomes) {
+        let frame = self.next().await;
+        let Version::V2 { request_id, .. } = frame.version else { panic!("{frame:?} answers no request") };
+        let answer = serde_json::from_slice(&frame.payload).unwrap_or_default();
+        outcomes.entry(request_id).or_default().push((frame.frame_type().unwrap(), answer));
+    }
+
+    /// What came, when each of `ids` has an answer and the gateway has nothing more to say.
+    pub async fn outcomes(&mut self, ids: std::ops::Range<u64>) -> Outcomes {
+        let mut outcomes = Outcomes::new();
+        while !ids.clone().all(|id| outcomes.contains_key(&id)) {
+            self.take(&mut outcomes).await;
+        }
+        let last = ids.end;
+        let mut ping = BytesMut::new();
+        Frame::new(Version::V2 { request_id: last, deadline_ms: 0 }, FrameType::Ping, Vec::new()).encode(&mut ping);
+        self.send(&ping).await;
+        while !outcomes.contains_key(&last) {
+            self.take(&mut outcomes).await;
+        }
+        outcomes.remove(&last);
+        outcomes
+    }
+}
