@@ -2,8 +2,8 @@
 //!
 //! The gateway is a process of its own on a real nats-server; so are the router and the worker, but for what the router
 //! cannot cause. There a responder on NATS does as its script says:
-//! - scenario 2, every row of the table of errors ([`wire::router::ERROR_CODES`]), of which the router causes 400, 404,
-//!   409, 413 and 500 itself over the socket and 401 (the gateway's own), 503 and 504 over HTTP;
+//! - scenario 2, every row of the table of errors ([`wire::router::ERROR_CODES`], and 413 over HTTP); of these the router
+//!   causes 400, 404, 409, 413 and 500 itself over the socket, and 503 and 504 over HTTP, where 401 is the gateway's own;
 //! - scenario 3, replies around and after the deadline.
 
 mod stage;
@@ -27,6 +27,8 @@ const STORMS: usize = 3;
 /// Requests that time out in scenario 3: rounds of so many at once.
 const TIMEOUT_ROUNDS: u64 = 5;
 const TIMEOUTS_AT_ONCE: u64 = 200;
+/// The intake error of an `invalid_request` that has a status of its own, 413.
+const TOO_LARGE: &str = "PAYLOAD_TOO_LARGE";
 
 fn submit(task_type: &str, fields: Value) -> Value {
     let mut submit = json!({"command": "task_submit", "task_type": task_type});
@@ -215,6 +217,10 @@ async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
     let _responder = stage
         .responder(async |request| {
             let code = request["task"]["type"].as_str().unwrap();
+            if code == TOO_LARGE {
+                let error = json!({"code": "invalid_request", "message": "large", "intake_error_code": code});
+                return json!({"ok": false, "error": error, "context": {}});
+            }
             let Some((_, status)) = ERROR_CODES.iter().find(|(known, _)| *known == code) else {
                 return decided(&request);
             };
@@ -242,6 +248,10 @@ async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
         assert_eq!(error.retry_after_ms, (status == 429).then_some(7000), "{code}");
     }
     eventually(PATIENCE, async || client.submit(&submit("fine", json!({}))).await.is_ok()).await;
+    let request = json!({"version": "1", "request_id": "r", "tenant_id": "default",
+        "task": {"type": TOO_LARGE, "payload": {}}});
+    let (status, _, answer) = stage.post_decide(&key, &request.to_string()).await;
+    assert_eq!((status, &answer["error"]["intake_error_code"]), (413, &json!(TOO_LARGE)));
     for (code, status) in rows {
         let request = json!({"version": "1", "request_id": format!("h-{code}"), "tenant_id": "default",
             "task": {"type": code, "payload": {}}});
