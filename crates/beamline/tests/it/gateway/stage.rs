@@ -122,9 +122,15 @@ pub struct Raw {
 }
 
 impl Raw {
+    /// The gateway has taken it when this returns.
     pub async fn connect(stage: &Stage) -> Self {
         let (reader, writer) = UnixStream::connect(stage.gateway.socket()).await.unwrap().into_split();
-        Self { reader, writer, input: BytesMut::new() }
+        let mut raw = Self { reader, writer, input: BytesMut::new() };
+        let mut ping = BytesMut::new();
+        Frame::new(Version::V1, FrameType::Ping, Vec::new()).encode(&mut ping);
+        raw.send(&ping).await;
+        assert_eq!(raw.next().await.frame_type(), Some(FrameType::Pong));
+        raw
     }
 
     pub async fn send(&mut self, bytes: &[u8]) {
