@@ -411,7 +411,6 @@ impl OutputReader {
     }
 }
 
-/// What a router's answer is judged by.
 /// An error on its way to the client.
 struct Failure {
     code: ErrorCode,
