@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::beamline::Beamline;
 use crate::report::{Figure, Report};
-use crate::sockets::{self, MARK, TEXT, frame};
+use crate::sockets::{self, BINARY, MARK, TEXT, frame};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -57,20 +57,20 @@ async fn ours(window: usize) -> Result<f64> {
 async fn nats(window: usize) -> Result<f64> {
     let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let settings = format!("websocket {{ listen: \"127.0.0.1:{port}\", no_tls: true }}\n");
-    let server = NatsServer::start_with(&settings).await;
+    let _server = NatsServer::start_with(&settings).await;
     let address = format!("127.0.0.1:{port}");
     let mut subscribers = Vec::new();
     for n in 0..SUBSCRIBERS {
         subscribers.push(sockets::nats(&address, Some("bench"), n).await?);
     }
-    let publisher = async_nats::connect(server.url()).await?;
-    let text = payload();
+    let mut publisher = sockets::nats(&address, None, 0).await?;
+    // A PONG says that the server has taken what came before, as our answers do.
+    let commands = format!("PUB bench {PAYLOAD}\r\n{}\r\n", payload()).repeat(window) + "PING\r\n";
+    let batch = frame(BINARY, commands.as_bytes());
     deliveries(subscribers, async move {
-        for n in 0..MESSAGES {
-            publisher.publish("bench", text.clone().into()).await?;
-            if n % window == window - 1 {
-                publisher.flush().await?;
-            }
+        for _ in 0..MESSAGES / window {
+            publisher.write_all(&batch).await?;
+            sockets::read_until(&mut publisher, b"PONG").await?;
         }
         Ok(Box::new(publisher) as Box<dyn Send>)
     })
