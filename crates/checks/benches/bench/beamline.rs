@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 pub struct Beamline {
-    child: Child,
+    child: Running,
     dir: tempfile::TempDir,
     pub http: String,
 }
@@ -15,11 +15,21 @@ impl Beamline {
     pub fn start(settings: &str) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         std::fs::write(dir.path().join("beamline.toml"), settings)?;
+        Self::start_in(dir)
+    }
+
+    /// A fresh process on the same data: what only a first start does (a password is hashed) has been done.
+    pub fn start_again(self) -> Result<Self> {
+        drop(self.child);
+        Self::start_in(self.dir)
+    }
+
+    fn start_in(dir: tempfile::TempDir) -> Result<Self> {
         let mut command = command(dir.path())?;
         let addresses = ["--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
         command.arg("up").args(addresses).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn()?;
-        let stdout = child.stdout.take().ok_or("the process has no standard output")?;
+        let mut child = Running(command.spawn()?);
+        let stdout = child.0.stdout.take().ok_or("the process has no standard output")?;
         for line in BufReader::new(stdout).lines() {
             if let Some(ready) = line?.strip_prefix("ready ") {
                 let ready: serde_json::Value = serde_json::from_str(ready)?;
@@ -36,14 +46,17 @@ impl Beamline {
     }
 
     pub fn rss(&self) -> u64 {
-        rss(self.child.id())
+        rss(self.child.0.id())
     }
 }
 
-impl Drop for Beamline {
+/// Ends with its handle.
+struct Running(Child);
+
+impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
