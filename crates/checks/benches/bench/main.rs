@@ -50,7 +50,10 @@ fn main() -> Result {
         runtime.block_on(console::run(&mut report))?;
     }
     if let Some(file) = file {
-        std::fs::write(file, report.markdown())?;
+        // What people wrote below the table stays.
+        let before = std::fs::read_to_string(&file).unwrap_or_default();
+        let kept = before.find("\n## ").map_or("", |place| &before[place..]);
+        std::fs::write(file, report.markdown() + kept)?;
     }
     Ok(())
 }
