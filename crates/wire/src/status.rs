@@ -57,6 +57,19 @@ pub struct Percentiles {
     pub p99: f64,
 }
 
+impl Percentiles {
+    /// Of these values, in any order; zeros where there are none.
+    pub fn of<T: Ord + Copy>(values: impl Iterator<Item = T>, number: impl Fn(T) -> f64) -> Self {
+        let mut sorted: Vec<T> = values.collect();
+        sorted.sort_unstable();
+        let at = |share: f64| {
+            let index = (sorted.len() as f64 * share) as usize;
+            sorted.get(index.min(sorted.len().saturating_sub(1))).map_or(0.0, |value| number(*value))
+        };
+        Self { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
+    }
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct PolicyStatus {
@@ -121,4 +134,21 @@ pub struct ProviderStatus {
     pub failed_total: u64,
     /// Of its last runs, milliseconds.
     pub latency_ms: Percentiles,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_of_many_one_and_none() {
+        let of = |values: &[u32]| {
+            let p = Percentiles::of(values.iter().copied(), f64::from);
+            (p.p50, p.p95, p.p99)
+        };
+        let hundred: Vec<u32> = (0..100).rev().collect();
+        assert_eq!(of(&hundred), (50.0, 95.0, 99.0));
+        assert_eq!(of(&[7]), (7.0, 7.0, 7.0));
+        assert_eq!(of(&[]), (0.0, 0.0, 0.0));
+    }
 }
