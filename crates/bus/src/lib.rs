@@ -120,6 +120,12 @@ pub trait BusApi: Send + Sync + 'static {
     /// Whether messages get through now. For `/ready`.
     async fn health(&self) -> Result<()>;
 
+    /// Reads certificates and credentials from their files again and connects anew with them, one connection after the
+    /// other. Bad ones are an error, and what is connected stays so. The embedded bus has none.
+    async fn reload(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Short description for `status` and logs, for example `local` or `nats 127.0.0.1:4222`.
     fn describe(&self) -> String;
 }
