@@ -1,5 +1,6 @@
 //! Raw bytes against a bound gateway, on the embedded bus with a scripted router.
 
+mod backpressure;
 mod bad_input;
 mod http;
 mod router;
