@@ -118,7 +118,7 @@ struct Exchange {
 pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_ms: u32, pieces: Pieces) -> Reply {
     let started = Instant::now();
     let own = (deadline_ms > 0).then(|| Duration::from_millis(deadline_ms.into()));
-    let request_timeout = gateway.config.request_timeout;
+    let request_timeout = gateway.config().request_timeout;
     let new = |task: TaskRef, timeout: Duration| Exchange {
         gateway: gateway.clone(),
         peer,
@@ -272,12 +272,12 @@ impl Exchange {
 
     async fn request_router(&self, subject: &str, headers: Headers, payload: Vec<u8>) -> Result<Bytes, Failure> {
         let gateway = &self.gateway;
-        let due = self.deadline.min(Instant::now() + gateway.config.request_timeout);
+        let due = self.deadline.min(Instant::now() + gateway.config().request_timeout);
         Ok(gateway.router.ask(&gateway.bus, subject, headers, payload.into(), due).await?)
     }
 
     fn permit(&self, tenant_id: &str) -> Result<(), Failure> {
-        if self.gateway.config.may_speak_for(self.peer.uid, tenant_id) {
+        if self.gateway.config().may_speak_for(self.peer.uid, tenant_id) {
             return Ok(());
         }
         let text = format!("User {} may not speak for tenant {tenant_id:?}; gateway.tenants lets it", self.peer.uid);

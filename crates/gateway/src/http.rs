@@ -26,10 +26,10 @@ pub fn routes(gateway: Arc<Gateway>) -> axum::Router {
 async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
     let started = Instant::now();
     let (parts, body) = request.into_parts();
-    if !authorized(&parts.headers, &gateway.config.api_key) {
+    if !authorized(&parts.headers, &gateway.config().api_key) {
         return refuse(error("unauthorized", "X-API-Key is missing or wrong; `beamline api-key` prints it"), None);
     }
-    let Ok(_place) = gateway.in_flight.clone().try_acquire_owned() else {
+    let Some(_place) = gateway.in_flight.take(gateway.config().max_in_flight) else {
         let mut busy = error("backpressure", "too many requests in flight");
         busy.retry_after_seconds = Some(RETRY_AFTER);
         return refuse(busy, None);
@@ -51,7 +51,7 @@ async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Respon
     }
     // Read for the errors that we make ourselves; the router judges the request.
     let context: RequestHead = serde_json::from_slice(&body).unwrap_or_default();
-    let due = started + gateway.config.request_timeout;
+    let due = started + gateway.config().request_timeout;
     let answer = gateway.router.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
     gateway.stats.forwarded(started.elapsed());
     match answer {

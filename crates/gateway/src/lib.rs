@@ -3,6 +3,7 @@
 //! A connection is one task ([`session`]); its requests run inside it, so whatever a client left behind ends with it.
 
 mod breaker;
+mod count;
 mod forward;
 mod http;
 mod retry;
@@ -14,7 +15,9 @@ mod waiters;
 
 pub use breaker::Config as BreakerConfig;
 
+use arc_swap::{ArcSwap, Guard};
 use bus::Bus;
+use count::Count;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -93,14 +96,19 @@ pub struct Bound {
 
 /// What all sessions share.
 struct Gateway {
-    config: Config,
+    config: ArcSwap<Config>,
     bus: Bus,
     waiters: waiters::Waiters,
     stats: stats::Stats,
-    in_flight: Arc<Semaphore>,
+    in_flight: Arc<Count>,
     router: router::Access,
-    /// Permits are KiB of [`Config::receive_budget`].
-    receive: Arc<Semaphore>,
+    /// What is left of [`Config::receive_budget`].
+    receive: ArcSwap<Semaphore>,
+}
+
+/// Permits are KiB.
+fn receive_budget(config: &Config) -> Semaphore {
+    Semaphore::new(config.receive_budget / 1024)
 }
 
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
@@ -108,13 +116,13 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     bus::streams::declare(&bus).await?;
     let results = bus.subscribe(wire::subjects::RESULT, None, waiters::QUEUE_MAX).await?;
     let gateway = Gateway {
-        in_flight: Arc::new(Semaphore::new(config.max_in_flight)),
-        receive: Arc::new(Semaphore::new(config.receive_budget / 1024)),
+        in_flight: Arc::default(),
+        receive: ArcSwap::from_pointee(receive_budget(&config)),
         router: router::Access::new(config.breaker, config.request_timeout),
         waiters: waiters::Waiters::default(),
         stats: stats::Stats::default(),
         bus,
-        config,
+        config: ArcSwap::from_pointee(config),
     };
     Ok(Bound { gateway: Arc::new(gateway), listener, results })
 }
@@ -138,7 +146,7 @@ impl Bound {
         loops.spawn(stats::run(gateway.clone(), ended.clone()));
 
         let sessions = TaskTracker::new();
-        let places = Arc::new(Semaphore::new(gateway.config.max_connections));
+        let connections = Arc::new(Count::default());
         loop {
             let accepted = tokio::select! {
                 () = cancel.cancelled() => break,
@@ -157,7 +165,7 @@ impl Bound {
                 refuse(&stream, ErrorCode::Forbidden, "This user may not connect; gateway.allowed_uids lets it");
                 continue;
             };
-            let Ok(place) = places.clone().try_acquire_owned() else {
+            let Some(place) = connections.take(gateway.config().max_connections) else {
                 gateway.stats.failed(ErrorCode::Overloaded);
                 refuse(&stream, ErrorCode::Overloaded, "Too many connections; gateway.max_connections is the limit");
                 continue;
@@ -194,9 +202,14 @@ impl Config {
 }
 
 impl Gateway {
+    /// The settings of this moment: for a look, not to be kept.
+    fn config(&self) -> Guard<Arc<Config>> {
+        self.config.load()
+    }
+
     fn peer(&self, stream: &UnixStream) -> Option<Peer> {
         let uid = stream.peer_cred().ok()?.uid();
-        let known = uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.config.allowed_uids.contains(&uid);
+        let known = uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.config().allowed_uids.contains(&uid);
         if !known {
             tracing::warn!(uid, "refused an IPC connection; gateway.allowed_uids lets this user in");
             self.stats.failed(ErrorCode::Forbidden);

@@ -1,5 +1,6 @@
 //! One connection: reads frames, runs its requests, writes answers. Everything happens in its one task.
 
+use crate::count::Place;
 use crate::forward::{self, Reply, Request};
 use crate::{Gateway, Peer};
 use bytes::{Bytes, BytesMut};
@@ -111,7 +112,7 @@ impl Pieces {
 }
 
 enum V1Stream {
-    Waiting(Request, OwnedSemaphorePermit),
+    Waiting(Request, Place),
     Running(u64),
 }
 
@@ -198,12 +199,12 @@ impl Session {
                 }
                 () = at(self.write_due) => return Exit::WriteTimeout,
                 () = cancel.cancelled(), if give_up.is_none() => {
-                    give_up = Some(Instant::now() + self.gateway.config.drain_timeout);
+                    give_up = Some(Instant::now() + self.gateway.config().drain_timeout);
                     self.frame_due = None;
                 }
                 () = at(give_up) => {
                     self.abandon();
-                    give_up = Some(Instant::now() + self.gateway.config.write_timeout);
+                    give_up = Some(Instant::now() + self.gateway.config().write_timeout);
                 }
                 () = gone(&self.writer), if !reads && !self.requests.is_empty() => return Exit::ClientClosed,
             }
@@ -216,10 +217,10 @@ impl Session {
             match self.writer.try_write(&self.output) {
                 Ok(written) => {
                     bytes::Buf::advance(&mut self.output, written);
-                    self.write_due = Some(Instant::now() + self.gateway.config.write_timeout);
+                    self.write_due = Some(Instant::now() + self.gateway.config().write_timeout);
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                    let timeout = self.gateway.config.write_timeout;
+                    let timeout = self.gateway.config().write_timeout;
                     self.write_due.get_or_insert_with(|| Instant::now() + timeout);
                     return Ok(());
                 }
@@ -274,7 +275,7 @@ impl Session {
             return;
         }
         if self.frame_due.is_none() && !draining {
-            self.frame_due = Some(Instant::now() + self.gateway.config.read_timeout);
+            self.frame_due = Some(Instant::now() + self.gateway.config().read_timeout);
         }
         if self.budget.is_none()
             && self.budget_wait.is_none()
@@ -282,7 +283,7 @@ impl Session {
             && length > FREE_RECEIVE
         {
             let permits = (length as u32).div_ceil(1024);
-            let budget = self.gateway.receive.clone();
+            let budget = self.gateway.receive.load_full();
             match budget.clone().try_acquire_many_owned(permits) {
                 Ok(permit) => self.budget = Some(permit),
                 Err(_) => {
@@ -322,7 +323,7 @@ impl Session {
     }
 
     fn start(&mut self, version: Version, request: Request) {
-        let config = &self.gateway.config;
+        let config = self.gateway.config();
         let full = match version {
             Version::V1 => self.v1_open >= config.max_in_flight_v1,
             Version::V2 { .. } => self.v2_open.len() >= config.max_in_flight_v2,
@@ -330,7 +331,7 @@ impl Session {
         if full {
             return self.overloaded(version, "Too many requests in flight on this connection");
         }
-        let Ok(permit) = self.gateway.in_flight.clone().try_acquire_owned() else {
+        let Some(place) = self.gateway.in_flight.take(config.max_in_flight) else {
             return self.overloaded(version, "Too many requests in flight");
         };
         self.gateway.stats.taken();
@@ -339,33 +340,33 @@ impl Session {
             Version::V1 => {
                 self.v1_open += 1;
                 if request.is_stream() && self.v1_next != self.v1_head {
-                    self.v1_stream = Some(V1Stream::Waiting(request, permit));
+                    self.v1_stream = Some(V1Stream::Waiting(request, place));
                 } else {
-                    self.start_v1(request, permit);
+                    self.start_v1(request, place);
                 }
             }
             Version::V2 { request_id, deadline_ms } => {
                 self.v2_open.insert(request_id);
-                self.spawn(Slot::V2(request_id), request, deadline_ms, permit);
+                self.spawn(Slot::V2(request_id), request, deadline_ms, place);
             }
         }
     }
 
-    fn start_v1(&mut self, request: Request, permit: OwnedSemaphorePermit) {
-        let place = self.v1_next;
+    fn start_v1(&mut self, request: Request, place: Place) {
+        let in_line = self.v1_next;
         self.v1_next += 1;
         if request.is_stream() {
-            self.v1_stream = Some(V1Stream::Running(place));
+            self.v1_stream = Some(V1Stream::Running(in_line));
         }
-        self.spawn(Slot::V1(place), request, 0, permit);
+        self.spawn(Slot::V1(in_line), request, 0, place);
     }
 
-    fn spawn(&mut self, slot: Slot, request: Request, deadline_ms: u32, permit: OwnedSemaphorePermit) {
+    fn spawn(&mut self, slot: Slot, request: Request, deadline_ms: u32, place: Place) {
         let (gateway, peer) = (self.gateway.clone(), self.peer);
         let pieces = Pieces { slot, out: self.pieces.0.clone() };
         self.requests.push(Box::pin(async move {
             let reply = forward::run(gateway, peer, request, deadline_ms, pieces).await;
-            drop(permit);
+            drop(place);
             (slot, reply)
         }));
     }
@@ -475,7 +476,7 @@ impl Session {
     }
 
     fn capabilities(&self) -> Capabilities {
-        let config = &self.gateway.config;
+        let config = self.gateway.config();
         Capabilities {
             protocol_versions: vec![1, 2],
             message_types: FrameType::ALL.iter().map(|kind| *kind as u8).collect(),

@@ -68,7 +68,7 @@ pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
         let errors_by_code = stats.inner.lock().errors.clone();
         let status = GatewayStatus {
             gateway: id.clone(),
-            socket: gateway.config.socket.display().to_string(),
+            socket: gateway.config().socket.display().to_string(),
             uptime_s: started.elapsed().as_secs(),
             connections: stats.connections.load(Relaxed),
             in_flight: stats.in_flight.load(Relaxed),
