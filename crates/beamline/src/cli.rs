@@ -177,13 +177,25 @@ pub struct SoakGateway {
     /// Requests in flight of each client
     #[arg(long, value_name = "N", default_value = "4")]
     pub in_flight: usize,
-    /// Of each request; one that no router can meet makes every request time out
+    /// End after so many requests, if that comes first
+    #[arg(long, value_name = "N")]
+    pub requests: Option<u64>,
+    /// Requests a second of all clients together, without bursts [default: as fast as their answers come]
+    #[arg(long, value_name = "N")]
+    pub rate: Option<f64>,
+    /// Of each request
     #[arg(long, value_name = "DURATION")]
     pub deadline: Option<String>,
+    /// Take the router's place on this NATS and answer every request after its deadline; no router may run there
+    #[arg(long, value_name = "URL", requires = "deadline")]
+    pub late_router: Option<String>,
+    /// The gateway's metrics, such as http://127.0.0.1:9090/metrics: its tasks and requests in flight are watched too
+    #[arg(long, value_name = "URL")]
+    pub metrics: Option<String>,
     /// Task type, which the policies decide by
     #[arg(long = "type", value_name = "TYPE", default_value = "echo")]
     pub task_type: String,
-    /// Write what was seen to this file, as JSON
+    /// Write what was seen to this file, as JSON; also while it runs
     #[arg(long, value_name = "FILE")]
     pub evidence: Option<PathBuf>,
 }

@@ -42,6 +42,7 @@ const GAUGES: &[(&str, &str)] = &[
     ("beamline_gateway_connections", "Open IPC connections"),
     ("beamline_gateway_in_flight", "Requests in flight"),
     ("beamline_process_resident_bytes", "Resident memory of the process"),
+    ("beamline_runtime_tasks", "Tasks of the process that have not ended"),
     ("beamline_webapp_sessions", "Sessions of pages in memory"),
 ];
 

@@ -1,45 +1,74 @@
 //! A soak of the gateway: real requests for a long time, every one accounted for, and nothing that grows.
 
+mod figures;
+mod late;
+mod pace;
+mod tally;
+mod verdict;
+
+use crate::machine::Machine;
 use crate::process::{self, Holds};
-use crate::slope::{median, theil_sen};
 use bytes::Bytes;
 use client::Client;
+use figures::{Figures, Source};
+use late::LateRouter;
+use pace::Pace;
+use parking_lot::Mutex;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tally::Tally;
 use tokio::net::UnixStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use wire::ipc::FrameType;
 
-/// Grown by less over the whole soak is not grown: what an allocator keeps or a table's next size explains it.
-const NOISE_BYTES: f64 = 2.0 * 1024.0 * 1024.0;
-const NOISE_SHARE: f64 = 0.02;
-/// Descriptors that come and go by themselves (a status message, a log file).
-const NOISE_DESCRIPTORS: u64 = 8;
-/// Of the soak, not looked at: caches fill, pools reach their size.
-const WARM_UP: f64 = 0.25;
 /// An answer that has not come this long after its deadline never will.
 const LATE: Duration = Duration::from_secs(5);
+/// A gateway's figures of itself are a second old at most; this long after the last answer they tell what is left.
+const SETTLED: Duration = Duration::from_secs(15);
+/// Samples begin this close together; whenever there are so many, every second one goes and the distance doubles.
+const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+const SAMPLES_MAX: usize = 1000;
 
 #[derive(Debug, Clone)]
 pub struct Config {
     pub socket: PathBuf,
+    /// The gateway's `/metrics`, for what it says of itself.
+    pub metrics: Option<String>,
     pub duration: Duration,
+    /// Ends after so many, if that comes first.
+    pub requests: Option<u64>,
+    /// Of requests, all clients together; `None`: as fast as their answers come.
+    pub per_second: Option<f64>,
     pub clients: usize,
     /// Requests in flight of each.
     pub in_flight: usize,
     /// Of each request; `None`: the gateway's own.
     pub deadline: Option<Duration>,
+    /// NATS on which to take the router's place and answer too late.
+    pub late_router: Option<String>,
     pub task_type: String,
     /// Of the task's text, bytes.
     pub payload: usize,
+    /// Version and commit of this program, for the evidence.
+    pub build: String,
 }
 
 #[derive(Debug, Serialize)]
 pub struct Evidence {
+    pub build: String,
+    pub machine: Machine,
+    /// Milliseconds since the epoch.
+    pub began_ms: u64,
+    pub settings: serde_json::Value,
+    /// Of the gateway.
     pub pid: u32,
+    /// Else it still ran when this was written.
+    pub ended: bool,
     pub seconds: f64,
     pub sent: u64,
     pub answered: u64,
@@ -50,7 +79,14 @@ pub struct Evidence {
     pub per_second: f64,
     pub p50_us: u64,
     pub p99_us: u64,
+    pub max_us: u64,
     pub samples: Vec<Sample>,
+    /// After the last answer, when the clients had gone.
+    pub after: Option<Figures>,
+    /// Replies that came to the gateway too late, of the process's whole life where it did not say before.
+    pub late_replies: Option<u64>,
+    /// Replies that the late router gave.
+    pub late_router: Option<u64>,
     /// Of the resident memory after the warm-up.
     pub rss_bytes_per_hour: f64,
     /// Empty: passed.
@@ -62,6 +98,8 @@ pub struct Sample {
     pub second: f64,
     #[serde(flatten)]
     pub holds: Holds,
+    #[serde(flatten)]
+    pub figures: Option<Figures>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -72,149 +110,187 @@ pub enum Error {
     Client(#[from] client::Error),
     #[error("cannot look at process {0}, which listens on the socket; run the soak as its user, on its machine")]
     Process(u32),
+    #[error("cannot read the gateway's figures at {url}: {problem}; is it the /metrics of its operations port?")]
+    Metrics { url: String, problem: String },
+    #[error("the late router's bus: {0}")]
+    Bus(#[from] bus::Error),
+    #[error(
+        "a router answers on this NATS; stop it, or take another NATS: the late router would take its requests away"
+    )]
+    RouterThere,
+    #[error("a late router needs a deadline that it can be later than")]
+    NoDeadline,
 }
 
-/// Counts of one lane.
-#[derive(Default)]
-struct Counts {
-    sent: u64,
-    answered: u64,
-    errors: BTreeMap<u16, u64>,
-    unanswered: u64,
-    times: Vec<u32>,
-}
-
-/// Latencies kept of each lane.
-const TIMES_MAX: usize = 100_000;
-
-pub async fn gateway(config: &Config) -> Result<Evidence, Error> {
+/// Runs until the time or the requests are over or `stop`; `so_far` sees the evidence whenever a sample was taken.
+pub async fn gateway(
+    config: &Config,
+    stop: CancellationToken,
+    mut so_far: impl FnMut(&Evidence),
+) -> Result<Evidence, Error> {
     let pid = listener(&config.socket).await?;
     process::look(pid).ok_or(Error::Process(pid))?;
+    let source = config.metrics.as_deref().map(Source::new).transpose()?;
+    let before = match &source {
+        Some(source) => Some(source.read().await?),
+        None => None,
+    };
+    let mut late_router = JoinSet::new();
+    let late_end = CancellationToken::new();
+    if let Some(url) = &config.late_router {
+        let router = LateRouter::start(url, config.deadline.ok_or(Error::NoDeadline)?).await?;
+        late_router.spawn(router.run(late_end.clone()));
+    }
+    let mut seen = Seen::new(pid, before);
+
     let began = Instant::now();
-    let end = began + config.duration;
-    let payload = request(config);
+    let load = Arc::new(Load::new(config, began, stop));
     let mut lanes = JoinSet::new();
     for _ in 0..config.clients {
         let client = Client::connect(&config.socket).await?;
         for _ in 0..config.in_flight {
-            lanes.spawn(lane(client.clone(), payload.clone(), config.deadline, end));
+            lanes.spawn(lane(client.clone(), load.clone()));
         }
     }
-    let mut samples = Vec::new();
-    // A few hundred samples, whatever the length.
-    let every = (config.duration / 500).clamp(Duration::from_millis(100), Duration::from_secs(30));
-    let mut ticks = tokio::time::interval(every);
-    let mut total = Counts::default();
+    let mut every = SAMPLE_EVERY;
+    let mut due = began;
     loop {
         tokio::select! {
-            joined = lanes.join_next() => match joined {
-                None => break,
-                Some(Ok(counts)) => total.add(counts),
-                // A lane that panicked is a request without an answer.
-                Some(Err(_)) => { total.sent += 1; total.unanswered += 1; }
-            },
-            _ = ticks.tick() => {
-                if let Some(holds) = process::look(pid) && Instant::now() < end {
-                    samples.push(Sample { second: began.elapsed().as_secs_f64(), holds });
-                }
-            }
-        }
-    }
-    Ok(judge(pid, began.elapsed().min(config.duration), total, samples, config))
-}
-
-async fn lane(client: Client, payload: Bytes, deadline: Option<Duration>, end: Instant) -> Counts {
-    let mut counts = Counts::default();
-    while Instant::now() < end {
-        let began = Instant::now();
-        counts.sent += 1;
-        let patience = deadline.unwrap_or(Duration::from_secs(60)) + LATE;
-        match tokio::time::timeout(patience, client.call(FrameType::TaskSubmit, payload.clone(), deadline)).await {
-            Ok(Ok(_)) => counts.answered += 1,
-            Ok(Err(client::Error::Refused(error))) => *counts.errors.entry(error.error.code).or_default() += 1,
-            Ok(Err(_)) | Err(_) => {
-                counts.unanswered += 1;
-                // The connection is gone: this lane has nobody to ask.
+            // One that panicked leaves its request without an answer: the tally shows it.
+            joined = lanes.join_next() => if joined.is_none() {
                 break;
+            },
+            () = tokio::time::sleep_until(due) => {
+                let figures = match &source {
+                    Some(source) => source.read().await.ok(),
+                    None => None,
+                };
+                // Once the lanes have to end, the load is no longer the one that is judged.
+                if let Some(holds) = process::look(pid) && !load.is_over() {
+                    seen.samples.push(Sample { second: began.elapsed().as_secs_f64(), holds, figures });
+                    so_far(&verdict::judge(config, &seen, &load.tally.lock(), began.elapsed()));
+                }
+                if seen.samples.len() >= SAMPLES_MAX {
+                    every *= 2;
+                    let mut number = 0;
+                    seen.samples.retain(|_| { number += 1; number % 2 == 1 });
+                }
+                due = Instant::now() + every;
             }
         }
-        if counts.times.len() < TIMES_MAX {
-            counts.times.push(u32::try_from(began.elapsed().as_micros()).unwrap_or(u32::MAX));
-        }
     }
-    counts
+    let took = began.elapsed();
+    late_end.cancel();
+    while let Some(answers) = late_router.join_next().await {
+        seen.late_router = answers.ok();
+    }
+    seen.ended = true;
+    let settled = Instant::now() + SETTLED;
+    loop {
+        if let Some(source) = &source {
+            seen.after = source.read().await.ok();
+        }
+        let evidence = verdict::judge(config, &seen, &load.tally.lock(), took);
+        if evidence.problems.is_empty() || source.is_none() || Instant::now() >= settled {
+            return Ok(evidence);
+        }
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
 }
 
-impl Counts {
-    fn add(&mut self, other: Self) {
-        self.sent += other.sent;
-        self.answered += other.answered;
-        self.unanswered += other.unanswered;
-        self.times.extend(other.times);
-        for (code, count) in other.errors {
-            *self.errors.entry(code).or_default() += count;
+/// What was seen besides the requests.
+struct Seen {
+    machine: Machine,
+    began_at: SystemTime,
+    pid: u32,
+    ended: bool,
+    samples: Vec<Sample>,
+    before: Option<Figures>,
+    after: Option<Figures>,
+    late_router: Option<u64>,
+}
+
+impl Seen {
+    fn new(pid: u32, before: Option<Figures>) -> Self {
+        Self {
+            machine: Machine::now(),
+            began_at: SystemTime::now(),
+            pid,
+            ended: false,
+            samples: Vec::new(),
+            before,
+            after: None,
+            late_router: None,
         }
     }
 }
 
-fn judge(pid: u32, took: Duration, mut total: Counts, samples: Vec<Sample>, config: &Config) -> Evidence {
-    let mut problems = Vec::new();
-    let accounted = total.answered + total.errors.values().sum::<u64>();
-    if total.sent == 0 {
-        problems.push("nothing was sent".into());
-    }
-    if accounted != total.sent {
-        problems.push(format!(
-            "{} of {} requests got neither an answer nor an error",
-            total.sent - accounted,
-            total.sent
-        ));
-    }
-    if total.answered == 0 && config.deadline.is_none() {
-        problems.push("no request was answered; is a router running?".into());
-    }
-    let from = took.as_secs_f64() * WARM_UP;
-    let settled: Vec<Sample> = samples.iter().copied().filter(|sample| sample.second >= from).collect();
-    let rss: Vec<(f64, f64)> = settled.iter().map(|s| (s.second, s.holds.rss_bytes as f64)).collect();
-    let slope = theil_sen(&rss).unwrap_or(0.0);
-    let typical = median(&mut rss.iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>()).unwrap_or(0.0);
-    let grown = slope * (took.as_secs_f64() - from);
-    if grown > NOISE_BYTES.max(typical * NOISE_SHARE) {
-        problems.push(format!("resident memory grew by {grown:.0} bytes after the warm-up"));
-    }
-    if settled.len() < 5 {
-        problems.push(format!(
-            "only {} samples after the warm-up: the process ended, or the soak is too short",
-            settled.len()
-        ));
-    }
-    if let (Some(first), Some(last)) = (settled.first(), settled.last()) {
-        if last.holds.descriptors > first.holds.descriptors + NOISE_DESCRIPTORS {
-            problems.push(format!("descriptors grew from {} to {}", first.holds.descriptors, last.holds.descriptors));
-        }
-        // The runtime starts threads for blocking work and ends them when they are idle.
-        if last.holds.threads > first.holds.threads * 2 + 16 {
-            problems.push(format!("threads grew from {} to {}", first.holds.threads, last.holds.threads));
+/// What the lanes share.
+struct Load {
+    payload: Bytes,
+    deadline: Option<Duration>,
+    end: Instant,
+    stop: CancellationToken,
+    pace: Option<Mutex<Pace>>,
+    requests: u64,
+    tally: Mutex<Tally>,
+}
+
+impl Load {
+    fn new(config: &Config, began: Instant, stop: CancellationToken) -> Self {
+        Self {
+            payload: request(config),
+            deadline: config.deadline,
+            end: began + config.duration,
+            stop,
+            pace: config.per_second.map(|rate| Mutex::new(Pace::new(rate, began))),
+            requests: config.requests.unwrap_or(u64::MAX),
+            tally: Mutex::default(),
         }
     }
-    total.times.sort_unstable();
-    let quantile = |q: f64| {
-        let index = (total.times.len() as f64 * q) as usize;
-        total.times.get(index.min(total.times.len().saturating_sub(1))).copied().map_or(0, u64::from)
-    };
-    Evidence {
-        pid,
-        seconds: took.as_secs_f64(),
-        sent: total.sent,
-        answered: total.answered,
-        unanswered: total.sent - accounted,
-        per_second: total.sent as f64 / took.as_secs_f64(),
-        p50_us: quantile(0.5),
-        p99_us: quantile(0.99),
-        errors: total.errors,
-        samples,
-        rss_bytes_per_hour: slope * 3600.0,
-        problems,
+
+    fn is_over(&self) -> bool {
+        self.stop.is_cancelled() || Instant::now() >= self.end || self.tally.lock().sent >= self.requests
+    }
+
+    /// Waits until one more request is due; `false`: none is.
+    async fn next(&self) -> bool {
+        if let Some(pace) = &self.pace {
+            let due = pace.lock().next(Instant::now());
+            tokio::select! {
+                () = tokio::time::sleep_until(due.min(self.end)) => {}
+                () = self.stop.cancelled() => {}
+            }
+        }
+        let over = self.is_over();
+        let mut tally = self.tally.lock();
+        let more = !over && tally.sent < self.requests;
+        tally.sent += u64::from(more);
+        more
+    }
+}
+
+async fn lane(client: Client, load: Arc<Load>) {
+    let patience = load.deadline.unwrap_or(Duration::from_secs(60)) + LATE;
+    while load.next().await {
+        let began = Instant::now();
+        let call = client.call(FrameType::TaskSubmit, load.payload.clone(), load.deadline);
+        let outcome = tokio::time::timeout(patience, call).await;
+        let mut tally = load.tally.lock();
+        match outcome {
+            Ok(Ok(_)) => tally.answered += 1,
+            Ok(Err(client::Error::Refused(error))) => *tally.errors.entry(error.error.code).or_default() += 1,
+            // The connection is gone: this lane has nobody to ask.
+            Ok(Err(_)) | Err(_) => return,
+        }
+        tally.took(began.elapsed());
+    }
+}
+
+async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -230,53 +306,4 @@ fn request(config: &Config) -> Bytes {
     let params = serde_json::json!({"text": "x".repeat(config.payload)});
     let submit = serde_json::json!({"command": "task_submit", "task_type": config.task_type, "params": params});
     submit.to_string().into()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config() -> Config {
-        let (socket, task_type) = ("s".into(), "echo".into());
-        let duration = Duration::from_secs(100);
-        Config { socket, duration, clients: 1, in_flight: 1, deadline: None, task_type, payload: 256 }
-    }
-
-    fn samples(rss: impl Fn(u64) -> u64, descriptors: impl Fn(u64) -> u64) -> Vec<Sample> {
-        let holds = |n| Holds { rss_bytes: rss(n), descriptors: descriptors(n), threads: 4 };
-        (0..100).map(|n| Sample { second: n as f64, holds: holds(n) }).collect()
-    }
-
-    fn verdict(counts: Counts, samples: Vec<Sample>) -> Vec<String> {
-        judge(1, Duration::from_secs(100), counts, samples, &config()).problems
-    }
-
-    fn counts(sent: u64, answered: u64) -> Counts {
-        Counts { sent, answered, errors: [(10, 5)].into(), ..Counts::default() }
-    }
-
-    #[test]
-    fn what_is_flat_and_accounted_for_passes() {
-        let flat = samples(|n| 50_000_000 + n % 7 * 4096, |n| 20 + n % 3);
-        assert_eq!(verdict(counts(105, 100), flat), Vec::<String>::new());
-        // Growth that ends with the warm-up is none.
-        let warm = samples(|n| 50_000_000 + n.min(25) * 1_000_000, |_| 20);
-        assert_eq!(verdict(counts(105, 100), warm), Vec::<String>::new());
-    }
-
-    #[test]
-    fn whatever_is_lost_or_grows_is_named() {
-        let flat = || samples(|_| 50_000_000, |_| 20);
-        for (counts, samples, expected) in [
-            (counts(106, 100), flat(), "1 of 106 requests"),
-            (counts(5, 0), flat(), "no request was answered"),
-            (Counts::default(), flat(), "nothing was sent"),
-            (counts(105, 100), samples(|n| 50_000_000 + n * 100_000, |_| 20), "resident memory grew"),
-            (counts(105, 100), samples(|_| 50_000_000, |n| 20 + n), "descriptors grew"),
-            (counts(105, 100), samples(|_| 50_000_000, |_| 20).split_off(98), "samples after the warm-up"),
-        ] {
-            let problems = verdict(counts, samples);
-            assert!(problems.iter().any(|problem| problem.contains(expected)), "{expected}: {problems:?}");
-        }
-    }
 }

@@ -1,0 +1,214 @@
+//! Whether a soak has passed: every request is accounted for, and the gateway's process holds what it held.
+
+use super::{Config, Evidence, Sample, Seen, Tally};
+use crate::slope::{median, theil_sen};
+use serde_json::json;
+use std::time::{Duration, UNIX_EPOCH};
+use wire::ipc::ErrorCode;
+
+/// Grown by less over the whole soak is not grown: what an allocator keeps or a table's next size explains it.
+const NOISE_BYTES: f64 = 2.0 * 1024.0 * 1024.0;
+const NOISE_SHARE: f64 = 0.02;
+/// Descriptors that come and go by themselves (a status message, a log file, whoever reads the metrics), and their tasks.
+const NOISE_COUNT: u64 = 8;
+/// Of the soak, not looked at: caches fill, pools reach their size.
+const WARM_UP: f64 = 0.25;
+/// A load that is further from the one that was asked for says nothing about that one.
+const RATE_SHARE: f64 = 0.95;
+
+pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evidence {
+    let seconds = took.as_secs_f64();
+    let accounted = tally.answered + tally.refused();
+    let late_replies = seen.after.or(seen.samples.last().and_then(|sample| sample.figures)).map(|figures| {
+        let before = seen.before.map_or(0, |before| before.late_replies);
+        figures.late_replies.saturating_sub(before)
+    });
+    let from = seconds * WARM_UP;
+    let settled: Vec<Sample> = seen.samples.iter().copied().filter(|sample| sample.second >= from).collect();
+    let rss: Vec<(f64, f64)> = settled.iter().map(|s| (s.second, s.holds.rss_bytes as f64)).collect();
+    let slope = theil_sen(&rss).unwrap_or(0.0);
+
+    let mut problems = Vec::new();
+    if !seen.ended {
+        problems.push("it has not ended".into());
+    }
+    problems.extend(requests(config, seen, tally, late_replies));
+    let reached = tally.sent as f64 / seconds;
+    if let Some(asked) = config.per_second
+        && seconds > 1.0
+        && reached < asked * RATE_SHARE
+    {
+        problems.push(format!("{reached:.0} requests a second instead of {asked:.0}: gateway or machine is too slow"));
+    }
+    let typical = median(&mut rss.iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>()).unwrap_or(0.0);
+    let grown = slope * (seconds - from);
+    if grown > NOISE_BYTES.max(typical * NOISE_SHARE) {
+        problems.push(format!("resident memory grew by {grown:.0} bytes after the warm-up"));
+    }
+    problems.extend(counts(&settled));
+    let began_ms = seen.began_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    Evidence {
+        build: config.build.clone(),
+        machine: seen.machine.clone(),
+        began_ms: u64::try_from(began_ms).unwrap_or(u64::MAX),
+        settings: json!({
+            "seconds": config.duration.as_secs_f64(), "requests": config.requests, "per_second": config.per_second,
+            "clients": config.clients, "in_flight_each": config.in_flight,
+            "deadline_ms": config.deadline.map(|deadline| deadline.as_secs_f64() * 1000.0),
+            "late_router": config.late_router.is_some(), "task_type": config.task_type, "payload_bytes": config.payload,
+        }),
+        pid: seen.pid,
+        ended: seen.ended,
+        seconds,
+        sent: tally.sent,
+        answered: tally.answered,
+        errors: tally.errors.clone(),
+        unanswered: tally.sent - accounted,
+        per_second: reached,
+        p50_us: tally.within_us(0.5),
+        p99_us: tally.within_us(0.99),
+        max_us: tally.within_us(1.0),
+        samples: seen.samples.clone(),
+        after: seen.after,
+        late_replies,
+        late_router: seen.late_router,
+        rss_bytes_per_hour: slope * 3600.0,
+        problems,
+    }
+}
+
+/// Requests in are replies and errors out, and nothing of them stays.
+fn requests(config: &Config, seen: &Seen, tally: &Tally, late_replies: Option<u64>) -> Vec<String> {
+    let mut problems = Vec::new();
+    let accounted = tally.answered + tally.refused();
+    if tally.sent == 0 {
+        problems.push("nothing was sent".into());
+    }
+    if accounted != tally.sent {
+        let lost = tally.sent - accounted;
+        problems.push(format!("{lost} of {} requests got neither an answer nor an error", tally.sent));
+    }
+    if tally.answered == 0 && config.deadline.is_none() {
+        problems.push("no request was answered; is a router running?".into());
+    }
+    let timed_out = tally.errors.get(&(ErrorCode::Timeout as u16)).copied().unwrap_or(0);
+    if config.late_router.is_some() && timed_out == 0 {
+        problems.push("no request timed out".into());
+    }
+    if let (Some(given), Some(late)) = (seen.late_router, late_replies)
+        && late + tally.answered != given
+    {
+        problems.push(format!("the late router gave {given} replies, and the gateway counted {late} late ones"));
+    }
+    if let (Some(before), Some(after)) = (seen.before, seen.after)
+        && after.in_flight > before.in_flight
+    {
+        problems.push(format!("{} requests are still in flight after the last answer", after.in_flight));
+    }
+    problems
+}
+
+/// Of what is counted rather than measured, the end is held against the beginning.
+fn counts(settled: &[Sample]) -> Vec<String> {
+    let mut problems = Vec::new();
+    if settled.len() < 5 {
+        let few = settled.len();
+        problems.push(format!("only {few} samples after the warm-up: the process ended, or the soak is too short"));
+    }
+    let (Some(first), Some(last)) = (settled.first(), settled.last()) else { return problems };
+    let mut compare = |what: &str, first: u64, last: u64, most: u64| {
+        if last > most {
+            problems.push(format!("{what} grew from {first} to {last}"));
+        }
+    };
+    let (a, b) = (first.holds, last.holds);
+    compare("descriptors", a.descriptors, b.descriptors, a.descriptors + NOISE_COUNT);
+    // The runtime starts threads for blocking work and ends them when they are idle.
+    compare("threads", a.threads, b.threads, a.threads * 2 + 16);
+    if let (Some(first), Some(last)) = (first.figures, last.figures) {
+        compare("tasks", first.tasks, last.tasks, first.tasks + NOISE_COUNT);
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Holds;
+    use crate::soak::figures::Figures;
+
+    fn config() -> Config {
+        Config {
+            socket: "s".into(),
+            metrics: None,
+            duration: Duration::from_secs(100),
+            requests: None,
+            per_second: None,
+            clients: 1,
+            in_flight: 1,
+            deadline: None,
+            late_router: None,
+            task_type: "echo".into(),
+            payload: 256,
+            build: String::new(),
+        }
+    }
+
+    fn seen(rss: impl Fn(u64) -> u64, descriptors: impl Fn(u64) -> u64) -> Seen {
+        let holds = |n| Holds { rss_bytes: rss(n), descriptors: descriptors(n), threads: 4 };
+        let samples = (0..100).map(|n| Sample { second: n as f64, holds: holds(n), figures: Some(figures(9, 0)) });
+        Seen { samples: samples.collect(), ended: true, ..Seen::new(1, Some(figures(9, 0))) }
+    }
+
+    fn figures(tasks: u64, in_flight: u64) -> Figures {
+        Figures { tasks, in_flight, late_replies: 0 }
+    }
+
+    fn tally(sent: u64, answered: u64) -> Tally {
+        let mut tally = Tally::default();
+        (tally.sent, tally.answered, tally.errors) = (sent, answered, [(10, 5)].into());
+        tally
+    }
+
+    fn verdict(config: &Config, seen: &Seen, tally: &Tally) -> Vec<String> {
+        judge(config, seen, tally, Duration::from_secs(100)).problems
+    }
+
+    #[test]
+    fn what_is_flat_and_accounted_for_passes() {
+        let flat = seen(|n| 50_000_000 + n % 7 * 4096, |n| 20 + n % 3);
+        assert_eq!(verdict(&config(), &flat, &tally(105, 100)), Vec::<String>::new());
+        // Growth that ends with the warm-up is none.
+        let warm = seen(|n| 50_000_000 + n.min(25) * 1_000_000, |_| 20);
+        assert_eq!(verdict(&config(), &warm, &tally(105, 100)), Vec::<String>::new());
+    }
+
+    #[test]
+    fn whatever_is_lost_or_grows_is_named() {
+        let flat = || seen(|_| 50_000_000, |_| 20);
+        let with = |change: fn(&mut Seen)| {
+            let mut seen = flat();
+            change(&mut seen);
+            seen
+        };
+        let paced = Config { per_second: Some(2.0), ..config() };
+        let late = Config { late_router: Some("nats://x".into()), deadline: Some(Duration::ZERO), ..config() };
+        for (config, seen, tally, expected) in [
+            (config(), flat(), tally(106, 100), "1 of 106 requests"),
+            (config(), flat(), tally(5, 0), "no request was answered"),
+            (config(), flat(), Tally::default(), "nothing was sent"),
+            (config(), seen(|n| 50_000_000 + n * 100_000, |_| 20), tally(105, 100), "resident memory grew"),
+            (config(), seen(|_| 50_000_000, |n| 20 + n), tally(105, 100), "descriptors grew"),
+            (config(), with(|s| s.samples.drain(..98).for_each(drop)), tally(105, 100), "samples after the warm-up"),
+            (config(), with(|s| s.samples[99].figures = Some(figures(90, 0))), tally(105, 100), "tasks grew"),
+            (config(), with(|s| s.after = Some(figures(9, 3))), tally(105, 100), "3 requests are still in flight"),
+            (config(), with(|s| s.ended = false), tally(105, 100), "has not ended"),
+            (paced, flat(), tally(105, 100), "1 requests a second instead of 2"),
+            (late.clone(), flat(), tally(105, 100), "no request timed out"),
+            (late, with(|s| s.late_router = Some(101)), tally(105, 100), "gave 101 replies"),
+        ] {
+            let problems = verdict(&config, &seen, &tally);
+            assert!(problems.iter().any(|problem| problem.contains(expected)), "{expected}: {problems:?}");
+        }
+    }
+}
