@@ -102,6 +102,20 @@ impl Breaker {
         }
     }
 
+    /// What a call would find now: the phase changes with calls alone, and there may be none.
+    pub fn state_at(&self, now: Instant) -> State {
+        match self.phase {
+            Phase::Open { until } if now >= until => State::HalfOpen,
+            _ => self.state(),
+        }
+    }
+
+    /// From now on; a window already begun keeps its length.
+    pub fn configure(&mut self, config: Config) {
+        self.config = config;
+        self.open_for = config.open_for;
+    }
+
     /// Leave to call; else after how long to ask again.
     pub fn pass(&mut self, now: Instant) -> Result<Pass, Duration> {
         if let Phase::Open { until } = self.phase {
@@ -240,6 +254,23 @@ mod tests {
         assert_eq!(breaker.state(), State::HalfOpen);
         call(&mut breaker, Outcome::Answered, later);
         assert_eq!(breaker.state(), State::Closed);
+    }
+
+    #[test]
+    fn without_calls_it_is_half_open_once_its_time_is_over() {
+        let (mut breaker, now) = breaker();
+        call(&mut breaker, Outcome::Nobody, now);
+        assert_eq!(breaker.state_at(now + Duration::from_millis(499)), State::Open);
+        assert_eq!(breaker.state_at(now + Duration::from_millis(500)), State::HalfOpen);
+    }
+
+    #[test]
+    fn other_settings_hold_from_the_next_call() {
+        let (mut breaker, now) = breaker();
+        call(&mut breaker, Outcome::Failed, now);
+        breaker.configure(Config { consecutive_failures: 2, ..Config::default() });
+        call(&mut breaker, Outcome::Failed, now);
+        assert_eq!(breaker.state(), State::Open);
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod breaker;
 mod count;
 mod forward;
 mod http;
+mod reload;
 mod retry;
 mod router;
 mod session;
@@ -14,6 +15,7 @@ mod stats;
 mod waiters;
 
 pub use breaker::Config as BreakerConfig;
+pub use reload::Control;
 
 use arc_swap::{ArcSwap, Guard};
 use bus::Bus;
@@ -106,18 +108,24 @@ struct Gateway {
     receive: ArcSwap<Semaphore>,
 }
 
-/// Permits are KiB.
-fn receive_budget(config: &Config) -> Semaphore {
-    Semaphore::new(config.receive_budget / 1024)
-}
-
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let listener = socket::Listener::bind(&config.socket, !config.allowed_uids.is_empty()).await?;
+    prepare(config, listener, bus).await
+}
+
+/// On a socket that somebody else has bound, whatever [`Config::socket`] says; nor is its file removed.
+pub async fn adopt(mut config: Config, given: std::os::unix::net::UnixListener, bus: Bus) -> Result<Bound, Error> {
+    let listener = socket::Listener::adopt(given)?;
+    config.socket = listener.path().into();
+    prepare(config, listener, bus).await
+}
+
+async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result<Bound, Error> {
     bus::streams::declare(&bus).await?;
     let results = bus.subscribe(wire::subjects::RESULT, None, waiters::QUEUE_MAX).await?;
     let gateway = Gateway {
         in_flight: Arc::default(),
-        receive: ArcSwap::from_pointee(receive_budget(&config)),
+        receive: ArcSwap::from_pointee(config.budget()),
         router: router::Access::new(config.breaker, config.request_timeout),
         waiters: waiters::Waiters::default(),
         stats: stats::Stats::default(),
@@ -135,6 +143,10 @@ impl Bound {
     /// The HTTP way in.
     pub fn routes(&self) -> axum::Router {
         http::routes(self.gateway.clone())
+    }
+
+    pub fn control(&self) -> Control {
+        Control::new(self.gateway.clone(), self.listener.file().cloned())
     }
 
     /// Serves until cancelled; then answers what is in flight and closes.
@@ -193,6 +205,11 @@ struct Peer {
 }
 
 impl Config {
+    /// Permits are KiB.
+    fn budget(&self) -> Semaphore {
+        Semaphore::new(self.receive_budget / 1024)
+    }
+
     /// Root speaks for any tenant, others for those that are theirs.
     fn may_speak_for(&self, uid: u32, tenant: &str) -> bool {
         let of_all = || tenant == forward::DEFAULT_TENANT;

@@ -5,6 +5,7 @@ use crate::retry::Budget;
 use bus::{Bus, Headers, Message};
 use bytes::Bytes;
 use parking_lot::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use wire::router::{AnswerHead, ErrorBody};
 
@@ -18,7 +19,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Access {
     breaker: Mutex<Breaker>,
     retries: Mutex<Budget>,
-    fair_chance: Duration,
+    fair_chance_us: AtomicU64,
 }
 
 /// Why there is no answer to give.
@@ -36,16 +37,18 @@ pub enum Refused {
 
 impl Access {
     pub fn new(config: Config, request_timeout: Duration) -> Self {
-        metrics::gauge!("beamline_gateway_breaker_open").set(0.0);
-        Self {
-            breaker: Mutex::new(Breaker::new(config)),
-            retries: Mutex::new(Budget::new()),
-            fair_chance: FAIR_CHANCE.min(request_timeout.mul_f64(0.9)),
-        }
+        let breaker = Mutex::new(Breaker::new(config));
+        Self { breaker, retries: Mutex::new(Budget::new()), fair_chance_us: fair_chance_us(request_timeout).into() }
     }
 
+    pub fn configure(&self, config: Config, request_timeout: Duration) {
+        self.breaker.lock().configure(config);
+        self.fair_chance_us.store(fair_chance_us(request_timeout), Relaxed);
+    }
+
+    /// What a request would find now.
     pub fn state(&self) -> State {
-        self.breaker.lock().state()
+        self.breaker.lock().state_at(Instant::now())
     }
 
     /// The router's answer, byte for byte. Requests carry ids by which the router takes a repeat once, so one that met a
@@ -107,10 +110,14 @@ impl Access {
             },
             Err(Refused::Unreadable(_)) => Outcome::Failed,
             Err(Refused::Bus(bus::Error::NoResponders(_))) => Outcome::Nobody,
-            Err(Refused::Bus(bus::Error::Timeout(_))) if left >= self.fair_chance => Outcome::Failed,
+            Err(Refused::Bus(bus::Error::Timeout(_))) if left >= self.fair_chance() => Outcome::Failed,
             Err(Refused::Bus(_) | Refused::Open { .. }) => Outcome::Neutral,
         });
         answer
+    }
+
+    fn fair_chance(&self) -> Duration {
+        Duration::from_micros(self.fair_chance_us.load(Relaxed))
     }
 
     fn call(&self) -> Result<Call<'_>, Refused> {
@@ -131,11 +138,15 @@ impl Access {
         if before != after {
             let (from, to) = (before.as_str(), after.as_str());
             metrics::counter!("beamline_gateway_breaker_transitions_total", "to" => to).increment(1);
-            metrics::gauge!("beamline_gateway_breaker_open").set(if after == State::Closed { 0.0 } else { 1.0 });
             tracing::warn!(from, to, "the breaker on the way to the router");
         }
         result
     }
+}
+
+fn fair_chance_us(request_timeout: Duration) -> u64 {
+    // At most half a second, which fits.
+    FAIR_CHANCE.min(request_timeout.mul_f64(0.9)).as_micros() as u64
 }
 
 /// One call in flight; dropped without a word when the caller goes away.

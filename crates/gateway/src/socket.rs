@@ -15,6 +15,14 @@ const PATH_MAX: usize = 107;
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
+    /// None when somebody else has bound it.
+    file: Option<File>,
+}
+
+/// The socket file that we have made.
+#[derive(Debug, Clone)]
+pub struct File {
+    path: PathBuf,
     inode: u64,
 }
 
@@ -27,14 +35,41 @@ impl Listener {
             return Err(problem(format!("the path has {bytes} bytes, more than the {PATH_MAX} a socket's may have")));
         }
         make_way(path).await.map_err(problem)?;
-        let listener = bind_private(path, if shared { 0o666 } else { 0o600 })
+        let listener = bind_private(path, mode(shared))
             .map_err(|e| problem(format!("cannot listen: {e}; does its directory exist and may we write there?")))?;
         let inode = std::fs::symlink_metadata(path).map_err(|e| problem(e.to_string()))?.ino();
-        Ok(Self { listener, path: path.into(), inode })
+        Ok(Self { listener, path: path.into(), file: Some(File { path: path.into(), inode }) })
+    }
+
+    /// Listens on what somebody else has bound; its file, and who may reach it, stay theirs.
+    pub fn adopt(given: std::os::unix::net::UnixListener) -> Result<Self, Error> {
+        let address = given.local_addr().ok();
+        let path = address.as_ref().and_then(|address| address.as_pathname()).unwrap_or(Path::new("")).to_path_buf();
+        let problem = |problem: String| Error::Socket { path: path.display().to_string(), problem };
+        let socket = socket2::SockRef::from(&given);
+        let ours = |e: std::io::Error| problem(format!("what was handed over is no socket that works: {e}"));
+        let stream = socket.domain().map_err(ours)? == socket2::Domain::UNIX
+            && socket.r#type().map_err(ours)? == socket2::Type::STREAM;
+        if !stream || !socket.is_listener().map_err(ours)? {
+            let text = "what was handed over is no Unix stream socket that listens; hand over one (ListenStream=)";
+            return Err(problem(text.into()));
+        }
+        if path.as_os_str().is_empty() {
+            return Err(problem(
+                "what was handed over has no path in the file system, by which programs find it".into(),
+            ));
+        }
+        given.set_nonblocking(true).map_err(ours)?;
+        let listener = UnixListener::from_std(given).map_err(ours)?;
+        Ok(Self { listener, path, file: None })
     }
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref()
     }
 
     pub async fn accept(&self) -> std::io::Result<UnixStream> {
@@ -44,10 +79,28 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
-            let _ = std::fs::remove_file(&self.path);
+        if let Some(file) = self.file.as_ref().filter(|file| file.is_there()) {
+            let _ = std::fs::remove_file(&file.path);
         }
     }
+}
+
+impl File {
+    fn is_there(&self) -> bool {
+        std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode)
+    }
+
+    /// Lets other users reach it, or no longer.
+    pub fn share(&self, shared: bool) -> std::io::Result<()> {
+        if !self.is_there() {
+            return Ok(());
+        }
+        std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(mode(shared)))
+    }
+}
+
+fn mode(shared: bool) -> u32 {
+    if shared { 0o666 } else { 0o600 }
 }
 
 /// Only a socket that nobody listens on may be replaced.
@@ -111,6 +164,58 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
         drop(listener);
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn one_that_was_handed_over_is_used_and_left_where_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let given = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let _early = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let listener = Listener::adopt(given).unwrap();
+        assert_eq!(listener.path(), path);
+        listener.accept().await.unwrap();
+        drop(listener);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+    }
+
+    #[tokio::test]
+    async fn one_that_does_not_listen_on_a_path_is_not_taken() {
+        use socket2::{Domain, SockAddr, Socket, Type};
+        let dir = tempfile::tempdir().unwrap();
+        let make = |domain, kind, listens: bool, address: SockAddr| {
+            let socket = Socket::new(domain, kind, None).unwrap();
+            socket.bind(&address).unwrap();
+            if listens {
+                socket.listen(1).unwrap();
+            }
+            Listener::adopt(std::os::fd::OwnedFd::from(socket).into()).err().expect("refused").to_string()
+        };
+        let path = |name| SockAddr::unix(dir.path().join(name)).unwrap();
+        let tcp: std::net::SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let no_name = SockAddr::unix("").unwrap();
+        for (problem, expected) in [
+            (make(Domain::UNIX, Type::STREAM, false, path("quiet")), "that listens"),
+            (make(Domain::UNIX, Type::DGRAM, false, path("datagrams")), "that listens"),
+            (make(Domain::UNIX, Type::SEQPACKET, true, path("packets")), "that listens"),
+            (make(Domain::IPV4, Type::STREAM, true, tcp.into()), "that listens"),
+            (make(Domain::UNIX, Type::STREAM, true, no_name), "no path"),
+        ] {
+            assert!(problem.contains(expected), "{problem}");
+        }
+    }
+
+    #[tokio::test]
+    async fn others_may_reach_it_when_they_are_let_in_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = Listener::bind(&path, false).await.unwrap();
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        listener.file().unwrap().share(true).unwrap();
+        assert_eq!(mode(), 0o666);
+        listener.file().unwrap().share(false).unwrap();
+        assert_eq!(mode(), 0o600);
     }
 
     #[tokio::test]

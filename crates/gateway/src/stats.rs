@@ -1,6 +1,7 @@
 //! What the gateway counts, and says of itself every second.
 
 use crate::Gateway;
+use crate::breaker::State;
 use bus::Message;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, VecDeque};
@@ -77,6 +78,8 @@ pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
             forward_us: stats.forward_us(),
             breaker: gateway.router.state().as_str().into(),
         };
+        let open = gateway.router.state() == State::Open;
+        metrics::gauge!("beamline_gateway_breaker_open").set(if open { 1.0 } else { 0.0 });
         metrics::gauge!("beamline_gateway_connections").set(status.connections as f64);
         metrics::gauge!("beamline_gateway_in_flight").set(status.in_flight as f64);
         metrics::counter!("beamline_gateway_requests_total").absolute(status.requests_total);
