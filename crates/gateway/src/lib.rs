@@ -6,6 +6,7 @@ mod breaker;
 mod count;
 mod forward;
 mod http;
+mod pressure;
 mod reload;
 mod retry;
 mod router;
@@ -156,6 +157,7 @@ impl Bound {
         let loops = TaskTracker::new();
         loops.spawn(waiters::run(gateway.clone(), results, ended.clone()));
         loops.spawn(stats::run(gateway.clone(), ended.clone()));
+        loops.spawn(pressure::run(gateway.clone(), ended.clone()));
 
         let sessions = TaskTracker::new();
         let connections = Arc::new(Count::default());

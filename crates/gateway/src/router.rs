@@ -1,6 +1,7 @@
-//! The way to the router: a breaker before it, and a bounded number of second tries.
+//! The way to the router: what it says of its load and a breaker before it, and a bounded number of second tries.
 
 use crate::breaker::{Breaker, Config, Outcome, Pass, State};
+use crate::pressure::Pressure;
 use crate::retry::Budget;
 use bus::{Bus, Headers, Message};
 use bytes::Bytes;
@@ -8,6 +9,7 @@ use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use wire::router::{AnswerHead, ErrorBody};
+use wire::subjects;
 
 /// A request that had less time than this, or than most of what requests have, says nothing about the router when it
 /// runs out of it.
@@ -19,6 +21,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Access {
     breaker: Mutex<Breaker>,
     retries: Mutex<Budget>,
+    pressure: Pressure,
     fair_chance_us: AtomicU64,
 }
 
@@ -37,8 +40,12 @@ pub enum Refused {
 
 impl Access {
     pub fn new(config: Config, request_timeout: Duration) -> Self {
-        let breaker = Mutex::new(Breaker::new(config));
-        Self { breaker, retries: Mutex::new(Budget::new()), fair_chance_us: fair_chance_us(request_timeout).into() }
+        Self {
+            breaker: Mutex::new(Breaker::new(config)),
+            retries: Mutex::new(Budget::new()),
+            pressure: Pressure::default(),
+            fair_chance_us: fair_chance_us(request_timeout).into(),
+        }
     }
 
     pub fn configure(&self, config: Config, request_timeout: Duration) {
@@ -51,6 +58,10 @@ impl Access {
         self.breaker.lock().state_at(Instant::now())
     }
 
+    pub fn pressure(&self) -> &Pressure {
+        &self.pressure
+    }
+
     /// The router's answer, byte for byte. Requests carry ids by which the router takes a repeat once, so one that met a
     /// lost bus or a router that was just unavailable is sent again while there is time and budget.
     pub async fn ask(
@@ -61,6 +72,10 @@ impl Access {
         payload: Bytes,
         due: Instant,
     ) -> Result<Bytes, Refused> {
+        // Questions about tasks, and cancelling them, cost an overloaded router little or help it.
+        if subject == subjects::DECIDE {
+            self.pressure.check().map_err(Refused::Router)?;
+        }
         self.retries.lock().request(Instant::now());
         let mut before = None;
         loop {
@@ -101,6 +116,9 @@ impl Access {
             Ok(Message { payload, .. }) => read(payload),
             Err(error) => Err(Refused::Bus(error)),
         };
+        if matches!(&answer, Err(Refused::Router(error)) if error.code == "backpressure") {
+            self.pressure.refused();
+        }
         call.settle(match &answer {
             Ok(_) => Outcome::Answered,
             Err(Refused::Router(error)) => match (error.status(), &*error.code) {

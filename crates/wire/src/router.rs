@@ -176,6 +176,25 @@ pub struct RequestHead {
     pub trace_id: Option<String>,
 }
 
+/// The answer on [`crate::subjects::BACKPRESSURE`], as far as clients read it.
+#[derive(Debug, Deserialize)]
+pub struct BackpressureStatus {
+    pub data: BackpressureData,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct BackpressureData {
+    /// `active`: decide requests are refused. `warning` and `inactive`: they are served.
+    pub status: String,
+    #[serde(default)]
+    pub policy: BackpressurePolicy,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub struct BackpressurePolicy {
+    pub retry_after_seconds: Option<u64>,
+}
+
 /// Name and HTTP status of every code of [`ErrorBody::code`].
 pub const ERROR_CODES: &[(&str, u16)] = &[
     ("invalid_request", 400),

@@ -42,6 +42,12 @@ fn every_message_is_written_as_it_was_read() {
                 let result = ExecResult::decode(case.text.as_bytes()).unwrap_or_else(|e| panic!("{}: {e}", case.name));
                 serde_json::to_string(&result).unwrap()
             }
+            // Read by clients, who need little of it.
+            "backpressure_status" => {
+                let status: BackpressureStatus = serde_json::from_str(&case.text).unwrap();
+                let BackpressureData { status, policy } = status.data;
+                format!("{status} {}", policy.retry_after_seconds.unwrap_or(0))
+            }
             "refused_result" => {
                 assert!(ExecResult::decode(case.text.as_bytes()).is_err(), "{}", case.name);
                 continue;
