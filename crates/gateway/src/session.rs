@@ -89,6 +89,9 @@ struct Session {
     budget_wait: Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
     /// The client sends no more; it may still read.
     half_closed: bool,
+    /// Bytes were left unlooked at, for want of room or because a stream has the connection.
+    left: bool,
+    /// No more is read; it ends when all that was asked before is answered.
     closing: Option<Exit>,
 }
 
@@ -139,6 +142,7 @@ impl Session {
             budget: None,
             budget_wait: None,
             half_closed: false,
+            left: false,
             closing: None,
         }
     }
@@ -152,8 +156,20 @@ impl Session {
             }
             if let Some(exit) = self.closing
                 && self.output.is_empty()
+                && self.requests.is_empty()
             {
                 return exit;
+            }
+            let takes = self.takes();
+            if takes && self.left {
+                self.left = false;
+                self.decode(give_up.is_some());
+                continue;
+            }
+            if !takes && !self.input.is_empty() {
+                // A frame is not late while it is not read.
+                self.left = true;
+                self.frame_due = None;
             }
             let idle = self.requests.is_empty() && self.v1_stream.is_none() && self.output.is_empty();
             if self.half_closed && idle {
@@ -171,18 +187,13 @@ impl Session {
                 }
             }
             let room = self.output.len() < OUTPUT_HIGH;
-            let reads = room
-                && self.closing.is_none()
-                && !self.half_closed
-                && self.v1_stream.is_none()
-                && self.budget_wait.is_none()
-                && (self.v1_next - self.v1_head) < LINE_MAX as u64;
+            let reads = takes && !self.half_closed && self.budget_wait.is_none();
             tokio::select! {
                 ready = self.writer.writable(), if !self.output.is_empty() => {
                     if ready.is_err() { return Exit::Broken; }
                 }
                 Some((slot, reply)) = self.pieces.1.recv(), if room => self.piece(slot, reply),
-                Some((slot, reply)) = self.requests.next(), if room && !self.requests.is_empty() => self.finished(slot, reply, give_up.is_some()),
+                Some((slot, reply)) = self.requests.next(), if room && !self.requests.is_empty() => self.finished(slot, reply),
                 received = receive(&mut self.reader, &mut self.input), if reads => match received {
                     Ok(0) => self.half_close(),
                     Ok(_) => self.decode(give_up.is_some()),
@@ -191,12 +202,10 @@ impl Session {
                 permit = wait(&mut self.budget_wait) => {
                     self.budget_wait = None;
                     self.budget = permit;
+                    // It was not read until now.
+                    self.frame_due = self.frame_due.map(|_| Instant::now() + self.gateway.config().read_timeout);
                 }
-                () = at(self.frame_due) => {
-                    self.refuse(Version::V1, ErrorCode::Timeout, "The frame was not complete in time");
-                    self.closing = Some(Exit::ReadTimeout);
-                    self.frame_due = None;
-                }
+                () = at(self.frame_due) => self.late(),
                 () = at(self.write_due) => return Exit::WriteTimeout,
                 () = cancel.cancelled(), if give_up.is_none() => {
                     give_up = Some(Instant::now() + self.gateway.config().drain_timeout);
@@ -253,8 +262,16 @@ impl Session {
         self.frame_due = None;
     }
 
+    /// Whether frames are taken: not while their answers have no room, nor while a v1 stream goes on.
+    fn takes(&self) -> bool {
+        self.closing.is_none()
+            && self.v1_stream.is_none()
+            && self.output.len() < OUTPUT_HIGH
+            && (self.v1_next - self.v1_head) < LINE_MAX as u64
+    }
+
     fn decode(&mut self, draining: bool) {
-        while self.closing.is_none() && self.v1_stream.is_none() {
+        while self.takes() {
             match Decoder.decode(&mut self.input) {
                 Ok(Some(frame)) => {
                     self.budget = None;
@@ -274,6 +291,9 @@ impl Session {
             self.input = BytesMut::new();
             return;
         }
+        if !self.takes() {
+            return;
+        }
         if self.frame_due.is_none() && !draining {
             self.frame_due = Some(Instant::now() + self.gateway.config().read_timeout);
         }
@@ -282,7 +302,9 @@ impl Session {
             && let Ok(Some(length)) = Decoder::peek_length(&self.input)
             && length > FREE_RECEIVE
         {
-            let permits = (length as u32).div_ceil(1024);
+            // One that is larger than the whole budget takes all of it.
+            let kib = length.min(self.gateway.config().receive_budget) / 1024;
+            let permits = u32::try_from(kib).expect("frames are at most 4 MiB");
             let budget = self.gateway.receive.load_full();
             match budget.clone().try_acquire_many_owned(permits) {
                 Ok(permit) => self.budget = Some(permit),
@@ -291,6 +313,17 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// The frame that has begun did not come in time: by the client's fault, or for want of budget, which others hold.
+    fn late(&mut self) {
+        self.frame_due = None;
+        if self.budget_wait.take().is_some() {
+            self.overloaded(Version::V1, "Too many bytes of unfinished frames");
+        } else {
+            self.refuse(Version::V1, ErrorCode::Timeout, "The frame was not complete in time");
+        }
+        self.closing = Some(Exit::ReadTimeout);
     }
 
     fn frame(&mut self, frame: Frame, draining: bool) {
@@ -379,7 +412,7 @@ impl Session {
         }
     }
 
-    fn finished(&mut self, slot: Slot, reply: Reply, draining: bool) {
+    fn finished(&mut self, slot: Slot, reply: Reply) {
         // Its pieces were sent before.
         while let Ok((slot, piece)) = self.pieces.1.try_recv() {
             self.piece(slot, piece);
@@ -404,10 +437,6 @@ impl Session {
                 self.v1_stream.take_if(|s| matches!(s, V1Stream::Waiting(..)))
         {
             self.start_v1(request, permit);
-        }
-        // Frames that came while a stream had the connection.
-        if self.v1_stream.is_none() && !self.input.is_empty() {
-            self.decode(draining);
         }
     }
 
@@ -454,8 +483,15 @@ impl Session {
             self.closing = Some(Exit::Drained);
             return;
         }
+        // Nothing of a request may come after its last frame.
+        while let Ok((slot, piece)) = self.pieces.1.try_recv() {
+            self.piece(slot, piece);
+        }
         self.requests = FuturesUnordered::new();
-        self.v1_stream = None;
+        if let Some(V1Stream::Waiting(..)) = self.v1_stream.take() {
+            // It had no place in the line yet.
+            self.v1_next += 1;
+        }
         let error = || {
             let text = "The gateway shut down before the answer came; the task may still run";
             (FrameType::ResponseError, Bytes::from(ErrorPayload::new(ErrorCode::ConnectionClosed, text).encode()))
@@ -472,6 +508,8 @@ impl Session {
         for _ in 0..open {
             self.gateway.stats.failed(ErrorCode::ConnectionClosed);
         }
+        // And what stood behind them.
+        self.decode(true);
         self.closing = Some(Exit::Drained);
     }
 

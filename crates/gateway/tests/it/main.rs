@@ -2,7 +2,9 @@
 
 mod backpressure;
 mod bad_input;
+mod endings;
 mod http;
+mod pressure;
 mod router;
 mod session;
 
