@@ -4,10 +4,12 @@
 
 mod keys;
 mod load;
+mod renew;
 mod value;
 
 pub use keys::KEYS;
 pub use load::{Layers, Problems, load};
+pub use renew::Changes;
 pub use value::Value;
 
 use std::collections::BTreeMap;

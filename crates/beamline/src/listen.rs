@@ -1,13 +1,17 @@
-//! Binds a TCP port and, when it is taken, says by whom.
+//! Binds a TCP port, unless the service manager has, and, when it is taken, says by whom.
 
 use anyhow::{Context, Result, anyhow};
 use std::net::SocketAddr;
 use std::path::Path;
 use tokio::net::TcpListener;
 
-/// A bound listener and its address (the real port where 0 was asked).
-pub fn bind(setting: &str, address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
-    let listener = try_bind(address).map_err(|e| match e.kind() {
+/// A bound listener and its address: that of the one `given`, else the real port where 0 was asked.
+pub fn bind(
+    setting: &str,
+    address: SocketAddr,
+    given: Option<std::net::TcpListener>,
+) -> Result<(TcpListener, SocketAddr)> {
+    let listener = given.map_or_else(|| try_bind(address), TcpListener::from_std).map_err(|e| match e.kind() {
         std::io::ErrorKind::AddrInUse => {
             let by = holder(address.port()).unwrap_or_else(|| "a process that this user cannot see".into());
             anyhow!("{setting}: {address} is taken by {by}; stop it or set another address")
@@ -70,8 +74,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_taken_port_names_its_holder() {
-        let (_listener, address) = bind("http.listen", "127.0.0.1:0".parse().unwrap()).unwrap();
-        let error = bind("http.listen", address).unwrap_err().to_string();
+        let (_listener, address) = bind("http.listen", "127.0.0.1:0".parse().unwrap(), None).unwrap();
+        let error = bind("http.listen", address, None).unwrap_err().to_string();
         assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
     }
 }

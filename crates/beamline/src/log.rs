@@ -2,16 +2,32 @@
 
 use crate::config::Settings;
 use std::io::IsTerminal;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
-pub fn init(settings: &Settings) -> anyhow::Result<()> {
-    let level = settings.values.text("log.level");
-    let filter = EnvFilter::try_new(&level).map_err(|e| anyhow::anyhow!("log.level {level:?} is not a filter: {e}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if settings.values.text("log.format") == "json" {
-        builder.json().flatten_event(true).with_current_span(true).with_span_list(false).init();
+/// What is logged, which may change.
+pub struct Filter(reload::Handle<EnvFilter, Registry>);
+
+pub fn init(settings: &Settings) -> anyhow::Result<Filter> {
+    let (filter, handle) = reload::Layer::new(filter(settings)?);
+    let lines = fmt::layer().with_writer(std::io::stderr);
+    let lines = if settings.values.text("log.format") == "json" {
+        lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
     } else {
-        builder.with_ansi(std::io::stderr().is_terminal()).init();
+        lines.with_ansi(std::io::stderr().is_terminal()).boxed()
+    };
+    tracing_subscriber::registry().with(filter).with(lines).init();
+    Ok(Filter(handle))
+}
+
+impl Filter {
+    pub fn set(&self, settings: &Settings) -> anyhow::Result<()> {
+        Ok(self.0.reload(filter(settings)?)?)
     }
-    Ok(())
+}
+
+fn filter(settings: &Settings) -> anyhow::Result<EnvFilter> {
+    let level = settings.values.text("log.level");
+    EnvFilter::try_new(&level).map_err(|e| anyhow::anyhow!("log.level {level:?} is not a filter: {e}"))
 }

@@ -1,5 +1,7 @@
 //! `beamline`: carries a message from a program to a person and back.
 
+mod activation;
+mod alive;
 mod cli;
 mod commands;
 mod config;
@@ -9,6 +11,7 @@ mod http;
 mod listen;
 mod log;
 mod metrics;
+mod notify;
 mod secrets;
 mod wiring;
 
@@ -57,13 +60,16 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 fn up(setting: cli::Setting) -> anyhow::Result<()> {
-    let settings = config::load(&setting.into_layers())?;
-    log::init(&settings)?;
+    let layers = setting.into_layers();
+    let settings = config::load(&layers)?;
+    // While there are no threads yet.
+    let given = activation::Given::take(layers.environment.get("LISTEN_FDNAMES").map(String::as_str))?;
+    let filter = log::init(&settings)?;
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
     let runtime = tokio::runtime::Runtime::new()?;
-    let done = runtime.block_on(wiring::up(settings));
+    let done = runtime.block_on(wiring::up(wiring::Start { layers, settings, given, filter }));
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     done
 }

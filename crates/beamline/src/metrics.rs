@@ -33,6 +33,7 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     ("beamline_gateway_requests_total", false, "Requests taken"),
     ("beamline_gateway_retries_total", false, "Requests sent to the router a second time"),
     ("beamline_gateway_status_failures_total", false, "Questions about the router's load that got no answer"),
+    ("beamline_reloads_total", true, "Reloads by SIGHUP, by outcome: done or refused"),
     ("beamline_router_contract_violations_total", true, "Headers of requests that were wrong and ignored, by name"),
     ("beamline_router_decisions_total", true, "Decisions, by reason"),
     ("beamline_router_errors_total", true, "Requests refused, by error code"),
@@ -44,7 +45,10 @@ const COUNTERS: &[(&str, bool, &str)] = &[
 const GAUGES: &[(&str, &str)] = &[
     ("beamline_cluster_channels", "Channels that somebody on this node follows"),
     ("beamline_cluster_connections", "Open WebSocket connections of this node"),
-    ("beamline_gateway_breaker_open", "1 while the breaker on the way to the router is not closed"),
+    (
+        "beamline_gateway_breaker_open",
+        "1 while the breaker on the way to the router is open: requests are refused at once",
+    ),
     ("beamline_gateway_connections", "Open IPC connections"),
     ("beamline_gateway_held_back", "1 while the router says that it is overloaded"),
     ("beamline_gateway_in_flight", "Requests in flight"),

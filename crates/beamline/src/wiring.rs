@@ -1,18 +1,30 @@
 //! Starts the parts on one bus, waits, and drains them in the order the data flows.
 
-use crate::config::Settings;
+use crate::activation::Given;
+use crate::alive::Door;
+use crate::config::{Layers, Settings};
 use crate::health::{self, Health};
-use crate::{grpc, http, listen, secrets};
-use anyhow::{Context, Result, anyhow};
+use crate::{grpc, http, listen, log, notify, secrets};
+use anyhow::{Context, Result, anyhow, ensure};
 use bus::Bus;
 use std::future::Future;
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 pub mod parts;
+mod reload;
+
+/// What the process starts from.
+pub struct Start {
+    pub layers: Layers,
+    pub settings: Settings,
+    pub given: Given,
+    pub filter: log::Filter,
+}
 
 /// Parts that stop together; the stages stop one after the other.
 struct Stage {
@@ -104,31 +116,42 @@ impl Stages {
     }
 }
 
-pub async fn up(settings: Settings) -> Result<()> {
+pub async fn up(start: Start) -> Result<()> {
     // From here on: a start that waits for a server that is away can be ended too.
     let mut signals = Signals::new()?;
+    let mut hangups = signal(SignalKind::hangup())?;
+    let Start { layers, settings, given, filter } = start;
+    let deadline = settings.values.duration("shutdown.deadline");
     let draining = CancellationToken::new();
     let mut stages = Stages::new();
+    notify::status("starting");
     let started = tokio::select! {
-        started = start(&settings, &mut stages, draining.clone()) => started.map(|()| true),
-        name = signals.next() => { tracing::info!(signal = name, "ended during the start"); Ok(false) }
+        started = parts_up(&settings, given, &mut stages, draining.clone()) => started.map(Some),
+        name = signals.next() => { tracing::info!(signal = name, "ended during the start"); Ok(None) }
     };
     let ended = match started {
-        Ok(true) => tokio::select! {
-            name = signals.next() => { tracing::info!(signal = name, "draining"); Ok(()) }
-            ended = stages.first_end() => {
-                if let Err(error) = &ended {
-                    tracing::error!("{error:#}; draining the rest");
+        Ok(Some(Running { bus, gateway, door, status })) => {
+            notify::ready(&status);
+            let reload = reload::Reload { layers, settings, filter, bus, gateway, status };
+            tokio::select! {
+                name = signals.next() => { tracing::info!(signal = name, "draining"); Ok(()) }
+                ended = stages.first_end() => {
+                    if let Err(error) = &ended {
+                        tracing::error!("{error:#}; draining the rest");
+                    }
+                    ended
                 }
-                ended
+                never = reload.run(&mut hangups) => match never {},
+                never = notify::watchdog(|| door.answers()) => match never {},
             }
-        },
+        }
         started => started.map(|_| ()),
     };
 
+    notify::stopping();
     draining.cancel();
     let clean = tokio::select! {
-        clean = stages.drain(settings.values.duration("shutdown.deadline")) => clean,
+        clean = stages.drain(deadline) => clean,
         name = signals.next() => return Err(anyhow!("{name} again: ended without draining")),
     };
     ended?;
@@ -138,15 +161,32 @@ pub async fn up(settings: Settings) -> Result<()> {
     if clean { Ok(()) } else { Err(anyhow!("a stage was not drained in time")) }
 }
 
+/// What those who look after a running process need.
+struct Running {
+    bus: Bus,
+    gateway: Option<gateway::Control>,
+    door: Door,
+    status: String,
+}
+
 /// Binds and runs everything; what it has started when it fails is in `stages`.
-async fn start(settings: &Settings, stages: &mut Stages, draining: CancellationToken) -> Result<()> {
+async fn parts_up(
+    settings: &Settings,
+    given: Given,
+    stages: &mut Stages,
+    draining: CancellationToken,
+) -> Result<Running> {
     let values = &settings.values;
+    ensure!(
+        given.gateway.is_none() || settings.has_role("gateway"),
+        "the service manager has a socket for the gateway, which is none of our roles"
+    );
     let data_dir = values.path("data_dir");
     secrets::data_dir(&data_dir)?;
 
-    let (http_listener, http_address) = listen::bind("http.listen", values.address("http.listen"))?;
-    let (ops_listener, ops_address) = listen::bind("ops.listen", values.address("ops.listen"))?;
-    let (grpc_listener, grpc_address) = listen::bind("grpc.listen", values.address("grpc.listen"))?;
+    let (http_listener, http_address) = listen::bind("http.listen", values.address("http.listen"), given.http)?;
+    let (ops_listener, ops_address) = listen::bind("ops.listen", values.address("ops.listen"), given.ops)?;
+    let (grpc_listener, grpc_address) = listen::bind("grpc.listen", values.address("grpc.listen"), given.grpc)?;
 
     let metrics = crate::metrics::install()?;
 
@@ -155,7 +195,7 @@ async fn start(settings: &Settings, stages: &mut Stages, draining: CancellationT
 
     let mut routes = axum::Router::new();
     let mut checks: Vec<(&'static str, health::Check)> = vec![("bus", bus_check(bus.clone()))];
-    let mut socket = None;
+    let (mut socket, mut control) = (None, None);
     let mut sign_in = None;
 
     // Consumers first, producers last: the first request already finds who serves it.
@@ -202,9 +242,10 @@ async fn start(settings: &Settings, stages: &mut Stages, draining: CancellationT
         stages.pages.run("web app", |cancel| async move { Ok(webapp.run(cancel).await?) });
     }
     if settings.has_role("gateway") {
-        let gateway = parts::gateway(settings, &data_dir, bus.clone()).await?;
+        let gateway = parts::gateway(settings, given.gateway, bus.clone()).await?;
         routes = routes.merge(gateway.routes());
         socket = Some(gateway.socket().to_path_buf());
+        control = Some(gateway.control());
         stages.intake.run("gateway", |cancel| async move { Ok(gateway.run(cancel).await?) });
     }
 
@@ -234,18 +275,19 @@ async fn start(settings: &Settings, stages: &mut Stages, draining: CancellationT
     writeln!(std::io::stdout(), "ready {ready}")?;
     std::io::stdout().flush()?;
     greet(settings, http_address, socket.as_deref(), sign_in.as_deref());
-    Ok(())
+    let status = format!("{} on http://{http_address}", values.list("roles").join(", "));
+    let door = socket.map_or(Door::Operations(ops_address), Door::Gateway);
+    Ok(Running { bus, gateway: control, door, status })
 }
 
 /// SIGTERM and Ctrl-C.
 struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    terminate: Signal,
+    interrupt: Signal,
 }
 
 impl Signals {
     fn new() -> Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 

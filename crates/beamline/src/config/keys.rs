@@ -12,19 +12,26 @@ pub struct Key {
     pub default: Option<&'static str>,
     /// A well-known variable beside `BEAMLINE_<TABLE>_<KEY>`.
     pub env: Option<&'static str>,
+    /// SIGHUP changes it; others need a restart.
+    pub live: bool,
     pub help: &'static str,
 }
 
 const fn key(name: &'static str, kind: Kind, default: &'static str, help: &'static str) -> Key {
-    Key { name, kind, default: Some(default), env: None, help }
+    Key { name, kind, default: Some(default), env: None, live: false, help }
 }
 
 const fn unset(name: &'static str, kind: Kind, help: &'static str) -> Key {
-    Key { name, kind, default: None, env: None, help }
+    Key { name, kind, default: None, env: None, live: false, help }
 }
 
 const fn env(mut key: Key, name: &'static str) -> Key {
     key.env = Some(name);
+    key
+}
+
+const fn live(mut key: Key) -> Key {
+    key.live = true;
     key
 }
 
@@ -49,16 +56,21 @@ pub const KEYS: &[Key] = &[
         key("gateway.socket", Path, "/tmp/beamline-gateway.sock", "Unix socket of the gateway, at most 107 bytes"),
         "IPC_SOCKET_PATH",
     ),
-    key("gateway.max_connections", Count(1, 100_000), "1024", "open IPC connections"),
-    key("gateway.max_in_flight", Count(1, 1_000_000), "1000", "requests in flight over all connections"),
-    key("gateway.max_in_flight_v1", Count(1, 100_000), "10", "requests in flight on one v1 connection"),
-    key("gateway.max_in_flight_v2", Count(1, 100_000), "256", "requests in flight on one v2 connection"),
-    key("gateway.read_timeout", Duration, "10s", "a frame that has begun must be complete within"),
-    key("gateway.write_timeout", Duration, "10s", "a client must take an answer within"),
-    key("gateway.request_timeout", Duration, "5s", "a request without its own deadline"),
-    key("gateway.receive_budget", Size, "64MiB", "unfinished frames, all connections together"),
-    key("gateway.allowed_uids", List, "", "uids besides our own and root that may connect"),
-    key("gateway.tenants", List, "", "tenants a uid may speak for, as 1000=acme or 1001=*; empty: default for all"),
+    live(key("gateway.max_connections", Count(1, 100_000), "1024", "open IPC connections")),
+    live(key("gateway.max_in_flight", Count(1, 1_000_000), "1000", "requests in flight over all connections")),
+    live(key("gateway.max_in_flight_v1", Count(1, 100_000), "10", "requests in flight on one v1 connection")),
+    live(key("gateway.max_in_flight_v2", Count(1, 100_000), "256", "requests in flight on one v2 connection")),
+    live(key("gateway.read_timeout", Duration, "10s", "a frame that has begun must be complete within")),
+    live(key("gateway.write_timeout", Duration, "10s", "a client must take an answer within")),
+    live(key("gateway.request_timeout", Duration, "5s", "a request without its own deadline")),
+    live(key("gateway.receive_budget", Size, "64MiB", "unfinished frames, all connections together")),
+    live(key("gateway.allowed_uids", List, "", "uids besides our own and root that may connect")),
+    live(key(
+        "gateway.tenants",
+        List,
+        "",
+        "tenants a uid may speak for, as 1000=acme or 1001=*; empty: default for all",
+    )),
     key("router.policies", Path, "policies", "directory of <tenant>/<policy>.{json,yaml,toml}"),
     key("router.max_in_flight", Count(1, 1_000_000), "10000", "decisions waiting for an acknowledgement"),
     key("worker.slots", Count(1, 10_000), "16", "assignments that run at once"),
@@ -82,7 +94,7 @@ pub const KEYS: &[Key] = &[
     key("auth.signup", Bool, "true", "people may create an account themselves"),
     key("shutdown.deadline", Duration, "10s", "each stage of the drain"),
     key("log.format", Choice(&["human", "json"]), "human", "form of the log lines on stderr"),
-    key("log.level", Text, "info", "error, warn, info, debug, trace, or a filter such as info,cluster=debug"),
+    live(key("log.level", Text, "info", "error, warn, info, debug, trace, or a filter such as info,cluster=debug")),
 ];
 
 /// Keys of each `[[worker.providers]]`.

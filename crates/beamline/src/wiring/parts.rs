@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use bus::Bus;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 pub async fn bus(settings: &Settings, data_dir: &Path) -> Result<Bus> {
@@ -20,6 +21,7 @@ pub async fn bus(settings: &Settings, data_dir: &Path) -> Result<Bus> {
         password: values.maybe_text("nats.password"),
         token: values.maybe_text("nats.token"),
         credentials: values.maybe_path("nats.credentials"),
+        ..bus::nats::NatsConfig::default()
     };
     Ok(bus::nats::Nats::connect(config).await?)
 }
@@ -137,7 +139,18 @@ pub async fn webapp(settings: &Settings, data_dir: &Path, bus: Bus) -> Result<we
     webapp::bind(config, bus).await.context("the web app cannot start")
 }
 
-pub async fn gateway(settings: &Settings, data_dir: &Path, bus: Bus) -> Result<gateway::Bound> {
+/// On the socket that was `given`, else on one of our own.
+pub async fn gateway(settings: &Settings, given: Option<UnixListener>, bus: Bus) -> Result<gateway::Bound> {
+    let config = gateway_config(settings)?;
+    let bound = match given {
+        Some(given) => gateway::adopt(config, given, bus).await,
+        None => gateway::bind(config, bus).await,
+    };
+    bound.context("the gateway cannot start")
+}
+
+/// The API key is read again, too.
+pub fn gateway_config(settings: &Settings) -> Result<gateway::Config> {
     let values = &settings.values;
     let uids = values
         .list("gateway.allowed_uids")
@@ -148,7 +161,7 @@ pub async fn gateway(settings: &Settings, data_dir: &Path, bus: Bus) -> Result<g
         let (uid, tenant) = uid_and_tenant(&entry).with_context(|| format!("gateway.tenants holds {entry:?}"))?;
         tenants.entry(uid).or_default().push(tenant.into());
     }
-    let config = gateway::Config {
+    Ok(gateway::Config {
         tenants,
         socket: values.path("gateway.socket"),
         max_connections: values.count("gateway.max_connections"),
@@ -161,8 +174,7 @@ pub async fn gateway(settings: &Settings, data_dir: &Path, bus: Bus) -> Result<g
         receive_budget: values.count("gateway.receive_budget"),
         drain_timeout: values.duration("shutdown.deadline"),
         allowed_uids: uids.collect::<Result<_>>()?,
-        api_key: secrets::load_or_create(data_dir, secrets::API_KEY)?,
+        api_key: secrets::load_or_create(&values.path("data_dir"), secrets::API_KEY)?,
         ..gateway::Config::default()
-    };
-    gateway::bind(config, bus).await.context("the gateway cannot start")
+    })
 }
