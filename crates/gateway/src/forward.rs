@@ -15,7 +15,7 @@ use wire::ipc::{
     Wait,
 };
 use wire::limits::{ID_MAX, IPC_FRAME_MAX};
-use wire::router::{DecideRequest, ErrorBody, OutputChunk, RequestOptions, Task, TaskQuery, VERSION};
+use wire::router::{DecideRequest, ErrorBody, OutputChunk, RequestOptions, Task, TaskQuery, TaskState, VERSION};
 use wire::subjects;
 
 pub const DEFAULT_TENANT: &str = "default";
@@ -97,11 +97,14 @@ fn check(submit: &TaskSubmit) -> Result<(), String> {
             id(field, value)?;
         }
     }
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
     match &submit.tenant_id {
-        Some(tenant) if !tenant.chars().all(plain) => Err("tenant_id has characters besides A-Z a-z 0-9 _ . -".into()),
+        Some(tenant) if !is_tenant(tenant) => Err("tenant_id has characters besides A-Z a-z 0-9 _ . -".into()),
         _ => Ok(()),
     }
+}
+
+pub fn is_tenant(id: &str) -> bool {
+    (1..=ID_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
 /// A request in flight: what its errors name.
@@ -110,6 +113,8 @@ struct Exchange {
     peer: Peer,
     request_id: String,
     trace_id: String,
+    /// W3C trace context, where the trace id has a form that fits it.
+    traceparent: Option<String>,
     tenant_id: String,
     deadline: Instant,
 }
@@ -119,23 +124,30 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_m
     let started = Instant::now();
     let own = (deadline_ms > 0).then(|| Duration::from_millis(deadline_ms.into()));
     let request_timeout = gateway.config().request_timeout;
-    let new = |task: TaskRef, timeout: Duration| Exchange {
-        gateway: gateway.clone(),
-        peer,
-        request_id: task.task_id,
-        trace_id: new_trace_id(),
-        tenant_id: DEFAULT_TENANT.into(),
-        deadline: started + own.unwrap_or(timeout),
+    let new = |task: TaskRef, timeout: Duration| {
+        let trace_id = new_trace_id();
+        Exchange {
+            gateway: gateway.clone(),
+            peer,
+            request_id: task.task_id,
+            traceparent: traceparent(&trace_id),
+            trace_id,
+            tenant_id: DEFAULT_TENANT.into(),
+            deadline: started + own.unwrap_or(timeout),
+        }
     };
     let (exchange, outcome) = match request {
         Request::Submit(submit) => {
             let own = own.or(submit.timeout_ms.map(Duration::from_millis));
             let default = if submit.wait == Wait::Decision { request_timeout } else { request_timeout + RESULT_MAX };
+            let trace_id = trace_of(&submit);
+            let given = submit.traceparent.clone().filter(|parent| trace_of_parent(parent).is_some());
             let exchange = Exchange {
                 gateway: gateway.clone(),
                 peer,
                 request_id: submit.request_id.clone().unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
-                trace_id: trace_of(&submit),
+                traceparent: given.or_else(|| traceparent(&trace_id)),
+                trace_id,
                 tenant_id: submit.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
                 deadline: started + own.unwrap_or(default),
             };
@@ -144,12 +156,12 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_m
         }
         Request::Query(task) => {
             let exchange = new(task, request_timeout);
-            let outcome = exchange.ask(subjects::GET_DECISION).await.and_then(|answer| exchange.ok(&answer));
+            let outcome = exchange.ask(subjects::GET_DECISION, None).await.and_then(|task| exchange.ok(task));
             (exchange, outcome)
         }
         Request::Cancel(task) => {
             let exchange = new(task, request_timeout);
-            let outcome = exchange.cancel().await.and_then(|answer| exchange.ok(&answer));
+            let outcome = exchange.cancel().await.and_then(|task| exchange.ok(task));
             (exchange, outcome)
         }
         Request::Subscribe(task) => {
@@ -216,19 +228,13 @@ impl Exchange {
         let decided = self.decide(submit, own_deadline).await?;
         match waiter {
             None => Ok((FrameType::ResponseOk, decided)),
-            Some(waiter) => self.follow(waiter, output, pieces).await,
+            Some(waiter) => self.follow(waiter, &self.tenant_id, output, pieces).await,
         }
     }
 
     /// The router's answer, byte for byte, if it is a decision.
     async fn decide(&self, submit: TaskSubmit, own_deadline: Option<Duration>) -> Result<Bytes, Failure> {
-        let given = submit.traceparent.clone().filter(|parent| trace_of_parent(parent).is_some());
-        let traceparent = given.or_else(|| traceparent(&self.trace_id));
-        let mut headers =
-            Headers::new().with("trace_id", &self.trace_id).with("tenant_id", &self.tenant_id).with("version", VERSION);
-        if let Some(traceparent) = traceparent {
-            headers.insert("traceparent", traceparent);
-        }
+        let headers = headers(&self.trace_id, self.traceparent.as_deref(), Some(&self.tenant_id));
         let request = self.request(submit, own_deadline);
         let payload = serde_json::to_vec(&request).map_err(|e| Failure::new(ErrorCode::Internal, e.to_string()))?;
         self.request_router(subjects::DECIDE, headers, payload).await
@@ -285,35 +291,36 @@ impl Exchange {
     }
 
     /// Whose task it is must be known before it is stopped.
-    async fn cancel(&self) -> Result<TaskAnswer, Failure> {
-        self.ask(subjects::GET_DECISION).await?;
-        self.ask(subjects::CANCEL).await
+    async fn cancel(&self) -> Result<TaskState, Failure> {
+        let task = self.ask(subjects::GET_DECISION, None).await?;
+        self.ask(subjects::CANCEL, Some(tenant_of(&task))).await
     }
 
-    /// Where the task stands, if the peer may know it.
-    async fn ask(&self, subject: &str) -> Result<TaskAnswer, Failure> {
+    /// Where the task stands, if the peer may know it; `tenant` where it is known already whose it is.
+    async fn ask(&self, subject: &str, tenant: Option<&str>) -> Result<TaskState, Failure> {
         let query = TaskQuery { request_id: self.request_id.clone() };
         let query = serde_json::to_vec(&query).expect("a query is JSON");
-        let headers = Headers::new().with("trace_id", &self.trace_id).with("version", VERSION);
+        let headers = headers(&self.trace_id, self.traceparent.as_deref(), tenant);
         let reply = self.request_router(subject, headers, query).await?;
         let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply)
             .map_err(|e| Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {e}")))?;
-        let task = answer.task;
-        self.permit(if task.tenant_id.is_empty() { DEFAULT_TENANT } else { &task.tenant_id })?;
-        Ok(TaskAnswer { task_id: task.task_id, state: task.state, decision: task.decision, result: task.result })
+        self.permit(tenant_of(&answer.task))?;
+        Ok(answer.task)
     }
 
-    fn ok(&self, answer: &TaskAnswer) -> Result<Reply, Failure> {
-        Ok((FrameType::ResponseOk, serde_json::to_vec(answer).expect("an answer is JSON").into()))
+    fn ok(&self, task: TaskState) -> Result<Reply, Failure> {
+        let answer =
+            TaskAnswer { task_id: task.task_id, state: task.state, decision: task.decision, result: task.result };
+        Ok((FrameType::ResponseOk, serde_json::to_vec(&answer).expect("an answer is JSON").into()))
     }
 
     async fn subscribe(&self, pieces: &Pieces) -> Result<Reply, Failure> {
         let waiter = Waiter::register(&self.gateway, &self.request_id);
         let output = self.output().await?;
-        let known = self.ask(subjects::GET_DECISION).await?;
-        match known.result {
-            Some(result) => self.complete(&Finished::from_result(&result)),
-            None => self.follow(waiter, Some(output), pieces).await,
+        let known = self.ask(subjects::GET_DECISION, None).await?;
+        match &known.result {
+            Some(result) => self.complete(&Finished::from_result(result)),
+            None => self.follow(waiter, tenant_of(&known), Some(output), pieces).await,
         }
     }
 
@@ -325,6 +332,7 @@ impl Exchange {
     async fn follow(
         &self,
         mut waiter: Waiter,
+        tenant: &str,
         mut output: Option<bus::Subscription>,
         pieces: &Pieces,
     ) -> Result<Reply, Failure> {
@@ -348,7 +356,8 @@ impl Exchange {
                 () = tokio::time::sleep_until(look.into()) => {
                     look += LOOK_AGAIN;
                     // An error here is no answer: the next look or the deadline decides.
-                    if let Ok(TaskAnswer { result: Some(result), .. }) = self.ask(subjects::GET_DECISION).await {
+                    let task = self.ask(subjects::GET_DECISION, Some(tenant)).await;
+                    if let Ok(TaskState { result: Some(result), .. }) = task {
                         break Finished::from_result(&result);
                     }
                 }
@@ -484,8 +493,23 @@ impl From<bus::Error> for Failure {
     }
 }
 
+/// What every message to the router says beside its payload.
+pub fn headers(trace_id: &str, traceparent: Option<&str>, tenant_id: Option<&str>) -> Headers {
+    let mut headers = Headers::new().with("trace_id", trace_id).with("version", VERSION);
+    for (name, value) in [("tenant_id", tenant_id), ("traceparent", traceparent)] {
+        if let Some(value) = value {
+            headers.insert(name, value);
+        }
+    }
+    headers
+}
+
+fn tenant_of(task: &TaskState) -> &str {
+    if task.tenant_id.is_empty() { DEFAULT_TENANT } else { &task.tenant_id }
+}
+
 /// 32 hex digits.
-fn new_trace_id() -> String {
+pub fn new_trace_id() -> String {
     uuid::Uuid::new_v4().simple().to_string()
 }
 
@@ -499,9 +523,16 @@ fn trace_of(submit: &TaskSubmit) -> String {
 pub fn trace_of_parent(parent: &str) -> Option<&str> {
     let fields: Vec<&str> = parent.splitn(5, '-').collect();
     let hex = |field: &str, length| field.len() == length && field.bytes().all(|b| b.is_ascii_hexdigit());
+    // Ids of zeros and version ff are reserved for what is not valid.
+    let id = |field: &str, length| hex(field, length) && field.bytes().any(|b| b != b'0');
     match fields[..] {
         [version, trace, span, flags, ..]
-            if parent.len() <= ID_MAX && hex(version, 2) && hex(trace, 32) && hex(span, 16) && hex(flags, 2) =>
+            if parent.len() <= ID_MAX
+                && hex(version, 2)
+                && version != "ff"
+                && id(trace, 32)
+                && id(span, 16)
+                && hex(flags, 2) =>
         {
             Some(trace)
         }
@@ -510,7 +541,7 @@ pub fn trace_of_parent(parent: &str) -> Option<&str> {
 }
 
 /// W3C trace context, where the trace id has a form that fits it.
-fn traceparent(trace_id: &str) -> Option<String> {
+pub fn traceparent(trace_id: &str) -> Option<String> {
     let trace = uuid::Uuid::try_parse(trace_id).ok()?.simple().to_string();
     let span = &uuid::Uuid::new_v4().simple().to_string()[..16];
     Some(format!("00-{trace}-{span}-01"))
@@ -529,6 +560,9 @@ mod tests {
             (format!("01-{trace}-b7ad6b7169203331-01-more"), Some(trace)),
             (format!("00-{trace}-b7ad6b7169203331-01\r\nx: y"), None),
             (format!("00-{trace}"), None),
+            (format!("ff-{trace}-b7ad6b7169203331-01"), None),
+            (format!("00-{trace}-0000000000000000-01"), None),
+            (format!("00-{}-b7ad6b7169203331-01", "0".repeat(32)), None),
             (format!("00-{}-b7ad6b7169203331-01", &trace[1..]), None),
             (format!("01-{trace}-b7ad6b7169203331-01-{}", "x".repeat(128)), None),
             (String::new(), None),

@@ -2,6 +2,7 @@
 //! back byte for byte, its error under the HTTP status that stands for it.
 
 use crate::Gateway;
+use crate::forward;
 use crate::router::Refused;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
@@ -9,11 +10,13 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use axum::routing::post;
 use bus::Headers;
+use bytes::Bytes;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
-use wire::limits::DECIDE_MAX;
-use wire::router::{Context, ErrorBody, ErrorResponse, RequestHead, VERSION};
+use wire::ipc::ErrorCode;
+use wire::limits::{DECIDE_MAX, ID_MAX};
+use wire::router::{Context, ErrorBody, ErrorResponse, RequestHead};
 use wire::subjects;
 
 /// When to try again where nobody said it, seconds.
@@ -24,41 +27,60 @@ pub fn routes(gateway: Arc<Gateway>) -> axum::Router {
 }
 
 async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
+    let mut asked = RequestHead::default();
+    match answer(&gateway, request, &mut asked).await {
+        Ok(answer) => respond(StatusCode::OK, answer.into(), None),
+        Err((code, error)) => {
+            gateway.stats.failed(code);
+            refuse(error, asked)
+        }
+    }
+}
+
+async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) -> Result<Bytes, (ErrorCode, ErrorBody)> {
     let started = Instant::now();
     let (parts, body) = request.into_parts();
     if !authorized(&parts.headers, &gateway.config().api_key) {
-        return refuse(error("unauthorized", "X-API-Key is missing or wrong; `beamline api-key` prints it"), None);
+        let text = "X-API-Key is missing or wrong; `beamline api-key` prints it";
+        return Err((ErrorCode::Forbidden, error("unauthorized", text)));
     }
     let Some(_place) = gateway.in_flight.take(gateway.config().max_in_flight) else {
         let mut busy = error("backpressure", "too many requests in flight");
         busy.retry_after_seconds = Some(RETRY_AFTER);
-        return refuse(busy, None);
+        return Err((ErrorCode::Overloaded, busy));
     };
     let Ok(body) = to_bytes(body, DECIDE_MAX).await else {
         let mut large = error("invalid_request", &format!("a decide request has at most {DECIDE_MAX} bytes"));
         large.intake_error_code = Some("PAYLOAD_TOO_LARGE".into());
-        return refuse(large, None);
+        return Err((ErrorCode::InvalidPayload, large));
     };
     gateway.stats.taken();
     gateway.stats.in_flight.fetch_add(1, Relaxed);
-    let _ended = Ended(&gateway);
-    let mut headers = Headers::new().with("version", VERSION);
-    if let Some(parent) = parts.headers.get("traceparent").and_then(|parent| parent.to_str().ok())
-        && let Some(trace_id) = crate::forward::trace_of_parent(parent)
-    {
-        headers.insert("trace_id", trace_id);
-        headers.insert("traceparent", parent);
-    }
-    // Read for the errors that we make ourselves; the router judges the request.
-    let context: RequestHead = serde_json::from_slice(&body).unwrap_or_default();
+    let _ended = Ended(gateway);
+    // Read for its headers and the errors that we make ourselves; the router judges the request.
+    *asked = serde_json::from_slice(&body).unwrap_or_default();
+    let headers = headers(&parts.headers, asked);
     let due = started + gateway.config().request_timeout;
     let answer = gateway.router.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
     gateway.stats.forwarded(started.elapsed());
-    match answer {
-        Ok(answer) => respond(StatusCode::OK, answer.into(), None),
-        Err(Refused::Router(error)) => refuse(*error, Some(context)),
-        Err(refused) => refuse(translate(refused), Some(context)),
-    }
+    answer.map_err(|refused| (refused.code(), translate(refused)))
+}
+
+/// As for any request to the router. A trace is that of `traceparent`, else the body's, else a new one; a header that
+/// would not fit stays away, and the router says what is wrong with the body.
+fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
+    let text = |name: &str| given.get(name).and_then(|value| value.to_str().ok());
+    let parent = text("traceparent").filter(|parent| forward::trace_of_parent(parent).is_some());
+    let fits = |id: &String| (1..=ID_MAX).contains(&id.len());
+    let trace_id = match parent.and_then(forward::trace_of_parent) {
+        Some(trace) => trace.to_string(),
+        None => asked.trace_id.take().filter(fits).unwrap_or_else(forward::new_trace_id),
+    };
+    let parent = parent.map(String::from).or_else(|| forward::traceparent(&trace_id));
+    let tenant_id = asked.tenant_id.as_deref().filter(|tenant| forward::is_tenant(tenant));
+    let headers = forward::headers(&trace_id, parent.as_deref(), tenant_id);
+    asked.trace_id = Some(trace_id);
+    headers
 }
 
 struct Ended<'a>(&'a Gateway);
@@ -92,10 +114,9 @@ fn error(code: &str, message: &str) -> ErrorBody {
     ErrorBody { code, message, details: None, intake_error_code: None, retry_after_seconds: None }
 }
 
-fn refuse(error: ErrorBody, asked: Option<RequestHead>) -> Response {
+fn refuse(error: ErrorBody, asked: RequestHead) -> Response {
     let status = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let retry_after = error.retry_after_seconds;
-    let asked = asked.unwrap_or_default();
     let context = Context { request_id: asked.request_id, trace_id: asked.trace_id };
     let body = serde_json::to_vec(&ErrorResponse { ok: false, error, context }).expect("an error is JSON");
     respond(status, body.into(), retry_after)

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
+use wire::ipc::ErrorCode;
 use wire::router::{AnswerHead, ErrorBody};
 use wire::subjects;
 
@@ -36,6 +37,21 @@ pub enum Refused {
     /// The router's own word.
     Router(Box<ErrorBody>),
     Unreadable(String),
+}
+
+impl Refused {
+    /// What a program on the socket is told, and what is counted.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Open { .. } | Self::Bus(bus::Error::NoResponders(_) | bus::Error::Disconnected(_)) => {
+                ErrorCode::Unavailable
+            }
+            Self::Bus(bus::Error::Timeout(_)) => ErrorCode::Timeout,
+            Self::Bus(bus::Error::TooLarge { .. }) => ErrorCode::FrameTooLarge,
+            Self::Bus(_) | Self::Unreadable(_) => ErrorCode::Internal,
+            Self::Router(_) => ErrorCode::Rejected,
+        }
+    }
 }
 
 impl Access {

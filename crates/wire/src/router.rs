@@ -173,6 +173,7 @@ pub struct AnswerHead {
 #[serde(default)]
 pub struct RequestHead {
     pub request_id: Option<String>,
+    pub tenant_id: Option<String>,
     pub trace_id: Option<String>,
 }
 

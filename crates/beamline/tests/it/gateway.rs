@@ -96,10 +96,7 @@ async fn e2e_1_subjects_and_headers() {
     let waits = json!({"wait": "result", "timeout_ms": 9000});
     assert_eq!(client.submit(&submit("echo", waits)).await.unwrap()["status"], "success");
     let (message, payload) = captured(&mut wire).await;
-    let trace = payload["trace_id"].as_str().unwrap();
-    assert_eq!((message.headers.get("trace_id"), trace.len()), (Some(trace), 32));
-    let parent = message.headers.get("traceparent").unwrap();
-    assert!(parent.starts_with(&format!("00-{trace}-")) && parent.ends_with("-01"), "{parent}");
+    assert_eq!(payload["trace_id"], has_a_trace_of_its_own(&message));
     assert_eq!(message.headers.get("tenant_id"), Some("default"));
     assert_eq!((&payload["push_assignment"], &payload["options"]["deadline_ms"]), (&json!(true), &json!(9000)));
 
@@ -107,12 +104,37 @@ async fn e2e_1_subjects_and_headers() {
     client.query(task).await.unwrap();
     client.cancel(task).await.unwrap();
     client.subscribe(task).await.unwrap().next().await.unwrap();
-    for subject in [subjects::GET_DECISION, subjects::GET_DECISION, subjects::CANCEL, subjects::GET_DECISION] {
+    // Whose task it is, is known once it was asked for.
+    for (subject, tenant) in [
+        (subjects::GET_DECISION, None),
+        (subjects::GET_DECISION, None),
+        (subjects::CANCEL, Some("default")),
+        (subjects::GET_DECISION, None),
+    ] {
         let (message, payload) = captured(&mut wire).await;
         assert_eq!((&*message.subject, payload), (subject, json!({"request_id": task})));
-        assert_eq!(message.headers.get("version"), Some("1"));
-        assert_eq!(message.headers.get("trace_id").map(str::len), Some(32));
+        assert_eq!((message.headers.get("version"), message.headers.get("tenant_id")), (Some("1"), tenant));
+        has_a_trace_of_its_own(&message);
     }
+
+    // The same over HTTP.
+    let request = json!({"version": "1", "request_id": "r-2", "tenant_id": "acme", "policy_id": "default",
+        "task": {"type": "echo", "payload": {}}});
+    let (status, _, answer) = stage.post_decide(&stage.api_key().await, &request.to_string()).await;
+    assert_eq!(status, 200, "{answer}");
+    let (message, payload) = captured(&mut wire).await;
+    assert_eq!((&*message.subject, payload), (subjects::DECIDE, request));
+    assert_eq!((message.headers.get("version"), message.headers.get("tenant_id")), (Some("1"), Some("acme")));
+    assert_eq!(answer["context"], json!({"request_id": "r-2", "trace_id": has_a_trace_of_its_own(&message)}));
+}
+
+/// Its id, in both forms.
+fn has_a_trace_of_its_own(message: &Message) -> String {
+    let trace = message.headers.get("trace_id").unwrap();
+    let parent = message.headers.get("traceparent").unwrap();
+    assert_eq!(trace.len(), 32);
+    assert!(parent.starts_with(&format!("00-{trace}-")) && parent.ends_with("-01"), "{parent}");
+    trace.into()
 }
 
 #[tokio::test]

@@ -44,6 +44,50 @@ async fn a_decision_comes_back_with_its_trace() {
     assert_eq!((head.status(), &body["decision"]["provider_id"]), (StatusCode::OK, &json!("t")));
 }
 
+/// (traceparent, tenant, the body's trace id) of a request, and what its trace id is on the bus; "": a new one.
+#[tokio::test]
+async fn every_request_has_the_headers_that_can_be_known() {
+    let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let fixture = fixture().await;
+    let (sent, mut seen) = tokio::sync::mpsc::channel(1);
+    fixture
+        .router(move |request, headers| {
+            let sent = sent.clone();
+            async move {
+                sent.send(headers).await.unwrap();
+                Some(decision(&request))
+            }
+        })
+        .await;
+    for (given, tenant, trace, expected) in [
+        (Some(parent), "acme", "mine", "0af7651916cd43dd8448eb211c80319c"),
+        (None, "acme", "mine", "mine"),
+        (None, "acme", "", ""),
+        (Some("00-bad"), "acme", "mine", "mine"),
+        (None, "no tenant", "mine", "mine"),
+    ] {
+        let mut body = json!({"version": "1", "request_id": "r", "tenant_id": tenant, "task": {"type": "t"}});
+        if !trace.is_empty() {
+            body["trace_id"] = trace.into();
+        }
+        let mut request = request(body.to_string());
+        if let Some(given) = given {
+            request.headers_mut().insert("traceparent", given.parse().unwrap());
+        }
+        assert_eq!(ask(&fixture, request).await.0.status(), StatusCode::OK);
+        let headers = seen.recv().await.unwrap();
+        let on_bus = headers.get("trace_id").unwrap();
+        assert!(on_bus == expected || (expected.is_empty() && on_bus.len() == 32), "{headers:?}");
+        assert_eq!(headers.get("version"), Some("1"));
+        // A name that no tenant can have is for the router to judge.
+        assert_eq!(headers.get("tenant_id"), (tenant == "acme").then_some("acme"), "{headers:?}");
+        // Only such an id has the form of a trace context.
+        let context = headers.get("traceparent").map(|parent| &parent[3..35]);
+        assert_eq!(context, (on_bus.len() == 32).then_some(on_bus), "{headers:?}");
+        assert!(given != Some(parent) || headers.get("traceparent") == given);
+    }
+}
+
 #[tokio::test]
 async fn every_error_has_its_status_and_says_when_to_come_back() {
     let fixture = fixture().await;
