@@ -6,6 +6,7 @@ mod gateway;
 mod journey;
 mod process;
 mod realtime;
+mod service;
 mod settings;
 mod soak;
 mod spread;

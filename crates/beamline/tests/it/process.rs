@@ -1,6 +1,7 @@
 //! Starts, kills and restarts the real binary.
 
 use serde_json::Value;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -37,6 +38,16 @@ impl Process {
         std::fs::write(dir.path().join("beamline.toml"), settings).unwrap();
         let (child, ready) = launch(dir.path(), "127.0.0.1:0", &[]).await;
         Self { dir, ready, child, extra: Vec::new() }
+    }
+
+    /// As a service manager starts it, in a directory that is there already.
+    pub async fn start_under(manager: Manager, dir: tempfile::TempDir) -> Self {
+        let (child, ready) = until_ready(manager.spawn(dir.path()), dir.path()).await;
+        Self { dir, ready, child, extra: Vec::new() }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap()
     }
 
     /// SIGKILL.
@@ -106,8 +117,34 @@ pub async fn run_in(dir: &Path, args: &[&str]) -> Output {
     }
 }
 
+/// What a service manager does for a process.
+#[derive(Default)]
+pub struct Manager {
+    /// Its descriptor 3, and the name of that.
+    pub given: Option<(&'static str, OwnedFd)>,
+    pub environment: Vec<(&'static str, String)>,
+}
+
+impl Manager {
+    /// `up`, without waiting for it. A shell puts the descriptor in its place, and becomes the process that it names.
+    pub fn spawn(self, dir: &Path) -> Child {
+        const SHELL: &str = "exec 3<&0 </dev/null; export LISTEN_PID=$$; exec \"$@\"";
+        let Some((name, given)) = self.given else {
+            return up(command(dir), dir, "127.0.0.1:0", &[]).envs(self.environment).spawn().unwrap();
+        };
+        let mut shell = surroundings(Command::new("/bin/sh"), dir);
+        shell.args(["-c", SHELL, "sh", env!("CARGO_BIN_EXE_beamline")]);
+        let mut up = up(shell, dir, "127.0.0.1:0", &[]);
+        up.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", name).envs(self.environment);
+        up.stdin(Stdio::from(given)).spawn().unwrap()
+    }
+}
+
 fn command(dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_beamline"));
+    surroundings(Command::new(env!("CARGO_BIN_EXE_beamline")), dir)
+}
+
+fn surroundings(mut command: Command, dir: &Path) -> Command {
     command.current_dir(dir).env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin");
     command.env("BEAMLINE_DATA_DIR", "data").env("IPC_SOCKET_PATH", dir.join("s"));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
@@ -116,14 +153,20 @@ fn command(dir: &Path) -> Command {
 
 /// `up`, without waiting for it.
 pub fn spawn(dir: &Path, http: &str, extra: &[String]) -> Child {
+    up(command(dir), dir, http, extra).spawn().unwrap()
+}
+
+fn up(mut command: Command, dir: &Path, http: &str, extra: &[String]) -> Command {
     let log = std::fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
-    let mut command = command(dir);
     command.args(["up", "--http", http, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]).args(extra).stderr(log);
-    command.spawn().unwrap()
+    command
 }
 
 async fn launch(dir: &Path, http: &str, extra: &[String]) -> (Child, Value) {
-    let mut child = spawn(dir, http, extra);
+    until_ready(spawn(dir, http, extra), dir).await
+}
+
+async fn until_ready(mut child: Child, dir: &Path) -> (Child, Value) {
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let ready = tokio::time::timeout(PATIENCE, async {
         while let Some(line) = lines.next_line().await.unwrap() {
