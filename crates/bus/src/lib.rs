@@ -84,7 +84,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[async_trait]
 pub trait BusApi: Send + Sync + 'static {
     /// At most once, to every subscriber and to one member of each queue group. Appending to a stream that
-    /// takes the subject is [`BusApi::append`]; `publish` reaches only live subscribers.
+    /// takes the subject is [`BusApi::append`]; `publish` reaches only live subscribers. What is published on one subject
+    /// stays in order; between subjects, and between publishing and asking, there is none.
     async fn publish(&self, message: Message) -> Result<()>;
 
     /// Subject may hold the wildcards `*` (one token) and `>` (the rest). With `queue`, members of that group share.
@@ -208,10 +209,14 @@ impl Consumer {
     /// Takes no more, and gives back at once what has come and was not taken. What was taken can still be settled.
     pub async fn close(self) {
         let Self { mut receiver, _guard } = self;
-        receiver.close();
         drop(_guard);
+        // Until the other end is gone: one given back while it still pulls would come here again.
+        let mut held = Vec::new();
         while let Some(delivery) = receiver.recv().await {
-            give_back(&delivery).await;
+            held.push(delivery);
+        }
+        for delivery in &held {
+            give_back(delivery).await;
         }
     }
 }

@@ -3,10 +3,13 @@
 //! The server's user must be allowed to publish and subscribe on `_INBOX.>`. Its `max_payload` bounds a message here
 //! (the server's default is 1 MiB; the product's largest message needs 8 MB).
 
+mod access;
 mod consumer;
 mod convert;
+mod credentials;
 mod inbox;
 mod link;
+mod pool;
 mod streams;
 mod subscription;
 
@@ -15,15 +18,16 @@ use crate::{
     Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Message, Result, StreamConfig, StreamInfo,
     Subscription,
 };
+use access::Access;
 use async_nats::jetstream::kv;
-use async_nats::{ConnectOptions, Event, ServerAddr};
 use async_trait::async_trait;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
+use futures_util::future::try_join_all;
 use inbox::Awaited;
-use link::Link;
 use parking_lot::RwLock;
+use pool::Pool;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,36 +35,42 @@ use std::time::Duration;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-/// What waits in the client for one of our subscriptions; our pumps empty it at once, so it fills only when the
-/// process has no time. Then the server's messages are dropped and counted.
-const CLIENT_QUEUE: usize = 128 * 1024;
-/// A silent connection is found out after two of these.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
-const RECONNECT_DELAY_BASE: Duration = Duration::from_millis(50);
-const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(5);
-const API_DEADLINE: Duration = Duration::from_secs(5);
 const APPEND_DEADLINE: Duration = Duration::from_secs(5);
 const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Where the servers are and who we are.
+/// Replies go here, one message a subject: no order is theirs to keep.
+const INBOXES: &str = "_INBOX.";
+
+/// Where the servers are and who we are. Files are read again at every connect.
 #[derive(Clone, Default)]
 pub struct NatsConfig {
     /// `nats://host:port`, or several with commas between; `tls://` for TLS.
     pub url: String,
     /// Shown in the server's list of connections.
     pub name: String,
+    /// Unset: one a core, at most eight.
+    pub connections: Option<usize>,
     pub user: Option<String>,
     pub password: Option<String>,
     pub token: Option<String>,
+    /// A file that holds an nkey's seed.
+    pub nkey: Option<PathBuf>,
     /// A `.creds` file.
     pub credentials: Option<PathBuf>,
+    /// PEM: who may sign the server's certificate; unset: whom the system trusts.
+    pub tls_ca: Option<PathBuf>,
+    /// PEM: our certificate and its key, for a server that asks for one.
+    pub tls_certificate: Option<PathBuf>,
+    pub tls_key: Option<PathBuf>,
+    /// For a server that speaks only after the TLS handshake.
+    pub tls_first: bool,
 }
 
-/// One connection.
 pub struct Nats {
-    link: Arc<Link>,
-    buckets: RwLock<HashMap<String, kv::Store>>,
-    servers: String,
+    access: Arc<Access>,
+    pool: Pool,
+    /// By name: one a connection.
+    buckets: RwLock<HashMap<String, Vec<kv::Store>>>,
     tasks: TaskTracker,
     cancel: CancellationToken,
     /// Ends the pumps with the last handle.
@@ -70,87 +80,19 @@ pub struct Nats {
 impl Nats {
     /// Connects now or fails; from then on a lost connection is sought again without end.
     pub async fn connect(config: NatsConfig) -> Result<Bus> {
-        let servers = servers(&config.url)?;
-        let shown = describe(&servers);
-        let options = options(config).await?;
-        let client = options.connect(&servers).await.map_err(|error| {
-            Error::Disconnected(format!(
-                "cannot reach NATS at {shown}: {error}; is it running, and are its url and credentials right"
-            ))
-        })?;
-        let cancel = CancellationToken::new();
-        let tasks = TaskTracker::new();
-        let link = Link::open(client, &tasks, &cancel).await?;
-        Ok(Arc::new(Self {
-            link: Arc::new(link),
-            buckets: RwLock::default(),
-            servers: shown,
-            tasks,
-            _end: cancel.clone().drop_guard(),
-            cancel,
-        }))
+        let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let end = cancel.clone().drop_guard();
+        let size = config.connections;
+        let access = Arc::new(Access::new(config)?);
+        let pool = Pool::open(&access, size, &tasks, &cancel).await?;
+        Ok(Arc::new(Self { access, pool, buckets: RwLock::default(), tasks, cancel, _end: end }))
     }
 
     fn bucket(&self, bucket: &str) -> Result<kv::Store> {
-        self.link.connected()?;
+        let link = self.pool.mine();
+        link.connected()?;
         let missing = || Error::Storage(format!("bucket {bucket} is not declared"));
-        self.buckets.read().get(bucket).cloned().ok_or_else(missing)
-    }
-}
-
-async fn options(config: NatsConfig) -> Result<ConnectOptions> {
-    let mut options = ConnectOptions::new()
-        .name(config.name)
-        .subscription_capacity(CLIENT_QUEUE)
-        .ping_interval(PING_INTERVAL)
-        .request_timeout(Some(API_DEADLINE))
-        .max_reconnects(None)
-        .reconnect_delay_callback(reconnect_delay)
-        .event_callback(|event| async move { observe(&event) });
-    if let Some(user) = config.user {
-        options = options.user_and_password(user, config.password.unwrap_or_default());
-    }
-    if let Some(token) = config.token {
-        options = options.token(token);
-    }
-    if let Some(path) = config.credentials {
-        options = options.credentials_file(&path).await.map_err(|error| {
-            Error::Disconnected(format!("cannot read the NATS credentials {}: {error}", path.display()))
-        })?;
-    }
-    Ok(options)
-}
-
-fn servers(urls: &str) -> Result<Vec<ServerAddr>> {
-    let parse =
-        |url: &str| url.trim().parse().map_err(|error| Error::Disconnected(format!("NATS url is not valid: {error}")));
-    urls.split(',').map(parse).collect()
-}
-
-/// Hosts and ports only: a url may hold a password.
-fn describe(servers: &[ServerAddr]) -> String {
-    let shown: Vec<String> = servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect();
-    shown.join(", ")
-}
-
-/// Full jitter: many clients of a server that comes back do not all come at once.
-fn reconnect_delay(attempts: usize) -> Duration {
-    let doublings = u32::try_from(attempts).unwrap_or(u32::MAX).min(10);
-    let ceiling = (RECONNECT_DELAY_BASE * 2_u32.pow(doublings)).min(RECONNECT_DELAY_MAX);
-    ceiling.mul_f64(rand::random::<f64>())
-}
-
-fn observe(event: &Event) {
-    match event {
-        Event::Connected => tracing::info!("connected to NATS"),
-        Event::Disconnected => tracing::warn!("lost the connection to NATS; connecting again"),
-        Event::SlowConsumer(_) => {
-            metrics::counter!("beamline_bus_dropped_total").increment(1);
-            tracing::warn!("the client's queue of a subscription is full; a message was dropped");
-        }
-        Event::ServerError(error) => tracing::error!(%error, "NATS refused something"),
-        Event::ClientError(error) => tracing::error!(%error, "the NATS connection has a problem"),
-        Event::LameDuckMode | Event::Draining | Event::Closed => tracing::info!(%event, "NATS connection"),
+        self.buckets.read().get(bucket).map(|stores| stores[link.number].clone()).ok_or_else(missing)
     }
 }
 
@@ -163,41 +105,46 @@ fn encode_key(key: &str) -> String {
 impl BusApi for Nats {
     async fn publish(&self, message: Message) -> Result<()> {
         check_subject(&message.subject)?;
-        self.link.publish(message).await
+        let link = match message.subject.starts_with(INBOXES) {
+            true => self.pool.mine(),
+            false => self.pool.of(&message.subject).await?,
+        };
+        link.publish(message).await
     }
 
     async fn subscribe(&self, subject: &str, queue: Option<&str>, capacity: usize) -> Result<Subscription> {
         check_pattern(subject)?;
-        subscription::start(&self.link, subject, queue, capacity, &self.tasks, &self.cancel).await
+        subscription::start(&self.pool, subject, queue, capacity, &self.tasks, &self.cancel).await
     }
 
     async fn request(&self, subject: &str, headers: Headers, payload: Bytes, deadline: Duration) -> Result<Message> {
         check_subject(subject)?;
         let headers = convert::to_nats(&headers);
-        let reply = self.link.ask(subject, headers, payload, Awaited::Reply, deadline).await?;
+        let reply = self.pool.mine().ask(subject, headers, payload, Awaited::Reply, deadline).await?;
         Ok(convert::from_nats(reply))
     }
 
     async fn declare_stream(&self, stream: StreamConfig) -> Result<()> {
-        streams::declare(&self.link, stream).await
+        streams::declare(self.pool.mine(), stream).await
     }
 
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
         check_subject(&message.subject)?;
-        streams::append(&self.link, message, msg_id, APPEND_DEADLINE).await
+        streams::append(self.pool.of(&message.subject).await?, message, msg_id, APPEND_DEADLINE).await
     }
 
     async fn consume(&self, config: ConsumerConfig) -> Result<Consumer> {
-        consumer::start(&self.link, config, &self.tasks, &self.cancel).await
+        consumer::start(self.pool.next(), config, &self.tasks, &self.cancel).await
     }
 
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo> {
-        streams::info(&self.link, stream).await
+        streams::info(self.pool.mine(), stream).await
     }
 
     async fn declare_kv(&self, bucket: &'static str, max_age: Duration) -> Result<()> {
-        let store = streams::declare_kv(&self.link, bucket, max_age).await?;
-        self.buckets.write().insert(bucket.into(), store);
+        streams::declare_kv(self.pool.mine(), bucket, max_age).await?;
+        let stores = try_join_all(self.pool.links().iter().map(|link| streams::bucket(link, bucket))).await?;
+        self.buckets.write().insert(bucket.into(), stores);
         Ok(())
     }
 
@@ -220,32 +167,19 @@ impl BusApi for Nats {
         Ok(held.map(|entry| (entry.value, entry.revision)))
     }
 
-    /// A round trip through the server; what was published before it has reached the server.
+    /// A round trip through the server on each connection; what was published before it has reached the server.
     async fn health(&self) -> Result<()> {
-        self.link.round_trip(HEALTH_DEADLINE).await
+        self.pool.health(HEALTH_DEADLINE).await
+    }
+
+    async fn reload(&self) -> Result<()> {
+        // On a connection of its own first: what does not work changes nothing.
+        let trial = self.access.connect(drop).await?;
+        trial.flush().await.map_err(|error| Error::Disconnected(error.to_string()))?;
+        self.pool.renew().await
     }
 
     fn describe(&self) -> String {
-        format!("nats {}", self.servers)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reconnects_are_spread_and_bounded() {
-        for attempts in [0, 1, 5, 100, usize::MAX] {
-            assert!((0..100).all(|_| reconnect_delay(attempts) <= RECONNECT_DELAY_MAX));
-        }
-        assert!((0..100).all(|_| reconnect_delay(0) <= RECONNECT_DELAY_BASE));
-    }
-
-    #[test]
-    fn a_password_in_the_url_is_not_shown() {
-        let servers = servers("nats://me:secret@one:4222, tls://two:4443").unwrap();
-        assert_eq!(describe(&servers), "one:4222, two:4443");
-        assert!(super::servers("nats://").is_err() || super::servers("::").is_err());
+        format!("nats {}", self.access.describe())
     }
 }

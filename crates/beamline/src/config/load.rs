@@ -264,6 +264,14 @@ impl Reader {
                 self.problem(b, format!("is {second}, the same as {a}"));
             }
         }
+        let set = |key: &&str| settings.values.source(key).is_some();
+        if let [one] = ["nats.tls_certificate", "nats.tls_key"].iter().filter(|key| set(key)).collect::<Vec<_>>()[..] {
+            self.problem(one, "is of no use alone: set nats.tls_certificate and nats.tls_key");
+        }
+        let ways = ["nats.user", "nats.token", "nats.nkey", "nats.credentials"];
+        if let [first, second, ..] = ways.iter().filter(|key| set(key)).collect::<Vec<_>>()[..] {
+            self.problem(second, format!("and {first} are two ways to sign in to NATS: choose one"));
+        }
         if settings.values.duration("cluster.pong_timeout") >= settings.values.duration("cluster.ping_interval") {
             self.problem("cluster.pong_timeout", "must be shorter than cluster.ping_interval");
         }
@@ -365,6 +373,21 @@ mod tests {
             environment: environment.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
             flags: flags.iter().map(|(k, v)| (*k, v.to_string())).collect(),
         })
+    }
+
+    #[test]
+    fn settings_of_nats_that_do_not_fit_together_are_told() {
+        let check = |file: &str, at: Option<&str>| {
+            let problems = with_file(&format!("[nats]\n{file}"), &[], &[]).err().unwrap_or_default();
+            let told: Vec<&str> = problems.0.iter().map(|problem| problem.at.as_str()).collect();
+            assert_eq!(told, at.into_iter().collect::<Vec<_>>(), "{file}");
+        };
+        check("user = \"a\"\npassword = \"b\"", None);
+        check("nkey = \"/seed\"\ntls_certificate = \"/c\"\ntls_key = \"/k\"", None);
+        check("tls_certificate = \"/c\"", Some("nats.tls_certificate"));
+        check("tls_key = \"/k\"", Some("nats.tls_key"));
+        check("token = \"t\"\nnkey = \"/seed\"", Some("nats.nkey"));
+        check("user = \"a\"\ncredentials = \"/c\"", Some("nats.credentials"));
     }
 
     #[test]

@@ -30,6 +30,7 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Silent for this long, the server has forgotten the pull: it restarted, or the connection was lost.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 const RETRY_DELAY: Duration = Duration::from_millis(500);
+const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 const ACK_DEADLINE: Duration = Duration::from_secs(5);
 const API_PREFIX: &str = "$JS.API";
 
@@ -91,19 +92,14 @@ struct Pump {
 
 impl Pump {
     async fn run(self) {
-        let cancel = self.cancel.clone();
         let mut declared = true;
         loop {
-            let ended = tokio::select! {
-                () = cancel.cancelled() => return,
-                ended = self.pull(declared) => ended,
-            };
-            let Err(reason) = ended else { return };
+            let Err(reason) = self.serve(declared).await else { return };
             let (stream, consumer) = (self.config.stream, &self.config.name);
             tracing::warn!(reason, stream, consumer, "the consumer lost its stream; connecting it again");
             declared = false;
             tokio::select! {
-                () = cancel.cancelled() => return,
+                () = self.cancel.cancelled() => return,
                 () = tokio::time::sleep(RETRY_DELAY) => {}
             }
         }
@@ -111,12 +107,47 @@ impl Pump {
 
     /// Pulls until nobody takes the deliveries (`Ok`) or the server or connection fails (why).
     /// One subscription serves all pulls; each has its own subject below it.
-    async fn pull(&self, declared: bool) -> Result<(), String> {
-        if !declared {
-            ensure(&self.link, &self.config).await.map_err(|error| error.to_string())?;
+    async fn serve(&self, declared: bool) -> Result<(), String> {
+        let begin = async {
+            if !declared {
+                ensure(&self.link, &self.config).await?;
+            }
+            let inbox = self.link.client.new_inbox();
+            let incoming = self.link.client.subscribe(format!("{inbox}.*")).await;
+            Ok((inbox, incoming.map_err(|error| Error::Disconnected(error.to_string()))?))
+        };
+        let (inbox, mut incoming) = tokio::select! {
+            () = self.cancel.cancelled() => return Ok(()),
+            begun = begin => begun.map_err(|error: Error| error.to_string())?,
+        };
+        let ended = tokio::select! {
+            () = self.cancel.cancelled() => Ok(()),
+            ended = self.pull(&inbox, &mut incoming) => ended,
+        };
+        self.leave(incoming).await;
+        ended
+    }
+
+    /// Gives back what has come and nobody takes: once the server knows that we are gone, or it would come here again.
+    async fn leave(&self, mut incoming: Subscriber) {
+        let told = async {
+            incoming.unsubscribe().await.map_err(|error| Error::Disconnected(error.to_string()))?;
+            self.link.round_trip(LEAVE_DEADLINE).await
+        };
+        if let Err(error) = told.await {
+            tracing::debug!(%error, "what was pulled comes again after its ack wait");
+            return;
         }
-        let inbox = self.link.client.new_inbox();
-        let mut incoming = self.link.client.subscribe(format!("{inbox}.*")).await.map_err(|error| error.to_string())?;
+        while let Some(message) = incoming.next().await {
+            if let (None, Some(reply)) = (message.status, message.reply) {
+                let settle = Settle { link: self.link.clone(), reply };
+                let given = settle.settle(Outcome::Nak(Duration::ZERO)).await;
+                given.unwrap_or_else(|error| tracing::debug!(%error, "a message was not given back"));
+            }
+        }
+    }
+
+    async fn pull(&self, inbox: &str, incoming: &mut Subscriber) -> Result<(), String> {
         // Half the room at once, so that a busy consumer does not pull one by one; but a place in hand is never left
         // empty while others are worked on.
         let half = self.sender.max_capacity().div_ceil(2);
@@ -127,7 +158,7 @@ impl Pump {
             let Some(places) = self.places(least).await else { return Ok(()) };
             let reply = format!("{inbox}.{number}");
             self.ask(&reply, places.num_permits()).await.map_err(|error| error.to_string())?;
-            if self.take(&mut incoming, &reply, places).await?.is_none() {
+            if self.take(incoming, &reply, places).await?.is_none() {
                 return Ok(());
             }
         }
@@ -177,8 +208,7 @@ impl Pump {
                     continue;
                 };
                 // There is room: only this task fills the queue, and it asked for no more than fits.
-                if let Err(refused) = self.sender.send(delivery).await {
-                    crate::give_back(&refused.0).await;
+                if self.sender.send(delivery).await.is_err() {
                     return Ok(None);
                 }
                 continue;

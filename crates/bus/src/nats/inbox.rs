@@ -77,13 +77,16 @@ impl Inbox {
                 if waiting.awaited == Awaited::PubAck && !is_pub_ack(&message) {
                     return false;
                 }
-                waiters.slots.remove(slot).answer.send(message).is_ok()
+                // Whoever waited may have given up a moment ago and be about to free the slot.
+                waiters.slots.remove(slot).answer.send(message).is_ok() || late()
             }
-            _ => {
-                metrics::counter!("beamline_bus_late_replies_total").increment(1);
-                false
-            }
+            _ => late(),
         }
+    }
+
+    /// The connection is lost: who waits now learns that nothing will come.
+    pub fn lose(&self) {
+        self.waiters.lock().slots.clear();
     }
 
     /// Everyone who waits learns that nothing will come.
@@ -93,8 +96,7 @@ impl Inbox {
         waiters.slots.clear();
     }
 
-    #[cfg(test)]
-    fn waiting(&self) -> usize {
+    pub fn waiting(&self) -> usize {
         self.waiters.lock().slots.len()
     }
 }
@@ -113,6 +115,11 @@ impl Drop for Slot<'_> {
             waiters.slots.remove(self.slot);
         }
     }
+}
+
+fn late() -> bool {
+    metrics::counter!("beamline_bus_late_replies_total").increment(1);
+    false
 }
 
 fn parse(subject: &str) -> Option<(usize, u64)> {

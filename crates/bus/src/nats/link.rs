@@ -1,35 +1,65 @@
-//! The connection: publishing, asking, and the task that hands replies out.
+//! One connection: publishing, asking, and the task that hands replies out.
 
+use super::access::Access;
 use super::convert;
 use super::inbox::{Awaited, DROPPED_HEADER, Inbox};
 use crate::{Error, Message, Result};
 use async_nats::client::{PublishError, PublishErrorKind};
 use async_nats::connection::State;
 use async_nats::jetstream::{self, Context};
-use async_nats::{Client, HeaderMap, StatusCode, Subject};
+use async_nats::{Client, Event, HeaderMap, StatusCode, Subject};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// A publish waits only when the client's own queue is full: the server takes nothing.
 const PUBLISH_DEADLINE: Duration = Duration::from_secs(5);
+/// Before a connection is made anew, what is in flight on it has this long to be answered.
+const ANSWERS_DEADLINE: Duration = Duration::from_secs(2);
+const RENEW_DEADLINE: Duration = Duration::from_secs(10);
+/// The client says how it is only when asked.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 
 pub struct Link {
+    /// Its place in the pool.
+    pub number: usize,
     pub client: Client,
     pub jetstream: Context,
     inbox: Arc<Inbox>,
+    leaving: AtomicBool,
 }
 
 impl Link {
-    pub async fn open(client: Client, tasks: &TaskTracker, cancel: &CancellationToken) -> Result<Self> {
-        let inbox = Arc::new(Inbox::new(client.new_inbox()));
+    pub async fn open(
+        number: usize,
+        access: &Arc<Access>,
+        tasks: &TaskTracker,
+        cancel: &CancellationToken,
+    ) -> Result<Self> {
+        let inbox = Arc::new(Inbox::new(format!("_INBOX.{}", URL_SAFE_NO_PAD.encode(uuid::Uuid::new_v4()))));
+        let told = inbox.clone();
+        let client = access.connect(move |event| observe(number, &event, &told)).await?;
         let replies = client.subscribe(inbox.pattern()).await.map_err(|e| Error::Disconnected(e.to_string()))?;
         tasks.spawn(hand_out(replies, inbox.clone(), cancel.clone()));
         let jetstream = jetstream::new(client.clone());
-        Ok(Self { client, jetstream, inbox })
+        Ok(Self { number, client, jetstream, inbox, leaving: AtomicBool::new(false) })
+    }
+
+    /// About to be made anew: better not asked.
+    pub fn leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
+    }
+
+    /// Of the server, in a cluster of them.
+    pub fn server(&self) -> String {
+        self.client.server_info().server_id
     }
 
     pub fn connected(&self) -> Result<()> {
@@ -60,11 +90,10 @@ impl Link {
         deadline: Duration,
     ) -> Result<async_nats::Message> {
         self.connected()?;
-        let closed = || Error::Disconnected("the bus is closed".into());
         let (slot, answered) = self.inbox.reserve(awaited).ok_or_else(closed)?;
         let exchange = async {
             self.send(subject, Some(slot.subject().into()), headers, payload).await?;
-            answered.await.map_err(|_| closed())
+            answered.await.map_err(|_| lost())
         };
         let late = |_| Error::Timeout(subject.into());
         let reply = tokio::time::timeout(deadline, exchange).await.map_err(late)??;
@@ -75,15 +104,52 @@ impl Link {
 
     /// Returns once the server has taken everything sent before.
     pub async fn round_trip(&self, deadline: Duration) -> Result<()> {
+        self.reach(self, deadline).await
+    }
+
+    /// Returns once a message sent here has come out of `other`.
+    pub async fn reach(&self, other: &Self, deadline: Duration) -> Result<()> {
         self.connected()?;
-        let closed = || Error::Disconnected("the bus is closed".into());
-        let (slot, answered) = self.inbox.reserve(Awaited::Reply).ok_or_else(closed)?;
+        let (slot, answered) = other.inbox.reserve(Awaited::Reply).ok_or_else(closed)?;
         let exchange = async {
             self.send(&slot.subject(), None, HeaderMap::new(), Bytes::new()).await?;
-            answered.await.map_err(|_| closed())
+            answered.await.map_err(|_| lost())
         };
         let late = |_| Error::Disconnected("NATS does not answer".into());
         tokio::time::timeout(deadline, exchange).await.map_err(late)??;
+        Ok(())
+    }
+
+    /// Waits for a lost connection to be there again.
+    pub async fn returned(&self, deadline: Duration) -> Result<()> {
+        self.until(deadline, || self.connected().is_ok()).await
+    }
+
+    /// Connects anew, with what its files now say.
+    pub async fn renew(&self) -> Result<()> {
+        let _leaving = Leaving::new(&self.leaving);
+        let answered = self.until(ANSWERS_DEADLINE, || self.inbox.waiting() == 0).await;
+        // What is published has left; on a connection that is lost just now it would not, and that one comes anew by itself.
+        let sent = self.round_trip(ANSWERS_DEADLINE).await;
+        if let Some(error) = answered.and(sent).err() {
+            tracing::debug!(%error, connection = self.number, "connecting to NATS anew while something is in flight");
+        }
+        let connects = || self.client.statistics().connects.load(Ordering::Relaxed);
+        let before = connects();
+        self.client.force_reconnect().await.map_err(|_| closed())?;
+        self.until(RENEW_DEADLINE, || connects() > before && self.connected().is_ok()).await?;
+        self.round_trip(RENEW_DEADLINE).await
+    }
+
+    async fn until(&self, deadline: Duration, done: impl Fn() -> bool) -> Result<()> {
+        let end = Instant::now() + deadline;
+        while !done() {
+            if Instant::now() >= end {
+                self.connected()?;
+                return Err(Error::Disconnected("requests in flight are not answered".into()));
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
         Ok(())
     }
 
@@ -107,6 +173,48 @@ impl Link {
             PublishErrorKind::InvalidSubject => Error::InvalidSubject(subject.into()),
             PublishErrorKind::Send => Error::Disconnected(error.to_string()),
         })
+    }
+}
+
+/// Says so for as long as it lives.
+struct Leaving<'a>(&'a AtomicBool);
+
+impl<'a> Leaving<'a> {
+    fn new(leaving: &'a AtomicBool) -> Self {
+        leaving.store(true, Ordering::Relaxed);
+        Self(leaving)
+    }
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+fn closed() -> Error {
+    Error::Disconnected("the bus is closed".into())
+}
+
+fn lost() -> Error {
+    Error::Disconnected("the connection to NATS was lost before the answer came; it may have been handled".into())
+}
+
+fn observe(connection: usize, event: &Event, inbox: &Inbox) {
+    match event {
+        Event::Connected => tracing::info!(connection, "connected to NATS"),
+        Event::Disconnected => {
+            // Answers to this connection's inbox that are under way reach nobody.
+            inbox.lose();
+            tracing::warn!(connection, "lost the connection to NATS; connecting again");
+        }
+        Event::SlowConsumer(_) => {
+            metrics::counter!("beamline_bus_dropped_total").increment(1);
+            tracing::warn!(connection, "the client's queue of a subscription is full; a message was dropped");
+        }
+        Event::ServerError(error) => tracing::error!(%error, connection, "NATS refused something"),
+        Event::ClientError(error) => tracing::error!(%error, connection, "the NATS connection has a problem"),
+        Event::LameDuckMode | Event::Draining | Event::Closed => tracing::info!(%event, connection, "NATS connection"),
     }
 }
 

@@ -32,7 +32,7 @@ pub async fn declare(link: &Link, stream: StreamConfig) -> Result<()> {
     .await
 }
 
-pub async fn declare_kv(link: &Link, bucket: &str, max_age: Duration) -> Result<kv::Store> {
+pub async fn declare_kv(link: &Link, bucket: &str, max_age: Duration) -> Result<()> {
     link.connected()?;
     let failed = |error: &dyn std::fmt::Display| Error::Storage(format!("cannot declare bucket {bucket}: {error}"));
     let stream = format!("KV_{bucket}");
@@ -49,8 +49,14 @@ pub async fn declare_kv(link: &Link, bucket: &str, max_age: Duration) -> Result<
         config.max_age = max_age;
         config.duplicate_window = within(config.duplicate_window, max_age);
     })
-    .await?;
-    link.jetstream.get_key_value(bucket).await.map_err(|error| failed(&error))
+    .await
+}
+
+/// A declared bucket, as seen over this connection.
+pub async fn bucket(link: &Link, bucket: &str) -> Result<kv::Store> {
+    let failed = |error| Error::Storage(format!("cannot open bucket {bucket}: {error}"));
+    link.connected()?;
+    link.jetstream.get_key_value(bucket).await.map_err(failed)
 }
 
 /// The server refuses a window that outlasts the messages.

@@ -3,6 +3,7 @@
 use super::convert;
 use super::inbox::DROPPED_HEADER;
 use super::link::Link;
+use super::pool::Pool;
 use crate::{Error, Headers, Message, Result, Subscription};
 use futures_util::StreamExt;
 use std::sync::Arc;
@@ -14,13 +15,14 @@ use tokio_util::task::TaskTracker;
 const SUBSCRIBE_DEADLINE: Duration = Duration::from_secs(5);
 
 pub async fn start(
-    link: &Arc<Link>,
+    pool: &Pool,
     subject: &str,
     queue: Option<&str>,
     capacity: usize,
     tasks: &TaskTracker,
     end: &CancellationToken,
 ) -> Result<Subscription> {
+    let link = pool.next();
     link.connected()?;
     let subscriber = match queue {
         Some(queue) => link.client.queue_subscribe(subject.to_string(), queue.into()).await,
@@ -28,7 +30,7 @@ pub async fn start(
     };
     let subscriber = subscriber.map_err(|error| Error::Disconnected(error.to_string()))?;
     // Whoever publishes after this returns, on whatever connection, is heard.
-    link.round_trip(SUBSCRIBE_DEADLINE).await?;
+    pool.known(link, SUBSCRIBE_DEADLINE).await?;
     let (sender, receiver) = mpsc::channel(capacity.max(1));
     let cancel = end.child_token();
     tasks.spawn(pump(link.clone(), subscriber, sender, queue.is_some(), cancel.clone()));

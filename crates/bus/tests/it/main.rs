@@ -1,4 +1,5 @@
-//! One meaning, two buses: every case runs against the embedded bus and against a real nats-server.
+//! One meaning, two buses: every case runs against the embedded bus and against a real nats-server,
+//! over one connection and over several.
 
 mod buckets;
 mod consumers;
@@ -30,7 +31,14 @@ macro_rules! conformance {
             $(#[tokio::test]
             async fn $case() {
                 let server = testkit::NatsServer::start().await;
-                crate::$module::$case(crate::connect(&server).await).await;
+                crate::$module::$case(crate::connect_with(&server, 1).await).await;
+            })*
+        }
+        mod nats_pool {
+            $(#[tokio::test]
+            async fn $case() {
+                let server = testkit::NatsServer::start().await;
+                crate::$module::$case(crate::connect_with(&server, 3).await).await;
             })*
         }
     };
@@ -74,7 +82,13 @@ conformance! {
 }
 
 async fn connect(server: &NatsServer) -> Bus {
-    Nats::connect(NatsConfig { url: server.url(), name: "test".into(), ..NatsConfig::default() }).await.unwrap()
+    connect_with(server, 2).await
+}
+
+async fn connect_with(server: &NatsServer, connections: usize) -> Bus {
+    let connections = Some(connections);
+    let config = NatsConfig { url: server.url(), name: "test".into(), connections, ..NatsConfig::default() };
+    Nats::connect(config).await.unwrap()
 }
 
 async fn soon<T>(what: impl Future<Output = T>) -> T {
