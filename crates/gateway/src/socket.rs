@@ -1,15 +1,19 @@
 //! The listening socket: private from the moment it exists, never in the place of a living one.
 
 use crate::Error;
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, TryLockError};
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 
 /// `sun_path` less its final zero.
 const PATH_MAX: usize = 107;
+/// Another start takes milliseconds.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+const LOCK_LOOK: Duration = Duration::from_millis(5);
 
 /// Dropping it removes the socket file, if it is still ours.
 pub struct Listener {
@@ -34,9 +38,12 @@ impl Listener {
         if bytes > PATH_MAX {
             return Err(problem(format!("the path has {bytes} bytes, more than the {PATH_MAX} a socket's may have")));
         }
+        let cannot =
+            |e: std::io::Error| format!("cannot listen: {e}; does its directory exist and may we write there?");
+        let directory = std::fs::File::open(parent(path)).map_err(|e| problem(cannot(e)))?;
+        alone(&directory).await.map_err(problem)?;
         make_way(path).await.map_err(problem)?;
-        let listener = bind_private(path, mode(shared))
-            .map_err(|e| problem(format!("cannot listen: {e}; does its directory exist and may we write there?")))?;
+        let listener = bind_private(path, mode(shared)).map_err(|e| problem(cannot(e)))?;
         let inode = std::fs::symlink_metadata(path).map_err(|e| problem(e.to_string()))?.ino();
         Ok(Self { listener, path: path.into(), file: Some(File { path: path.into(), inode }) })
     }
@@ -103,6 +110,28 @@ fn mode(shared: bool) -> u32 {
     if shared { 0o666 } else { 0o600 }
 }
 
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// One gateway at a time looks whether a path is free and takes it; those that start together would all find it free.
+/// The directory is locked until it is dropped.
+async fn alone(directory: &std::fs::File) -> Result<(), String> {
+    let give_up = tokio::time::Instant::now() + LOCK_WAIT;
+    loop {
+        match directory.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::Error(e)) => return Err(format!("its directory cannot be locked: {e}")),
+            Err(TryLockError::WouldBlock) if tokio::time::Instant::now() < give_up => {
+                tokio::time::sleep(LOCK_LOOK).await;
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err("another gateway is starting there and does not end with it; stop it or try again".into());
+            }
+        }
+    }
+}
+
 /// Only a socket that nobody listens on may be replaced.
 async fn make_way(path: &Path) -> Result<(), String> {
     let found = match std::fs::symlink_metadata(path) {
@@ -131,8 +160,7 @@ fn holder(pid: i32) -> String {
 /// Bound in a directory that only we may enter, given its mode there, then renamed into place: at no moment could
 /// anybody else connect. The directory is named by its descriptor, so that a long path still fits.
 fn bind_private(path: &Path, mode: u32) -> std::io::Result<UnixListener> {
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let private = parent.join(format!(".beamline-{}", uuid::Uuid::new_v4().simple()));
+    let private = parent(path).join(format!(".beamline-{}", uuid::Uuid::new_v4().simple()));
     DirBuilder::new().mode(0o700).create(&private)?;
     let bound = (|| {
         let dir = std::fs::File::open(&private)?;
