@@ -99,14 +99,29 @@ pub struct Bound {
 
 /// What all sessions share.
 struct Gateway {
-    config: ArcSwap<Config>,
+    live: ArcSwap<Live>,
+    /// Our own.
+    uid: u32,
     bus: Bus,
     waiters: waiters::Waiters,
     stats: stats::Stats,
     in_flight: Arc<Count>,
     router: router::Access,
-    /// What is left of [`Config::receive_budget`].
-    receive: ArcSwap<Semaphore>,
+}
+
+/// What a reload replaces, together.
+struct Live {
+    config: Config,
+    /// What is left of [`Config::receive_budget`]; permits are KiB.
+    receive: Arc<Semaphore>,
+}
+
+impl std::ops::Deref for Live {
+    type Target = Config;
+
+    fn deref(&self) -> &Config {
+        &self.config
+    }
 }
 
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
@@ -126,12 +141,12 @@ async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result
     let results = bus.subscribe(wire::subjects::RESULT, None, waiters::QUEUE_MAX).await?;
     let gateway = Gateway {
         in_flight: Arc::default(),
-        receive: ArcSwap::from_pointee(config.budget()),
         router: router::Access::new(config.breaker, config.request_timeout),
         waiters: waiters::Waiters::default(),
         stats: stats::Stats::default(),
         bus,
-        config: ArcSwap::from_pointee(config),
+        live: ArcSwap::from_pointee(Live { receive: Arc::new(config.budget()), config }),
+        uid: nix::unistd::geteuid().as_raw(),
     };
     Ok(Bound { gateway: Arc::new(gateway), listener, results })
 }
@@ -176,7 +191,7 @@ impl Bound {
                 }
             };
             let Some(peer) = gateway.peer(&stream) else {
-                refuse(&stream, ErrorCode::Forbidden, "This user may not connect; gateway.allowed_uids lets it");
+                refuse(&stream, ErrorCode::Forbidden, NOT_ADMITTED);
                 continue;
             };
             let Some(place) = connections.take(gateway.config().max_connections) else {
@@ -200,6 +215,8 @@ impl Bound {
     }
 }
 
+const NOT_ADMITTED: &str = "This user may not connect; gateway.allowed_uids lets it";
+
 /// Who is at the other end.
 #[derive(Debug, Clone, Copy)]
 struct Peer {
@@ -207,7 +224,6 @@ struct Peer {
 }
 
 impl Config {
-    /// Permits are KiB.
     fn budget(&self) -> Semaphore {
         Semaphore::new(self.receive_budget / 1024)
     }
@@ -222,18 +238,23 @@ impl Config {
 
 impl Gateway {
     /// The settings of this moment: for a look, not to be kept.
-    fn config(&self) -> Guard<Arc<Config>> {
-        self.config.load()
+    fn config(&self) -> Guard<Arc<Live>> {
+        self.live.load()
+    }
+
+    /// Whether this user may use the gateway.
+    fn admits(&self, uid: u32) -> bool {
+        uid == 0 || uid == self.uid || self.config().allowed_uids.contains(&uid)
     }
 
     fn peer(&self, stream: &UnixStream) -> Option<Peer> {
         let uid = stream.peer_cred().ok()?.uid();
-        let known = uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.config().allowed_uids.contains(&uid);
-        if !known {
+        let admitted = self.admits(uid);
+        if !admitted {
             tracing::warn!(uid, "refused an IPC connection; gateway.allowed_uids lets this user in");
             self.stats.failed(ErrorCode::Forbidden);
         }
-        known.then_some(Peer { uid })
+        admitted.then_some(Peer { uid })
     }
 }
 

@@ -303,9 +303,10 @@ impl Session {
             && length > FREE_RECEIVE
         {
             // One that is larger than the whole budget takes all of it.
-            let kib = length.min(self.gateway.config().receive_budget) / 1024;
+            let config = self.gateway.config();
+            let kib = length.min(config.receive_budget) / 1024;
             let permits = u32::try_from(kib).expect("frames are at most 4 MiB");
-            let budget = self.gateway.receive.load_full();
+            let budget = config.receive.clone();
             match budget.clone().try_acquire_many_owned(permits) {
                 Ok(permit) => self.budget = Some(permit),
                 Err(_) => {
@@ -357,6 +358,9 @@ impl Session {
 
     fn start(&mut self, version: Version, request: Request) {
         let config = self.gateway.config();
+        if !self.gateway.admits(self.peer.uid) {
+            return self.refuse(version, ErrorCode::Forbidden, crate::NOT_ADMITTED);
+        }
         let full = match version {
             Version::V1 => self.v1_open >= config.max_in_flight_v1,
             Version::V2 { .. } => self.v2_open.len() >= config.max_in_flight_v2,
