@@ -8,6 +8,7 @@ mod injection;
 mod old_clients;
 mod paths;
 mod pressure;
+mod reload;
 mod router;
 mod session;
 
@@ -27,6 +28,7 @@ struct Fixture {
     dir: tempfile::TempDir,
     bus: Bus,
     routes: axum::Router,
+    control: gateway::Control,
     cancel: CancellationToken,
     running: tokio::task::JoinHandle<Result<(), gateway::Error>>,
 }
@@ -39,8 +41,9 @@ impl Fixture {
         change(&mut config);
         let bound = gateway::bind(config, bus.clone()).await.unwrap();
         let (cancel, routes) = (CancellationToken::new(), bound.routes());
+        let control = bound.control();
         let running = tokio::spawn(bound.run(cancel.clone()));
-        Self { dir, bus, routes, cancel, running }
+        Self { dir, bus, routes, control, cancel, running }
     }
 
     async fn connect(&self) -> Raw {

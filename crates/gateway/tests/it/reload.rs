@@ -1,0 +1,143 @@
+//! Settings that change while requests are in flight and connections are open.
+
+use crate::{Fixture, decision};
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+use testkit::eventually;
+use tokio::sync::Semaphore;
+use tower::ServiceExt;
+use wire::ipc::{ErrorCode, FrameType, Version};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const OVERLOADED: u64 = ErrorCode::Overloaded as u64;
+
+fn config(fixture: &Fixture) -> gateway::Config {
+    let request_timeout = Duration::from_secs(60);
+    gateway::Config { socket: fixture.dir.path().join("s"), request_timeout, ..gateway::Config::default() }
+}
+
+/// The limit goes below what is in flight: that goes on, and as much of it must end before something new begins.
+#[tokio::test]
+async fn a_limit_comes_down_below_what_is_in_flight_and_up_again() {
+    type Set = fn(&mut gateway::Config, usize);
+    let limits: [(&str, Set); 2] = [
+        ("over all", |config, limit| config.max_in_flight = limit),
+        ("of v2", |config, limit| config.max_in_flight_v2 = limit),
+    ];
+    for (name, set) in limits {
+        let fixture = Fixture::start(|config| config.request_timeout = Duration::from_secs(60)).await;
+        let gate = Arc::new(Semaphore::new(0));
+        let held = gate.clone();
+        fixture
+            .router(move |request, _| {
+                let held = held.clone();
+                async move {
+                    held.acquire().await.unwrap().forget();
+                    Some(decision(&request))
+                }
+            })
+            .await;
+        let limit = |limit: usize| {
+            let mut config = config(&fixture);
+            set(&mut config, limit);
+            fixture.control.reload(config);
+        };
+        let mut raw = fixture.connect().await;
+        for id in 1..=4 {
+            raw.submit_v2(id, json!({})).await;
+        }
+        // All four are taken once this is answered.
+        raw.frame(Version::V2 { request_id: 9, deadline_ms: 0 }, FrameType::Ping, "").await;
+        assert_eq!(raw.answer().await.0, FrameType::Pong);
+
+        limit(2);
+        for id in 5..=6 {
+            // Three, then two are in flight: still no room.
+            gate.add_permits(1);
+            assert_eq!(raw.answer().await.0, FrameType::ResponseOk, "{name}");
+            raw.submit_v2(id, json!({})).await;
+            assert_eq!(raw.error_code().await, OVERLOADED, "{name}");
+        }
+        gate.add_permits(1);
+        assert_eq!(raw.answer().await.0, FrameType::ResponseOk, "{name}");
+        raw.submit_v2(7, json!({})).await;
+        raw.submit_v2(8, json!({})).await;
+        assert_eq!(raw.error_code().await, OVERLOADED, "{name}: one place, one request");
+        limit(3);
+        raw.submit_v2(8, json!({})).await;
+        gate.add_permits(3);
+        for _ in 0..3 {
+            assert_eq!(raw.answer().await.0, FrameType::ResponseOk, "{name}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn connections_above_a_limit_that_came_down_stay_and_no_new_one_comes() {
+    let fixture = Fixture::start(|_| {}).await;
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let mut raw = fixture.connect().await;
+        raw.frame(Version::V1, FrameType::Ping, "").await;
+        assert_eq!(raw.answer().await.0, FrameType::Pong);
+        open.push(raw);
+    }
+    fixture.control.reload(gateway::Config { max_connections: 2, ..config(&fixture) });
+    assert_eq!(fixture.connect().await.error_code().await, OVERLOADED);
+    for raw in &mut open {
+        raw.frame(Version::V1, FrameType::Ping, "").await;
+        assert_eq!(raw.answer().await.0, FrameType::Pong);
+    }
+    open.truncate(1);
+    eventually(PATIENCE, async || {
+        let mut raw = fixture.connect().await;
+        raw.frame(Version::V1, FrameType::Ping, "").await;
+        raw.answer().await.0 == FrameType::Pong
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn timeouts_change_for_open_connections() {
+    let fixture = Fixture::start(|config| config.read_timeout = Duration::from_secs(600)).await;
+    let mut raw = fixture.connect().await;
+    raw.frame(Version::V1, FrameType::Ping, "").await;
+    assert_eq!(raw.answer().await.0, FrameType::Pong);
+    fixture.control.reload(gateway::Config { read_timeout: Duration::from_millis(20), ..config(&fixture) });
+    raw.send(&[0]).await;
+    assert_eq!(raw.error_code().await, ErrorCode::Timeout as u64, "the rest of the frame does not come");
+}
+
+#[tokio::test]
+async fn a_larger_receive_budget_has_room_for_frames_that_the_old_one_had_not() {
+    let fixture = Fixture::start(|config| config.receive_budget = 64 * 1024).await;
+    fixture.echo_router().await;
+    let payload = crate::task(json!({"params": {"long": "x".repeat(60 * 1024)}}));
+    let mut bytes = bytes::BytesMut::new();
+    wire::ipc::Frame::new(Version::V1, FrameType::TaskSubmit, payload.into_bytes()).encode(&mut bytes);
+    // Most of the budget, and it does not end.
+    let mut first = fixture.connect().await;
+    first.send(&bytes[..40 * 1024]).await;
+    fixture.control.reload(gateway::Config { receive_budget: 128 * 1024, ..config(&fixture) });
+    let mut second = fixture.connect().await;
+    second.send(&bytes).await;
+    assert_eq!(second.answer().await.0, FrameType::ResponseOk);
+    first.send(&bytes[40 * 1024..]).await;
+    assert_eq!(first.answer().await.0, FrameType::ResponseOk, "what it had begun with is its own");
+}
+
+#[tokio::test]
+async fn another_api_key_opens_the_http_way_in() {
+    let fixture = Fixture::start(|config| config.api_key = "old".into()).await;
+    fixture.echo_router().await;
+    fixture.control.reload(gateway::Config { api_key: "new".into(), ..config(&fixture) });
+    for (key, status) in [("old", StatusCode::UNAUTHORIZED), ("new", StatusCode::OK)] {
+        let body = json!({"version": "1", "request_id": "r", "tenant_id": "default", "task": {"type": "t"}});
+        let request =
+            Request::post("/api/v1/routes/decide").header("x-api-key", key).body(Body::from(body.to_string()));
+        assert_eq!(fixture.routes.clone().oneshot(request.unwrap()).await.unwrap().status(), status, "{key}");
+    }
+}
