@@ -1,15 +1,17 @@
 //! The five end-to-end scenarios of the gateway, each by name: `cargo test -p beamline --test it e2e_3`.
 //!
 //! The gateway is a process of its own on a real nats-server; so are the router and the worker, but for what the router
-//! cannot cause. There a responder on NATS does as its script says:
-//! - scenario 2, every row of the table of errors ([`wire::router::ERROR_CODES`], and 413 over HTTP); of these the router
-//!   causes 400, 404, 409, 413 and 500 itself over the socket, and 503 and 504 over HTTP, where 401 is the gateway's own;
-//! - scenario 3, replies around and after the deadline.
+//! cannot cause. There a responder on NATS does as its script says: in scenario 2 for the rows that [`rows`] names, in
+//! scenario 3 with replies around and after the deadline.
 
+mod rows;
 mod stage;
 
-use bus::{Message, Subscription};
+use crate::process::Process;
+use bus::{Headers, Message, Subscription};
+use bytes::Bytes;
 use client::{Client, Error};
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use stage::{Outcomes, PATIENCE, Raw, Stage};
 use std::collections::BTreeSet;
@@ -19,11 +21,15 @@ use wire::ipc::{ErrorDetail, FrameType};
 use wire::router::ERROR_CODES;
 use wire::subjects;
 
-/// Requests of scenario 4, and the connections that share them.
+/// Requests of scenario 4 (unless the environment's `HAPPY` says another number), the connections that share them, and
+/// how many of them each has in flight.
 const HAPPY: usize = 1000;
 const HAPPY_CLIENTS: usize = 4;
-/// How often scenario 5 kills NATS.
-const STORMS: usize = 3;
+const HAPPY_AT_ONCE: usize = 100;
+/// How often scenario 5 kills NATS, how many requests it lets go well or wrong in between, and when it gives up.
+const STORMS: usize = 10;
+const STORM_REQUESTS: usize = 20;
+const STORM_PATIENCE: Duration = Duration::from_secs(120);
 /// Requests that time out in scenario 3: rounds of so many at once.
 const TIMEOUT_ROUNDS: u64 = 5;
 const TIMEOUTS_AT_ONCE: u64 = 200;
@@ -180,15 +186,17 @@ async fn e2e_1_what_the_gateway_sends_the_router_accepts() {
 #[tokio::test]
 async fn e2e_2_errors_that_the_router_causes() {
     let stage = Stage::start().await;
-    let router = stage.part("router").await;
     let client = stage.client().await;
+    let mut seen = BTreeSet::from([overloaded(&stage, &client).await]);
+
+    let router = stage.part("router").await;
     let weightless = router.dir.path().join("policies/default");
     std::fs::create_dir_all(&weightless).unwrap();
     let policy = json!({"version": "1.0", "providers": [{"name": "echo", "weight": 0}]}).to_string();
     std::fs::write(weightless.join("weightless.json"), policy).unwrap();
 
     let pushed = json!({"request_id": "twice", "push_assignment": true, "params": {"n": 1}});
-    client.submit(&submit("echo", pushed)).await.unwrap();
+    eventually(PATIENCE, async || client.submit(&submit("echo", pushed.clone())).await.is_ok()).await;
     eventually(PATIENCE, async || {
         let outcome = client.submit(&submit("echo", json!({"policy_id": "weightless"}))).await;
         refused(outcome).reason.as_deref() != Some("policy_not_found")
@@ -209,7 +217,11 @@ async fn e2e_2_errors_that_the_router_causes() {
         let error = refused(client.submit(&submit("echo", fields)).await);
         assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(status), Some(reason)));
         assert_eq!(error.details.as_ref().and_then(|d| d["intake_error_code"].as_str()), intake, "{error:?}");
+        seen.insert(reason.to_string());
     }
+    let error = refused(client.query("nobody's").await.map(|task| json!(task)));
+    assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(404), Some("not_found")));
+    seen.extend(error.reason);
 
     let key = stage.api_key().await;
     let request = |fields: Value| {
@@ -229,7 +241,37 @@ async fn e2e_2_errors_that_the_router_causes() {
     ] {
         let (status, _, answer) = stage.post_decide(key, &request(fields)).await;
         assert_eq!((status, answer["error"]["code"].as_str()), (expected, code), "{answer}");
+        // That one is the gateway's own.
+        seen.extend(code.filter(|code| *code != "unauthorized").map(String::from));
     }
+
+    // Last, as it speaks against the router: nowhere to put an assignment.
+    let deleted = stage.bus.request("$JS.API.STREAM.DELETE.ASSIGN", Headers::new(), Bytes::new(), PATIENCE).await;
+    assert!(deleted.unwrap().payload.ends_with(b"\"success\":true}"));
+    let error = refused(client.submit(&submit("echo", json!({"push_assignment": true}))).await);
+    assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(503), Some("unavailable")), "{error:?}");
+    seen.extend(error.reason);
+    assert_eq!(seen.iter().map(String::as_str).collect::<BTreeSet<_>>(), rows::BY_THE_ROUTER.iter().copied().collect());
+}
+
+/// A router that stores one assignment at a time refuses others meanwhile: the reason.
+async fn overloaded(stage: &Stage, client: &Client) -> String {
+    let url = stage.nats.url();
+    let settings = format!("roles = \"router\"\n[nats]\nurl = \"{url}\"\n[router]\nmax_in_flight = 1\n");
+    let _router = Process::start_with_settings(&settings).await;
+    let error = std::cell::OnceCell::new();
+    eventually(PATIENCE, async || {
+        let pushed = submit("echo", json!({"push_assignment": true}));
+        let outcomes = futures_util::future::join_all((0..20).map(|_| client.submit(&pushed))).await;
+        if let Some(outcome) = outcomes.into_iter().find(Result::is_err) {
+            let _ = error.set(refused(outcome));
+        }
+        error.get().is_some()
+    })
+    .await;
+    let error = error.into_inner().unwrap();
+    assert_eq!((error.code, error.status, error.retry_after_ms), (12, Some(429), Some(1000)), "{error:?}");
+    error.reason.unwrap()
 }
 
 #[tokio::test]
@@ -298,7 +340,7 @@ async fn e2e_3_timeouts_and_late_replies() {
     let late = async || stage.metric("beamline_bus_late_replies_total").await;
     let after = |ms: u64| submit("slow", json!({"params": {"after_ms": ms}}));
     let mut raw = Raw::connect(&stage).await;
-    let descriptors = stage.descriptors();
+    let before = stage.holds().await;
 
     // A thousand timeouts, every one answered too late. (Their deadline is too short to speak against the router.)
     for round in 0..TIMEOUT_ROUNDS {
@@ -342,25 +384,29 @@ async fn e2e_3_timeouts_and_late_replies() {
     raw.take(&mut outcomes).await;
     assert_eq!(outcomes[&1][0].0, FrameType::ResponseOk, "the breaker stayed closed: {outcomes:?}");
     assert_eq!(stage.metric("beamline_gateway_breaker_open").await, 0.0);
-    stage.is_as_before(descriptors).await;
+    stage.is_as_before(before).await;
 }
 
 #[tokio::test]
 async fn e2e_4_happy_path() {
+    let number =
+        |text: std::ffi::OsString| text.to_str().and_then(|text| text.parse().ok()).expect("HAPPY is a number");
+    let happy_ones: usize = std::env::var_os("HAPPY").map_or(HAPPY, number);
     let stage = Stage::start().await;
     let (_router, _worker) = (stage.part("router").await, stage.part("worker").await);
     let mut clients = tokio::task::JoinSet::new();
     for number in 0..HAPPY_CLIENTS {
         let client = stage.client().await;
         clients.spawn(async move {
-            let requests = (0..HAPPY / HAPPY_CLIENTS).map(|n| happy(client.clone(), format!("happy-{number}-{n}"), n));
-            futures_util::future::join_all(requests).await
+            let share = (0..happy_ones).skip(number).step_by(HAPPY_CLIENTS);
+            let requests = share.map(|n| happy(client.clone(), format!("happy-{n}"), n / HAPPY_CLIENTS));
+            futures_util::stream::iter(requests).buffer_unordered(HAPPY_AT_ONCE).collect::<Vec<String>>().await
         });
     }
     let answered: Vec<String> = clients.join_all().await.into_iter().flatten().collect();
-    assert_eq!(answered.len(), HAPPY);
-    assert_eq!(answered.iter().collect::<BTreeSet<_>>().len(), HAPPY, "each its own answer");
-    eventually(PATIENCE, async || stage.metric("beamline_gateway_requests_total").await == HAPPY as f64).await;
+    assert_eq!(answered.len(), happy_ones);
+    assert_eq!(answered.iter().collect::<BTreeSet<_>>().len(), happy_ones, "each its own answer");
+    eventually(PATIENCE, async || stage.metric("beamline_gateway_requests_total").await == happy_ones as f64).await;
     eventually(PATIENCE, async || stage.metric("beamline_gateway_in_flight").await == 0.0).await;
 }
 
@@ -391,13 +437,13 @@ async fn e2e_5_reconnect_storm() {
     let mut outcomes = Outcomes::new();
     raw.take(&mut outcomes).await;
     assert_eq!(outcomes[&0][0].0, FrameType::ResponseOk);
-    let descriptors = stage.descriptors();
+    let before = stage.holds().await;
 
     // 100 a second; NATS goes when a request has been answered, and comes when one has been refused.
     let mut tick = tokio::time::interval(Duration::from_millis(10));
     let (mut sent, mut storms, mut down) = (1, 0, false);
     let (mut seen, mut in_this_state) = (0, 0);
-    let give_up = tokio::time::Instant::now() + PATIENCE;
+    let give_up = tokio::time::Instant::now() + STORM_PATIENCE;
     while storms < STORMS || down {
         assert!(tokio::time::Instant::now() < give_up, "storm {storms}, down: {down}");
         tokio::select! {
@@ -416,7 +462,7 @@ async fn e2e_5_reconnect_storm() {
         let now = if down { outcomes.len() - ok } else { ok };
         in_this_state = if in_this_state == 0 { now } else { in_this_state };
         // Enough of them that the state is felt.
-        if now < in_this_state + 20 {
+        if now < in_this_state + STORM_REQUESTS {
             continue;
         }
         in_this_state = 0;
@@ -432,6 +478,22 @@ async fn e2e_5_reconnect_storm() {
         raw.take(&mut outcomes).await;
     }
 
+    // A second answer to one of them would have come before this.
+    for (id, again) in raw.outcomes(sent..sent).await {
+        outcomes.entry(id).or_default().extend(again);
+    }
+    let mut refused = 0;
+    for (id, outcome) in &outcomes {
+        let [(kind, answer)] = &outcome[..] else { panic!("request {id} has {} outcomes: {outcome:?}", outcome.len()) };
+        let explicit = matches!(answer["error"]["code"].as_u64(), Some(5 | 10 | 11));
+        assert!(*kind == FrameType::ResponseOk || explicit, "request {id}: {answer}");
+        refused += u64::from(explicit);
+    }
+    assert_eq!(outcomes.len(), sent as usize);
+    // The gateway has counted the same.
+    eventually(PATIENCE, async || stage.metric("beamline_gateway_requests_total").await == sent as f64).await;
+    assert_eq!(stage.metric("beamline_gateway_errors_total").await, refused as f64);
+
     let client = stage.client().await;
     eventually(PATIENCE, async || {
         client.submit(&fine).await.is_ok() && stage.metric("beamline_gateway_breaker_open").await == 0.0
@@ -441,16 +503,5 @@ async fn e2e_5_reconnect_storm() {
         client.submit(&fine).await.unwrap();
     }
     drop(client);
-
-    // A second answer to one of them would have come before this.
-    for (id, again) in raw.outcomes(sent..sent).await {
-        outcomes.entry(id).or_default().extend(again);
-    }
-    for (id, outcome) in &outcomes {
-        let [(kind, answer)] = &outcome[..] else { panic!("request {id} has {} outcomes: {outcome:?}", outcome.len()) };
-        let explicit = matches!(answer["error"]["code"].as_u64(), Some(5 | 10 | 11));
-        assert!(*kind == FrameType::ResponseOk || explicit, "request {id}: {answer}");
-    }
-    assert_eq!(outcomes.len(), sent as usize);
-    stage.is_as_before(descriptors).await;
+    stage.is_as_before(before).await;
 }

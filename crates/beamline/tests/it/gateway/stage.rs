@@ -5,31 +5,44 @@ use bus::nats::{Nats, NatsConfig};
 use bus::{Bus, Message};
 use bytes::BytesMut;
 use serde_json::Value;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use testkit::{NatsServer, eventually};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::task::JoinSet;
 use wire::ipc::{Decoder, Frame, FrameType, Version};
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holds {
+    descriptors: u64,
+    /// Of all on the NATS of the stage, as that sees it.
+    nats_connections: u64,
+    tasks: u64,
+    in_flight: u64,
+}
+
 /// The gateway alone in its process, on a NATS of its own.
 pub struct Stage {
     pub nats: NatsServer,
+    /// Of NATS, where it tells what it holds.
+    monitoring: u16,
     pub bus: Bus,
     pub gateway: Process,
 }
 
 impl Stage {
     pub async fn start() -> Self {
-        let nats = NatsServer::start().await;
+        let monitoring = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let nats = NatsServer::start_with(&format!("http: \"127.0.0.1:{monitoring}\"")).await;
         let bus = Nats::connect(NatsConfig { url: nats.url(), ..NatsConfig::default() }).await.unwrap();
         let gateway = Process::start_with(&["--roles", "gateway", "--nats-url", &nats.url()]).await;
-        Self { nats, bus, gateway }
+        Self { nats, monitoring, bus, gateway }
     }
 
     /// Another part, in its own process.
@@ -41,25 +54,50 @@ impl Stage {
         client::Client::connect(&self.gateway.socket()).await.unwrap()
     }
 
-    /// A number on the gateway's /metrics.
+    /// A number on the gateway's /metrics; of a figure with labels, all of them together.
     pub async fn metric(&self, name: &str) -> f64 {
         let (status, metrics) = crate::journey::get(&format!("http://{}/metrics", self.gateway.ops())).await;
         assert_eq!(status, 200);
-        let line = metrics.lines().find(|line| line.split([' ', '{']).next() == Some(name));
-        let line = line.unwrap_or_else(|| panic!("no {name} in {metrics}"));
-        line.rsplit(' ').next().unwrap().parse().unwrap()
+        let lines = metrics.lines().filter(|line| line.split([' ', '{']).next() == Some(name));
+        let values: Vec<f64> = lines.map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+        assert!(!values.is_empty(), "no {name} in {metrics}");
+        values.iter().sum()
     }
 
-    /// What the gateway's process holds. Before the first look at [`Self::metric`]: that is a connection for a moment.
-    pub fn descriptors(&self) -> u64 {
+    /// What the gateway's process holds, with nothing in flight.
+    pub async fn holds(&self) -> Holds {
+        // First: a look at the metrics is a connection for a moment.
         let pid = self.gateway.ready["pid"].as_u64().unwrap();
-        checks::process::look(u32::try_from(pid).unwrap()).unwrap().descriptors
+        let descriptors = checks::process::look(u32::try_from(pid).unwrap()).unwrap().descriptors;
+        Holds {
+            descriptors,
+            nats_connections: self.nats_connections().await,
+            tasks: self.metric("beamline_runtime_tasks").await as u64,
+            in_flight: self.metric("beamline_gateway_in_flight").await as u64,
+        }
     }
 
-    /// Nothing is in flight, and the process holds what it held.
-    pub async fn is_as_before(&self, descriptors: u64) {
-        eventually(PATIENCE, async || self.metric("beamline_gateway_in_flight").await == 0.0).await;
-        eventually(PATIENCE, async || self.descriptors() == descriptors).await;
+    async fn nats_connections(&self) -> u64 {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.monitoring)).await.unwrap();
+        // In HTTP 1.0 it comes in one piece.
+        stream.write_all(b"GET /connz HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).await.unwrap();
+        let (_, body) = response.split_once("\r\n\r\n").unwrap();
+        serde_json::from_str::<Value>(body).unwrap()["num_connections"].as_u64().unwrap()
+    }
+
+    /// The gateway comes back to what it held.
+    pub async fn is_as_before(&self, before: Holds) {
+        let seen = Cell::new(before);
+        eventually(PATIENCE, async || {
+            let now = self.holds().await;
+            if now != seen.replace(now) {
+                eprintln!("it held {before:?}, and holds {now:?}");
+            }
+            now == before
+        })
+        .await;
     }
 
     /// POST with `key`: status, Retry-After and body.
