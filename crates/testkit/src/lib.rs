@@ -1,11 +1,13 @@
 //! What the tests stand on: real servers on free ports, a scriptable chat endpoint, and waiting without sleeping.
 
+mod certificates;
 mod nats;
 mod openai;
 mod postgres;
 mod process;
 mod redis;
 
+pub use certificates::Authority;
 pub use nats::NatsServer;
 pub use openai::{OpenAi, Reply, Request};
 pub use postgres::PostgresServer;

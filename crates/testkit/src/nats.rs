@@ -1,6 +1,6 @@
 //! A real nats-server with JetStream in a directory of its own.
 
-use crate::process::Process;
+use crate::process::{Process, free_port};
 use nix::sys::signal::Signal;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ pub struct NatsServer {
     settings: String,
     port: u16,
     process: Option<Process>,
+    jetstream: bool,
 }
 
 impl NatsServer {
@@ -29,9 +30,30 @@ impl NatsServer {
     /// With further lines of its configuration file, for example `authorization { token: "t" }`.
     pub async fn start_with(settings: &str) -> Self {
         let dir = TempDir::new().expect("a temporary directory can be made");
-        let mut server = Self { dir, settings: settings.into(), port: 0, process: None };
+        let mut server = Self { dir, settings: settings.into(), port: 0, process: None, jetstream: true };
         server.run().await;
         server
+    }
+
+    /// Two servers that are one cluster, without JetStream: what is published at one is heard at the other.
+    pub async fn start_pair(settings: &str) -> [Self; 2] {
+        let ports = [free_port(), free_port()];
+        let start = |own: usize| async move {
+            let routes = ports.map(|port| format!("\"nats://127.0.0.1:{port}\"")).join(", ");
+            let cluster = format!("cluster {{ name: pair, listen: \"127.0.0.1:{}\", routes: [{routes}] }}", ports[own]);
+            let dir = TempDir::new().expect("a temporary directory can be made");
+            let settings = format!("{cluster}\n{settings}");
+            let mut server = Self { dir, settings, port: 0, process: None, jetstream: false };
+            server.run().await;
+            server
+        };
+        let pair = tokio::join!(start(0), start(1));
+        let pair = [pair.0, pair.1];
+        // A server names the other to its clients once the two have met.
+        for server in &pair {
+            crate::eventually(START_DEADLINE, || async { server.greeting().await.contains("\"connect_urls\"") }).await;
+        }
+        pair
     }
 
     pub fn port(&self) -> u16 {
@@ -75,13 +97,30 @@ impl NatsServer {
         self.process.iter().for_each(|process| process.signal(Signal::SIGCONT));
     }
 
+    /// SIGUSR2: takes no new clients, and sends those it has away within its `lame_duck_duration`.
+    pub fn lame_duck(&self) {
+        self.process.iter().for_each(|process| process.signal(Signal::SIGUSR2));
+    }
+
+    /// Waits until it has ended by itself.
+    pub async fn exit(&mut self) {
+        while self.process.as_mut().is_some_and(|process| process.exited().is_none()) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.process = None;
+    }
+
     async fn run(&mut self) {
         let dir = self.dir.path();
         let port = if self.port == 0 { -1 } else { i32::from(self.port) };
         let conf = format!(
             "host: \"127.0.0.1\"\nport: {port}\nports_file_dir: {dir:?}\nmax_payload: 8MB\n\
-             jetstream {{ store_dir: {:?} }}\n{}\n",
-            dir.join("jetstream"),
+             {}\n{}\n",
+            if self.jetstream {
+                format!("jetstream {{ store_dir: {:?} }}", dir.join("jetstream"))
+            } else {
+                String::new()
+            },
             self.settings
         );
         let conf_path = dir.join("nats.conf");
@@ -105,9 +144,21 @@ impl NatsServer {
             let Some(port) = ports_file(self.dir.path()) else { return false };
             self.port = port;
         }
-        let Ok(stream) = TcpStream::connect(("127.0.0.1", self.port)).await else { return false };
+        // One that speaks only after the handshake does not greet.
+        if self.settings.contains("handshake_first: true") {
+            return TcpStream::connect(("127.0.0.1", self.port)).await.is_ok();
+        }
+        self.greeting().await.contains(if self.jetstream { "\"jetstream\":true" } else { "\"server_id\"" })
+    }
+
+    /// What it says to a new connection; empty while it does not.
+    async fn greeting(&self) -> String {
         let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line).await.is_ok() && line.contains("\"jetstream\":true")
+        if let Ok(stream) = TcpStream::connect(("127.0.0.1", self.port)).await {
+            let read = BufReader::new(stream).read_line(&mut line).await;
+            read.map(drop).unwrap_or_else(|_| line.clear());
+        }
+        line
     }
 }
 

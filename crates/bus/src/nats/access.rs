@@ -93,7 +93,7 @@ impl Access {
                 match (problem, &config.tls_ca) {
                     (CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. }, _) =>
                         "it is for another name than the host in nats.url".into(),
-                    (CertificateError::UnknownIssuer, Some(ca)) =>
+                    (CertificateError::UnknownIssuer | CertificateError::BadSignature, Some(ca)) =>
                         format!("no authority in nats.tls_ca {} has signed it", ca.display()),
                     (CertificateError::UnknownIssuer, None) =>
                         "no authority that this system trusts has signed it; set nats.tls_ca".into(),

@@ -20,6 +20,16 @@ pub enum Awaited {
     PubAck,
 }
 
+/// What became of a message that came to the inbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Handed {
+    Over,
+    /// Nobody waits for it any more.
+    Late,
+    /// Not the answer that somebody waits for, or none at all.
+    Ignored,
+}
+
 pub struct Inbox {
     prefix: String,
     waiters: Mutex<Waiters>,
@@ -68,19 +78,20 @@ impl Inbox {
         Some((Slot { inbox: self, slot, generation }, answered))
     }
 
-    /// Hands a reply to whoever waits for it; a late one is counted and dropped.
-    pub fn answer(&self, message: Message) -> bool {
-        let Some((slot, generation)) = parse(&message.subject) else { return false };
+    /// Hands a reply to whoever waits for it.
+    pub fn answer(&self, message: Message) -> Handed {
+        let Some((slot, generation)) = parse(&message.subject) else { return Handed::Ignored };
         let mut waiters = self.waiters.lock();
         match waiters.slots.get(slot) {
             Some(waiting) if waiting.generation == generation => {
                 if waiting.awaited == Awaited::PubAck && !is_pub_ack(&message) {
-                    return false;
+                    return Handed::Ignored;
                 }
                 // Whoever waited may have given up a moment ago and be about to free the slot.
-                waiters.slots.remove(slot).answer.send(message).is_ok() || late()
+                let handed = waiters.slots.remove(slot).answer.send(message);
+                handed.map_or(Handed::Late, |()| Handed::Over)
             }
-            _ => late(),
+            _ => Handed::Late,
         }
     }
 
@@ -115,11 +126,6 @@ impl Drop for Slot<'_> {
             waiters.slots.remove(self.slot);
         }
     }
-}
-
-fn late() -> bool {
-    metrics::counter!("beamline_bus_late_replies_total").increment(1);
-    false
 }
 
 fn parse(subject: &str) -> Option<(usize, u64)> {
@@ -161,10 +167,34 @@ mod tests {
         drop((first, answered));
         assert_eq!(inbox.waiting(), 0);
         let (second, mut answered) = inbox.reserve(Awaited::Reply).unwrap();
-        assert!(!inbox.answer(reply(late, "late")));
-        assert!(inbox.answer(reply(second.subject(), "mine")));
+        assert_eq!(inbox.answer(reply(late, "late")), Handed::Late);
+        assert_eq!(inbox.answer(reply(second.subject(), "mine")), Handed::Over);
         assert_eq!(answered.try_recv().unwrap().payload, "mine");
         assert_eq!(inbox.waiting(), 0);
+    }
+
+    #[test]
+    fn a_reply_between_the_deadline_and_the_slots_end_is_late_too() {
+        let inbox = Inbox::new("_INBOX.me".into());
+        let (slot, answered) = inbox.reserve(Awaited::Reply).unwrap();
+        drop(answered);
+        assert_eq!(inbox.answer(reply(slot.subject(), "late")), Handed::Late);
+        drop(slot);
+        assert_eq!(inbox.waiting(), 0);
+    }
+
+    #[test]
+    fn a_lost_connection_tells_all_who_wait_and_none_who_come_after() {
+        let inbox = Inbox::new("_INBOX.me".into());
+        let waiting: Vec<_> = (0..3).map(|_| inbox.reserve(Awaited::Reply).unwrap()).collect();
+        inbox.lose();
+        let (next, mut answered) = inbox.reserve(Awaited::Reply).unwrap();
+        for (slot, mut answered) in waiting {
+            assert!(matches!(answered.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+            assert_eq!(inbox.answer(reply(slot.subject(), "late")), Handed::Late);
+        }
+        assert_eq!(inbox.answer(reply(next.subject(), "mine")), Handed::Over);
+        assert_eq!(answered.try_recv().unwrap().payload, "mine");
     }
 
     #[test]
@@ -172,9 +202,9 @@ mod tests {
         let inbox = Inbox::new("_INBOX.me".into());
         let (slot, mut answered) = inbox.reserve(Awaited::PubAck).unwrap();
         for not_it in ["", "{}", "hello", r#"{"error":"no"}"#] {
-            assert!(!inbox.answer(reply(slot.subject(), not_it)), "{not_it}");
+            assert_eq!(inbox.answer(reply(slot.subject(), not_it)), Handed::Ignored, "{not_it}");
         }
-        assert!(inbox.answer(reply(slot.subject(), r#"{"stream":"S","seq":1}"#)));
+        assert_eq!(inbox.answer(reply(slot.subject(), r#"{"stream":"S","seq":1}"#)), Handed::Over);
         assert!(answered.try_recv().is_ok());
     }
 
@@ -182,9 +212,10 @@ mod tests {
     fn foreign_subjects_are_ignored_and_closing_tells_everyone() {
         let inbox = Inbox::new("_INBOX.me".into());
         let (_slot, mut answered) = inbox.reserve(Awaited::Reply).unwrap();
-        for foreign in ["", "_INBOX.me", "_INBOX.me.x", "_INBOX.me.0", "_INBOX.me.9-9", "_INBOX.me.-1-1"] {
-            assert!(!inbox.answer(reply(foreign.into(), "")), "{foreign}");
+        for foreign in ["", "_INBOX.me", "_INBOX.me.x", "_INBOX.me.0", "_INBOX.me.-1-1"] {
+            assert_eq!(inbox.answer(reply(foreign.into(), "")), Handed::Ignored, "{foreign}");
         }
+        assert_eq!(inbox.answer(reply("_INBOX.me.9-9".into(), "")), Handed::Late);
         inbox.close();
         assert!(matches!(answered.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
         assert!(inbox.reserve(Awaited::Reply).is_none());

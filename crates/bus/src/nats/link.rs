@@ -2,7 +2,7 @@
 
 use super::access::Access;
 use super::convert;
-use super::inbox::{Awaited, DROPPED_HEADER, Inbox};
+use super::inbox::{Awaited, DROPPED_HEADER, Handed, Inbox};
 use crate::{Error, Message, Result};
 use async_nats::client::{PublishError, PublishErrorKind};
 use async_nats::connection::State;
@@ -223,10 +223,44 @@ async fn hand_out(mut replies: async_nats::Subscriber, inbox: Arc<Inbox>, cancel
         tokio::select! {
             () = cancel.cancelled() => break,
             reply = replies.next() => match reply {
-                Some(reply) => { inbox.answer(reply); }
+                Some(reply) => {
+                    if inbox.answer(reply) == Handed::Late {
+                        metrics::counter!("beamline_bus_late_replies_total").increment(1);
+                    }
+                }
                 None => break,
             }
         }
     }
     inbox.close();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nats::NatsConfig;
+    use futures_util::future::join_all;
+
+    #[tokio::test]
+    async fn a_hundred_thousand_requests_that_time_out_leave_nothing() {
+        let server = testkit::NatsServer::start().await;
+        let (tasks, cancel) = (TaskTracker::new(), CancellationToken::new());
+        let access = Arc::new(Access::new(NatsConfig { url: server.url(), ..NatsConfig::default() }).unwrap());
+        let link = Link::open(0, &access, &tasks, &cancel).await.unwrap();
+        // Somebody is there, who never answers.
+        let _silent = link.client.subscribe("silent").await.unwrap();
+        link.round_trip(Duration::from_secs(10)).await.unwrap();
+        for _ in 0..20 {
+            let ask = || {
+                let (headers, deadline) = (HeaderMap::new(), Duration::from_millis(50));
+                link.ask("silent", headers, Bytes::new(), Awaited::Reply, deadline)
+            };
+            let asked = join_all((0..5_000).map(|_| ask())).await;
+            assert!(asked.iter().all(|outcome| matches!(outcome, Err(Error::Timeout(_)))));
+            assert_eq!(link.inbox.waiting(), 0);
+        }
+        cancel.cancel();
+        tasks.close();
+        tasks.wait().await;
+    }
 }

@@ -1,12 +1,15 @@
 //! One meaning, two buses: every case runs against the embedded bus and against a real nats-server,
 //! over one connection and over several.
 
+mod access;
 mod buckets;
 mod consumers;
 mod embedded;
+mod outage;
 mod server;
 mod streams;
 mod subjects;
+mod traffic;
 
 use bus::nats::{Nats, NatsConfig};
 use bus::{Bus, ConsumerConfig, Message, Retention, StreamConfig};

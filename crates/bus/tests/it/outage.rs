@@ -1,0 +1,111 @@
+//! NATS only: servers that go away, for good or for a while, with requests running all the time.
+
+use crate::traffic::Traffic;
+use crate::{SOON, connect, connect_with, message, soon, text};
+use bus::nats::{Nats, NatsConfig};
+use bus::{Error, Headers};
+use std::time::Duration;
+use testkit::{NatsServer, eventually};
+use tokio::net::TcpListener;
+
+const LONG: Duration = Duration::from_secs(60);
+
+#[tokio::test]
+async fn a_lost_connection_is_told_at_once_to_who_waits() {
+    let mut server = NatsServer::start().await;
+    let bus = connect(&server).await;
+    let mut silent = bus.subscribe("silent", None, 64).await.unwrap();
+    let asked = bus.request("silent", Headers::new(), "x".into(), LONG);
+    let kill = async {
+        soon(silent.next()).await.unwrap();
+        server.kill();
+    };
+    let (asked, ()) = soon(async { tokio::join!(asked, kill) }).await;
+    assert!(matches!(asked, Err(Error::Disconnected(_))), "{asked:?}");
+}
+
+#[tokio::test]
+async fn there_are_as_many_connections_as_said() {
+    let server = NatsServer::start_with("max_connections: 3").await;
+    let config =
+        |connections| NatsConfig { url: server.url(), connections: Some(connections), ..NatsConfig::default() };
+    let bus = Nats::connect(config(3)).await.unwrap();
+    bus.health().await.unwrap();
+    assert!(Nats::connect(config(1)).await.is_err(), "the server has three");
+    drop(bus);
+    eventually(SOON, || async { Nats::connect(config(3)).await.is_ok() }).await;
+    assert!(soon(Nats::connect(config(4))).await.is_err());
+}
+
+#[tokio::test]
+async fn reload_with_requests_in_flight_loses_none() {
+    let server = NatsServer::start().await;
+    let (asker, responder) = (connect_with(&server, 3).await, connect_with(&server, 3).await);
+    let traffic = Traffic::default();
+    let scene = async {
+        for round in 1..=3 {
+            eventually(SOON, || async { traffic.now().answered > round * 100 }).await;
+            soon(asker.reload()).await.unwrap();
+        }
+    };
+    traffic.during(&asker, &responder, scene).await;
+    let outcomes = traffic.now();
+    assert_eq!((outcomes.answered, outcomes.failed()), (outcomes.sent, 0), "{outcomes:?}");
+}
+
+/// Whoever connects meanwhile is counted and sent away.
+#[tokio::test]
+async fn a_server_that_was_away_for_many_attempts_is_found_again() {
+    let mut server = NatsServer::start().await;
+    let (asker, responder) = (connect_with(&server, 2).await, connect_with(&server, 1).await);
+    let mut live = asker.subscribe("live", None, 64).await.unwrap();
+    let traffic = Traffic::default();
+    let scene = async {
+        eventually(SOON, || async { traffic.now().answered > 50 }).await;
+        server.kill();
+        let port = ("127.0.0.1", server.port());
+        let closed = TcpListener::bind(port).await.unwrap();
+        for _ in 0..12 {
+            drop(soon(closed.accept()).await.unwrap());
+        }
+        drop(closed);
+        let before = traffic.now();
+        assert!(before.disconnected > 0, "{before:?}");
+        server.restart().await;
+        eventually(SOON, || async { asker.health().await.is_ok() && responder.health().await.is_ok() }).await;
+        let back = traffic.now().answered;
+        eventually(SOON, || async { traffic.now().answered > back + 50 }).await;
+    };
+    traffic.during(&asker, &responder, scene).await;
+    let outcomes = traffic.now();
+    assert_eq!(outcomes.answered + outcomes.failed(), outcomes.sent, "{outcomes:?}");
+    responder.publish(message("live", "again")).await.unwrap();
+    assert_eq!(text(&soon(live.next()).await.unwrap()), "again");
+}
+
+#[tokio::test]
+async fn a_lame_duck_is_left_for_the_other_server() {
+    let mut pair = NatsServer::start_pair("lame_duck_duration: \"30s\"\nlame_duck_grace_period: \"500ms\"").await;
+    let url = pair.each_ref().map(NatsServer::url).join(",");
+    let connect = || {
+        let config = NatsConfig { url: url.clone(), connections: Some(3), ..NatsConfig::default() };
+        async { Nats::connect(config).await.unwrap() }
+    };
+    let (asker, responder) = (connect().await, connect().await);
+    let traffic = Traffic::default();
+    let scene = async {
+        eventually(SOON, || async { traffic.now().answered > 50 }).await;
+        pair[0].lame_duck();
+        soon(pair[0].exit()).await;
+        eventually(SOON, || async { asker.health().await.is_ok() && responder.health().await.is_ok() }).await;
+        let moved = traffic.now();
+        eventually(SOON, || async { traffic.now().answered > moved.answered + 100 }).await;
+        moved
+    };
+    let moved = traffic.during(&asker, &responder, scene).await;
+    let outcomes = traffic.now();
+    assert_eq!(outcomes.answered + outcomes.failed(), outcomes.sent, "{outcomes:?}");
+    assert_eq!(outcomes.failed(), moved.failed(), "once moved, all is well: {moved:?} {outcomes:?}");
+    // At most what was in flight when a connection went: three of each side, eight requests at once.
+    assert!(outcomes.failed() <= 6 * 8, "{outcomes:?}");
+}
