@@ -20,6 +20,47 @@ async fn a_short_soak_through_nats_accounts_for_every_request() {
 }
 
 #[tokio::test]
+async fn a_paced_soak_sends_no_more_than_it_was_told_to_and_watches_the_metrics() {
+    let process = Process::start().await;
+    let metrics = format!("http://{}/metrics", process.ops());
+    let args = ["soak", "gateway", "--for", "3s", "--rate", "100", "--metrics", &metrics, "--evidence", "seen.json"];
+    // Never more than that; a machine that is busy with other tests may send less, and then it fails.
+    process.run(&args).await;
+    let seen: Value = serde_json::from_slice(&std::fs::read(process.dir.path().join("seen.json")).unwrap()).unwrap();
+    assert!((1..=302).contains(&seen["sent"].as_u64().unwrap()), "{}", seen["sent"]);
+    assert_eq!(seen["after"]["in_flight"], 0);
+    assert!(seen["samples"][0]["tasks"].as_u64().unwrap() > 0 && seen["machine"]["cores"].as_u64().unwrap() > 0);
+
+    let args = ["soak", "gateway", "--for", "2s", "--rate", "10000000", "--clients", "1", "--in-flight", "1"];
+    let output = process.run(&args).await;
+    assert_eq!(output.code, Some(1));
+    assert!(output.stderr.contains("requests a second instead of"), "{}", output.stderr);
+}
+
+/// The short form of a million: each is answered too late, counted so, and leaves nothing.
+#[tokio::test]
+async fn twenty_thousand_requests_time_out_and_leave_nothing() {
+    let nats = NatsServer::start().await;
+    let url = nats.url();
+    let settings = format!("roles = \"gateway\"\n[nats]\nurl = \"{url}\"\n[log]\nlevel = \"warn\"\n");
+    let process = Process::start_with_settings(&settings).await;
+    let metrics = format!("http://{}/metrics", process.ops());
+    let late = ["soak", "gateway", "--deadline", "5ms", "--late-router", &url, "--metrics", &metrics];
+    let many = ["--requests", "20000", "--clients", "4", "--in-flight", "200", "--evidence", "seen.json"];
+    let output = process.run(&[&late[..], &many[..]].concat()).await.success();
+    let seen: Value = serde_json::from_slice(&std::fs::read(process.dir.path().join("seen.json")).unwrap()).unwrap();
+    assert_eq!(seen["errors"], serde_json::json!({"5": 20_000}), "{output}");
+    assert!(seen["late_replies"].as_u64().unwrap() >= 20_000, "{output}");
+    assert_eq!(seen["after"]["in_flight"], 0);
+
+    // Where a router works, nobody takes its requests away.
+    let _router = Process::start_with(&["--roles", "router", "--nats-url", &url]).await;
+    let output = process.run(&late).await;
+    assert_eq!(output.code, Some(1));
+    assert!(output.stderr.contains("a router answers on this NATS"), "{}", output.stderr);
+}
+
+#[tokio::test]
 async fn a_gateway_that_dies_fails_the_soak() {
     let process = Process::start().await;
     let args = ["soak", "gateway", "--for", "4s", "--clients", "2", "--deadline", "1s"];
