@@ -55,3 +55,49 @@ async fn operations(address: SocketAddr) -> std::io::Result<()> {
         Err(std::io::Error::other("it does not say that it lives"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::{TcpListener, UnixListener};
+
+    /// What the door says to one who finds this behind it.
+    async fn behind_gateway(says: &'static [u8]) -> bool {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let answers = async { listener.accept().await.unwrap().0.write_all(says).await.unwrap() };
+        let door = Door::Gateway(path);
+        tokio::join!(door.answers(), answers).0.is_ok()
+    }
+
+    async fn behind_operations(says: &'static [u8]) -> bool {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let door = Door::Operations(listener.local_addr().unwrap());
+        let answers = async {
+            let mut stream = listener.accept().await.unwrap().0;
+            stream.read_buf(&mut BytesMut::new()).await.unwrap();
+            stream.write_all(says).await.unwrap();
+        };
+        tokio::join!(door.answers(), answers).0.is_ok()
+    }
+
+    #[tokio::test]
+    async fn any_frame_is_a_sign_of_life_and_nothing_else() {
+        let mut refusal = BytesMut::new();
+        Frame::new(Version::V1, FrameType::ResponseError, "{}").encode(&mut refusal);
+        let refusal: &'static [u8] = Vec::leak(refusal.to_vec());
+        assert!(behind_gateway(refusal).await, "one that is full lives");
+        assert!(!behind_gateway(&refusal[..5]).await);
+        assert!(!behind_gateway(b"").await);
+        assert!(!behind_gateway(b"HTTP/1.1 200 OK").await);
+        assert!(Door::Gateway("/nonexistent".into()).answers().await.is_err());
+    }
+
+    #[tokio::test]
+    async fn the_operations_port_must_say_200() {
+        assert!(behind_operations(b"HTTP/1.1 200 OK\r\n\r\n").await);
+        assert!(!behind_operations(b"HTTP/1.1 503 Service Unavailable\r\n\r\n").await);
+        assert!(!behind_operations(b"").await);
+    }
+}
