@@ -108,6 +108,8 @@ impl Pump {
     /// Pulls until nobody takes the deliveries (`Ok`) or the server or connection fails (why).
     /// One subscription serves all pulls; each has its own subject below it.
     async fn serve(&self, declared: bool) -> Result<(), String> {
+        let mut connects = self.link.connects();
+        connects.mark_unchanged();
         let begin = async {
             if !declared {
                 ensure(&self.link, &self.config).await?;
@@ -123,6 +125,7 @@ impl Pump {
         let ended = tokio::select! {
             () = self.cancel.cancelled() => Ok(()),
             ended = self.pull(&inbox, &mut incoming) => ended,
+            _ = connects.changed() => Err("it has connected anew".into()),
         };
         self.leave(incoming).await;
         ended

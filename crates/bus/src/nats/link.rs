@@ -15,6 +15,7 @@ use futures_util::StreamExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -33,6 +34,7 @@ pub struct Link {
     pub client: Client,
     pub jetstream: Context,
     inbox: Arc<Inbox>,
+    connects: watch::Receiver<u64>,
     leaving: AtomicBool,
 }
 
@@ -44,17 +46,24 @@ impl Link {
         cancel: &CancellationToken,
     ) -> Result<Self> {
         let inbox = Arc::new(Inbox::new(format!("_INBOX.{}", URL_SAFE_NO_PAD.encode(uuid::Uuid::new_v4()))));
+        let (connected, mut connects) = watch::channel(0);
         let told = inbox.clone();
-        let client = access.connect(move |event| observe(number, &event, &told)).await?;
+        let client = access.connect(move |event| observe(number, &event, &told, &connected)).await?;
+        connects.wait_for(|count| *count > 0).await.map_err(|_| closed())?;
         let replies = client.subscribe(inbox.pattern()).await.map_err(|e| Error::Disconnected(e.to_string()))?;
         tasks.spawn(hand_out(replies, inbox.clone(), cancel.clone()));
         let jetstream = jetstream::new(client.clone());
-        Ok(Self { number, client, jetstream, inbox, leaving: AtomicBool::new(false) })
+        Ok(Self { number, client, jetstream, inbox, connects, leaving: AtomicBool::new(false) })
     }
 
     /// About to be made anew: better not asked.
     pub fn leaving(&self) -> bool {
         self.leaving.load(Ordering::Relaxed)
+    }
+
+    /// How often it has connected: with each time, the server has forgotten what was asked before.
+    pub fn connects(&self) -> watch::Receiver<u64> {
+        self.connects.clone()
     }
 
     /// Of the server, in a cluster of them.
@@ -200,9 +209,12 @@ fn lost() -> Error {
     Error::Disconnected("the connection to NATS was lost before the answer came; it may have been handled".into())
 }
 
-fn observe(connection: usize, event: &Event, inbox: &Inbox) {
+fn observe(connection: usize, event: &Event, inbox: &Inbox, connected: &watch::Sender<u64>) {
     match event {
-        Event::Connected => tracing::info!(connection, "connected to NATS"),
+        Event::Connected => {
+            tracing::info!(connection, "connected to NATS");
+            connected.send_modify(|count| *count += 1);
+        }
         Event::Disconnected => {
             // Answers to this connection's inbox that are under way reach nobody.
             inbox.lose();

@@ -1,9 +1,9 @@
 //! NATS only: servers that go away, for good or for a while, with requests running all the time.
 
 use crate::traffic::Traffic;
-use crate::{SOON, connect, connect_with, message, soon, text};
+use crate::{SOON, connect, connect_with, consumer, message, soon, stream, text};
 use bus::nats::{Nats, NatsConfig};
-use bus::{Error, Headers};
+use bus::{Error, Headers, Retention};
 use std::time::Duration;
 use testkit::{NatsServer, eventually};
 use tokio::net::TcpListener;
@@ -51,6 +51,21 @@ async fn reload_with_requests_in_flight_loses_none() {
     traffic.during(&asker, &responder, scene).await;
     let outcomes = traffic.now();
     assert_eq!((outcomes.answered, outcomes.failed()), (outcomes.sent, 0), "{outcomes:?}");
+}
+
+#[tokio::test]
+async fn a_consumer_goes_on_after_a_reload() {
+    let server = NatsServer::start().await;
+    let bus = connect_with(&server, 3).await;
+    bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
+    let mut consumer = bus.consume(consumer("c")).await.unwrap();
+    for n in ["before", "after", "later"] {
+        bus.append(message("s.a", n), None).await.unwrap();
+        let delivery = soon(consumer.next()).await.unwrap();
+        assert_eq!(text(&delivery.message), n);
+        delivery.ack().await.unwrap();
+        soon(bus.reload()).await.unwrap();
+    }
 }
 
 /// Whoever connects meanwhile is counted and sent away.
@@ -108,4 +123,47 @@ async fn a_lame_duck_is_left_for_the_other_server() {
     assert_eq!(outcomes.failed(), moved.failed(), "once moved, all is well: {moved:?} {outcomes:?}");
     // At most what was in flight when a connection went: three of each side, eight requests at once.
     assert!(outcomes.failed() <= 6 * 8, "{outcomes:?}");
+}
+
+/// Resident pages and open descriptors of this process.
+fn held() -> (u64, usize) {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    (pages, std::fs::read_dir("/proc/self/fd").unwrap().count())
+}
+
+/// Alone in its process: `cargo test -p bus --test it -- --ignored ten_minutes --nocapture`
+#[tokio::test]
+#[ignore = "takes ten minutes"]
+async fn ten_minutes_without_a_server_cost_nothing_and_end() {
+    const AWAY: Duration = Duration::from_secs(600);
+    let mut server = NatsServer::start().await;
+    let (asker, responder) = (connect_with(&server, 4).await, connect_with(&server, 4).await);
+    let traffic = Traffic::default();
+    let scene = async {
+        eventually(SOON, || async { traffic.now().answered > 5_000 }).await;
+        let descriptors = held().1;
+        server.kill();
+        let began = tokio::time::Instant::now();
+        let mut looks = tokio::time::interval(Duration::from_secs(30));
+        let mut pages = Vec::new();
+        while began.elapsed() < AWAY {
+            looks.tick().await;
+            pages.push(held().0);
+            println!("{:?}: {:?}, pages and descriptors {:?}", began.elapsed(), traffic.now(), held());
+        }
+        server.restart().await;
+        let began = tokio::time::Instant::now();
+        eventually(SOON, || async { asker.health().await.is_ok() && responder.health().await.is_ok() }).await;
+        println!("back after {:?}: {:?}", began.elapsed(), traffic.now());
+        let back = traffic.now().answered;
+        eventually(SOON, || async { traffic.now().answered > back + 1_000 }).await;
+        println!("at the end: {:?}, pages and descriptors {:?}", traffic.now(), held());
+        // 2 MiB, from what it was after the first minute.
+        assert!(pages[pages.len() - 1] < pages[2] + 512, "{pages:?}");
+        assert_eq!(held().1, descriptors);
+    };
+    traffic.during(&asker, &responder, scene).await;
+    let outcomes = traffic.now();
+    assert_eq!(outcomes.answered + outcomes.failed(), outcomes.sent, "{outcomes:?}");
 }
