@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// More bring nothing that a server would notice.
-pub const LINKS_MAX: usize = 8;
+const LINKS_MAX: usize = 8;
 /// A publish whose connection is being sought again while others live waits this long: another one would overtake what
 /// waits in its own.
 const RETURN_DEADLINE: Duration = Duration::from_secs(1);
