@@ -13,8 +13,8 @@ use wire::subjects;
 
 /// Requests that may wait for their late answer.
 const QUEUE: usize = 65_536;
-/// After the deadline, so that the gateway has given up for certain.
-const AFTER: Duration = Duration::from_millis(100);
+/// After the deadline: so that also a gateway that has no time has given up.
+const AFTER: Duration = Duration::from_secs(1);
 const ANYBODY: Duration = Duration::from_secs(1);
 
 pub struct LateRouter {

@@ -9,6 +9,9 @@ use wire::ipc::ErrorCode;
 /// Grown by less over the whole soak is not grown: what an allocator keeps or a table's next size explains it.
 const NOISE_BYTES: f64 = 2.0 * 1024.0 * 1024.0;
 const NOISE_SHARE: f64 = 0.02;
+/// A soak that is shorter than this is all warm-up for the memory: only what no warm-up explains counts.
+const SHORT_SECONDS: f64 = 60.0;
+const NOISE_BYTES_SHORT: f64 = 32.0 * 1024.0 * 1024.0;
 /// Descriptors that come and go by themselves (a status message, a log file, whoever reads the metrics), and their tasks.
 const NOISE_COUNT: u64 = 8;
 /// Of the soak, not looked at: caches fill, pools reach their size.
@@ -42,7 +45,8 @@ pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evi
     }
     let typical = median(&mut rss.iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>()).unwrap_or(0.0);
     let grown = slope * (seconds - from);
-    if grown > NOISE_BYTES.max(typical * NOISE_SHARE) {
+    let noise = if seconds < SHORT_SECONDS { NOISE_BYTES_SHORT } else { NOISE_BYTES.max(typical * NOISE_SHARE) };
+    if grown > noise {
         problems.push(format!("resident memory grew by {grown:.0} bytes after the warm-up"));
     }
     problems.extend(counts(&settled));
@@ -182,6 +186,16 @@ mod tests {
         // Growth that ends with the warm-up is none.
         let warm = seen(|n| 50_000_000 + n.min(25) * 1_000_000, |_| 20);
         assert_eq!(verdict(&config(), &warm, &tally(105, 100)), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_short_soak_judges_memory_less_strictly() {
+        let grows = |bytes_a_second: u64| {
+            let seen = seen(|n| 40_000_000 + n * bytes_a_second / 25, |_| 20);
+            judge(&config(), &seen, &tally(105, 100), Duration::from_secs(20)).problems
+        };
+        assert_eq!(grows(20_000_000), Vec::<String>::new());
+        assert_eq!(grows(200_000_000).len(), 1);
     }
 
     #[test]
