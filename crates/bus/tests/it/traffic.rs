@@ -10,6 +10,8 @@ const SUBJECT: &str = "traffic";
 /// At once; each asks again after its outcome, and a little later.
 const LANES: usize = 8;
 const PACE: Duration = Duration::from_millis(5);
+/// An answer takes this long, so that some request is always in flight.
+const WORK: Duration = Duration::from_millis(3);
 const DEADLINE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -46,7 +48,9 @@ impl Traffic {
         }
         let answering = join_all(served.into_iter().map(|mut served| {
             asked.clone().run_until_cancelled_owned(async move {
+                let mut pace = tokio::time::interval(WORK);
                 while let Some(request) = served.next().await {
+                    pace.tick().await;
                     let reply = request.reply.expect("a request says where its answer goes");
                     // Without a connection the one who asks is told by its own.
                     let _ = responder
