@@ -10,6 +10,9 @@ mod paths;
 mod pressure;
 mod reload;
 mod router;
+mod script;
+mod sequence;
+mod sequences;
 mod session;
 
 use bus::{Bus, Headers, Message};
