@@ -201,7 +201,7 @@ impl Session {
                 },
                 permit = wait(&mut self.budget_wait) => {
                     self.budget_wait = None;
-                    self.budget = permit;
+                    self.granted(permit);
                     // It was not read until now.
                     self.frame_due = self.frame_due.map(|_| Instant::now() + self.gateway.config().read_timeout);
                 }
@@ -308,11 +308,20 @@ impl Session {
             let permits = u32::try_from(kib).expect("frames are at most 4 MiB");
             let budget = config.receive.clone();
             match budget.clone().try_acquire_many_owned(permits) {
-                Ok(permit) => self.budget = Some(permit),
+                Ok(permit) => self.granted(Some(permit)),
                 Err(_) => {
                     self.budget_wait = Some(Box::pin(async move { budget.acquire_many_owned(permits).await.ok() }))
                 }
             }
+        }
+    }
+
+    /// The frame that has begun may be received.
+    fn granted(&mut self, permit: Option<OwnedSemaphorePermit>) {
+        self.budget = permit;
+        if let Ok(Some(length)) = Decoder::peek_length(&self.input) {
+            // At once, so that it takes what was granted and not the half of it again each time it grows.
+            self.input.reserve(length.saturating_sub(self.input.len()));
         }
     }
 

@@ -4,6 +4,7 @@ mod commands;
 mod durability;
 mod gateway;
 mod journey;
+mod memory;
 mod process;
 mod realtime;
 mod service;
