@@ -20,8 +20,13 @@ pub async fn bus(settings: &Settings, data_dir: &Path) -> Result<Bus> {
         user: values.maybe_text("nats.user"),
         password: values.maybe_text("nats.password"),
         token: values.maybe_text("nats.token"),
+        nkey: values.maybe_path("nats.nkey"),
         credentials: values.maybe_path("nats.credentials"),
-        ..bus::nats::NatsConfig::default()
+        tls_ca: values.maybe_path("nats.tls_ca"),
+        tls_certificate: values.maybe_path("nats.tls_certificate"),
+        tls_key: values.maybe_path("nats.tls_key"),
+        tls_first: values.flag("nats.tls_first"),
+        connections: values.maybe_number("nats.connections").map(|n| usize::try_from(n).expect("at most 8")),
     };
     Ok(bus::nats::Nats::connect(config).await?)
 }

@@ -4,7 +4,7 @@ use crate::process::Process;
 use crate::realtime::Client;
 use serde_json::{Value, json};
 use std::time::Duration;
-use testkit::{NatsServer, RedisServer, eventually};
+use testkit::{Authority, NatsServer, RedisServer, eventually};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -55,4 +55,41 @@ async fn parts_on_their_own_meet_on_nats_and_redis() {
     eventually(PATIENCE, async || crate::journey::get(&format!("http://{}/ready", near.http())).await.0 == 200).await;
     ann.rpc("chat.send", question("2")).await.unwrap();
     bob.push(answered).await.expect("and after the bus came back");
+}
+
+#[tokio::test]
+async fn certificates_for_nats_come_from_settings_and_anew_at_sighup() {
+    let authority = Authority::new();
+    let (certificate, key) = authority.issue("127.0.0.1");
+    let nats = NatsServer::start_with(&format!(
+        "authorization {{ user: \"me\", password: \"pw\" }}\ntls {{ cert_file: {certificate:?}, key_file: {key:?}, \
+         ca_file: {:?}, verify: true, handshake_first: true }}",
+        authority.certificate()
+    ))
+    .await;
+    let (ours, key) = authority.issue("client.example");
+    let process = Process::start_with_settings(&format!(
+        "roles = [\"gateway\"]\n[nats]\nurl = {:?}\nuser = \"me\"\npassword = \"pw\"\ntls_ca = {:?}\ntls_certificate = {ours:?}\n\
+         tls_key = {key:?}\ntls_first = true\nconnections = 3\n",
+        nats.url(),
+        authority.certificate()
+    ))
+    .await;
+    let metrics = async || crate::journey::get(&format!("http://{}/metrics", process.ops())).await.1;
+    let reloaded = async |outcome: &str| {
+        process.signal(nix::sys::signal::Signal::SIGHUP);
+        let line = format!("beamline_reloads_total{{outcome=\"{outcome}\"}} 1");
+        eventually(PATIENCE, async || metrics().await.contains(&line)).await;
+    };
+    let connected = || process.log().matches("connected to NATS").count();
+    assert_eq!(connected(), 3, "as many as nats.connections says");
+    let good = std::fs::read(&ours).unwrap();
+    std::fs::write(&ours, "no certificate").unwrap();
+    reloaded("refused").await;
+    assert!(process.log().contains("nats.tls_certificate"), "{}", process.log());
+    assert_eq!(crate::journey::get(&format!("http://{}/readyz", process.ops())).await.0, 200);
+    std::fs::write(&ours, good).unwrap();
+    reloaded("done").await;
+    eventually(PATIENCE, async || connected() == 6).await;
+    assert_eq!(crate::journey::get(&format!("http://{}/readyz", process.ops())).await.0, 200);
 }
