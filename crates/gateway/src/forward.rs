@@ -30,6 +30,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 const OUTPUT_GRACE: Duration = Duration::from_millis(500);
 /// Output chunks that may wait for one reader.
 const OUTPUT_QUEUE: usize = 4096;
+/// What a frame of either version holds.
+const PAYLOAD_MAX: usize = IPC_FRAME_MAX - wire::ipc::HEADER_V2;
+/// Of the text of an error, where that quotes what it is about.
+const TEXT_MAX: usize = 1024;
 
 /// The frame that answers a request.
 pub type Reply = (FrameType, Bytes);
@@ -45,6 +49,10 @@ pub enum Request {
 impl Request {
     /// The request in a payload; the error names what does not fit.
     pub fn parse(kind: FrameType, payload: &[u8]) -> Result<Self, String> {
+        Self::read(kind, payload).map_err(shortened)
+    }
+
+    fn read(kind: FrameType, payload: &[u8]) -> Result<Self, String> {
         let request = match kind {
             FrameType::TaskSubmit => Self::Submit(Box::new(object(payload)?)),
             FrameType::TaskQuery => Self::Query(object(payload)?),
@@ -72,6 +80,15 @@ fn object<T: DeserializeOwned>(payload: &[u8]) -> Result<T, String> {
         return Err("Payload is not a JSON object".into());
     }
     serde_json::from_str(text).map_err(|e| format!("Payload does not fit: {e}"))
+}
+
+/// An error that repeated a whole payload, escaped, would be larger than a frame.
+fn shortened(mut text: String) -> String {
+    if text.len() > TEXT_MAX {
+        text.truncate(text.floor_char_boundary(TEXT_MAX));
+        text.push('…');
+    }
+    text
 }
 
 fn id(field: &str, value: &str) -> Result<(), String> {
@@ -180,13 +197,15 @@ impl Exchange {
         let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
         let took_us = took.as_micros() as u64;
         match outcome {
-            Ok((kind, payload)) if payload.len() <= IPC_FRAME_MAX - wire::ipc::HEADER_V2 => {
+            Ok((kind, payload)) if payload.len() <= PAYLOAD_MAX => {
                 tracing::debug!(trace_id, request_id, tenant_id, took_us, "answered");
                 (kind, payload)
             }
-            Ok((_, payload)) => {
+            Ok((kind, payload)) => {
                 let text = format!("The answer has {} bytes, more than a frame holds", payload.len());
-                self.failed(Failure::new(ErrorCode::FrameTooLarge, text), took_us)
+                let failure = Failure::new(ErrorCode::FrameTooLarge, text);
+                let in_stream = kind == FrameType::StreamComplete;
+                self.failed(if in_stream { failure.in_stream() } else { failure }, took_us)
             }
             Err(failure) => self.failed(failure, took_us),
         }
@@ -197,10 +216,19 @@ impl Exchange {
         self.gateway.stats.failed(code);
         let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
         let error_code = code.name();
-        tracing::info!(trace_id, request_id, tenant_id, error_code, took_us, "refused: {}", payload.error.message);
         payload.context =
             Some(ExchangeContext { request_id: Some(self.request_id.clone()), trace_id: Some(self.trace_id.clone()) });
-        (if in_stream { FrameType::StreamError } else { FrameType::ResponseError }, payload.encode().into())
+        let mut bytes = payload.encode();
+        if bytes.len() > PAYLOAD_MAX {
+            // The router's: what it is called matters more than what it says.
+            let error = &mut payload.error;
+            error.details = None;
+            error.message = shortened(std::mem::take(&mut error.message));
+            error.reason = error.reason.take().map(shortened);
+            bytes = payload.encode();
+        }
+        tracing::info!(trace_id, request_id, tenant_id, error_code, took_us, "refused: {}", payload.error.message);
+        (if in_stream { FrameType::StreamError } else { FrameType::ResponseError }, bytes.into())
     }
 
     async fn submit(
@@ -345,8 +373,7 @@ impl Exchange {
                 biased;
                 Some(message) = next(&mut output) => {
                     if let Some(piece) = reader.take(&message.payload) {
-                        // The session takes them as fast as its client does.
-                        pieces.send(piece).await;
+                        pass(piece, pieces).await.map_err(fail)?;
                     }
                 }
                 finished = &mut waiter.finished => match finished {
@@ -374,9 +401,11 @@ impl Exchange {
         let mut grace = std::pin::pin!(grace);
         while finished.chunks.is_some_and(|all| reader.next < all) {
             tokio::select! {
+                // What has come is passed on, however long the client takes to read what came before it.
+                biased;
                 Some(message) = next(&mut output) => {
                     if let Some(piece) = reader.take(&message.payload) {
-                        pieces.send(piece).await;
+                        pass(piece, pieces).await.map_err(fail)?;
                     }
                 }
                 () = &mut grace => break,
@@ -392,6 +421,16 @@ impl Exchange {
         let complete = StreamComplete { task_id: self.request_id.clone(), result };
         Ok((FrameType::StreamComplete, serde_json::to_vec(&complete).expect("JSON").into()))
     }
+}
+
+/// To the session, which takes pieces as fast as its client does.
+async fn pass(piece: Reply, pieces: &Pieces) -> Result<(), Failure> {
+    if piece.1.len() > PAYLOAD_MAX {
+        let text = format!("A piece of output has {} bytes, more than a frame holds; the task goes on", piece.1.len());
+        return Err(Failure::new(ErrorCode::FrameTooLarge, text));
+    }
+    pieces.send(piece).await;
+    Ok(())
 }
 
 async fn next(output: &mut Option<bus::Subscription>) -> Option<bus::Message> {

@@ -14,6 +14,7 @@ mod script;
 mod sequence;
 mod sequences;
 mod session;
+mod sizes;
 
 use bus::{Bus, Headers, Message};
 use bytes::BytesMut;
