@@ -1,6 +1,7 @@
 //! The real process with real servers, driven from outside.
 
 mod commands;
+mod contract;
 mod durability;
 mod gateway;
 mod journey;
