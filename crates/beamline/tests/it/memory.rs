@@ -50,6 +50,11 @@ impl Stage {
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
     }
 
+    fn descriptors(&self) -> u64 {
+        let pid = self.gateway.ready["pid"].as_u64().unwrap();
+        checks::process::look(u32::try_from(pid).unwrap()).unwrap().descriptors
+    }
+
     async fn metric(&self, name: &str) -> f64 {
         let (status, metrics) = crate::journey::get(&format!("http://{}/metrics", self.gateway.ops())).await;
         assert_eq!(status, 200);
@@ -65,6 +70,9 @@ async fn responder(bus: Bus) -> JoinSet<()> {
     running.spawn(async move {
         while let Some(message) = requests.next().await {
             let request: Value = serde_json::from_slice(&message.payload).unwrap();
+            if request["task"]["type"] == "never" {
+                continue;
+            }
             let blob = if request["task"]["type"] == "large" { "x".repeat(LARGE) } else { String::new() };
             let answer = json!({"ok": true, "decision": {"blob": blob}, "context": {}});
             let subject = message.reply.unwrap();
@@ -215,4 +223,48 @@ async fn large_answers_that_nobody_reads_are_as_many_as_may_be_in_flight() {
     // Of 200 there are 40 in flight, 35 MiB; the others are refused.
     let cost = unread("max_in_flight = 64\nmax_in_flight_v2 = 4\n", 10, &questions).await;
     assert!(cost < 2 * 40 * LARGE as u64 + 20 * MIB, "{} MiB", cost / MIB);
+}
+
+#[tokio::test]
+async fn thousands_that_leave_with_replies_pending_leave_no_descriptor_no_slot_and_no_memory() {
+    const ROUNDS: usize = 5;
+    const AT_ONCE: usize = 600;
+    let stage = Stage::start("max_in_flight = 2000\n").await;
+    let mut input = BytesMut::new();
+    let mut other = stage.connect().await;
+    other.write_all(&submit(Version::V1, "small")).await.unwrap();
+    assert_eq!(code(&mut other, &mut input).await, Some(0));
+    let descriptors = stage.descriptors();
+    let never = [submit(Version::V2 { request_id: 1, deadline_ms: u32::MAX }, "never"), submit(Version::V1, "never")];
+    let never = [&never.concat()[..], &frame(Version::V1, FrameType::TaskSubmit, stream())].concat();
+    let mut after_the_first = 0;
+    for round in 0..ROUNDS {
+        let mut clients = Vec::new();
+        for _ in 0..AT_ONCE {
+            let mut stream = stage.connect().await;
+            stream.write_all(&never).await.unwrap();
+            clients.push(stream);
+        }
+        eventually(PATIENCE, async || stage.metric("beamline_gateway_in_flight").await >= AT_ONCE as f64).await;
+        drop(clients);
+        eventually(PATIENCE, async || stage.metric("beamline_gateway_in_flight").await == 0.0).await;
+        eventually(PATIENCE, async || stage.descriptors() == descriptors).await;
+        if round == 0 {
+            after_the_first = stage.peak();
+        }
+    }
+    // Slots and all are there again.
+    other.write_all(&submit(Version::V1, "small")).await.unwrap();
+    assert_eq!(code(&mut other, &mut input).await, Some(0));
+    let grown = stage.peak() - after_the_first;
+    eprintln!(
+        "{} that left cost {:.1} MiB after the first {AT_ONCE}",
+        (ROUNDS - 1) * AT_ONCE,
+        grown as f64 / MIB as f64
+    );
+    assert!(grown < 20 * MIB, "{} MiB", grown / MIB);
+}
+
+fn stream() -> String {
+    json!({"command": "task_submit", "task_type": "never", "wait": "stream"}).to_string()
 }
