@@ -9,6 +9,7 @@ mod convert;
 mod credentials;
 mod inbox;
 mod link;
+mod outbox;
 mod pool;
 mod streams;
 mod subscription;

@@ -168,7 +168,7 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_m
                 tenant_id: submit.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
                 deadline: started + own.unwrap_or(default),
             };
-            let outcome = exchange.submit(*submit, own, &pieces).await;
+            let outcome = exchange.submit(submit, own, &pieces).await;
             (exchange, outcome)
         }
         Request::Query(task) => {
@@ -178,12 +178,12 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_m
         }
         Request::Cancel(task) => {
             let exchange = new(task, request_timeout);
-            let outcome = exchange.cancel().await.and_then(|task| exchange.ok(task));
+            let outcome = Box::pin(exchange.cancel()).await.and_then(|task| exchange.ok(task));
             (exchange, outcome)
         }
         Request::Subscribe(task) => {
             let exchange = new(task, request_timeout + RESULT_MAX);
-            let outcome = exchange.subscribe(&pieces).await;
+            let outcome = Box::pin(exchange.subscribe(&pieces)).await;
             (exchange, outcome)
         }
     };
@@ -233,7 +233,7 @@ impl Exchange {
 
     async fn submit(
         &self,
-        submit: TaskSubmit,
+        submit: Box<TaskSubmit>,
         own_deadline: Option<Duration>,
         pieces: &Pieces,
     ) -> Result<Reply, Failure> {
@@ -256,19 +256,19 @@ impl Exchange {
         let decided = self.decide(submit, own_deadline).await?;
         match waiter {
             None => Ok((FrameType::ResponseOk, decided)),
-            Some(waiter) => self.follow(waiter, &self.tenant_id, output, pieces).await,
+            // Boxed: most requests wait for the decision alone and need no room for this.
+            Some(waiter) => Box::pin(self.follow(waiter, &self.tenant_id, output, pieces)).await,
         }
     }
 
     /// The router's answer, byte for byte, if it is a decision.
-    async fn decide(&self, submit: TaskSubmit, own_deadline: Option<Duration>) -> Result<Bytes, Failure> {
+    async fn decide(&self, submit: Box<TaskSubmit>, own_deadline: Option<Duration>) -> Result<Bytes, Failure> {
         let headers = headers(&self.trace_id, self.traceparent.as_deref(), Some(&self.tenant_id));
-        let request = self.request(submit, own_deadline);
-        let payload = serde_json::to_vec(&request).map_err(|e| Failure::new(ErrorCode::Internal, e.to_string()))?;
-        self.request_router(subjects::DECIDE, headers, payload).await
+        let request = self.request(*submit, own_deadline)?;
+        self.request_router(subjects::DECIDE, headers, request).await
     }
 
-    fn request(&self, submit: TaskSubmit, own_deadline: Option<Duration>) -> DecideRequest {
+    fn request(&self, submit: TaskSubmit, own_deadline: Option<Duration>) -> Result<Vec<u8>, Failure> {
         let waits = submit.wait != Wait::Decision;
         let mut payload = Map::new();
         let mut put = |name: &str, value: Option<Value>| {
@@ -280,7 +280,7 @@ impl Exchange {
         put("line", submit.line.map(Value::from));
         put("context", submit.context);
         put("params", submit.params.map(Value::from));
-        DecideRequest {
+        let request = DecideRequest {
             version: VERSION.into(),
             request_id: self.request_id.clone(),
             tenant_id: self.tenant_id.clone(),
@@ -301,7 +301,8 @@ impl Exchange {
             step_id: None,
             idempotency_key: submit.idempotency_key,
             deadline: None,
-        }
+        };
+        serde_json::to_vec(&request).map_err(|e| Failure::new(ErrorCode::Internal, e.to_string()))
     }
 
     async fn request_router(&self, subject: &str, headers: Headers, payload: Vec<u8>) -> Result<Bytes, Failure> {

@@ -1,20 +1,37 @@
 //! Our messages and NATS's.
 
 use crate::{Headers, Message};
-use async_nats::{HeaderMap, HeaderName};
+use async_nats::{HeaderMap, HeaderName, HeaderValue};
+use std::borrow::Cow;
 
 /// Names that NATS cannot carry are counted and left out; line breaks in a value become spaces.
 pub fn to_nats(headers: &Headers) -> HeaderMap {
     let mut map = HeaderMap::new();
-    for (name, value) in headers.iter() {
-        match name.parse::<HeaderName>() {
-            Ok(valid) if !name.is_empty() && !name.contains(char::is_whitespace) => {
-                map.append(valid, value.replace(['\r', '\n'], " "))
-            }
-            _ => metrics::counter!("beamline_bus_bad_headers_total").increment(1),
-        }
+    for (name, value) in &headers.0 {
+        let Some(name) = header_name(name) else {
+            metrics::counter!("beamline_bus_bad_headers_total").increment(1);
+            continue;
+        };
+        let broken = value.contains(['\r', '\n']);
+        map.append(name, if broken { value.replace(['\r', '\n'], " ") } else { value.clone() });
     }
     map
+}
+
+/// What they take of a message.
+pub fn header_bytes(headers: &HeaderMap) -> usize {
+    let line = |name: &HeaderName, value: &HeaderValue| AsRef::<str>::as_ref(name).len() + value.as_str().len() + 4;
+    let lines = headers.iter().flat_map(|(name, values)| values.iter().map(move |value| line(name, value)));
+    if headers.is_empty() { 0 } else { "NATS/1.0\r\n\r\n".len() + lines.sum::<usize>() }
+}
+
+fn header_name(name: &Cow<'static, str>) -> Option<HeaderName> {
+    let plain = !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic() && b != b':');
+    match name {
+        _ if !plain => None,
+        Cow::Borrowed(name) => Some(HeaderName::from_static(name)),
+        Cow::Owned(name) => name.parse().ok(),
+    }
 }
 
 pub fn from_nats(message: async_nats::Message) -> Message {

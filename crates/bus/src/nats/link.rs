@@ -3,8 +3,8 @@
 use super::access::Access;
 use super::convert;
 use super::inbox::{Awaited, DROPPED_HEADER, Handed, Inbox};
+use super::outbox::{Outbox, Outgoing};
 use crate::{Error, Message, Result};
-use async_nats::client::{PublishError, PublishErrorKind};
 use async_nats::connection::State;
 use async_nats::jetstream::{self, Context};
 use async_nats::{Client, Event, HeaderMap, StatusCode, Subject};
@@ -35,6 +35,7 @@ pub struct Link {
     pub jetstream: Context,
     inbox: Arc<Inbox>,
     connects: watch::Receiver<u64>,
+    outbox: Outbox,
     leaving: AtomicBool,
 }
 
@@ -53,7 +54,8 @@ impl Link {
         let replies = client.subscribe(inbox.pattern()).await.map_err(|e| Error::Disconnected(e.to_string()))?;
         tasks.spawn(hand_out(replies, inbox.clone(), cancel.clone()));
         let jetstream = jetstream::new(client.clone());
-        Ok(Self { number, client, jetstream, inbox, connects, leaving: AtomicBool::new(false) })
+        let outbox = Outbox::open(client.clone(), tasks, cancel);
+        Ok(Self { number, client, jetstream, inbox, outbox, connects, leaving: AtomicBool::new(false) })
     }
 
     /// About to be made anew: better not asked.
@@ -164,24 +166,13 @@ impl Link {
 
     async fn send(&self, subject: &str, reply: Option<Subject>, headers: HeaderMap, payload: Bytes) -> Result<()> {
         let max = self.client.max_payload().min(wire::limits::BUS_MESSAGE_MAX);
-        let size = payload.len();
+        // The headers count too.
+        let size = payload.len() + convert::header_bytes(&headers);
         if size > max {
             return Err(Error::TooLarge { size, max });
         }
-        let client = &self.client;
-        let to = Subject::from(subject);
-        let sent = match (reply, headers.is_empty()) {
-            (None, true) => client.publish(to, payload).await,
-            (None, false) => client.publish_with_headers(to, headers, payload).await,
-            (Some(reply), true) => client.publish_with_reply(to, reply, payload).await,
-            (Some(reply), false) => client.publish_with_reply_and_headers(to, reply, headers, payload).await,
-        };
-        sent.map_err(|error: PublishError| match error.kind() {
-            // The headers are what made it too large.
-            PublishErrorKind::MaxPayloadExceeded => Error::TooLarge { size, max },
-            PublishErrorKind::InvalidSubject => Error::InvalidSubject(subject.into()),
-            PublishErrorKind::Send => Error::Disconnected(error.to_string()),
-        })
+        let message = Outgoing { subject: subject.into(), reply, headers, payload };
+        if self.outbox.put(message).await { Ok(()) } else { Err(closed()) }
     }
 }
 
