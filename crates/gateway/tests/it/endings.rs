@@ -161,18 +161,22 @@ async fn who_waits_for_the_receive_budget_is_not_called_slow() {
     let (mut reader, mut writer) = third.stream.split();
     let told = async {
         let mut input = BytesMut::new();
-        while tokio::io::AsyncReadExt::read_buf(&mut reader, &mut input).await.unwrap_or(0) > 0 {}
-        input
+        loop {
+            if let Some(frame) = wire::ipc::Decoder.decode(&mut input).unwrap() {
+                break frame;
+            }
+            assert!(tokio::io::AsyncReadExt::read_buf(&mut reader, &mut input).await.unwrap() > 0, "closed unanswered");
+        }
     };
     // It does send all of its frame, as far as the gateway takes it.
-    let (_, mut told) = tokio::join!(writer.write_all(&bytes[20_000..]), told);
-    let told = wire::ipc::Decoder.decode(&mut told).unwrap().unwrap();
-    let told: Value = serde_json::from_slice(&told.payload).unwrap();
+    let (_, told) = tokio::join!(writer.write_all(&bytes[20_000..]), told);
     assert_eq!(first.error_code().await, 5);
-    let second = second.error_code().await;
     // The second took over in time, or it was as full for it.
+    let second = second.error_code().await;
     assert!(matches!(second, 5 | 10), "{second}");
-    if second == 5 {
+    // The third found it full, or both had given it up before.
+    if told.frame_type() != Some(FrameType::ResponseOk) {
+        let told: Value = serde_json::from_slice(&told.payload).unwrap();
         assert_eq!(told["error"]["code"], 10, "{told}");
         assert!(told["error"]["retry_after_ms"].as_u64().unwrap() > 0, "{told}");
     }
