@@ -4,6 +4,7 @@
 //! cannot cause. There a responder on NATS does as its script says: in scenario 2 for the rows that [`rows`] names, in
 //! scenario 3 with replies around and after the deadline.
 
+mod overload;
 mod rows;
 mod stage;
 
