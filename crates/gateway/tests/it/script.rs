@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 use wire::subjects;
 
 /// Requests that are not to be answered in time have this much of it.
@@ -72,18 +73,18 @@ impl Case {
 }
 
 impl Script {
-    /// Serves until the bus is gone.
-    pub async fn start(bus: &Bus) -> Self {
+    /// Serves until it is told to stop.
+    pub async fn start(bus: &Bus, stop: &CancellationToken) -> Self {
         let script = Self { bus: bus.clone(), case: Arc::new(Mutex::new(Case::new())) };
         for subject in [subjects::DECIDE, subjects::GET_DECISION, subjects::CANCEL] {
             let mut requests = bus.subscribe(subject, None, 4096).await.unwrap();
-            let script = script.clone();
-            tokio::spawn(async move {
+            let (script, stop) = (script.clone(), stop.clone());
+            tokio::spawn(stop.run_until_cancelled_owned(async move {
                 while let Some(message) = requests.next().await {
                     let (script, case) = (script.clone(), script.case.lock().clone());
                     tokio::spawn(async move { script.act(subject, message, case).await });
                 }
-            });
+            }));
         }
         script
     }

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use wire::ipc::{Decoder, Frame, FrameType, Version};
 use wire::status::GatewayStatus;
 
@@ -97,6 +97,8 @@ pub struct World {
     dir: tempfile::TempDir,
     bus: bus::Bus,
     script: Script,
+    /// Of the router.
+    _stop: DropGuard,
     cancel: CancellationToken,
     running: tokio::task::JoinHandle<Result<(), gateway::Error>>,
     number: u64,
@@ -133,11 +135,12 @@ impl World {
             breaker,
             ..gateway::Config::default()
         };
-        let script = Script::start(&bus).await;
+        let stop = CancellationToken::new();
+        let script = Script::start(&bus, &stop).await;
         let bound = gateway::bind(config, bus.clone()).await.unwrap();
         let cancel = CancellationToken::new();
         let running = tokio::spawn(bound.run(cancel.clone()));
-        Self { dir, bus, script, cancel, running, number: 0, answered: 0, unknown: 0 }
+        Self { dir, bus, script, _stop: stop.drop_guard(), cancel, running, number: 0, answered: 0, unknown: 0 }
     }
 
     /// Panics where something does not hold. Sequences with a drain want a world of their own.
