@@ -45,6 +45,10 @@ impl Beamline {
         Ok(String::from_utf8(output.stdout)?.trim().to_string())
     }
 
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("s")
+    }
+
     pub fn rss(&self) -> u64 {
         rss(self.child.0.id())
     }

@@ -1,214 +1,222 @@
-//! Requests through the gateway, on the local bus and through NATS, beside a client that asks the bus itself.
+//! Requests through the gateway, on the local bus and through NATS, beside a client that asks the bus itself and beside
+//! the barest program that could stand in its place.
+
+mod bare;
+mod idle;
+mod lanes;
 
 use crate::Result;
 use crate::report::{Figure, Report};
+use async_nats::HeaderMap;
 use bus::{Bus, Headers};
-use bytes::{Bytes, BytesMut};
-use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
+use bytes::Bytes;
+use futures_util::{FutureExt, StreamExt};
 use gateway::Config;
-use std::path::Path;
+use lanes::{Ask, measure, paced, raw};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use testkit::NatsServer;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
-use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use wire::ipc::{Frame, FrameType, Version};
+use wire::ipc::FrameType;
 use wire::subjects;
 
 const ROUND: Duration = Duration::from_secs(4);
 const CLIENTS: usize = 64;
 const TIMEOUT: Duration = Duration::from_secs(5);
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const ANSWER: &[u8] = br#"{"ok":true,"decision":{"provider_id":"echo","priority":50,"expected_latency_ms":0,"expected_cost":0.0,"reason":"weighted","policy_id":"default","policy_version":"1"},"context":{"request_id":"r"}}"#;
 
-/// One request of a lane, by the lane's number.
-type Ask = Arc<dyn Fn(usize) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
-
 pub async fn run(report: &mut Report) -> Result {
-    let dir = tempfile::tempdir()?;
-    ping(report, bus::local::Local::open(dir.path()).await?).await?;
+    ping(report).await?;
+    on_local_bus(report).await?;
+    through_nats(report).await?;
+    idle::run(report).await
+}
 
+async fn ping(report: &mut Report) -> Result {
     let dir = tempfile::tempdir()?;
-    let local = bus::local::Local::open(dir.path()).await?;
-    let asker = local.clone();
+    let bus = bus::local::Local::open(dir.path()).await?;
+    let gateway = Gateway::start(bus).await?;
+    let (echo, mut tasks) = (dir.path().join("echo"), JoinSet::new());
+    bare::echo(&echo, &mut tasks)?;
+    for (count, in_flight, goal) in [(1, 1, ""), (4, 1, "≥ 150,000/s"), (10, 10, "≥ 1,000,000/s")] {
+        let ours = raw(&gateway.socket, count, FrameType::Ping, b"", in_flight).await?;
+        let peer = raw(&echo, count, FrameType::Ping, b"", in_flight).await?;
+        measure(count, ROUND / 8, &ours).await?;
+        let ours = measure(count, ROUND, &ours).await?;
+        let peer = measure(count, ROUND, &peer).await?;
+        if count == 1 {
+            let peer = ("a bare echo", Figure::Micros(peer.p50));
+            report.row("gateway PING, one in flight, p50", Figure::Micros(ours.p50), Some(peer), goal);
+            continue;
+        }
+        let rate = |seen: lanes::Seen| Figure::PerSecond(seen.per_second * in_flight as f64);
+        let what = format!("gateway PING, {count} clients, {in_flight} in flight each");
+        report.row(&what, rate(ours), Some(("a bare echo", rate(peer))), goal);
+    }
+    tasks.shutdown().await;
+    gateway.stop().await;
+    Ok(())
+}
+
+async fn on_local_bus(report: &mut Report) -> Result {
+    let dir = tempfile::tempdir()?;
+    let bus = bus::local::Local::open(dir.path()).await?;
+    let mut tasks = JoinSet::new();
+    let responder = bus.clone();
+    let mut requests = bus.subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), 8192).await?;
+    tasks.spawn(async move {
+        while let Some(request) = requests.next().await {
+            let Some(subject) = request.reply else { continue };
+            let answer = bus::Message { subject, payload: Bytes::from_static(ANSWER), ..Default::default() };
+            if responder.publish(answer).await.is_err() {
+                return;
+            }
+        }
+    });
+    let asker = bus.clone();
     let direct: Ask = Arc::new(move |_| {
         let bus = asker.clone();
-        let answer = async move { bus.request(subjects::DECIDE, Headers::new(), decide_request(), TIMEOUT).await };
+        let answer = async move { bus.request(subjects::DECIDE, bus_headers(), decide_request(), TIMEOUT).await };
         answer.map(|answer| answer.map(drop).map_err(|e| e.to_string())).boxed()
     });
-    decide(report, "local bus", local.clone(), local, direct, "").await?;
-
-    let server = NatsServer::start().await;
-    let connect = || bus::nats::Nats::connect(bus::nats::NatsConfig { url: server.url(), ..Default::default() });
-    let asker = async_nats::connect(server.url()).await?;
-    let direct: Ask = Arc::new(move |_| {
-        let client = asker.clone();
-        #[expect(clippy::disallowed_methods, reason = "it is what its users use")]
-        let answer = async move { client.request(subjects::DECIDE, decide_request()).await };
-        answer.map(|answer| answer.map(drop).map_err(|e| e.to_string())).boxed()
-    });
-    let goal = "≥ 40,000/s and ≥ 0.8 of the peer";
-    decide(report, "NATS", connect().await?, connect().await?, direct, goal).await
+    let gateway = Gateway::start(bus).await?;
+    let through = raw(&gateway.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?;
+    warm(&[&through, &direct]).await?;
+    let (ours_one, peer_one) = (measure(1, ROUND / 2, &through).await?, measure(1, ROUND / 2, &direct).await?);
+    let (ours, peer) = (measure(CLIENTS, ROUND, &through).await?, measure(CLIENTS, ROUND, &direct).await?);
+    let what = format!("gateway on the local bus, {CLIENTS} clients, 256 B");
+    let rate = ("direct client", Figure::PerSecond(peer.per_second));
+    report.row(&what, Figure::PerSecond(ours.per_second), Some(rate), "");
+    let added = Figure::Micros(ours_one.p50 - peer_one.p50);
+    report.row("gateway on the local bus, added to one in flight, p50", added, None, "≤ 25 µs");
+    tasks.shutdown().await;
+    gateway.stop().await;
+    Ok(())
 }
 
 /// An echo responder stands in for the router: the gateway's share is what is measured.
-async fn decide(report: &mut Report, name: &str, bus: Bus, responder: Bus, direct: Ask, goal: &str) -> Result {
+async fn through_nats(report: &mut Report) -> Result {
+    let server = NatsServer::start().await;
     let mut tasks = JoinSet::new();
-    let cancel = CancellationToken::new();
-    let mut requests = responder.subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), 8192).await?;
+    let responder = async_nats::connect(server.url()).await?;
+    let mut requests = responder.queue_subscribe(subjects::DECIDE, subjects::DECIDE_GROUP.into()).await?;
+    responder.flush().await?;
     tasks.spawn(async move {
         while let Some(request) = requests.next().await {
-            if let Some(subject) = request.reply {
-                let answer = bus::Message { subject, payload: Bytes::from_static(ANSWER), ..Default::default() };
-                if responder.publish(answer).await.is_err() {
-                    return;
-                }
+            let Some(reply) = request.reply else { continue };
+            if responder.publish(reply, Bytes::from_static(ANSWER)).await.is_err() {
+                return;
             }
         }
     });
+    let asker = async_nats::connect(server.url()).await?;
     let dir = tempfile::tempdir()?;
-    let socket = dir.path().join("s");
-    let gateway = gateway::bind(Config { socket: socket.clone(), ..Config::default() }, bus).await?;
-    let stop = cancel.clone();
-    tasks.spawn(async move {
-        let _ = gateway.run(stop).await;
+    let bare = dir.path().join("bare");
+    bare::relay(&bare, asker.clone(), &mut tasks)?;
+    let direct: Ask = Arc::new(move |_| {
+        let client = asker.clone();
+        #[expect(clippy::disallowed_methods, reason = "it is what its users use")]
+        let answer = async move { client.request_with_headers(subjects::DECIDE, headers(), decide_request()).await };
+        answer.map(|answer| answer.map(drop).map_err(|e| e.to_string())).boxed()
     });
-    let mut clients = Vec::new();
-    for _ in 0..CLIENTS {
-        clients.push(Arc::new(Mutex::new(Raw::connect(&socket, FrameType::TaskSubmit, &submit(), 1).await?)));
-    }
-    let through: Ask = Arc::new(move |n| {
-        let client = clients[n].clone();
-        async move { client.lock().await.round().await }.boxed()
-    });
-    // Warm, then in turns: neither has the quieter machine.
-    measure(1, Duration::from_millis(500), &through).await?;
-    measure(1, Duration::from_millis(500), &direct).await?;
-    let (ours_one, _) = measure(1, ROUND / 2, &through).await?;
-    let (peer_one, _) = measure(1, ROUND / 2, &direct).await?;
-    let (_, ours) = measure(CLIENTS, ROUND, &through).await?;
-    let (_, peer) = measure(CLIENTS, ROUND, &direct).await?;
-    let what = format!("gateway through {name}, {CLIENTS} clients, 256 B");
-    report.row(&what, Figure::PerSecond(ours), Some(("direct client", Figure::PerSecond(peer))), goal);
-    let what = format!("gateway through {name}, one in flight, p50");
-    report.row(&what, Figure::Micros(ours_one), Some(("direct client", Figure::Micros(peer_one))), "");
-    let what = format!("gateway, added to a request on {name}, p50");
-    report.row(&what, Figure::Micros(ours_one - peer_one), None, "≤ 25 µs");
-    cancel.cancel();
+    let bus = bus::nats::Nats::connect(bus::nats::NatsConfig { url: server.url(), ..Default::default() }).await?;
+    let gateway = Gateway::start(bus).await?;
+    let through = raw(&gateway.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?;
+    let few = raw(&gateway.socket, 4, FrameType::TaskSubmit, &submit(), CLIENTS / 4).await?;
+    let bare = raw(&bare, CLIENTS, FrameType::TaskSubmit, &decide_request(), 1).await?;
+    warm(&[&through, &direct, &bare]).await?;
+
+    let ours = measure(1, ROUND / 2, &through).await?.p50;
+    let peer = measure(1, ROUND / 2, &direct).await?.p50;
+    let least = measure(1, ROUND / 2, &bare).await?.p50;
+    let row = "gateway through NATS, one in flight, p50";
+    report.row(row, Figure::Micros(ours), Some(("direct client", Figure::Micros(peer))), "");
+    let row = "gateway through NATS, added to one in flight, p50";
+    report.row(row, Figure::Micros(ours - peer), Some(("a bare relay", Figure::Micros(least - peer))), "≤ 25 µs");
+
+    let ours = measure(CLIENTS, ROUND, &through).await?.per_second;
+    let peer = measure(CLIENTS, ROUND, &direct).await?.per_second;
+    let least = measure(CLIENTS, ROUND, &bare).await?.per_second;
+    let fewer = measure(4, ROUND, &few).await?.per_second * (CLIENTS / 4) as f64;
+    let row = format!("gateway through NATS, {CLIENTS} clients, 256 B");
+    let direct = ("direct client", Figure::PerSecond(peer));
+    report.row(&row, Figure::PerSecond(ours), Some(direct), "≥ 40,000/s and ≥ 0.8 of the peer");
+    report.row(&row, Figure::PerSecond(ours), Some(("a bare relay", Figure::PerSecond(least))), "");
+    let row = format!("gateway through NATS, 4 clients, {} in flight each", CLIENTS / 4);
+    report.row(&row, Figure::PerSecond(fewer), Some(direct), "");
+    let half = paced(CLIENTS, ROUND, ours / 2.0, &through).await?;
+    report.row("gateway through NATS, half of that load, p99", Figure::Micros(half.p99), None, "< 2,000 µs");
     tasks.shutdown().await;
+    gateway.stop().await;
     Ok(())
 }
 
-async fn ping(report: &mut Report, bus: Bus) -> Result {
-    let dir = tempfile::tempdir()?;
-    let socket = dir.path().join("s");
-    let gateway = gateway::bind(Config { socket: socket.clone(), ..Config::default() }, bus).await?;
-    let cancel = CancellationToken::new();
-    let mut tasks = JoinSet::new();
-    let stop = cancel.clone();
-    tasks.spawn(async move {
-        let _ = gateway.run(stop).await;
-    });
-    for (count, in_flight, goal) in [(4, 1, "≥ 150,000/s"), (10, 10, "≥ 1,000,000/s")] {
-        let mut clients = Vec::new();
-        for _ in 0..count {
-            clients.push(Arc::new(Mutex::new(Raw::connect(&socket, FrameType::Ping, b"", in_flight).await?)));
-        }
-        let ping: Ask = Arc::new(move |n| {
-            let client: Arc<Mutex<Raw>> = clients[n].clone();
-            async move { client.lock().await.round().await }.boxed()
-        });
-        let (_, rounds) = measure(count, ROUND, &ping).await?;
-        let what = format!("gateway PING, {count} clients, {in_flight} in flight each");
-        report.row(&what, Figure::PerSecond(rounds * in_flight as f64), None, goal);
+/// Neither is the first.
+async fn warm(asks: &[&Ask]) -> Result {
+    for ask in asks {
+        measure(1, Duration::from_millis(500), ask).await?;
     }
-    cancel.cancel();
-    tasks.shutdown().await;
     Ok(())
 }
 
-/// Sends the same bytes again and again and counts the answers: a client that costs next to nothing.
-struct Raw {
-    stream: UnixStream,
-    requests: BytesMut,
-    in_flight: usize,
-    buffer: BytesMut,
+/// In this process.
+struct Gateway {
+    socket: std::path::PathBuf,
+    cancel: CancellationToken,
+    tasks: JoinSet<()>,
+    _dir: tempfile::TempDir,
 }
 
-impl Raw {
-    async fn connect(socket: &Path, kind: FrameType, payload: &[u8], in_flight: usize) -> Result<Self> {
-        let stream = UnixStream::connect(socket).await?;
-        let mut requests = BytesMut::new();
-        for request_id in 1..=in_flight as u64 {
-            let version = Version::V2 { request_id, deadline_ms: 0 };
-            Frame::new(version, kind, payload.to_vec()).encode(&mut requests);
-        }
-        Ok(Self { stream, requests, in_flight, buffer: BytesMut::with_capacity(64 * 1024) })
-    }
-
-    async fn round(&mut self) -> Result<(), String> {
-        self.stream.write_all(&self.requests).await.map_err(|e| e.to_string())?;
-        for _ in 0..self.in_flight {
-            let length = loop {
-                let length = self.buffer.first_chunk::<4>().map_or(4, |head| u32::from_be_bytes(*head) as usize);
-                if length > 4 && self.buffer.len() >= length {
-                    break length;
-                }
-                if self.stream.read_buf(&mut self.buffer).await.map_err(|e| e.to_string())? == 0 {
-                    return Err("the gateway closed the connection".into());
-                }
-            };
-            let frame = self.buffer.split_to(length);
-            if frame[5] == FrameType::ResponseError as u8 {
-                return Err(String::from_utf8_lossy(&frame[20..]).into_owned());
-            }
-        }
-        Ok(())
-    }
-}
-
-/// `lanes` at once for this long: the p50 in µs, and answers a second.
-async fn measure(lanes: usize, round: Duration, ask: &Ask) -> Result<(f64, f64)> {
-    let began = Instant::now();
-    let mut running = JoinSet::new();
-    for n in 0..lanes {
-        let ask = ask.clone();
-        running.spawn(async move {
-            let mut times = hdrhistogram::Histogram::<u64>::new(3).map_err(|e| e.to_string())?;
-            while began.elapsed() < round {
-                let start = Instant::now();
-                ask(n).await?;
-                times
-                    .record(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX))
-                    .map_err(|e| e.to_string())?;
-            }
-            Ok::<_, String>(times)
+impl Gateway {
+    async fn start(bus: Bus) -> Result<Self> {
+        let (dir, cancel, mut tasks) = (tempfile::tempdir()?, CancellationToken::new(), JoinSet::new());
+        let socket = dir.path().join("s");
+        let gateway = gateway::bind(Config { socket: socket.clone(), ..Config::default() }, bus).await?;
+        let stop = cancel.clone();
+        tasks.spawn(async move {
+            let _ = gateway.run(stop).await;
         });
+        Ok(Self { socket, cancel, tasks, _dir: dir })
     }
-    let mut all = hdrhistogram::Histogram::<u64>::new(3)?;
-    while let Some(times) = running.join_next().await {
-        all.add(times??)?;
+
+    async fn stop(mut self) {
+        self.cancel.cancel();
+        self.tasks.shutdown().await;
     }
-    Ok((all.value_at_quantile(0.5) as f64 / 1000.0, all.len() as f64 / began.elapsed().as_secs_f64()))
 }
 
 fn submit() -> Bytes {
     let params = serde_json::json!({"text": "x".repeat(256)});
     let submit = serde_json::json!({
         "version": "1", "command": "task_submit", "request_id": "r", "task_type": "echo", "params": params,
+        "traceparent": PARENT,
     });
     submit.to_string().into()
 }
 
-/// What the gateway makes of it, about.
+/// What the gateway makes of it.
 fn decide_request() -> Bytes {
     let params = serde_json::json!({"text": "x".repeat(256)});
     let request = serde_json::json!({
-        "version": "1", "request_id": "r", "tenant_id": "default", "trace_id": "0af7651916cd43dd8448eb211c80319c",
+        "version": "1", "request_id": "r", "tenant_id": "default", "trace_id": TRACE,
         "task": {"type": "echo", "payload": {"params": params}},
     });
     request.to_string().into()
+}
+
+/// Those of a decide request, from whoever sends it.
+fn headers() -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for (name, value) in bus_headers().iter() {
+        headers.insert(name, value);
+    }
+    headers
+}
+
+fn bus_headers() -> Headers {
+    let headers = Headers::new().with("trace_id", TRACE).with("traceparent", PARENT);
+    headers.with("tenant_id", "default").with("version", "1")
 }

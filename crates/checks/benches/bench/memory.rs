@@ -25,7 +25,7 @@ pub async fn run(report: &mut Report) -> Result {
             open.push(sockets::ours(&server.http, &token, None, n).await?);
         }
         settle().await;
-        each(before, server.rss())
+        each(before, server.rss(), CONNECTIONS)
     };
     let peer = {
         let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
@@ -42,18 +42,18 @@ pub async fn run(report: &mut Report) -> Result {
             open.push(sockets::nats(&address, None, n).await?);
         }
         settle().await;
-        each(before, beamline::rss(server.pid()))
+        each(before, beamline::rss(server.pid()), CONNECTIONS)
     };
     let what = format!("an idle connection of {CONNECTIONS}, resident memory");
     report.row(&what, Figure::Bytes(ours), Some(("nats-server WebSocket", Figure::Bytes(peer))), "< 5,000 B");
     Ok(())
 }
 
-fn each(before: u64, after: u64) -> f64 {
-    after.saturating_sub(before) as f64 / CONNECTIONS as f64
+pub fn each(before: u64, after: u64, connections: usize) -> f64 {
+    after.saturating_sub(before) as f64 / connections as f64
 }
 
 /// A measurement waits for what a server does a moment later.
-async fn settle() {
+pub async fn settle() {
     tokio::time::sleep(Duration::from_secs(3)).await;
 }

@@ -1,0 +1,66 @@
+//! The least that any program between a Unix socket and a bus does: it reads, passes on and writes, and knows nothing.
+
+use crate::Result;
+use bytes::{Bytes, BytesMut};
+use std::path::Path;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinSet;
+use wire::subjects;
+
+const V2_HEADER: usize = 20;
+
+/// Sends back what comes. Ends with the set.
+pub fn echo(socket: &Path, tasks: &mut JoinSet<()>) -> Result {
+    serve(socket, tasks, async |mut stream| {
+        let mut buffer = BytesMut::with_capacity(16 * 1024);
+        while stream.read_buf(&mut buffer).await.is_ok_and(|read| read > 0) {
+            if stream.write_all(&buffer.split()).await.is_err() {
+                return;
+            }
+        }
+    })
+}
+
+/// Asks NATS with what stands in each frame and sends the answer back in one; one at a time on a connection.
+pub fn relay(socket: &Path, client: async_nats::Client, tasks: &mut JoinSet<()>) -> Result {
+    serve(socket, tasks, move |mut stream| {
+        let client = client.clone();
+        async move {
+            let mut buffer = BytesMut::with_capacity(16 * 1024);
+            while stream.read_buf(&mut buffer).await.is_ok_and(|read| read > 0) {
+                let length = buffer.first_chunk::<4>().map_or(usize::MAX, |head| u32::from_be_bytes(*head) as usize);
+                if buffer.len() < length {
+                    continue;
+                }
+                let mut frame = buffer.split_to(length);
+                let payload: Bytes = frame.split_off(V2_HEADER).freeze();
+                #[expect(clippy::disallowed_methods, reason = "it is what its users use")]
+                let answer = client.request_with_headers(subjects::DECIDE, super::headers(), payload).await;
+                let Ok(answer) = answer else { return };
+                let length = u32::try_from(V2_HEADER + answer.payload.len()).expect("a short answer");
+                frame[..4].copy_from_slice(&length.to_be_bytes());
+                frame[5] = wire::ipc::FrameType::ResponseOk as u8;
+                frame.extend_from_slice(&answer.payload);
+                if stream.write_all(&frame).await.is_err() {
+                    return;
+                }
+            }
+        }
+    })
+}
+
+fn serve<F: Future<Output = ()> + Send + 'static>(
+    socket: &Path,
+    tasks: &mut JoinSet<()>,
+    each: impl Fn(UnixStream) -> F + Send + Sync + 'static,
+) -> Result {
+    let listener = UnixListener::bind(socket)?;
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            connections.spawn(each(stream));
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,41 @@
+//! What an idle IPC connection costs the process that holds it; its clients are in this one.
+
+use crate::Result;
+use crate::beamline::Beamline;
+use crate::memory::{each, settle};
+use crate::report::{Figure, Report};
+use tokio::net::UnixStream;
+
+const CONNECTIONS: usize = 10_000;
+
+pub async fn run(report: &mut Report) -> Result {
+    let settings = format!("gateway.max_connections = {}\n", CONNECTIONS + 100);
+    let server = Beamline::start(&settings)?.start_again()?;
+    let mut open = Vec::new();
+    for _ in 0..50 {
+        open.push(used(&server).await?);
+    }
+    settle().await;
+    let before = server.rss();
+    for _ in 0..CONNECTIONS {
+        open.push(used(&server).await?);
+    }
+    settle().await;
+    let bytes = each(before, server.rss(), CONNECTIONS);
+    report.row(
+        &format!("an idle IPC connection of {CONNECTIONS}, resident memory"),
+        Figure::Bytes(bytes),
+        None,
+        "< 8,192 B",
+    );
+    Ok(())
+}
+
+/// Idle, but it has been used.
+async fn used(server: &Beamline) -> Result<UnixStream> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = UnixStream::connect(server.socket()).await?;
+    stream.write_all(&[0, 0, 0, 6, 1, 0xf0]).await?;
+    stream.read_exact(&mut [0; 6]).await?;
+    Ok(stream)
+}
