@@ -49,7 +49,7 @@ pub struct Config {
     pub request_timeout: Duration,
     /// Bytes of unfinished frames, all connections together.
     pub receive_budget: usize,
-    /// Requests in flight when a drain begins may take this long.
+    /// Requests in flight when a drain begins may take this long; a quarter of it more, and whoever does not read is left.
     pub drain_timeout: Duration,
     /// Who may connect besides our own user and root. Others can only reach the socket if this is not empty.
     pub allowed_uids: Vec<u32>,

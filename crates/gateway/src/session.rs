@@ -212,8 +212,11 @@ impl Session {
                     self.frame_due = None;
                 }
                 () = at(give_up) => {
+                    if self.closing == Some(Exit::Drained) {
+                        return Exit::WriteTimeout;
+                    }
                     self.abandon();
-                    give_up = Some(Instant::now() + self.gateway.config().write_timeout);
+                    give_up = Some(Instant::now() + self.gateway.config().drain_timeout / 4);
                 }
                 () = gone(&self.writer), if !reads && !self.requests.is_empty() => return Exit::ClientClosed,
             }

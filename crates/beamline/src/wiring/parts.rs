@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::time::Duration;
 
 pub async fn bus(settings: &Settings, data_dir: &Path) -> Result<Bus> {
     let values = &settings.values;
@@ -82,7 +83,7 @@ pub async fn worker(settings: &Settings, bus: Bus) -> Result<worker::Bound> {
     let values = &settings.values;
     let mut config = worker::Config {
         slots: values.count("worker.slots"),
-        drain_timeout: values.duration("shutdown.deadline"),
+        drain_timeout: drain_timeout(values),
         ..worker::Config::default()
     };
     for values in &settings.providers {
@@ -121,9 +122,14 @@ pub async fn router(settings: &Settings, bus: Bus) -> Result<router::Bound> {
     let config = router::Config {
         policies: values.path("router.policies"),
         max_in_flight: values.count("router.max_in_flight"),
-        drain_timeout: values.duration("shutdown.deadline"),
+        drain_timeout: drain_timeout(values),
     };
     router::bind(config, bus).await.context("the router cannot start")
+}
+
+/// Of what a part has in flight: less than its stage has, so that what it gives up it can still say.
+fn drain_timeout(values: &Values) -> Duration {
+    values.duration("shutdown.deadline") * 3 / 4
 }
 
 /// Also what `beamline user` works on.
@@ -177,7 +183,7 @@ pub fn gateway_config(settings: &Settings) -> Result<gateway::Config> {
         write_timeout: values.duration("gateway.write_timeout"),
         request_timeout: values.duration("gateway.request_timeout"),
         receive_budget: values.count("gateway.receive_budget"),
-        drain_timeout: values.duration("shutdown.deadline"),
+        drain_timeout: drain_timeout(values),
         allowed_uids: uids.collect::<Result<_>>()?,
         api_key: secrets::load_or_create(&values.path("data_dir"), secrets::API_KEY)?,
         ..gateway::Config::default()

@@ -2,9 +2,12 @@
 
 use crate::process::Process;
 use crate::realtime::Client;
+use bus::nats::{Nats, NatsConfig};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::time::Duration;
 use testkit::{Authority, NatsServer, RedisServer, eventually};
+use tokio::io::AsyncWriteExt;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -77,7 +80,7 @@ async fn certificates_for_nats_come_from_settings_and_anew_at_sighup() {
     .await;
     let metrics = async || crate::journey::get(&format!("http://{}/metrics", process.ops())).await.1;
     let reloaded = async |outcome: &str| {
-        process.signal(nix::sys::signal::Signal::SIGHUP);
+        process.signal(Signal::SIGHUP);
         let line = format!("beamline_reloads_total{{outcome=\"{outcome}\"}} 1");
         eventually(PATIENCE, async || metrics().await.contains(&line)).await;
     };
@@ -92,4 +95,28 @@ async fn certificates_for_nats_come_from_settings_and_anew_at_sighup() {
     reloaded("done").await;
     eventually(PATIENCE, async || connected() == 6).await;
     assert_eq!(crate::journey::get(&format!("http://{}/readyz", process.ops())).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_drain_tells_who_waits_in_vain_and_waits_for_nobody_who_does_not_read() {
+    let nats = NatsServer::start().await;
+    let url = nats.url();
+    let bus = Nats::connect(NatsConfig { url: url.clone(), ..NatsConfig::default() }).await.unwrap();
+    // It is there, and never answers.
+    let mut router = bus.subscribe(wire::subjects::DECIDE, None, 8).await.unwrap();
+    let settings = format!("roles = \"gateway\"\n[nats]\nurl = \"{url}\"\n[shutdown]\ndeadline = \"2s\"\n");
+    let mut process = Process::start_with_settings(&settings).await;
+    let waits = client::Client::connect(&process.socket()).await.unwrap();
+    let submit = json!({"command": "task_submit", "task_type": "t"});
+    let waiting = tokio::spawn(async move { waits.submit(&submit).await });
+    router.next().await.unwrap();
+    // Asks for more than the socket holds, and reads nothing of it.
+    let mut deaf = tokio::net::UnixStream::connect(process.socket()).await.unwrap();
+    let question = [0, 0, 0, 6, 1, 0xf2].repeat(1000);
+    while tokio::time::timeout(Duration::from_millis(500), deaf.write_all(&question)).await.is_ok() {}
+
+    process.signal(Signal::SIGTERM);
+    let client::Error::Refused(told) = waiting.await.unwrap().unwrap_err() else { panic!("it is told") };
+    assert_eq!(told.error.code, 6, "{told:?}");
+    assert_eq!(process.ended().await, Some(0), "{}", process.log());
 }
