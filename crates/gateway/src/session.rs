@@ -1,20 +1,20 @@
 //! One connection: reads frames, runs its requests, writes answers. Everything happens in its one task.
 
+mod io;
+mod line;
+
 use crate::count::Place;
 use crate::forward::{self, Reply, Request};
 use crate::{Gateway, Peer};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use std::cell::RefCell;
-use std::collections::{BTreeMap, HashSet};
+use io::{at, gone, receive};
+use line::Line;
+use std::collections::HashSet;
 use std::io::ErrorKind;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::{Poll, ready};
-use std::time::Duration;
-use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -73,10 +73,7 @@ struct Session {
     output: BytesMut,
     requests: FuturesUnordered<BoxFuture<'static, (Slot, Reply)>>,
     pieces: (mpsc::Sender<(Slot, Reply)>, mpsc::Receiver<(Slot, Reply)>),
-    /// v1: the next place to be given, the next to be answered, and answers that wait for those before them.
-    v1_next: u64,
-    v1_head: u64,
-    v1_line: BTreeMap<u64, Reply>,
+    v1_line: Line,
     v1_open: usize,
     /// v1: a stream has the connection to itself; it starts when all before it are answered.
     v1_stream: Option<V1Stream>,
@@ -131,9 +128,7 @@ impl Session {
             output: BytesMut::new(),
             requests: FuturesUnordered::new(),
             pieces: mpsc::channel(PIECES),
-            v1_next: 0,
-            v1_head: 0,
-            v1_line: BTreeMap::new(),
+            v1_line: Line::default(),
             v1_open: 0,
             v1_stream: None,
             v2_open: HashSet::new(),
@@ -270,7 +265,7 @@ impl Session {
         self.closing.is_none()
             && self.v1_stream.is_none()
             && self.output.len() < OUTPUT_HIGH
-            && (self.v1_next - self.v1_head) < LINE_MAX as u64
+            && self.v1_line.len() < LINE_MAX
     }
 
     fn decode(&mut self, draining: bool) {
@@ -388,7 +383,7 @@ impl Session {
         match version {
             Version::V1 => {
                 self.v1_open += 1;
-                if request.is_stream() && self.v1_next != self.v1_head {
+                if request.is_stream() && !self.v1_line.is_empty() {
                     self.v1_stream = Some(V1Stream::Waiting(request, place));
                 } else {
                     self.start_v1(request, place);
@@ -402,12 +397,11 @@ impl Session {
     }
 
     fn start_v1(&mut self, request: Request, place: Place) {
-        let in_line = self.v1_next;
-        self.v1_next += 1;
+        let place_in_line = self.v1_line.join();
         if request.is_stream() {
-            self.v1_stream = Some(V1Stream::Running(in_line));
+            self.v1_stream = Some(V1Stream::Running(place_in_line));
         }
-        self.spawn(Slot::V1(in_line), request, 0, place);
+        self.spawn(Slot::V1(place_in_line), request, 0, place);
     }
 
     fn spawn(&mut self, slot: Slot, request: Request, deadline_ms: u32, place: Place) {
@@ -440,7 +434,7 @@ impl Session {
                 if matches!(self.v1_stream, Some(V1Stream::Running(running)) if running == place) {
                     self.v1_stream = None;
                 }
-                self.v1_line.insert(place, reply);
+                self.v1_line.answer(place, reply);
                 self.advance();
             }
             Slot::V2(request_id) => {
@@ -448,7 +442,7 @@ impl Session {
                 self.put(Version::V2 { request_id, deadline_ms: 0 }, reply);
             }
         }
-        if self.v1_next == self.v1_head
+        if self.v1_line.is_empty()
             && let Some(V1Stream::Waiting(request, permit)) =
                 self.v1_stream.take_if(|s| matches!(s, V1Stream::Waiting(..)))
         {
@@ -459,18 +453,17 @@ impl Session {
     /// Puts an answer that needs no waiting; in v1 behind those before it.
     fn answer(&mut self, version: Version, reply: Reply) {
         match version {
-            Version::V1 if self.v1_next == self.v1_head => self.put(version, reply),
+            Version::V1 if self.v1_line.is_empty() => self.put(version, reply),
             Version::V1 => {
-                self.v1_line.insert(self.v1_next, reply);
-                self.v1_next += 1;
+                let place = self.v1_line.join();
+                self.v1_line.answer(place, reply);
             }
             Version::V2 { request_id, .. } => self.put(Version::V2 { request_id, deadline_ms: 0 }, reply),
         }
     }
 
     fn advance(&mut self) {
-        while let Some(reply) = self.v1_line.remove(&self.v1_head) {
-            self.v1_head += 1;
+        while let Some(reply) = self.v1_line.leave() {
             self.put(Version::V1, reply);
         }
     }
@@ -506,15 +499,13 @@ impl Session {
         self.requests = FuturesUnordered::new();
         if let Some(V1Stream::Waiting(..)) = self.v1_stream.take() {
             // It had no place in the line yet.
-            self.v1_next += 1;
+            self.v1_line.join();
         }
         let error = || {
             let text = "The gateway shut down before the answer came; the task may still run";
             (FrameType::ResponseError, Bytes::from(ErrorPayload::new(ErrorCode::ConnectionClosed, text).encode()))
         };
-        for place in self.v1_head..self.v1_next {
-            self.v1_line.entry(place).or_insert_with(error);
-        }
+        self.v1_line.answer_all(error);
         self.advance();
         for request_id in std::mem::take(&mut self.v2_open) {
             self.put(Version::V2 { request_id, deadline_ms: 0 }, error());
@@ -550,46 +541,9 @@ impl Session {
     }
 }
 
-thread_local! {
-    /// Where the sessions of a thread receive: one that waits holds no buffer of its own.
-    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; 64 * 1024]);
-}
-
-/// Waits for bytes and appends them; 0 at the end. Nothing is lost when it is dropped before.
-async fn receive(reader: &mut OwnedReadHalf, input: &mut BytesMut) -> std::io::Result<usize> {
-    std::future::poll_fn(|context| {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let mut buffer = ReadBuf::new(scratch);
-            ready!(Pin::new(&mut *reader).poll_read(context, &mut buffer))?;
-            input.extend_from_slice(buffer.filled());
-            Poll::Ready(Ok(buffer.filled().len()))
-        })
-    })
-    .await
-}
-
-async fn at(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => std::future::pending().await,
-    }
-}
-
 async fn wait(budget: &mut Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>) -> Option<OwnedSemaphorePermit> {
     match budget {
         Some(waiting) => waiting.await,
         None => std::future::pending().await,
-    }
-}
-
-/// Returns when the client has hung up for good; watched while its frames are not read.
-async fn gone(stream: &OwnedWriteHalf) {
-    loop {
-        match stream.ready(Interest::READABLE | Interest::WRITABLE).await {
-            Ok(ready) if ready.is_write_closed() => return,
-            Err(_) => return,
-            // Not read now, so its readiness says nothing new: looked at again soon.
-            Ok(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-        }
     }
 }
