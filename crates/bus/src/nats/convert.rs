@@ -8,7 +8,7 @@ use std::borrow::Cow;
 pub fn to_nats(headers: &Headers) -> HeaderMap {
     let mut map = HeaderMap::new();
     for (name, value) in &headers.0 {
-        let Some(name) = header_name(name) else {
+        let Some(name) = header_name(name.clone()) else {
             metrics::counter!("beamline_bus_bad_headers_total").increment(1);
             continue;
         };
@@ -25,7 +25,8 @@ pub fn header_bytes(headers: &HeaderMap) -> usize {
     if headers.is_empty() { 0 } else { "NATS/1.0\r\n\r\n".len() + lines.sum::<usize>() }
 }
 
-fn header_name(name: &Cow<'static, str>) -> Option<HeaderName> {
+/// Those of our own code are not copied.
+fn header_name(name: Cow<'static, str>) -> Option<HeaderName> {
     let plain = !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic() && b != b':');
     match name {
         _ if !plain => None,
