@@ -1,5 +1,5 @@
 # make run: build and start.  make test: install what tests need, run them all.  make bench: our figures beside our peers'.
-.PHONY: run build test deps frontend fmt bench fuzz
+.PHONY: run build test deps frontend fmt bench fuzz memcheck
 
 CARGO ?= cargo
 # Seconds for each fuzz target.
@@ -20,6 +20,9 @@ bench: build
 
 fuzz:
 	./scripts/fuzz.sh $(FUZZ)
+
+memcheck:
+	./scripts/memory-check.sh
 
 fmt:
 	$(CARGO) fmt --all
