@@ -17,6 +17,10 @@ impl Count {
         // It guards no other memory, so no ordering but its own is needed.
         self.0.fetch_update(Relaxed, Relaxed, one_more).ok().map(|_| Place(self.clone()))
     }
+
+    pub fn held(&self) -> u64 {
+        self.0.load(Relaxed) as u64
+    }
 }
 
 impl Drop for Place {

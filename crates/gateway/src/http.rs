@@ -12,7 +12,6 @@ use axum::routing::post;
 use bus::Headers;
 use bytes::Bytes;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use wire::ipc::ErrorCode;
 use wire::limits::{DECIDE_MAX, ID_MAX};
@@ -44,19 +43,18 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
         let text = "X-API-Key is missing or wrong; `beamline api-key` prints it";
         return Err((ErrorCode::Forbidden, error("unauthorized", text)));
     }
-    let Some(_place) = gateway.in_flight.take(gateway.config().max_in_flight) else {
-        let mut busy = error("backpressure", "too many requests in flight");
-        busy.retry_after_seconds = Some(RETRY_AFTER);
-        return Err((ErrorCode::Overloaded, busy));
-    };
     let Ok(body) = to_bytes(body, DECIDE_MAX).await else {
         let mut large = error("invalid_request", &format!("a decide request has at most {DECIDE_MAX} bytes"));
         large.intake_error_code = Some("PAYLOAD_TOO_LARGE".into());
         return Err((ErrorCode::InvalidPayload, large));
     };
+    // Not before: somebody whose body is slow to come would keep it from others.
+    let Some(_place) = gateway.in_flight.take(gateway.config().max_in_flight) else {
+        let mut busy = error("backpressure", "too many requests in flight");
+        busy.retry_after_seconds = Some(RETRY_AFTER);
+        return Err((ErrorCode::Overloaded, busy));
+    };
     gateway.stats.taken();
-    gateway.stats.in_flight.fetch_add(1, Relaxed);
-    let _ended = Ended(gateway);
     // Read for its headers and the errors that we make ourselves; the router judges the request.
     *asked = serde_json::from_slice(&body).unwrap_or_default();
     let headers = headers(&parts.headers, asked);
@@ -81,14 +79,6 @@ fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
     let headers = forward::headers(&trace_id, parent.as_deref(), tenant_id);
     asked.trace_id = Some(trace_id);
     headers
-}
-
-struct Ended<'a>(&'a Gateway);
-
-impl Drop for Ended<'_> {
-    fn drop(&mut self) {
-        self.0.stats.in_flight.fetch_sub(1, Relaxed);
-    }
 }
 
 /// Our own errors in the router's words.

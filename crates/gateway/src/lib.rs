@@ -105,6 +105,7 @@ struct Gateway {
     bus: Bus,
     waiters: waiters::Waiters,
     stats: stats::Stats,
+    connections: Arc<Count>,
     in_flight: Arc<Count>,
     router: router::Access,
 }
@@ -140,6 +141,7 @@ async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result
     bus::streams::declare(&bus).await?;
     let results = bus.subscribe(wire::subjects::RESULT, None, waiters::QUEUE_MAX).await?;
     let gateway = Gateway {
+        connections: Arc::default(),
         in_flight: Arc::default(),
         router: router::Access::new(config.breaker, config.request_timeout),
         waiters: waiters::Waiters::default(),
@@ -175,7 +177,6 @@ impl Bound {
         loops.spawn(pressure::run(gateway.clone(), ended.clone()));
 
         let sessions = TaskTracker::new();
-        let connections = Arc::new(Count::default());
         loop {
             let accepted = tokio::select! {
                 () = cancel.cancelled() => break,
@@ -194,7 +195,7 @@ impl Bound {
                 refuse(&stream, ErrorCode::Forbidden, NOT_ADMITTED);
                 continue;
             };
-            let Some(place) = connections.take(gateway.config().max_connections) else {
+            let Some(place) = gateway.connections.take(gateway.config().max_connections) else {
                 gateway.stats.failed(ErrorCode::Overloaded);
                 refuse(&stream, ErrorCode::Overloaded, "Too many connections; gateway.max_connections is the limit");
                 continue;

@@ -14,7 +14,6 @@ use line::Line;
 use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -56,11 +55,7 @@ enum Slot {
 }
 
 pub async fn run(gateway: Arc<Gateway>, stream: UnixStream, peer: Peer, cancel: CancellationToken) {
-    gateway.stats.connections.fetch_add(1, Relaxed);
-    let mut session = Session::new(gateway.clone(), stream, peer);
-    let exit = session.serve(cancel).await;
-    gateway.stats.connections.fetch_sub(1, Relaxed);
-    gateway.stats.in_flight.fetch_sub((session.v1_open + session.v2_open.len()) as u64, Relaxed);
+    let exit = Session::new(gateway, stream, peer).serve(cancel).await;
     tracing::debug!(uid = peer.uid, ?exit, "IPC connection ended");
 }
 
@@ -379,7 +374,6 @@ impl Session {
             return self.overloaded(version, "Too many requests in flight");
         };
         self.gateway.stats.taken();
-        self.gateway.stats.in_flight.fetch_add(1, Relaxed);
         match version {
             Version::V1 => {
                 self.v1_open += 1;
@@ -427,7 +421,6 @@ impl Session {
         while let Ok((slot, piece)) = self.pieces.1.try_recv() {
             self.piece(slot, piece);
         }
-        self.gateway.stats.in_flight.fetch_sub(1, Relaxed);
         match slot {
             Slot::V1(place) => {
                 self.v1_open -= 1;
@@ -511,7 +504,6 @@ impl Session {
             self.put(Version::V2 { request_id, deadline_ms: 0 }, error());
         }
         self.v1_open = 0;
-        self.gateway.stats.in_flight.fetch_sub(open as u64, Relaxed);
         for _ in 0..open {
             self.gateway.stats.failed(ErrorCode::ConnectionClosed);
         }

@@ -17,8 +17,6 @@ const WINDOW: usize = 4096;
 
 #[derive(Default)]
 pub struct Stats {
-    pub connections: AtomicU64,
-    pub in_flight: AtomicU64,
     requests: AtomicU64,
     inner: Mutex<Inner>,
 }
@@ -71,8 +69,8 @@ pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
             gateway: id.clone(),
             socket: gateway.config().socket.display().to_string(),
             uptime_s: started.elapsed().as_secs(),
-            connections: stats.connections.load(Relaxed),
-            in_flight: stats.in_flight.load(Relaxed),
+            connections: gateway.connections.held(),
+            in_flight: gateway.in_flight.held(),
             requests_total: stats.requests.load(Relaxed),
             errors_by_code,
             forward_us: stats.forward_us(),

@@ -131,3 +131,27 @@ async fn without_a_router_or_a_key_or_with_too_much_it_says_so() {
         "no key opens it for nobody"
     );
 }
+
+#[tokio::test]
+async fn a_body_that_is_slow_to_come_keeps_nobody_from_their_place() {
+    let fixture = Fixture::start(|config| {
+        config.api_key = KEY.into();
+        config.max_in_flight = 1;
+    })
+    .await;
+    fixture.echo_router().await;
+    let (waits, mut waiting) = tokio::sync::mpsc::channel(1);
+    let never = futures_util::stream::poll_fn(move |_| {
+        let _ = waits.try_send(());
+        std::task::Poll::Pending::<Option<std::io::Result<bytes::Bytes>>>
+    });
+    let other = async {
+        waiting.recv().await.unwrap();
+        ask(&fixture, request(task("t"))).await.0.status()
+    };
+    let slow = fixture.routes.clone().oneshot(request(Body::from_stream(never)));
+    tokio::select! {
+        early = slow => panic!("its body has not come: {early:?}"),
+        status = other => assert_eq!(status, StatusCode::OK),
+    }
+}
