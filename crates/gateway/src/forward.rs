@@ -79,7 +79,18 @@ fn object<T: DeserializeOwned>(payload: &[u8]) -> Result<T, String> {
     if !text.trim_start().starts_with('{') {
         return Err("Payload is not a JSON object".into());
     }
-    serde_json::from_str(text).map_err(|e| format!("Payload does not fit: {e}"))
+    serde_json::from_str(text).map_err(|error| unfit::<T>(text, &error))
+}
+
+/// Read once more for the field's name, which serde_json alone does not tell.
+fn unfit<T: DeserializeOwned>(text: &str, error: &serde_json::Error) -> String {
+    let json = &mut serde_json::Deserializer::from_str(text);
+    match serde_path_to_error::deserialize::<_, T>(json) {
+        Err(at) if at.path().iter().next().is_some() && error.is_data() => {
+            format!("Payload does not fit: {}: {error}", at.path())
+        }
+        _ => format!("Payload does not fit: {error}"),
+    }
 }
 
 /// An error that repeated a whole payload, escaped, would be larger than a frame.
@@ -315,7 +326,8 @@ impl Exchange {
         if self.gateway.config().may_speak_for(self.peer.uid, tenant_id) {
             return Ok(());
         }
-        let text = format!("User {} may not speak for tenant {tenant_id:?}; gateway.tenants lets it", self.peer.uid);
+        let text =
+            format!("User {} may not speak for tenant {tenant_id:?}; gateway.tenants says who may", self.peer.uid);
         Err(Failure::new(ErrorCode::Forbidden, text))
     }
 
@@ -608,6 +620,22 @@ mod tests {
             (String::new(), None),
         ] {
             assert_eq!(trace_of_parent(&parent), expected, "{parent}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        for (field, payload) in [
+            ("task_type", r#"{"command":"task_submit","task_type":5}"#),
+            ("line", r#"{"command":"task_submit","task_type":"t","line":"a"}"#),
+            ("params", r#"{"command":"task_submit","task_type":"t","params":[]}"#),
+            ("wait", r#"{"command":"task_submit","task_type":"t","wait":"never"}"#),
+            ("timeout_ms", r#"{"command":"task_submit","task_type":"t","timeout_ms":-1}"#),
+            ("`task_type`", r#"{"command":"task_submit"}"#),
+            ("`tenant_id`", r#"{"command":"task_submit","task_type":"t","tenant_id":"a","tenant_id":"b"}"#),
+        ] {
+            let error = Request::parse(FrameType::TaskSubmit, payload.as_bytes()).err().unwrap();
+            assert!(error.starts_with("Payload does not fit: ") && error.contains(field), "{payload}: {error}");
         }
     }
 

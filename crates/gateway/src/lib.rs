@@ -216,7 +216,7 @@ impl Bound {
     }
 }
 
-const NOT_ADMITTED: &str = "This user may not connect; gateway.allowed_uids lets it";
+const NOT_ADMITTED: &str = "This user may not connect; gateway.allowed_uids says who may";
 
 /// Who is at the other end.
 #[derive(Debug, Clone, Copy)]
@@ -252,7 +252,7 @@ impl Gateway {
         let uid = stream.peer_cred().ok()?.uid();
         let admitted = self.admits(uid);
         if !admitted {
-            tracing::warn!(uid, "refused an IPC connection; gateway.allowed_uids lets this user in");
+            tracing::warn!(uid, "refused an IPC connection; gateway.allowed_uids says who may");
             self.stats.failed(ErrorCode::Forbidden);
         }
         admitted.then_some(Peer { uid })
