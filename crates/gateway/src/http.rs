@@ -85,7 +85,8 @@ fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
 fn translate(refused: Refused) -> ErrorBody {
     let unavailable = |text: &str, after: Duration| {
         let mut body = error("unavailable", text);
-        body.retry_after_seconds = Some(after.as_secs().max(RETRY_AFTER));
+        // Rounded up: a second too early would be refused again.
+        body.retry_after_seconds = Some(after.as_secs_f64().ceil().max(RETRY_AFTER as f64) as u64);
         body
     };
     match refused {

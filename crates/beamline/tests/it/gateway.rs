@@ -360,8 +360,10 @@ async fn e2e_3_timeouts_and_late_replies() {
     eventually(PATIENCE, async || late().await == all).await;
 
     // Around the deadline: one outcome each, and the outcome that is due where it is not a matter of luck.
-    let deadline = Duration::from_millis(400);
-    let delays: Vec<u64> = [100, 200, 600, 700].into_iter().chain(390..=410).collect();
+    // (Less than a deadline that speaks against the router.)
+    let deadline = Duration::from_millis(450);
+    let (in_time, late_for_certain) = ([0, 20], [1500, 2000]);
+    let delays: Vec<u64> = in_time.into_iter().chain(late_for_certain).chain(440..=460).collect();
     let ids = 1..1 + delays.len() as u64;
     for (id, delay) in ids.clone().zip(&delays) {
         raw.submit(id, deadline, &after(*delay)).await;
@@ -372,11 +374,11 @@ async fn e2e_3_timeouts_and_late_replies() {
         let [(kind, answer)] = &outcomes[&id][..] else { panic!("{delay} ms: {:?}", outcomes[&id]) };
         let answered = *kind == FrameType::ResponseOk;
         assert!(answered || answer["error"]["code"] == 5, "{delay} ms: {answer}");
-        assert!(answered || *delay >= 390, "{delay} ms: a reply in time is no timeout");
-        assert!(!answered || *delay <= 410, "{delay} ms: a late reply is no answer");
+        assert!(answered || !in_time.contains(delay), "{delay} ms: a reply in time is no timeout");
+        assert!(!answered || !late_for_certain.contains(delay), "{delay} ms: a late reply is no answer");
         timeouts += f64::from(!answered);
     }
-    // The two that came last are late for certain; one at the very deadline may be neither late nor an answer.
+    // One at the very deadline may be neither late nor an answer.
     eventually(PATIENCE, async || late().await >= all + 2.0).await;
     assert!(late().await <= all + timeouts);
 

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// Messages that may wait here; then publishers do.
-const WAITING_MAX: usize = 1024;
+const WAITING_MAX: usize = 256;
 /// Given to the client at once.
 const BATCH_MAX: usize = 256;
 
