@@ -20,7 +20,7 @@ const STREAM_QUEUE: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot connect to {path}: {problem}; is the gateway running?")]
+    #[error("cannot connect to {path}: {problem}; {}", advice(.problem))]
     Connect { path: String, problem: std::io::Error },
     #[error("the gateway closed the connection before it answered")]
     Closed,
@@ -31,6 +31,13 @@ pub enum Error {
     TooLarge(usize),
     #[error("the gateway's answer does not fit the protocol: {0}")]
     Protocol(String),
+}
+
+fn advice(problem: &std::io::Error) -> &'static str {
+    match problem.kind() {
+        std::io::ErrorKind::PermissionDenied => "gateway.allowed_uids lets other users in than the gateway's own",
+        _ => "is the gateway running?",
+    }
 }
 
 fn describe(payload: &ErrorPayload) -> String {

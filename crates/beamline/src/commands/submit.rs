@@ -73,6 +73,7 @@ fn request(args: &cli::Submit, timeout: Option<Duration>) -> Result<Value> {
 async fn stream(client: &Client, request: &Value) -> Result<()> {
     let mut events = client.stream(request).await?;
     let mut out = std::io::stdout();
+    let mut streamed = false;
     while let Some(event) = events.next().await? {
         match event {
             StreamEvent::Data(data) => {
@@ -81,10 +82,15 @@ async fn stream(client: &Client, request: &Value) -> Result<()> {
                     other => writeln!(out, "{other}")?,
                 }
                 out.flush()?;
+                streamed = true;
             }
             StreamEvent::Complete(complete) => {
-                writeln!(out)?;
                 let result = serde_json::to_value(&complete)?;
+                match &result["result"]["output"] {
+                    // A provider need not stream: then all of its output is in the result.
+                    output if !streamed && !output.is_null() => writeln!(out, "{output:#}")?,
+                    _ => writeln!(out)?,
+                }
                 return failed_result(&result);
             }
         }

@@ -22,6 +22,10 @@ async fn a_program_hands_over_a_task_and_gets_the_answer_in_every_form() {
         process.run(&["submit", "--type", "ops", "--wait", "stream", r#"{"prompt":"help"}"#]).await.success();
     assert!(streamed.contains("status") && streamed.contains("nodes"), "{streamed}");
 
+    let whole = process.run(&["submit", "--type", "echo", "--wait", "stream", r#"{"number":7}"#]).await.success();
+    let whole: Value = serde_json::from_str(&whole).expect("a provider that streams nothing has an output");
+    assert_eq!(whole["params"]["number"], 7, "{whole}");
+
     let bad = process.run(&["submit", "--type", "echo", "{not json"]).await;
     assert_eq!(bad.code, Some(1));
     assert!(bad.stderr.contains("JSON"), "{}", bad.stderr);
