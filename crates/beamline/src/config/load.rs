@@ -101,6 +101,11 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
     }
 
     reader.relations(&settings);
+    for problem in &mut reader.problems.0 {
+        if let (Some(Source::File { line }), Some(file)) = (settings.values.source(&problem.at), &settings.file) {
+            problem.at = format!("{}:{line}: {}", file.display(), problem.at);
+        }
+    }
     if reader.problems.0.is_empty() { Ok(settings) } else { Err(reader.problems) }
 }
 
@@ -379,7 +384,7 @@ mod tests {
     fn settings_of_nats_that_do_not_fit_together_are_told() {
         let check = |file: &str, at: Option<&str>| {
             let problems = with_file(&format!("[nats]\n{file}"), &[], &[]).err().unwrap_or_default();
-            let told: Vec<&str> = problems.0.iter().map(|problem| problem.at.as_str()).collect();
+            let told: Vec<&str> = problems.0.iter().map(|problem| problem.at.rsplit(": ").next().unwrap()).collect();
             assert_eq!(told, at.into_iter().collect::<Vec<_>>(), "{file}");
         };
         check("user = \"a\"\npassword = \"b\"", None);
@@ -437,10 +442,10 @@ mod tests {
                     [[cluster.namespaces]]\nname = \"a\"\n[[cluster.namespaces]]\nname = \"a\"\n";
         let text = with_file(file, &[], &[]).unwrap_err().to_string();
         for expected in [
-            "shutdown.deadline: must be from 1ms",
+            "beamline.toml:2: shutdown.deadline: must be from 1ms",
             "auth.token_ttl: must be from 1ms to 3650 days",
             "http.origins: holds \"https://a.example/\"",
-            "log.level: is no filter",
+            "beamline.toml:8: log.level: is no filter",
             "database.url: must begin with",
             "cluster.namespaces: a is there twice",
         ] {
