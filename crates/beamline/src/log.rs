@@ -28,6 +28,10 @@ impl Filter {
 }
 
 fn filter(settings: &Settings) -> anyhow::Result<EnvFilter> {
-    let level = settings.values.text("log.level");
+    let mut level = settings.values.text("log.level");
+    if level == "info" {
+        // Its events are lines of the bus as well.
+        level.push_str(",async_nats=warn");
+    }
     EnvFilter::try_new(&level).map_err(|e| anyhow::anyhow!("log.level {level:?} is not a filter: {e}"))
 }

@@ -49,7 +49,8 @@ impl Reload {
         }
         match self.take(fresh) {
             Ok(Changes { taken, waiting }) => {
-                tracing::info!(settings = taken.join(", "), "reloaded");
+                let settings = if taken.is_empty() { "none has changed".into() } else { taken.join(", ") };
+                tracing::info!(settings, "reloaded");
                 if !waiting.is_empty() {
                     tracing::warn!(settings = waiting.join(", "), "changed, and needs a restart");
                 }
@@ -63,7 +64,12 @@ impl Reload {
         match self.bus.reload().await {
             Ok(()) => true,
             Err(error) => {
-                tracing::error!(%error, "the bus keeps the certificates and credentials that it has");
+                // The connections that there are stay: nothing is disconnected.
+                let error = match error {
+                    bus::Error::Disconnected(problem) => problem,
+                    other => other.to_string(),
+                };
+                tracing::error!(error, "the bus keeps the certificates and credentials that it has");
                 false
             }
         }

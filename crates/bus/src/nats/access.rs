@@ -118,7 +118,7 @@ impl Access {
             }
             (None, _) => format!(
                 "cannot reach NATS at {at}: {error}; is it running, and {}",
-                match (self.wants_tls(), ours) {
+                match (self.wants_tls() && !refused(error), ours) {
                     (true, None) => "does it ask for a client certificate (nats.tls_certificate)",
                     (true, Some(_)) => "does it trust the authority of nats.tls_certificate",
                     (false, _) => "is nats.url right",
@@ -127,6 +127,12 @@ impl Access {
         };
         Error::Disconnected(text)
     }
+}
+
+/// Nobody listens there: no word of TLS was said.
+fn refused(error: &ConnectError) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<std::io::Error>());
+    source.is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
 /// What TLS says, deep in the client's error.

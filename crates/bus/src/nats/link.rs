@@ -36,7 +36,7 @@ pub struct Link {
     inbox: Arc<Inbox>,
     connects: watch::Receiver<u64>,
     outbox: Outbox,
-    leaving: AtomicBool,
+    leaving: Arc<AtomicBool>,
 }
 
 impl Link {
@@ -49,13 +49,15 @@ impl Link {
         let inbox = Arc::new(Inbox::new(format!("_INBOX.{}", URL_SAFE_NO_PAD.encode(uuid::Uuid::new_v4()))));
         let (connected, mut connects) = watch::channel(0);
         let told = inbox.clone();
-        let client = access.connect(move |event| observe(number, &event, &told, &connected)).await?;
+        let leaving = Arc::new(AtomicBool::new(false));
+        let meant = leaving.clone();
+        let client = access.connect(move |event| observe(number, &event, &told, &meant, &connected)).await?;
         connects.wait_for(|count| *count > 0).await.map_err(|_| closed())?;
         let replies = client.subscribe(inbox.pattern()).await.map_err(|e| Error::Disconnected(e.to_string()))?;
         tasks.spawn(hand_out(replies, inbox.clone(), cancel.clone()));
         let jetstream = jetstream::new(client.clone());
         let outbox = Outbox::open(client.clone(), tasks, cancel);
-        Ok(Self { number, client, jetstream, inbox, outbox, connects, leaving: AtomicBool::new(false) })
+        Ok(Self { number, client, jetstream, inbox, outbox, connects, leaving })
     }
 
     /// About to be made anew: better not asked.
@@ -200,7 +202,7 @@ fn lost() -> Error {
     Error::Disconnected("the connection to NATS was lost before the answer came; it may have been handled".into())
 }
 
-fn observe(connection: usize, event: &Event, inbox: &Inbox, connected: &watch::Sender<u64>) {
+fn observe(connection: usize, event: &Event, inbox: &Inbox, meant: &AtomicBool, connected: &watch::Sender<u64>) {
     match event {
         Event::Connected => {
             tracing::info!(connection, "connected to NATS");
@@ -209,14 +211,19 @@ fn observe(connection: usize, event: &Event, inbox: &Inbox, connected: &watch::S
         Event::Disconnected => {
             // Answers to this connection's inbox that are under way reach nobody.
             inbox.lose();
-            tracing::warn!(connection, "lost the connection to NATS; connecting again");
+            if meant.load(Ordering::Relaxed) {
+                tracing::info!(connection, "connecting to NATS anew");
+            } else {
+                tracing::warn!(connection, "lost the connection to NATS; connecting again");
+            }
         }
         Event::SlowConsumer(_) => {
             metrics::counter!("beamline_bus_dropped_total").increment(1);
             tracing::warn!(connection, "the client's queue of a subscription is full; a message was dropped");
         }
         Event::ServerError(error) => tracing::error!(%error, connection, "NATS refused something"),
-        Event::ClientError(error) => tracing::error!(%error, connection, "the NATS connection has a problem"),
+        // Also each attempt in vain to connect again: no more than the loss that was said.
+        Event::ClientError(error) => tracing::warn!(%error, connection, "the NATS connection has a problem"),
         Event::LameDuckMode | Event::Draining | Event::Closed => tracing::info!(%event, connection, "NATS connection"),
     }
 }
