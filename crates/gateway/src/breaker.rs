@@ -110,6 +110,14 @@ impl Breaker {
         }
     }
 
+    /// When an open one lets calls through again.
+    pub fn open_for_another(&self, now: Instant) -> Duration {
+        match self.phase {
+            Phase::Open { until } => until.saturating_duration_since(now),
+            _ => Duration::ZERO,
+        }
+    }
+
     /// From now on; a window already begun keeps its length.
     pub fn configure(&mut self, config: Config) {
         self.config = config;

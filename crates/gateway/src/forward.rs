@@ -488,6 +488,14 @@ impl Failure {
         Self { in_stream: true, ..self }
     }
 
+    fn unavailable(text: &str, retry_after: Duration) -> Self {
+        let mut failure = Self::new(ErrorCode::Unavailable, text);
+        // Rounded up: a moment too early would be refused again.
+        let ms = u64::try_from(retry_after.as_millis()).unwrap_or(u64::MAX).saturating_add(1);
+        failure.payload.error.retry_after_ms = Some(ms);
+        failure
+    }
+
     fn rejected(error: ErrorBody) -> Self {
         let mut failure = Self::new(ErrorCode::Rejected, error.message.clone());
         let detail = &mut failure.payload.error;
@@ -511,10 +519,10 @@ impl From<Refused> for Failure {
         match refused {
             Refused::Open { retry_after } => {
                 let text = "The router has not answered lately and is left alone for a moment; try again";
-                let mut failure = Self::new(ErrorCode::Unavailable, text);
-                let ms = u64::try_from(retry_after.as_millis()).unwrap_or(u64::MAX);
-                failure.payload.error.retry_after_ms = Some(ms.max(1));
-                failure
+                Self::unavailable(text, retry_after)
+            }
+            Refused::Nobody { retry_after } => {
+                Self::unavailable("No router is running; start one or try again", retry_after)
             }
             Refused::Bus(error) => error.into(),
             Refused::Router(error) => Self::rejected(*error),
@@ -530,15 +538,9 @@ impl From<bus::Error> for Failure {
         match error {
             bus::Error::Timeout(_) => Self::new(ErrorCode::Timeout, "No answer before the deadline"),
             bus::Error::TooLarge { .. } => Self::new(ErrorCode::FrameTooLarge, error.to_string()),
-            bus::Error::NoResponders(_) => {
-                let mut failure = Self::new(ErrorCode::Unavailable, "No router is running; start one or try again");
-                failure.payload.error.retry_after_ms = Some(crate::session::RETRY_AFTER_MS);
-                failure
-            }
             bus::Error::Disconnected(_) => {
-                let mut failure = Self::new(ErrorCode::Unavailable, error.to_string());
-                failure.payload.error.retry_after_ms = Some(crate::session::RETRY_AFTER_MS);
-                failure
+                let retry_after = Duration::from_millis(crate::session::RETRY_AFTER_MS);
+                Self::unavailable(&error.to_string(), retry_after)
             }
             other => Self::new(ErrorCode::Internal, other.to_string()),
         }

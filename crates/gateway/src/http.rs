@@ -92,7 +92,7 @@ fn translate(refused: Refused) -> ErrorBody {
     match refused {
         Refused::Open { retry_after } => unavailable("the router has not answered lately; try again", retry_after),
         Refused::Bus(bus::Error::Timeout(_)) => error("deadline_exceeded", "no answer before the deadline"),
-        Refused::Bus(bus::Error::NoResponders(_)) => unavailable("no router is running", Duration::ZERO),
+        Refused::Nobody { retry_after } => unavailable("no router is running", retry_after),
         Refused::Bus(problem @ bus::Error::Disconnected(_)) => unavailable(&problem.to_string(), Duration::ZERO),
         Refused::Bus(problem) => error("internal", &problem.to_string()),
         Refused::Unreadable(what) => error("internal", &format!("the router's answer cannot be read: {what}")),

@@ -33,6 +33,10 @@ pub enum Refused {
     Open {
         retry_after: Duration,
     },
+    /// No router listens, which opens the breaker.
+    Nobody {
+        retry_after: Duration,
+    },
     Bus(bus::Error),
     /// The router's own word.
     Router(Box<ErrorBody>),
@@ -43,9 +47,7 @@ impl Refused {
     /// What a program on the socket is told, and what is counted.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Open { .. } | Self::Bus(bus::Error::NoResponders(_) | bus::Error::Disconnected(_)) => {
-                ErrorCode::Unavailable
-            }
+            Self::Open { .. } | Self::Nobody { .. } | Self::Bus(bus::Error::Disconnected(_)) => ErrorCode::Unavailable,
             Self::Bus(bus::Error::Timeout(_)) => ErrorCode::Timeout,
             Self::Bus(bus::Error::TooLarge { .. }) => ErrorCode::FrameTooLarge,
             Self::Bus(_) | Self::Unreadable(_) => ErrorCode::Internal,
@@ -128,8 +130,9 @@ impl Access {
         let call = self.call()?;
         let began = Instant::now();
         let left = due.saturating_duration_since(began);
-        let answer = match bus.request(subject, headers, payload, left).await {
+        let mut answer = match bus.request(subject, headers, payload, left).await {
             Ok(Message { payload, .. }) => read(payload),
+            Err(bus::Error::NoResponders(_)) => Err(Refused::Nobody { retry_after: Duration::ZERO }),
             Err(error) => Err(Refused::Bus(error)),
         };
         if matches!(&answer, Err(Refused::Router(error)) if error.code == "backpressure") {
@@ -143,10 +146,13 @@ impl Access {
                 _ => Outcome::Answered,
             },
             Err(Refused::Unreadable(_)) => Outcome::Failed,
-            Err(Refused::Bus(bus::Error::NoResponders(_))) => Outcome::Nobody,
+            Err(Refused::Nobody { .. }) => Outcome::Nobody,
             Err(Refused::Bus(bus::Error::Timeout(_))) if left >= self.fair_chance() => Outcome::Failed,
             Err(Refused::Bus(_) | Refused::Open { .. }) => Outcome::Neutral,
         });
+        if let Err(Refused::Nobody { retry_after }) = &mut answer {
+            *retry_after = self.breaker.lock().open_for_another(Instant::now());
+        }
         answer
     }
 

@@ -74,6 +74,16 @@ async fn without_a_router_it_says_so_at_once_and_notices_one_that_comes() {
 }
 
 #[tokio::test]
+async fn who_finds_no_router_is_told_when_the_breaker_lets_calls_through_again() {
+    let fixture = Fixture::start(|config| config.breaker.open_for = Duration::from_secs(3600)).await;
+    for _ in 0..2 {
+        let (_, answer) = submit(&fixture, json!({})).await;
+        let retry_after_ms = answer["error"]["retry_after_ms"].as_u64().unwrap();
+        assert!(retry_after_ms > 1_000_000, "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn a_router_that_has_gone_silent_is_left_alone() {
     let asked = Arc::new(AtomicUsize::new(0));
     let fixture = Fixture::start(|config| {
