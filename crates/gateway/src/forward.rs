@@ -1,6 +1,6 @@
 //! One request on its way: to the router, and for `wait` result and stream on to its end.
 
-use crate::router::Refused;
+use crate::failure::Failure;
 use crate::session::Pieces;
 use crate::waiters::{Finished, Waiter};
 use crate::{Gateway, Peer};
@@ -11,11 +11,10 @@ use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use wire::ipc::{
-    ErrorCode, ErrorPayload, ExchangeContext, FrameType, StreamComplete, StreamData, TaskAnswer, TaskRef, TaskSubmit,
-    Wait,
+    ErrorCode, ExchangeContext, FrameType, StreamComplete, StreamData, TaskAnswer, TaskRef, TaskSubmit, Wait,
 };
 use wire::limits::{ID_MAX, IPC_FRAME_MAX};
-use wire::router::{DecideRequest, ErrorBody, OutputChunk, RequestOptions, Task, TaskQuery, TaskState, VERSION};
+use wire::router::{DecideRequest, OutputChunk, RequestOptions, Task, TaskQuery, TaskState, VERSION};
 use wire::subjects;
 
 pub const DEFAULT_TENANT: &str = "default";
@@ -469,81 +468,6 @@ impl OutputReader {
         (self.attempt, self.next) = (chunk.attempt, chunk.seq + 1);
         let data = StreamData { task_id: chunk.request_id, seq: chunk.seq, data: chunk.data };
         Some((FrameType::StreamData, serde_json::to_vec(&data).expect("JSON").into()))
-    }
-}
-
-/// An error on its way to the client.
-struct Failure {
-    code: ErrorCode,
-    payload: ErrorPayload,
-    in_stream: bool,
-}
-
-impl Failure {
-    fn new(code: ErrorCode, text: impl Into<String>) -> Self {
-        Self { code, payload: ErrorPayload::new(code, text), in_stream: false }
-    }
-
-    fn in_stream(self) -> Self {
-        Self { in_stream: true, ..self }
-    }
-
-    fn unavailable(text: &str, retry_after: Duration) -> Self {
-        let mut failure = Self::new(ErrorCode::Unavailable, text);
-        // Rounded up: a moment too early would be refused again.
-        let ms = u64::try_from(retry_after.as_millis()).unwrap_or(u64::MAX).saturating_add(1);
-        failure.payload.error.retry_after_ms = Some(ms);
-        failure
-    }
-
-    fn rejected(error: ErrorBody) -> Self {
-        let mut failure = Self::new(ErrorCode::Rejected, error.message.clone());
-        let detail = &mut failure.payload.error;
-        detail.status = Some(error.status());
-        detail.retry_after_ms = error.retry_after_seconds.map(|seconds| seconds.saturating_mul(1000));
-        detail.details = match (error.details, error.intake_error_code) {
-            (Some(Value::Object(mut details)), Some(intake)) => {
-                details.insert("intake_error_code".into(), intake.into());
-                Some(details.into())
-            }
-            (None, Some(intake)) => Some(serde_json::json!({"intake_error_code": intake})),
-            (details, _) => details,
-        };
-        detail.reason = Some(error.code);
-        failure
-    }
-}
-
-impl From<Refused> for Failure {
-    fn from(refused: Refused) -> Self {
-        match refused {
-            Refused::Open { retry_after } => {
-                let text = "The router has not answered lately and is left alone for a moment; try again";
-                Self::unavailable(text, retry_after)
-            }
-            Refused::Nobody { retry_after } => {
-                Self::unavailable("No router is running; start one or try again", retry_after)
-            }
-            Refused::Bus(error) => error.into(),
-            Refused::Router(error) => Self::rejected(*error),
-            Refused::Unreadable(what) => {
-                Self::new(ErrorCode::Internal, format!("The router's answer cannot be read: {what}"))
-            }
-        }
-    }
-}
-
-impl From<bus::Error> for Failure {
-    fn from(error: bus::Error) -> Self {
-        match error {
-            bus::Error::Timeout(_) => Self::new(ErrorCode::Timeout, "No answer before the deadline"),
-            bus::Error::TooLarge { .. } => Self::new(ErrorCode::FrameTooLarge, error.to_string()),
-            bus::Error::Disconnected(_) => {
-                let retry_after = Duration::from_millis(crate::session::RETRY_AFTER_MS);
-                Self::unavailable(&error.to_string(), retry_after)
-            }
-            other => Self::new(ErrorCode::Internal, other.to_string()),
-        }
     }
 }
 

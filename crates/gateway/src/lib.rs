@@ -4,6 +4,7 @@
 
 mod breaker;
 mod count;
+mod failure;
 mod forward;
 mod http;
 mod pressure;

@@ -118,16 +118,19 @@ async fn through_nats(report: &mut Report) -> Result {
     bare::relay(&bare, asker.clone(), &mut tasks)?;
     let direct: Ask = Arc::new(move |_| {
         let client = asker.clone();
-        #[expect(clippy::disallowed_methods, reason = "it is what its users use")]
         let answer = async move { client.request_with_headers(subjects::DECIDE, headers(), decide_request()).await };
         answer.map(|answer| answer.map(drop).map_err(|e| e.to_string())).boxed()
     });
-    let bus = bus::nats::Nats::connect(bus::nats::NatsConfig { url: server.url(), ..Default::default() }).await?;
-    let gateway = Gateway::start(bus).await?;
+    let connect = async |connections| {
+        let config = bus::nats::NatsConfig { url: server.url(), connections, ..Default::default() };
+        Gateway::start(bus::nats::Nats::connect(config).await?).await
+    };
+    let (gateway, narrow) = (connect(None).await?, connect(Some(1)).await?);
+    let over_one = raw(&narrow.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?;
     let through = raw(&gateway.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?;
     let few = raw(&gateway.socket, 4, FrameType::TaskSubmit, &submit(), CLIENTS / 4).await?;
     let bare = raw(&bare, CLIENTS, FrameType::TaskSubmit, &decide_request(), 1).await?;
-    warm(&[&through, &direct, &bare]).await?;
+    warm(&[&through, &direct, &bare, &over_one]).await?;
 
     let ours = measure(1, ROUND / 2, &through).await?.p50;
     let peer = measure(1, ROUND / 2, &direct).await?.p50;
@@ -145,11 +148,14 @@ async fn through_nats(report: &mut Report) -> Result {
     let direct = ("direct client", Figure::PerSecond(peer));
     report.row(&row, Figure::PerSecond(ours), Some(direct), "≥ 40,000/s and ≥ 0.8 of the peer");
     report.row(&row, Figure::PerSecond(ours), Some(("a bare relay", Figure::PerSecond(least))), "");
+    let one = Figure::PerSecond(measure(CLIENTS, ROUND, &over_one).await?.per_second);
+    report.row(&format!("gateway over one connection to NATS, {CLIENTS} clients"), one, Some(direct), "");
     let row = format!("gateway through NATS, 4 clients, {} in flight each", CLIENTS / 4);
     report.row(&row, Figure::PerSecond(fewer), Some(direct), "");
     let half = paced(CLIENTS, ROUND, ours / 2.0, &through).await?;
     report.row("gateway through NATS, half of that load, p99", Figure::Micros(half.p99), None, "< 2,000 µs");
     tasks.shutdown().await;
+    narrow.stop().await;
     gateway.stop().await;
     Ok(())
 }

@@ -35,7 +35,6 @@ pub fn relay(socket: &Path, client: async_nats::Client, tasks: &mut JoinSet<()>)
                 }
                 let mut frame = buffer.split_to(length);
                 let payload: Bytes = frame.split_off(V2_HEADER).freeze();
-                #[expect(clippy::disallowed_methods, reason = "it is what its users use")]
                 let answer = client.request_with_headers(subjects::DECIDE, super::headers(), payload).await;
                 let Ok(answer) = answer else { return };
                 let length = u32::try_from(V2_HEADER + answer.payload.len()).expect("a short answer");
