@@ -1,5 +1,5 @@
 # make run: build and start.  make test: install what tests need, run them all.  make bench: our figures beside our peers'.
-.PHONY: run build test deps frontend fmt bench fuzz memcheck
+.PHONY: run build test deps frontend fmt bench fuzz memcheck audit tools
 
 CARGO ?= cargo
 # Seconds for each fuzz target.
@@ -8,7 +8,7 @@ FUZZ ?= 60
 run: build
 	./target/release/beamline up --data-dir data
 
-build: frontend
+build: tools frontend
 	$(CARGO) build --release -p beamline
 
 # The pages come before cargo: they are put into the binary.
@@ -18,17 +18,32 @@ test: deps frontend
 bench: build
 	$(CARGO) bench --quiet -p checks --bench bench -- --write "$(CURDIR)/docs/benchmarks.md"
 
-fuzz:
+fuzz: tools
 	./scripts/fuzz.sh $(FUZZ)
 
-memcheck:
+memcheck: tools
 	./scripts/memory-check.sh
 
-fmt:
+# Known faults of what we build on; takes cargo-deny and its database.
+audit: tools
+	@CARGO='$(CARGO)' ./scripts/check-advisories.sh
+
+fmt: tools
 	$(CARGO) fmt --all
 
-frontend:
+frontend: tools
 	./scripts/build-frontend.sh
 
-deps:
+deps: tools
 	./scripts/install-test-deps.sh
+
+# Whatever is missing is told before anything is built. What a target needs less than all three of is said below, for it
+# and what it depends on; `deps` installs the C compiler.
+TOOLS =
+tools:
+	@CARGO='$(CARGO)' ./scripts/check-tools.sh $(TOOLS)
+
+test deps: TOOLS = rust node
+frontend: TOOLS = node
+fmt audit: TOOLS = rust
+fuzz memcheck: TOOLS = rust cc

@@ -17,6 +17,7 @@ step() {
 }
 
 step format $CARGO fmt --all --check
+step advisories ./scripts/check-advisories.sh --if-possible
 step "pages: types" npm --prefix frontend run --silent check
 step "pages: tests" npm --prefix frontend run --silent test
 step "pages: size" npm --prefix frontend run --silent size

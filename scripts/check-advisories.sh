@@ -1,0 +1,37 @@
+#!/bin/sh
+# Checks what we build on against the RustSec advisory database, by deny.toml. Takes cargo-deny, and a database that can be
+# fetched or was fetched before; where one of them is missing it says so and fails, or with --if-possible skips the check.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+cargo=${CARGO:-cargo}
+
+cannot() {
+  if [ "${if_possible:-}" = yes ]; then
+    echo "SKIPPED: dependencies were not checked for advisories: $1"
+    exit 0
+  fi
+  echo "dependencies cannot be checked for advisories: $1" >&2
+  exit 1
+}
+
+case ${1:-} in
+'') ;;
+--if-possible) if_possible=yes ;;
+*)
+  echo "usage: check-advisories.sh [--if-possible]" >&2
+  exit 2
+  ;;
+esac
+
+if ! $cargo deny --version >/dev/null 2>&1; then
+  cannot "cargo-deny is not installed; install it with: cargo install --locked cargo-deny"
+fi
+
+databases=${CARGO_HOME:-${HOME:-}/.cargo}/advisory-dbs
+if ! said=$($cargo deny fetch db 2>&1); then
+  if [ -z "$(ls -A "$databases" 2>/dev/null)" ]; then
+    cannot "there is no advisory database in $databases, and none can be fetched: $(printf '%s' "$said" | tail -n 1)"
+  fi
+  echo "the advisory database cannot be fetched; checking with the one in $databases, which may be old"
+fi
+exec $cargo deny check --disable-fetch advisories
