@@ -1,4 +1,4 @@
-//! Drives the product from outside and leaves evidence: soaks, and (as `make bench`) its figures beside its peers'.
+//! Measures the product from outside and records the evidence: soaks here, benchmarks against peers in `benches/`.
 
 pub mod machine;
 pub mod process;

@@ -1,4 +1,4 @@
-//! What a process holds, as the kernel tells it.
+//! Resources that a process holds, as the kernel reports them in /proc.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ pub struct Holds {
     pub threads: u64,
 }
 
-/// `None` when the process is gone or another user's.
+/// Returns `None` when the process has exited or belongs to another user.
 pub fn look(pid: u32) -> Option<Holds> {
     let of = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
     let statm = std::fs::read_to_string(of("statm")).ok()?;
@@ -23,7 +23,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn we_hold_something_and_a_process_that_is_not_there_nothing() {
+    fn reads_our_own_process_but_not_a_missing_one() {
         let ours = look(std::process::id()).unwrap();
         assert!(ours.rss_bytes > 100_000 && ours.descriptors >= 3 && ours.threads >= 1, "{ours:?}");
         assert_eq!(look(u32::MAX), None);

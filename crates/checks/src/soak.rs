@@ -1,4 +1,4 @@
-//! A soak of the gateway: real requests for a long time, every one accounted for, and nothing that grows.
+//! Soaks the gateway: sends real requests for a long time, accounts for every one and watches for growth.
 
 mod figures;
 mod late;
@@ -26,35 +26,35 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use wire::ipc::FrameType;
 
-/// An answer that has not come this long after its deadline never will.
+/// How long past its deadline a request may stay open before it counts as unanswered.
 const LATE: Duration = Duration::from_secs(5);
-/// A gateway's figures of itself are a second old at most; this long after the last answer they tell what is left.
+/// How long after the last answer the gateway's metrics, which lag by up to a second, may take to show a clean end.
 const SETTLED: Duration = Duration::from_secs(15);
-/// Samples begin this close together; whenever there are so many, every second one goes and the distance doubles.
+/// The initial sampling interval. At `SAMPLES_MAX` samples, every second one is dropped and the interval doubles.
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
 const SAMPLES_MAX: usize = 1000;
 
 #[derive(Debug, Clone)]
 pub struct Config {
     pub socket: PathBuf,
-    /// The gateway's `/metrics`, for what it says of itself.
+    /// URL of the gateway's `/metrics`; `None` skips every check that needs them.
     pub metrics: Option<String>,
     pub duration: Duration,
-    /// Ends after so many, if that comes first.
+    /// Ends the soak after this many requests, if that comes before `duration`.
     pub requests: Option<u64>,
-    /// Of requests, all clients together; `None`: as fast as their answers come.
+    /// Target rate of all clients together; `None` sends as fast as answers arrive.
     pub per_second: Option<f64>,
     pub clients: usize,
-    /// Requests in flight of each.
+    /// Requests that each client keeps in flight.
     pub in_flight: usize,
-    /// Of each request; `None`: the gateway's own.
+    /// Deadline of each request; `None` uses the gateway's default.
     pub deadline: Option<Duration>,
-    /// NATS on which to take the router's place and answer too late.
+    /// URL of the NATS server on which to stand in for the router and answer too late.
     pub late_router: Option<String>,
     pub task_type: String,
-    /// Of the task's text, bytes.
+    /// Length of the task's text, in bytes.
     pub payload: usize,
-    /// Version and commit of this program, for the evidence.
+    /// Version and commit of this program, recorded in the evidence.
     pub build: String,
 }
 
@@ -65,31 +65,31 @@ pub struct Evidence {
     /// Milliseconds since the epoch.
     pub began_ms: u64,
     pub settings: serde_json::Value,
-    /// Of the gateway.
+    /// Process id of the gateway.
     pub pid: u32,
-    /// Else it still ran when this was written.
+    /// Whether the soak was over when this evidence was written.
     pub ended: bool,
     pub seconds: f64,
     pub sent: u64,
     pub answered: u64,
-    /// Errors that the gateway gave, by their code.
+    /// Errors that the gateway returned, by IPC error code.
     pub errors: BTreeMap<u16, u64>,
-    /// Neither answered nor refused in time.
+    /// Requests that got neither an answer nor an error in time.
     pub unanswered: u64,
     pub per_second: f64,
     pub p50_us: u64,
     pub p99_us: u64,
     pub max_us: u64,
     pub samples: Vec<Sample>,
-    /// After the last answer, when the clients had gone.
+    /// The gateway's metrics after the last answer, with all clients gone.
     pub after: Option<Figures>,
-    /// Replies that came to the gateway too late, of the process's whole life where it did not say before.
+    /// Late replies that the gateway counted during the soak.
     pub late_replies: Option<u64>,
-    /// Replies that the late router gave.
+    /// Replies that the late router published.
     pub late_router: Option<u64>,
-    /// Of the resident memory after the warm-up.
+    /// Growth rate of the resident memory after the warm-up.
     pub rss_bytes_per_hour: f64,
-    /// Empty: passed.
+    /// The reasons for which the soak failed; empty when it passed.
     pub problems: Vec<String>,
 }
 
@@ -108,21 +108,23 @@ pub enum Error {
     Connect { path: String, problem: std::io::Error },
     #[error(transparent)]
     Client(#[from] client::Error),
-    #[error("cannot look at process {0}, which listens on the socket; run the soak as its user, on its machine")]
+    #[error(
+        "cannot inspect process {0}, which listens on the socket; run the soak on its machine, as its user or root"
+    )]
     Process(u32),
-    #[error("cannot read the gateway's figures at {url}: {problem}; is it the /metrics of its operations port?")]
+    #[error("cannot read the gateway's metrics at {url}: {problem}; give the /metrics URL of its operations port")]
     Metrics { url: String, problem: String },
-    #[error("the late router's bus: {0}")]
+    #[error("the late router's bus failed: {0}")]
     Bus(#[from] bus::Error),
     #[error(
-        "a router answers on this NATS; stop it, or take another NATS: the late router would take its requests away"
+        "a router answers on this NATS server; stop it or use another server: the late router would take its requests"
     )]
     RouterThere,
-    #[error("a late router needs a deadline that it can be later than")]
+    #[error("a late router needs a request deadline to miss; set a deadline")]
     NoDeadline,
 }
 
-/// Runs until the time or the requests are over or `stop`; `so_far` sees the evidence whenever a sample was taken.
+/// Runs until `duration`, `requests` or `stop` ends the load. Calls `so_far` with the evidence after every sample.
 pub async fn gateway(
     config: &Config,
     stop: CancellationToken,
@@ -130,19 +132,21 @@ pub async fn gateway(
 ) -> Result<Evidence, Error> {
     let pid = listener(&config.socket).await?;
     process::look(pid).ok_or(Error::Process(pid))?;
+
     let source = config.metrics.as_deref().map(Source::new).transpose()?;
     let before = match &source {
         Some(source) => Some(source.read().await?),
         None => None,
     };
+
     let mut late_router = JoinSet::new();
     let late_end = CancellationToken::new();
     if let Some(url) = &config.late_router {
         let router = LateRouter::start(url, config.deadline.ok_or(Error::NoDeadline)?).await?;
         late_router.spawn(router.run(late_end.clone()));
     }
-    let mut seen = Seen::new(pid, before);
 
+    let mut seen = Seen::new(pid, before);
     let began = Instant::now();
     let load = Arc::new(Load::new(config, began, stop));
     let mut lanes = JoinSet::new();
@@ -152,11 +156,12 @@ pub async fn gateway(
             lanes.spawn(lane(client.clone(), load.clone()));
         }
     }
+
     let mut every = SAMPLE_EVERY;
     let mut due = began;
     loop {
         tokio::select! {
-            // One that panicked leaves its request without an answer: the tally shows it.
+            // A lane that panicked leaves its request unanswered, which the tally shows.
             joined = lanes.join_next() => if joined.is_none() {
                 break;
             },
@@ -165,40 +170,49 @@ pub async fn gateway(
                     Some(source) => source.read().await.ok(),
                     None => None,
                 };
-                // Once the lanes have to end, the load is no longer the one that is judged.
+                // Once the lanes wind down, a sample would not show the process under the load that is judged.
                 if let Some(holds) = process::look(pid) && !load.is_over() {
                     seen.samples.push(Sample { second: began.elapsed().as_secs_f64(), holds, figures });
                     so_far(&verdict::judge(config, &seen, &load.tally.lock(), began.elapsed()));
                 }
+
                 if seen.samples.len() >= SAMPLES_MAX {
                     every *= 2;
                     let mut number = 0;
                     seen.samples.retain(|_| { number += 1; number % 2 == 1 });
                 }
+
                 due = Instant::now() + every;
             }
         }
     }
+
     let took = began.elapsed();
+
     late_end.cancel();
     while let Some(answers) = late_router.join_next().await {
         seen.late_router = answers.ok();
     }
     seen.ended = true;
-    let settled = Instant::now() + SETTLED;
+    Ok(settle(config, seen, &load, source.as_ref(), took).await)
+}
+
+/// Judges the soak again and again until it passes or the gateway's metrics have had the time to settle.
+async fn settle(config: &Config, mut seen: Seen, load: &Load, source: Option<&Source>, took: Duration) -> Evidence {
+    let deadline = Instant::now() + SETTLED;
     loop {
-        if let Some(source) = &source {
+        if let Some(source) = source {
             seen.after = source.read().await.ok();
         }
         let evidence = verdict::judge(config, &seen, &load.tally.lock(), took);
-        if evidence.problems.is_empty() || source.is_none() || Instant::now() >= settled {
-            return Ok(evidence);
+        if evidence.problems.is_empty() || source.is_none() || Instant::now() >= deadline {
+            return evidence;
         }
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
 }
 
-/// What was seen besides the requests.
+/// Observations of the gateway's process, besides the outcomes of requests.
 struct Seen {
     machine: Machine,
     began_at: SystemTime,
@@ -225,7 +239,7 @@ impl Seen {
     }
 }
 
-/// What the lanes share.
+/// The state that all lanes share. A lane sends one request after another.
 struct Load {
     payload: Bytes,
     deadline: Option<Duration>,
@@ -253,7 +267,7 @@ impl Load {
         self.stop.is_cancelled() || Instant::now() >= self.end || self.tally.lock().sent >= self.requests
     }
 
-    /// Waits until one more request is due; `false`: none is.
+    /// Waits until the next request is due; returns `false` once the load is over.
     async fn next(&self) -> bool {
         if let Some(pace) = &self.pace {
             let due = pace.lock().next(Instant::now());
@@ -262,6 +276,7 @@ impl Load {
                 () = self.stop.cancelled() => {}
             }
         }
+
         let over = self.is_over();
         let mut tally = self.tally.lock();
         let more = !over && tally.sent < self.requests;
@@ -276,17 +291,19 @@ async fn lane(client: Client, load: Arc<Load>) {
         let began = Instant::now();
         let call = client.call(FrameType::TaskSubmit, load.payload.clone(), load.deadline);
         let outcome = tokio::time::timeout(patience, call).await;
+
         let mut tally = load.tally.lock();
         match outcome {
             Ok(Ok(_)) => tally.answered += 1,
             Ok(Err(client::Error::Refused(error))) => *tally.errors.entry(error.error.code).or_default() += 1,
-            // The connection is gone: this lane has nobody to ask.
+            // The connection is lost or the answer overdue: this lane ends, and its request counts as unanswered.
             Ok(Err(_)) | Err(_) => return,
         }
         tally.took(began.elapsed());
     }
 }
 
+/// Sleeps until `due`, forever if there is none.
 async fn at(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due).await,
@@ -294,7 +311,7 @@ async fn at(due: Option<Instant>) {
     }
 }
 
-/// The process at the other end of the socket.
+/// Returns the id of the process that listens on `socket`.
 async fn listener(socket: &Path) -> Result<u32, Error> {
     let failed = |problem| Error::Connect { path: socket.display().to_string(), problem };
     let stream = UnixStream::connect(socket).await.map_err(failed)?;

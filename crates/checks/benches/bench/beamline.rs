@@ -1,4 +1,4 @@
-//! The release binary as a process of its own.
+//! Runs the release binary as a separate process.
 
 use crate::Result;
 use std::io::{BufRead, BufReader};
@@ -18,7 +18,7 @@ impl Beamline {
         Self::start_in(dir)
     }
 
-    /// A fresh process on the same data: what only a first start does (a password is hashed) has been done.
+    /// Restarts on the same data, so that the work of a first start (hashing a password) does not count.
     pub fn start_again(self) -> Result<Self> {
         drop(self.child);
         Self::start_in(self.dir)
@@ -28,8 +28,10 @@ impl Beamline {
         let mut command = command(dir.path())?;
         let addresses = ["--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
         command.arg("up").args(addresses).stdout(Stdio::piped()).stderr(Stdio::null());
+
         let mut child = Running(command.spawn()?);
         let stdout = child.0.stdout.take().ok_or("the process has no standard output")?;
+
         for line in BufReader::new(stdout).lines() {
             if let Some(ready) = line?.strip_prefix("ready ") {
                 let ready: serde_json::Value = serde_json::from_str(ready)?;
@@ -54,7 +56,7 @@ impl Beamline {
     }
 }
 
-/// Ends with its handle.
+/// Kills the process when dropped.
 struct Running(Child);
 
 impl Drop for Running {
@@ -64,19 +66,20 @@ impl Drop for Running {
     }
 }
 
-/// Built by `make bench` before this.
+/// The binary that `make bench` built beforehand, with its data and socket in `dir`.
 fn command(dir: &Path) -> Result<Command> {
     let target = std::env::current_exe()?.ancestors().nth(2).map(PathBuf::from).ok_or("no target directory")?;
     let binary = target.join("beamline");
     if !binary.exists() {
-        return Err(format!("{} is not there; run make bench, which builds it", binary.display()).into());
+        return Err(format!("{} does not exist; run make bench, which builds it", binary.display()).into());
     }
+
     let mut command = Command::new(binary);
     command.current_dir(dir).env("BEAMLINE_DATA_DIR", "data").env("IPC_SOCKET_PATH", dir.join("s"));
     Ok(command)
 }
 
-/// Resident bytes of a process.
+/// Resident memory of a process in bytes; 0 if it cannot be read.
 pub fn rss(pid: u32) -> u64 {
     let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
     statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096

@@ -1,4 +1,4 @@
-//! One interaction of the console: a tab is chosen, the page function runs, the difference comes back.
+//! Measures one interaction with the console: select a tab, run the page function, receive the delta.
 
 use crate::Result;
 use crate::beamline::Beamline;
@@ -20,6 +20,7 @@ pub async fn run(report: &mut Report) -> Result {
     let mut page = Page::open(&server).await?;
     let mut server_side = hdrhistogram::Histogram::<u64>::new(3)?;
     let mut whole = hdrhistogram::Histogram::<u64>::new(3)?;
+
     let tabs = page.rerun().await?;
     for n in 0..INTERACTIONS {
         let start = Instant::now();
@@ -28,6 +29,7 @@ pub async fn run(report: &mut Report) -> Result {
         whole.record(u64::try_from(start.elapsed().as_micros())?)?;
         server_side.record(u64::from(micros))?;
     }
+
     let figure = |times: &hdrhistogram::Histogram<u64>, q| Figure::Micros(times.value_at_quantile(q) as f64);
     report.row("console, one interaction in the server, p50", figure(&server_side, 0.5), None, "< 300 µs");
     report.row("console, one interaction there and back, p50", figure(&whole, 0.5), None, "");
@@ -35,7 +37,7 @@ pub async fn run(report: &mut Report) -> Result {
     Ok(())
 }
 
-/// A page without a browser.
+/// A client that speaks the app protocol without a browser.
 struct Page {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     replies: VecDeque<Reply>,
@@ -48,26 +50,29 @@ impl Page {
         let url = format!("ws://{}/connection/websocket?cf_protocol=protobuf", server.http);
         let (socket, _) = tokio_tungstenite::connect_async_with_config(url, None, true).await?;
         let mut page = Self { socket, replies: VecDeque::new(), next_id: 0, tabs: String::new() };
+
         let connect = ConnectRequest { token: server.token("bench")?, ..ConnectRequest::default() };
         page.send(Command { connect: Some(connect), ..Command::default() }).await?;
+
         let channel = format!("app:{SESSION}#bench");
         let subscribe = SubscribeRequest { channel, ..SubscribeRequest::default() };
         page.send(Command { subscribe: Some(subscribe), ..Command::default() }).await?;
         Ok(page)
     }
 
-    /// Loads the console; the key of its tabs.
+    /// Loads the console and returns the key of its tabs.
     async fn rerun(&mut self) -> Result<String> {
         let rerun = Rerun { path: "/console".into(), query: String::new(), reset: true };
         self.interact(Said::Rerun(rerun)).await?;
         if self.tabs.is_empty() { Err("the console shows no tabs".into()) } else { Ok(self.tabs.clone()) }
     }
 
-    /// Until the run has finished; how long it took the server, µs.
+    /// Sends a message and waits for the run to finish; returns the server's own time for it, in µs.
     async fn interact(&mut self, said: Said) -> Result<u32> {
         let back = Back { version: 1, session: SESSION.into(), body: Some(said) };
         let rpc = RpcRequest { method: wire::app::EVENT_METHOD.into(), data: back.encode_to_vec().into() };
         self.send(Command { rpc: Some(rpc), ..Command::default() }).await?;
+
         loop {
             let reply = self.receive().await?;
             if let Some(error) = reply.error {

@@ -1,4 +1,4 @@
-//! One channel, many subscribers: deliveries a second, ours beside nats-server's WebSocket.
+//! Measures the fan-out of one channel to many subscribers, beside nats-server's WebSocket, in deliveries a second.
 
 use crate::Result;
 use crate::beamline::Beamline;
@@ -15,10 +15,11 @@ use tokio::task::JoinSet;
 const SUBSCRIBERS: usize = 1000;
 const MESSAGES: usize = 3200;
 const PAYLOAD: usize = 128;
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long all deliveries of one measurement may take.
+const DEADLINE: Duration = Duration::from_secs(120);
 
 pub async fn run(report: &mut Report) -> Result {
-    // So many are published before the answers are awaited.
+    // The window: how many messages the publisher sends before it waits for their answers.
     for window in [1, 64] {
         let ours = ours(window).await?;
         let peer = nats(window).await?;
@@ -33,22 +34,25 @@ async fn ours(window: usize) -> Result<f64> {
     let settings = "[[cluster.namespaces]]\nname = \"bench\"\nhistory_size = 0\nrecovery = false\npresence = false\npublish = true\n";
     let server = Beamline::start(settings)?;
     let token = server.token("bench")?;
+
     let mut subscribers = Vec::new();
     for n in 0..SUBSCRIBERS {
         subscribers.push(sockets::ours(&server.http, &token, Some("bench:x"), n).await?);
     }
+
     let mut publisher = sockets::ours(&server.http, &token, None, 0).await?;
     let text = payload();
     let commands: Vec<String> = (0..window)
         .map(|n| format!(r#"{{"id":{},"publish":{{"channel":"bench:x","data":"{text}"}}}}"#, n + 10))
         .collect();
     let batch = frame(TEXT, commands.join("\n").as_bytes());
+
     deliveries(subscribers, async move {
         for _ in 0..MESSAGES / window {
             publisher.write_all(&batch).await?;
             sockets::read_until(&mut publisher, format!(r#""id":{},"#, window + 9).as_bytes()).await?;
         }
-        // Open until everything has been counted.
+        // The caller keeps the publisher connected until everything has been counted.
         Ok(Box::new(publisher) as Box<dyn Send>)
     })
     .await
@@ -59,14 +63,17 @@ async fn nats(window: usize) -> Result<f64> {
     let settings = format!("websocket {{ listen: \"127.0.0.1:{port}\", no_tls: true }}\n");
     let _server = NatsServer::start_with(&settings).await;
     let address = format!("127.0.0.1:{port}");
+
     let mut subscribers = Vec::new();
     for n in 0..SUBSCRIBERS {
         subscribers.push(sockets::nats(&address, Some("bench"), n).await?);
     }
+
     let mut publisher = sockets::nats(&address, None, 0).await?;
-    // A PONG says that the server has taken what came before, as our answers do.
+    // A PONG confirms that the server has taken the messages before it, as our replies do.
     let commands = format!("PUB bench {PAYLOAD}\r\n{}\r\n", payload()).repeat(window) + "PING\r\n";
     let batch = frame(BINARY, commands.as_bytes());
+
     deliveries(subscribers, async move {
         for _ in 0..MESSAGES / window {
             publisher.write_all(&batch).await?;
@@ -77,7 +84,7 @@ async fn nats(window: usize) -> Result<f64> {
     .await
 }
 
-/// Counts until every message has reached every subscriber.
+/// Publishes and counts until every message has reached every subscriber; returns deliveries a second.
 async fn deliveries<P>(subscribers: Vec<TcpStream>, publish: P) -> Result<f64>
 where
     P: Future<Output = Result<Box<dyn Send>>> + Send + 'static,
@@ -95,14 +102,16 @@ where
             }
         });
     }
+
     let began = Instant::now();
     let published = tokio::spawn(publish);
     while counted.load(Relaxed) < expected {
-        if began.elapsed() > PATIENCE {
-            return Err(format!("{} of {expected} deliveries came", counted.load(Relaxed)).into());
+        if began.elapsed() > DEADLINE {
+            return Err(format!("only {} of {expected} deliveries arrived", counted.load(Relaxed)).into());
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+
     let rate = expected as f64 / began.elapsed().as_secs_f64();
     drop(published.await??);
     readers.shutdown().await;

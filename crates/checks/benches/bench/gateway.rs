@@ -1,5 +1,5 @@
-//! Requests through the gateway, on the local bus and through NATS, beside a client that asks the bus itself and beside
-//! the barest program that could stand in its place.
+//! Measures requests through the gateway, on the local bus and through NATS. The peers are a client that uses the bus
+//! directly and the smallest program that could replace the gateway.
 
 mod bare;
 mod idle;
@@ -41,21 +41,25 @@ async fn ping(report: &mut Report) -> Result {
     let gateway = Gateway::start(bus).await?;
     let (echo, mut tasks) = (dir.path().join("echo"), JoinSet::new());
     bare::echo(&echo, &mut tasks)?;
+
     for (count, in_flight, goal) in [(1, 1, ""), (4, 1, "≥ 150,000/s"), (10, 10, "≥ 1,000,000/s")] {
         let ours = raw(&gateway.socket, count, FrameType::Ping, b"", in_flight).await?;
         let peer = raw(&echo, count, FrameType::Ping, b"", in_flight).await?;
         measure(count, ROUND / 8, &ours).await?;
         let ours = measure(count, ROUND, &ours).await?;
         let peer = measure(count, ROUND, &peer).await?;
+
         if count == 1 {
             let peer = ("a bare echo", Figure::Micros(peer.p50));
             report.row("gateway PING, one in flight, p50", Figure::Micros(ours.p50), Some(peer), goal);
             continue;
         }
+
         let rate = |seen: lanes::Seen| Figure::PerSecond(seen.per_second * in_flight as f64);
         let what = format!("gateway PING, {count} clients, {in_flight} in flight each");
         report.row(&what, rate(ours), Some(("a bare echo", rate(peer))), goal);
     }
+
     tasks.shutdown().await;
     gateway.stop().await;
     Ok(())
@@ -64,6 +68,7 @@ async fn ping(report: &mut Report) -> Result {
 async fn on_local_bus(report: &mut Report) -> Result {
     let dir = tempfile::tempdir()?;
     let bus = bus::local::Local::open(dir.path()).await?;
+
     let mut tasks = JoinSet::new();
     let responder = bus.clone();
     let mut requests = bus.subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), 8192).await?;
@@ -76,30 +81,36 @@ async fn on_local_bus(report: &mut Report) -> Result {
             }
         }
     });
+
     let asker = bus.clone();
     let direct: Ask = Arc::new(move |_| {
         let bus = asker.clone();
         let answer = async move { bus.request(subjects::DECIDE, bus_headers(), decide_request(), TIMEOUT).await };
         answer.map(|answer| answer.map(drop).map_err(|e| e.to_string())).boxed()
     });
+
     let gateway = Gateway::start(bus).await?;
     let through = raw(&gateway.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?;
     warm(&[&through, &direct]).await?;
+
     let (ours_one, peer_one) = (measure(1, ROUND / 2, &through).await?, measure(1, ROUND / 2, &direct).await?);
     let (ours, peer) = (measure(CLIENTS, ROUND, &through).await?, measure(CLIENTS, ROUND, &direct).await?);
+
     let what = format!("gateway on the local bus, {CLIENTS} clients, 256 B");
     let rate = ("direct client", Figure::PerSecond(peer.per_second));
     report.row(&what, Figure::PerSecond(ours.per_second), Some(rate), "");
     let added = Figure::Micros(ours_one.p50 - peer_one.p50);
     report.row("gateway on the local bus, added to one in flight, p50", added, None, "≤ 25 µs");
+
     tasks.shutdown().await;
     gateway.stop().await;
     Ok(())
 }
 
-/// An echo responder stands in for the router: the gateway's share is what is measured.
+/// An echo responder stands in for the router, so that the gateway's own share shows.
 async fn through_nats(report: &mut Report) -> Result {
     let server = NatsServer::start().await;
+
     let mut tasks = JoinSet::new();
     let responder = async_nats::connect(server.url()).await?;
     let mut requests = responder.queue_subscribe(subjects::DECIDE, subjects::DECIDE_GROUP.into()).await?;
@@ -112,6 +123,7 @@ async fn through_nats(report: &mut Report) -> Result {
             }
         }
     });
+
     let asker = async_nats::connect(server.url()).await?;
     let dir = tempfile::tempdir()?;
     let bare = dir.path().join("bare");
@@ -121,11 +133,13 @@ async fn through_nats(report: &mut Report) -> Result {
         let answer = async move { client.request_with_headers(subjects::DECIDE, headers(), decide_request()).await };
         answer.map(|answer| answer.map(drop).map_err(|e| e.to_string())).boxed()
     });
+
     let connect = async |connections| {
         let config = bus::nats::NatsConfig { url: server.url(), connections, ..Default::default() };
         Gateway::start(bus::nats::Nats::connect(config).await?).await
     };
     let (gateway, narrow) = (connect(None).await?, connect(Some(1)).await?);
+
     let over_one = raw(&narrow.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?;
     let through = raw(&gateway.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?;
     let few = raw(&gateway.socket, 4, FrameType::TaskSubmit, &submit(), CLIENTS / 4).await?;
@@ -148,19 +162,23 @@ async fn through_nats(report: &mut Report) -> Result {
     let direct = ("direct client", Figure::PerSecond(peer));
     report.row(&row, Figure::PerSecond(ours), Some(direct), "≥ 40,000/s and ≥ 0.8 of the peer");
     report.row(&row, Figure::PerSecond(ours), Some(("a bare relay", Figure::PerSecond(least))), "");
+
     let one = Figure::PerSecond(measure(CLIENTS, ROUND, &over_one).await?.per_second);
     report.row(&format!("gateway over one connection to NATS, {CLIENTS} clients"), one, Some(direct), "");
+
     let row = format!("gateway through NATS, 4 clients, {} in flight each", CLIENTS / 4);
     report.row(&row, Figure::PerSecond(fewer), Some(direct), "");
+
     let half = paced(CLIENTS, ROUND, ours / 2.0, &through).await?;
     report.row("gateway through NATS, half of that load, p99", Figure::Micros(half.p99), None, "< 2,000 µs");
+
     tasks.shutdown().await;
     narrow.stop().await;
     gateway.stop().await;
     Ok(())
 }
 
-/// Neither is the first.
+/// Runs each lane for half a second, so that no measurement pays for its first requests.
 async fn warm(asks: &[&Ask]) -> Result {
     for ask in asks {
         measure(1, Duration::from_millis(500), ask).await?;
@@ -168,7 +186,7 @@ async fn warm(asks: &[&Ask]) -> Result {
     Ok(())
 }
 
-/// In this process.
+/// A gateway that runs in this process.
 struct Gateway {
     socket: std::path::PathBuf,
     cancel: CancellationToken,
@@ -203,7 +221,7 @@ fn submit() -> Bytes {
     submit.to_string().into()
 }
 
-/// What the gateway makes of it.
+/// The decide request that the gateway makes of [`submit`].
 fn decide_request() -> Bytes {
     let params = serde_json::json!({"text": "x".repeat(256)});
     let request = serde_json::json!({
@@ -213,7 +231,7 @@ fn decide_request() -> Bytes {
     request.to_string().into()
 }
 
-/// Those of a decide request, from whoever sends it.
+/// The headers of a decide request, for `async_nats`.
 fn headers() -> HeaderMap {
     let mut headers = HeaderMap::new();
     for (name, value) in bus_headers().iter() {

@@ -1,6 +1,7 @@
-//! `make bench`: our figures beside a peer's from the same run, on this machine, under the load that it has.
+//! Runs the benchmarks of `make bench`: our figures beside a peer's from the same run, on this machine.
 //!
-//! Arguments choose by name (`gateway`, `decide`, `fanout`, `memory`, `console`); `--write FILE` also keeps the table.
+//! Arguments select benchmarks by name (`gateway`, `decide`, `fanout`, `memory`, `console`). `--write FILE` also writes
+//! the table to a file.
 
 mod beamline;
 mod console;
@@ -15,7 +16,7 @@ use report::Report;
 
 type Result<T = (), E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
 
-/// As the binary does.
+/// The same allocator as in the binary.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -25,14 +26,16 @@ fn main() -> Result {
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            "--write" => file = Some(args.next().ok_or("--write needs the name of a file")?),
+            "--write" => file = Some(args.next().ok_or("--write needs a file name")?),
             _ => names.push(arg),
         }
     }
+
     let chosen = |name: &str| names.is_empty() || names.iter().any(|known| known == name);
-    // The provider may be installed already; then it serves as well.
+    // An error means that a provider is already installed, which serves as well.
     let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+
     let mut report = Report::new();
     if chosen("decide") {
         decide::run(&mut report)?;
@@ -49,8 +52,9 @@ fn main() -> Result {
     if chosen("console") {
         runtime.block_on(console::run(&mut report))?;
     }
+
     if let Some(file) = file {
-        // What people wrote below the table stays.
+        // Keep the sections that people wrote below the table.
         let before = std::fs::read_to_string(&file).unwrap_or_default();
         let kept = before.find("\n## ").map_or("", |place| &before[place..]);
         std::fs::write(file, report.markdown() + kept)?;

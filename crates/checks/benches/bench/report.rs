@@ -1,4 +1,4 @@
-//! The table: what, ours, the peer's, their ratio.
+//! The table of results: our figure, the peer's, their ratio and the goal.
 
 use std::fmt::Write;
 use std::process::Command;
@@ -48,7 +48,7 @@ impl Report {
         Self { rows: Vec::new(), began }
     }
 
-    /// The peer with its name; `goal` in words.
+    /// Prints and keeps one row. `peer` is a name and a figure; `goal` is free text.
     pub fn row(&mut self, what: &str, ours: Figure, peer: Option<(&str, Figure)>, goal: &str) {
         let row = Row {
             what: what.into(),

@@ -1,4 +1,4 @@
-//! What the gateway's process says of itself on `/metrics`.
+//! Reads the gateway's own figures from its `/metrics`.
 
 use super::Error;
 use serde::Serialize;
@@ -8,10 +8,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Figures {
-    /// Of the process's runtime.
+    /// Tasks alive in the process's async runtime.
     pub tasks: u64,
     pub in_flight: u64,
-    /// Since the process began.
+    /// Counted since the process started.
     pub late_replies: u64,
 }
 
@@ -31,7 +31,7 @@ impl Source {
         let failed = |problem: String| Error::Metrics { url: self.url.clone(), problem };
         let answer = self.http.get(&self.url).send().await.and_then(reqwest::Response::error_for_status);
         let text = answer.map_err(|e| failed(e.to_string()))?.text().await.map_err(|e| failed(e.to_string()))?;
-        parse(&text).ok_or_else(|| failed("it has not the figures of a gateway".into()))
+        parse(&text).ok_or_else(|| failed("the response lacks the gateway's metrics".into()))
     }
 }
 
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_found_among_others() {
+    fn finds_its_metrics_among_others() {
         let text = "# TYPE beamline_runtime_tasks gauge\nbeamline_runtime_tasks 12\nbeamline_gateway_in_flight_max 9\n\
                     beamline_gateway_in_flight 3\nbeamline_bus_late_replies_total 1000000\n";
         assert_eq!(parse(text), Some(Figures { tasks: 12, in_flight: 3, late_replies: 1_000_000 }));

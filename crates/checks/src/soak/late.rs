@@ -1,4 +1,4 @@
-//! In the router's place: takes decide requests from NATS and answers each when its deadline is over.
+//! Stands in for the router: takes decide requests from NATS and answers each one after its deadline.
 
 use super::Error;
 use bus::nats::{Nats, NatsConfig};
@@ -11,11 +11,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use wire::subjects;
 
-/// Requests that may wait for their late answer.
+/// Requests that may wait for their late answer; further ones wait in the subscription.
 const QUEUE: usize = 65_536;
-/// After the deadline: so that also a gateway that has no time has given up.
+/// How long past the deadline an answer is sent, so that even a busy gateway has given up by then.
 const AFTER: Duration = Duration::from_secs(1);
-const ANYBODY: Duration = Duration::from_secs(1);
+/// How long to wait for a real router to answer the probe.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub struct LateRouter {
     bus: Bus,
@@ -24,28 +25,30 @@ pub struct LateRouter {
 }
 
 impl LateRouter {
-    /// Refuses to take a real router's requests away from it.
+    /// Fails with [`Error::RouterThere`] when a real router serves this NATS server, rather than take its requests.
     pub async fn start(url: &str, deadline: Duration) -> Result<Self, Error> {
         let config = NatsConfig { url: url.into(), name: "late-router".into(), ..NatsConfig::default() };
         let bus = Nats::connect(config).await?;
-        match bus.request(subjects::BACKPRESSURE, Headers::new(), Bytes::new(), ANYBODY).await {
+
+        match bus.request(subjects::BACKPRESSURE, Headers::new(), Bytes::new(), PROBE_TIMEOUT).await {
             Err(bus::Error::NoResponders(_)) => {}
             Err(bus::Error::Timeout(_)) | Ok(_) => return Err(Error::RouterThere),
             Err(error) => return Err(error.into()),
         }
+
         let requests = bus.subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), QUEUE).await?;
         bus.health().await?;
         Ok(Self { bus, requests, delay: deadline + AFTER })
     }
 
-    /// Until it is told to end and has answered all; how many that were.
+    /// Answers until `end` is cancelled and nothing is owed; returns the number of replies published.
     pub async fn run(mut self, end: CancellationToken) -> u64 {
         let mut owed: VecDeque<(Instant, Arc<str>)> = VecDeque::new();
         let mut answered = 0;
         loop {
             let due = owed.front().map(|(due, _)| *due);
             tokio::select! {
-                // What is due goes first: so the queue is as long as the delay lets it be, and no longer.
+                // Due answers come first, so the queue holds no more than one delay's worth of requests.
                 biased;
                 () = super::at(due) => {
                     let Some((_, subject)) = owed.pop_front() else { continue };
@@ -59,7 +62,7 @@ impl LateRouter {
                 () = end.cancelled(), if owed.is_empty() => break,
             }
         }
-        // What was published has reached the server; if NATS is away, the count of late replies tells.
+        // Wait until the published replies have reached NATS. A failure shows up in the count of late replies.
         let _ = self.bus.health().await;
         answered
     }

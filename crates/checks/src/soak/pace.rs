@@ -1,9 +1,9 @@
-//! When the next request is due, for a load of so many a second without bursts.
+//! Schedules requests at a fixed rate without bursts.
 
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// So much of what was missed is made up for: what a coarse timer costs, and not what a slow gateway does.
+/// How far a schedule that fell behind catches up: enough for a coarse timer, but not for a slow gateway.
 const BEHIND_MAX: Duration = Duration::from_millis(10);
 
 #[derive(Debug)]
@@ -17,7 +17,7 @@ impl Pace {
         Self { step: Duration::from_secs_f64(1.0 / per_second), next: start }
     }
 
-    /// The moment of one more request.
+    /// Returns the time at which the next request is due.
     pub fn next(&mut self, now: Instant) -> Instant {
         let earliest = now.checked_sub(BEHIND_MAX).unwrap_or(now);
         let due = self.next.max(earliest);
@@ -31,15 +31,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_is_late_catches_up_a_little_and_no_more() {
+    fn late_schedule_catches_up_by_ten_milliseconds_at_most() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut pace = Pace::new(1000.0, start);
-        // Asked early, requests lie ahead a step apart.
+        // On time: requests are scheduled one step apart.
         assert_eq!([pace.next(at(0)), pace.next(at(0)), pace.next(at(0))], [at(0), at(1), at(2)]);
-        // Three steps late: all are made up for.
+
+        // Three steps late: all three are caught up.
         assert_eq!([pace.next(at(6)), pace.next(at(6))], [at(3), at(4)]);
-        // A second late: ten are.
+
+        // A second late: only the last ten steps are, besides the request of now.
         let now = at(1000);
         let at_once = (0..100).filter(|_| pace.next(now) <= now).count();
         assert_eq!(at_once, 11);

@@ -1,17 +1,17 @@
-//! What became of the requests.
+//! Counts the outcomes of requests.
 
 use hdrhistogram::Histogram;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Longer ones count as this.
+/// Longer times are recorded as this.
 const LONGEST: Duration = Duration::from_secs(3600);
 
 pub struct Tally {
     pub sent: u64,
     pub answered: u64,
     pub errors: BTreeMap<u16, u64>,
-    /// Of all outcomes, µs.
+    /// Times of all outcomes, in µs.
     times: Histogram<u64>,
 }
 
@@ -32,7 +32,7 @@ impl Tally {
         self.errors.values().sum()
     }
 
-    /// Microseconds within which this share of the outcomes came.
+    /// The time in µs within which this share (0 to 1) of the outcomes came.
     pub fn within_us(&self, share: f64) -> u64 {
         self.times.value_at_quantile(share)
     }

@@ -1,4 +1,4 @@
-//! Whether a soak has passed: every request is accounted for, and the gateway's process holds what it held.
+//! Judges a soak: it passes when every request is accounted for and the gateway's process has not grown.
 
 use super::{Config, Evidence, Sample, Seen, Tally};
 use crate::slope::{median, theil_sen};
@@ -6,26 +6,28 @@ use serde_json::json;
 use std::time::{Duration, UNIX_EPOCH};
 use wire::ipc::ErrorCode;
 
-/// Grown by less over the whole soak is not grown: what an allocator keeps or a table's next size explains it.
+/// Memory growth below this over the whole soak is noise: allocators keep memory, and tables double.
 const NOISE_BYTES: f64 = 2.0 * 1024.0 * 1024.0;
 const NOISE_SHARE: f64 = 0.02;
-/// A soak that is shorter than this is all warm-up for the memory: only what no warm-up explains counts.
+/// A shorter soak is all warm-up as far as memory goes, so only growth too large for a warm-up counts.
 const SHORT_SECONDS: f64 = 60.0;
 const NOISE_BYTES_SHORT: f64 = 32.0 * 1024.0 * 1024.0;
-/// Descriptors that come and go by themselves (a status message, a log file, whoever reads the metrics), and their tasks.
+/// Descriptors that come and go independently of the load (a log file, a scrape of the metrics), and their tasks.
 const NOISE_COUNT: u64 = 8;
-/// Of the soak, not looked at: caches fill, pools reach their size.
+/// The first part of the soak that is ignored: caches fill and pools reach their size.
 const WARM_UP: f64 = 0.25;
-/// A load that is further from the one that was asked for says nothing about that one.
+/// The soak fails when it reached less than this share of the requested rate: it did not test that load.
 const RATE_SHARE: f64 = 0.9;
 
 pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evidence {
     let seconds = took.as_secs_f64();
     let accounted = tally.answered + tally.refused();
+
     let late_replies = seen.after.or(seen.samples.last().and_then(|sample| sample.figures)).map(|figures| {
         let before = seen.before.map_or(0, |before| before.late_replies);
         figures.late_replies.saturating_sub(before)
     });
+
     let from = seconds * WARM_UP;
     let settled: Vec<Sample> = seen.samples.iter().copied().filter(|sample| sample.second >= from).collect();
     let rss: Vec<(f64, f64)> = settled.iter().map(|s| (s.second, s.holds.rss_bytes as f64)).collect();
@@ -33,16 +35,20 @@ pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evi
 
     let mut problems = Vec::new();
     if !seen.ended {
-        problems.push("it has not ended".into());
+        problems.push("the soak has not ended".into());
     }
     problems.extend(requests(config, seen, tally, late_replies));
+
     let reached = tally.sent as f64 / seconds;
     if let Some(asked) = config.per_second
         && seconds > 1.0
         && reached < asked * RATE_SHARE
     {
-        problems.push(format!("{reached:.0} requests a second instead of {asked:.0}: gateway or machine is too slow"));
+        problems.push(format!(
+            "sent {reached:.0} requests a second instead of {asked:.0}: the gateway or this machine is too slow"
+        ));
     }
+
     let typical = median(&mut rss.iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>()).unwrap_or(0.0);
     let grown = slope * (seconds - from);
     let noise = if seconds < SHORT_SECONDS { NOISE_BYTES_SHORT } else { NOISE_BYTES.max(typical * NOISE_SHARE) };
@@ -50,17 +56,13 @@ pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evi
         problems.push(format!("resident memory grew by {grown:.0} bytes after the warm-up"));
     }
     problems.extend(counts(&settled));
+
     let began_ms = seen.began_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     Evidence {
         build: config.build.clone(),
         machine: seen.machine.clone(),
         began_ms: u64::try_from(began_ms).unwrap_or(u64::MAX),
-        settings: json!({
-            "seconds": config.duration.as_secs_f64(), "requests": config.requests, "per_second": config.per_second,
-            "clients": config.clients, "in_flight_each": config.in_flight,
-            "deadline_ms": config.deadline.map(|deadline| deadline.as_secs_f64() * 1000.0),
-            "late_router": config.late_router.is_some(), "task_type": config.task_type, "payload_bytes": config.payload,
-        }),
+        settings: settings(config),
         pid: seen.pid,
         ended: seen.ended,
         seconds,
@@ -81,33 +83,47 @@ pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evi
     }
 }
 
-/// Requests in are replies and errors out, and nothing of them stays.
+fn settings(config: &Config) -> serde_json::Value {
+    json!({
+        "seconds": config.duration.as_secs_f64(), "requests": config.requests, "per_second": config.per_second,
+        "clients": config.clients, "in_flight_each": config.in_flight,
+        "deadline_ms": config.deadline.map(|deadline| deadline.as_secs_f64() * 1000.0),
+        "late_router": config.late_router.is_some(), "task_type": config.task_type, "payload_bytes": config.payload,
+    })
+}
+
+/// Checks that every request got an answer or an error, and that none stays in flight.
 fn requests(config: &Config, seen: &Seen, tally: &Tally, late_replies: Option<u64>) -> Vec<String> {
     let mut problems = Vec::new();
     let accounted = tally.answered + tally.refused();
     if tally.sent == 0 {
-        problems.push("nothing was sent".into());
+        problems.push("no request was sent".into());
     }
     if accounted != tally.sent {
         let lost = tally.sent - accounted;
         problems.push(format!("{lost} of {} requests got neither an answer nor an error", tally.sent));
     }
+
     if tally.answered == 0 && config.deadline.is_none() {
         problems.push("no request was answered; is a router running?".into());
     }
+
     let timed_out = tally.errors.get(&(ErrorCode::Timeout as u16)).copied().unwrap_or(0);
     if config.late_router.is_some() && timed_out == 0 {
-        problems.push("no request timed out".into());
+        problems.push("no request timed out, although the late router answers after the deadline".into());
     }
     if seen.late_router == Some(0) {
         problems.push("no request reached the late router".into());
     }
-    // There may be more: the bus answers too what it could not keep for the late router, and what else the gateway asks.
+
+    // More late replies than this are fine: the bus itself answers requests that overflow the late router's
+    // subscription, and the gateway has other requests on it.
     if let (Some(given), Some(late)) = (seen.late_router, late_replies)
         && late + tally.answered < given
     {
-        problems.push(format!("the late router gave {given} replies, and the gateway counted {late} late ones"));
+        problems.push(format!("the late router gave {given} replies, but the gateway counted only {late} late ones"));
     }
+
     if let (Some(before), Some(after)) = (seen.before, seen.after)
         && after.in_flight > before.in_flight
     {
@@ -116,22 +132,24 @@ fn requests(config: &Config, seen: &Seen, tally: &Tally, late_replies: Option<u6
     problems
 }
 
-/// Of what is counted rather than measured, the end is held against the beginning.
+/// Compares counts (descriptors, threads, tasks) at the end with those after the warm-up.
 fn counts(settled: &[Sample]) -> Vec<String> {
     let mut problems = Vec::new();
     if settled.len() < 5 {
         let few = settled.len();
         problems.push(format!("only {few} samples after the warm-up: the process ended, or the soak is too short"));
     }
+
     let (Some(first), Some(last)) = (settled.first(), settled.last()) else { return problems };
     let mut compare = |what: &str, first: u64, last: u64, most: u64| {
         if last > most {
             problems.push(format!("{what} grew from {first} to {last}"));
         }
     };
+
     let (a, b) = (first.holds, last.holds);
     compare("descriptors", a.descriptors, b.descriptors, a.descriptors + NOISE_COUNT);
-    // The runtime starts threads for blocking work and ends them when they are idle.
+    // The runtime starts threads for blocking work and ends idle ones.
     compare("threads", a.threads, b.threads, a.threads * 2 + 16);
     if let (Some(first), Some(last)) = (first.figures, last.figures) {
         compare("tasks", first.tasks, last.tasks, first.tasks + NOISE_COUNT);
@@ -183,16 +201,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_flat_and_accounted_for_passes() {
+    fn flat_soak_with_every_request_accounted_for_passes() {
         let flat = seen(|n| 50_000_000 + n % 7 * 4096, |n| 20 + n % 3);
         assert_eq!(verdict(&config(), &flat, &tally(105, 100)), Vec::<String>::new());
-        // Growth that ends with the warm-up is none.
+        // Growth during the warm-up is ignored.
         let warm = seen(|n| 50_000_000 + n.min(25) * 1_000_000, |_| 20);
         assert_eq!(verdict(&config(), &warm, &tally(105, 100)), Vec::<String>::new());
     }
 
     #[test]
-    fn a_short_soak_judges_memory_less_strictly() {
+    fn short_soak_tolerates_more_memory_growth() {
         let grows = |bytes_a_second: u64| {
             let seen = seen(|n| 40_000_000 + n * bytes_a_second / 25, |_| 20);
             judge(&config(), &seen, &tally(105, 100), Duration::from_secs(20)).problems
@@ -202,19 +220,20 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_lost_or_grows_is_named() {
+    fn verdict_names_what_was_lost_or_grew() {
         let flat = || seen(|_| 50_000_000, |_| 20);
         let with = |change: fn(&mut Seen)| {
             let mut seen = flat();
             change(&mut seen);
             seen
         };
+
         let paced = Config { per_second: Some(2.0), ..config() };
         let late = Config { late_router: Some("nats://x".into()), deadline: Some(Duration::ZERO), ..config() };
         for (config, seen, tally, expected) in [
             (config(), flat(), tally(106, 100), "1 of 106 requests"),
             (config(), flat(), tally(5, 0), "no request was answered"),
-            (config(), flat(), Tally::default(), "nothing was sent"),
+            (config(), flat(), Tally::default(), "no request was sent"),
             (config(), seen(|n| 50_000_000 + n * 100_000, |_| 20), tally(105, 100), "resident memory grew"),
             (config(), seen(|_| 50_000_000, |n| 20 + n), tally(105, 100), "descriptors grew"),
             (config(), with(|s| s.samples.drain(..98).for_each(drop)), tally(105, 100), "samples after the warm-up"),

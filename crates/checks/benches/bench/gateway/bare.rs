@@ -1,4 +1,4 @@
-//! The least that any program between a Unix socket and a bus does: it reads, passes on and writes, and knows nothing.
+//! Does the minimum that any program between a Unix socket and a bus must do: read, pass on, write.
 
 use crate::Result;
 use bytes::{Bytes, BytesMut};
@@ -10,7 +10,7 @@ use wire::subjects;
 
 const V2_HEADER: usize = 20;
 
-/// Sends back what comes. Ends with the set.
+/// Sends every byte back. The server stops when `tasks` is shut down.
 pub fn echo(socket: &Path, tasks: &mut JoinSet<()>) -> Result {
     serve(socket, tasks, async |mut stream| {
         let mut buffer = BytesMut::with_capacity(16 * 1024);
@@ -22,7 +22,7 @@ pub fn echo(socket: &Path, tasks: &mut JoinSet<()>) -> Result {
     })
 }
 
-/// Asks NATS with what stands in each frame and sends the answer back in one; one at a time on a connection.
+/// Sends each frame's payload to NATS as a request and returns the answer in a frame, one request at a time a connection.
 pub fn relay(socket: &Path, client: async_nats::Client, tasks: &mut JoinSet<()>) -> Result {
     serve(socket, tasks, move |mut stream| {
         let client = client.clone();
@@ -33,11 +33,13 @@ pub fn relay(socket: &Path, client: async_nats::Client, tasks: &mut JoinSet<()>)
                 if buffer.len() < length {
                     continue;
                 }
+
                 let mut frame = buffer.split_to(length);
                 let payload: Bytes = frame.split_off(V2_HEADER).freeze();
                 let answer = client.request_with_headers(subjects::DECIDE, super::headers(), payload).await;
                 let Ok(answer) = answer else { return };
-                let length = u32::try_from(V2_HEADER + answer.payload.len()).expect("a short answer");
+
+                let length = u32::try_from(V2_HEADER + answer.payload.len()).expect("the answer is short");
                 frame[..4].copy_from_slice(&length.to_be_bytes());
                 frame[5] = wire::ipc::FrameType::ResponseOk as u8;
                 frame.extend_from_slice(&answer.payload);

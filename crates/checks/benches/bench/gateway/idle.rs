@@ -1,4 +1,4 @@
-//! What an idle IPC connection costs the process that holds it; its clients are in this one.
+//! Measures the server's memory for an idle IPC connection. The clients live in this process.
 
 use crate::Result;
 use crate::beamline::Beamline;
@@ -16,11 +16,13 @@ pub async fn run(report: &mut Report) -> Result {
         open.push(used(&server).await?);
     }
     settle().await;
+
     let before = server.rss();
     for _ in 0..CONNECTIONS {
         open.push(used(&server).await?);
     }
     settle().await;
+
     let bytes = each(before, server.rss(), CONNECTIONS);
     report.row(
         &format!("an idle IPC connection of {CONNECTIONS}, resident memory"),
@@ -31,7 +33,7 @@ pub async fn run(report: &mut Report) -> Result {
     Ok(())
 }
 
-/// Idle, but it has been used.
+/// Opens a connection and exchanges one PING, since a used connection holds more memory than a fresh one.
 async fn used(server: &Beamline) -> Result<UnixStream> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut stream = UnixStream::connect(server.socket()).await?;

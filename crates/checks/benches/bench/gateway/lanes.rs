@@ -1,4 +1,4 @@
-//! Lanes that ask again and again, and clients that cost next to nothing.
+//! Lanes, each of which sends one request after another, and clients that cost next to nothing.
 
 use crate::Result;
 use bytes::BytesMut;
@@ -14,22 +14,22 @@ use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use wire::ipc::{Frame, FrameType, Version};
 
-/// One request of a lane, by the lane's number.
+/// Sends one request for the lane with this number and waits for the answer.
 pub type Ask = Arc<dyn Fn(usize) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
 pub struct Seen {
-    /// µs
+    /// In µs, like `p99`.
     pub p50: f64,
     pub p99: f64,
     pub per_second: f64,
 }
 
-/// `lanes` at once for this long, as fast as the answers come.
+/// Runs this many lanes for the length of `round`, each as fast as its answers arrive.
 pub async fn measure(lanes: usize, round: Duration, ask: &Ask) -> Result<Seen> {
     run(lanes, round, None, ask).await
 }
 
-/// So many a second over all lanes.
+/// Runs the lanes at a fixed total rate, with their requests spread evenly.
 pub async fn paced(lanes: usize, round: Duration, per_second: f64, ask: &Ask) -> Result<Seen> {
     run(lanes, round, Some(Duration::from_secs_f64(lanes as f64 / per_second)), ask).await
 }
@@ -45,6 +45,7 @@ async fn run(lanes: usize, round: Duration, every: Option<Duration>, ask: &Ask) 
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             ticks
         });
+
         running.spawn(async move {
             let mut times = hdrhistogram::Histogram::<u64>::new(3).map_err(|e| e.to_string())?;
             while began.elapsed() < round {
@@ -59,6 +60,7 @@ async fn run(lanes: usize, round: Duration, every: Option<Duration>, ask: &Ask) 
             Ok::<_, String>(times)
         });
     }
+
     let mut all = hdrhistogram::Histogram::<u64>::new(3)?;
     while let Some(times) = running.join_next().await {
         all.add(times??)?;
@@ -67,7 +69,7 @@ async fn run(lanes: usize, round: Duration, every: Option<Duration>, ask: &Ask) 
     Ok(Seen { p50: at(0.5), p99: at(0.99), per_second: all.len() as f64 / began.elapsed().as_secs_f64() })
 }
 
-/// Sends the same bytes again and again and counts the answers.
+/// Sends the same bytes repeatedly and counts the answers.
 pub struct Raw {
     stream: UnixStream,
     requests: BytesMut,
@@ -75,7 +77,7 @@ pub struct Raw {
     buffer: BytesMut,
 }
 
-/// A lane for each of `count` connections.
+/// Opens `count` connections, one a lane. Each round keeps `in_flight` requests open at once.
 pub async fn raw(socket: &Path, count: usize, kind: FrameType, payload: &[u8], in_flight: usize) -> Result<Ask> {
     let mut clients = Vec::new();
     for _ in 0..count {
@@ -110,6 +112,7 @@ impl Raw {
                     return Err("the gateway closed the connection".into());
                 }
             };
+
             let frame = self.buffer.split_to(length);
             if frame[5] == FrameType::ResponseError as u8 {
                 return Err(String::from_utf8_lossy(&frame[20..]).into_owned());
