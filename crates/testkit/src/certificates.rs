@@ -1,10 +1,10 @@
-//! Certificates for TLS on loopback: an authority of a test's own, and what it signs.
+//! Certificates for TLS on loopback, signed by a test's own certificate authority.
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// Its files live as long as it does.
+/// A certificate authority; dropping it deletes all its files.
 pub struct Authority {
     dir: TempDir,
     issuer: Issuer<'static, KeyPair>,
@@ -12,28 +12,31 @@ pub struct Authority {
 
 impl Authority {
     pub fn new() -> Self {
-        let dir = TempDir::new().expect("a temporary directory can be made");
-        let key = KeyPair::generate().expect("a key can be made");
+        let dir = TempDir::new().expect("cannot create a temporary directory");
+        let key = KeyPair::generate().expect("cannot generate a key");
+
         let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "authority of a test");
+        params.distinguished_name.push(DnType::CommonName, "test authority");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let certificate = params.self_signed(&key).expect("the parameters are whole");
+        let certificate = params.self_signed(&key).expect("cannot sign the authority's certificate");
         write(&dir.path().join("ca.pem"), &certificate.pem());
         Self { dir, issuer: Issuer::new(params, key) }
     }
 
-    /// The file by which others trust it.
+    /// The file of its own certificate, for `ca` settings.
     pub fn certificate(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
     }
 
-    /// Files of a new certificate and its key, for a server or a client at `host`. The same host again replaces them.
+    /// Issues a certificate for a server or a client at `host`; returns the files of the certificate and of its key.
+    /// A second call for the same host replaces both files.
     pub fn issue(&self, host: &str) -> (PathBuf, PathBuf) {
-        let key = KeyPair::generate().expect("a key can be made");
-        let mut params = CertificateParams::new([host.to_string()]).expect("hosts of tests are valid names");
+        let key = KeyPair::generate().expect("cannot generate a key");
+        let mut params = CertificateParams::new([host.to_string()]).expect("the host is not a valid name");
         params.distinguished_name.push(DnType::CommonName, host);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = params.signed_by(&key, &self.issuer).expect("the parameters are whole");
+        let certificate = params.signed_by(&key, &self.issuer).expect("cannot sign the certificate");
+
         let path = |kind: &str| self.dir.path().join(format!("{host}.{kind}.pem"));
         write(&path("certificate"), &certificate.pem());
         write(&path("key"), &key.serialize_pem());
@@ -48,5 +51,5 @@ impl Default for Authority {
 }
 
 fn write(path: &Path, text: &str) {
-    std::fs::write(path, text).expect("the test's directory is writable");
+    std::fs::write(path, text).expect("cannot write to the test's directory");
 }

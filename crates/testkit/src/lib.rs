@@ -1,4 +1,4 @@
-//! What the tests stand on: real servers on free ports, a scriptable chat endpoint, and waiting without sleeping.
+//! Test support: real servers on free ports, a scriptable chat endpoint, and [`eventually`] in place of sleeping.
 
 mod certificates;
 mod nats;
@@ -16,10 +16,10 @@ pub use redis::{RedisCluster, RedisServer};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Between two looks of [`eventually`].
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+/// How often [`eventually`] checks its condition.
+const CHECK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Waits until `check` says true; panics when it has not by the deadline.
+/// Waits until `check` returns true; panics when it has not by the deadline.
 #[track_caller]
 pub fn eventually<F, Fut>(deadline: Duration, mut check: F) -> impl Future<Output = ()>
 where
@@ -30,8 +30,8 @@ where
     async move {
         let end = Instant::now() + deadline;
         while !check().await {
-            assert!(Instant::now() < end, "not true within {deadline:?}: the condition at {caller}");
-            tokio::time::sleep(LOOK_INTERVAL).await;
+            assert!(Instant::now() < end, "the condition at {caller} did not become true within {deadline:?}");
+            tokio::time::sleep(CHECK_INTERVAL).await;
         }
     }
 }
@@ -41,25 +41,25 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn eventually_sees_what_becomes_true() {
-        let mut looks = 0;
+    async fn eventually_returns_once_the_condition_is_true() {
+        let mut checks = 0;
         eventually(Duration::from_secs(1), || {
-            looks += 1;
-            let done = looks == 5;
+            checks += 1;
+            let done = checks == 5;
             async move { done }
         })
         .await;
-        assert_eq!(looks, 5);
+        assert_eq!(checks, 5);
     }
 
     #[tokio::test(start_paused = true)]
-    #[should_panic(expected = "not true within")]
+    #[should_panic(expected = "did not become true within")]
     async fn eventually_gives_up_at_its_deadline() {
         eventually(Duration::from_secs(1), || async { false }).await;
     }
 
     #[tokio::test]
-    async fn servers_start_stop_and_come_back_on_their_port() {
+    async fn redis_and_nats_restart_on_the_same_port() {
         let mut redis = RedisServer::start().await;
         assert_eq!(redis.command("PING").await.unwrap(), "+PONG");
         redis.kill();
@@ -76,20 +76,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn postgres_starts_and_comes_back_on_its_port() {
+    async fn postgres_restarts_on_the_same_port() {
         let mut postgres = PostgresServer::start().await;
         let url = postgres.url();
         let address = url.split(['@', '/']).find(|part| part.starts_with("127.")).unwrap().to_string();
         tokio::net::TcpStream::connect(&address).await.unwrap();
+
         postgres.kill();
         assert!(tokio::net::TcpStream::connect(&address).await.is_err());
+
         postgres.restart().await;
         tokio::net::TcpStream::connect(&address).await.unwrap();
         assert_eq!(postgres.url(), url);
     }
 
     #[tokio::test]
-    async fn a_killed_primary_of_the_cluster_is_replaced() {
+    async fn cluster_replaces_a_killed_primary() {
         let mut cluster = RedisCluster::start().await;
         let killed = cluster.kill_primary().await;
         cluster.wait_until_whole().await;

@@ -1,4 +1,4 @@
-//! A real nats-server with JetStream in a directory of its own.
+//! Runs a real nats-server with JetStream, in its own temporary directory.
 
 use crate::process::{Process, free_port};
 use nix::sys::signal::Signal;
@@ -27,29 +27,30 @@ impl NatsServer {
         Self::start_with("").await
     }
 
-    /// With further lines of its configuration file, for example `authorization { token: "t" }`.
+    /// Adds lines to the configuration file, for example `authorization { token: "t" }`.
     pub async fn start_with(settings: &str) -> Self {
-        let dir = TempDir::new().expect("a temporary directory can be made");
+        let dir = TempDir::new().expect("cannot create a temporary directory");
         let mut server = Self { dir, settings: settings.into(), port: 0, process: None, jetstream: true };
         server.run().await;
         server
     }
 
-    /// Two servers that are one cluster, without JetStream: what is published at one is heard at the other.
+    /// Starts two servers that form a cluster, without JetStream: subscribers at one receive what the other publishes.
     pub async fn start_pair(settings: &str) -> [Self; 2] {
         let ports = [free_port(), free_port()];
         let start = |own: usize| async move {
             let routes = ports.map(|port| format!("\"nats://127.0.0.1:{port}\"")).join(", ");
             let cluster = format!("cluster {{ name: pair, listen: \"127.0.0.1:{}\", routes: [{routes}] }}", ports[own]);
-            let dir = TempDir::new().expect("a temporary directory can be made");
+            let dir = TempDir::new().expect("cannot create a temporary directory");
             let settings = format!("{cluster}\n{settings}");
             let mut server = Self { dir, settings, port: 0, process: None, jetstream: false };
             server.run().await;
             server
         };
+
         let pair = tokio::join!(start(0), start(1));
         let pair = [pair.0, pair.1];
-        // A server names the other to its clients once the two have met.
+        // A server advertises the other in its greeting once their route is up.
         for server in &pair {
             crate::eventually(START_DEADLINE, || async { server.greeting().await.contains("\"connect_urls\"") }).await;
         }
@@ -65,30 +66,30 @@ impl NatsServer {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
-    /// Of the process; 0 while it does not run.
+    /// The process id; 0 while the server is down.
     pub fn pid(&self) -> u32 {
         self.process.as_ref().map_or(0, Process::id)
     }
 
-    /// Ends it in good order.
+    /// Shuts the server down with SIGTERM.
     pub async fn stop(&mut self) {
         if let Some(process) = self.process.take() {
             process.stop().await;
         }
     }
 
-    /// SIGKILL.
+    /// Kills the server with SIGKILL.
     pub fn kill(&mut self) {
         self.process = None;
     }
 
-    /// Runs again (after [`Self::stop`], [`Self::kill`] or as it is) on the same port and directory.
+    /// Starts the server again on the same port and directory, after stopping it if it still runs.
     pub async fn restart(&mut self) {
         self.stop().await;
         self.run().await;
     }
 
-    /// SIGSTOP: the connections stay, nothing answers.
+    /// Suspends the server with SIGSTOP: connections stay open, but nothing answers.
     pub fn pause(&self) {
         self.process.iter().for_each(|process| process.signal(Signal::SIGSTOP));
     }
@@ -97,12 +98,12 @@ impl NatsServer {
         self.process.iter().for_each(|process| process.signal(Signal::SIGCONT));
     }
 
-    /// SIGUSR2: takes no new clients, and sends those it has away within its `lame_duck_duration`.
+    /// Enters lame duck mode (SIGUSR2): the server refuses new clients and evicts the others within `lame_duck_duration`.
     pub fn lame_duck(&self) {
         self.process.iter().for_each(|process| process.signal(Signal::SIGUSR2));
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the server exits by itself.
     pub async fn exit(&mut self) {
         while self.process.as_mut().is_some_and(|process| process.exited().is_none()) {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -124,10 +125,12 @@ impl NatsServer {
             self.settings
         );
         let conf_path = dir.join("nats.conf");
-        std::fs::write(&conf_path, conf).expect("the test's directory is writable");
+        std::fs::write(&conf_path, conf).expect("cannot write to the test's directory");
+
         let mut command = Command::new(binary());
         command.arg("-c").arg(&conf_path);
         let mut process = Process::spawn(&mut command, &dir.join("log"), INSTALL);
+
         let end = Instant::now() + START_DEADLINE;
         while !self.ready().await {
             if process.exited().is_some() || Instant::now() > end {
@@ -138,20 +141,20 @@ impl NatsServer {
         self.process = Some(process);
     }
 
-    /// Learns the port from the server's ports file on the first start, then waits for its greeting.
+    /// Reads the port from the server's ports file on the first start, then checks for the greeting.
     async fn ready(&mut self) -> bool {
         if self.port == 0 {
             let Some(port) = ports_file(self.dir.path()) else { return false };
             self.port = port;
         }
-        // One that speaks only after the handshake does not greet.
+        // With `handshake_first`, the greeting comes only after the TLS handshake.
         if self.settings.contains("handshake_first: true") {
             return TcpStream::connect(("127.0.0.1", self.port)).await.is_ok();
         }
         self.greeting().await.contains(if self.jetstream { "\"jetstream\":true" } else { "\"server_id\"" })
     }
 
-    /// What it says to a new connection; empty while it does not.
+    /// The INFO line that a new connection receives; empty if there is none.
     async fn greeting(&self) -> String {
         let mut line = String::new();
         if let Ok(stream) = TcpStream::connect(("127.0.0.1", self.port)).await {
@@ -169,7 +172,7 @@ fn ports_file(dir: &Path) -> Option<u16> {
     ports["nats"][0].as_str()?.rsplit(':').next()?.parse().ok()
 }
 
-/// The program itself: a pyenv shim of the same name on PATH is a script, and killing it would leave the server.
+/// Finds the program itself. A pyenv shim on PATH is a script, and killing it would leave the server running.
 fn binary() -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found: Vec<PathBuf> =
@@ -177,6 +180,7 @@ fn binary() -> PathBuf {
     if let Some(program) = found.iter().find(|file| !is_script(file)) {
         return program.clone();
     }
+
     let which = Command::new("pyenv").args(["which", "nats-server"]).output();
     let resolved =
         which.ok().filter(|out| out.status.success()).map(|out| String::from_utf8_lossy(&out.stdout).into_owned());

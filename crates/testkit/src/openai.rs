@@ -1,4 +1,4 @@
-//! A chat-completions endpoint that says what the test tells it to: words at a pace, an error, a break, or nothing.
+//! A scriptable chat-completions endpoint: it streams words at a pace, fails, breaks off or hangs.
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -14,31 +14,31 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 const BODY_MAX: usize = 16 * 1024 * 1024;
 
-/// How one request is answered.
+/// The answer to one request.
 #[derive(Debug, Clone)]
 pub enum Reply {
-    /// These pieces, each after `delay`; as an event stream when the request asks for one.
+    /// Sends these pieces, each after `delay`, as an event stream if the request asks for one.
     Words { words: Vec<String>, delay: Duration },
-    /// The text of the last user message, word by word.
+    /// Sends the text of the last user message back, word by word.
     Echo,
-    /// An HTTP error with this message in OpenAI's shape.
+    /// Sends an HTTP error with this message, in OpenAI's format.
     Error { status: u16, message: String },
-    /// A stream that starts and then carries an error instead of words.
+    /// Streams these words, then an error event.
     ErrorInStream { words: Vec<String>, message: String },
-    /// The stream breaks off after these words, without `[DONE]`.
+    /// Streams these words, then closes the connection without `[DONE]`.
     Break { words: Vec<String> },
-    /// Takes the request and never answers.
+    /// Accepts the request and never answers.
     Hang,
 }
 
 impl Reply {
-    /// `text` split after its spaces, without delay.
+    /// Sends `text` word by word, without delay.
     pub fn text(text: &str) -> Self {
         Self::Words { words: split(text), delay: Duration::ZERO }
     }
 }
 
-/// What a client sent.
+/// A request as the endpoint received it.
 #[derive(Debug, Clone)]
 pub struct Request {
     pub path: String,
@@ -46,7 +46,7 @@ pub struct Request {
     pub body: Value,
 }
 
-/// The endpoint; it ends with this handle.
+/// The endpoint; dropping the handle stops it.
 pub struct OpenAi {
     address: SocketAddr,
     state: Arc<State>,
@@ -60,10 +60,10 @@ struct State {
 }
 
 impl OpenAi {
-    /// Echoes until told otherwise.
+    /// Starts an endpoint that echoes until [`Self::reply`] scripts something else.
     pub async fn start() -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("loopback has a free port");
-        let address = listener.local_addr().expect("a bound listener has an address");
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("cannot bind a loopback port");
+        let address = listener.local_addr().expect("cannot read the listener's address");
         let state = Arc::new(State::default());
         let end = CancellationToken::new();
         tokio::spawn(serve(listener, state.clone(), end.clone()));
@@ -75,7 +75,7 @@ impl OpenAi {
         format!("http://{}/v1", self.address)
     }
 
-    /// The next request that has no reply yet is answered so; one reply a request, then echo again.
+    /// Scripts the answer to one request. Calls queue up; once the queue is empty, requests are echoed again.
     pub fn reply(&self, reply: Reply) {
         self.state.script.lock().push_back(reply);
     }
@@ -95,7 +95,7 @@ async fn serve(listener: TcpListener, state: Arc<State>, end: CancellationToken)
             accepted = listener.accept() => {
                 if let Ok((stream, _)) = accepted {
                     let state = state.clone();
-                    // A client that goes away in the middle is part of the tests.
+                    // Ignore IO errors: some tests disconnect in the middle of an answer.
                     connections.spawn(async move { drop(connection(stream, &state).await) });
                 }
             }
@@ -103,7 +103,7 @@ async fn serve(listener: TcpListener, state: Arc<State>, end: CancellationToken)
     }
 }
 
-/// One request a connection.
+/// Serves one request and closes the connection.
 async fn connection(stream: TcpStream, state: &State) -> io::Result<()> {
     let mut stream = BufReader::new(stream);
     let request = read_request(&mut stream).await?;
@@ -114,6 +114,7 @@ async fn connection(stream: TcpStream, state: &State) -> io::Result<()> {
     if !known {
         return error(&mut stream, 404, "unknown path").await;
     }
+
     let reply = state.script.lock().pop_front().unwrap_or(Reply::Echo);
     match reply {
         Reply::Echo => words(&mut stream, streamed, &split(&echo), Duration::ZERO).await,
@@ -124,7 +125,7 @@ async fn connection(stream: TcpStream, state: &State) -> io::Result<()> {
             event(&mut stream, &json!({"error": {"message": message}}).to_string()).await?;
             stream.write_all(b"0\r\n\r\n").await
         }
-        // The connection closes inside the chunked body.
+        // Returning closes the connection in the middle of the chunked body.
         Reply::Break { words: list } => begin(&mut stream, &list, Duration::ZERO).await,
         Reply::Hang => std::future::pending().await,
     }
@@ -134,6 +135,7 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> io::Result<Request> 
     let mut line = String::new();
     stream.read_line(&mut line).await?;
     let path = line.split(' ').nth(1).unwrap_or_default().to_string();
+
     let (mut length, mut authorization) = (0, None);
     loop {
         line.clear();
@@ -145,6 +147,7 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> io::Result<Request> 
             _ => {}
         }
     }
+
     if length > BODY_MAX {
         return Err(io::ErrorKind::InvalidData.into());
     }
@@ -159,6 +162,7 @@ async fn words(stream: &mut BufReader<TcpStream>, streamed: bool, words: &[Strin
         let choices = json!([{"index": 0, "message": message, "finish_reason": "stop"}]);
         return whole(stream, "200 OK", &json!({"object": "chat.completion", "choices": choices})).await;
     }
+
     begin(stream, words, delay).await?;
     let last = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]});
     event(stream, &last.to_string()).await?;
@@ -166,7 +170,7 @@ async fn words(stream: &mut BufReader<TcpStream>, streamed: bool, words: &[Strin
     stream.write_all(b"0\r\n\r\n").await
 }
 
-/// The head of an event stream and its words.
+/// Sends the head of an event stream and these words.
 async fn begin(stream: &mut BufReader<TcpStream>, words: &[String], delay: Duration) -> io::Result<()> {
     let head =
         "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n";
@@ -179,7 +183,7 @@ async fn begin(stream: &mut BufReader<TcpStream>, words: &[String], delay: Durat
     stream.flush().await
 }
 
-/// One event as one chunk of the body.
+/// Sends one event as one chunk of the body.
 async fn event(stream: &mut BufReader<TcpStream>, data: &str) -> io::Result<()> {
     let event = format!("data: {data}\n\n");
     stream.write_all(format!("{:x}\r\n{event}\r\n", event.len()).as_bytes()).await?;

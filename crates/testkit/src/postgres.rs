@@ -1,4 +1,4 @@
-//! A real PostgreSQL server in a directory of its own.
+//! Runs a real PostgreSQL server in its own temporary directory.
 
 use crate::process::{Process, free_port};
 use nix::sys::signal::{self, Signal};
@@ -13,12 +13,12 @@ use tokio::time::Instant;
 const INSTALL: &str = "install it with scripts/install-test-deps.sh (package postgresql)";
 const START_DEADLINE: Duration = Duration::from_secs(20);
 const START_ATTEMPTS: usize = 8;
-/// Debian keeps the server's programs off PATH, by version.
+/// Where Debian installs the server's programs, by version and outside of PATH.
 const DEBIAN: &str = "/usr/lib/postgresql";
 
 pub struct PostgresServer {
     dir: TempDir,
-    /// Whom the server runs as when we are root, which it refuses to be.
+    /// The user to run the server as when the tests run as root, since PostgreSQL refuses to.
     owner: Option<User>,
     port: u16,
     process: Option<Process>,
@@ -26,21 +26,24 @@ pub struct PostgresServer {
 
 impl PostgresServer {
     pub async fn start() -> Self {
-        let dir = TempDir::new().expect("a temporary directory can be made");
+        let dir = TempDir::new().expect("cannot create a temporary directory");
         let owner = geteuid().is_root().then(|| {
             let known = User::from_name("postgres").ok().flatten();
-            known.unwrap_or_else(|| panic!("there is no user postgres; {INSTALL}"))
+            known.unwrap_or_else(|| panic!("the user postgres does not exist; {INSTALL}"))
         });
         if let Some(owner) = &owner {
-            chown(dir.path(), Some(owner.uid), Some(owner.gid)).expect("root may give a directory away");
+            chown(dir.path(), Some(owner.uid), Some(owner.gid))
+                .expect("cannot change the owner of the test's directory");
         }
+
         let mut server = Self { dir, owner, port: 0, process: None };
         let mut init = server.command("initdb");
         init.args(["--username=beamline", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--pgdata"]);
         let made = init.arg(server.data()).output().unwrap_or_else(|e| panic!("cannot start initdb: {e}; {INSTALL}"));
         assert!(made.status.success(), "initdb failed:\n{}", String::from_utf8_lossy(&made.stderr));
+
         let mut log = String::new();
-        // Somebody else may take the port between the look and the bind.
+        // Another process may take the port before the server binds it.
         for _ in 0..START_ATTEMPTS {
             server.port = free_port();
             match server.run().await {
@@ -56,13 +59,13 @@ impl PostgresServer {
         format!("postgres://beamline@127.0.0.1:{}/postgres", self.port)
     }
 
-    /// SIGKILL, also of the processes that serve connections.
+    /// Kills the server and its backend processes with SIGKILL.
     pub fn kill(&mut self) {
         self.signal_all(Signal::SIGKILL);
         self.process = None;
     }
 
-    /// Runs again on the same port and directory.
+    /// Kills the server and starts it again on the same port and directory.
     pub async fn restart(&mut self) {
         self.kill();
         if let Err(log) = self.run().await {
@@ -70,7 +73,7 @@ impl PostgresServer {
         }
     }
 
-    /// SIGSTOP: the connections stay, nothing answers.
+    /// Suspends the server with SIGSTOP: connections stay open, but nothing answers.
     pub fn pause(&self) {
         self.signal_all(Signal::SIGSTOP);
     }
@@ -82,10 +85,11 @@ impl PostgresServer {
     fn signal_all(&self, signal: Signal) {
         let Some(process) = &self.process else { return };
         process.signal(signal);
+
         let id = process.id();
         let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
         for child in children.split_ascii_whitespace().filter_map(|child| child.parse().ok()) {
-            // One that has ended meanwhile needs no signal.
+            // A failure means that the process has exited meanwhile.
             let _ = signal::kill(Pid::from_raw(child), signal);
         }
     }
@@ -105,12 +109,14 @@ impl PostgresServer {
 
     async fn run(&mut self) -> Result<(), String> {
         let mut command = self.command("postgres");
-        // What is killed is a process, not the machine: nothing needs to reach the disk.
+        // -F turns fsync off: tests kill the process, never the machine, so nothing needs to reach the disk.
         command.args(["-F", "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]);
         command.arg("-p").arg(self.port.to_string()).arg("-D").arg(self.data());
+
         let log = self.dir.path().join("log");
         let before = std::fs::read_to_string(&log).unwrap_or_default().len();
         let mut process = Process::spawn(&mut command, &log, INSTALL);
+
         let end = Instant::now() + START_DEADLINE;
         while !process.log()[before..].contains("ready to accept connections") {
             if process.exited().is_some() || Instant::now() > end {
@@ -129,7 +135,7 @@ impl Drop for PostgresServer {
     }
 }
 
-/// On PATH, or the newest of Debian's.
+/// Finds the program on PATH, else in the newest version that Debian installed.
 fn binary(program: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut installed: Vec<(u32, PathBuf)> = std::fs::read_dir(DEBIAN)
@@ -139,9 +145,10 @@ fn binary(program: &str) -> PathBuf {
         .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
         .collect();
     installed.sort_by_key(|(version, _)| std::cmp::Reverse(*version));
+
     std::env::split_paths(&path)
         .chain(installed.into_iter().map(|(_, bin)| bin))
         .map(|bin: PathBuf| bin.join(program))
         .find(|file: &PathBuf| Path::is_file(file))
-        .unwrap_or_else(|| panic!("{program} is not on PATH nor in {DEBIAN}; {INSTALL}"))
+        .unwrap_or_else(|| panic!("{program} is neither on PATH nor in {DEBIAN}; {INSTALL}"))
 }

@@ -1,4 +1,4 @@
-//! A child process of a test: ended with its handle, its output kept for the failure message.
+//! A child process of a test: dropping the handle kills it, and its output is kept for failure messages.
 
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
@@ -17,10 +17,11 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command` with its output in the file `log`. Panics with `install` when there is no such program.
+    /// Starts `command` with its output appended to `log`. Panics with `install` when the program does not exist.
     pub fn spawn(command: &mut Command, log: &Path, install: &str) -> Self {
-        let file = File::options().create(true).append(true).open(log).expect("the test's directory is writable");
-        let errors = file.try_clone().expect("an open file can be cloned");
+        let file = File::options().create(true).append(true).open(log).expect("cannot write to the test's directory");
+        let errors = file.try_clone().expect("cannot clone the log's file handle");
+
         let program = command.get_program().to_owned();
         let child = command.stdin(Stdio::null()).stdout(file).stderr(errors).spawn();
         let child = child.unwrap_or_else(|e| panic!("cannot start {}: {e}; {install}", program.display()));
@@ -32,7 +33,7 @@ impl Process {
     }
 
     pub fn exited(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().expect("a child can be waited for")
+        self.child.try_wait().expect("cannot wait for the child process")
     }
 
     pub fn log(&self) -> String {
@@ -40,12 +41,12 @@ impl Process {
     }
 
     pub fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.child.id()).expect("process ids fit");
-        // A child that has exited and was not waited for still takes signals.
+        let pid = i32::try_from(self.child.id()).expect("the process id exceeds i32");
+        // An exited child that was not waited for is a zombie, which still accepts signals.
         let _ = signal::kill(Pid::from_raw(pid), signal);
     }
 
-    /// Asks it to end, and ends it when it has not within ten seconds.
+    /// Sends SIGTERM and waits up to ten seconds; the drop that follows kills a process that did not exit.
     pub async fn stop(mut self) {
         self.signal(Signal::SIGTERM);
         let end = Instant::now() + STOP_DEADLINE;
@@ -62,10 +63,10 @@ impl Drop for Process {
     }
 }
 
-/// A port that was free a moment ago; whoever binds it must be ready to try another.
+/// Returns a port that was free a moment ago. Another process may take it, so be prepared to try again.
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("loopback has a free port");
-    listener.local_addr().expect("a bound listener has an address").port()
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("cannot bind a loopback port");
+    listener.local_addr().expect("cannot read the listener's address").port()
 }
 
 pub fn is_free(port: u16) -> bool {
