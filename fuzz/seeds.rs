@@ -1,4 +1,4 @@
-//! Writes the golden vectors of fixtures/wire as the inputs that fuzzing starts from: `seeds <fixtures> <corpus>`.
+//! Writes the golden vectors of fixtures/wire as fuzzing seeds: `seeds FIXTURES CORPUS`.
 
 use serde_json::Value;
 use std::path::Path;
@@ -11,13 +11,15 @@ fn main() -> std::io::Result<()> {
         std::fs::create_dir_all(&folder)?;
         let text = if file.is_empty() { "[]".into() } else { std::fs::read_to_string(Path::new(fixtures).join(file))? };
         let golden: Value = serde_json::from_str(&text)?;
+
         let mut inputs = Vec::new();
         collect(&golden, &mut inputs);
         if target == "websocket" {
             inputs = frames();
         }
+
         for (number, mut input) in inputs.into_iter().enumerate() {
-            // These two take one byte more, which says how the others are cut.
+            // These two targets read one more byte, the length of the pieces to split the others into.
             if matches!(target, "ipc" | "websocket") {
                 input.push(7);
             }
@@ -27,7 +29,7 @@ fn main() -> std::io::Result<()> {
     Ok(())
 }
 
-/// Strings of hex digits are binary, `json` fields are text.
+/// Collects the inputs in `value`: `json` and `payload` fields are text, other strings of hex digits are binary.
 fn collect(value: &Value, inputs: &mut Vec<Vec<u8>>) {
     match value {
         Value::Array(items) => items.iter().for_each(|item| collect(item, inputs)),
@@ -51,7 +53,7 @@ fn hex(text: &str) -> Option<Vec<u8>> {
     (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
 }
 
-/// One of each kind, masked with zeros, whole and in fragments.
+/// One frame of each kind and a fragmented message, masked with zeros.
 fn frames() -> Vec<Vec<u8>> {
     let frame = |first: u8, payload: &[u8]| {
         let mut bytes = vec![first];
@@ -62,6 +64,7 @@ fn frames() -> Vec<Vec<u8>> {
                 bytes.extend((long as u16).to_be_bytes());
             }
         }
+
         bytes.extend([0; 4]);
         bytes.extend(payload);
         bytes

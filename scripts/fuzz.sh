@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fuzzes the decoders and the gateway's sessions with libFuzzer: fuzz.sh [seconds each] [target …]. Works with the stable compiler; wants a C++ one.
+# Fuzzes the decoders and the gateway's sessions with libFuzzer: fuzz.sh [SECONDS-EACH] [TARGET...].
+# Needs the stable Rust compiler and a C++ compiler.
 set -eu
 cd "$(dirname "$0")/../fuzz"
 seconds=${1:-60}
@@ -7,8 +8,8 @@ shift || true
 targets=("$@")
 if [ ${#targets[@]} -eq 0 ]; then targets=(ipc websocket realtime app session); fi
 
-# What cargo-fuzz passes, less the sanitizer that needs a nightly compiler: our code has no `unsafe`, panics are found without.
-# Through --target, so that build scripts go without.
+# The flags of cargo-fuzz, without the sanitizer: it needs a nightly compiler, and our code has no `unsafe`. Panics are
+# found without it. With --target, cargo does not apply the flags to build scripts.
 triple=$(rustc -vV | sed -n 's/^host: //p')
 export RUSTFLAGS="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
 -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing"
@@ -22,13 +23,13 @@ for target in "${targets[@]}"; do
   echo "fuzz $target: ${seconds}s"
   mkdir -p "artifacts/$target"
   log=artifacts/$target.log
-  # A session takes milliseconds, so there is no time to grow from the shortest inputs; and some of its requests wait.
+  # A session takes milliseconds: too slow to start from the shortest inputs, and some of its requests wait.
   limits=(-max_len=8192 -timeout=5)
   if [ "$target" = session ]; then limits=(-max_len=512 -len_control=0 -timeout=20); fi
   if ! "$CARGO_TARGET_DIR/$triple/release/$target" "corpus/$target" -artifact_prefix="artifacts/$target/" \
     -max_total_time="$seconds" "${limits[@]}" -rss_limit_mb=1024 >"$log" 2>&1; then
     tail -n 40 "$log"
-    echo "fuzz $target: found something; again with: fuzz/target/$triple/release/$target fuzz/artifacts/$target/FILE" >&2
+    echo "fuzz $target: failed; see fuzz/$log, and reproduce it with: fuzz/target/$triple/release/$target fuzz/artifacts/$target/FILE" >&2
     exit 1
   fi
   grep -E '^#[0-9]+[[:space:]]+DONE' "$log"

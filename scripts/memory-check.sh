@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Shows that the way in uses memory soundly: memory-check.sh [package …]; gateway, wire and bus if none is named.
-#  1. All their tests under AddressSanitizer and LeakSanitizer. Our code, every Rust dependency and the generic part of the
-#     standard library are instrumented; its precompiled part and C (SQLite, cryptography) are not, but what they allocate,
-#     free and hand to memcpy and the like is watched too.
-#  2. Their unit tests, and the gateway's sessions over real sockets, under valgrind where it is installed: it sees every
-#     instruction, whoever compiled it.
-# Our own code has no `unsafe`: looked for are mistakes below it, and leaks. Works with the stable compiler.
+# Checks the packages for memory errors and leaks: memory-check.sh [PACKAGE...], by default gateway, wire and bus.
+#  1. Runs all their tests under AddressSanitizer and LeakSanitizer. Our code, every Rust dependency and the generic part
+#     of the standard library are instrumented. The library's precompiled part and C code (SQLite, cryptography) are not,
+#     but their allocations, frees and calls of memcpy and the like are checked too.
+#  2. Runs their unit tests, and the gateway's sessions over real sockets, under valgrind if it is installed: valgrind
+#     checks every instruction, whichever compiler produced it.
+# Our own code has no `unsafe`, so this looks for errors in the code below it, and for leaks. Needs the stable compiler only.
 set -eu
 cd "$(dirname "$0")/.."
 packages=("$@")
@@ -17,7 +17,7 @@ trap 'rm -rf "$scratch"' EXIT
 export ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1
 valgrind=(valgrind --quiet --error-exitcode=99 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite)
 
-echo "== can it fail? (a program that leaks, and one that reads what it has freed)"
+echo "== self-test: a program that leaks, and one that reads freed memory"
 cat >"$scratch/leak.rs" <<'RUST'
 fn main() {
     let leaked: &mut [u8] = vec![1; 4242].leak();
@@ -33,13 +33,13 @@ fn main() {
     }
 }
 RUST
-# A report must be what makes it fail, nothing else.
+# The program must fail because the checker reports the error, and for no other reason.
 must_report() {
   local what=$1
   shift
   if "$@" >"$scratch/report" 2>&1 || ! grep -q "$what" "$scratch/report"; then
     cat "$scratch/report" >&2
-    echo "memory-check: $1 does not report: $what" >&2
+    echo "memory-check: $1 did not report '$what': the checker does not work here" >&2
     exit 1
   fi
 }
@@ -58,17 +58,17 @@ echo "== AddressSanitizer and LeakSanitizer: all tests of ${packages[*]}"
 RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo test --quiet --target "$triple" --target-dir target/asan --tests $options
 
 if ! command -v valgrind >/dev/null; then
-  echo "memory-check: clean; valgrind is not installed, so there is no second opinion"
+  echo "memory-check: clean; skipped valgrind, which is not installed"
   exit 0
 fi
-# The test binaries, as cargo names them: `Executable unittests src/lib.rs (target/debug/deps/wire-…)`.
+# The test binaries, from cargo's lines `Executable unittests src/lib.rs (target/debug/deps/wire-…)`.
 built=$(cargo test --no-run --tests $options 2>&1 | sed -n 's/^ *Executable \(.*\) (\(.*\))$/\1|\2/p')
 root=$PWD
 while IFS='|' read -r of binary; do
   case $binary in /*) ;; *) binary=$root/$binary ;; esac
   tests=()
   if [[ $of != unittests* ]]; then
-    # Sessions over sockets; the other tests are more of them, or take real servers, and too long here.
+    # Only the sessions over sockets: the other integration tests repeat them or need real servers, and take too long.
     if ! grep -qa 'crates/gateway/tests/it/session.rs' "$binary"; then continue; fi
     tests=(session:: injection:: old_clients::)
   fi

@@ -1,4 +1,4 @@
-//! App envelopes, both directions: what is read can be written, and reads the same again.
+//! Fuzzes app envelopes in both directions: a decoded message encodes, and decodes to the same message again.
 
 #![no_main]
 
@@ -7,15 +7,15 @@ use prost::Message;
 use wire::app::{Back, Forward};
 
 fuzz_target!(|data: &[u8]| {
-    there_and_back::<Forward>(data);
-    there_and_back::<Back>(data);
+    round_trip::<Forward>(data);
+    round_trip::<Back>(data);
 });
 
-fn there_and_back<T: Message + Default>(data: &[u8]) {
+fn round_trip<T: Message + Default>(data: &[u8]) {
     let Ok(message) = T::decode(data) else { return };
     let encoded = message.encode_to_vec();
     assert_eq!(encoded.len(), message.encoded_len());
-    let again = T::decode(&*encoded).expect("what was written can be read");
-    // By bytes: a NaN is not equal to itself.
+    let again = T::decode(&*encoded).expect("an encoded message must decode");
+    // Compare the bytes: a NaN in a message does not equal itself.
     assert_eq!(again.encode_to_vec(), encoded);
 }

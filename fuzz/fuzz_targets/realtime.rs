@@ -1,4 +1,5 @@
-//! The real-time protocol, JSON and protobuf, both directions: what is read can be written, and reads the same again.
+//! Fuzzes the real-time protocol in both directions and encodings: a decoded message encodes, and decodes to the same
+//! message again.
 
 #![no_main]
 
@@ -13,33 +14,34 @@ fuzz_target!(|data: &[u8]| {
             for into in [Encoding::Json, Encoding::Protobuf] {
                 let mut out = Vec::new();
                 encode_command(into, &command, &mut out);
-                let again = decode_commands(into, &line(into, out)).expect("what was written can be read");
+                let again = decode_commands(into, &line(into, out)).expect("an encoded command must decode");
                 if into == encoding {
-                    assert_eq!(settled(&again[0], encode_command), settled(&command, encode_command));
+                    assert_eq!(comparable(&again[0], encode_command), comparable(&command, encode_command));
                 }
             }
         }
+
         for reply in decode_replies(encoding, &bytes).unwrap_or_default() {
             for into in [Encoding::Json, Encoding::Protobuf] {
                 let mut out = Vec::new();
                 encode_reply(into, &reply, &mut out);
-                let again = decode_replies(into, &line(into, out)).expect("what was written can be read");
+                let again = decode_replies(into, &line(into, out)).expect("an encoded reply must decode");
                 if into == encoding {
-                    assert_eq!(settled(&again[0], encode_reply), settled(&reply, encode_reply));
+                    assert_eq!(comparable(&again[0], encode_reply), comparable(&reply, encode_reply));
                 }
             }
         }
     }
 });
 
-/// One message is one line: what a client splits at line breaks must not be split within.
+/// Checks that a JSON message is a single line, since clients split a frame into messages at line breaks.
 fn line(encoding: Encoding, out: Vec<u8>) -> Bytes {
-    assert!(encoding != Encoding::Json || !out.contains(&b'\n'), "a line break within a message");
+    assert!(encoding != Encoding::Json || !out.contains(&b'\n'), "a JSON message contains a line break");
     Bytes::from(out)
 }
 
-/// As protobuf: equal where NaN is not, and JSON that was laid out over lines is compared by what it says.
-fn settled<T>(message: &T, encode: fn(Encoding, &T, &mut Vec<u8>)) -> Vec<u8> {
+/// The message as JSON, for comparison: a NaN does not equal itself, and embedded JSON is compared without its layout.
+fn comparable<T>(message: &T, encode: fn(Encoding, &T, &mut Vec<u8>)) -> Vec<u8> {
     let mut out = Vec::new();
     encode(Encoding::Json, message, &mut out);
     out

@@ -1,5 +1,5 @@
-//! IPC sessions: whatever one client and the router do, each request has its one answer, v1 in order, v2 by its id. The
-//! sequences are those of the gateway's own property test; here they are found by what they reach.
+//! Fuzzes IPC sessions: whatever the client and the router do, each request gets exactly one answer, in order in v1 and
+//! by id in v2. The sequences are those of the gateway's property test; here coverage guides their generation.
 
 #![no_main]
 
@@ -15,7 +15,7 @@ use sequence::{Action, End, Kind, Sequence, Unfit, What, World};
 use std::cell::RefCell;
 use tokio::runtime::{Builder, Runtime};
 
-/// Sequences that a gateway serves; then it must have given everything back, and another one starts.
+/// Sequences that one gateway serves. Then it must have released everything, and a new one replaces it.
 const SERVES: u32 = 1000;
 
 struct Stage {
@@ -26,7 +26,7 @@ struct Stage {
 
 thread_local! {
     static STAGE: RefCell<Stage> = RefCell::new(Stage {
-        runtime: Builder::new_current_thread().enable_all().build().expect("a runtime"),
+        runtime: Builder::new_current_thread().enable_all().build().expect("cannot build a runtime"),
         world: None,
         served: 0,
     });
@@ -42,6 +42,7 @@ fuzz_target!(|input: &[u8]| {
                 None => World::start().await,
             };
             one.play(&sequence).await;
+
             *served += 1;
             if drains || *served % SERVES == 0 {
                 if !drains {
@@ -63,6 +64,7 @@ fn sequence(u: &mut Unstructured<'_>) -> Result<(Sequence, bool)> {
         _ => End::HalfClose,
     };
     let (reads_late, drains) = (u.arbitrary()?, u.ratio(1, 32)?);
+
     let mut actions = Vec::new();
     while !u.is_empty() {
         actions.push(match u.int_in_range(0..=8)? {
@@ -71,6 +73,7 @@ fn sequence(u: &mut Unstructured<'_>) -> Result<(Sequence, bool)> {
             _ => Action::Ask { v2: u.arbitrary::<Option<u8>>()?.map(|id| id % 12), what: what(u)? },
         });
     }
+
     if drains {
         actions.push(Action::Drain);
     }

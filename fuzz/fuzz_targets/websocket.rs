@@ -1,4 +1,4 @@
-//! WebSocket frames: however bytes come, they are events, a violation or short; what is held stays under the limit.
+//! Fuzzes the WebSocket decoder: the events do not depend on how the bytes are split, and buffered data stays bounded.
 
 #![no_main]
 
@@ -11,7 +11,7 @@ const MESSAGE_MAX: usize = 4096;
 fuzz_target!(|input: (u8, &[u8])| {
     let (cut, data) = input;
     let whole = decode(data, data.len().max(1));
-    assert_eq!(decode(data, usize::from(cut).max(1)), whole, "the events depend on how the bytes were cut");
+    assert_eq!(decode(data, usize::from(cut).max(1)), whole, "the events depend on how the bytes were split");
     for event in &whole.0 {
         answer(event);
     }
@@ -32,25 +32,25 @@ fn decode(data: &[u8], cut: usize) -> (Vec<Event>, Option<Violation>) {
                 }
             }
         }
-        // A frame that would not fit is refused by its head, so no more than one waits.
+        // The decoder refuses an oversized frame by its header, so it never buffers more than one frame.
         assert!(received.len() <= MESSAGE_MAX + 14 + cut);
     }
     (events, None)
 }
 
-/// What a server writes is a frame of the announced length that a client would take for what it is.
+/// Encodes the server's answer to an event and checks the frame's length and contents.
 fn answer(event: &Event) {
     let mut out = BytesMut::new();
     match event {
         Event::Text(text) => {
-            let text = std::str::from_utf8(text).expect("text events are UTF-8");
+            let text = std::str::from_utf8(text).expect("a text event must be UTF-8");
             assert!(text.len() <= MESSAGE_MAX);
             encode(Opcode::Text, text.as_bytes(), &mut out);
             assert!(out.ends_with(text.as_bytes()));
             out.clear();
             encode_close(1000, text, &mut out);
             assert!(out.len() <= 127 && out[1] as usize == out.len() - 2);
-            std::str::from_utf8(&out[4..]).expect("a reason is cut between characters");
+            std::str::from_utf8(&out[4..]).expect("a reason must be cut at a character boundary");
         }
         Event::Binary(data) => {
             assert!(data.len() <= MESSAGE_MAX);

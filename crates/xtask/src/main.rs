@@ -1,4 +1,4 @@
-//! What the repository demands of itself: `cargo run -p xtask -- tidy` (part of the tests), `-- protocol`.
+//! Repository checks: `cargo run -p xtask -- tidy`, which is also one of the tests, and `-- protocol`.
 
 mod tidy;
 mod tree;
@@ -9,8 +9,8 @@ use tree::Tree;
 
 const USAGE: &str = "usage: cargo run -p xtask -- COMMAND
 
-  tidy       check what compilers don't: dependency directions, absences, documents
-  protocol   note in docs/protocol.md that it was read again after a change of the wire";
+  tidy       check the rules that the compiler does not: dependencies, forbidden tokens, documents, licences
+  protocol   stamp docs/protocol.md after reviewing it for a change of crates/wire";
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -27,15 +27,15 @@ fn report(findings: &[tidy::Finding]) -> Result<()> {
         eprintln!("{finding}");
     }
     if !findings.is_empty() {
-        bail!("{} to tidy", findings.len());
+        bail!("tidy: {} findings", findings.len());
     }
-    println!("tidy");
+    println!("tidy: no findings");
     Ok(())
 }
 
 fn protocol(root: &Path) -> Result<()> {
     let stamped = tidy::protocol::stamp(&Tree::read(root)?)?;
     std::fs::write(root.join(tidy::protocol::DOCUMENT), stamped)?;
-    println!("{} is stamped with the wire as it is now", tidy::protocol::DOCUMENT);
+    println!("stamped {} with the hash of the current crates/wire", tidy::protocol::DOCUMENT);
     Ok(())
 }

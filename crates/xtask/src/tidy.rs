@@ -1,4 +1,4 @@
-//! Rules that no compiler checks. Each finding says what, where, and what to do.
+//! Rules that no compiler checks. Each finding names the place, the problem and the remedy.
 
 mod absences;
 mod dependencies;
@@ -13,7 +13,7 @@ use std::fmt;
 #[derive(Debug, PartialEq, Eq)]
 pub struct Finding {
     pub path: String,
-    /// From 1; 0: the file as a whole.
+    /// Line number from 1; 0 stands for the file as a whole.
     pub line: usize,
     pub message: String,
 }
@@ -42,7 +42,7 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-/// A tree of these files, for the tests of the rules.
+/// A tree of these files (path, text), for the tests of the rules.
 #[cfg(test)]
 fn tree_of(files: &[(&str, &str)]) -> Tree {
     let file = |(path, text): &(&str, &str)| crate::tree::File { path: (*path).into(), text: (*text).into() };

@@ -1,29 +1,31 @@
-//! The text files of the repository, as the rules see them.
+//! Reads the text files of the repository for the rules.
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 
-/// Directories of others' files and of what is built.
+/// Directories that hold dependencies, build output or generated data.
 const SKIPPED: &[&str] = &["target", "node_modules", "dist", "data", "corpus", "artifacts"];
-/// Files that rules read; all else (pictures, lock files) is skipped.
+/// Extensions of the files that rules read. Pictures, lock files and the like are skipped.
 const TEXT: &[&str] = &[
     "rs", "ts", "tsx", "css", "html", "mjs", "js", "json", "toml", "md", "sh", "proto", "yaml", "yml", "sql", "service",
 ];
 
 pub struct Tree {
-    /// By path from the root, with `/`.
+    /// Sorted by path.
     pub files: Vec<File>,
 }
 
 pub struct File {
+    /// Relative to the root, with `/`.
     pub path: String,
     pub text: String,
 }
 
-/// The root of the repository that is run in, which need not be the one it was built in: target directories are shared.
+/// The root of the repository that the command runs in. It may differ from the one that built this binary, because
+/// checkouts share target directories.
 pub fn root() -> PathBuf {
     let manifest = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-    Path::new(&manifest).ancestors().nth(2).expect("xtask lies in crates/").into()
+    Path::new(&manifest).ancestors().nth(2).expect("xtask is a folder of crates/").into()
 }
 
 impl Tree {
@@ -38,7 +40,7 @@ impl Tree {
         self.files.iter().find(|file| file.path == path)
     }
 
-    /// Those below `folder`, which ends with `/`, whose name ends with `.extension`.
+    /// Files below `folder` (which ends with `/`) that have this extension.
     pub fn under<'a>(&'a self, folder: &'a str, extension: &'a str) -> impl Iterator<Item = &'a File> {
         self.files.iter().filter(move |file| {
             file.path.starts_with(folder) && file.path.rsplit_once('.').is_some_and(|(_, of_file)| of_file == extension)
@@ -51,7 +53,7 @@ fn read(root: &Path, folder: &Path, files: &mut Vec<File>) -> Result<()> {
         let entry = entry?;
         let (path, name) = (entry.path(), entry.file_name());
         let name = name.to_string_lossy();
-        // Symbolic links are not followed: they may lead out.
+        // Do not follow symbolic links: they may point outside of the repository.
         let kind = entry.file_type()?;
         if kind.is_dir() && !SKIPPED.contains(&&*name) && (!name.starts_with('.') || name == ".ci") {
             read(root, &path, files)?;
@@ -72,7 +74,7 @@ fn is_text(name: &str) -> bool {
 }
 
 impl File {
-    /// Lines of code, from 1, without comments and without test code.
+    /// Lines of code, numbered from 1, without comments and test code.
     pub fn code(&self) -> impl Iterator<Item = (usize, &str)> {
         let mut tests = if is_test(&self.path) { Tests::Whole } else { Tests::Outside };
         self.text.lines().enumerate().filter_map(move |(index, line)| {
@@ -85,10 +87,11 @@ impl File {
                 Tests::Ended => Tests::Outside,
                 other => other,
             };
-            // A second block may follow the first at once.
+            // A second test block may follow the first one immediately.
             if matches!(tests, Tests::Outside) && line == "#[cfg(test)]" {
                 tests = Tests::Announced;
             }
+
             matches!(tests, Tests::Outside).then(|| (index + 1, without_comment(line)))
         })
     }
@@ -99,12 +102,12 @@ enum Tests {
     Outside,
     Announced,
     Inside,
-    /// The line that closes it.
+    /// On the line that closes the block.
     Ended,
     Whole,
 }
 
-/// Files of tests and of what only tests and developers use.
+/// Whether only tests and developers use this file.
 pub fn is_test(path: &str) -> bool {
     let dev = ["crates/testkit/", "crates/xtask/", "fuzz/"];
     dev.iter().any(|folder| path.starts_with(folder))
@@ -127,18 +130,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn comments_and_test_code_are_no_code() {
+    fn code_skips_comments_and_tests() {
         let text = "//! about\nuse a; // b\nlet url = \"http://x\";\n#[cfg(test)]\nmod tests {\n    hidden\n}\nseen\n\
                     #[cfg(test)]\nmod more;\nend";
         let file = File { path: "crates/a/src/lib.rs".into(), text: text.into() };
         let code: Vec<_> = file.code().collect();
         assert_eq!(code, [(1, ""), (2, "use a; "), (3, "let url = \"http://x\";"), (8, "seen"), (11, "end")]);
+
         let file = File { path: "crates/a/tests/it/main.rs".into(), text: text.into() };
         assert_eq!(file.code().count(), 0);
     }
 
     #[test]
-    fn what_is_built_and_what_is_hidden_is_not_read() {
+    fn build_output_and_hidden_files_are_skipped() {
         let dir = tempfile::tempdir().unwrap();
         for path in ["a.rs", "target/b.rs", ".git/c.toml", "d/e.md", "d/f.png", ".ci/run"] {
             let path = dir.path().join(path);

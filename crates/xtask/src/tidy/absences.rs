@@ -1,16 +1,16 @@
-//! What the code must not contain, and the few places where it may, each with its reason.
+//! Tokens that the code must not contain, and the few exceptions, each with its reason.
 
 use super::Finding;
 use crate::tree::{File, Tree, is_test};
 
 struct Absence {
-    /// Any of these in a line of code is a finding …
+    /// A line of code that contains any of these and `beside` is a finding.
     tokens: &'static [&'static str],
-    /// … that has this too.
+    /// Empty if any line counts.
     beside: &'static str,
-    /// Where it is looked for: beginnings of paths.
+    /// Prefixes of the paths that are searched.
     within: &'static [&'static str],
-    /// Beginnings of paths where it may stand, and why.
+    /// Prefixes of the paths that are exempt, each with the reason.
     except: &'static [(&'static str, &'static str)],
     message: &'static str,
 }
@@ -31,7 +31,7 @@ const ABSENCES: &[Absence] = &[
         beside: "",
         within: &["crates/wire/src/", "crates/router/src/policy.rs", "crates/router/src/policy/"],
         except: &[],
-        message: "knows no clock, socket, file, chance or async: take bytes, time and numbers as arguments",
+        message: "this code has no clock, socket, file, randomness or async: take bytes, time and numbers as arguments",
     },
     Absence {
         tokens: &["Serialize", "Deserialize"],
@@ -41,13 +41,13 @@ const ABSENCES: &[Absence] = &[
             ("crates/wire/", "messages live here"),
             ("crates/beamline/src/config", "the settings file"),
             ("crates/cluster/src/token.rs", "claims of a token: signed here and read here"),
-            ("crates/gateway/src/waiters.rs", "looks into a result for its envelope"),
-            ("crates/webapp/src/auth.rs", "bodies of signing in, an HTTP face only this crate has"),
-            ("crates/webapp/src/app/", "props of elements and snapshots of sessions, written and read here"),
-            ("crates/webapp/src/live.rs", "said among web apps only"),
+            ("crates/gateway/src/waiters.rs", "reads the envelope of a result"),
+            ("crates/webapp/src/auth.rs", "bodies of the sign-in endpoints, which only this crate serves"),
+            ("crates/webapp/src/app/", "props of elements and session snapshots, written and read here"),
+            ("crates/webapp/src/live.rs", "exchanged between web apps only"),
             ("crates/checks/", "evidence files, which only this crate writes and reads"),
         ],
-        message: "messages that cross a process boundary belong to `wire`: move the type there",
+        message: "messages that cross a process boundary belong in `wire`: move the type there",
     },
     Absence {
         tokens: &["\"beamline.", "\"caf."],
@@ -55,18 +55,18 @@ const ABSENCES: &[Absence] = &[
         within: &["crates/"],
         except: &[
             ("crates/wire/", "subjects live here"),
-            ("crates/cluster/src/bus_api.rs", "said among nodes only"),
-            ("crates/webapp/src/app/sessions.rs", "said among web apps only"),
-            ("crates/webapp/src/chat/rooms.rs", "said among web apps only"),
-            ("crates/webapp/src/live.rs", "said among web apps only"),
+            ("crates/cluster/src/bus_api.rs", "exchanged between nodes only"),
+            ("crates/webapp/src/app/sessions.rs", "exchanged between web apps only"),
+            ("crates/webapp/src/chat/rooms.rs", "exchanged between web apps only"),
+            ("crates/webapp/src/live.rs", "exchanged between web apps only"),
         ],
-        message: "a subject of the bus: name it in wire::subjects, where both ends find it",
+        message: "bus subjects belong in wire::subjects, where both ends find them: name it there",
     },
     Absence {
         tokens: &["env::var", "env::var_os", "env::vars", "env::vars_os", "env::set_var", "env::remove_var"],
         beside: "",
         within: &["crates/"],
-        except: &[("crates/beamline/src/config", "the one place that reads the environment")],
+        except: &[("crates/beamline/src/config", "the only place that reads the environment")],
         message: "the environment is read in beamline::config only: take the value as a setting",
     },
     Absence {
@@ -74,15 +74,15 @@ const ABSENCES: &[Absence] = &[
         beside: "",
         within: &["crates/"],
         except: &[],
-        message: "no queue without a bound: choose how much may wait, and what happens then",
+        message: "every queue has a bound: choose a capacity, and what happens when it is full",
     },
     Absence {
         tokens: &["tokio::spawn(", "task::spawn(", "thread::spawn("],
         beside: "",
         within: &["crates/"],
         except: &[
-            ("crates/client/src/lib.rs", "the connection's one task; ends with the last handle"),
-            ("crates/cluster/src/engine/redis.rs", "the subscription's one task; ends with the engine"),
+            ("crates/client/src/lib.rs", "the connection's only task; it ends with the last handle"),
+            ("crates/cluster/src/engine/redis.rs", "the subscription's only task; it ends with the engine"),
         ],
         message: "no detached task: spawn on a TaskTracker or JoinSet that someone waits for",
     },
@@ -97,12 +97,12 @@ const ABSENCES: &[Absence] = &[
         tokens: &["process::exit"],
         beside: "",
         within: &["crates/"],
-        except: &[("crates/beamline/src/main.rs", "the exit code is decided here")],
-        message: "nothing but main ends the process: return an error",
+        except: &[("crates/beamline/src/main.rs", "main decides the exit code")],
+        message: "only main ends the process: return an error",
     },
 ];
 
-/// Lines that one of our files may have: over it, it holds more than one concept.
+/// Maximum number of lines of a source file; a longer one holds more than one concept.
 const LINES_MAX: usize = 700;
 
 pub fn check(tree: &Tree) -> Vec<Finding> {
@@ -116,6 +116,7 @@ fn in_code(file: &File) -> Vec<Finding> {
     let here = |paths: &[&str]| paths.iter().any(|path| file.path.starts_with(path));
     let excepted = |rule: &Absence| rule.except.iter().any(|(path, _)| file.path.starts_with(path));
     let rules: Vec<_> = ABSENCES.iter().filter(|rule| here(rule.within) && !excepted(rule)).collect();
+
     let mut findings = Vec::new();
     for (number, line) in file.code() {
         for rule in &rules {
@@ -127,11 +128,12 @@ fn in_code(file: &File) -> Vec<Finding> {
     findings
 }
 
-/// `token` stands in `line`, and not as a part of a longer name.
+/// Whether `line` contains `token` other than as part of a longer name.
 fn has_word(line: &str, token: &str) -> bool {
     let named = |byte: Option<&u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_');
     let word_begins = named(token.as_bytes().first());
     let word_ends = named(token.as_bytes().last());
+
     line.match_indices(token).any(|(at, _)| {
         let before = line.as_bytes()[..at].last();
         let after = line.as_bytes().get(at + token.len());
@@ -140,22 +142,28 @@ fn has_word(line: &str, token: &str) -> bool {
     })
 }
 
-/// Paths that exist on one developer's machine only. Put together here, so that this file has none.
+/// Finds paths that exist on one developer's machine only.
 fn machine_paths(file: &File) -> Vec<Finding> {
+    // Assembled at run time, so that this file does not contain such a path itself.
     let roots = ["work", "root", "Users"].map(|name| format!("/{name}/"));
     let found = |line: &str| roots.iter().find(|root| has_path(line, root)).cloned();
+
     let lines = file.text.lines().enumerate();
     lines
         .filter_map(|(index, line)| {
             let root = found(line)?;
-            Some(Finding::new(&file.path, index + 1, format!("{root}… is a path of one machine: make it relative")))
+            Some(Finding::new(
+                &file.path,
+                index + 1,
+                format!("{root}… exists on one machine only: use a relative path"),
+            ))
         })
         .collect()
 }
 
 fn has_path(line: &str, root: &str) -> bool {
     line.match_indices(root).any(|(at, _)| {
-        // Not the middle of a longer path or an address.
+        // Skip the middle of a longer path or of a URL.
         !line.as_bytes()[..at].last().is_some_and(|byte| byte.is_ascii_alphanumeric() || b"._-~*$})".contains(byte))
     })
 }
@@ -163,7 +171,7 @@ fn has_path(line: &str, root: &str) -> bool {
 fn too_long(file: &File) -> Option<Finding> {
     let ours = ["rs", "ts", "tsx"].iter().any(|extension| file.path.ends_with(&format!(".{extension}")));
     let lines = file.text.lines().count();
-    let message = || format!("{lines} lines, over {LINES_MAX}: give its second concept a file of its own");
+    let message = || format!("{lines} lines, {LINES_MAX} at most: move its second concept to a separate file");
     (ours && lines > LINES_MAX && !is_test(&file.path)).then(|| Finding::new(&file.path, 0, message()))
 }
 
@@ -177,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn each_absence_is_seen_where_it_counts() {
+    fn each_rule_applies_within_its_paths_only() {
         for (path, line, seen) in [
             ("crates/wire/src/a.rs", "let now = Instant::now();", true),
             ("crates/wire/src/a.rs", "let instantly = 1; // Instant", false),
@@ -203,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_finding_names_line_and_remedy() {
+    fn finding_names_line_and_remedy() {
         let text = "fn a() {\n    tokio::spawn(b());\n}\n";
         let expected = "crates/worker/src/a.rs:2: `tokio::spawn(`: no detached task: spawn on a TaskTracker or JoinSet \
                         that someone waits for";
@@ -211,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_of_a_machine() {
+    fn paths_of_one_machine_are_found() {
         let path = |root: &str| format!("see {root}/x");
         assert_eq!(found("README.md", &path(concat!("/ro", "ot"))).len(), 1);
         assert_eq!(found("docs/a.md", &path(concat!("/wo", "rk"))).len(), 1);
@@ -219,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn long_files() {
+    fn long_source_files_are_found() {
         assert!(found("frontend/src/a.ts", &"x\n".repeat(LINES_MAX)).is_empty());
         assert_eq!(found("frontend/src/a.ts", &"x\n".repeat(LINES_MAX + 1)).len(), 1);
         assert!(found("docs/a.md", &"x\n".repeat(LINES_MAX + 1)).is_empty());

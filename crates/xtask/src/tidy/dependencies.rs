@@ -1,10 +1,11 @@
-//! Dependencies point down only, and parts meet on the bus alone.
+//! Checks that dependencies point down only, and that parts communicate over the bus alone.
 
 use super::Finding;
 use crate::tree::Tree;
 use anyhow::{Context, Result};
 
-/// What each crate of ours may build on. Its tests may also use `testkit` and, below the parts, each other.
+/// The crates of the workspace that each crate may depend on. Tests may use any crate, except that a part's tests must
+/// not use another part.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("wire", &[]),
     ("journal", &[]),
@@ -21,7 +22,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("xtask", &[]),
 ];
 const PARTS: &[&str] = &["gateway", "router", "worker", "cluster", "webapp"];
-/// What knows time, sockets, threads or chance has no place in the messages.
+/// Crates that bring time, sockets, threads or randomness, which messages must not depend on.
 const NOT_IN_WIRE: &[&str] = &[
     "tokio",
     "tokio-util",
@@ -42,9 +43,10 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
     for file in tree.under("crates/", "toml").filter(|file| file.path.ends_with("/Cargo.toml")) {
         let manifest: toml::Table = file.text.parse().with_context(|| format!("{} is not TOML", file.path))?;
         let Some(name) = manifest.get("package").and_then(|package| package.get("name")?.as_str()) else { continue };
+
         let Some((_, allowed)) = MAY_USE.iter().find(|(of, _)| *of == name) else {
             let message =
-                format!("crate {name} has no place in the order: add it to MAY_USE in xtask's dependencies.rs");
+                format!("crate {name} is not in the dependency order: add it to MAY_USE in xtask's dependencies.rs");
             findings.push(Finding::new(&file.path, 0, message));
             continue;
         };
@@ -52,18 +54,21 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
             let found = file.text.lines().position(|line| line.split(['.', ' ', '=']).next() == Some(dependency));
             found.map_or(0, |index| index + 1)
         };
+
         for dependency in names(&manifest, "dependencies") {
             let ours = MAY_USE.iter().any(|(of, _)| *of == dependency);
             if ours && !allowed.contains(&dependency) {
-                let message =
-                    format!("{name} must not build on {dependency}: let them meet on the bus, through `wire`");
+                let message = format!(
+                    "{name} must not depend on {dependency}: let them exchange messages of `wire` over the bus"
+                );
                 findings.push(Finding::new(&file.path, line(dependency), message));
             }
             if name == "wire" && NOT_IN_WIRE.contains(&dependency) {
-                let message = format!("wire is messages only: pass what {dependency} gives as an argument");
+                let message = format!("wire holds messages only: take what {dependency} provides as an argument");
                 findings.push(Finding::new(&file.path, line(dependency), message));
             }
         }
+
         for dependency in names(&manifest, "dev-dependencies") {
             if PARTS.contains(&name) && PARTS.contains(&dependency) {
                 let message =
@@ -71,8 +76,9 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
                 findings.push(Finding::new(&file.path, line(dependency), message));
             }
         }
+
         if manifest.get("lints").and_then(|lints| lints.get("workspace")?.as_bool()) != Some(true) {
-            let message = "the workspace's lints are not on: add `[lints] workspace = true`";
+            let message = "the workspace's lints are off: add `[lints] workspace = true`";
             findings.push(Finding::new(&file.path, 0, message));
         }
     }
@@ -97,15 +103,15 @@ mod tests {
     const LINTS: &str = "[lints]\nworkspace = true\n";
 
     #[test]
-    fn down_is_allowed_and_sideways_and_up_are_not() {
+    fn only_dependencies_on_lower_crates_are_allowed() {
         for (name, rest, expected) in [
             ("gateway", "[dependencies]\nwire.workspace = true\nbus.workspace = true\n", None),
             ("gateway", "[dependencies]\nrouter.workspace = true\n", Some("crates/x/Cargo.toml:6: gateway must not")),
-            ("bus", "[dependencies]\ngateway = { path = \"../gateway\" }\n", Some("bus must not build on gateway")),
+            ("bus", "[dependencies]\ngateway = { path = \"../gateway\" }\n", Some("bus must not depend on gateway")),
             ("cluster", "[dev-dependencies]\nwebapp.workspace = true\n", Some("beamline/tests/it")),
             ("gateway", "[dev-dependencies]\nclient.workspace = true\ntestkit.workspace = true\n", None),
-            ("gateway", "[dependencies]\ntestkit.workspace = true\n", Some("gateway must not build on testkit")),
-            ("wire", "[dependencies]\ntokio.workspace = true\n", Some("wire is messages only")),
+            ("gateway", "[dependencies]\ntestkit.workspace = true\n", Some("gateway must not depend on testkit")),
+            ("wire", "[dependencies]\ntokio.workspace = true\n", Some("wire holds messages only")),
             ("newcomer", "", Some("add it to MAY_USE")),
         ] {
             let found = lines(name, &format!("{LINTS}{rest}"));
@@ -117,10 +123,10 @@ mod tests {
     }
 
     #[test]
-    fn lints_are_on_everywhere() {
+    fn manifest_without_the_workspace_lints_is_found() {
         assert_eq!(
             lines("wire", ""),
-            ["crates/x/Cargo.toml: the workspace's lints are not on: add `[lints] workspace = true`"]
+            ["crates/x/Cargo.toml: the workspace's lints are off: add `[lints] workspace = true`"]
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Documents that are true: their links lead somewhere, and every setting is explained.
+//! Checks the documents: their links resolve, and they explain every setting.
 
 use super::Finding;
 use crate::tree::{File, Tree, root};
@@ -13,7 +13,7 @@ pub fn check(tree: &Tree) -> Vec<Finding> {
     findings
 }
 
-/// Relative links and `code paths` of the documents.
+/// Finds relative links whose target does not exist.
 fn dead_links(tree: &Tree, file: &File) -> Vec<Finding> {
     let folder = file.path.rsplit_once('/').map_or("", |(folder, _)| folder);
     let mut findings = Vec::new();
@@ -25,7 +25,11 @@ fn dead_links(tree: &Tree, file: &File) -> Vec<Finding> {
             }
             let path = resolve(folder, path);
             if !exists(tree, &path) {
-                findings.push(Finding::new(&file.path, index + 1, format!("the link to {path} leads nowhere")));
+                findings.push(Finding::new(
+                    &file.path,
+                    index + 1,
+                    format!("the link to {path} is dead: correct the path or remove the link"),
+                ));
             }
         }
     }
@@ -50,7 +54,7 @@ fn resolve(folder: &str, target: &str) -> String {
 
 fn exists(tree: &Tree, path: &str) -> bool {
     let below = format!("{path}/");
-    // Pictures and such are not read into the tree.
+    // The tree holds text files only; pictures are looked up on disk.
     tree.files.iter().any(|file| file.path == path || file.path.starts_with(&below)) || root().join(path).exists()
 }
 
@@ -62,7 +66,7 @@ fn unexplained_settings(tree: &Tree) -> Vec<Finding> {
             let Some((_, rest)) = line.split_once(opening) else { continue };
             let name = rest.split('"').next().unwrap_or_default();
             if !explained.text.contains(&format!("`{name}`")) {
-                let message = format!("setting {name} is not in {EXPLAINED}: add it to the table there");
+                let message = format!("setting {name} is missing from {EXPLAINED}: add it to the table of settings");
                 findings.push(Finding::new(SETTINGS, number, message));
             }
         }
@@ -76,15 +80,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_lead_somewhere() {
+    fn dead_links_are_found() {
         let text = "[a](a.md) [b](../b.md#part) [c](https://x.org) [d](#here)\n![e](img/none.png)\n[f](sub)";
         let files = [("docs/x.md", text), ("docs/a.md", ""), ("b.md", ""), ("docs/sub/g.md", "")];
         let findings = check(&tree_of(&files));
-        assert_eq!(findings, [Finding::new("docs/x.md", 2, "the link to docs/img/none.png leads nowhere")]);
+        assert_eq!(
+            findings,
+            [Finding::new(
+                "docs/x.md",
+                2,
+                "the link to docs/img/none.png is dead: correct the path or remove the link"
+            )]
+        );
     }
 
     #[test]
-    fn settings_are_explained() {
+    fn unexplained_settings_are_found() {
         let keys = "    key(\"a.b\", Text),\n    unset(\"a.c\", Text),\nconst fn key(name: &str) {}";
         let findings = check(&tree_of(&[(SETTINGS, keys), (EXPLAINED, "| `a.b` | x |")]));
         assert_eq!(findings.len(), 1);

@@ -1,4 +1,4 @@
-//! What we build on: its licences and sources, by the same deny.toml that `cargo deny` reads.
+//! Checks licences and sources of the dependencies against deny.toml, the file that `cargo deny` reads.
 
 use super::Finding;
 use crate::tree::{Tree, root};
@@ -13,7 +13,7 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
     Ok(Policy::read(&policy.text)?.check(&packages()?))
 }
 
-/// A crate that is really built; the lock file also names those behind features that are off.
+/// A crate that is built. The lock file is no use here: it also lists crates behind disabled features.
 #[derive(Debug, PartialEq, Eq)]
 struct Package {
     name: String,
@@ -24,14 +24,14 @@ struct Package {
 fn packages() -> Result<Vec<Package>> {
     let mut command = Command::new(env!("CARGO"));
     command.args(["tree", "--workspace", "--locked", "--prefix=none", "--format={p}|{l}|"]);
-    let output = command.current_dir(root()).output().context("cargo tree does not start")?;
+    let output = command.current_dir(root()).output().context("cannot start cargo tree")?;
     if !output.status.success() {
         bail!("cargo tree failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(parse(&String::from_utf8(output.stdout)?))
 }
 
-/// Lines as `name v1.2.3 (source or kind)|licence|`.
+/// Parses lines like `name v1.2.3 (source or kind)|licence|`. Repeated lines end with ` (*)`.
 fn parse(tree: &str) -> Vec<Package> {
     let lines: BTreeSet<&str> = tree.lines().map(|line| line.trim_end_matches(" (*)")).collect();
     let package = |line: &str| {
@@ -66,25 +66,25 @@ impl Policy {
     fn check(&self, packages: &[Package]) -> Vec<Finding> {
         let mut findings = Vec::new();
         for Package { name, licence, from_git } in packages {
-            let mut say = |message: String| findings.push(Finding::new(POLICY, 0, message));
+            let mut report = |message: String| findings.push(Finding::new(POLICY, 0, message));
             match licence {
-                None => say(format!("{name} names no licence: look, then allow or replace it")),
+                None => report(format!("{name} declares no licence: replace it")),
                 Some(licence) if !self.allows(licence) => {
-                    say(format!("{name} is under {licence}, which is not allowed: allow it here or replace it"));
+                    report(format!("{name} is under {licence}, which is not allowed: allow it here or replace it"));
                 }
                 Some(_) => {}
             }
             if self.banned.contains(name) {
-                say(format!("{name} is banned: `cargo tree -i {name}` says who brings it"));
+                report(format!("{name} is banned: `cargo tree -i {name}` shows which crate depends on it"));
             }
             if *from_git {
-                say(format!("{name} does not come from the registry: depend on a release"));
+                report(format!("{name} comes from git: depend on a release in the registry"));
             }
         }
         findings
     }
 
-    /// Whether an SPDX expression can be met with what is allowed. `/` is an old way to write OR.
+    /// Whether the allowed licences satisfy an SPDX expression. `/` is an old notation for OR.
     fn allows(&self, expression: &str) -> bool {
         let spaced = expression.replace('/', " OR ").replace('(', " ( ").replace(')', " ) ");
         let words: Vec<&str> = spaced.split_whitespace().collect();
@@ -119,6 +119,7 @@ impl Policy {
             *at += 1;
             return met;
         }
+
         let mut licence = (*word).to_string();
         if words.get(*at) == Some(&"WITH") {
             licence = [licence.as_str(), "WITH", words.get(*at + 1).copied().unwrap_or_default()].join(" ");
@@ -139,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn licence_expressions() {
+    fn evaluates_licence_expressions() {
         for (expression, allowed) in [
             ("MIT", true),
             ("GPL-3.0", false),
@@ -157,13 +158,13 @@ mod tests {
     }
 
     #[test]
-    fn banned_unlicensed_and_foreign_packages() {
+    fn banned_unlicensed_and_git_packages_are_found() {
         let tree = "ours v0.1.0 (/somewhere)|Apache-2.0|\ngood v1.0.0 (proc-macro)|MIT|\n\nring v0.17.0|ISC|\n\
                     bare v1.0.0||\nfork v1.0.0 (https://example.org/fork#abc)|MIT|\ngood v1.0.0 (proc-macro)|MIT| (*)\n";
         let packages = parse(tree);
         assert_eq!(packages.len(), 5);
         let findings = policy().check(&packages);
-        let told = |name: &str| findings.iter().filter(|finding| finding.message.starts_with(name)).count();
-        assert_eq!(["good", "ring", "bare", "fork", "ours"].map(told), [0, 1, 1, 1, 0]);
+        let count = |name: &str| findings.iter().filter(|finding| finding.message.starts_with(name)).count();
+        assert_eq!(["good", "ring", "bare", "fork", "ours"].map(count), [0, 1, 1, 1, 0]);
     }
 }

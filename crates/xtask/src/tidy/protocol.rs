@@ -1,4 +1,4 @@
-//! The wire's document is read again whenever the wire changes: it ends with a hash of the sources it describes.
+//! Checks that docs/protocol.md was reviewed after each change of `wire`: it ends with a hash of the crate's sources.
 
 use super::Finding;
 use crate::tree::Tree;
@@ -10,16 +10,16 @@ const SOURCES: &str = "crates/wire/";
 
 pub fn check(tree: &Tree) -> Vec<Finding> {
     let Some(document) = tree.file(DOCUMENT) else {
-        return vec![Finding::new(DOCUMENT, 0, "is missing: it describes the wire to authors of clients")];
+        return vec![Finding::new(DOCUMENT, 0, "this document is missing: client authors rely on it, so write it")];
     };
     if document.text.lines().last() == Some(&mark(tree)) {
         return Vec::new();
     }
-    let message = "crates/wire has changed: bring this document up to date, then run `cargo run -p xtask -- protocol`";
+    let message = "crates/wire has changed: update this document, then run `cargo run -p xtask -- protocol`";
     vec![Finding::new(DOCUMENT, document.text.lines().count(), message)]
 }
 
-/// The document with the mark of the wire as it is now.
+/// Returns the document with the mark of the current `wire`.
 pub fn stamp(tree: &Tree) -> Result<String> {
     let document = tree.file(DOCUMENT).with_context(|| format!("{DOCUMENT} is missing"))?;
     let lines = document.text.lines().filter(|line| !line.starts_with("<!-- wire: "));
@@ -27,7 +27,7 @@ pub fn stamp(tree: &Tree) -> Result<String> {
     Ok(format!("{}\n\n{}\n", text.trim_end(), mark(tree)))
 }
 
-/// Of code and messages; comments, layout and tests do not count.
+/// A hash of the code and of `.proto` messages. Comments, layout and tests do not count.
 fn mark(tree: &Tree) -> String {
     let mut hash = Sha1::new();
     let sources = tree.under(SOURCES, "rs").chain(tree.under(SOURCES, "proto"));
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_of_the_wire_asks_for_the_document() {
+    fn change_of_the_wire_requires_a_new_stamp() {
         let source = "crates/wire/src/a.rs";
         let stamped = stamp(&tree_of(&[(source, "const A: u8 = 1;"), (DOCUMENT, "# Protocol\n")])).unwrap();
         for (text, findings) in [
