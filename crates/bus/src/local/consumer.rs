@@ -1,4 +1,4 @@
-//! A pump: claims what is available for one consumer and hands it over, until the consumer is dropped.
+//! The pump of an embedded consumer: it claims available messages and sends them to the consumer until that is dropped.
 
 use super::store::{ConsumerHandle, Store};
 use crate::{Acker, Consumer, ConsumerConfig, Delivery, Outcome, Result};
@@ -9,9 +9,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Claimed at once at most; what is claimed and not yet taken counts against `ack_wait`.
+/// Maximum deliveries claimed and queued for the consumer; the `ack_wait` of a queued delivery is already running.
 const CLAIM_MAX: usize = 64;
-/// Looks again after this long at the latest, whatever was told.
+/// The pump polls the store at least this often, even without a notification.
 const IDLE_MAX: Duration = Duration::from_secs(5);
 
 pub async fn start(
@@ -22,9 +22,9 @@ pub async fn start(
 ) -> Result<Consumer> {
     let handle = store.consumer(&config).await?;
     let (sender, receiver) = mpsc::channel(CLAIM_MAX.min(config.max_ack_pending.max(1)));
-    let hand = Arc::new(Semaphore::new(config.max_in_hand.clamp(1, Semaphore::MAX_PERMITS)));
+    let in_hand = Arc::new(Semaphore::new(config.max_in_hand.clamp(1, Semaphore::MAX_PERMITS)));
     let cancel = end.child_token();
-    tasks.spawn(pump(store, handle, sender, hand, cancel.clone()));
+    tasks.spawn(pump(store, handle, sender, in_hand, cancel.clone()));
     Ok(Consumer { receiver, _guard: Box::new(cancel.drop_guard()) })
 }
 
@@ -32,17 +32,18 @@ async fn pump(
     store: Arc<Store>,
     consumer: ConsumerHandle,
     sender: mpsc::Sender<Delivery>,
-    hand: Arc<Semaphore>,
+    in_hand: Arc<Semaphore>,
     cancel: CancellationToken,
 ) {
     loop {
-        // Listen first, then look: what is appended in between is not missed.
+        // Register for the notification before claiming, so that an append in between still wakes the pump.
         let work = consumer.work.clone();
-        let told = work.notified();
-        tokio::pin!(told);
-        told.as_mut().enable();
-        let Some(mut places) = room(&sender, &hand, &cancel).await else { return };
-        let room = places.num_permits();
+        let notified = work.notified();
+        tokio::pin!(notified);
+        notified.as_mut().enable();
+
+        let Some(mut permits) = reserve(&sender, &in_hand, &cancel).await else { return };
+        let room = permits.num_permits();
         let idle = match store.claim(&consumer, room).await {
             Ok(claim) => {
                 let more = claim.messages.len() == room;
@@ -58,9 +59,10 @@ async fn pump(
                         sequence: claimed.sequence,
                         stored_ms: claimed.stored_ms,
                         acker,
-                        _place: places.split(1).expect("no more is claimed than there are places"),
+                        _place: permits.split(1).expect("the claim is no larger than the number of permits"),
                     };
-                    // Once it is closed, all of the claim is for others.
+
+                    // The consumer was dropped: release the rest of the claim to other consumers at once.
                     if let Err(refused) = sender.send(delivery).await {
                         crate::give_back(&refused.0).await;
                     }
@@ -68,39 +70,42 @@ async fn pump(
                 if more { Duration::ZERO } else { claim.next.unwrap_or(IDLE_MAX).min(IDLE_MAX) }
             }
             Err(error) => {
-                tracing::error!(%error, stream = consumer.stream, "cannot take messages from the stream; trying again");
+                tracing::error!(%error, stream = consumer.stream, "cannot claim messages from the stream; retrying");
                 Duration::from_secs(1)
             }
         };
-        drop(places);
+        drop(permits);
+
         tokio::select! {
             () = cancel.cancelled() => return,
-            () = told => {}
+            () = notified => {}
             () = tokio::time::sleep(idle) => {}
         }
     }
 }
 
-/// Places for the deliveries that the consumer can take now: at least one, else `None` once it is gone.
-async fn room(
+/// Waits until the consumer can take a delivery and returns a permit for each one it can take now, at least one.
+/// `None` means that the consumer was dropped.
+async fn reserve(
     sender: &mpsc::Sender<Delivery>,
-    hand: &Arc<Semaphore>,
+    in_hand: &Arc<Semaphore>,
     cancel: &CancellationToken,
 ) -> Option<OwnedSemaphorePermit> {
     let ready = async {
         drop(sender.reserve().await.ok()?);
-        hand.clone().acquire_owned().await.ok()
+        in_hand.clone().acquire_owned().await.ok()
     };
-    let mut places = tokio::select! {
+    let mut permits = tokio::select! {
         () = cancel.cancelled() => return None,
-        place = ready => place?,
+        permit = ready => permit?,
     };
-    let more = hand.available_permits().min(sender.capacity().saturating_sub(1));
-    // Only this pump takes places, so those that were free are.
-    if let Ok(rest) = hand.clone().try_acquire_many_owned(u32::try_from(more).unwrap_or(u32::MAX)) {
-        places.merge(rest);
+
+    let more = in_hand.available_permits().min(sender.capacity().saturating_sub(1));
+    // Only this pump acquires permits, so those that were available still are.
+    if let Ok(rest) = in_hand.clone().try_acquire_many_owned(u32::try_from(more).unwrap_or(u32::MAX)) {
+        permits.merge(rest);
     }
-    Some(places)
+    Some(permits)
 }
 
 struct Settle {

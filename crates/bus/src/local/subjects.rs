@@ -1,4 +1,4 @@
-//! Live subjects: who subscribes to what, queue groups, and requests that wait for their answer.
+//! Live subjects of the embedded bus: the subscription table, queue groups, and requests in flight.
 
 use crate::{Error, Message, Result, Subscription};
 use parking_lot::{Mutex, RwLock};
@@ -31,7 +31,7 @@ struct Entry {
     sender: mpsc::Sender<Message>,
 }
 
-/// A request in flight. The generation keeps a late reply from reaching the slot's next owner.
+/// A request in flight. The generation distinguishes it from earlier requests in the same slot, whose replies are late.
 struct Waiting {
     generation: u64,
     answer: oneshot::Sender<Message>,
@@ -42,52 +42,60 @@ impl Subjects {
         let (sender, receiver) = mpsc::channel(capacity.max(1));
         let id = self.next_id.fetch_add(1, Relaxed);
         let entry = Entry { id, queue: queue.map(Into::into), sender };
+
         let mut table = self.table.write();
         if is_wildcard(subject) {
             table.wildcards.push((subject.into(), entry));
         } else {
             table.exact.entry(subject.into()).or_default().push(entry);
         }
+
         let guard = Unsubscribe { subjects: self.clone(), subject: subject.into(), id };
         Subscription { receiver, _guard: Box::new(guard) }
     }
 
-    /// Hands the message to every subscriber and one member of each queue group; how many took it.
+    /// Delivers the message to every plain subscriber and to one member of each queue group. Returns how many accepted
+    /// it.
     pub fn publish(&self, message: Message) -> usize {
         if message.subject.starts_with(INBOX) {
             return usize::from(self.answer(message));
         }
+
+        // Fast path: one exact subscriber receives the message without a clone.
         let table = self.table.read();
         let exact = table.exact.get(&*message.subject).map(Vec::as_slice).unwrap_or_default();
         if table.wildcards.is_empty() && exact.len() == 1 {
             return usize::from(deliver(&exact[0], message));
         }
+
         let wild = table.wildcards.iter().filter(|(pattern, _)| matches(pattern, &message.subject));
         let entries: Vec<&Entry> = exact.iter().chain(wild.map(|(_, entry)| entry)).collect();
-        let mut taken = 0;
+        let mut accepted = 0;
         let mut groups: Vec<(&str, Vec<&Entry>)> = Vec::new();
         for entry in entries {
             match &entry.queue {
-                None => taken += usize::from(deliver(entry, message.clone())),
+                None => accepted += usize::from(deliver(entry, message.clone())),
                 Some(queue) => match groups.iter_mut().find(|(name, _)| *name == &**queue) {
                     Some((_, members)) => members.push(entry),
                     None => groups.push((queue, vec![entry])),
                 },
             }
         }
+
         for (_, members) in groups {
-            // Not in turn: a turn that several groups share can fall to the same member of one every time.
+            // A random start rather than round robin: a counter shared by several groups can select the same member
+            // of one group every time.
             let first = rand::random_range(0..members.len());
-            // A full member passes its turn on; only when all are full is the message dropped.
-            let one = (0..members.len())
+            // A full member is skipped; the message is dropped only when all members are full.
+            let recipient = (0..members.len())
                 .map(|n| members[(first + n) % members.len()])
                 .find(|member| member.sender.try_send(message.clone()).is_ok());
-            match one {
-                Some(_) => taken += 1,
-                None => dropped(&message),
+            match recipient {
+                Some(_) => accepted += 1,
+                None => log_dropped(&message),
             }
         }
-        taken
+        accepted
     }
 
     pub async fn request(self: &Arc<Self>, mut message: Message, deadline: Duration) -> Result<Message> {
@@ -97,6 +105,7 @@ impl Subjects {
         let slot = self.requests.lock().insert(Waiting { generation, answer });
         let _free = FreeSlot { subjects: self, slot, generation };
         message.reply = Some(format!("{INBOX}{slot}.{generation}").into());
+
         if self.publish(message) == 0 {
             return Err(Error::NoResponders(subject.to_string()));
         }
@@ -106,11 +115,13 @@ impl Subjects {
         }
     }
 
+    /// Delivers a reply to the request in flight that its subject names; returns whether one accepted it.
     fn answer(&self, message: Message) -> bool {
         let parsed = message.subject[INBOX.len()..].split_once('.');
         let Some((Ok(slot), Ok(generation))) = parsed.map(|(s, g)| (s.parse::<usize>(), g.parse::<u64>())) else {
             return false;
         };
+
         let mut requests = self.requests.lock();
         if requests.get(slot).is_some_and(|waiting| waiting.generation == generation) {
             return requests.remove(slot).answer.send(message).is_ok();
@@ -129,18 +140,19 @@ fn deliver(entry: &Entry, message: Message) -> bool {
     match entry.sender.try_send(message) {
         Ok(()) => true,
         Err(mpsc::error::TrySendError::Full(message)) => {
-            dropped(&message);
+            log_dropped(&message);
             false
         }
         Err(mpsc::error::TrySendError::Closed(_)) => false,
     }
 }
 
-fn dropped(message: &Message) {
+fn log_dropped(message: &Message) {
     metrics::counter!("beamline_bus_dropped_total").increment(1);
-    tracing::warn!(subject = %message.subject, "a subscriber's queue is full; a message was dropped");
+    tracing::warn!(subject = %message.subject, "subscriber queue full; message dropped");
 }
 
+/// Frees the request's slot when the requester stops waiting.
 struct FreeSlot<'a> {
     subjects: &'a Subjects,
     slot: usize,
@@ -180,7 +192,7 @@ fn is_wildcard(subject: &str) -> bool {
     subject.split('.').any(|token| token == "*" || token == ">")
 }
 
-/// Whether `pattern` (with `*` for one token, `>` for one or more at the end) takes `subject`.
+/// Whether `pattern` matches `subject`. `*` matches one token; `>`, as the last token, matches one or more.
 pub fn matches(pattern: &str, subject: &str) -> bool {
     let mut tokens = subject.split('.');
     for part in pattern.split('.') {
@@ -194,7 +206,7 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
     tokens.next().is_none()
 }
 
-/// A subject to publish to: no wildcards.
+/// Accepts a subject to publish to: at most 1024 bytes, no empty token, white space, control character or wildcard.
 pub fn check_subject(subject: &str) -> Result<()> {
     let fits = !subject.is_empty()
         && subject.len() <= 1024
@@ -204,7 +216,7 @@ pub fn check_subject(subject: &str) -> Result<()> {
     fits.then_some(()).ok_or_else(|| Error::InvalidSubject(subject.into()))
 }
 
-/// A subject to subscribe to.
+/// Accepts a subject to subscribe to, which may hold wildcards.
 pub fn check_pattern(pattern: &str) -> Result<()> {
     let last = pattern.split('.').count() - 1;
     let fits = pattern.split('.').enumerate().all(|(n, token)| match token {
@@ -220,7 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wildcards_take_what_they_should() {
+    fn patterns_match_as_in_nats() {
         for (pattern, subject, expected) in [
             ("a.b", "a.b", true),
             ("a.*", "a.b", true),
@@ -236,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_subjects_are_refused() {
+    fn invalid_subjects_are_rejected() {
         for bad in ["", "a..b", ".a", "a.", "a b", "a.\n", "a.*", "a.>"] {
             assert!(check_subject(bad).is_err(), "{bad:?}");
         }
@@ -244,16 +256,22 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_timed_out_request_leaves_nothing_behind() {
+    async fn timed_out_request_frees_its_slot() {
         let subjects = Arc::new(Subjects::default());
         let mut silent = subjects.subscribe("s", None, 2000);
+
         for _ in 0..1000 {
             let message = Message { subject: "s".into(), ..Message::default() };
             let outcome = subjects.request(message, Duration::from_millis(1)).await;
             assert!(matches!(outcome, Err(Error::Timeout(_))));
         }
         assert_eq!(subjects.requests_in_flight(), 0);
+
         let late = silent.next().await.unwrap().reply.unwrap();
-        assert_eq!(subjects.publish(Message { subject: late, ..Message::default() }), 0, "a late reply reaches nobody");
+        assert_eq!(
+            subjects.publish(Message { subject: late, ..Message::default() }),
+            0,
+            "a late reply has no recipient"
+        );
     }
 }

@@ -1,7 +1,7 @@
-//! A durable pull consumer: asks for as many messages as have room, for as long as it lives.
+//! A durable JetStream pull consumer that pulls as many messages as it has room for, until it is dropped.
 //!
-//! The requests are our own rather than the client library's batches, which stall on idle heartbeats (0.51) and take
-//! more than there is room for, so that messages would wait here beyond their `ack_wait`.
+//! It sends its own pull requests instead of using the client library's batches. Those stall on idle heartbeats (0.51)
+//! and pull more than there is room for, so messages would sit here beyond their `ack_wait`.
 
 use super::convert;
 use super::inbox::Awaited;
@@ -23,11 +23,12 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Asked for at once at most; what waits here counts against `ack_wait`.
+/// Maximum messages pulled and queued here; the `ack_wait` of a queued message is already running.
 const PULL_MAX: usize = 64;
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Silent for this long, the server has forgotten the pull: it restarted, or the connection was lost.
+/// A server that sends neither messages nor heartbeats for this long has lost the pull: it restarted, or the connection
+/// was lost.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 const RETRY_DELAY: Duration = Duration::from_millis(500);
 const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
@@ -46,28 +47,30 @@ pub async fn start(
         return Err(Error::InvalidSubject(config.name));
     }
     ensure(link, &config).await?;
+
     let (sender, receiver) = mpsc::channel(PULL_MAX.min(config.max_ack_pending.max(1)));
     let cancel = end.child_token();
-    let hand = Arc::new(Semaphore::new(config.max_in_hand.clamp(1, Semaphore::MAX_PERMITS)));
-    let pump = Pump { link: link.clone(), config, sender, hand, cancel: cancel.clone() };
+    let in_hand = Arc::new(Semaphore::new(config.max_in_hand.clamp(1, Semaphore::MAX_PERMITS)));
+    let pump = Pump { link: link.clone(), config, sender, in_hand, cancel: cancel.clone() };
     tasks.spawn(pump.run());
     Ok(Consumer { receiver, _guard: Box::new(cancel.drop_guard()) })
 }
 
-/// Creates the consumer, or brings it to this configuration. Where it starts was decided when it was created.
+/// Creates the consumer or updates it to this configuration. An existing consumer keeps its start position.
 async fn ensure(link: &Link, config: &ConsumerConfig) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| {
         Error::Storage(format!("cannot declare consumer {} of stream {}: {error}", config.name, config.stream))
     };
     let stream = streams::get(link, config.stream).await?.ok_or_else(|| Error::NoStream(config.stream.into()))?;
-    let known = stream.get_consumer::<pull::Config>(&config.name).await.ok();
-    // A work queue keeps only what nobody has taken, and the server lets its consumers start nowhere else.
+    let existing = stream.get_consumer::<pull::Config>(&config.name).await.ok();
+    // A work queue's consumers always start with the stored messages; the server accepts nothing else.
     let all = config.from_start || stream.cached_info().config.retention == RetentionPolicy::WorkQueue;
-    let deliver_policy = match known {
+    let deliver_policy = match existing {
         Some(consumer) => consumer.cached_info().config.deliver_policy,
         None if all => DeliverPolicy::All,
         None => DeliverPolicy::New,
     };
+
     let wanted = pull::Config {
         durable_name: Some(config.name.clone()),
         deliver_policy,
@@ -85,19 +88,22 @@ struct Pump {
     link: Arc<Link>,
     config: ConsumerConfig,
     sender: mpsc::Sender<Delivery>,
-    /// Places for deliveries that are taken and not yet dropped.
-    hand: Arc<Semaphore>,
+    /// One permit for each of the [`ConsumerConfig::max_in_hand`] deliveries that may be outstanding.
+    in_hand: Arc<Semaphore>,
     cancel: CancellationToken,
 }
 
 impl Pump {
     async fn run(self) {
+        // `start` has just declared the consumer.
         let mut declared = true;
         loop {
             let Err(reason) = self.serve(declared).await else { return };
+
             let (stream, consumer) = (self.config.stream, &self.config.name);
-            tracing::warn!(reason, stream, consumer, "the consumer lost its stream; connecting it again");
+            tracing::warn!(reason, stream, consumer, "consumer lost its stream; resubscribing");
             declared = false;
+
             tokio::select! {
                 () = self.cancel.cancelled() => return,
                 () = tokio::time::sleep(RETRY_DELAY) => {}
@@ -105,11 +111,12 @@ impl Pump {
         }
     }
 
-    /// Pulls until nobody takes the deliveries (`Ok`) or the server or connection fails (why).
-    /// One subscription serves all pulls; each has its own subject below it.
+    /// Pulls until the consumer is dropped (`Ok`) or the server or connection fails (`Err` with the reason).
+    /// One subscription serves all pulls; each pull has its own reply subject below it.
     async fn serve(&self, declared: bool) -> Result<(), String> {
         let mut connects = self.link.connects();
         connects.mark_unchanged();
+
         let begin = async {
             if !declared {
                 ensure(&self.link, &self.config).await?;
@@ -122,65 +129,75 @@ impl Pump {
             () = self.cancel.cancelled() => return Ok(()),
             begun = begin => begun.map_err(|error: Error| error.to_string())?,
         };
+
         let ended = tokio::select! {
             () = self.cancel.cancelled() => Ok(()),
             ended = self.pull(&inbox, &mut incoming) => ended,
-            _ = connects.changed() => Err("it has connected anew".into()),
+            _ = connects.changed() => Err("the connection was re-established".into()),
         };
+
         self.leave(incoming).await;
         ended
     }
 
-    /// Gives back what has come and nobody takes: once the server knows that we are gone, or it would come here again.
+    /// Unsubscribes and naks messages that have arrived but were not delivered. The server must process the unsubscribe
+    /// first; otherwise it would redeliver them here.
     async fn leave(&self, mut incoming: Subscriber) {
-        let told = async {
+        let unsubscribed = async {
             incoming.unsubscribe().await.map_err(|error| Error::Disconnected(error.to_string()))?;
             self.link.round_trip(LEAVE_DEADLINE).await
         };
-        if let Err(error) = told.await {
-            tracing::debug!(%error, "what was pulled comes again after its ack wait");
+        if let Err(error) = unsubscribed.await {
+            tracing::debug!(%error, "cannot unsubscribe; pulled messages are redelivered after their ack wait");
             return;
         }
+
         while let Some(message) = incoming.next().await {
             if let (None, Some(reply)) = (message.status, message.reply) {
                 let settle = Settle { link: self.link.clone(), reply };
-                let given = settle.settle(Outcome::Nak(Duration::ZERO)).await;
-                given.unwrap_or_else(|error| tracing::debug!(%error, "a message was not given back"));
+                let returned = settle.settle(Outcome::Nak(Duration::ZERO)).await;
+                returned.unwrap_or_else(|error| {
+                    tracing::debug!(%error, "cannot nak a message; it is redelivered after its ack wait");
+                });
             }
         }
     }
 
+    /// Sends one pull after another; returns `Ok` when the consumer was dropped.
     async fn pull(&self, inbox: &str, incoming: &mut Subscriber) -> Result<(), String> {
-        // Half the room at once, so that a busy consumer does not pull one by one; but a place in hand is never left
-        // empty while others are worked on.
+        // A wide consumer waits until half of its queue is free, so that it does not pull messages one by one. A narrow
+        // one must not leave a worker idle while others are busy.
         let half = self.sender.max_capacity().div_ceil(2);
         let least = if self.config.max_in_hand > PULL_MAX { half } else { 1 };
+
         for number in 0_u64.. {
             let Ok(room) = self.sender.reserve_many(least).await else { return Ok(()) };
             drop(room);
-            let Some(places) = self.places(least).await else { return Ok(()) };
+            let Some(permits) = self.permits(least).await else { return Ok(()) };
+
             let reply = format!("{inbox}.{number}");
-            self.ask(&reply, places.num_permits()).await.map_err(|error| error.to_string())?;
-            if self.take(incoming, &reply, places).await?.is_none() {
+            self.request(&reply, permits.num_permits()).await.map_err(|error| error.to_string())?;
+            if self.receive(incoming, &reply, permits).await?.is_none() {
                 return Ok(());
             }
         }
         Ok(())
     }
 
-    /// As many places as there is room for now, at least `least`.
-    async fn places(&self, least: usize) -> Option<OwnedSemaphorePermit> {
-        let count = |places: usize| u32::try_from(places).unwrap_or(u32::MAX);
-        let mut places = self.hand.clone().acquire_many_owned(count(least)).await.ok()?;
-        let more = self.hand.available_permits().min(self.sender.capacity().saturating_sub(least));
-        if let Ok(rest) = self.hand.clone().try_acquire_many_owned(count(more)) {
-            places.merge(rest);
+    /// Waits for `least` permits, then takes as many more as are available and fit the queue.
+    async fn permits(&self, least: usize) -> Option<OwnedSemaphorePermit> {
+        let count = |permits: usize| u32::try_from(permits).unwrap_or(u32::MAX);
+        let mut permits = self.in_hand.clone().acquire_many_owned(count(least)).await.ok()?;
+        let more = self.in_hand.available_permits().min(self.sender.capacity().saturating_sub(least));
+        if let Ok(rest) = self.in_hand.clone().try_acquire_many_owned(count(more)) {
+            permits.merge(rest);
         }
-        Some(places)
+        Some(permits)
     }
 
-    async fn ask(&self, reply: &str, batch: usize) -> Result<()> {
-        let ask = json!({
+    /// Sends one pull request for up to `batch` messages, to be delivered on `reply`.
+    async fn request(&self, reply: &str, batch: usize) -> Result<()> {
+        let request = json!({
             "batch": batch,
             "expires": u64::try_from(PULL_EXPIRES.as_nanos()).unwrap_or(u64::MAX),
             "idle_heartbeat": u64::try_from(HEARTBEAT.as_nanos()).unwrap_or(u64::MAX),
@@ -188,38 +205,44 @@ impl Pump {
         let message = crate::Message {
             subject: format!("{API_PREFIX}.CONSUMER.MSG.NEXT.{}.{}", self.config.stream, self.config.name).into(),
             reply: Some(reply.into()),
-            payload: ask.to_string().into(),
+            payload: request.to_string().into(),
             ..crate::Message::default()
         };
         self.link.publish(message).await
     }
 
-    /// Hands over what one pull brings, until it is used up or has ended; `None` when nobody takes it any more.
-    async fn take(
+    /// Delivers the messages of one pull until it is used up or has ended. `None` means that the consumer was dropped.
+    async fn receive(
         &self,
         incoming: &mut Subscriber,
         reply: &str,
-        mut places: OwnedSemaphorePermit,
+        mut permits: OwnedSemaphorePermit,
     ) -> Result<Option<()>, String> {
-        while places.num_permits() > 0 {
+        while permits.num_permits() > 0 {
             let message = timeout_at(Instant::now() + SILENCE_MAX, incoming.next()).await;
-            let message = message.map_err(|_| "the server is silent".to_string())?.ok_or("the connection is closed")?;
+            let message = message
+                .map_err(|_| "the server sent no message or heartbeat".to_string())?
+                .ok_or("the connection is closed")?;
+
+            // Messages carry no status; status messages report on the pull itself.
             let Some(status) = message.status else {
-                let Some(place) = places.split(1) else { return Ok(Some(())) };
-                let Some(delivery) = self.delivery(message, place) else {
-                    tracing::error!(stream = self.config.stream, "a message came without its place in the stream");
+                let Some(permit) = permits.split(1) else { return Ok(Some(())) };
+                let Some(delivery) = self.delivery(message, permit) else {
+                    tracing::error!(stream = self.config.stream, "message without JetStream metadata ignored");
                     continue;
                 };
-                // There is room: only this task fills the queue, and it asked for no more than fits.
+                // Does not block: only this task fills the queue, and it requested no more than fits.
                 if self.sender.send(delivery).await.is_err() {
                     return Ok(None);
                 }
                 continue;
             };
-            // An earlier pull's end says nothing about this one.
+
+            // The end of an earlier pull may arrive late; it says nothing about this one.
             if status == StatusCode::IDLE_HEARTBEAT || message.subject.as_str() != reply {
                 continue;
             }
+
             let ended = [StatusCode::TIMEOUT, StatusCode::NOT_FOUND].contains(&status);
             let text = message.description.unwrap_or_default();
             if ended || text.contains("Batch Completed") {
@@ -230,16 +253,19 @@ impl Pump {
         Ok(Some(()))
     }
 
-    fn delivery(&self, message: async_nats::Message, place: OwnedSemaphorePermit) -> Option<Delivery> {
+    /// `None` if the message carries no JetStream metadata.
+    fn delivery(&self, message: async_nats::Message, permit: OwnedSemaphorePermit) -> Option<Delivery> {
         let message = JetMessage { message, context: self.link.jetstream.clone() };
         let info = message.info().ok()?;
         let (sequence, delivered) = (info.stream_sequence, u32::try_from(info.delivered).unwrap_or(u32::MAX));
         let stored_ms = u64::try_from(info.published.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
+
         let reply = message.reply.clone()?;
-        let mut ours = convert::from_nats(message.message);
-        ours.reply = None;
+        let mut converted = convert::from_nats(message.message);
+        // The reply subject is the address for acknowledgements, not a request to answer.
+        converted.reply = None;
         let acker = Arc::new(Settle { link: self.link.clone(), reply });
-        Some(Delivery { message: ours, delivered, sequence, stored_ms, acker, _place: place })
+        Some(Delivery { message: converted, delivered, sequence, stored_ms, acker, _place: permit })
     }
 }
 
@@ -250,7 +276,7 @@ struct Settle {
 
 #[async_trait]
 impl Acker for Settle {
-    /// An end (ack, term) is confirmed by the server; the others are only sent.
+    /// Waits for the server to confirm an ack or term; a nak or progress report is only sent.
     async fn settle(&self, outcome: Outcome) -> Result<()> {
         let kind = match outcome {
             Outcome::Ack => AckKind::Ack,
@@ -259,9 +285,11 @@ impl Acker for Settle {
             Outcome::Nak(delay) => AckKind::Nak((!delay.is_zero()).then_some(delay)),
         };
         let payload: Bytes = kind.into();
+
         if matches!(outcome, Outcome::Ack | Outcome::Term) {
             return self.link.ask(&self.reply, HeaderMap::new(), payload, Awaited::Reply, ACK_DEADLINE).await.map(drop);
         }
+
         let message = crate::Message { subject: self.reply.as_str().into(), payload, ..crate::Message::default() };
         self.link.publish(message).await
     }

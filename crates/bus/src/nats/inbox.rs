@@ -1,32 +1,32 @@
-//! Who waits for which reply: one wildcard subscription for all requests of a connection, and a slab behind it.
+//! Routes replies to requests in flight: one wildcard subscription per connection and a slab of waiters.
 //!
-//! `async_nats::Client::request` keeps about 353 bytes for every request that times out. Here a slot is freed when its
-//! holder goes, answered or not, and its generation keeps a late reply from the slot's next holder.
+//! `async_nats::Client::request` leaks about 353 bytes for every request that times out. Here a slot is freed when its
+//! holder drops it, answered or not, and a generation number keeps a late reply from reaching the slot's next holder.
 
 use async_nats::Message;
 use parking_lot::Mutex;
 use slab::Slab;
 use tokio::sync::oneshot;
 
-/// Set on the empty reply that tells a requester its request was dropped by a full queue.
+/// Header of the empty reply that tells a requester that a full queue dropped its request.
 pub const DROPPED_HEADER: &str = "Beamline-Dropped";
 
-/// What counts as the answer.
+/// Which message counts as the reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Awaited {
     /// The first message.
     Reply,
-    /// A stream's word on a publish; what live subscribers of the subject say does not count.
+    /// A JetStream acknowledgement of a publish. Replies from live subscribers of the subject do not count.
     PubAck,
 }
 
-/// What became of a message that came to the inbox.
+/// The fate of a message that arrived in the inbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Handed {
-    Over,
-    /// Nobody waits for it any more.
+pub enum Disposition {
+    Delivered,
+    /// The requester has stopped waiting.
     Late,
-    /// Not the answer that somebody waits for, or none at all.
+    /// Not addressed to a slot, or not the kind of reply that its holder awaits.
     Ignored,
 }
 
@@ -48,7 +48,7 @@ struct Waiting {
     answer: oneshot::Sender<Message>,
 }
 
-/// A place in the inbox; dropping it frees it.
+/// The reply address of one request; dropping it frees the slot.
 pub struct Slot<'a> {
     inbox: &'a Inbox,
     slot: usize,
@@ -60,47 +60,49 @@ impl Inbox {
         Self { prefix, waiters: Mutex::default() }
     }
 
-    /// The subject of the one subscription.
+    /// The wildcard subject to subscribe to; it covers the subjects of all slots.
     pub fn pattern(&self) -> String {
         format!("{}.*", self.prefix)
     }
 
-    /// `None` once closed.
+    /// Reserves a slot for one request, or returns `None` once the inbox is closed. The receiver fails when the
+    /// connection is lost.
     pub fn reserve(&self, awaited: Awaited) -> Option<(Slot<'_>, oneshot::Receiver<Message>)> {
         let (answer, answered) = oneshot::channel();
         let mut waiters = self.waiters.lock();
         if waiters.closed {
             return None;
         }
+
         waiters.generation += 1;
         let generation = waiters.generation;
         let slot = waiters.slots.insert(Waiting { generation, awaited, answer });
         Some((Slot { inbox: self, slot, generation }, answered))
     }
 
-    /// Hands a reply to whoever waits for it.
-    pub fn answer(&self, message: Message) -> Handed {
-        let Some((slot, generation)) = parse(&message.subject) else { return Handed::Ignored };
+    /// Delivers a reply to the request that its subject names.
+    pub fn answer(&self, message: Message) -> Disposition {
+        let Some((slot, generation)) = parse(&message.subject) else { return Disposition::Ignored };
         let mut waiters = self.waiters.lock();
         match waiters.slots.get(slot) {
             Some(waiting) if waiting.generation == generation => {
                 if waiting.awaited == Awaited::PubAck && !is_pub_ack(&message) {
-                    return Handed::Ignored;
+                    return Disposition::Ignored;
                 }
-                // Whoever waited may have given up a moment ago and be about to free the slot.
-                let handed = waiters.slots.remove(slot).answer.send(message);
-                handed.map_or(Handed::Late, |()| Handed::Over)
+                // The requester may have given up a moment ago without having freed the slot yet.
+                let sent = waiters.slots.remove(slot).answer.send(message);
+                sent.map_or(Disposition::Late, |()| Disposition::Delivered)
             }
-            _ => Handed::Late,
+            _ => Disposition::Late,
         }
     }
 
-    /// The connection is lost: who waits now learns that nothing will come.
-    pub fn lose(&self) {
+    /// Fails all requests in flight, because the connection was lost. New requests are possible.
+    pub fn fail_all(&self) {
         self.waiters.lock().slots.clear();
     }
 
-    /// Everyone who waits learns that nothing will come.
+    /// Fails all requests in flight and refuses new ones.
     pub fn close(&self) {
         let mut waiters = self.waiters.lock();
         waiters.closed = true;
@@ -113,7 +115,7 @@ impl Inbox {
 }
 
 impl Slot<'_> {
-    /// Where the answer must go.
+    /// The reply subject to put on the request.
     pub fn subject(&self) -> String {
         format!("{}.{}-{}", self.inbox.prefix, self.slot, self.generation)
     }
@@ -134,13 +136,14 @@ fn parse(subject: &str) -> Option<(usize, u64)> {
     Some((slot.parse().ok()?, generation.parse().ok()?))
 }
 
+/// Whether the message comes from JetStream: a status, an acknowledgement, or an error with JetStream's own code.
 fn is_pub_ack(message: &Message) -> bool {
     if message.status.is_some() {
         return true;
     }
-    let said = serde_json::from_slice::<serde_json::Value>(&message.payload).unwrap_or_default();
-    said.get("error").is_some_and(|error| error.get("err_code").is_some())
-        || (said.get("stream").is_some() && said.get("seq").is_some())
+    let body = serde_json::from_slice::<serde_json::Value>(&message.payload).unwrap_or_default();
+    body.get("error").is_some_and(|error| error.get("err_code").is_some())
+        || (body.get("stream").is_some() && body.get("seq").is_some())
 }
 
 #[cfg(test)]
@@ -160,62 +163,66 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_given_up_is_free_and_its_late_reply_reaches_nobody() {
+    fn dropped_slot_is_freed_and_late_reply_misses_next_holder() {
         let inbox = Inbox::new("_INBOX.me".into());
         let (first, answered) = inbox.reserve(Awaited::Reply).unwrap();
         let late = first.subject();
         drop((first, answered));
         assert_eq!(inbox.waiting(), 0);
+
         let (second, mut answered) = inbox.reserve(Awaited::Reply).unwrap();
-        assert_eq!(inbox.answer(reply(late, "late")), Handed::Late);
-        assert_eq!(inbox.answer(reply(second.subject(), "mine")), Handed::Over);
+        assert_eq!(inbox.answer(reply(late, "late")), Disposition::Late);
+        assert_eq!(inbox.answer(reply(second.subject(), "mine")), Disposition::Delivered);
         assert_eq!(answered.try_recv().unwrap().payload, "mine");
         assert_eq!(inbox.waiting(), 0);
     }
 
     #[test]
-    fn a_reply_between_the_deadline_and_the_slots_end_is_late_too() {
+    fn reply_after_receiver_is_dropped_is_late() {
         let inbox = Inbox::new("_INBOX.me".into());
         let (slot, answered) = inbox.reserve(Awaited::Reply).unwrap();
         drop(answered);
-        assert_eq!(inbox.answer(reply(slot.subject(), "late")), Handed::Late);
+        assert_eq!(inbox.answer(reply(slot.subject(), "late")), Disposition::Late);
         drop(slot);
         assert_eq!(inbox.waiting(), 0);
     }
 
     #[test]
-    fn a_lost_connection_tells_all_who_wait_and_none_who_come_after() {
+    fn lost_connection_fails_requests_in_flight_but_not_later_ones() {
         let inbox = Inbox::new("_INBOX.me".into());
         let waiting: Vec<_> = (0..3).map(|_| inbox.reserve(Awaited::Reply).unwrap()).collect();
-        inbox.lose();
+        inbox.fail_all();
+
         let (next, mut answered) = inbox.reserve(Awaited::Reply).unwrap();
         for (slot, mut answered) in waiting {
             assert!(matches!(answered.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
-            assert_eq!(inbox.answer(reply(slot.subject(), "late")), Handed::Late);
+            assert_eq!(inbox.answer(reply(slot.subject(), "late")), Disposition::Late);
         }
-        assert_eq!(inbox.answer(reply(next.subject(), "mine")), Handed::Over);
+
+        assert_eq!(inbox.answer(reply(next.subject(), "mine")), Disposition::Delivered);
         assert_eq!(answered.try_recv().unwrap().payload, "mine");
     }
 
     #[test]
-    fn a_subscriber_cannot_acknowledge_for_a_stream() {
+    fn subscriber_reply_is_not_taken_for_a_pub_ack() {
         let inbox = Inbox::new("_INBOX.me".into());
         let (slot, mut answered) = inbox.reserve(Awaited::PubAck).unwrap();
-        for not_it in ["", "{}", "hello", r#"{"error":"no"}"#] {
-            assert_eq!(inbox.answer(reply(slot.subject(), not_it)), Handed::Ignored, "{not_it}");
+        for payload in ["", "{}", "hello", r#"{"error":"no"}"#] {
+            assert_eq!(inbox.answer(reply(slot.subject(), payload)), Disposition::Ignored, "{payload}");
         }
-        assert_eq!(inbox.answer(reply(slot.subject(), r#"{"stream":"S","seq":1}"#)), Handed::Over);
+        assert_eq!(inbox.answer(reply(slot.subject(), r#"{"stream":"S","seq":1}"#)), Disposition::Delivered);
         assert!(answered.try_recv().is_ok());
     }
 
     #[test]
-    fn foreign_subjects_are_ignored_and_closing_tells_everyone() {
+    fn foreign_subjects_are_ignored_and_close_fails_requests_in_flight() {
         let inbox = Inbox::new("_INBOX.me".into());
         let (_slot, mut answered) = inbox.reserve(Awaited::Reply).unwrap();
         for foreign in ["", "_INBOX.me", "_INBOX.me.x", "_INBOX.me.0", "_INBOX.me.-1-1"] {
-            assert_eq!(inbox.answer(reply(foreign.into(), "")), Handed::Ignored, "{foreign}");
+            assert_eq!(inbox.answer(reply(foreign.into(), "")), Disposition::Ignored, "{foreign}");
         }
-        assert_eq!(inbox.answer(reply("_INBOX.me.9-9".into(), "")), Handed::Late);
+        assert_eq!(inbox.answer(reply("_INBOX.me.9-9".into(), "")), Disposition::Late);
+
         inbox.close();
         assert!(matches!(answered.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
         assert!(inbox.reserve(Awaited::Reply).is_none());

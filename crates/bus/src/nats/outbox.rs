@@ -1,7 +1,7 @@
-//! What is published, gathered before it is given to the client, so that one write takes what many tasks publish at once.
+//! Batches published messages, so that messages from many tasks share one write to the server.
 //!
-//! The scheduler runs a task that has just been woken next, before others that are ready: the client's connection would
-//! write after each message, and the server would read each by itself.
+//! The scheduler runs a task that has just been woken before other ready tasks. Without this queue, each publish would
+//! wake the client's connection task, which would write every message separately.
 
 use async_nats::client::PublishError;
 use async_nats::{Client, HeaderMap, Subject};
@@ -10,9 +10,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Messages that may wait here; then publishers do.
+/// Maximum messages queued; beyond it, publishers wait.
 const WAITING_MAX: usize = 256;
-/// Given to the client at once.
+/// Maximum messages passed to the client between two yields.
 const BATCH_MAX: usize = 256;
 
 pub struct Outbox(mpsc::Sender<Outgoing>);
@@ -25,14 +25,14 @@ pub struct Outgoing {
 }
 
 impl Outbox {
-    /// Until cancelled; what was put in before is given to the client then.
+    /// Starts the task that passes messages to the client. On cancellation it passes on what is queued, then ends.
     pub fn open(client: Client, tasks: &TaskTracker, cancel: &CancellationToken) -> Self {
         let (sender, waiting) = mpsc::channel(WAITING_MAX);
         tasks.spawn(run(client, waiting, cancel.clone()));
         Self(sender)
     }
 
-    /// Waits while it is full; false once it is closed.
+    /// Queues a message; waits while the queue is full. Returns `false` once the outbox is closed.
     pub async fn put(&self, message: Outgoing) -> bool {
         self.0.send(message).await.is_ok()
     }
@@ -46,22 +46,25 @@ async fn run(client: Client, mut waiting: mpsc::Receiver<Outgoing>, cancel: Canc
             () = cancel.cancelled(), if !waiting.is_closed() => waiting.close(),
             taken = waiting.recv_many(&mut batch, BATCH_MAX) => if taken == 0 { return },
         }
-        // Whoever else is ready to publish does so first.
+
+        // Let other ready tasks publish first, so that their messages join this batch.
         tokio::task::yield_now().await;
         while batch.len() < BATCH_MAX
             && let Ok(message) = waiting.try_recv()
         {
             batch.push(message);
         }
+
         for message in batch.drain(..) {
-            if let Err(error) = give(&client, message).await {
-                tracing::warn!(%error, "a message was not sent");
+            if let Err(error) = publish(&client, message).await {
+                tracing::warn!(%error, "cannot publish a message to NATS; message dropped");
             }
         }
     }
 }
 
-async fn give(client: &Client, Outgoing { subject, reply, headers, payload }: Outgoing) -> Result<(), PublishError> {
+async fn publish(client: &Client, message: Outgoing) -> Result<(), PublishError> {
+    let Outgoing { subject, reply, headers, payload } = message;
     match (reply, headers.is_empty()) {
         (None, true) => client.publish(subject, payload).await,
         (None, false) => client.publish_with_headers(subject, headers, payload).await,

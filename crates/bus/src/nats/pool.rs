@@ -1,4 +1,4 @@
-//! Several connections, so that no core waits for another's: who uses which, and what that keeps in order.
+//! A pool of connections, so that cores do not contend for one: how a connection is chosen, and which order that keeps.
 
 use super::access::Access;
 use super::link::Link;
@@ -11,10 +11,10 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// More bring nothing that a server would notice.
+/// More connections than this gain nothing.
 const LINKS_MAX: usize = 8;
-/// A publish whose connection is being sought again while others live waits this long: another one would overtake what
-/// waits in its own.
+/// How long a publish waits for its subject's lost connection to return while others are up. It does not use another
+/// one, because it would overtake messages that are queued in its own.
 const RETURN_DEADLINE: Duration = Duration::from_secs(1);
 
 pub struct Pool {
@@ -23,7 +23,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// `None`: as many as there are cores.
+    /// Opens `size` connections, or one per core if `None`; at most [`LINKS_MAX`].
     pub async fn open(
         access: &Arc<Access>,
         size: Option<usize>,
@@ -36,63 +36,68 @@ impl Pool {
         Ok(Self { links: links.into_iter().map(Arc::new).collect(), turn: AtomicUsize::new(0) })
     }
 
-    /// The calling thread's: threads of a runtime stay apart. A connection that is lost or about to be is passed over
-    /// while another lives.
+    /// The calling thread's connection, so that the threads of a runtime do not contend. A connection that is lost or
+    /// about to reconnect is skipped while another is up.
     pub fn mine(&self) -> &Arc<Link> {
         self.live(thread())
     }
 
-    /// One after the other, for what stays on its connection.
+    /// Round robin, for subscriptions and consumers, which stay on their connection.
     pub fn next(&self) -> &Arc<Link> {
         self.live(self.turn.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The subject's, always the same, so that what is published on one subject stays in order.
+    /// The subject's connection, always the same one, so that messages published on one subject stay in order.
     pub async fn of(&self, subject: &str) -> Result<&Arc<Link>> {
         let mut hasher = DefaultHasher::new();
         subject.hash(&mut hasher);
-        let place = hasher.finish() % self.links.len() as u64;
-        let link = &self.links[usize::try_from(place).expect("less than the number of connections")];
+        let index = hasher.finish() % self.links.len() as u64;
+        let link = &self.links[usize::try_from(index).expect("the index is less than the number of connections")];
+
         if link.connected().is_err() && self.links.iter().any(|other| other.connected().is_ok()) {
             link.returned(RETURN_DEADLINE).await?;
         }
         Ok(link)
     }
 
-    /// By its number.
+    /// All connections, by [`Link::number`].
     pub fn links(&self) -> &[Arc<Link>] {
         &self.links
     }
 
-    /// Returns once whoever publishes, on whatever connection of ours or of others, reaches what was subscribed over
-    /// `link` before. In a cluster of servers each must have heard of it: what came to one over the same way as the
-    /// news of the subscription came after it.
+    /// Waits until what was subscribed over `link` receives messages published on any connection.
+    ///
+    /// In a cluster of servers the subscription has to propagate to each of them. A message sent over `link` takes the
+    /// same route after it; so once that message arrives on a connection to another server, the server knows the
+    /// subscription.
     pub async fn known(&self, link: &Link, deadline: Duration) -> Result<()> {
         link.round_trip(deadline).await?;
         if self.links.len() == 1 {
             return Ok(());
         }
-        let mut told = vec![link.server()];
+
+        let mut confirmed = vec![link.server()];
         for other in &self.links {
             let server = other.server();
-            if other.connected().is_err() || told.contains(&server) {
+            if other.connected().is_err() || confirmed.contains(&server) {
                 continue;
             }
             match link.reach(other, deadline).await {
                 Err(error) if other.connected().is_ok() => return Err(error),
-                _ => told.push(server),
+                // A connection that was lost meanwhile learns of the subscription when it reconnects.
+                _ => confirmed.push(server),
             }
         }
         Ok(())
     }
 
-    /// A round trip on each.
+    /// A round trip on each connection.
     pub async fn health(&self, deadline: Duration) -> Result<()> {
         let trips = join_all(self.links.iter().map(|link| link.round_trip(deadline))).await;
         trips.into_iter().collect()
     }
 
-    /// Connects each anew, one after the other, so that requests find another meanwhile.
+    /// Reconnects one connection after the other, so that requests can use the others meanwhile.
     pub async fn renew(&self) -> Result<()> {
         for link in &self.links {
             link.renew().await?;
@@ -100,15 +105,21 @@ impl Pool {
         Ok(())
     }
 
+    /// The first connection from `start` on that is up, preferably one that is not about to reconnect. If none is up,
+    /// the one at `start`.
     fn live(&self, start: usize) -> &Arc<Link> {
         let at = |offset: usize| &self.links[(start % self.links.len() + offset) % self.links.len()];
         let all = || (0..self.links.len()).map(at);
         let connected = |link: &&Arc<Link>| link.connected().is_ok();
-        all().find(|link| connected(link) && !link.leaving()).or_else(|| all().find(connected)).unwrap_or_else(|| at(0))
+
+        all()
+            .find(|link| connected(link) && !link.renewing())
+            .or_else(|| all().find(connected))
+            .unwrap_or_else(|| at(0))
     }
 }
 
-/// A number of the calling thread's own.
+/// A number for the calling thread, unique in the process.
 fn thread() -> usize {
     static THREADS: AtomicUsize = AtomicUsize::new(0);
     thread_local! {

@@ -1,4 +1,5 @@
-//! A pump from the server's subscription into one bounded queue: what does not fit is dropped, counted and refused.
+//! The pump from a NATS subscription into its bounded queue. Messages that do not fit are dropped and counted, and
+//! requests among them are refused.
 
 use super::convert;
 use super::inbox::DROPPED_HEADER;
@@ -29,8 +30,9 @@ pub async fn start(
         None => link.client.subscribe(subject.to_string()).await,
     };
     let subscriber = subscriber.map_err(|error| Error::Disconnected(error.to_string()))?;
-    // Whoever publishes after this returns, on whatever connection, is heard.
+    // Messages published after this function returns, on any connection, must reach the subscription.
     pool.known(link, SUBSCRIBE_DEADLINE).await?;
+
     let (sender, receiver) = mpsc::channel(capacity.max(1));
     let cancel = end.child_token();
     tasks.spawn(pump(link.clone(), subscriber, sender, queue.is_some(), cancel.clone()));
@@ -52,30 +54,33 @@ async fn pump(
                 None => return,
             }
         };
+
         match sender.try_send(convert::from_nats(message)) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Closed(_)) => break,
-            Err(mpsc::error::TrySendError::Full(message)) => dropped(&link, message, shared).await,
+            Err(mpsc::error::TrySendError::Full(message)) => drop_message(&link, message, shared).await,
         }
     }
-    // Fails only on a closed connection, where nothing is left to unsubscribe.
+
+    // Fails only on a closed connection, which has no subscription left.
     let _ = subscriber.unsubscribe().await;
 }
 
-/// A requester that reached only this member of a group learns at once that it will get no answer. Without a group
-/// others may have the request too, so nothing is said for them.
-async fn dropped(link: &Link, message: Message, shared: bool) {
+/// Counts a message that does not fit the queue. In a queue group no other member received it, so a requester is told
+/// at once that no reply will come. Without a group, other subscribers may still reply.
+async fn drop_message(link: &Link, message: Message, shared: bool) {
     metrics::counter!("beamline_bus_dropped_total").increment(1);
-    tracing::warn!(subject = %message.subject, "a subscriber's queue is full; a message was dropped");
+    tracing::warn!(subject = %message.subject, "subscriber queue full; message dropped");
+
     if let (Some(reply), true) = (message.reply, shared) {
-        // The names of the NATS services protocol (ADR-32), so that other clients understand too.
+        // Header names of the NATS services protocol (ADR-32), so that other clients understand them.
         let headers = Headers::new()
             .with(DROPPED_HEADER, "1")
             .with("Nats-Service-Error-Code", "503")
             .with("Nats-Service-Error", "queue full");
         let refusal = Message { subject: reply, headers, ..Message::default() };
         if let Err(error) = link.publish(refusal).await {
-            tracing::debug!(%error, "cannot tell a requester that its request was dropped");
+            tracing::debug!(%error, "cannot send the refusal of a dropped request; the requester times out");
         }
     }
 }

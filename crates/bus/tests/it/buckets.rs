@@ -1,4 +1,4 @@
-//! Key-value buckets.
+//! Key-value buckets: revisions, concurrent creation, expiry.
 
 use crate::SOON;
 use bus::{Bus, Error};
@@ -7,32 +7,35 @@ use testkit::eventually;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-pub async fn values_come_back_with_their_revision(bus: Bus) {
+pub async fn values_are_returned_with_their_revision(bus: Bus) {
     bus.declare_kv("B", HOUR).await.unwrap();
     bus.declare_kv("B", HOUR).await.unwrap();
     assert_eq!(bus.kv_get("B", "key").await.unwrap(), None);
     let first = bus.kv_put("B", "key", "1".into(), None).await.unwrap();
     assert_eq!(bus.kv_get("B", "key").await.unwrap(), Some(("1".into(), first)));
+
     let second = bus.kv_put("B", "key", "".into(), None).await.unwrap();
     assert!(second > first);
     assert_eq!(bus.kv_get("B", "key").await.unwrap(), Some(("".into(), second)));
 }
 
-pub async fn an_expected_revision_is_kept(bus: Bus) {
+pub async fn put_with_expected_revision_detects_conflicts(bus: Bus) {
     bus.declare_kv("B", HOUR).await.unwrap();
     let refused = bus.kv_put("B", "key", "x".into(), Some(7)).await;
     assert!(matches!(refused, Err(Error::WrongRevision(key)) if key == "key"));
+
     let first = bus.kv_put("B", "key", "1".into(), Some(0)).await.unwrap();
     assert!(matches!(bus.kv_put("B", "key", "x".into(), Some(0)).await, Err(Error::WrongRevision(_))));
     let second = bus.kv_put("B", "key", "2".into(), Some(first)).await.unwrap();
     assert!(matches!(bus.kv_put("B", "key", "x".into(), Some(first)).await, Err(Error::WrongRevision(_))));
     assert_eq!(bus.kv_get("B", "key").await.unwrap(), Some(("2".into(), second)));
-    // Another key's writes are none of its business.
+
+    // Writes to another key do not change the revision.
     bus.kv_put("B", "other", "1".into(), Some(0)).await.unwrap();
     bus.kv_put("B", "key", "3".into(), Some(second)).await.unwrap();
 }
 
-pub async fn of_many_creators_one_wins(bus: Bus) {
+pub async fn exactly_one_concurrent_create_wins(bus: Bus) {
     bus.declare_kv("B", HOUR).await.unwrap();
     let mut attempts = tokio::task::JoinSet::new();
     for n in 0..20 {
@@ -44,7 +47,7 @@ pub async fn of_many_creators_one_wins(bus: Bus) {
     assert!(outcomes.iter().flat_map(|o| o.as_ref().err()).all(|error| matches!(error, Error::WrongRevision(_))));
 }
 
-pub async fn any_key_is_taken(bus: Bus) {
+pub async fn any_key_is_accepted(bus: Bus) {
     bus.declare_kv("B", HOUR).await.unwrap();
     let long = "x".repeat(256);
     let keys = ["", ".", "a.b", "a b", "*", ">", "tenant/ünïcode\r\n", "$KV", &long];
@@ -56,15 +59,15 @@ pub async fn any_key_is_taken(bus: Bus) {
     }
 }
 
-pub async fn old_entries_go(bus: Bus) {
+pub async fn expired_entries_are_gone(bus: Bus) {
     bus.declare_kv("B", HOUR).await.unwrap();
     bus.declare_kv("B", Duration::from_secs(1)).await.unwrap();
     bus.kv_put("B", "key", "1".into(), Some(0)).await.unwrap();
     eventually(SOON, || async { bus.kv_get("B", "key").await.unwrap().is_none() }).await;
-    bus.kv_put("B", "key", "2".into(), Some(0)).await.expect("an entry that is gone does not exist");
+    bus.kv_put("B", "key", "2".into(), Some(0)).await.expect("an expired entry counts as missing");
 }
 
-pub async fn an_undeclared_bucket_is_refused(bus: Bus) {
+pub async fn undeclared_bucket_is_refused(bus: Bus) {
     assert!(matches!(bus.kv_get("B", "key").await, Err(Error::Storage(_))));
     assert!(matches!(bus.kv_put("B", "key", "1".into(), None).await, Err(Error::Storage(_))));
 }

@@ -1,4 +1,4 @@
-//! What consumers get, when they get it again, and how they share.
+//! Durable consumers: delivery, redelivery and sharing.
 
 use crate::{QUIET, SOON, consumer, message, soon, stream, text};
 use bus::{Bus, Consumer, ConsumerConfig, Delivery, Headers, Message, Retention};
@@ -17,11 +17,12 @@ async fn with_stream(bus: &Bus, retention: Retention, messages: usize) {
     }
 }
 
-pub async fn a_delivery_carries_what_was_appended(bus: Bus) {
+pub async fn delivery_carries_the_appended_message(bus: Bus) {
     with_stream(&bus, Retention::WorkQueue, 0).await;
     let headers = Headers::new().with("trace_id", "t");
     let sent = Message { headers, ..message("s.a.b", "{}") };
     let appended = bus.append(sent, Some("id")).await.unwrap();
+
     let mut consumer = bus.consume(consumer("c")).await.unwrap();
     let delivery = next(&mut consumer).await;
     assert_eq!((&*delivery.message.subject, text(&delivery.message)), ("s.a.b", "{}"));
@@ -33,10 +34,10 @@ pub async fn a_delivery_carries_what_was_appended(bus: Bus) {
     delivery.ack().await.unwrap();
 }
 
-pub async fn silence_redelivers(bus: Bus) {
+pub async fn unsettled_message_is_redelivered(bus: Bus) {
     with_stream(&bus, Retention::WorkQueue, 1).await;
-    let impatient = ConsumerConfig { ack_wait: Duration::from_millis(300), ..consumer("c") };
-    let mut consumer = bus.consume(impatient).await.unwrap();
+    let short_wait = ConsumerConfig { ack_wait: Duration::from_millis(300), ..consumer("c") };
+    let mut consumer = bus.consume(short_wait).await.unwrap();
     for delivered in 1..=3 {
         let delivery = next(&mut consumer).await;
         assert_eq!((delivery.delivered, delivery.sequence), (delivered, 1));
@@ -44,45 +45,47 @@ pub async fn silence_redelivers(bus: Bus) {
             delivery.ack().await.unwrap();
         }
     }
-    assert!(timeout(3 * QUIET, consumer.next()).await.is_err(), "an acknowledged message stays away");
+    assert!(timeout(3 * QUIET, consumer.next()).await.is_err(), "an acknowledged message is not redelivered");
 }
 
-pub async fn a_nak_redelivers_after_its_delay(bus: Bus) {
+pub async fn nak_redelivers_after_its_delay(bus: Bus) {
     with_stream(&bus, Retention::WorkQueue, 1).await;
     let mut consumer = bus.consume(consumer("c")).await.unwrap();
+
     let delay = Duration::from_millis(400);
     let refused = Instant::now();
     next(&mut consumer).await.nak(delay).await.unwrap();
     let again = next(&mut consumer).await;
-    assert!(refused.elapsed() >= delay, "came after {:?}", refused.elapsed());
+    assert!(refused.elapsed() >= delay, "redelivered after {:?}", refused.elapsed());
     assert_eq!(again.delivered, 2);
+
     again.nak(Duration::ZERO).await.unwrap();
     let again = next(&mut consumer).await;
     assert_eq!(again.delivered, 3);
     again.ack().await.unwrap();
 }
 
-pub async fn progress_holds_redelivery_off(bus: Bus) {
+pub async fn progress_postpones_redelivery(bus: Bus) {
     with_stream(&bus, Retention::WorkQueue, 1).await;
-    let impatient = ConsumerConfig { ack_wait: 3 * QUIET, ..consumer("c") };
-    let mut consumer = bus.consume(impatient).await.unwrap();
+    let short_wait = ConsumerConfig { ack_wait: 3 * QUIET, ..consumer("c") };
+    let mut consumer = bus.consume(short_wait).await.unwrap();
     let delivery = next(&mut consumer).await;
     for _ in 0..6 {
         delivery.in_progress().await.unwrap();
-        assert!(timeout(QUIET, consumer.next()).await.is_err(), "work in progress is not given again");
+        assert!(timeout(QUIET, consumer.next()).await.is_err(), "work in progress is not redelivered");
     }
-    assert_eq!(next(&mut consumer).await.delivered, 2, "and comes again once it says nothing");
+    assert_eq!(next(&mut consumer).await.delivered, 2, "redelivered once progress reports stop");
 }
 
-pub async fn a_terminated_message_never_comes_again(bus: Bus) {
+pub async fn terminated_message_is_not_redelivered(bus: Bus) {
     with_stream(&bus, Retention::Limits, 1).await;
-    let impatient = ConsumerConfig { ack_wait: QUIET, ..consumer("c") };
-    let mut consumer = bus.consume(impatient).await.unwrap();
+    let short_wait = ConsumerConfig { ack_wait: QUIET, ..consumer("c") };
+    let mut consumer = bus.consume(short_wait).await.unwrap();
     next(&mut consumer).await.term().await.unwrap();
     assert!(timeout(4 * QUIET, consumer.next()).await.is_err());
 }
 
-pub async fn consumers_of_one_name_share(bus: Bus) {
+pub async fn consumers_with_one_name_share_messages(bus: Bus) {
     with_stream(&bus, Retention::WorkQueue, 0).await;
     let sharing = ConsumerConfig { ack_wait: Duration::from_secs(3), ..consumer("c") };
     let mut first = bus.consume(sharing.clone()).await.unwrap();
@@ -90,6 +93,7 @@ pub async fn consumers_of_one_name_share(bus: Bus) {
     for n in 0..200 {
         bus.append(message("s.a", &n.to_string()), None).await.unwrap();
     }
+
     let mut seen = BTreeSet::new();
     while seen.len() < 200 {
         let delivery = soon(async {
@@ -97,16 +101,17 @@ pub async fn consumers_of_one_name_share(bus: Bus) {
         })
         .await;
         assert_eq!(delivery.delivered, 1);
-        assert!(seen.insert(delivery.sequence), "one gets what the other does not");
+        assert!(seen.insert(delivery.sequence), "each message goes to one of the two");
         delivery.ack().await.unwrap();
     }
-    // One goes; what it may still have taken comes to the other.
+
+    // When one is dropped, the messages it may have claimed go to the other.
     drop(first);
     bus.append(message("s.a", "more"), None).await.unwrap();
     assert_eq!(text(&next(&mut second).await.message), "more");
 }
 
-pub async fn consumers_of_other_names_each_get_all(bus: Bus) {
+pub async fn consumers_with_different_names_each_receive_everything(bus: Bus) {
     with_stream(&bus, Retention::Limits, 3).await;
     for name in ["one", "two"] {
         let mut consumer = bus.consume(consumer(name)).await.unwrap();
@@ -118,13 +123,15 @@ pub async fn consumers_of_other_names_each_get_all(bus: Bus) {
     }
 }
 
-pub async fn a_filter_chooses(bus: Bus) {
+pub async fn filter_selects_subjects(bus: Bus) {
     with_stream(&bus, Retention::Limits, 1).await;
     bus.append(message("s.b.1", "chosen"), None).await.unwrap();
+
     let filtered = ConsumerConfig { filter: Some("s.b.*".into()), ..consumer("c") };
     let mut consumer = bus.consume(filtered).await.unwrap();
     bus.append(message("s.a", "not"), None).await.unwrap();
     bus.append(message("s.b.2", "chosen too"), None).await.unwrap();
+
     for expected in ["chosen", "chosen too"] {
         let delivery = next(&mut consumer).await;
         assert_eq!(text(&delivery.message), expected);
@@ -132,7 +139,7 @@ pub async fn a_filter_chooses(bus: Bus) {
     }
 }
 
-pub async fn a_consumer_may_start_with_what_comes_next(bus: Bus) {
+pub async fn consumer_can_start_with_new_messages(bus: Bus) {
     with_stream(&bus, Retention::Limits, 2).await;
     let late = ConsumerConfig { from_start: false, ..consumer("c") };
     let mut first = bus.consume(late.clone()).await.unwrap();
@@ -141,25 +148,27 @@ pub async fn a_consumer_may_start_with_what_comes_next(bus: Bus) {
     assert_eq!(text(&delivery.message), "next");
     delivery.ack().await.unwrap();
     drop(first);
-    // Where it starts is decided once: the second finds what came while nobody was there, however it asks.
+
+    // The start position is set when the consumer is created: the second handle receives what was appended meanwhile,
+    // whatever its own `from_start` says.
     bus.append(message("s.a", "meanwhile"), None).await.unwrap();
     let mut second = bus.consume(ConsumerConfig { from_start: true, ack_wait: QUIET, ..late }).await.unwrap();
     assert_eq!(text(&next(&mut second).await.message), "meanwhile");
 }
 
-pub async fn unacknowledged_messages_are_bounded(bus: Bus) {
+pub async fn max_ack_pending_bounds_outstanding_messages(bus: Bus) {
     with_stream(&bus, Retention::WorkQueue, 3).await;
     let one = ConsumerConfig { max_ack_pending: 1, ..consumer("c") };
     let mut consumer = bus.consume(one).await.unwrap();
     for n in 0..3 {
         let delivery = next(&mut consumer).await;
         assert_eq!(text(&delivery.message), n.to_string());
-        assert!(timeout(QUIET, consumer.next()).await.is_err(), "the next waits for this one");
+        assert!(timeout(QUIET, consumer.next()).await.is_err(), "the next message waits for this acknowledgement");
         delivery.ack().await.unwrap();
     }
 }
 
-pub async fn a_burst_comes_whole_and_in_order(bus: Bus) {
+pub async fn burst_arrives_complete_and_in_order(bus: Bus) {
     with_stream(&bus, Retention::WorkQueue, 500).await;
     let mut consumer = bus.consume(consumer("c")).await.unwrap();
     for n in 0..500 {
@@ -170,22 +179,26 @@ pub async fn a_burst_comes_whole_and_in_order(bus: Bus) {
     testkit::eventually(SOON, || async { bus.stream_info("S").await.unwrap().messages == 0 }).await;
 }
 
-pub async fn no_more_is_taken_than_there_is_place_for(bus: Bus) {
+pub async fn max_in_hand_bounds_what_a_consumer_takes(bus: Bus) {
     bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
     let narrow = ConsumerConfig { max_in_hand: 2, ..consumer("c") };
     let mut slow = bus.consume(narrow.clone()).await.unwrap();
     for n in 0..5 {
         bus.append(message("s.a", &n.to_string()), None).await.unwrap();
     }
+
     let first = soon(slow.next()).await.unwrap();
     let _second = soon(slow.next()).await.unwrap();
-    assert!(timeout(QUIET, slow.next()).await.is_err(), "both hands are full");
-    // What it has no place for, another takes.
+    assert!(timeout(QUIET, slow.next()).await.is_err(), "two deliveries are outstanding");
+
+    // Another consumer takes what the first has no room for.
     let mut other = bus.consume(ConsumerConfig { max_in_hand: 1, ..narrow }).await.unwrap();
     let third = soon(other.next()).await.unwrap();
     third.ack().await.unwrap();
     drop(third);
     let fourth = soon(other.next()).await.unwrap();
+
+    // Settling and dropping a delivery makes room for the next one.
     first.ack().await.unwrap();
     drop(first);
     let fifth = soon(slow.next()).await.unwrap();
@@ -193,11 +206,12 @@ pub async fn no_more_is_taken_than_there_is_place_for(bus: Bus) {
     assert_eq!((fourth.delivered, fifth.delivered), (1, 1));
 }
 
-pub async fn a_closed_consumer_gives_back_what_it_was_given(bus: Bus) {
+pub async fn closed_consumer_returns_undelivered_messages(bus: Bus) {
     with_stream(&bus, Retention::WorkQueue, 5).await;
     let mut first = bus.consume(consumer("c")).await.unwrap();
     let taken = next(&mut first).await;
     soon(first.close()).await;
+
     let mut second = bus.consume(consumer("c")).await.unwrap();
     let mut others = BTreeSet::new();
     while others.len() < 4 {
@@ -205,7 +219,8 @@ pub async fn a_closed_consumer_gives_back_what_it_was_given(bus: Bus) {
         others.insert(text(&delivery.message).to_string());
         delivery.ack().await.unwrap();
     }
-    assert!(!others.contains(text(&taken.message)), "what was taken is still in hand");
+
+    assert!(!others.contains(text(&taken.message)), "a delivery taken before the close is still outstanding");
     taken.ack().await.unwrap();
     testkit::eventually(SOON, || async { bus.stream_info("S").await.unwrap().messages == 0 }).await;
 }

@@ -1,5 +1,5 @@
-//! One meaning, two buses: every case runs against the embedded bus and against a real nats-server,
-//! over one connection and over several.
+//! The conformance suite: every case runs against the embedded bus and against a real nats-server, over one connection
+//! and over several.
 
 mod access;
 mod buckets;
@@ -16,9 +16,9 @@ use bus::{Bus, ConsumerConfig, Message, Retention, StreamConfig};
 use std::time::Duration;
 use testkit::NatsServer;
 
-/// No wait of a test is longer.
+/// The deadline for anything that must happen.
 const SOON: Duration = Duration::from_secs(15);
-/// What must not come has not come after this.
+/// How long a test waits for something that must not happen.
 const QUIET: Duration = Duration::from_millis(250);
 
 macro_rules! conformance {
@@ -48,40 +48,40 @@ macro_rules! conformance {
 }
 
 conformance! {
-    subjects::wildcards_take_what_they_should,
-    subjects::a_queue_group_shares,
-    subjects::a_request_is_answered,
-    subjects::nobody_to_answer_is_said_at_once,
-    subjects::a_late_reply_reaches_nobody,
-    subjects::a_full_queue_refuses_requests,
-    subjects::a_dropped_subscription_is_gone,
-    subjects::bad_messages_are_refused,
-    streams::a_subject_without_stream_is_refused,
-    streams::a_repeat_is_stored_once,
-    streams::live_subscribers_get_what_is_appended,
-    streams::declaring_again_changes_what_differs,
-    streams::a_work_queue_forgets_what_is_acknowledged,
-    streams::a_limits_stream_keeps_what_is_acknowledged,
-    streams::a_full_work_queue_refuses_and_a_limits_stream_drops_its_oldest,
-    consumers::a_delivery_carries_what_was_appended,
-    consumers::silence_redelivers,
-    consumers::a_nak_redelivers_after_its_delay,
-    consumers::progress_holds_redelivery_off,
-    consumers::a_terminated_message_never_comes_again,
-    consumers::consumers_of_one_name_share,
-    consumers::consumers_of_other_names_each_get_all,
-    consumers::a_filter_chooses,
-    consumers::a_consumer_may_start_with_what_comes_next,
-    consumers::unacknowledged_messages_are_bounded,
-    consumers::a_burst_comes_whole_and_in_order,
-    consumers::no_more_is_taken_than_there_is_place_for,
-    consumers::a_closed_consumer_gives_back_what_it_was_given,
-    buckets::values_come_back_with_their_revision,
-    buckets::an_expected_revision_is_kept,
-    buckets::of_many_creators_one_wins,
-    buckets::any_key_is_taken,
-    buckets::old_entries_go,
-    buckets::an_undeclared_bucket_is_refused,
+    subjects::wildcards_match_subjects,
+    subjects::queue_group_shares_messages,
+    subjects::request_receives_its_reply,
+    subjects::request_without_responders_fails_at_once,
+    subjects::late_reply_does_not_reach_the_next_request,
+    subjects::full_queue_refuses_requests,
+    subjects::dropped_subscription_no_longer_responds,
+    subjects::invalid_subjects_and_oversized_messages_are_refused,
+    streams::append_without_stream_is_refused,
+    streams::repeated_message_id_is_stored_once,
+    streams::live_subscribers_receive_appended_messages,
+    streams::redeclaring_a_stream_updates_it,
+    streams::work_queue_deletes_settled_messages,
+    streams::limits_stream_keeps_settled_messages,
+    streams::full_work_queue_refuses_and_full_limits_stream_drops_oldest,
+    consumers::delivery_carries_the_appended_message,
+    consumers::unsettled_message_is_redelivered,
+    consumers::nak_redelivers_after_its_delay,
+    consumers::progress_postpones_redelivery,
+    consumers::terminated_message_is_not_redelivered,
+    consumers::consumers_with_one_name_share_messages,
+    consumers::consumers_with_different_names_each_receive_everything,
+    consumers::filter_selects_subjects,
+    consumers::consumer_can_start_with_new_messages,
+    consumers::max_ack_pending_bounds_outstanding_messages,
+    consumers::burst_arrives_complete_and_in_order,
+    consumers::max_in_hand_bounds_what_a_consumer_takes,
+    consumers::closed_consumer_returns_undelivered_messages,
+    buckets::values_are_returned_with_their_revision,
+    buckets::put_with_expected_revision_detects_conflicts,
+    buckets::exactly_one_concurrent_create_wins,
+    buckets::any_key_is_accepted,
+    buckets::expired_entries_are_gone,
+    buckets::undeclared_bucket_is_refused,
 }
 
 async fn connect(server: &NatsServer) -> Bus {
@@ -94,8 +94,9 @@ async fn connect_with(server: &NatsServer, connections: usize) -> Bus {
     Nats::connect(config).await.unwrap()
 }
 
-async fn soon<T>(what: impl Future<Output = T>) -> T {
-    tokio::time::timeout(SOON, what).await.expect("it happens soon")
+/// Awaits `future`; panics if it takes longer than [`SOON`].
+async fn soon<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(SOON, future).await.expect("finished before the test deadline")
 }
 
 fn message(subject: &str, payload: &str) -> Message {
@@ -118,7 +119,7 @@ fn stream(retention: Retention) -> StreamConfig {
     }
 }
 
-/// A consumer of `S` that is given ten seconds for each message.
+/// A consumer of `S` with an `ack_wait` of ten seconds.
 fn consumer(name: &str) -> ConsumerConfig {
     ConsumerConfig {
         stream: "S",

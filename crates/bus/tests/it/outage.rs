@@ -1,4 +1,4 @@
-//! NATS only: servers that go away, for good or for a while, with requests running all the time.
+//! NATS only: servers that disappear, for good or for a while, under continuous requests.
 
 use crate::traffic::Traffic;
 use crate::{SOON, connect, connect_with, consumer, message, soon, stream, text};
@@ -11,37 +11,41 @@ use tokio::net::TcpListener;
 const LONG: Duration = Duration::from_secs(60);
 
 #[tokio::test]
-async fn a_lost_connection_is_told_at_once_to_who_waits() {
+async fn lost_connection_fails_requests_in_flight_at_once() {
     let mut server = NatsServer::start().await;
     let bus = connect(&server).await;
     let mut silent = bus.subscribe("silent", None, 64).await.unwrap();
-    let asked = bus.request("silent", Headers::new(), "x".into(), LONG);
+
+    let request = bus.request("silent", Headers::new(), "x".into(), LONG);
     let kill = async {
         soon(silent.next()).await.unwrap();
         server.kill();
     };
-    let (asked, ()) = soon(async { tokio::join!(asked, kill) }).await;
-    assert!(matches!(asked, Err(Error::Disconnected(_))), "{asked:?}");
+    let (outcome, ()) = soon(async { tokio::join!(request, kill) }).await;
+
+    assert!(matches!(outcome, Err(Error::Disconnected(_))), "{outcome:?}");
 }
 
 #[tokio::test]
-async fn there_are_as_many_connections_as_said() {
+async fn pool_opens_the_configured_number_of_connections() {
     let server = NatsServer::start_with("max_connections: 3").await;
     let config =
         |connections| NatsConfig { url: server.url(), connections: Some(connections), ..NatsConfig::default() };
     let bus = Nats::connect(config(3)).await.unwrap();
     bus.health().await.unwrap();
-    assert!(Nats::connect(config(1)).await.is_err(), "the server has three");
+    assert!(Nats::connect(config(1)).await.is_err(), "the server allows three connections");
+
     drop(bus);
     eventually(SOON, || async { Nats::connect(config(3)).await.is_ok() }).await;
     assert!(soon(Nats::connect(config(4))).await.is_err());
 }
 
 #[tokio::test]
-async fn reload_with_requests_in_flight_loses_none() {
+async fn reload_loses_no_request_in_flight() {
     let server = NatsServer::start().await;
     let (asker, responder) = (connect_with(&server, 3).await, connect_with(&server, 3).await);
     let traffic = Traffic::default();
+
     let scene = async {
         for round in 1..=3 {
             eventually(SOON, || async { traffic.now().answered > round * 100 }).await;
@@ -49,16 +53,18 @@ async fn reload_with_requests_in_flight_loses_none() {
         }
     };
     traffic.during(&asker, &responder, scene).await;
+
     let outcomes = traffic.now();
     assert_eq!((outcomes.answered, outcomes.failed()), (outcomes.sent, 0), "{outcomes:?}");
 }
 
 #[tokio::test]
-async fn a_consumer_goes_on_after_a_reload() {
+async fn consumer_continues_after_reload() {
     let server = NatsServer::start().await;
     let bus = connect_with(&server, 3).await;
     bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
     let mut consumer = bus.consume(consumer("c")).await.unwrap();
+
     for n in ["before", "after", "later"] {
         bus.append(message("s.a", n), None).await.unwrap();
         let delivery = soon(consumer.next()).await.unwrap();
@@ -68,38 +74,43 @@ async fn a_consumer_goes_on_after_a_reload() {
     }
 }
 
-/// Whoever connects meanwhile is counted and sent away.
 #[tokio::test]
-async fn a_server_that_was_away_for_many_attempts_is_found_again() {
+async fn clients_reconnect_after_many_failed_attempts() {
     let mut server = NatsServer::start().await;
     let (asker, responder) = (connect_with(&server, 2).await, connect_with(&server, 1).await);
     let mut live = asker.subscribe("live", None, 64).await.unwrap();
     let traffic = Traffic::default();
+
     let scene = async {
         eventually(SOON, || async { traffic.now().answered > 50 }).await;
         server.kill();
+
+        // A listener in the server's place accepts and closes twelve attempts.
         let port = ("127.0.0.1", server.port());
-        let closed = TcpListener::bind(port).await.unwrap();
+        let listener = TcpListener::bind(port).await.unwrap();
         for _ in 0..12 {
-            drop(soon(closed.accept()).await.unwrap());
+            drop(soon(listener.accept()).await.unwrap());
         }
-        drop(closed);
+        drop(listener);
         let before = traffic.now();
         assert!(before.disconnected > 0, "{before:?}");
+
         server.restart().await;
         eventually(SOON, || async { asker.health().await.is_ok() && responder.health().await.is_ok() }).await;
         let back = traffic.now().answered;
         eventually(SOON, || async { traffic.now().answered > back + 50 }).await;
     };
     traffic.during(&asker, &responder, scene).await;
+
     let outcomes = traffic.now();
     assert_eq!(outcomes.answered + outcomes.failed(), outcomes.sent, "{outcomes:?}");
+
     responder.publish(message("live", "again")).await.unwrap();
     assert_eq!(text(&soon(live.next()).await.unwrap()), "again");
 }
 
 #[tokio::test]
-async fn a_lame_duck_is_left_for_the_other_server() {
+async fn clients_move_from_a_lame_duck_to_the_other_server() {
     let mut pair = NatsServer::start_pair("lame_duck_duration: \"30s\"\nlame_duck_grace_period: \"500ms\"").await;
     let url = pair.each_ref().map(NatsServer::url).join(",");
     let connect = || {
@@ -108,62 +119,71 @@ async fn a_lame_duck_is_left_for_the_other_server() {
     };
     let (asker, responder) = (connect().await, connect().await);
     let traffic = Traffic::default();
+
     let scene = async {
         eventually(SOON, || async { traffic.now().answered > 50 }).await;
+
         pair[0].lame_duck();
         soon(pair[0].exit()).await;
         eventually(SOON, || async { asker.health().await.is_ok() && responder.health().await.is_ok() }).await;
+
         let moved = traffic.now();
         eventually(SOON, || async { traffic.now().answered > moved.answered + 100 }).await;
         moved
     };
     let moved = traffic.during(&asker, &responder, scene).await;
+
     let outcomes = traffic.now();
     assert_eq!(outcomes.answered + outcomes.failed(), outcomes.sent, "{outcomes:?}");
-    assert_eq!(outcomes.failed(), moved.failed(), "once moved, all is well: {moved:?} {outcomes:?}");
-    // At most what was in flight when a connection went: three of each side, eight requests at once.
+    assert_eq!(outcomes.failed(), moved.failed(), "no request fails after the move: {moved:?} {outcomes:?}");
+    // Only requests in flight when a connection moved may fail: three connections on each side, eight requests at once.
     assert!(outcomes.failed() <= 6 * 8, "{outcomes:?}");
 }
 
-/// Resident pages and open descriptors of this process.
-fn held() -> (u64, usize) {
+/// Resident pages and open file descriptors of this process.
+fn resources() -> (u64, usize) {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages = statm.split(' ').nth(1).unwrap().parse().unwrap();
     (pages, std::fs::read_dir("/proc/self/fd").unwrap().count())
 }
 
-/// Alone in its process: `cargo test -p bus --test it -- --ignored ten_minutes --nocapture`
+/// Must run alone in its process: `cargo test -p bus --test it -- --ignored ten_minute_outage --nocapture`
 #[tokio::test]
 #[ignore = "takes ten minutes"]
-async fn ten_minutes_without_a_server_cost_nothing_and_end() {
-    const AWAY: Duration = Duration::from_secs(600);
+async fn ten_minute_outage_leaks_nothing() {
+    const OUTAGE: Duration = Duration::from_secs(600);
     let mut server = NatsServer::start().await;
     let (asker, responder) = (connect_with(&server, 4).await, connect_with(&server, 4).await);
     let traffic = Traffic::default();
+
     let scene = async {
         eventually(SOON, || async { traffic.now().answered > 5_000 }).await;
-        let descriptors = held().1;
+        let descriptors = resources().1;
+
         server.kill();
         let began = tokio::time::Instant::now();
-        let mut looks = tokio::time::interval(Duration::from_secs(30));
+        let mut samples = tokio::time::interval(Duration::from_secs(30));
         let mut pages = Vec::new();
-        while began.elapsed() < AWAY {
-            looks.tick().await;
-            pages.push(held().0);
-            println!("{:?}: {:?}, pages and descriptors {:?}", began.elapsed(), traffic.now(), held());
+        while began.elapsed() < OUTAGE {
+            samples.tick().await;
+            pages.push(resources().0);
+            println!("{:?}: {:?}, pages and descriptors {:?}", began.elapsed(), traffic.now(), resources());
         }
+
         server.restart().await;
         let began = tokio::time::Instant::now();
         eventually(SOON, || async { asker.health().await.is_ok() && responder.health().await.is_ok() }).await;
         println!("back after {:?}: {:?}", began.elapsed(), traffic.now());
         let back = traffic.now().answered;
         eventually(SOON, || async { traffic.now().answered > back + 1_000 }).await;
-        println!("at the end: {:?}, pages and descriptors {:?}", traffic.now(), held());
-        // 2 MiB, from what it was after the first minute.
+        println!("at the end: {:?}, pages and descriptors {:?}", traffic.now(), resources());
+
+        // Memory may grow by 2 MiB after the first minute.
         assert!(pages[pages.len() - 1] < pages[2] + 512, "{pages:?}");
-        assert_eq!(held().1, descriptors);
+        assert_eq!(resources().1, descriptors);
     };
     traffic.during(&asker, &responder, scene).await;
+
     let outcomes = traffic.now();
     assert_eq!(outcomes.answered + outcomes.failed(), outcomes.sent, "{outcomes:?}");
 }

@@ -1,45 +1,50 @@
-//! What is stored: appending, repeats, retention.
+//! Durable streams: appending, deduplication, retention.
 
 use crate::{SOON, consumer, message, soon, stream, text};
 use bus::{Bus, Error, Retention, StreamConfig};
 use std::time::Duration;
 use testkit::eventually;
 
-pub async fn a_subject_without_stream_is_refused(bus: Bus) {
+pub async fn append_without_stream_is_refused(bus: Bus) {
     let appended = soon(bus.append(message("nowhere", "x"), None)).await;
     assert!(matches!(appended, Err(Error::NoStream(_))), "{appended:?}");
-    // Also when somebody listens there.
+
+    // A live subscriber of the subject must not hide that there is no stream.
     let _live = bus.subscribe("nowhere", None, 4).await.unwrap();
     let appended = soon(bus.append(message("nowhere", "x"), None)).await;
     assert!(matches!(appended, Err(Error::NoStream(_))), "{appended:?}");
+
     assert!(matches!(bus.stream_info("S").await, Err(Error::NoStream(_))));
     assert!(matches!(bus.consume(consumer("c")).await.err(), Some(Error::NoStream(_))));
 }
 
-pub async fn a_repeat_is_stored_once(bus: Bus) {
+pub async fn repeated_message_id_is_stored_once(bus: Bus) {
     bus.declare_stream(stream(Retention::Limits)).await.unwrap();
     let first = bus.append(message("s.a", "1"), Some("id")).await.unwrap();
     let again = bus.append(message("s.a", "1"), Some("id")).await.unwrap();
     let other = bus.append(message("s.a", "2"), Some("other id")).await.unwrap();
+
     assert_eq!((first.sequence, first.duplicate), (1, false));
     assert_eq!((again.sequence, again.duplicate), (1, true));
     assert_eq!((other.sequence, other.duplicate), (2, false));
     assert_eq!(bus.stream_info("S").await.unwrap().messages, 2);
 }
 
-pub async fn live_subscribers_get_what_is_appended(bus: Bus) {
+pub async fn live_subscribers_receive_appended_messages(bus: Bus) {
     bus.declare_stream(stream(Retention::Limits)).await.unwrap();
     let mut live = bus.subscribe("s.*", None, 4).await.unwrap();
     bus.append(message("s.a", "1"), Some("id")).await.unwrap();
     bus.append(message("s.a", "2"), None).await.unwrap();
+
     assert_eq!(text(&soon(live.next()).await.unwrap()), "1");
     assert_eq!(text(&soon(live.next()).await.unwrap()), "2");
 }
 
-pub async fn declaring_again_changes_what_differs(bus: Bus) {
+pub async fn redeclaring_a_stream_updates_it(bus: Bus) {
     bus.declare_stream(stream(Retention::Limits)).await.unwrap();
     bus.append(message("s.a", "1"), None).await.unwrap();
     bus.declare_stream(stream(Retention::Limits)).await.unwrap();
+
     let wider = StreamConfig {
         subjects: vec!["s.>".into(), "t".into()],
         max_age: Duration::from_secs(30),
@@ -50,24 +55,27 @@ pub async fn declaring_again_changes_what_differs(bus: Bus) {
     assert_eq!(bus.stream_info("S").await.unwrap().messages, 2);
 }
 
-pub async fn a_work_queue_forgets_what_is_acknowledged(bus: Bus) {
+pub async fn work_queue_deletes_settled_messages(bus: Bus) {
     settle_two(&bus, Retention::WorkQueue, 1).await;
 }
 
-pub async fn a_full_work_queue_refuses_and_a_limits_stream_drops_its_oldest(bus: Bus) {
+pub async fn full_work_queue_refuses_and_full_limits_stream_drops_oldest(bus: Bus) {
     let small = |retention| StreamConfig { max_bytes: 4096, ..stream(retention) };
     bus.declare_stream(small(Retention::WorkQueue)).await.unwrap();
     let text = "x".repeat(1000);
+
     let mut stored = Vec::new();
     let refused = loop {
         match bus.append(message("s.a", &text), None).await {
             Ok(appended) => stored.push(appended.sequence),
             Err(error) => break error,
         }
-        assert!(stored.len() <= 4, "it is full");
+        assert!(stored.len() <= 4, "the stream must refuse a fifth message");
     };
     assert!(matches!(refused, Error::Storage(_)), "{refused}");
-    assert_eq!(bus.stream_info("S").await.unwrap().messages, stored.len() as u64, "nothing was dropped");
+    assert_eq!(bus.stream_info("S").await.unwrap().messages, stored.len() as u64, "a work queue drops nothing");
+
+    // Acknowledgements make room again.
     let mut consumer = bus.consume(consumer("c")).await.unwrap();
     for sequence in &stored {
         let delivery = soon(consumer.next()).await.unwrap();
@@ -85,20 +93,22 @@ pub async fn a_full_work_queue_refuses_and_a_limits_stream_drops_its_oldest(bus:
     assert!(bus.stream_info("L").await.unwrap().messages > 0);
 }
 
-pub async fn a_limits_stream_keeps_what_is_acknowledged(bus: Bus) {
+pub async fn limits_stream_keeps_settled_messages(bus: Bus) {
     settle_two(&bus, Retention::Limits, 3).await;
 }
 
-/// Of three messages one is acknowledged and one terminated.
+/// Appends three messages, acknowledges one, terminates one and holds one; `left` messages must remain in the stream.
 async fn settle_two(bus: &Bus, retention: Retention, left: u64) {
     bus.declare_stream(stream(retention)).await.unwrap();
     let mut consumer = bus.consume(consumer("c")).await.unwrap();
     for n in 0..3 {
         bus.append(message("s.a", &n.to_string()), None).await.unwrap();
     }
+
     soon(consumer.next()).await.unwrap().ack().await.unwrap();
     soon(consumer.next()).await.unwrap().term().await.unwrap();
     let _held = soon(consumer.next()).await.unwrap();
+
     eventually(SOON, || async {
         let info = bus.stream_info("S").await.unwrap();
         info.messages == left && info.consumers == [("c".to_string(), 1)]

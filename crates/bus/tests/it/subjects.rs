@@ -1,4 +1,4 @@
-//! Live messages: wildcards, queue groups, requests.
+//! Live subjects: wildcards, queue groups, requests.
 
 use crate::{message, soon, text};
 use bus::{Bus, Error, Headers, Message, Subscription};
@@ -12,7 +12,7 @@ async fn next(subscription: &mut Subscription) -> Message {
     soon(subscription.next()).await.expect("the bus is open")
 }
 
-pub async fn wildcards_take_what_they_should(bus: Bus) {
+pub async fn wildcards_match_subjects(bus: Bus) {
     let subjects = ["a", "a.b", "a.b.c", "b.b"];
     let patterns: [(&str, &[&str]); 5] = [
         ("a.b", &["a.b"]),
@@ -21,30 +21,32 @@ pub async fn wildcards_take_what_they_should(bus: Bus) {
         ("*.b", &["a.b", "b.b"]),
         (">", &["a", "a.b", "a.b.c", "b.b"]),
     ];
+
     for (pattern, expected) in patterns {
         let mut subscription = bus.subscribe(pattern, None, 16).await.unwrap();
         for subject in subjects {
             bus.publish(message(subject, "")).await.unwrap();
         }
-        // The last one shows that nothing else came between.
+        // The health check flushes all connections, so "last" arrives after everything else.
         bus.health().await.unwrap();
         bus.publish(message("a.b", "last")).await.unwrap();
+
         let mut got = BTreeSet::new();
         loop {
             let message = next(&mut subscription).await;
             if text(&message) == "last" {
                 break;
             }
-            // NATS shows replies to `>` too.
+            // On NATS, `>` also matches the replies to health checks.
             if !message.subject.starts_with("_INBOX.") {
-                assert!(got.insert(message.subject.to_string()), "once: {pattern}");
+                assert!(got.insert(message.subject.to_string()), "delivered once: {pattern}");
             }
         }
         assert!(got.iter().eq(expected), "{pattern}: {got:?}");
     }
 }
 
-pub async fn a_queue_group_shares(bus: Bus) {
+pub async fn queue_group_shares_messages(bus: Bus) {
     let mut first = bus.subscribe("work", Some("group"), 256).await.unwrap();
     let mut second = bus.subscribe("work", Some("group"), 256).await.unwrap();
     let mut other = bus.subscribe("work", Some("other"), 256).await.unwrap();
@@ -52,6 +54,7 @@ pub async fn a_queue_group_shares(bus: Bus) {
     for n in 0..100 {
         bus.publish(message("work", &n.to_string())).await.unwrap();
     }
+
     let mut shares = [BTreeSet::new(), BTreeSet::new()];
     for n in 0..100 {
         assert_eq!(text(&next(&mut all).await), n.to_string());
@@ -62,11 +65,12 @@ pub async fn a_queue_group_shares(bus: Bus) {
         .await;
         shares[member].insert(text(&message).to_string());
     }
-    assert_eq!(shares[0].len() + shares[1].len(), 100, "each message went to one member");
-    assert!(shares.iter().all(|share| !share.is_empty()), "both members work");
+
+    assert_eq!(shares[0].len() + shares[1].len(), 100, "each message goes to exactly one member");
+    assert!(shares.iter().all(|share| !share.is_empty()), "both members receive messages");
 }
 
-pub async fn a_request_is_answered(bus: Bus) {
+pub async fn request_receives_its_reply(bus: Bus) {
     let mut server = bus.subscribe("echo", Some("servers"), 64).await.unwrap();
     let answers = async {
         for _ in 0..32 {
@@ -76,7 +80,7 @@ pub async fn a_request_is_answered(bus: Bus) {
             bus.publish(Message { subject, headers, payload: request.payload, reply: None }).await.unwrap();
         }
     };
-    let asks = async {
+    let requests = async {
         for n in 0..32 {
             let headers = Headers::new().with("trace_id", format!("t{n}")).with("list", "1").with("list", "2");
             let reply = bus.request("echo", headers, n.to_string().into(), LONG).await.unwrap();
@@ -86,66 +90,70 @@ pub async fn a_request_is_answered(bus: Bus) {
             assert_eq!(list, ["1", "2"]);
         }
     };
-    soon(async { tokio::join!(answers, asks) }).await;
+    soon(async { tokio::join!(answers, requests) }).await;
 }
 
-pub async fn nobody_to_answer_is_said_at_once(bus: Bus) {
-    let asked = soon(bus.request("nobody", Headers::new(), "x".into(), LONG)).await;
-    assert!(matches!(asked, Err(Error::NoResponders(subject)) if subject == "nobody"));
+pub async fn request_without_responders_fails_at_once(bus: Bus) {
+    let outcome = soon(bus.request("nobody", Headers::new(), "x".into(), LONG)).await;
+    assert!(matches!(outcome, Err(Error::NoResponders(subject)) if subject == "nobody"));
 }
 
-pub async fn a_late_reply_reaches_nobody(bus: Bus) {
+pub async fn late_reply_does_not_reach_the_next_request(bus: Bus) {
     let mut server = bus.subscribe("slow", None, 64).await.unwrap();
-    let asked = bus.request("slow", Headers::new(), "first".into(), Duration::from_millis(50)).await;
-    assert!(matches!(asked, Err(Error::Timeout(_))), "{asked:?}");
+    let timed_out = bus.request("slow", Headers::new(), "first".into(), Duration::from_millis(50)).await;
+    assert!(matches!(timed_out, Err(Error::Timeout(_))), "{timed_out:?}");
     let late = next(&mut server).await.reply.unwrap();
+
     let answer = async {
         let request = next(&mut server).await;
         bus.publish(message(&late, "late")).await.unwrap();
         bus.publish(message(&request.reply.unwrap(), "in time")).await.unwrap();
     };
-    let asked = bus.request("slow", Headers::new(), "second".into(), LONG);
-    let (asked, ()) = soon(async { tokio::join!(asked, answer) }).await;
-    assert_eq!(text(&asked.unwrap()), "in time");
+    let request = bus.request("slow", Headers::new(), "second".into(), LONG);
+    let (reply, ()) = soon(async { tokio::join!(request, answer) }).await;
+    assert_eq!(text(&reply.unwrap()), "in time");
 }
 
-pub async fn a_full_queue_refuses_requests(bus: Bus) {
+pub async fn full_queue_refuses_requests(bus: Bus) {
     let mut server = bus.subscribe("busy", Some("servers"), 2).await.unwrap();
     for n in 0..5 {
         bus.publish(message("busy", &n.to_string())).await.unwrap();
     }
     bus.health().await.unwrap();
-    let asked = soon(bus.request("busy", Headers::new(), "x".into(), LONG)).await;
-    assert!(matches!(asked, Err(Error::NoResponders(_))), "{asked:?}");
-    // What fitted is there, what did not is gone.
+
+    let refused = soon(bus.request("busy", Headers::new(), "x".into(), LONG)).await;
+    assert!(matches!(refused, Err(Error::NoResponders(_))), "{refused:?}");
+
+    // The queue holds what fitted; the rest was dropped.
     assert_eq!(text(&next(&mut server).await), "0");
     assert_eq!(text(&next(&mut server).await), "1");
     bus.publish(message("busy", "after")).await.unwrap();
     assert_eq!(text(&next(&mut server).await), "after");
 }
 
-pub async fn a_dropped_subscription_is_gone(bus: Bus) {
+pub async fn dropped_subscription_no_longer_responds(bus: Bus) {
     drop(bus.subscribe("gone", None, 4).await.unwrap());
     eventually(crate::SOON, || async {
-        let asked = bus.request("gone", Headers::new(), "x".into(), Duration::from_millis(100)).await;
-        matches!(asked, Err(Error::NoResponders(_)))
+        let outcome = bus.request("gone", Headers::new(), "x".into(), Duration::from_millis(100)).await;
+        matches!(outcome, Err(Error::NoResponders(_)))
     })
     .await;
 }
 
-pub async fn bad_messages_are_refused(bus: Bus) {
+pub async fn invalid_subjects_and_oversized_messages_are_refused(bus: Bus) {
     for bad in ["", "a..b", ".a", "a.", "a b", "a\r\nPUB x 0", "a.*", "a.>"] {
         let published = bus.publish(message(bad, "")).await;
         assert!(matches!(published, Err(Error::InvalidSubject(_))), "{bad:?}: {published:?}");
-        let asked = bus.request(bad, Headers::new(), "x".into(), LONG).await;
-        assert!(matches!(asked, Err(Error::InvalidSubject(_))), "{bad:?}");
+        let requested = bus.request(bad, Headers::new(), "x".into(), LONG).await;
+        assert!(matches!(requested, Err(Error::InvalidSubject(_))), "{bad:?}");
         let appended = bus.append(message(bad, ""), None).await;
         assert!(matches!(appended, Err(Error::InvalidSubject(_))), "{bad:?}");
     }
     for bad in ["", "a..b", "a.>.b", "a b"] {
         assert!(matches!(bus.subscribe(bad, None, 1).await, Err(Error::InvalidSubject(_))), "{bad:?}");
     }
+
     let huge = Message { payload: vec![0; wire::limits::BUS_MESSAGE_MAX + 1].into(), ..message("a", "") };
     assert!(matches!(bus.publish(huge).await, Err(Error::TooLarge { .. })));
-    bus.health().await.expect("a refused message leaves the bus well");
+    bus.health().await.expect("the bus stays healthy after refusing messages");
 }

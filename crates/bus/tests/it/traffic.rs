@@ -1,4 +1,4 @@
-//! Requests all the time while something happens, each with exactly one outcome.
+//! Continuous requests during a scenario; each request has exactly one outcome.
 
 use bus::{Bus, Error, Headers, Message};
 use futures_util::future::join_all;
@@ -7,10 +7,10 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 const SUBJECT: &str = "traffic";
-/// At once; each asks again after its outcome, and a little later.
+/// Requests in flight at once. A lane sends its next request after the outcome of the last, at most one per [`PACE`].
 const LANES: usize = 8;
 const PACE: Duration = Duration::from_millis(5);
-/// An answer takes this long, so that some request is always in flight.
+/// A responder takes this long per request, so that some request is always in flight.
 const WORK: Duration = Duration::from_millis(3);
 const DEADLINE: Duration = Duration::from_secs(2);
 
@@ -29,7 +29,7 @@ impl Outcomes {
     }
 }
 
-/// What has come of the requests until now.
+/// The outcomes of all requests so far.
 #[derive(Default)]
 pub struct Traffic(RefCell<Outcomes>);
 
@@ -38,21 +38,22 @@ impl Traffic {
         *self.0.borrow()
     }
 
-    /// `responder` answers what `asker` asks, for as long as `scene` plays.
+    /// Sends requests from `asker` to `responder` until `scene` completes; returns its output.
     pub async fn during<T>(&self, asker: &Bus, responder: &Bus, scene: impl Future<Output = T>) -> T {
-        // The last request is answered before the responders go.
-        let (end, asked) = (CancellationToken::new(), CancellationToken::new());
+        // The responders stop only after the last request has its outcome.
+        let (end, finished) = (CancellationToken::new(), CancellationToken::new());
         let mut served = Vec::new();
         for _ in 0..2 {
             served.push(responder.subscribe(SUBJECT, Some("responders"), 1024).await.unwrap());
         }
+
         let answering = join_all(served.into_iter().map(|mut served| {
-            asked.clone().run_until_cancelled_owned(async move {
+            finished.clone().run_until_cancelled_owned(async move {
                 let mut pace = tokio::time::interval(WORK);
                 while let Some(request) = served.next().await {
                     pace.tick().await;
-                    let reply = request.reply.expect("a request says where its answer goes");
-                    // Without a connection the one who asks is told by its own.
+                    let reply = request.reply.expect("a request has a reply subject");
+                    // If this connection is lost, the request fails on the asker's side; the outcome is counted there.
                     let _ = responder
                         .publish(Message { subject: reply, payload: request.payload, ..Message::default() })
                         .await;
@@ -61,12 +62,12 @@ impl Traffic {
         }));
         let asking = async {
             join_all((0..LANES).map(|lane| self.lane(lane, asker, &end))).await;
-            asked.cancel();
+            finished.cancel();
         };
         let scene = async {
-            let seen = scene.await;
+            let output = scene.await;
             end.cancel();
-            seen
+            output
         };
         tokio::join!(scene, answering, asking).0
     }
@@ -77,20 +78,22 @@ impl Traffic {
             if end.is_cancelled() {
                 break;
             }
+
             pace.tick().await;
             self.0.borrow_mut().sent += 1;
             let payload = format!("{lane}-{number}");
-            let asked = asker.request(SUBJECT, Headers::new(), payload.clone().into(), DEADLINE).await;
+            let outcome = asker.request(SUBJECT, Headers::new(), payload.clone().into(), DEADLINE).await;
+
             let mut outcomes = self.0.borrow_mut();
-            match asked {
+            match outcome {
                 Ok(reply) => {
-                    assert_eq!(reply.payload, payload, "each gets its own answer");
+                    assert_eq!(reply.payload, payload, "each request receives its own reply");
                     outcomes.answered += 1;
                 }
                 Err(Error::Disconnected(_)) => outcomes.disconnected += 1,
                 Err(Error::NoResponders(_)) => outcomes.nobody += 1,
                 Err(Error::Timeout(_)) => outcomes.late += 1,
-                Err(other) => panic!("no outcome of a lost connection: {other}"),
+                Err(other) => panic!("not an outcome of a lost connection: {other}"),
             }
         }
     }
