@@ -102,10 +102,7 @@ fn shortened(mut text: String) -> String {
 }
 
 fn id(field: &str, value: &str) -> Result<(), String> {
-    match value.len() {
-        1..=ID_MAX => Ok(()),
-        bytes => Err(format!("{field} has {bytes} bytes; 1 to {ID_MAX} are allowed")),
-    }
+    wire::id::check(value).map_err(|error| format!("{field} {error}"))
 }
 
 fn check(submit: &TaskSubmit) -> Result<(), String> {
@@ -113,25 +110,17 @@ fn check(submit: &TaskSubmit) -> Result<(), String> {
         return Err(format!("command is {:?}; TASK_SUBMIT carries \"task_submit\"", submit.command));
     }
     id("task_type", &submit.task_type)?;
-    let optional = [
-        ("request_id", &submit.request_id),
-        ("trace_id", &submit.trace_id),
-        ("tenant_id", &submit.tenant_id),
-        ("policy_id", &submit.policy_id),
-    ];
+    let optional =
+        [("request_id", &submit.request_id), ("trace_id", &submit.trace_id), ("policy_id", &submit.policy_id)];
     for (field, value) in optional {
         if let Some(value) = value {
             id(field, value)?;
         }
     }
     match &submit.tenant_id {
-        Some(tenant) if !is_tenant(tenant) => Err("tenant_id has characters besides A-Z a-z 0-9 _ . -".into()),
-        _ => Ok(()),
+        Some(tenant) => wire::id::check_tenant(tenant).map_err(|error| format!("tenant_id {error}")),
+        None => Ok(()),
     }
-}
-
-pub fn is_tenant(id: &str) -> bool {
-    (1..=ID_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
 /// A request in flight: what its errors name.
@@ -273,7 +262,7 @@ impl Exchange {
 
     /// The router's answer, byte for byte, if it is a decision.
     async fn decide(&self, submit: Box<TaskSubmit>, own_deadline: Option<Duration>) -> Result<Bytes, Failure> {
-        let headers = headers(&self.trace_id, self.traceparent.as_deref(), Some(&self.tenant_id));
+        let headers = headers(Some(&self.trace_id), self.traceparent.as_deref(), Some(&self.tenant_id));
         let request = self.request(*submit, own_deadline)?;
         self.request_router(subjects::DECIDE, headers, request).await
     }
@@ -340,7 +329,7 @@ impl Exchange {
     async fn ask(&self, subject: &str, tenant: Option<&str>) -> Result<TaskState, Failure> {
         let query = TaskQuery { request_id: self.request_id.clone() };
         let query = serde_json::to_vec(&query).expect("a query is JSON");
-        let headers = headers(&self.trace_id, self.traceparent.as_deref(), tenant);
+        let headers = headers(Some(&self.trace_id), self.traceparent.as_deref(), tenant);
         let reply = self.request_router(subject, headers, query).await?;
         let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply)
             .map_err(|e| Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {e}")))?;
@@ -472,9 +461,9 @@ impl OutputReader {
 }
 
 /// What every message to the router says beside its payload.
-pub fn headers(trace_id: &str, traceparent: Option<&str>, tenant_id: Option<&str>) -> Headers {
-    let mut headers = Headers::new().with("trace_id", trace_id).with("version", VERSION);
-    for (name, value) in [("tenant_id", tenant_id), ("traceparent", traceparent)] {
+pub fn headers(trace_id: Option<&str>, traceparent: Option<&str>, tenant_id: Option<&str>) -> Headers {
+    let mut headers = Headers::new().with("version", VERSION);
+    for (name, value) in [("trace_id", trace_id), ("tenant_id", tenant_id), ("traceparent", traceparent)] {
         if let Some(value) = value {
             headers.insert(name, value);
         }

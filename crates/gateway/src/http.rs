@@ -13,8 +13,9 @@ use bus::Headers;
 use bytes::Bytes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use wire::id;
 use wire::ipc::ErrorCode;
-use wire::limits::{DECIDE_MAX, ID_MAX};
+use wire::limits::DECIDE_MAX;
 use wire::router::{Context, ErrorBody, ErrorResponse, RequestHead};
 use wire::subjects;
 
@@ -69,15 +70,15 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
 fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
     let text = |name: &str| given.get(name).and_then(|value| value.to_str().ok());
     let parent = text("traceparent").filter(|parent| forward::trace_of_parent(parent).is_some());
-    let fits = |id: &String| (1..=ID_MAX).contains(&id.len());
-    let trace_id = match parent.and_then(forward::trace_of_parent) {
-        Some(trace) => trace.to_string(),
-        None => asked.trace_id.take().filter(fits).unwrap_or_else(forward::new_trace_id),
+    let trace_id = match (parent.and_then(forward::trace_of_parent), asked.trace_id.take()) {
+        (Some(trace), _) => Some(trace.to_string()),
+        (None, Some(trace)) => Some(trace).filter(|trace| id::is_valid(trace)),
+        (None, None) => Some(forward::new_trace_id()),
     };
-    let parent = parent.map(String::from).or_else(|| forward::traceparent(&trace_id));
-    let tenant_id = asked.tenant_id.as_deref().filter(|tenant| forward::is_tenant(tenant));
-    let headers = forward::headers(&trace_id, parent.as_deref(), tenant_id);
-    asked.trace_id = Some(trace_id);
+    let parent = parent.map(String::from).or_else(|| forward::traceparent(trace_id.as_deref()?));
+    let tenant_id = asked.tenant_id.as_deref().filter(|tenant| id::is_tenant(tenant));
+    let headers = forward::headers(trace_id.as_deref(), parent.as_deref(), tenant_id);
+    asked.trace_id = trace_id;
     headers
 }
 

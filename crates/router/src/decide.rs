@@ -11,10 +11,10 @@ use std::time::Instant;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wire::limits;
 use wire::policy::CircuitBreaker;
 use wire::router::{Context, DecideRequest, DecideResponse, Decision, ErrorBody, ErrorResponse, VERSION};
 use wire::subjects;
+use wire::{id, limits};
 
 pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: CancellationToken) {
     let places = Arc::new(Semaphore::new(router.config.max_in_flight));
@@ -208,11 +208,11 @@ fn apply_headers(request: &mut DecideRequest, headers: &Headers) {
         Some(value)
     };
     let _counted = read("version", &|version| version == VERSION);
-    if let Some(tenant) = read("tenant_id", &is_tenant) {
+    if let Some(tenant) = read("tenant_id", &id::is_tenant) {
         request.tenant_id = tenant.into();
     }
     let parent = read("traceparent", &|parent| trace_of_parent(parent).is_some()).and_then(trace_of_parent);
-    if let Some(trace) = read("trace_id", &is_id) {
+    if let Some(trace) = read("trace_id", &id::is_valid) {
         request.trace_id = Some(trace.into());
     } else if request.trace_id.is_none() {
         request.trace_id = parent.map(String::from);
@@ -225,14 +225,6 @@ fn trace_of_parent(parent: &str) -> Option<&str> {
     (trace.len() == 32 && trace.bytes().all(|b| b.is_ascii_hexdigit())).then_some(trace)
 }
 
-fn is_id(id: &str) -> bool {
-    (1..=limits::ID_MAX).contains(&id.len())
-}
-
-fn is_tenant(id: &str) -> bool {
-    is_id(id) && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
-}
-
 /// Version, correlation, fields, tenant: in this order.
 fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
     if request.version != VERSION {
@@ -243,30 +235,23 @@ fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
         return Err(invalid("CORRELATION_FIELDS_INVALID", "run_id, flow_id and step_id stand together or not at all"));
     }
     let [run, flow_id, step] = flow.map(Option::as_ref);
-    let ids = [Some(&request.request_id), request.trace_id.as_ref(), run, flow_id, step, request.policy_id.as_ref()];
-    let names = ["request_id", "trace_id", "run_id", "flow_id", "step_id", "policy_id"];
-    for (id, name) in ids.into_iter().zip(names).filter_map(|(id, name)| Some((id?, name))) {
-        if !is_id(id) {
-            let text = format!("{name} has {} bytes; 1 to {} are taken", id.len(), limits::ID_MAX);
-            return Err(invalid("SCHEMA_VALIDATION_FAILED", text));
-        }
+    let unfit = |text: String| invalid("SCHEMA_VALIDATION_FAILED", text);
+    for (name, id) in [
+        ("request_id", Some(&request.request_id)),
+        ("trace_id", request.trace_id.as_ref()),
+        ("run_id", run),
+        ("flow_id", flow_id),
+        ("step_id", step),
+        ("policy_id", request.policy_id.as_ref()),
+        ("task.type", Some(&request.task.task_type)),
+    ] {
+        id.map_or(Ok(()), |id| id::check(id)).map_err(|error| unfit(format!("{name} {error}")))?;
     }
-    if request.idempotency_key.as_ref().is_some_and(|key| key.len() > limits::IDEMPOTENCY_KEY_MAX) {
-        let text = format!("idempotency_key has more than {} bytes", limits::IDEMPOTENCY_KEY_MAX);
-        return Err(invalid("SCHEMA_VALIDATION_FAILED", text));
+    if let Some(key) = &request.idempotency_key {
+        id::check_idempotency_key(key).map_err(|error| unfit(format!("idempotency_key {error}")))?;
     }
-    let task = &request.task;
-    if !is_id(&task.task_type) {
-        return Err(invalid("SCHEMA_VALIDATION_FAILED", "task.type must have 1 to 128 bytes"));
+    if request.task.payload.is_none() && request.task.payload_ref.is_none() {
+        return Err(unfit("the task has neither payload nor payload_ref".into()));
     }
-    if task.payload.is_none() && task.payload_ref.is_none() {
-        return Err(invalid("SCHEMA_VALIDATION_FAILED", "the task has neither payload nor payload_ref"));
-    }
-    if !is_tenant(&request.tenant_id) {
-        return Err(invalid(
-            "SCHEMA_VALIDATION_FAILED",
-            "tenant_id must have 1 to 128 of the characters A-Z a-z 0-9 _ . -",
-        ));
-    }
-    Ok(())
+    id::check_tenant(&request.tenant_id).map_err(|error| unfit(format!("tenant_id {error}")))
 }

@@ -62,8 +62,8 @@ impl Compiled {
         let invalid = |field: String, what: &str| Invalid { field, what: what.into() };
         let mut providers: Vec<Candidate> = Vec::new();
         for (n, provider) in policy.providers.iter().enumerate() {
-            if provider.name.is_empty() || provider.name.len() > wire::limits::ID_MAX {
-                return Err(invalid(format!("providers[{n}].name"), "must have 1 to 128 bytes"));
+            if let Err(error) = wire::id::check(&provider.name) {
+                return Err(invalid(format!("providers[{n}].name"), &error.to_string()));
             }
             if provider.weight > 100 {
                 return Err(invalid(format!("providers[{n}].weight"), "must be from 0 to 100"));

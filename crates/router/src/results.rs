@@ -8,7 +8,6 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wire::limits::ID_MAX;
 use wire::router::{ExecResult, ResultStatus, State, TaskState, Usage, VERSION};
 use wire::subjects;
 
@@ -61,10 +60,16 @@ async fn handle(router: &Router, delivery: &Delivery) {
 }
 
 fn check(result: &ExecResult) -> Result<(), String> {
-    for (name, id) in [("assignment_id", &result.assignment_id), ("request_id", &result.request_id)] {
-        if !(1..=ID_MAX).contains(&id.len()) {
-            return Err(format!("the result's {name} has {} bytes; 1 to {ID_MAX} are taken", id.len()));
-        }
+    let needed = [("assignment_id", &result.assignment_id), ("request_id", &result.request_id)];
+    let others = [
+        ("provider_id", Some(&result.provider_id)),
+        ("trace_id", result.trace_id.as_ref()),
+        ("tenant_id", result.tenant_id.as_ref()),
+    ];
+    // An empty one is as good as none where none is needed.
+    let others = others.into_iter().filter_map(|(name, id)| Some((name, id.filter(|id| !id.is_empty())?)));
+    for (name, id) in needed.into_iter().chain(others) {
+        wire::id::check(id).map_err(|error| format!("the result's {name} {error}"))?;
     }
     Ok(())
 }

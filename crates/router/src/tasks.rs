@@ -184,6 +184,7 @@ where
     let query: TaskQuery = serde_json::from_slice(&message.payload)
         .map_err(|e| refuse(failure("invalid_request", format!("the query does not fit: {e}")), None))?;
     let id = query.request_id;
+    wire::id::check(&id).map_err(|e| refuse(failure("invalid_request", format!("request_id {e}")), None))?;
     match find(id.clone()).await {
         Ok(Some(mut task)) => {
             // Kept for the router itself.

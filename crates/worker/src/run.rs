@@ -107,12 +107,9 @@ pub async fn cancels(worker: Arc<Worker>, mut cancels: Subscription, cancel: Can
 }
 
 async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToken) -> bus::Result<()> {
-    let assignment: ExecAssignment = match serde_json::from_slice(&delivery.message.payload) {
+    let assignment = match read(&delivery.message.payload) {
         Ok(assignment) => assignment,
-        Err(error) => {
-            let reason = format!("the assignment cannot be read: {error}");
-            return bus::dead_letter::bury(&worker.bus, delivery, &reason).await;
-        }
+        Err(reason) => return bus::dead_letter::bury(&worker.bus, delivery, &reason).await,
     };
     if delivery.delivered > MAX_DELIVER {
         let text = format!("given up after {MAX_DELIVER} deliveries");
@@ -167,6 +164,19 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     store(worker, &assignment, outcome, Some(Ran { took, chunks: output.count() })).await?;
     tracing::info!(trace_id, tenant_id, request_id, status, error, took_ms = took.as_millis() as u64, "ran");
     delivery.ack().await
+}
+
+/// The assignment in a payload, or why it is a dead letter.
+fn read(payload: &[u8]) -> Result<ExecAssignment, String> {
+    let assignment: ExecAssignment =
+        serde_json::from_slice(payload).map_err(|error| format!("the assignment cannot be read: {error}"))?;
+    let trace_id = assignment.correlation.trace_id.as_ref().filter(|id| !id.is_empty());
+    let ids = [("assignment_id", &assignment.assignment_id), ("request_id", &assignment.request_id)];
+    for (name, id) in ids.into_iter().chain(trace_id.map(|id| ("trace_id", id))) {
+        wire::id::check(id).map_err(|error| format!("the assignment's {name} {error}"))?;
+    }
+    wire::id::check_tenant(&assignment.tenant_id).map_err(|error| format!("the assignment's tenant_id {error}"))?;
+    Ok(assignment)
 }
 
 /// No provider of its name is here: another worker may have it.

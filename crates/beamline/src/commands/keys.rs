@@ -15,9 +15,7 @@ pub fn token(args: cli::Token) -> Result<()> {
     if ttl.is_zero() || ttl > TTL_MAX {
         bail!("--ttl must be from 1s to {}d", TTL_MAX.as_secs() / 86_400);
     }
-    if args.user.is_empty() || args.user.len() > wire::limits::ID_MAX {
-        bail!("--user must have 1 to {} bytes", wire::limits::ID_MAX);
-    }
+    wire::id::check(&args.user).map_err(|error| anyhow::anyhow!("--user {error}"))?;
     let secret = existing(args.data_dir, secrets::TOKEN_SECRET)?;
     println!("{}", sign(&secret, &args.user, ttl)?);
     Ok(())

@@ -228,7 +228,7 @@ async fn every_field_of_a_submit_is_understood_by_the_router() {
                 object.extend(fields.as_object().unwrap().clone());
                 object.extend(wait.map(|wait| ("wait".into(), wait.into())));
                 // Each task is its own, whatever an id may be made of.
-                let id = format!("{number} ü/.*>\r\n\0{}", "i".repeat(100));
+                let id = format!("{number} ü/.*>\"\\{}", "i".repeat(100));
                 object.insert("request_id".into(), id.into());
                 let (raw, version) = match deadline_ms {
                     None => (&mut v1, Version::V1),

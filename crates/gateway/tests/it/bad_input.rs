@@ -77,6 +77,10 @@ async fn payloads_that_do_not_fit_name_their_field() {
         (task(json!({"trace_id": long})), "trace_id"),
         (task(json!({"policy_id": long})), "policy_id"),
         (task(json!({"request_id": ""})), "request_id"),
+        (task(json!({"request_id": "a\0b"})), "request_id has a control character"),
+        (task(json!({"trace_id": "a\nb"})), "trace_id has a control character"),
+        (task(json!({"policy_id": "a\u{7f}"})), "policy_id has a control character"),
+        (task(json!({"task_type": "a\u{85}"})), "task_type has a control character"),
         (task(json!({"tenant_id": long})), "tenant_id"),
         (task(json!({"tenant_id": "a\r\nb"})), "tenant_id"),
         (task(json!({"task_type": 7})), "string"),
@@ -100,7 +104,8 @@ async fn payloads_that_do_not_fit_name_their_field() {
     }
     let references = ["", "{}", "[\"t\"]", r#"{"task_id":7}"#, r#"{"task_id":""}"#, "{\"task_id\":\"t\""];
     for kind in [FrameType::TaskQuery, FrameType::TaskCancel, FrameType::StreamSubscribe] {
-        for payload in references.map(String::from).into_iter().chain([json!({"task_id": long}).to_string()]) {
+        let ids = [&*long, "a\0b"].map(|id| json!({"task_id": id}).to_string());
+        for payload in references.map(String::from).into_iter().chain(ids) {
             raw.frame(Version::V1, kind, &payload).await;
             assert_eq!(raw.error_code().await, 4, "{kind:?} {payload}");
         }
@@ -121,13 +126,13 @@ async fn a_request_cannot_smuggle_anything_past_the_gateway() {
     let mut raw = fixture.connect().await;
     let hostile = json!({"params": {"tenant_id": "other", "a": "\",\"tenant_id\":\"evil"},
         "context": {"ok": true, "error": {"code": "none"}}, "file": "a\"}}", "metadata": {"x": 1}, "version": "9",
-        "constraints": {"max_cost": 0}, "traceparent": "00-zz\r\nx: y", "request_id": "r\r\ntenant_id: evil"});
+        "constraints": {"max_cost": 0}, "traceparent": "00-zz\r\nx: y", "request_id": "r tenant_id: evil"});
     raw.submit_v1(hostile).await;
     let (_, value) = raw.answer().await;
     let request = &value["request"];
     assert_eq!((&request["tenant_id"], &request["version"]), (&json!("default"), &json!("1")));
     assert_eq!((request.get("metadata"), request.get("constraints")), (None, None), "not fields of a submit");
-    assert_eq!(request["request_id"], "r\r\ntenant_id: evil", "opaque");
+    assert_eq!(request["request_id"], "r tenant_id: evil", "opaque");
     assert_eq!(request["task"]["payload"]["params"]["a"], "\",\"tenant_id\":\"evil");
     let tenants: Vec<&Value> =
         value["headers"].as_array().unwrap().iter().filter(|pair| pair[0] == "tenant_id").collect();

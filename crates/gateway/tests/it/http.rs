@@ -155,3 +155,23 @@ async fn a_body_that_is_slow_to_come_keeps_nobody_from_their_place() {
         status = other => assert_eq!(status, StatusCode::OK),
     }
 }
+
+#[tokio::test]
+async fn a_trace_id_that_is_no_id_is_left_for_the_router_to_refuse() {
+    let fixture = fixture().await;
+    let (sent, mut seen) = tokio::sync::mpsc::channel(1);
+    fixture
+        .router(move |request, headers| {
+            let sent = sent.clone();
+            async move {
+                sent.send((request["trace_id"].clone(), headers)).await.unwrap();
+                Some(decision(&request))
+            }
+        })
+        .await;
+    let body =
+        json!({"version": "1", "request_id": "r", "tenant_id": "acme", "trace_id": "a\0b", "task": {"type": "t"}});
+    ask(&fixture, request(body.to_string())).await;
+    let (in_body, headers) = seen.recv().await.unwrap();
+    assert_eq!((in_body, headers.get("trace_id")), (json!("a\0b"), None), "no header hides it");
+}

@@ -153,7 +153,8 @@ async fn every_refusal_has_its_body() {
         (with(json!({"trace_id": long})), schema("trace_id has 129 bytes; 1 to 128 are taken")),
         (with(json!({"policy_id": ""})), schema("policy_id has 0 bytes; 1 to 128 are taken")),
         (with(json!({"idempotency_key": "k".repeat(257)})), schema("idempotency_key has more than 256 bytes")),
-        (with(json!({"task": {"type": "", "payload": {}}})), schema("task.type must have 1 to 128 bytes")),
+        (with(json!({"idempotency_key": "a\nb"})), schema("idempotency_key has a control character; ids have none")),
+        (with(json!({"task": {"type": "", "payload": {}}})), schema("task.type has 0 bytes; 1 to 128 are taken")),
         (with(json!({"task": {"type": "t"}})), schema("the task has neither payload nor payload_ref")),
         (with(json!({"tenant_id": "a*"})), schema(tenant)),
         (with(json!({"tenant_id": ""})), schema(tenant)),
@@ -202,6 +203,40 @@ async fn every_refusal_has_its_body() {
         assert_eq!(answer["error"]["intake_error_code"], "SCHEMA_VALIDATION_FAILED", "{asked} → {answer}");
         assert_eq!(answer["context"]["request_id"], "r");
     }
-    let status = router.status(|status| status["errors_by_code"]["invalid_request"] == 23).await;
+    let status = router.status(|status| status["errors_by_code"]["invalid_request"] == 24).await;
     assert_eq!(status["errors_by_code"]["no_provider_available"], 1);
+}
+
+/// A program is started with the ids in its environment, where a NUL ends them: such a task could only ever fail.
+#[tokio::test]
+async fn ids_with_control_characters_are_refused_by_name() {
+    let router = Router::local().await;
+    for (field, value) in [
+        ("request_id", "a\0b"),
+        ("trace_id", "a\nb"),
+        ("policy_id", "a\u{7f}"),
+        ("idempotency_key", "a\u{85}"),
+        ("tenant_id", "a\0"),
+    ] {
+        let answer = router.decide(&changed(request("r"), json!({field: value, "push_assignment": true}))).await;
+        let error = &answer["error"];
+        assert_eq!(
+            (&error["code"], &error["intake_error_code"]),
+            (&json!("invalid_request"), &json!("SCHEMA_VALIDATION_FAILED")),
+            "{field}: {answer}"
+        );
+        assert!(error["message"].as_str().unwrap().starts_with(field), "{answer}");
+    }
+    let flow = json!({"run_id": "a", "flow_id": "b", "step_id": "c\td"});
+    let refused = router.decide(&changed(request("r"), flow)).await;
+    assert_eq!(refused["error"]["message"], "step_id has a control character; ids have none");
+    let kind = json!({"task": {"type": "a\0", "payload": {}}});
+    let refused = router.decide(&changed(request("r"), kind)).await;
+    assert_eq!(refused["error"]["message"], "task.type has a control character; ids have none");
+    for subject in [subjects::GET_DECISION, subjects::CANCEL] {
+        let refused = router.ask(subject, &json!({"request_id": "a\0b"})).await;
+        let error = json!({"code": "invalid_request", "message": "request_id has a control character; ids have none"});
+        assert_eq!(refused["error"], error, "{subject}");
+    }
+    assert_eq!(router.bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages, 0);
 }

@@ -104,6 +104,9 @@ pub async fn bad_results_become_dead_letters(router: Router) {
         (with("status", json!("perhaps")), "perhaps"),
         (with("assignment_id", json!("")), "assignment_id has 0 bytes"),
         (with("request_id", json!("x".repeat(129))), "request_id has 129 bytes"),
+        (with("assignment_id", json!("a\0b")), "assignment_id has a control character"),
+        (with("trace_id", json!("a\nb")), "trace_id has a control character"),
+        (with("tenant_id", json!("a\rb")), "tenant_id has a control character"),
         (with("latency_ms", json!(-1)), "not complete"),
     ];
     for (payload, _) in &bad {

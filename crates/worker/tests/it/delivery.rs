@@ -64,6 +64,23 @@ async fn assignments_that_cannot_be_read_are_dead_letters() {
 }
 
 #[tokio::test]
+async fn assignments_with_control_characters_in_an_id_are_dead_letters() {
+    for (field, message) in [
+        ("assignment_id", "the assignment's assignment_id has a control character; ids have none"),
+        ("request_id", "the assignment's request_id has a control character; ids have none"),
+        ("tenant_id", "the assignment's tenant_id must have 1 to 128 of the characters A-Z a-z 0-9 _ . -"),
+    ] {
+        let place = Place::local().await;
+        let _worker = place.shell("cat", |_| {}).await;
+        let mut bad = assignment("r", "sh", json!({}));
+        bad[field] = json!("a\0b");
+        place.append(subjects::ASSIGN, bad.to_string()).await;
+        assert_eq!(place.dead_letter().await["reason"], message);
+        assert_eq!(place.count(subjects::STREAM_RESULT).await, 0, "{field}: it never ran");
+    }
+}
+
+#[tokio::test]
 async fn after_its_deliveries_an_assignment_is_given_up() {
     let place = Place::local().await;
     place.assign("r", "echo", json!({})).await;
