@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Checks the packages for memory errors and leaks: memory-check.sh [PACKAGE...], by default gateway, wire and bus.
-#  1. Runs all their tests under AddressSanitizer and LeakSanitizer. Our code, every Rust dependency and the generic part
-#     of the standard library are instrumented. The library's precompiled part and C code (SQLite, cryptography) are not,
+#  1. Runs all their tests under AddressSanitizer and LeakSanitizer. Our code, every Rust dependency and the generic
+#     part of the standard library are instrumented. Precompiled library code and C code (SQLite, cryptography) are not,
 #     but their allocations, frees and calls of memcpy and the like are checked too.
 #  2. Runs their unit tests, and the gateway's sessions over real sockets, under valgrind if it is installed: valgrind
 #     checks every instruction, whichever compiler produced it.
-# Our own code has no `unsafe`, so this looks for errors in the code below it, and for leaks. Needs the stable compiler only.
+# Our own code has no `unsafe`, so this looks for errors in the code below it, and for leaks. The stable compiler will do.
 set -eu
 cd "$(dirname "$0")/.."
 packages=("$@")

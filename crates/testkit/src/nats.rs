@@ -98,7 +98,7 @@ impl NatsServer {
         self.process.iter().for_each(|process| process.signal(Signal::SIGCONT));
     }
 
-    /// Enters lame duck mode (SIGUSR2): the server refuses new clients and evicts the others within `lame_duck_duration`.
+    /// Starts lame duck mode (SIGUSR2): refuses new clients and evicts the others within `lame_duck_duration`.
     pub fn lame_duck(&self) {
         self.process.iter().for_each(|process| process.signal(Signal::SIGUSR2));
     }

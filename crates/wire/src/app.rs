@@ -1,19 +1,19 @@
-//! Live web apps: what the server says to a page (publications on the session's channel) and what the page says back
-//! (the data of RPC `app.event`). The messages of `proto/app.proto`.
+//! Messages of live web apps, as in `proto/app.proto`: from the server to a page (publications on the session's
+//! channel) and from the page to the server (the data of the RPC `app.event`).
 
 use prost::{Message, Oneof};
 
-/// Of both envelopes.
+/// The version of both envelopes, [`Forward`] and [`Back`].
 pub const VERSION: u32 = 1;
 /// The RPC that carries [`Back`].
 pub const EVENT_METHOD: &str = "app.event";
 
-/// Server to page.
+/// A message from the server to a page.
 #[derive(Clone, PartialEq, Message)]
 pub struct Forward {
     #[prost(uint32, tag = "1")]
     pub version: u32,
-    /// Grows by one with each run of the session.
+    /// The number of the session's run, counted from 1.
     #[prost(uint64, tag = "2")]
     pub run: u64,
     #[prost(oneof = "Body", tags = "3, 4, 5, 6, 7")]
@@ -94,7 +94,7 @@ pub struct Move {
     pub id: u64,
     #[prost(uint64, tag = "2")]
     pub parent: u64,
-    /// Among the children that are there without it.
+    /// Position among the parent's children, not counting the moved node.
     #[prost(uint32, tag = "3")]
     pub index: u32,
 }
@@ -109,7 +109,7 @@ pub struct AppendText {
     pub text: String,
 }
 
-/// The whole tree, in place of what the page holds.
+/// The whole tree, which replaces the one that the page holds.
 #[derive(Clone, PartialEq, Message)]
 pub struct Reset {
     #[prost(message, repeated, tag = "1")]
@@ -118,14 +118,14 @@ pub struct Reset {
     pub title: String,
 }
 
-/// The root has id 0 and is not sent.
+/// A node of the element tree. The root has id 0 and is never sent.
 #[derive(Clone, PartialEq, Message)]
 pub struct Node {
     #[prost(uint64, tag = "1")]
     pub id: u64,
     #[prost(string, tag = "2")]
     pub kind: String,
-    /// Widgets: what [`Event::key`] names.
+    /// The key of a widget, which [`Event::key`] refers to; empty for other elements.
     #[prost(string, tag = "3")]
     pub key: String,
     #[prost(message, repeated, tag = "4")]
@@ -150,7 +150,7 @@ pub enum Value {
     Number(f64),
     #[prost(bool, tag = "4")]
     Flag(bool),
-    /// Lists and records.
+    /// Lists and records, as JSON.
     #[prost(string, tag = "5")]
     Json(String),
 }
@@ -185,12 +185,12 @@ pub struct Toast {
     pub text: String,
 }
 
-/// Page to server.
+/// A message from a page to the server.
 #[derive(Clone, PartialEq, Message)]
 pub struct Back {
     #[prost(uint32, tag = "1")]
     pub version: u32,
-    /// The page's own random id.
+    /// The random id that the page chose for its session.
     #[prost(string, tag = "2")]
     pub session: String,
     #[prost(oneof = "Said", tags = "3, 4, 5, 6")]
@@ -213,7 +213,7 @@ pub enum Said {
 pub struct Event {
     #[prost(string, tag = "1")]
     pub key: String,
-    /// JSON.
+    /// The widget's value as JSON.
     #[prost(string, tag = "2")]
     pub value: String,
 }
@@ -224,7 +224,7 @@ pub struct Rerun {
     pub path: String,
     #[prost(string, tag = "2")]
     pub query: String,
-    /// The page holds no tree: send it whole.
+    /// Whether the page holds no tree yet and needs the whole one.
     #[prost(bool, tag = "3")]
     pub reset: bool,
 }
@@ -251,9 +251,9 @@ mod tests {
     use super::*;
     use serde_json::Value as Json;
 
-    /// The vectors were written by another implementation of protobuf; the page's codec reads the same file.
+    /// Another protobuf implementation wrote the vectors. The front end's codec is tested with the same file.
     #[test]
-    fn golden_messages() {
+    fn golden_messages_encode_and_decode() {
         let fixtures: Json = serde_json::from_str(include_str!("../../../fixtures/wire/app.json")).unwrap();
         check(&fixtures["forward"], forward);
         check(&fixtures["back"], back);

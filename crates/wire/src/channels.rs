@@ -1,13 +1,13 @@
-//! How parts reach channels: requests on `beamline.channels.v1.*` and `beamline.rpc.v1.*`, JSON.
+//! The bus API of channels: JSON requests on `beamline.channels.v1.*`, and RPCs on `beamline.rpc.v1.*`.
 //!
-//! Every answer is an [`Answer`]: `{"ok":true,"result":…}` once the engine has acknowledged, or
+//! Every reply to a channel operation is an [`Answer`]: `{"ok":true,"result":…}` once the engine has acknowledged, or
 //! `{"ok":false,"error":{code,message}}` with the codes of [`crate::realtime::ErrorCode`].
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 
-/// Publish to one channel. Exactly one of `data` (JSON, passed through byte for byte) and `b64` (binary) is set.
+/// Publishes to one channel. Exactly one of `data` (JSON, passed through byte for byte) and `b64` (binary) is set.
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 pub struct Publish {
     pub channel: String,
@@ -19,12 +19,12 @@ pub struct Publish {
     pub tags: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skip_history: bool,
-    /// A second publish with the same key within the history's life is acknowledged, not repeated.
+    /// A repeated publish with the same key is acknowledged but not delivered again, for as long as the history lives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idempotency_key: Option<String>,
 }
 
-/// Publish the same data to many channels.
+/// Publishes the same data to many channels.
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 pub struct Broadcast {
     pub channels: Vec<String>,
@@ -36,7 +36,7 @@ pub struct Broadcast {
     pub skip_history: bool,
 }
 
-/// Where a publication landed; both are zero values when the channel keeps no history.
+/// The position of a publication in a channel's history; 0 and empty when the channel keeps no history.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, PartialEq, Eq)]
 pub struct Position {
     #[serde(default)]
@@ -48,7 +48,7 @@ pub struct Position {
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 pub struct History {
     pub channel: String,
-    /// 0: position only; -1: all, up to [`crate::limits::HISTORY_PAGE_MAX`].
+    /// Number of publications; 0 returns only the position, -1 all up to [`crate::limits::HISTORY_PAGE_MAX`].
     #[serde(default)]
     pub limit: i32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -64,7 +64,7 @@ pub struct Presence {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PresenceResult {
-    /// By client id.
+    /// Keyed by client id.
     pub presence: BTreeMap<String, PresenceInfo>,
 }
 
@@ -103,23 +103,24 @@ impl<T> Answer<T> {
         Self { ok: false, result: None, error: Some(Failure { code, message: message.into() }) }
     }
 
-    /// The result, or the failure that stands in its place.
+    /// Returns the result or the failure. An answer with neither counts as a failure with code 100.
     pub fn into_result(self) -> Result<T, Failure> {
         match (self.result, self.error) {
             (Some(result), None) if self.ok => Ok(result),
             (_, Some(failure)) => Err(failure),
-            _ => Err(Failure { code: 100, message: "the answer has neither result nor error".into() }),
+            _ => Err(Failure { code: 100, message: "the answer has neither a result nor an error".into() }),
         }
     }
 }
 
-/// What a browser called, as the node hands it to `beamline.rpc.v1.<method>`.
-///
-/// The call's data is the payload of the bus message, byte for byte; who called is in these headers.
-/// The reply's payload goes back the same way; a reply with the header [`RPC_ERROR_CODE`] is an error
-/// whose payload is its message.
+// A node forwards a client's RPC to `beamline.rpc.v1.<method>`. The payload of the bus message is the call's data, byte
+// for byte; the headers below name the caller. The reply's payload returns to the client in the same way.
+
+/// Header with the caller's user id.
 pub const RPC_USER: &str = "beamline-user";
+/// Header with the id of the caller's connection.
 pub const RPC_CLIENT: &str = "beamline-client";
-/// `json` or `protobuf`: how the payload is encoded.
+/// Header with the encoding of the payload, `json` or `protobuf`.
 pub const RPC_ENCODING: &str = "beamline-encoding";
+/// Header that marks a reply as an error with this code; the payload is the error message.
 pub const RPC_ERROR_CODE: &str = "beamline-error-code";

@@ -1,4 +1,4 @@
-//! Chat rooms: what a page asks by RPC (`chat.*`, JSON) and what channel `chat:<room>` says.
+//! Chat rooms: the JSON of the RPCs `chat.*` and of the publications on channel `chat:<room>`.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ pub struct Room {
     pub name: String,
 }
 
-/// One message; `id` grows in the order of a room's history.
+/// One message; ids ascend in the order of a room's history.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
 pub struct Message {
     pub id: i64,
@@ -18,16 +18,16 @@ pub struct Message {
     pub text: String,
     /// Milliseconds since the epoch.
     pub at: i64,
-    /// The sender's own id of it.
+    /// The id that the sender chose, which makes `chat.send` idempotent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nonce: Option<String>,
     pub state: State,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<i64>,
-    /// Why it failed.
+    /// Why the answer failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// Of an answer: up to which [`Event::Delta`] `text` goes.
+    /// For an answer: the attempt and, in `seq`, the last [`Event::Delta`] that `text` includes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -66,11 +66,11 @@ impl State {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Event {
-    /// New, or in place of the one with its id.
+    /// A new message, or a new version of the one with its id.
     Message {
         message: Message,
     },
-    /// A piece of message `id`. `seq` counts from 1 within an attempt; a larger attempt begins the text anew.
+    /// A piece of message `id`. `seq` counts from 1 within an attempt; a higher attempt starts the text over.
     Delta {
         id: i64,
         attempt: u32,
@@ -81,19 +81,19 @@ pub enum Event {
         user: String,
         name: String,
     },
-    /// On `chat:lobby`: there is a new room.
+    /// A new room, published on `chat:lobby`.
     Room {
         room: Room,
     },
 }
 
-/// `chat.create_room`.
+/// The request of `chat.create_room`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CreateRoom {
     pub name: String,
 }
 
-/// `chat.history`: the messages before one, or the newest.
+/// The request of `chat.history`: the messages before the one with id `before`, or the newest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct History {
     pub room: String,
@@ -103,7 +103,7 @@ pub struct History {
     pub limit: Option<i64>,
 }
 
-/// `chat.send`: with the same nonce again, the same message.
+/// The request of `chat.send`. A repeated nonce returns the message that was already sent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Send {
     pub room: String,
@@ -111,13 +111,13 @@ pub struct Send {
     pub nonce: String,
 }
 
-/// `chat.typing`.
+/// The request of `chat.typing`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct InRoom {
     pub room: String,
 }
 
-/// `chat.stop`, `chat.retry`.
+/// The request of `chat.stop` and `chat.retry`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OfMessage {
     pub message: i64,
@@ -133,11 +133,11 @@ pub struct RoomCreated {
     pub room: Room,
 }
 
-/// Oldest first.
+/// A page of a room's history, oldest message first.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Messages {
     pub messages: Vec<Message>,
-    /// There are older ones.
+    /// Whether older messages exist.
     pub more: bool,
 }
 

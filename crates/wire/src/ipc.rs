@@ -1,6 +1,6 @@
-//! The IPC protocol between local processes and the gateway: frames v1 and v2, payloads, error codes.
+//! The IPC protocol between local processes and the gateway: frames of v1 and v2, payloads and error codes.
 //!
-//! v1 is frozen: replies come in the order of the requests. v2 multiplexes by request id.
+//! v1 is frozen; its replies come in the order of the requests. v2 multiplexes by request id.
 
 mod decoder;
 mod payload;
@@ -13,9 +13,9 @@ pub use payload::{
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-/// Length, version, type.
+/// Bytes of the v1 header: length (4), version (1), type (1).
 pub const HEADER_V1: usize = 6;
-/// The v1 header, then flags, request id, deadline.
+/// Bytes of the v2 header: that of v1, then flags (2), request id (8), deadline (4).
 pub const HEADER_V2: usize = 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,7 +55,7 @@ impl FrameType {
         Self::ALL.into_iter().find(|known| *known as u8 == byte)
     }
 
-    /// A client may send it.
+    /// Whether a client may send a frame of this type.
     pub fn is_request(self) -> bool {
         matches!(
             self,
@@ -69,24 +69,24 @@ impl FrameType {
     }
 }
 
-/// How a request is told apart from others of its connection.
+/// The protocol version of a frame, with what identifies a request among others of its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
-    /// By its place in the order.
+    /// Identified by its place in the order.
     V1,
     V2 {
         request_id: u64,
-        /// 0: the gateway's default.
+        /// Time for the answer; 0 stands for the gateway's default.
         deadline_ms: u32,
     },
 }
 
-/// One frame. `kind` is the raw byte: a type that is not known is answered, not a framing error.
+/// One frame. `kind` is the raw byte, because an unknown type gets an error reply and is not a framing error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
     pub version: Version,
     pub kind: u8,
-    /// v2; 0 for now.
+    /// Only in v2; no flags are defined, so 0.
     pub flags: u16,
     pub payload: Bytes,
 }
@@ -100,7 +100,7 @@ impl Frame {
         FrameType::from_byte(self.kind)
     }
 
-    /// Bytes on the wire.
+    /// Length on the wire in bytes, header included.
     pub fn wire_len(&self) -> usize {
         let header = match self.version {
             Version::V1 => HEADER_V1,
@@ -109,7 +109,7 @@ impl Frame {
         header + self.payload.len()
     }
 
-    /// Appends the frame. The caller has made sure that it is not over [`crate::limits::IPC_FRAME_MAX`].
+    /// Appends the frame to `into`. The caller must keep it within [`crate::limits::IPC_FRAME_MAX`].
     pub fn encode(&self, into: &mut BytesMut) {
         let length = u32::try_from(self.wire_len()).expect("frames are at most 4 MiB");
         into.reserve(self.wire_len());
@@ -131,7 +131,7 @@ impl Frame {
     }
 }
 
-/// Codes of error payloads.
+/// Codes of [`ErrorPayload`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u16)]
 pub enum ErrorCode {

@@ -1,6 +1,6 @@
-//! Every message that crosses a process boundary, with its limits and codes.
+//! Every message that crosses a process boundary, with its limits and error codes.
 //!
-//! Types, encode, decode. No IO, no async, no clock: bytes and time are arguments.
+//! This crate defines, encodes and decodes. It has no IO, async or clock: bytes and time are arguments.
 
 pub mod app;
 pub mod channels;

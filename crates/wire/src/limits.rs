@@ -1,24 +1,24 @@
-//! Every limit of the wire in one place, with how they relate.
+//! All limits of the wire formats, and assertions on how they relate.
 
-/// An IPC frame, header included, either direction.
+/// An IPC frame in either direction, header included, in bytes.
 pub const IPC_FRAME_MAX: usize = 4 * 1024 * 1024;
-/// A decide request on the bus.
+/// A decide request on the bus, in bytes.
 pub const DECIDE_MAX: usize = 1024 * 1024;
-/// Ids (request, trace, tenant, run) in bytes.
+/// An id (of a request, trace, tenant or run), in bytes.
 pub const ID_MAX: usize = 128;
-/// An idempotency key in bytes.
+/// An idempotency key, in bytes.
 pub const IDEMPOTENCY_KEY_MAX: usize = 256;
-/// A channel name in bytes.
+/// A channel name, in bytes.
 pub const CHANNEL_MAX: usize = 255;
-/// One WebSocket message from a client.
+/// A WebSocket message from a client, in bytes.
 pub const CLIENT_MESSAGE_MAX: usize = 64 * 1024;
-/// One publication's data, whoever publishes.
+/// The data of a publication, from any publisher, in bytes.
 pub const PUBLICATION_MAX: usize = 1024 * 1024;
-/// Publications that one history request returns at most.
+/// Publications that one history request returns.
 pub const HISTORY_PAGE_MAX: usize = 300;
-/// Channels one connection may hold.
+/// Channels that one connection may subscribe to.
 pub const CHANNELS_PER_CLIENT_MAX: usize = 128;
-/// One message on the bus.
+/// A message on the bus, in bytes.
 pub const BUS_MESSAGE_MAX: usize = 8 * 1024 * 1024;
 
 const _: () = assert!(DECIDE_MAX < IPC_FRAME_MAX);

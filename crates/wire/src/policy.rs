@@ -1,4 +1,4 @@
-//! A policy as people write it, in JSON, YAML or TOML.
+//! The policy file as users write it, in JSON, YAML or TOML.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -11,12 +11,12 @@ pub struct Policy {
     pub version: String,
     #[serde(default)]
     pub providers: Vec<Provider>,
-    /// Legacy: name → share 0 … 1.
+    /// Legacy form of `providers`: name → share from 0 to 1.
     #[serde(default)]
     pub weights: BTreeMap<String, f64>,
     #[serde(default)]
     pub sticky: Option<Sticky>,
-    /// The first whose condition holds decides.
+    /// The first rule whose condition holds decides.
     #[serde(default)]
     pub rules: Vec<Rule>,
     #[serde(default)]
@@ -31,14 +31,14 @@ fn first_version() -> String {
 #[serde(deny_unknown_fields)]
 pub struct Provider {
     pub name: String,
-    /// 0 … 100, relative; 0 is never drawn, but a rule may name it.
+    /// Relative weight from 0 to 100. A provider of weight 0 is never drawn, but a rule may name it.
     #[serde(default)]
     pub weight: u32,
     #[serde(default)]
     pub priority: Option<u32>,
     #[serde(default)]
     pub cost: Option<f64>,
-    /// Expected until real results are known.
+    /// Expected latency, used until real results are known.
     #[serde(default)]
     pub latency_ms: Option<f64>,
 }
@@ -48,7 +48,7 @@ pub struct Provider {
 pub struct Sticky {
     #[serde(default = "yes")]
     pub enabled: bool,
-    /// A field of `metadata`.
+    /// Name of the `metadata` field that identifies a session.
     pub session_key: String,
     #[serde(default)]
     pub ttl: Option<String>,
@@ -63,15 +63,14 @@ fn yes() -> bool {
 pub struct Rule {
     /// A CEL expression, or the legacy JSON form.
     pub when: Value,
-    /// The first of these that can take it; one may be written by itself.
+    /// Providers in order of preference; the first eligible one is chosen. A single name needs no list.
     #[serde(deserialize_with = "one_or_many")]
     pub to: Vec<String>,
 }
 
-/// When a provider is left out of the draw, and how it comes back.
 fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
-    #[serde(untagged, expecting = "a provider's name, or a list of them")]
+    #[serde(untagged, expecting = "a provider name, or a list of provider names")]
     enum Names {
         One(String),
         Many(Vec<String>),
@@ -82,10 +81,11 @@ fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<
     })
 }
 
+/// When a provider is excluded from the draw, and how it becomes eligible again.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CircuitBreaker {
-    /// Failures in a row.
+    /// Consecutive failures.
     pub failure_threshold: u32,
     pub error_rate_threshold: f64,
     pub min_calls: u32,

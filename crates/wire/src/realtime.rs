@@ -1,7 +1,7 @@
-//! The Centrifuge client protocol v2, as JSON and protobuf: messages, framing, codes.
+//! The Centrifuge client protocol v2 in JSON and protobuf: messages, framing and codes.
 //!
-//! Field numbers follow the public `client.proto`. `bytes` fields hold whatever the application sends; in JSON they are
-//! embedded JSON, passed through byte for byte.
+//! Field numbers follow the public `client.proto`. `bytes` fields hold the application's data; in JSON messages that
+//! data is embedded JSON, passed through byte for byte.
 
 mod codes;
 mod framing;
@@ -19,7 +19,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-/// A message in both encodings: each field with its protobuf kind and number; in JSON, empty fields are left out.
+/// Defines messages in both encodings. Each field has its protobuf type and number; JSON omits empty fields.
 macro_rules! messages {
     ($($(#[$doc:meta])* $name:ident { $($(#[$attr:meta])* $field:ident: $type:ty [$($prost:tt)*],)* })*) => {$(
         $(#[$doc])*
@@ -37,7 +37,7 @@ macro_rules! messages {
 }
 
 messages! {
-    /// What a client sends. The first set field counts; none set is a pong.
+    /// A message from a client. The first field that is set counts; a command without any is a pong.
     Command {
         id: u32 [uint32, tag = "1"],
         connect: Option<ConnectRequest> [message, optional, tag = "4"],
@@ -53,7 +53,8 @@ messages! {
         refresh: Option<RefreshRequest> [message, optional, tag = "14"],
         sub_refresh: Option<SubRefreshRequest> [message, optional, tag = "15"],
     }
-    /// What a server sends: the answer to the command of the same id, or with id 0 a push; none set is a ping.
+    /// A message from the server: the reply to the command with its id, or a push if the id is 0. A reply without any
+    /// field is a ping.
     Reply {
         id: u32 [uint32, tag = "1"],
         error: Option<Error> [message, optional, tag = "2"],

@@ -1,4 +1,4 @@
-//! Messages between clients, routers and workers. v1 is frozen: fields are only ever added.
+//! Messages between clients, routers and workers. v1 is frozen: fields may only be added.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -8,7 +8,7 @@ mod golden;
 
 pub const VERSION: &str = "1";
 
-/// A request to decide who handles a task.
+/// Asks the router which provider handles a task.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DecideRequest {
     pub version: String,
@@ -21,7 +21,7 @@ pub struct DecideRequest {
     pub trace_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub constraints: Option<Constraints>,
-    /// Also the context of a policy's conditions.
+    /// Policy conditions can refer to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<Map<String, Value>>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -93,7 +93,7 @@ pub struct DecideResponse {
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
 pub struct Decision {
     pub provider_id: String,
-    /// 0 … 100.
+    /// From 0 to 100.
     pub priority: u32,
     pub expected_latency_ms: u64,
     pub expected_cost: f64,
@@ -161,14 +161,14 @@ pub struct ErrorBody {
     pub retry_after_seconds: Option<u64>,
 }
 
-/// What of an answer must be read to pass it on: whether it is an error.
+/// The part of a reply that must be decoded to forward it: whether it is an error.
 #[derive(Debug, Deserialize)]
 pub struct AnswerHead {
     pub ok: bool,
     pub error: Option<Box<ErrorBody>>,
 }
 
-/// What of a request must be read to answer in its place.
+/// The part of a request that must be decoded to answer it without the router.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct RequestHead {
@@ -177,7 +177,7 @@ pub struct RequestHead {
     pub trace_id: Option<String>,
 }
 
-/// The answer on [`crate::subjects::BACKPRESSURE`], as far as clients read it.
+/// The reply on [`crate::subjects::BACKPRESSURE`], reduced to the fields that clients read.
 #[derive(Debug, Deserialize)]
 pub struct BackpressureStatus {
     pub data: BackpressureData,
@@ -185,7 +185,7 @@ pub struct BackpressureStatus {
 
 #[derive(Debug, Deserialize)]
 pub struct BackpressureData {
-    /// `active`: decide requests are refused. `warning` and `inactive`: they are served.
+    /// The router refuses decide requests while `active`, and serves them while `warning` or `inactive`.
     pub status: String,
     #[serde(default)]
     pub policy: BackpressurePolicy,
@@ -221,7 +221,7 @@ pub const ERROR_CODES: &[(&str, u16)] = &[
 ];
 
 impl ErrorBody {
-    /// The HTTP status: that of the code (500 for one that is not known), but 413 for a request that is too large.
+    /// The HTTP status of the code: 500 if the code is unknown, and 413 if the request was too large.
     pub fn status(&self) -> u16 {
         if self.intake_error_code.as_deref() == Some("PAYLOAD_TOO_LARGE") {
             return 413;
@@ -230,7 +230,7 @@ impl ErrorBody {
     }
 }
 
-/// Router → worker.
+/// The assignment of a task to a worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ExecAssignment {
     pub version: String,
@@ -249,7 +249,7 @@ pub struct ExecAssignment {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Executor {
     pub provider_id: String,
-    /// How the worker is reached; always `nats` (the subjects), also on the embedded bus.
+    /// The transport to the worker; always `nats`, even on the embedded bus.
     pub channel: String,
 }
 
@@ -267,7 +267,7 @@ pub struct Correlation {
     pub trace_id: Option<String>,
 }
 
-/// One piece of a request's output while it runs. `seq` counts from 0 within an `attempt` (1 the first time).
+/// One piece of a running task's output. `seq` counts from 0 within each attempt, `attempt` from 1.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OutputChunk {
     pub request_id: String,
@@ -298,8 +298,8 @@ impl ResultStatus {
     }
 }
 
-/// Worker → router and whoever waits. Written in this shape; read in every shape seen in the field by
-/// [`ExecResult::decode`].
+/// The result that a worker publishes for the router and all waiting clients. [`ExecResult::decode`] also accepts the
+/// legacy formats.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ExecResult {
     #[serde(default = "version")]
@@ -319,14 +319,14 @@ pub struct ExecResult {
     pub trace_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant_id: Option<String>,
-    /// Milliseconds since the epoch, or RFC 3339: kept as it came.
+    /// Milliseconds since the epoch or RFC 3339, passed through unchanged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_code: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error_message: Option<String>,
-    /// How many output chunks the last attempt published, so that a reader knows when it has them all.
+    /// The number of output chunks that the last attempt published; tells readers when they have all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chunks: Option<u64>,
 }
@@ -342,16 +342,17 @@ pub struct JobType {
 }
 
 impl ExecResult {
-    /// Reads a plain result or one in an envelope `{kind:"exec_result",data}`; `job.type` or `job_type`; `output` or
-    /// `result`; `completed_at` in place of `timestamp`.
+    /// Decodes a result in the current format or a legacy one: in an envelope `{kind:"exec_result",data}`, or with
+    /// `job_type` for `job.type`, `result` for `output`, `completed_at` for `timestamp`.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
         let mut value: Value = serde_json::from_slice(bytes).map_err(|e| format!("the result is not JSON: {e}"))?;
         if value.get("kind").is_some() {
             if value["kind"] != "exec_result" {
-                return Err(format!("the envelope is of kind {}, not exec_result", value["kind"]));
+                return Err(format!("the envelope has kind {} instead of \"exec_result\"", value["kind"]));
             }
             value = value["data"].take();
         }
+
         let object = value.as_object_mut().ok_or("the result is not an object")?;
         if !object.contains_key("job") {
             let job_type = object.remove("job_type").unwrap_or_else(|| "unknown".into());
@@ -362,16 +363,17 @@ impl ExecResult {
                 object.entry(new).or_insert(found);
             }
         }
+
         match object.get("version").and_then(Value::as_str) {
             None | Some("1" | "1.0" | "v1") => {}
-            Some(other) => return Err(format!("result version {other:?} is not known; 1, 1.0 and v1 are")),
+            Some(other) => return Err(format!("result version {other:?} is unknown; use \"1\"")),
         }
         object.insert("version".into(), VERSION.into());
-        serde_json::from_value(value).map_err(|e| format!("the result is not complete: {e}"))
+        serde_json::from_value(value).map_err(|e| format!("the result does not fit the schema: {e}"))
     }
 }
 
-/// Router → billing; one an assignment.
+/// Metered usage of one assignment, from the router to billing.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Usage {
     pub version: String,
@@ -389,13 +391,13 @@ pub struct Usage {
     pub request_id: String,
 }
 
-/// What `get_decision` and `cancel` ask about.
+/// The request of `get_decision` and `cancel`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskQuery {
     pub request_id: String,
 }
 
-/// Where a pushed task stands; kept in bucket [`crate::subjects::BUCKET_TASKS`] by request id.
+/// The state of a pushed task, stored in bucket [`crate::subjects::BUCKET_TASKS`] by request id.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskState {
     pub task_id: String,
@@ -406,7 +408,7 @@ pub struct TaskState {
     pub result: Option<ExecResult>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assignment_id: Option<String>,
-    /// Who asked, and a hash of what: another request of the same id is a conflict.
+    /// The requesting tenant and, in `digest`, a hash of the request: another request with the same id is a conflict.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub tenant_id: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -436,7 +438,7 @@ pub struct TaskAnswer {
     pub task: TaskState,
 }
 
-/// A message that could not be handled, as it lies in the stream DLQ.
+/// A message that could not be processed, as stored in the stream DLQ.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DeadLetter {
     pub original_subject: String,
@@ -445,7 +447,7 @@ pub struct DeadLetter {
     pub first_seen_ms: u64,
     pub last_seen_ms: u64,
     pub headers: Vec<(String, String)>,
-    /// The payload as text, or base64 where it is not UTF-8.
+    /// The payload as text, or as base64 (with `base64` set) if it is not UTF-8.
     pub payload: String,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub base64: bool,
@@ -456,7 +458,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_result_is_read_in_every_shape_seen_in_the_field() {
+    fn result_decodes_from_current_and_legacy_formats() {
         let plain = r#"{"assignment_id":"a","request_id":"r","status":"success","provider_id":"p","job":{"type":"t"},"latency_ms":5,"cost":0.1}"#;
         let flat = r#"{"version":"1.0","assignment_id":"a","request_id":"r","status":"success","provider_id":"p","job_type":"t","result":{"x":1},"completed_at":"2026-01-01T00:00:00Z"}"#;
         let envelope = format!(r#"{{"version":"v1","kind":"exec_result","data":{plain}}}"#);

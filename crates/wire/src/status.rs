@@ -1,18 +1,18 @@
-//! What each running part says of itself on the bus, so that the console and the `ops` provider can show it.
+//! Status messages that each running part publishes on the bus for the console and the `ops` provider.
 //!
-//! Core messages, once a second (workers: every 5 s, as their heartbeat). Totals count from the part's start;
-//! readers take differences. A part that has said nothing for three intervals is shown as gone.
+//! They are core messages, published every second (by workers every 5 s, as heartbeats). Totals count from the start of
+//! the part, so readers compute differences. A part that is silent for three intervals is shown as gone.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// On [`crate::subjects::NODE_STATUS`].
+/// The status of a node, published on [`crate::subjects::NODE_STATUS`].
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct NodeStatus {
     pub node: String,
     pub version: String,
-    /// Where browsers reach it.
+    /// The HTTP address that browsers connect to.
     pub address: String,
     pub engine: String,
     pub uptime_s: u64,
@@ -25,12 +25,12 @@ pub struct NodeStatus {
     pub messages_in_total: u64,
     pub slow_disconnects_total: u64,
     pub rss_bytes: u64,
-    /// Share of one core since the last status, 0.0 and up.
+    /// CPU time since the last status as a share of one core; above 1.0 with several busy cores.
     pub cpu: f64,
     pub draining: bool,
 }
 
-/// On [`crate::subjects::ROUTER_STATUS`].
+/// The status of a router, published on [`crate::subjects::ROUTER_STATUS`].
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct RouterStatus {
@@ -43,7 +43,7 @@ pub struct RouterStatus {
     pub errors_by_code: BTreeMap<String, u64>,
     pub results_by_status: BTreeMap<String, u64>,
     pub in_flight: u64,
-    /// Of the last minute's decisions, microseconds.
+    /// Time of the decisions of the last minute, in µs.
     pub decide_us: Percentiles,
     pub policies: Vec<PolicyStatus>,
     pub breakers: Vec<BreakerStatus>,
@@ -58,7 +58,7 @@ pub struct Percentiles {
 }
 
 impl Percentiles {
-    /// Of these values, in any order; zeros where there are none.
+    /// Computes the percentiles of values in any order; all are 0 if there are no values.
     pub fn of<T: Ord + Copy>(values: impl Iterator<Item = T>, number: impl Fn(T) -> f64) -> Self {
         let mut sorted: Vec<T> = values.collect();
         sorted.sort_unstable();
@@ -76,7 +76,7 @@ pub struct PolicyStatus {
     pub tenant: String,
     pub policy: String,
     pub version: String,
-    /// Why the newest file was refused; the version above still serves.
+    /// Why the newest version of the file was refused; the router still uses `version`.
     pub error: Option<String>,
 }
 
@@ -90,7 +90,7 @@ pub struct BreakerStatus {
     pub calls: u64,
 }
 
-/// On [`crate::subjects::GATEWAY_STATUS`].
+/// The status of a gateway, published on [`crate::subjects::GATEWAY_STATUS`].
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct GatewayStatus {
@@ -101,13 +101,13 @@ pub struct GatewayStatus {
     pub in_flight: u64,
     pub requests_total: u64,
     pub errors_by_code: BTreeMap<String, u64>,
-    /// Of the last minute's forwarded requests, microseconds.
+    /// Time of the requests forwarded in the last minute, in µs.
     pub forward_us: Percentiles,
-    /// On the way to the router: `closed`, `open` or `half_open`.
+    /// State of the circuit breaker for the router: `closed`, `open` or `half_open`.
     pub breaker: String,
 }
 
-/// A worker's heartbeat, on [`crate::subjects::HEARTBEAT`].
+/// A worker's heartbeat, published on [`crate::subjects::HEARTBEAT`].
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct Heartbeat {
@@ -116,7 +116,7 @@ pub struct Heartbeat {
     pub timestamp: String,
     /// `idle`, `busy`, `draining` or `stopped`.
     pub status: String,
-    /// 0.0 … 1.0 of its slots in use.
+    /// Share of the worker's slots in use, from 0.0 to 1.0.
     pub load: f64,
     pub running: u64,
     pub completed_total: u64,
@@ -132,7 +132,7 @@ pub struct ProviderStatus {
     pub running: u64,
     pub completed_total: u64,
     pub failed_total: u64,
-    /// Of its last runs, milliseconds.
+    /// Latency of the most recent runs, in ms.
     pub latency_ms: Percentiles,
 }
 
@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn percentiles_of_many_one_and_none() {
+    fn percentiles_of_many_one_and_no_values() {
         let of = |values: &[u32]| {
             let p = Percentiles::of(values.iter().copied(), f64::from);
             (p.p50, p.p95, p.p99)

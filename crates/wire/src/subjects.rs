@@ -1,40 +1,40 @@
-//! The subjects of the bus and the streams behind them. v1 is frozen.
+//! The subjects, streams and buckets of the bus. v1 is frozen.
 
-/// Decide: request/reply, queue group [`DECIDE_GROUP`].
+/// Decide requests: request/reply, answered by the queue group [`DECIDE_GROUP`].
 pub const DECIDE: &str = "beamline.router.v1.decide";
-/// Where an answer goes when a decide request names no reply inbox.
+/// Receives the reply to a decide request that names no reply inbox.
 pub const DECIDE_REPLY: &str = "beamline.router.v1.decide.reply";
-/// Queue group of every router that answers [`DECIDE`].
+/// Queue group of the routers that answer [`DECIDE`].
 pub const DECIDE_GROUP: &str = "router-decide-group";
-/// State of a task by its request id.
+/// Returns the state of a task by its request id.
 pub const GET_DECISION: &str = "beamline.router.v1.get_decision";
-/// Cancel a task by its request id.
+/// Cancels a task by its request id.
 pub const CANCEL: &str = "beamline.router.v1.cancel";
-/// How loaded the router is.
+/// Returns the router's load: [`crate::router::BackpressureStatus`].
 pub const BACKPRESSURE: &str = "beamline.router.v1.status.backpressure";
-/// State of every provider's breaker (operators).
+/// Returns the state of every provider's circuit breaker, for operators.
 pub const ADMIN_BREAKERS: &str = "beamline.router.v1.admin.get_circuit_breaker_states";
 
 /// Assignments, router → worker (stream [`STREAM_ASSIGN`]).
 pub const ASSIGN: &str = "caf.exec.assign.v1";
-/// Results, worker → router and whoever waits (stream [`STREAM_RESULT`]).
+/// Results, worker → router and waiting clients (stream [`STREAM_RESULT`]).
 pub const RESULT: &str = "caf.exec.result.v1";
-/// Stop a running assignment: router → every worker, core, `{request_id}`.
+/// Stops a running assignment: router → all workers, core, `{request_id}`.
 pub const CONTROL_CANCEL: &str = "caf.exec.cancel.v1";
-/// What each router says of itself, core, every second: [`crate::status::RouterStatus`].
+/// Status of each router, core, every second: [`crate::status::RouterStatus`].
 pub const ROUTER_STATUS: &str = "beamline.router.v1.status.live";
-/// What each gateway says of itself, core, every second: [`crate::status::GatewayStatus`].
+/// Status of each gateway, core, every second: [`crate::status::GatewayStatus`].
 pub const GATEWAY_STATUS: &str = "beamline.gateway.v1.status.live";
-/// Worker liveness and load, core, every 5 s.
+/// Liveness and load of each worker, core, every 5 s: [`crate::status::Heartbeat`].
 pub const HEARTBEAT: &str = "caf.status.heartbeat.v1";
 /// Metered usage, router → billing (stream [`STREAM_USAGE`]).
 pub const USAGE: &str = "beamline.usage.v1.metered";
 
-/// Streamed output of one request, core.
+/// The subject of a request's streamed output, core.
 pub fn output(request_id: &str) -> String {
     format!("{OUTPUT_PREFIX}{}", token(request_id))
 }
-/// Prefix of [`output`] subjects; `caf.exec.output.v1.*` is all of them.
+/// Prefix of [`output`] subjects; `caf.exec.output.v1.*` matches all of them.
 pub const OUTPUT_PREFIX: &str = "caf.exec.output.v1.";
 
 /// The dead-letter subject of `subject`.
@@ -58,13 +58,14 @@ pub const CHANNELS_PRESENCE: &str = "beamline.channels.v1.presence";
 pub const CHANNELS_DISCONNECT: &str = "beamline.channels.v1.disconnect";
 /// Queue group of the nodes that answer channel operations.
 pub const NODES_GROUP: &str = "nodes";
-/// What each node says of itself, core, every second: [`crate::status::NodeStatus`].
+/// Status of each node, core, every second: [`crate::status::NodeStatus`].
 pub const NODE_STATUS: &str = "beamline.nodes.v1.status";
 
-/// What a browser calls: `beamline.rpc.v1.<method>`.
+/// Prefix of the RPCs that clients call: `beamline.rpc.v1.<method>`.
 pub const RPC_PREFIX: &str = "beamline.rpc.v1.";
 
-/// The subject of an RPC method, or `None` if the method has characters a subject may not have.
+/// The subject of an RPC method. Returns `None` unless the method has 1 to 128 bytes of `A-Za-z0-9_-` in parts
+/// separated by dots.
 pub fn rpc(method: &str) -> Option<String> {
     let fits = !method.is_empty()
         && method.len() <= 128
@@ -74,7 +75,7 @@ pub fn rpc(method: &str) -> Option<String> {
     fits.then(|| format!("{RPC_PREFIX}{method}"))
 }
 
-/// An opaque id as one subject token: characters a subject gives meaning to are percent-encoded.
+/// Encodes an opaque id as a single subject token; characters with a meaning in subjects are percent-encoded.
 pub fn token(id: &str) -> String {
     use std::fmt::Write;
     let mut out = String::with_capacity(id.len());
@@ -93,14 +94,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_opaque_id_is_one_token() {
+    fn opaque_id_becomes_a_single_token() {
         assert_eq!(token("abc-1"), "abc-1");
         assert_eq!(token("a.b *>%é"), "a%2Eb%20%2A%3E%25%C3%A9");
         assert_eq!(output("a.b"), "caf.exec.output.v1.a%2Eb");
     }
 
     #[test]
-    fn a_method_must_fit_a_subject() {
+    fn method_with_characters_outside_a_subject_is_refused() {
         assert_eq!(rpc("app.event").as_deref(), Some("beamline.rpc.v1.app.event"));
         for bad in ["", "a..b", "a.*", "a b", ">"] {
             assert_eq!(rpc(bad), None, "{bad}");

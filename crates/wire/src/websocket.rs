@@ -1,6 +1,6 @@
-//! RFC 6455 frames, the server's side. Sans-IO: it is given bytes and says what they hold; it never writes.
+//! WebSocket frames (RFC 6455), the server's side. Sans-IO: the caller reads and writes the bytes.
 //!
-//! A server frame is encoded once into [`Bytes`] and shared by all who get it.
+//! A server frame is encoded once into [`Bytes`] and shared by all its receivers.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -18,35 +18,35 @@ pub enum Opcode {
     Pong = 0xA,
 }
 
-/// What a client said.
+/// A complete message or control frame from a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     Text(Bytes),
     Binary(Bytes),
     Ping(Bytes),
     Pong,
-    /// The code, if it gave one.
+    /// With the close code, if the client sent one.
     Close(Option<u16>),
 }
 
-/// The connection is closed with [`Violation::close_code`].
+/// A violation of the protocol, which closes the connection with [`Violation::close_code`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
-    #[error("a reserved bit is set; no extension was negotiated")]
+    #[error("a reserved bit is set, but no extension was negotiated")]
     ReservedBits,
     #[error("unknown opcode")]
     Opcode,
-    #[error("a client's frame must be masked")]
+    #[error("a frame from a client is not masked")]
     Unmasked,
-    #[error("a control frame must be whole and of at most 125 bytes")]
+    #[error("a control frame is fragmented or longer than 125 bytes")]
     Control,
-    #[error("a continuation without a beginning, or a beginning within a message")]
+    #[error("a continuation frame without a first frame, or a first frame within a message")]
     Sequence,
-    #[error("a close frame's payload is not valid")]
+    #[error("a close frame has an invalid payload")]
     Close,
-    #[error("text is not UTF-8")]
+    #[error("a text message is not UTF-8")]
     Utf8,
-    #[error("a message may have {0} bytes at most")]
+    #[error("a message is longer than {0} bytes")]
     TooLarge(usize),
 }
 
@@ -60,11 +60,11 @@ impl Violation {
     }
 }
 
-/// Cuts a client's bytes into messages.
+/// Decodes a client's bytes into messages and control frames.
 #[derive(Debug)]
 pub struct Decoder {
     message_max: usize,
-    /// The message that has begun in fragments.
+    /// The fragments received so far of an incomplete message.
     partial: Option<(Opcode, BytesMut)>,
 }
 
@@ -81,21 +81,23 @@ impl Decoder {
         Self { message_max, partial: None }
     }
 
-    /// A message has begun and is not complete.
+    /// Whether a fragmented message is incomplete.
     pub fn is_partial(&self) -> bool {
         self.partial.is_some()
     }
 
-    /// The next event, its bytes taken off the front; `None` while it is short.
+    /// Returns the next event and removes its bytes from the front; `None` while it is incomplete.
     pub fn decode(&mut self, bytes: &mut BytesMut) -> Result<Option<Event>, Violation> {
         loop {
             let Some(head) = self.header(bytes)? else { return Ok(None) };
             if bytes.len() < head.header + head.payload {
                 return Ok(None);
             }
+
             bytes.advance(head.header);
             let mut payload = bytes.split_to(head.payload);
             unmask(&mut payload, head.mask);
+
             match head.opcode {
                 Opcode::Ping => return Ok(Some(Event::Ping(payload.freeze()))),
                 Opcode::Pong => return Ok(Some(Event::Pong)),
@@ -111,6 +113,7 @@ impl Decoder {
                     self.partial = Some((head.opcode, payload));
                 }
             }
+
             if head.fin
                 && let Some((opcode, message)) = self.partial.take()
             {
@@ -123,12 +126,13 @@ impl Decoder {
         }
     }
 
-    /// The frame's head, judged as soon as its bytes are there.
+    /// Parses the frame's header and refuses a violation as soon as its bytes have arrived.
     fn header(&self, bytes: &[u8]) -> Result<Option<Header>, Violation> {
         let Some(&[first, second]) = bytes.first_chunk::<2>() else { return Ok(None) };
         if first & 0x70 != 0 {
             return Err(Violation::ReservedBits);
         }
+
         let fin = first & 0x80 != 0;
         let opcode = match first & 0x0F {
             0x0 => Opcode::Continuation,
@@ -139,6 +143,7 @@ impl Decoder {
             0xA => Opcode::Pong,
             _ => return Err(Violation::Opcode),
         };
+
         if second & 0x80 == 0 {
             return Err(Violation::Unmasked);
         }
@@ -146,6 +151,7 @@ impl Decoder {
         if opcode as u8 >= 0x8 && (!fin || short > 125) {
             return Err(Violation::Control);
         }
+
         let (length, at): (u64, usize) = match short {
             126 => match bytes[2..].first_chunk::<2>() {
                 Some(length) => (u16::from_be_bytes(*length).into(), 4),
@@ -157,6 +163,7 @@ impl Decoder {
             },
             short => (short.into(), 2),
         };
+
         let begun = self.partial.as_ref().map_or(0, |(_, message)| message.len());
         let payload = usize::try_from(length).ok().filter(|payload| begun.saturating_add(*payload) <= self.message_max);
         let payload = payload.ok_or(Violation::TooLarge(self.message_max))?;
@@ -180,12 +187,12 @@ fn close(payload: &[u8]) -> Result<Event, Violation> {
     }
 }
 
-/// Four bytes at a time; the mask repeats.
+/// Applies the mask, eight bytes at a time.
 fn unmask(payload: &mut [u8], mask: [u8; 4]) {
     let wide = u64::from_ne_bytes([mask[0], mask[1], mask[2], mask[3], mask[0], mask[1], mask[2], mask[3]]);
     let mut chunks = payload.chunks_exact_mut(8);
     for chunk in &mut chunks {
-        let word = u64::from_ne_bytes((&*chunk).try_into().expect("eight bytes")) ^ wide;
+        let word = u64::from_ne_bytes((&*chunk).try_into().expect("a chunk has eight bytes")) ^ wide;
         chunk.copy_from_slice(&word.to_ne_bytes());
     }
     for (byte, mask) in chunks.into_remainder().iter_mut().zip(mask.iter().cycle()) {
@@ -193,7 +200,7 @@ fn unmask(payload: &mut [u8], mask: [u8; 4]) {
     }
 }
 
-/// Appends a server's frame, whole and unmasked.
+/// Appends an unfragmented, unmasked frame to `into`, as a server sends it.
 pub fn encode(opcode: Opcode, payload: &[u8], into: &mut BytesMut) {
     into.reserve(10 + payload.len());
     into.put_u8(0x80 | opcode as u8);
@@ -211,19 +218,20 @@ pub fn encode(opcode: Opcode, payload: &[u8], into: &mut BytesMut) {
     into.put_slice(payload);
 }
 
-/// A server's close frame; the reason is cut to what a control frame holds.
+/// Appends a close frame to `into`. The reason is truncated to the 123 bytes that a control frame leaves for it.
 pub fn encode_close(code: u16, reason: &str, into: &mut BytesMut) {
     let mut end = reason.len().min(123);
     while !reason.is_char_boundary(end) {
         end -= 1;
     }
+
     let mut payload = Vec::with_capacity(2 + end);
     payload.put_u16(code);
     payload.put_slice(&reason.as_bytes()[..end]);
     encode(Opcode::Close, &payload, into);
 }
 
-/// `Sec-WebSocket-Accept` for a client's `Sec-WebSocket-Key`.
+/// Computes `Sec-WebSocket-Accept` from a client's `Sec-WebSocket-Key`.
 pub fn accept_key(key: &str) -> String {
     let mut hash = Sha1::new();
     hash.update(key.as_bytes());
@@ -260,14 +268,14 @@ mod tests {
     }
 
     #[test]
-    fn fragments_with_a_ping_between_them() {
+    fn ping_between_fragments_is_delivered_first() {
         let bytes = [masked(0x01, b"Hel"), masked(0x89, b"?"), masked(0x80, b"lo")].concat();
         let expected = [Event::Ping(Bytes::from_static(b"?")), Event::Text(Bytes::from_static(b"Hello"))];
         assert_eq!(decode_all(&bytes).unwrap(), expected);
     }
 
     #[test]
-    fn violations() {
+    fn each_violation_is_recognized() {
         for (name, bytes, expected) in [
             ("reserved", masked(0xC1, b"x"), Violation::ReservedBits),
             ("opcode", masked(0x83, b"x"), Violation::Opcode),
@@ -288,18 +296,19 @@ mod tests {
         ] {
             assert_eq!(decode_all(&bytes), Err(expected), "{name}");
         }
-        // Judged by its head: nobody waits for the bytes of a frame that is refused.
+
+        // An oversized frame is refused by its header, before its payload arrives.
         assert_eq!(decode_all(&masked(0x82, &[0; 1001])[..4]), Err(Violation::TooLarge(1000)));
     }
 
     #[test]
-    fn the_accept_key_of_the_rfc() {
+    fn accept_key_matches_the_example_of_the_rfc() {
         assert_eq!(accept_key("dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
     }
 
     proptest! {
         #[test]
-        fn however_the_bytes_are_cut(
+        fn events_do_not_depend_on_how_the_bytes_are_split(
             messages in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..300), 1..6),
             cut in 1_usize..50,
         ) {
@@ -318,7 +327,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_events_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn arbitrary_bytes_are_events_or_a_violation(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode_all(&bytes);
         }
     }

@@ -27,7 +27,7 @@ fn report(findings: &[tidy::Finding]) -> Result<()> {
         eprintln!("{finding}");
     }
     if !findings.is_empty() {
-        bail!("tidy: {} findings", findings.len());
+        bail!("tidy found {} problem(s)", findings.len());
     }
     println!("tidy: no findings");
     Ok(())

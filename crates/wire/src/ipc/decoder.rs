@@ -1,15 +1,15 @@
-//! Cuts a byte stream into frames. Sans-IO: it is given bytes and says what they hold.
+//! Splits a byte stream into frames. Sans-IO: the caller reads the bytes.
 
 use super::{ErrorCode, Frame, HEADER_V1, HEADER_V2, Version};
 use crate::limits::IPC_FRAME_MAX;
 use bytes::{Buf, Bytes, BytesMut};
 
-/// Framing is lost: the connection is told and closed.
+/// A framing error. The stream cannot be resynchronised, so the client gets an error and the connection closes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
-    #[error("Frame length {0} is below the header")]
+    #[error("Frame length {0} is shorter than the header")]
     TooShort(u32),
-    #[error("Frame of {0} bytes is over the limit of 4194304")]
+    #[error("Frame of {0} bytes exceeds the limit of 4194304 bytes")]
     TooLarge(u32),
     #[error("Unsupported protocol version")]
     Version(u8),
@@ -25,14 +25,15 @@ impl Violation {
     }
 }
 
-/// Checks length, then version, each as soon as its bytes are there.
+/// Decodes frames. It checks the length and then the version, each as soon as its bytes have arrived.
 #[derive(Debug, Default)]
 pub struct Decoder;
 
 impl Decoder {
-    /// The next whole frame, taken off the front; `None` while it is short.
+    /// Removes and returns the first frame of `bytes`; `None` while it is incomplete.
     pub fn decode(&mut self, bytes: &mut BytesMut) -> Result<Option<Frame>, Violation> {
         let Some(length) = Self::peek_length(bytes)? else { return Ok(None) };
+
         if bytes.len() < 5 {
             return Ok(None);
         }
@@ -47,6 +48,7 @@ impl Decoder {
         if bytes.len() < length {
             return Ok(None);
         }
+
         let mut frame: Bytes = bytes.split_to(length).freeze();
         frame.advance(4);
         let version = frame.get_u8();
@@ -60,7 +62,7 @@ impl Decoder {
         Ok(Some(Frame { version, kind, flags, payload: frame }))
     }
 
-    /// The announced length of the frame that has begun, once it is known.
+    /// The announced length of the first frame; `None` while `bytes` is shorter than the length field.
     pub fn peek_length(bytes: &[u8]) -> Result<Option<usize>, Violation> {
         let Some(length) = bytes.first_chunk::<4>() else { return Ok(None) };
         let length = u32::from_be_bytes(*length);
@@ -95,9 +97,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn however_the_bytes_are_cut_the_frames_are_the_same(frames in frames(), cut in 1_usize..40) {
+        fn frames_do_not_depend_on_how_the_bytes_are_split(frames in frames(), cut in 1_usize..40) {
             let mut wire = BytesMut::new();
             frames.iter().for_each(|frame| frame.encode(&mut wire));
+
             let mut received = BytesMut::new();
             let mut seen = Vec::new();
             for piece in wire.chunks(cut) {
@@ -110,7 +113,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_a_frame_or_an_error_or_short(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+        fn arbitrary_bytes_are_a_frame_an_error_or_incomplete(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             let mut bytes = BytesMut::from(&bytes[..]);
             let before = bytes.len();
             match Decoder.decode(&mut bytes) {
@@ -121,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn violations_are_told_as_early_as_their_bytes() {
+    fn violations_are_found_as_soon_as_their_bytes_arrive() {
         for (hex, expected) in [
             ("00000000", Violation::TooShort(0)),
             ("00000005", Violation::TooShort(5)),
@@ -136,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn golden_frames() {
+    fn golden_frames_decode_and_encode() {
         let fixtures = include_str!("../../../../fixtures/wire/ipc.json");
         let fixtures: Vec<serde_json::Value> = serde_json::from_str(fixtures).unwrap();
         assert!(fixtures.len() >= 6);
@@ -145,11 +148,13 @@ mod tests {
             let frame = Decoder.decode(&mut BytesMut::from(&bytes[..])).unwrap().unwrap();
             assert_eq!(u64::from(frame.kind), case["type"].as_u64().unwrap(), "{case}");
             assert_eq!(frame.payload, case["payload"].as_str().unwrap(), "{case}");
+
             let version = case.get("request_id").map_or(Version::V1, |id| Version::V2 {
                 request_id: id.as_u64().unwrap(),
                 deadline_ms: case["deadline_ms"].as_u64().unwrap() as u32,
             });
             assert_eq!(frame.version, version);
+
             let mut again = BytesMut::new();
             Frame::new(version, FrameType::from_byte(frame.kind).unwrap(), frame.payload).encode(&mut again);
             assert_eq!(hex::encode(again), case["hex"].as_str().unwrap());

@@ -1,10 +1,11 @@
-//! What stands in frames, as JSON.
+//! The JSON payloads of frames.
 
 use super::ErrorCode;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+/// What the client of a TASK_SUBMIT waits for.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq, Default)]
 #[serde(rename_all = "snake_case")]
 pub enum Wait {
@@ -14,7 +15,7 @@ pub enum Wait {
     Stream,
 }
 
-/// TASK_SUBMIT. Of the task, what is no field of the protocol is its payload.
+/// TASK_SUBMIT. `file`, `line`, `context` and `params` become the payload of the task.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskSubmit {
     pub command: String,
@@ -43,12 +44,12 @@ pub struct TaskSubmit {
     pub timeout_ms: Option<u64>,
     #[serde(default)]
     pub wait: Wait,
-    /// Hand the task over also where only the decision is waited for.
+    /// Assign the task to a worker even if the client waits for the decision only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub push_assignment: bool,
 }
 
-/// TASK_QUERY, TASK_CANCEL, STREAM_SUBSCRIBE: the task by the request id of its submit.
+/// TASK_QUERY, TASK_CANCEL and STREAM_SUBSCRIBE. `task_id` is the request id of the task's submit.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskRef {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -56,7 +57,7 @@ pub struct TaskRef {
     pub task_id: String,
 }
 
-/// The answer to a query or a cancel.
+/// The reply to TASK_QUERY and TASK_CANCEL.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskAnswer {
     pub task_id: String,
@@ -77,7 +78,7 @@ pub struct StreamData {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct StreamComplete {
     pub task_id: String,
-    /// The ExecResult as it was published.
+    /// The ExecResult exactly as the worker published it.
     pub result: Box<RawValue>,
 }
 
@@ -87,7 +88,7 @@ pub struct Capabilities {
     pub message_types: Vec<u8>,
     pub max_frame_size: usize,
     pub features: Vec<String>,
-    /// On the way to the router: `closed`, `open` or `half_open`.
+    /// State of the gateway's circuit breaker for the router: `closed`, `open` or `half_open`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub breaker: String,
     pub limits: Limits,
@@ -115,7 +116,7 @@ pub struct ErrorPayload {
 pub struct ErrorDetail {
     pub code: u16,
     pub message: String,
-    /// Of a REJECTED: the router's HTTP status and code.
+    /// The router's HTTP status and, in `reason`, its error code; only for REJECTED.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<u16>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -148,6 +149,6 @@ impl ErrorPayload {
     }
 
     pub fn encode(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("an error is JSON")
+        serde_json::to_vec(self).expect("an error payload serializes to JSON")
     }
 }

@@ -1,6 +1,6 @@
-//! Codes of errors, unsubscribes and disconnects. The ranges are part of the contract: clients act by them.
+//! Codes of errors, unsubscribes and disconnects. The ranges are part of the contract, since clients act on them.
 
-/// In an error reply.
+/// The code of an error reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum ErrorCode {
@@ -21,12 +21,13 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
+    /// Whether the client may retry the command.
     pub fn is_temporary(self) -> bool {
         matches!(self, Self::Internal | Self::TooManyRequests | Self::ConcurrentPagination)
     }
 }
 
-/// Why a connection was closed; from 3500 on the client does not come back.
+/// Why the server closed a connection. A client does not reconnect after a code from 3500 on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum Disconnect {
@@ -79,7 +80,7 @@ impl Disconnect {
     }
 }
 
-/// Why a subscription was ended; from 2500 on the client subscribes again.
+/// Why the server ended a subscription. A client subscribes again after a code from 2500 on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Unsubscribe {

@@ -1,4 +1,4 @@
-//! Several messages in one WebSocket message: JSON lines, or protobuf messages each behind its length.
+//! Several protocol messages in one WebSocket message: lines of JSON, or length-delimited protobuf.
 
 use super::{Command, Reply};
 use bytes::{Buf, Bytes};
@@ -23,9 +23,9 @@ impl Encoding {
 
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    #[error("the message is not JSON of the protocol: {0}")]
+    #[error("the message is not JSON of the client protocol: {0}")]
     Json(#[from] serde_json::Error),
-    #[error("the message is not protobuf of the protocol: {0}")]
+    #[error("the message is not protobuf of the client protocol: {0}")]
     Protobuf(#[from] prost::DecodeError),
     #[error("a line of the message is not a JSON object")]
     NotAnObject,
@@ -33,17 +33,17 @@ pub enum FrameError {
     Utf8,
 }
 
-/// A message of either direction.
+/// A message of the protocol, in either direction.
 pub trait Framed: Message + Default + Serialize + DeserializeOwned {}
 impl Framed for Command {}
 impl Framed for Reply {}
 
-/// Every command of a WebSocket message.
+/// Decodes all commands of a WebSocket message.
 pub fn decode_commands(encoding: Encoding, bytes: &Bytes) -> Result<Vec<Command>, FrameError> {
     decode(encoding, bytes)
 }
 
-/// Every reply of a WebSocket message.
+/// Decodes all replies of a WebSocket message.
 pub fn decode_replies(encoding: Encoding, bytes: &Bytes) -> Result<Vec<Reply>, FrameError> {
     decode(encoding, bytes)
 }
@@ -67,27 +67,27 @@ fn decode<T: Framed>(encoding: Encoding, bytes: &Bytes) -> Result<Vec<T>, FrameE
 }
 
 fn object<T: DeserializeOwned>(line: &str) -> Result<T, FrameError> {
-    // serde would take an array for a struct too.
+    // serde would accept an array for a struct too.
     if !line.trim_start().starts_with('{') {
         return Err(FrameError::NotAnObject);
     }
     Ok(serde_json::from_str(line)?)
 }
 
-/// Appends one command; in JSON the caller puts `\n` between two.
+/// Appends one command to `into`. In JSON, the caller separates commands with `\n`.
 pub fn encode_command(encoding: Encoding, command: &Command, into: &mut Vec<u8>) {
     encode(encoding, command, into);
 }
 
-/// Appends one reply; in JSON the caller puts `\n` between two.
+/// Appends one reply to `into`. In JSON, the caller separates replies with `\n`.
 pub fn encode_reply(encoding: Encoding, reply: &Reply, into: &mut Vec<u8>) {
     encode(encoding, reply, into);
 }
 
 fn encode<T: Framed>(encoding: Encoding, message: &T, into: &mut Vec<u8>) {
     match encoding {
-        Encoding::Json => serde_json::to_writer(into, message).expect("a message of the protocol is JSON"),
-        Encoding::Protobuf => message.encode_length_delimited(into).expect("a vector grows"),
+        Encoding::Json => serde_json::to_writer(into, message).expect("a protocol message serializes to JSON"),
+        Encoding::Protobuf => message.encode_length_delimited(into).expect("a vector has room for the message"),
     }
 }
 
@@ -97,13 +97,14 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn golden_messages() {
+    fn golden_messages_translate_between_the_encodings() {
         let fixtures: serde_json::Value =
             serde_json::from_str(include_str!("../../../../fixtures/wire/realtime.json")).unwrap();
         let check = |case: &serde_json::Value, decoded: Vec<u8>, again: Vec<u8>| {
             assert_eq!(hex::encode(decoded), case["protobuf"].as_str().unwrap(), "{case}");
             assert_eq!(String::from_utf8(again).unwrap(), case["json"].as_str().unwrap(), "{case}");
         };
+
         for case in fixtures["commands"].as_array().unwrap() {
             let json = Bytes::from(case["json"].as_str().unwrap().to_string());
             let binary = Bytes::from(hex::decode(case["protobuf"].as_str().unwrap()).unwrap());
@@ -112,6 +113,7 @@ mod tests {
             encode_command(Encoding::Json, &decode_commands(Encoding::Protobuf, &binary).unwrap()[0], &mut from_binary);
             check(case, from_json, from_binary);
         }
+
         for case in fixtures["replies"].as_array().unwrap() {
             let json = Bytes::from(case["json"].as_str().unwrap().to_string());
             let binary = Bytes::from(hex::decode(case["protobuf"].as_str().unwrap()).unwrap());
@@ -123,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn embedded_json_is_passed_through() {
+    fn embedded_json_passes_through_unchanged() {
         let line = r#"{"id":1,"publish":{"channel":"c","data":{"n":1.50,"big":123456789012345678901234567890}}}"#;
         let commands = decode_commands(Encoding::Json, &Bytes::from(line)).unwrap();
         let mut again = Vec::new();
@@ -132,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_reaches_json_clients_as_base64_and_line_breaks_vanish() {
+    fn json_clients_get_binary_data_as_base64_and_json_without_line_breaks() {
         let encoded = |data: &'static [u8]| {
             let mut out = Vec::new();
             let publication = Publication { data: Bytes::from_static(data), ..Publication::default() };
@@ -145,13 +147,15 @@ mod tests {
     }
 
     #[test]
-    fn several_commands_and_pongs() {
+    fn decodes_several_commands_and_pongs() {
         let commands = decode_commands(Encoding::Json, &Bytes::from("{\"id\":1,\"ping\":{}}\n{}\n")).unwrap();
         assert_eq!(commands.len(), 2);
         assert!(commands[0].ping.is_some());
         assert_eq!(commands[1], Command::default());
+
         let commands = decode_commands(Encoding::Protobuf, &Bytes::from_static(&[0, 2, 8, 5])).unwrap();
         assert_eq!((commands.len(), commands[1].id), (2, 5));
+
         for bad in ["{", "[1]", "{\"id\":-1}", "\"x\""] {
             assert!(decode_commands(Encoding::Json, &Bytes::from(bad)).is_err(), "{bad}");
         }
@@ -159,7 +163,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_messages_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
+        fn arbitrary_bytes_are_messages_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
             let bytes = Bytes::from(bytes);
             for encoding in [Encoding::Json, Encoding::Protobuf] {
                 let _ = decode_commands(encoding, &bytes);

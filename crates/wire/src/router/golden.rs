@@ -1,5 +1,5 @@
-//! The golden messages of `fixtures/wire/router.json`: v1 is frozen, so each is read and written again byte for byte.
-//! A result may have come in another shape of the field; `reads_as` is what it means.
+//! Checks the golden messages of `fixtures/wire/router.json`. v1 is frozen, so each one must decode and encode back to
+//! the same bytes. A result may be in a legacy format; then `reads_as` is its current form.
 
 use super::*;
 use serde::de::DeserializeOwned;
@@ -12,7 +12,7 @@ struct Case {
     kind: String,
     text: String,
     reads_as: Option<String>,
-    /// Of an error: its HTTP status.
+    /// The HTTP status of an error.
     status: Option<u16>,
 }
 
@@ -26,7 +26,7 @@ fn again<T: Serialize + DeserializeOwned>(case: &Case) -> String {
 }
 
 #[test]
-fn every_message_is_written_as_it_was_read() {
+fn every_message_encodes_back_to_its_text() {
     for case in cases() {
         let written = match case.kind.as_str() {
             "decide_request" => again::<DecideRequest>(&case),
@@ -42,7 +42,7 @@ fn every_message_is_written_as_it_was_read() {
                 let result = ExecResult::decode(case.text.as_bytes()).unwrap_or_else(|e| panic!("{}: {e}", case.name));
                 serde_json::to_string(&result).unwrap()
             }
-            // Read by clients, who need little of it.
+            // Clients decode only a part of it.
             "backpressure_status" => {
                 let status: BackpressureStatus = serde_json::from_str(&case.text).unwrap();
                 let BackpressureData { status, policy } = status.data;
@@ -52,15 +52,16 @@ fn every_message_is_written_as_it_was_read() {
                 assert!(ExecResult::decode(case.text.as_bytes()).is_err(), "{}", case.name);
                 continue;
             }
-            other => panic!("{}: nothing reads a {other:?}", case.name),
+            other => panic!("{}: unknown message type {other:?}", case.name),
         };
         assert_eq!(&written, case.reads_as.as_ref().unwrap_or(&case.text), "{}", case.name);
     }
 }
 
 #[test]
-fn every_code_reason_status_and_state_has_an_example() {
+fn every_code_reason_status_and_state_has_a_golden_message() {
     let cases = cases();
+
     let mut codes = BTreeSet::new();
     for case in cases.iter().filter(|case| case.kind == "error") {
         let response: ErrorResponse = serde_json::from_str(&case.text).unwrap();
@@ -69,6 +70,7 @@ fn every_code_reason_status_and_state_has_an_example() {
         codes.insert(response.error.code);
     }
     assert_eq!(codes, ERROR_CODES.iter().map(|(code, _)| code.to_string()).collect());
+
     let shown = |part: String| cases.iter().any(|case| case.text.contains(&part));
     use Reason::*;
     for reason in [Sticky, Weighted, BestScore, Fallback, Retry, CircuitBreakerFallback] {

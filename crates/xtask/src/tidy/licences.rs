@@ -160,7 +160,8 @@ mod tests {
     #[test]
     fn banned_unlicensed_and_git_packages_are_found() {
         let tree = "ours v0.1.0 (/somewhere)|Apache-2.0|\ngood v1.0.0 (proc-macro)|MIT|\n\nring v0.17.0|ISC|\n\
-                    bare v1.0.0||\nfork v1.0.0 (https://example.org/fork#abc)|MIT|\ngood v1.0.0 (proc-macro)|MIT| (*)\n";
+                    bare v1.0.0||\nfork v1.0.0 (https://example.org/fork#abc)|MIT|\n\
+                    good v1.0.0 (proc-macro)|MIT| (*)\n";
         let packages = parse(tree);
         assert_eq!(packages.len(), 5);
         let findings = policy().check(&packages);
