@@ -4,7 +4,7 @@ export default defineConfig({
   oxc: { jsx: { runtime: "automatic", importSource: "preact" } },
   build: {
     target: "es2022",
-    // The page is served under a policy that allows no inline script, style or data: address.
+    // The content security policy forbids inline scripts, inline styles and data: URLs.
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
   },

@@ -1,4 +1,4 @@
-// Writes .gz and .br beside each file of dist, so that the server never compresses.
+// Writes .gz and .br files next to each file in dist, so that the server never compresses.
 import { readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { brotliCompressSync, constants, gzipSync } from "node:zlib";

@@ -1,4 +1,4 @@
-// The whole page, gzipped, must stay under this: it is the first thing a phone on a slow line waits for.
+// Checks the gzipped size of the whole page, which a phone on a slow connection has to load first.
 import { readdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 
@@ -13,10 +13,10 @@ for (const name of readdirSync(dist, { recursive: true })) {
 }
 console.log(`${String(total).padStart(7)}  of ${LIMIT}`);
 if (total === 0) {
-  console.error("nothing built: run npm run build");
+  console.error("dist is empty: run npm run build first");
   process.exit(1);
 }
 if (total > LIMIT) {
-  console.error("too large: drop a dependency or split it off");
+  console.error("the page is too large: drop a dependency, or load part of the code later");
   process.exit(1);
 }

@@ -1,4 +1,4 @@
-// Accounts over HTTP: a cookie for the browser, short tokens for the connection.
+// Accounts over HTTP. The browser keeps a cookie; the connection uses short-lived tokens.
 import { object, parse, str } from "./json";
 
 export interface Account {
@@ -20,12 +20,12 @@ const account = (body: ReturnType<typeof object>): Account => ({
   token: str(body["token"]),
 });
 
-/** Throws when the server cannot be asked. */
+/** Returns the signed-in account with a fresh token, or that nobody is signed in. Throws when the server fails. */
 export async function whoami(): Promise<Whoami> {
   const { status, body } = await call("/auth/token", { method: "GET" });
   if (status === 200) return account(body);
   if (status === 401) return { signedOut: true, signup: body["signup"] === true };
-  throw new Error(str(body["error"], `the server answered ${status}`));
+  throw new Error(str(body["error"], `the server returned status ${status}`));
 }
 
 export async function authenticate(how: "login" | "signup", name: string, password: string): Promise<Account | { error: string }> {
@@ -36,9 +36,9 @@ export async function authenticate(how: "login" | "signup", name: string, passwo
       body: JSON.stringify({ name, password }),
     });
     if (status === 200) return account(body);
-    return { error: str(body["error"]) || (status === 429 ? "Too many tries. Wait a minute." : `The server answered ${status}.`) };
+    return { error: str(body["error"]) || (status === 429 ? "Too many attempts. Wait a minute and try again." : `The server returned status ${status}. Try again.`) };
   } catch {
-    return { error: "The server cannot be reached. Try again." };
+    return { error: "Cannot reach the server. Try again." };
   }
 }
 

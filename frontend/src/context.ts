@@ -1,4 +1,4 @@
-// What elements reach through the tree instead of by import.
+// Contexts that elements read: the session, and the form around them.
 import { createContext } from "preact";
 import { useContext } from "preact/hooks";
 import type { Json } from "./json";
@@ -9,11 +9,11 @@ export const SessionProvider = SessionContext.Provider;
 
 export function useSession(): Session {
   const session = useContext(SessionContext);
-  if (!session) throw new Error("an element was rendered outside a session");
+  if (!session) throw new Error("useSession: no SessionProvider above this element");
   return session;
 }
 
-/** Inside a form, widgets collect here and go out with one submit. */
+/** Collects the values of a form's widgets, which are sent together on submit. */
 export interface FormValues {
   set(key: string, value: Json): void;
   submit(): void;

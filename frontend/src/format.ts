@@ -1,13 +1,13 @@
-// Numbers, times and names as people read them.
+// Formats numbers, times and names for display.
 const hourMinute = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
-// On an axis there is no room for the half of the day.
+// Axis labels use the 24-hour clock: they have no room for AM and PM.
 const axisMinute = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
 const axisSecond = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 const fullTime = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 const dayMonth = new Intl.DateTimeFormat(undefined, { weekday: "long", day: "numeric", month: "long" });
 
 export const clock = (at: number): string => hourMinute.format(at);
-/** With seconds where ticks are closer than a minute. */
+/** A time label for an axis, with seconds if the ticks are less than a minute apart. `step` is in milliseconds. */
 export const axisTime = (at: number, step: number): string => (step < 60_000 ? axisSecond : axisMinute).format(at);
 export const moment = (at: number): string => fullTime.format(at);
 
@@ -19,7 +19,7 @@ export function day(at: number, now = Date.now()): string {
   return dayMonth.format(at);
 }
 
-/** Short enough for a card, exact below ten thousand. */
+/** Abbreviates numbers from ten thousand on (12.3k, 4.5M); smaller integers stay exact. */
 export function number(value: number, digits?: number): string {
   const size = Math.abs(value);
   if (size >= 10_000) {
@@ -27,6 +27,7 @@ export function number(value: number, digits?: number): string {
       if (size >= limit) return trim((value / limit).toFixed(size >= limit * 100 ? 0 : 1)) + suffix;
     }
   }
+
   if (digits !== undefined) return value.toFixed(digits);
   return Number.isInteger(value) ? String(value) : trim(value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 2));
 }
@@ -40,7 +41,7 @@ export function bytes(value: number): string {
   return String(value);
 }
 
-/** A length of time in seconds. */
+/** Formats a length of time given in seconds. */
 export function duration(seconds: number): string {
   if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 60) return `${trim(seconds.toFixed(seconds < 10 ? 1 : 0))} s`;
@@ -50,17 +51,18 @@ export function duration(seconds: number): string {
   return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
+/** Formats a value with its unit. Bytes, percentages and times are scaled to a readable unit. */
 export function withUnit(value: number, unit: string, digits?: number): string {
   if (unit === "bytes") return bytes(value);
   if (unit === "percent" || unit === "%") return `${number(value, digits ?? (value < 10 ? 1 : 0))} %`;
   if ((unit === "us" || unit === "µs") && Math.abs(value) >= 1000) return `${number(value / 1000)} ms`;
-  if (unit === "ms" && value >= 0 && value < 1) return "< 1 ms"; // whole ones are counted
+  if (unit === "ms" && value >= 0 && value < 1) return "< 1 ms"; // the server reports whole milliseconds
   const text = number(value, digits);
   if (unit === "us") return `${text} µs`;
   return unit === "" ? text : `${text} ${unit}`;
 }
 
-/** What the server says in lower case, as a sentence of its own. */
+/** Turns a lower-case message of the server into a sentence: "not found" becomes "Not found.". */
 export function sentence(text: string): string {
   const [first = ""] = text;
   return first.toUpperCase() + text.slice(first.length) + (/[.!?…]$/.test(text) || text === "" ? "" : ".");
@@ -72,7 +74,7 @@ export function initials(name: string): string {
   return letters.map((word) => [...(word ?? "?")][0] ?? "?").join("").toUpperCase();
 }
 
-/** One of `count`, always the same for the same name. */
+/** Hashes a name to an index below `count`. */
 export function pick(name: string, count: number): number {
   let hash = 2166136261;
   for (let i = 0; i < name.length; i++) hash = Math.imul(hash ^ name.charCodeAt(i), 16777619);

@@ -1,4 +1,4 @@
-// Line icons, 16 px, drawn with the text colour.
+// Line icons of 16 px, drawn in the text colour.
 const PATHS = {
   chat: "M2.5 3.5h11v7.5h-6l-3 2.5v-2.5h-2z",
   gauge: "M2 12a6 6 0 1 1 12 0M8 12l3-4",

@@ -1,4 +1,4 @@
-// JSON as it comes off the wire: unknown until read by one of these.
+// Reads untyped JSON from the wire. Each reader returns a default for a value of another type.
 export type Json = null | boolean | number | string | Json[] | { [key: string]: Json };
 export type JsonObject = { [key: string]: Json };
 

@@ -1,4 +1,4 @@
-// Samples of a channel, shared by everything on the page that shows it; history first, then as they come.
+// Samples of a channel: its history, then live ones. All elements on the page that show a channel share its samples.
 import { signal, type Signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import type { Publication } from "./codec/realtime";
@@ -7,12 +7,14 @@ import { at, fromBytes, isObject, num, object, type Json, type JsonObject } from
 import type { Session } from "./session";
 
 export interface Sample {
-  /** Epoch milliseconds. */
+  /** Milliseconds since the epoch. */
   t: number;
   data: JsonObject;
 }
 
+/** Samples kept for each channel. */
 const KEPT = 900;
+/** History limit that asks for all publications. */
 const ALL = -1;
 
 class Live {
@@ -53,7 +55,7 @@ class Live {
       const { publications } = await this.session.connection.history(this.channel, ALL);
       this.add(publications);
     } catch {
-      // A channel without history fills as it goes.
+      // The channel has no history; live samples fill it.
     }
   }
 
@@ -67,7 +69,7 @@ function read(publication: Publication): Sample {
   return { t: num(data["t"]) || publication.time || Date.now(), data };
 }
 
-/** In time order, each moment once, the oldest dropped. */
+/** Merges samples in order of time. Of samples with the same time the last one wins; only the newest are kept. */
 export function merge(held: Sample[], fresh: Sample[]): Sample[] {
   const after = held[held.length - 1]?.t ?? -Infinity;
   const all = [...held];
@@ -78,11 +80,14 @@ export function merge(held: Sample[], fresh: Sample[]): Sample[] {
     else newest = sample.t;
     all.push(sample);
   }
+
+  // Live samples arrive in order, so the sort below is rarely needed.
   if (sorted) return all.slice(-KEPT);
   return [...new Map(all.map((sample) => [sample.t, sample])).values()].sort((a, b) => a.t - b.t).slice(-KEPT);
 }
 
-/** The numbers at a path; with `rate`, per second between samples (a total that fell was restarted: no value). */
+/** The numbers at a path of each sample; null where there is none. With `rate`, the path holds a total and the result is
+ * its growth per second; a total that fell (its process restarted) has no rate. */
 export function numbers(samples: Sample[], path: string, rate: boolean): (number | null)[] {
   const plain = samples.map((sample) => {
     const value: Json | undefined = at(sample.data, path);
@@ -100,13 +105,14 @@ function rates(samples: Sample[], totals: (number | null)[]): (number | null)[] 
   });
 }
 
-/** One series a name of the object at a path, names in order of their latest value. */
+/** One series for each name in the object at a path: the first `most` names in alphabetical order. */
 export function breakdown(samples: Sample[], path: string, rate: boolean, most: number): { label: string; values: (number | null)[] }[] {
   const names = new Set<string>();
   for (const sample of samples) {
     const value = at(sample.data, path);
     if (isObject(value)) for (const name of Object.keys(value)) names.add(name);
   }
+
   return [...names]
     .sort()
     .slice(0, most)
@@ -127,6 +133,7 @@ export function useLive(channel: string): { samples: Signal<Sample[]>; problem: 
   if (!known) channels.set(session, (known = new Map()));
   let live = known.get(channel);
   if (!live) known.set(channel, (live = new Live(session, channel)));
+
   const held = live;
   useEffect(() => held.use(), [held]);
   return held;

@@ -24,7 +24,7 @@ async function begin(): Promise<void> {
 }
 
 function open(account: Account): void {
-  // The first token is at hand; every later connection asks for a fresh one.
+  // The first connection uses the token that came with the account; each later one asks for a fresh token.
   let first: string | undefined = account.token;
   const connection = new Connection({
     url: `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/connection/websocket`,
@@ -35,17 +35,20 @@ function open(account: Account): void {
       const who = await whoami();
       if (!("signedOut" in who)) return who.token;
       connection.close("signed out");
-      view.value = { name: "login", signup: who.signup, notice: "You have been signed out. Sign in to go on." };
+      view.value = { name: "login", signup: who.signup, notice: "You have been signed out. Sign in again to continue." };
       return null;
     },
   });
+
   const session = new Session(connection, { user: account.user, name: account.name }, sessionId());
   session.start();
   connection.open();
+
   window.addEventListener("online", () => connection.retryNow());
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) connection.retryNow();
   });
+
   view.value = { name: "app", session };
 }
 
@@ -58,7 +61,7 @@ function Root() {
       return (
         <main class="center-page">
           <div class="empty" role="alert">
-            <strong>The server cannot be reached</strong>
+            <strong>Cannot reach the server</strong>
             <p>It may be restarting, or you are offline.</p>
             <button type="button" class="primary" onClick={() => void begin()}>Try again</button>
           </div>

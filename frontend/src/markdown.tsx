@@ -1,4 +1,4 @@
-// Markdown as far as answers use it, parsed to elements and never to HTML text.
+// A parser for the Markdown that answers use. It creates elements and never HTML text, so answers cannot inject markup.
 import type { ComponentChildren, VNode } from "preact";
 import { useState } from "preact/hooks";
 import { Icon } from "./icons";
@@ -31,6 +31,7 @@ export function parseBlocks(source: string): Block[] {
     if (paragraph.length > 0) blocks.push({ type: "paragraph", children: inlineLines(paragraph) });
     paragraph = [];
   };
+
   for (let i = 0; i < lines.length; i++) {
     const line = lines[i] ?? "";
     const fence = FENCE.exec(line);
@@ -38,26 +39,30 @@ export function parseBlocks(source: string): Block[] {
       flush();
       const mark = fence[1] ?? "```";
       const code: string[] = [];
-      // An unfinished fence (an answer still arriving) runs to the end.
+      // In an answer that is still streaming, an unclosed fence runs to the end.
       while (++i < lines.length && !(lines[i] ?? "").trim().startsWith(mark)) code.push(lines[i] ?? "");
       blocks.push({ type: "code", lang: fence[2] ?? "", text: code.join("\n") });
       continue;
     }
+
     if (line.trim() === "") {
       flush();
       continue;
     }
+
     const heading = HEADING.exec(line);
     if (heading) {
       flush();
       blocks.push({ type: "heading", level: (heading[1] ?? "#").length, children: inline(withoutEnd(heading[2] ?? "")) });
       continue;
     }
+
     if (RULE.test(line)) {
       flush();
       blocks.push({ type: "rule" });
       continue;
     }
+
     if (line.includes("|") && TABLE_RULE.test(lines[i + 1] ?? "") && (lines[i + 1] ?? "").includes("-")) {
       flush();
       const head = cells(line).map((cell) => inline(cell));
@@ -69,6 +74,7 @@ export function parseBlocks(source: string): Block[] {
       blocks.push({ type: "table", head, align, rows });
       continue;
     }
+
     const item = ITEM.exec(line);
     if (item) {
       flush();
@@ -83,6 +89,7 @@ export function parseBlocks(source: string): Block[] {
       blocks.push({ type: "list", ordered, start: Number(item[2] ?? 1), items });
       continue;
     }
+
     if (line.startsWith(">")) {
       flush();
       const quoted: string[] = [];
@@ -91,13 +98,14 @@ export function parseBlocks(source: string): Block[] {
       blocks.push({ type: "quote", children: inlineLines(quoted) });
       continue;
     }
+
     paragraph.push(line);
   }
   flush();
   return blocks;
 }
 
-/** Without the hashes that may close a heading; a pattern for this would go back and forth over long lines. */
+/** Strips the hashes that may close a heading. A regular expression would backtrack over long lines. */
 function withoutEnd(heading: string): string {
   let end = heading.trimEnd().length;
   while (heading[end - 1] === "#") end--;
@@ -112,8 +120,8 @@ function inlineLines(lines: string[]): Inline[] {
   return lines.flatMap((line, i) => (i === 0 ? inline(line) : [{ type: "break" } as const, ...inline(line)]));
 }
 
-// In order: code, link, bare address, bold, strike, italic. Lengths are bounded: a search that fails at every sign must
-// not read to the end each time.
+// In order: code, link, bare URL, bold, strikethrough, italic. All lengths are bounded, so that a text full of opening
+// marks without closing ones does not take quadratic time.
 const INLINE =
   /`([^`]{1,4000})`|\[([^[\]]{1,500})\]\(([^()\s]{1,2000})\)|(https?:\/\/[^\s<>)]+[^\s<>).,;:!?'"])|\*\*([^*](?:.{0,4000}?[^*])?)\*\*|~~(.{1,4000}?)~~|\*([^*\s](?:[^*]{0,4000}[^*\s])?)\*|(?<![\w])_([^_\s](?:[^_]{0,4000}[^_\s])?)_(?![\w])/;
 const DEEPEST = 6;
@@ -142,7 +150,7 @@ export function inline(text: string, depth = 0): Inline[] {
   return out;
 }
 
-/** Only addresses that cannot run anything. */
+/** Returns the address if it cannot run code (http, https, mailto, a path or a fragment), else null. */
 export function safeHref(href: string): string | null {
   return /^(https?:\/\/|mailto:|\/(?!\/)|#)/i.test(href) ? href : null;
 }

@@ -1,4 +1,4 @@
-// Draws the tree: one component a kind; a kind this page does not know yet shows a placeholder.
+// Renders the tree with one component for each kind of node. An unknown kind shows a placeholder.
 import type { ComponentType } from "preact";
 import { Chat } from "./chat/chat";
 import { BarChart, LineChart } from "./elements/charts";
@@ -66,7 +66,7 @@ export function Children({ node }: { node: TreeNode }) {
 function Unknown({ node }: { node: TreeNode }) {
   return (
     <div class="unknown">
-      <span>“{node.kind}” needs a newer page. Reload to get it.</span>
+      <span>This page is too old to show “{node.kind}”. Reload it to update.</span>
       <Children node={node} />
     </div>
   );

@@ -1,11 +1,11 @@
-// Where values land on a plot: ranges, round ticks, the nearest sample and the path of a line.
+// The geometry of a plot: ranges, round ticks, the nearest sample and the paths of lines.
 
 export type Range = readonly [number, number];
 
 const ROUND = [1, 2, 5, 10];
 const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 21_600, 43_200, 86_400];
 
-/** From zero, with some air above; a flat line is not drawn on the frame. */
+/** The range of the y axis. It includes zero and leaves a margin at the top, so that no line lies on the frame. */
 export function yRange(values: Iterable<number | null>): Range {
   let low = 0;
   let high = -Infinity;
@@ -18,7 +18,7 @@ export function yRange(values: Iterable<number | null>): Range {
   return [low, high + (high - low) * 0.1];
 }
 
-/** Round numbers within the range, `most` or fewer; `base` 1024 makes bytes round. */
+/** Round numbers within the range, about `most` of them. With `base` 1024 they are round as bytes. */
 export function ticks([low, high]: Range, most: number, base = 10): number[] {
   const rough = (high - low) / Math.max(1, most);
   if (!(rough > 0) || !isFinite(rough)) return [];
@@ -28,7 +28,7 @@ export function ticks([low, high]: Range, most: number, base = 10): number[] {
   return multiples(low, high, step);
 }
 
-/** Full seconds, minutes and hours of the reader's clock; `range` in seconds. */
+/** Ticks at full seconds, minutes or hours of the local time zone. The range is in seconds. */
 export function timeTicks([low, high]: Range, most: number): number[] {
   const rough = (high - low) / Math.max(1, most);
   const step = TIME_STEPS.find((one) => one >= rough) ?? Math.ceil(rough / 86_400) * 86_400;
@@ -39,11 +39,11 @@ export function timeTicks([low, high]: Range, most: number): number[] {
 function multiples(low: number, high: number, step: number): number[] {
   const first = Math.ceil(low / step - 1e-9);
   const last = Math.floor(high / step + 1e-9);
-  // Without the tail that floating point leaves: 0.30000000000000004.
+  // Rounds off floating-point noise such as 0.30000000000000004.
   return Array.from({ length: Math.max(0, last - first + 1) }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
-/** One line hides the other: they are the same for the larger part. */
+/** Whether one line hides the other: most of their common values are equal. */
 export function coincide(a: readonly (number | null)[], b: readonly (number | null)[]): boolean {
   let both = 0;
   let same = 0;
@@ -65,12 +65,14 @@ export function nearest(sorted: readonly number[], at: number): number {
     if ((sorted[middle] ?? 0) < at) low = middle + 1;
     else high = middle;
   }
+
   const here = sorted[low];
   const before = sorted[low - 1];
   return here !== undefined && before !== undefined && at - before < here - at ? low - 1 : here === undefined ? -1 : low;
 }
 
-/** An SVG path; a missing value breaks the line, one between two missing is a dot (round line ends draw it). */
+/** The SVG path of a line. A missing value breaks the line. A value between two missing ones becomes an empty segment,
+ * which round line caps draw as a dot. */
 export function linePath(x: readonly number[], values: readonly (number | null)[], toX: (x: number) => number, toY: (y: number) => number): string {
   let path = "";
   let open = false;
@@ -87,7 +89,7 @@ export function linePath(x: readonly number[], values: readonly (number | null)[
   return path;
 }
 
-/** The surface between a line and `floor`, piece by piece where the line breaks. */
+/** The SVG path of the area between a line and `floor`, one piece for each unbroken part of the line. */
 export function areaPath(line: string, floor: number): string {
   return line
     .split("M")

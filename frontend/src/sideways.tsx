@@ -1,4 +1,4 @@
-// A table wider than its place scrolls sideways; its edges fade where there is more to see.
+// Makes a wide table scroll sideways. An edge fades while there is more to see beyond it.
 import type { ComponentChildren } from "preact";
 import { useLayoutEffect, useRef } from "preact/hooks";
 
@@ -13,7 +13,7 @@ export function Sideways({ label = "Table", testid, also = "", children }: { lab
   useLayoutEffect(() => {
     const el = box.current;
     if (!el) return;
-    // Observed at first as well: that measures.
+    // The observer also reports the initial size, which takes the first measurement.
     const observer = new ResizeObserver(measure);
     observer.observe(el);
     if (el.firstElementChild) observer.observe(el.firstElementChild);

@@ -1,4 +1,5 @@
-// The tree a page shows, kept by deltas: each node's props and children are signals, so a change renders one place.
+// The element tree of a page, updated by deltas. Props and children of each node are signals, so that a change renders
+// only the nodes it touches.
 import { batch, computed, signal, type Signal } from "@preact/signals";
 import type { Delta, Node, Prop } from "./codec/app";
 import { parse, str, type Json } from "./json";
@@ -13,18 +14,18 @@ export interface TreeNode {
   readonly children: Signal<TreeNode[]>;
 }
 
-/** The page and the server no longer agree: ask for the whole tree. */
+/** A delta does not fit the tree, so the page must ask for the whole one. */
 export class OutOfStep extends Error {}
 
 export class Store {
   readonly root: TreeNode = blank(0, "root", "");
   private readonly givenTitle = signal("");
-  /** Of the page element, which moves on with it; else what the whole tree came with. */
+  /** The title of the page element, else the one that came with the whole tree. */
   readonly title = computed(() => {
     const page = this.root.children.value.find((node) => node.kind === "page");
     return str(page?.props.value["title"]) || this.givenTitle.value;
   });
-  /** True once the first whole tree is here. */
+  /** Whether the first whole tree has arrived. */
   readonly ready = signal(false);
   private readonly nodes = new Map<number, TreeNode>([[0, this.root]]);
   private readonly parents = new Map<number, TreeNode>();
@@ -49,14 +50,15 @@ export class Store {
       this.ready.value = true;
     } else if (delta.insert) {
       const { parent, index, node } = delta.insert;
-      if (!node) throw new OutOfStep("insert without a node");
-      if (this.nodes.has(node.id)) throw new OutOfStep(`node ${node.id} is already there`);
+      if (!node) throw new OutOfStep("an insert has no node");
+      if (this.nodes.has(node.id)) throw new OutOfStep(`node ${node.id} already exists`);
       const into = this.find(parent);
       this.place(this.adopt(node, into), into, index);
     } else if (delta.update) {
       const { id, set, unset } = delta.update;
       const node = this.find(id);
       const props = { ...node.props.peek() };
+
       for (const name of unset) delete props[name];
       for (const prop of set) props[prop.name] = value(prop);
       node.props.value = props;
@@ -71,6 +73,7 @@ export class Store {
       for (let up: TreeNode | undefined = into; up; up = this.parents.get(up.id)) {
         if (up === node) throw new OutOfStep(`node ${id} cannot move into itself`);
       }
+
       this.take(node);
       this.parents.set(id, into);
       this.place(node, into, index);
@@ -117,7 +120,7 @@ export class Store {
   }
 }
 
-/** Every node under (and with) this one, depth first. */
+/** This node and all nodes below it, depth first. */
 export function* walk(node: TreeNode): Generator<TreeNode> {
   yield node;
   for (const child of node.children.value) yield* walk(child);

@@ -1,4 +1,4 @@
-// Light, dark or as the system says; every colour is a token of the style sheet, which follows by itself.
+// The colour theme: light, dark or that of the system. The style sheet derives all colours from an attribute.
 import { signal } from "@preact/signals";
 
 export type Theme = "auto" | "light" | "dark";

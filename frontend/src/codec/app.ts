@@ -1,4 +1,4 @@
-// Live web apps (package beamline.app): what the server says to a page and back.
+// The messages of live web apps (package beamline.app) between the server and a page.
 import { bool, message, optional, present, repeated, string, strings, uint, type Infer, type Message } from "./proto";
 
 export const prop = message({

@@ -1,5 +1,5 @@
-// Typed protobuf messages from field tables: each contract file lists names and numbers, this turns them into
-// encoders and decoders. Unknown fields are skipped, so an older page understands a newer server.
+// Builds encoders and decoders of protobuf messages from tables of field names and numbers. Unknown fields are skipped,
+// so that an older page understands a newer server.
 import { PbfReader, PbfWriter } from "pbf";
 
 export interface Field<T> {
@@ -35,8 +35,9 @@ export function message<S extends Shape>(shape: S): Message<Fields<S>> {
   const empty = (): Record<string, unknown> =>
     Object.fromEntries(names.map((name) => [name, shape[name]?.empty()]));
   const readFrom = (reader: PbfReader, end: number): Record<string, unknown> => {
-    // The reader itself reads on behind the end of its bytes.
-    if (end > reader.length) throw new Error("a message ends inside a part");
+    // Check the end here, because the reader does not stop at the end of its bytes.
+    if (end > reader.length) throw new Error("a nested message is longer than its frame");
+
     const read = reader.readFields<Record<string, unknown>>(
       (tag, result) => {
         const name = byTag.get(tag);
@@ -46,7 +47,8 @@ export function message<S extends Shape>(shape: S): Message<Fields<S>> {
       empty(),
       end,
     );
-    if (reader.pos !== end) throw new Error("a field ends outside its message");
+
+    if (reader.pos !== end) throw new Error("a field extends beyond its message");
     return read;
   };
   const writeTo = (writer: PbfWriter, value: Record<string, unknown>): void => {
@@ -55,6 +57,7 @@ export function message<S extends Shape>(shape: S): Message<Fields<S>> {
       if (given !== undefined) shape[name]?.write(writer, given);
     }
   };
+
   const built: Message<Record<string, unknown>> = {
     empty,
     readFrom,
@@ -85,7 +88,7 @@ function scalar<T>(
   });
 }
 
-// Numbers beyond 2^53 are not expected on this wire: ids, offsets and times stay far below.
+// JavaScript numbers are exact up to 2^53. Ids, offsets and times on this wire stay far below.
 export const uint = scalar(() => 0, (v) => v === 0, (r) => r.readVarint(), (w, tag, v) => w.writeVarintField(tag, v));
 export const int = scalar(() => 0, (v) => v === 0, (r) => r.readVarint(true), (w, tag, v) => w.writeVarintField(tag, v));
 export const bool = scalar(() => false, (v) => !v, (r) => r.readBoolean(), (w, tag, v) => w.writeBooleanField(tag, v));
@@ -97,7 +100,7 @@ export const bytes = scalar<Uint8Array>(
   (w, tag, v) => w.writeBytesField(tag, v),
 );
 
-/** A scalar of a oneof: absent and empty differ, so an empty one is written. */
+/** A scalar field of a oneof, where an empty value differs from an absent one and must be written. */
 export function present<T>(
   tag: number,
   read: (reader: PbfReader) => T,
@@ -153,7 +156,7 @@ export function strings(tag: number): Field<string[]> {
   };
 }
 
-/** map<string, message>: repeated entries of key 1, value 2. */
+/** A map<string, message>, encoded as repeated entries with the key in field 1 and the value in field 2. */
 export function mapOf<T>(tag: number, of: () => Message<T>): Field<Record<string, T>> {
   const entry = message({ key: string(1), value: optional(2, of) });
   const entries = repeated(tag, () => entry);
@@ -182,7 +185,7 @@ export function stringMap(tag: number): Field<Record<string, string>> {
   };
 }
 
-/** Several messages in one frame, each behind its length as a varint. */
+/** Joins messages into one frame, each one prefixed with its length as a varint. */
 export function joinFrames(messages: Uint8Array[]): Uint8Array {
   const writer = new PbfWriter();
   for (const item of messages) writer.writeBytes(item);
@@ -194,7 +197,7 @@ export function splitFrames(frame: Uint8Array): Uint8Array[] {
   const messages: Uint8Array[] = [];
   while (reader.pos < frame.length) {
     const length = reader.readVarint();
-    if (reader.pos + length > frame.length) throw new Error("frame ends inside a message");
+    if (reader.pos + length > frame.length) throw new Error("the frame ends inside a message");
     messages.push(frame.subarray(reader.pos, reader.pos + length));
     reader.pos += length;
   }

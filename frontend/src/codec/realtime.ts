@@ -1,4 +1,4 @@
-// The Centrifuge client protocol v2 (package centrifugal.centrifuge.protocol), as far as a client meets it.
+// The messages of the Centrifuge client protocol v2 (package centrifugal.centrifuge.protocol) that this client uses.
 import { bool, bytes, int, mapOf, message, optional, repeated, string, stringMap, uint, type Infer } from "./proto";
 
 export const error = message({ code: uint(1), message: string(2), temporary: bool(3) });

@@ -1,7 +1,7 @@
 import { initials, pick } from "../format";
 import { Icon } from "../icons";
 
-/** Initials on a colour that is always the same for the same user. */
+/** Shows initials on a colour derived from the user's id. */
 export function Avatar({ name, id, assistant = false, small = false }: { name: string; id: string; assistant?: boolean; small?: boolean }) {
   const tint = assistant ? "spark" : `tint-${pick(id, 8)}`;
   return (

@@ -1,4 +1,4 @@
-// Charts of given data; the plot itself is loaded when the first chart is shown.
+// Charts of static data. The plot code is loaded when the first chart is shown.
 import { useEffect, useState } from "preact/hooks";
 import type { ComponentType } from "preact";
 import { withUnit } from "../format";
@@ -8,6 +8,7 @@ import { labelsOf, type ElementProps } from "./show";
 
 let loaded: ComponentType<PlotProps> | undefined;
 
+/** Shows a placeholder until the plot code has been loaded. */
 export function LazyPlot(props: PlotProps) {
   const [, arrived] = useState(false);
   useEffect(() => {
@@ -38,7 +39,7 @@ export function LineChart({ node }: ElementProps) {
     points: new Map(list(one["points"]).map((point): [number, number] => [num(at(point, "0")), num(at(point, "1"))])),
   }));
   const xs = [...new Set(given.flatMap((one) => [...one.points.keys()]))].sort((a, b) => a - b);
-  const time = (xs[0] ?? 0) > 1e11; // epoch milliseconds
+  const time = (xs[0] ?? 0) > 1e11; // values this large are epoch milliseconds
   const title = str(props["title"]);
   return (
     <ChartCard title={title}>

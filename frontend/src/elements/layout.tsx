@@ -1,4 +1,4 @@
-// Elements that hold others.
+// Elements that contain other elements.
 import { useEffect, useRef, useState } from "preact/hooks";
 import { FormContext, useForm, useSession, type FormValues } from "../context";
 import { Icon } from "../icons";
@@ -60,7 +60,7 @@ export function Tabs({ node }: ElementProps) {
     session.event(node.key, next);
     (event.currentTarget as HTMLElement).querySelectorAll<HTMLElement>("[role=tab]")[next]?.focus();
   };
-  // The server may send only the active tab's children.
+  // The server may send only the active tab.
   const active = children.length === labels.length ? children[value] : children[0];
   return (
     <div class="tabs">
@@ -90,6 +90,7 @@ export function Form({ node }: ElementProps) {
   const outer = useForm();
   const values = useRef(new Map<string, Json>());
   const label = str(node.props.value["submit"], "Save");
+
   const form: FormValues = {
     set: (key, value) => void values.current.set(key, value),
     submit: () => {
@@ -97,6 +98,8 @@ export function Form({ node }: ElementProps) {
       values.current.clear();
     },
   };
+
+  // A form inside another one joins it, since HTML allows no nested forms.
   if (outer) return <Children node={node} />;
   return (
     <FormContext.Provider value={form}>

@@ -1,4 +1,4 @@
-// Elements bound to a channel of samples: they move without a rerun of the app.
+// Elements bound to a channel of samples. They update without a rerun of the app.
 import type { ComponentChildren } from "preact";
 import { bytes, duration, number, withUnit } from "../format";
 import { at, num, records, str, type Json, type JsonObject } from "../json";
@@ -7,6 +7,7 @@ import { ChartCard, LazyPlot } from "./charts";
 import type { PlotSeries } from "./plot";
 import { columnsOf, DataTable, MetricCard, yesNo, type Column, type ElementProps } from "./show";
 
+/** Samples shown by a spark line. */
 const SPARK = 60;
 const MOST_SERIES = 8;
 
@@ -16,6 +17,7 @@ export function LiveMetric({ node }: ElementProps) {
   const recent = samples.value.slice(-SPARK);
   const values = numbers(recent, str(props["path"]), props["rate"] === true);
   const last = values[values.length - 1] ?? null;
+
   const unit = str(props["unit"]);
   const digits = typeof props["digits"] === "number" ? num(props["digits"]) : undefined;
   const known = unit === "bytes" || unit === "us" || unit === "percent";
@@ -32,6 +34,7 @@ function Spark({ values }: { values: (number | null)[] }) {
   if (known.length < 2) return <svg class="spark-line" viewBox="0 0 60 16" aria-hidden="true" />;
   const low = Math.min(...known);
   const spread = Math.max(...known) - low || 1;
+
   const start = SPARK - values.length;
   const points = values.flatMap((value, i) => (value === null ? [] : [`${start + i + 1},${(14.5 - ((value - low) / spread) * 13).toFixed(1)}`]));
   return (
@@ -63,16 +66,16 @@ function LivePlot({ node, series }: ElementProps & { series: (samples: Sample[])
   const range = num(props["window"], 300);
   const all = samples.value;
   const end = all[all.length - 1]?.t ?? Date.now();
-  // One sample more than shown, so that a rate begins at the edge.
+  // Include earlier samples than shown, so that a rate starts at the left edge.
   const shown = all.filter((sample) => sample.t >= end - (range + 2) * 1000);
   const title = str(props["title"]);
   const lines = series(shown);
   return (
     <ChartCard title={title}>
       {problem.value !== "" ? (
-        <div class="empty small"><p>This channel cannot be read: {problem.value}</p></div>
+        <div class="empty small"><p>Cannot read this channel: {problem.value}</p></div>
       ) : shown.length === 0 || lines.length === 0 ? (
-        <div class="plot-host empty small"><p>{shown.length === 0 ? "Waiting for the first sample…" : "Nothing counted yet. Send a request to see it here."}</p></div>
+        <div class="plot-host empty small"><p>{shown.length === 0 ? "Waiting for the first sample…" : "No data yet. Send a request to see it here."}</p></div>
       ) : (
         <LazyPlot x={shown.map((sample) => sample.t / 1000)} time unit={str(props["unit"])} title={title} series={lines} span={[end / 1000 - range, end / 1000]} />
       )}
@@ -99,7 +102,7 @@ function stateTone(word: string): string {
 }
 
 function cell(value: Json | undefined, column: Column, row: JsonObject): ComponentChildren {
-  // Of nothing completed there is no time.
+  // Without a completed task, a latency of 0 means that it is unknown.
   const none = column.format === "ms" && value === 0 && row["completed_total"] === 0;
   if (value === undefined || value === null || none) return <span class="muted">–</span>;
   if (column.format === "badge") {
@@ -119,7 +122,7 @@ function formatted(value: number, format: string): string {
     case "bytes":
       return bytes(value);
     case "percent":
-      return `${number(value * 100, 1)} %`; // shares are 0…1 on the wire
+      return `${number(value * 100, 1)} %`; // shares are 0 to 1 on the wire
     case "ms":
       return withUnit(value, "ms");
     case "us":

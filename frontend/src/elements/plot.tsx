@@ -1,4 +1,5 @@
-// A line plot: the legend shows the values under the crosshair and toggles lines; drag to zoom, or read it as a table.
+// A line plot. The legend shows the values under the crosshair and toggles lines, a drag zooms, and a table shows the
+// same data.
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { axisTime, moment, withUnit } from "../format";
 import { Icon } from "../icons";
@@ -11,13 +12,13 @@ export interface PlotSeries {
 }
 
 export interface PlotProps {
-  /** Seconds when `time`, else plain numbers; ascending. */
+  /** Ascending; epoch seconds if `time` is set, else plain numbers. */
   x: number[];
   series: PlotSeries[];
   time: boolean;
   unit: string;
   title: string;
-  /** What the x axis spans when not zoomed. */
+  /** Range of the x axis while not zoomed; by default that of `x`. */
   span?: Range;
 }
 
@@ -25,10 +26,10 @@ const HEIGHT = 200;
 const [LEFT, RIGHT, TOP, BOTTOM] = [52, 8, 8, 22];
 const BOX_HEIGHT = HEIGHT - TOP - BOTTOM;
 const SERIES = 8;
-/** A dash and the gap after it. */
+/** Length of a dash with its gap, in pixels. */
 const DASHES = 16;
 const TABLE_ROWS = 30;
-/** A shorter drag is a click. */
+/** A drag of fewer pixels counts as a click. */
 const DRAG = 6;
 
 export default function Plot(props: PlotProps) {
@@ -56,17 +57,20 @@ export default function Plot(props: PlotProps) {
   const xRange: Range = to > from ? [from, to] : [from - 1, from + 1];
   const perPixel = (xRange[1] - xRange[0]) / boxWidth;
   const toX = (at: number): number => (at - xRange[0]) / perPixel;
-  // One sample more at either side, so that lines run to the edge.
+
+  // Include one sample beyond either side, so that lines run to the edge.
   const first = Math.max(0, x.findIndex((at) => at >= xRange[0]) - 1);
   const after = x.findIndex((at) => at > xRange[1]);
   const end = after < 0 ? x.length : after + 1;
   const inside = x.slice(first, end);
   const lines = series.map((one, i) => ({ ...one, values: one.values.slice(first, end), tint: `series-${i % SERIES}`, shown: !hidden.has(one.label) }));
+
   const visible = lines.filter((line) => line.shown);
+
   const range = yRange(visible.flatMap((line) => line.values));
   const toY = (value: number): number => BOX_HEIGHT - ((value - range[0]) / (range[1] - range[0])) * BOX_HEIGHT;
 
-  // The crosshair stays under the pointer while samples move on below it.
+  // Follow the pointer, not a sample: samples move below the crosshair as new ones arrive.
   const index = pointer === null ? -1 : nearest(inside, xRange[0] + pointer * perPixel);
   const at = inside[index];
   const when = at === undefined ? "" : time ? moment(at * 1000) : String(at);
@@ -76,7 +80,7 @@ export default function Plot(props: PlotProps) {
     return Math.max(0, Math.min(boxWidth, event.clientX - box.left - LEFT));
   };
   const press = (event: PointerEvent): void => {
-    if (event.pointerType !== "mouse" || event.button !== 0) return; // a finger scrolls the page and moves the crosshair
+    if (event.pointerType !== "mouse" || event.button !== 0) return; // a finger scrolls the page and moves the crosshair, but does not zoom
     (event.currentTarget as Element).setPointerCapture(event.pointerId);
     setPressed(place(event));
   };
@@ -94,6 +98,7 @@ export default function Plot(props: PlotProps) {
 
   const yTicks = ticks(range, 5, unit === "bytes" ? 1024 : 10);
   const xTicks = time ? timeTicks(xRange, boxWidth / 80) : ticks(xRange, boxWidth / 80);
+
   const label = `${props.title}: ${series.map((one) => `${one.label} ${shown(one.values[one.values.length - 1], unit)}`).join(", ")}`;
   return (
     <div class="plot">
@@ -183,11 +188,11 @@ function PlotTable({ x, series, time, unit, title }: PlotProps) {
 
 const shown = (value: number | null | undefined, unit: string): string => (value === null || value === undefined ? "–" : withUnit(value, unit));
 
-/** A line over others shows through its gaps what is below. */
+/** Dashes a line that covers `below` others, so that its gaps show them. */
 function dashes(below: number): string | undefined {
   const dash = DASHES / 2 ** below;
   return below === 0 ? undefined : `${dash} ${DASHES - dash}`;
 }
 
-/** Labels at the edges stay inside. */
+/** Aligns the labels at the edges inwards, so that they stay inside the plot. */
 const anchor = (x: number, width: number): string => (x < 16 ? "start" : x > width - 24 ? "end" : "middle");

@@ -1,4 +1,4 @@
-// Elements that only show: text, tables, numbers and states.
+// Elements that only display: text, tables, numbers and states.
 import type { ComponentChildren } from "preact";
 import { useSession } from "../context";
 import { number } from "../format";
@@ -83,7 +83,7 @@ export function Progress({ node }: ElementProps) {
   );
 }
 
-/** Which of the shell's own places a link is; browser tests and icons go by it. */
+/** Recognizes links to the shell's own pages, for their icons and for browser tests. */
 function place(href: string): { testid: string; icon: IconName } {
   const path = href.split("?")[0] ?? "";
   if (/^\/console\b/.test(path)) return { testid: "nav-console", icon: "gauge" };

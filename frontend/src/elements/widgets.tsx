@@ -1,4 +1,4 @@
-// Elements one works with: each sends its value under its key, or into the form around it.
+// Input elements. Each sends its value under its key, or adds it to the form around it.
 import { useEffect, useId, useRef, useState } from "preact/hooks";
 import type { ComponentChildren } from "preact";
 import { useForm, useSession } from "../context";
@@ -6,7 +6,8 @@ import { num, records, str, type Json } from "../json";
 import type { TreeNode } from "../store";
 import { labelsOf, type ElementProps } from "./show";
 
-/** The value shown: ours while being changed, the server's when it says a new one. */
+/** The value of a widget: the user's while editing, until the server sends a new one. Returns the value, a setter for
+ * drafts, and one that also sends the value to the server or the form. */
 function useWidget<T extends Json>(node: TreeNode, read: (value: Json | undefined) => T): [T, (value: T) => void, (value: T) => void] {
   const session = useSession();
   const form = useForm();
@@ -17,6 +18,7 @@ function useWidget<T extends Json>(node: TreeNode, read: (value: Json | undefine
     setValue(said);
     sent.current = said;
   }, [said]);
+
   const commit = (next: T): void => {
     setValue(next);
     if (form) form.set(node.key, next);
@@ -25,6 +27,8 @@ function useWidget<T extends Json>(node: TreeNode, read: (value: Json | undefine
       session.event(node.key, next);
     }
   };
+
+  // A draft only goes to the form, so that submitting with Enter includes the text being typed.
   const draft = (next: T): void => {
     setValue(next);
     form?.set(node.key, next);

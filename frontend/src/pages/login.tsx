@@ -1,10 +1,11 @@
-// Sign in or sign up; the cookie that comes back keeps the session, the token opens the connection.
+// The sign-in and sign-up page. The server sets a cookie that keeps the user signed in, and returns a token that opens
+// the connection.
 import { useState } from "preact/hooks";
 import { authenticate, type Account } from "../auth";
 import { sentence } from "../format";
 import { Logo } from "../icons";
 
-/** As the server wants it. */
+/** The minimum length that the server accepts. */
 const PASSWORD_MIN = 8;
 
 export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; notice: string; onSignedIn: (account: Account) => void }) {
@@ -18,11 +19,11 @@ export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; not
     const name = String(form.get("name") ?? "").trim();
     const password = String(form.get("password") ?? "");
     if (name === "" || password === "") {
-      setError("Name and password are both needed.");
+      setError("Enter a name and a password.");
       return;
     }
     if (creating && password.length < PASSWORD_MIN) {
-      setError(`A password has at least ${PASSWORD_MIN} characters.`);
+      setError(`The password must have at least ${PASSWORD_MIN} characters.`);
       return;
     }
     setBusy(true);
@@ -57,7 +58,7 @@ export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; not
         </form>
         {signup && (
           <p class="muted center">
-            {creating ? "You have an account?" : "New here?"}{" "}
+            {creating ? "Already have an account?" : "New here?"}{" "}
             <button type="button" class="text-button" data-testid="login-mode" onClick={() => { setCreating(!creating); setError(""); }}>
               {creating ? "Sign in" : "Create an account"}
             </button>

@@ -1,4 +1,4 @@
-// The whole product in real browsers: two people, the assistant, the console, and a server that is killed meanwhile.
+// Tests the whole product in real browsers: two users, the assistant, the console, and a server that is killed.
 import type { Browser, BrowserContextOptions } from "playwright-core";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { launch, WAIT_MS, Window } from "./browser";
@@ -16,7 +16,7 @@ let console_: Window;
 const all = (): Window[] => [ann, bob, console_].filter((one) => one !== undefined);
 
 const open = async (name: string, options: BrowserContextOptions = {}): Promise<Window> => {
-  // Without motion, so that contrast is never measured half way between two colours.
+  // Reduced motion, so that contrast is not measured during a colour transition.
   const context = await browser.newContext({ viewport: DESKTOP, colorScheme: "light", reducedMotion: "reduce", ...options });
   return Window.open(context, server.url, name);
 };
@@ -37,7 +37,7 @@ afterEach(async ({ task }) => {
 });
 
 describe("sign in", () => {
-  it("a new person creates an account and is in a room", async () => {
+  it("a new user creates an account and enters a room", async () => {
     ann = await open("ann");
     await ann.page.goto(server.url);
     await ann.byId("login-name").waitFor();
@@ -50,20 +50,20 @@ describe("sign in", () => {
     await ann.byId("login-name").fill("ann");
     await ann.byId("login-password").fill("short");
     await ann.byId("login-submit").click();
-    expect(await ann.byId("login-error").innerText()).toBe("A password has at least 8 characters.");
+    expect(await ann.byId("login-error").innerText()).toBe("The password must have at least 8 characters.");
     await ann.byId("login-mode").click();
     await ann.page.setViewportSize(DESKTOP);
     await ann.signUp("ann", PASSWORD);
     await ann.byId("composer").waitFor();
   });
 
-  it("works by keyboard alone, and tells what is wrong", async () => {
+  it("works by keyboard alone and names mistakes", async () => {
     bob = await open("bob", { colorScheme: "dark" });
     await bob.page.goto(server.url);
     await bob.byId("login-name").waitFor();
     await bob.accessible("login, dark");
     const keys = bob.page.keyboard;
-    // Focus is in the name field; the way to a new account is a button behind the form.
+    // Focus starts in the name field; the button for a new account comes after the form.
     const focused = (): Promise<string | null> => bob.page.evaluate(() => document.activeElement?.getAttribute("data-testid") ?? null);
     expect(await focused()).toBe("login-name");
     for (let i = 0; i < 6 && (await focused()) !== "login-mode"; i++) await keys.press("Tab");
@@ -90,7 +90,7 @@ describe("chat", () => {
     await ann.send("hello from ann");
     await bob.message("hello from ann").waitFor();
     await ann.message("hello from ann").waitFor();
-    // By keyboard: the slash goes to the composer.
+    // The slash key focuses the composer.
     await bob.page.locator("main").focus();
     await bob.page.keyboard.press("/");
     await bob.page.keyboard.type("hello back, **ann** <script>alert(1)</script>");
@@ -103,7 +103,7 @@ describe("chat", () => {
     expect(await bob.messages()).toEqual(await ann.messages());
   });
 
-  it("the assistant's answer comes to both windows", async () => {
+  it("the assistant's answer appears in both windows", async () => {
     const answers = (window: Window): ReturnType<Window["message"]> => window.page.locator("[data-testid=message].assistant[data-state=sent]");
     await ann.send("@assistant status");
     for (const window of [ann, bob]) {
@@ -113,7 +113,7 @@ describe("chat", () => {
     expect(await bob.messages()).toEqual(await ann.messages());
   });
 
-  it("tells what would not be taken as it is meant", async () => {
+  it("warns about a misplaced mention and about a message that is too long", async () => {
     const note = ann.byId("composer-note");
     await ann.byId("composer").fill("hi @assistant status");
     await expect.poll(() => note.innerText()).toBe("Begin the message with @assistant to ask.");
@@ -127,7 +127,7 @@ describe("chat", () => {
     await expect.poll(() => note.innerText()).toBe("");
   });
 
-  it("a wide table scrolls sideways, and no word is broken", async () => {
+  it("a wide table scrolls sideways and breaks no words", async () => {
     await ann.send("| provider | what it does | where | p95 |\n|---|---|---|---|\n| local-echo-provider | says the same words again as they came | europe-west | 12 ms |");
     const table = ann.page.locator(".markdown .table-scroll");
     await table.waitFor();
@@ -141,7 +141,7 @@ describe("chat", () => {
     await ann.page.setViewportSize(DESKTOP);
   });
 
-  it("shows who is there", async () => {
+  it("shows who is present", async () => {
     for (const window of [ann, bob]) {
       const people = window.page.getByRole("complementary", { name: "Who is here" });
       await people.getByText("ann").waitFor();
@@ -160,7 +160,7 @@ describe("chat", () => {
     await ann.page.setViewportSize(DESKTOP);
   });
 
-  it("the switch dialog goes to another page by keyboard, and back brings the room", async () => {
+  it("the jump dialog opens another page by keyboard, and back returns to the room", async () => {
     await ann.page.keyboard.press("Control+K");
     await ann.byId("jump-input").waitFor();
     await ann.accessible("jump dialog");
@@ -174,7 +174,7 @@ describe("chat", () => {
 });
 
 describe("rooms", () => {
-  it("a new one shows in everybody's sidebar, and is another place", async () => {
+  it("a new room appears in every sidebar and is separate from the others", async () => {
     await ann.byId("nav-console").click(); // from any page
     await ann.byId("chart").first().waitFor();
     await ann.byId("new-room").click();
@@ -195,7 +195,7 @@ describe("rooms", () => {
   });
 });
 
-it("a place that is not there says so, beside the way to others", async () => {
+it("an unknown page says so and links to the start page", async () => {
   for (const [place, text] of [["/rooms/nosuch", "There is no such room"], ["/nosuch", "There is nothing here"]] as const) {
     await ann.page.goto(server.url + place);
     await ann.page.getByText(text).waitFor();
@@ -217,7 +217,7 @@ describe("console", () => {
     await console_.changes(() => console_.page.locator(".plot-box .line").first().getAttribute("d"));
   });
 
-  it("tabs and choices run the page again, and tables are live", async () => {
+  it("tabs and selections rerun the page, and tables are live", async () => {
     for (const tab of ["Nodes", "Providers"]) {
       await console_.page.getByRole("tab", { name: tab }).click();
       await console_.page.locator(`[role=tab][aria-selected=true]`, { hasText: tab }).waitFor();
@@ -227,12 +227,12 @@ describe("console", () => {
     await console_.page.getByRole("tab", { name: "Overview" }).click();
     await console_.page.getByLabel("Time range", { exact: true }).first().selectOption("300");
     await console_.page.locator(".plot-box .line").first().waitFor({ state: "attached" });
-    // Five minutes have ticks at full minutes, one minute has seconds.
+    // A range of five minutes has ticks at full minutes, one of a minute has ticks with seconds.
     const lastTick = (): Promise<string> => console_.byId("chart").first().locator(".plot-box text").last().innerHTML();
     await expect.poll(lastTick, { timeout: WAIT_MS }).toMatch(/^\d\d:\d\d$/);
   });
 
-  it("the crosshair shows values, the legend toggles, a drag zooms, and there is a table", async () => {
+  it("the crosshair shows values, the legend toggles lines, a drag zooms, and the data is available as a table", async () => {
     const title = await console_.byId("chart").filter({ has: console_.page.locator(".plot-box .line") }).first().getAttribute("aria-label");
     const chart = console_.page.locator(`[data-testid=chart][aria-label="${title}"]`);
     const plot = chart.locator(".plot-box").first();
@@ -262,14 +262,14 @@ describe("console", () => {
     await console_.page.emulateMedia({ colorScheme: "dark" });
     await console_.accessible("console, dark");
     await console_.page.setViewportSize(PHONE);
-    await expect.poll(() => console_.fits(PHONE.width).then(() => true, String)).toBe(true); // charts follow in the next frame
+    await expect.poll(() => console_.fits(PHONE.width).then(() => true, String)).toBe(true); // charts resize in the next frame
     await console_.page.setViewportSize(DESKTOP);
     await console_.page.emulateMedia({ colorScheme: "light" });
   });
 });
 
 describe("a server that is killed", () => {
-  it("every page says so, and what is written meanwhile waits", async () => {
+  it("every page reports it, and new messages wait", async () => {
     for (const window of all()) window.serverDown = true;
     await server.kill();
     for (const window of all()) await window.byId("offline").waitFor();
@@ -281,7 +281,7 @@ describe("a server that is killed", () => {
     await bob.byId("composer").fill("a draft");
   });
 
-  it("started again, the pages recover by themselves with all that was there", async () => {
+  it("after a restart, the pages recover by themselves and lose nothing", async () => {
     const texts = async (): Promise<string[]> => (await bob.messages()).map((message) => message.replace(/^\S+ /, ""));
     const before = await texts();
     await server.start();
@@ -300,7 +300,7 @@ describe("a server that is killed", () => {
     await console_.changes(() => console_.page.locator(".plot-box .line").first().getAttribute("d"));
   });
 
-  it("a reload shows the same, still signed in", async () => {
+  it("a reload shows the same page and keeps the user signed in", async () => {
     const before = await ann.messages();
     await ann.page.reload();
     await ann.message("we are back").waitFor();
@@ -308,11 +308,11 @@ describe("a server that is killed", () => {
   });
 });
 
-it("nothing went wrong on the way: no errors, no request to elsewhere, no broken policy", () => {
+it("no window recorded an error, a policy violation or a request to another host", () => {
   expect(all().flatMap((window) => window.problems)).toEqual([]);
 });
 
-it("sign out ends at the sign-in page, and signing in again brings the room", async () => {
+it("signing out leads to the sign-in page, and signing in again returns to the room", async () => {
   await bob.byId("sign-out").click();
   await bob.byId("login-name").fill("bob");
   await bob.byId("login-password").fill(PASSWORD);

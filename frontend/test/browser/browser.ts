@@ -1,4 +1,4 @@
-// A browser window as a user has it, that also watches for what must never happen in it.
+// A browser window that also records errors, policy violations and requests to other hosts.
 import { mkdirSync } from "node:fs";
 import axe from "axe-core";
 import { chromium, type Browser, type BrowserContext, type Locator, type Page } from "playwright-core";
@@ -10,9 +10,9 @@ export const launch = (): Promise<Browser> =>
   chromium.launch({ executablePath: process.env["CHROMIUM"] ?? "/usr/bin/chromium", args: ["--no-sandbox", "--disable-dev-shm-usage"] });
 
 export class Window {
-  /** What went wrong that nobody expected: console errors, exceptions, requests to elsewhere, broken policy. */
+  /** Unexpected console errors, exceptions, policy violations and requests to other hosts. */
   readonly problems: string[] = [];
-  /** The server is known to be down: that it cannot be reached is no problem then. */
+  /** While set, failures to reach the server are expected. */
   serverDown = false;
   private refused: RegExp | undefined;
 
@@ -27,7 +27,7 @@ export class Window {
     page.on("console", (message) => {
       if (message.type() !== "error" && message.type() !== "warning") return;
       const [text, { url }] = [message.text(), message.location()];
-      if (/401/.test(text) && url.endsWith("/auth/token")) return; // the browser's own note on a visitor not signed in
+      if (/401/.test(text) && url.endsWith("/auth/token")) return; // the browser logs the expected 401 of a visitor who is not signed in
       if (this.refused?.test(text) && url.includes("/auth/")) return;
       if (this.serverDown && /ERR_CONNECTION|ERR_EMPTY_RESPONSE|WebSocket connection to/.test(text)) return;
       problem(`console: ${text} (${url})`);
@@ -46,7 +46,7 @@ export class Window {
     return window;
   }
 
-  /** The next requests to sign in may be refused with such a status; the browser notes each. */
+  /** Expects refusals of sign-in requests with this status; the browser logs each one. */
   serverSays(status: RegExp): void {
     this.refused = status;
   }
@@ -59,7 +59,7 @@ export class Window {
     return this.page.locator(`[data-testid=message][data-state=${state}]`).filter({ hasText: text });
   }
 
-  /** Id and text of each message shown. */
+  /** Ids and texts of the displayed messages. */
   messages(): Promise<string[]> {
     return this.byId("message").evaluateAll((all) =>
       all.map((one) => `${one.getAttribute("data-id")} ${one.querySelector("[data-testid=message-text]")?.textContent ?? ""}`),
@@ -83,7 +83,7 @@ export class Window {
     await this.byId("composer").press("Enter");
   }
 
-  /** Resolves once what is read from the page is another value than now. */
+  /** Resolves once `read` returns a different value than now. */
   async changes(read: () => Promise<unknown>): Promise<void> {
     const before = await read();
     await expect.poll(read, { timeout: WAIT_MS, interval: 100 }).not.toEqual(before);
@@ -98,7 +98,7 @@ export class Window {
     expect(found, `${where} (${this.name})`).toEqual([]);
   }
 
-  /** Nothing is wider than the window. */
+  /** Checks that nothing is wider than the window. */
   async fits(width: number): Promise<void> {
     const wide = await this.page.evaluate(() => {
       const scrolls = (element: Element): boolean => /auto|scroll/.test(getComputedStyle(element).overflowX) && !element.matches(".main, main, html, body");

@@ -1,4 +1,4 @@
-// The pictures of the documents, taken of the real thing at work: SCREENSHOTS=1 npm run test:browser.
+// Takes the screenshots in the documents: SCREENSHOTS=1 npm run test:browser.
 import { afterAll, beforeAll, describe, it } from "vitest";
 import type { Browser } from "playwright-core";
 import { launch, Window } from "./browser";
@@ -29,7 +29,7 @@ describe.runIf(process.env["SCREENSHOTS"] === "1")("pictures", () => {
       return window;
     };
     const [ann, ben, mira] = [await join("ann"), await join("ben"), await join("mira")];
-    // Numbers worth asking for.
+    // Run some tasks, so that the assistant's answer and the console show real numbers.
     for (let i = 0; i < 40; i++) await Promise.all(["echo", "ops", "echo"].map((type) => server.submit(type, { prompt: "status" })));
     const say = async (who: Window, text: string): Promise<void> => {
       await who.send(text);

@@ -1,4 +1,4 @@
-// The product itself, as a process: started, killed and started again on the same port and data.
+// Runs the real binary, which can be killed and restarted on the same port and data.
 import { spawn, type ChildProcess } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, mkdtempSync, rmSync } from "node:fs";
@@ -15,7 +15,7 @@ export class Server {
   private readonly binary = resolve(process.env["BEAMLINE"] ?? "../target/debug/beamline");
   private process: ChildProcess | undefined;
   private address = "127.0.0.1:0";
-  /** The last lines it wrote, for when a test fails. */
+  /** The last lines of its output, for failure messages. */
   readonly log: string[] = [];
 
   get url(): string {
@@ -23,7 +23,8 @@ export class Server {
   }
 
   async start(): Promise<void> {
-    if (!existsSync(this.binary)) throw new Error(`${this.binary} is not there: cargo build, or set BEAMLINE`);
+    if (!existsSync(this.binary)) throw new Error(`${this.binary} does not exist: run cargo build, or set BEAMLINE to the binary`);
+
     const child = spawn(
       this.binary,
       ["up", "--data-dir", this.dir, "--http", this.address, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--socket", this.socket],
@@ -35,8 +36,9 @@ export class Server {
       if (this.log.length > LOG_LINES) this.log.shift();
     };
     createInterface({ input: child.stderr }).on("line", keep);
+
     const ready = await new Promise<string>((found, failed) => {
-      const late = setTimeout(() => failed(new Error(`not ready in time\n${this.log.join("\n")}`)), READY_MS);
+      const late = setTimeout(() => failed(new Error(`the server was not ready in time\n${this.log.join("\n")}`)), READY_MS);
       createInterface({ input: child.stdout }).on("line", (line) => {
         keep(line);
         if (!line.startsWith("ready ")) return;
@@ -44,18 +46,18 @@ export class Server {
         found(line.slice("ready ".length));
       });
       child.once("error", failed);
-      child.once("exit", (code, signal) => failed(new Error(`it ended (${signal ?? code})\n${this.log.join("\n")}`)));
+      child.once("exit", (code, signal) => failed(new Error(`the server exited (${signal ?? code})\n${this.log.join("\n")}`)));
     });
     this.address = String((JSON.parse(ready) as { http: string }).http);
   }
 
-  /** A program hands in a task and waits for its result. */
+  /** Submits a task with the command line client and waits for its result. */
   async submit(type: string, payload: unknown): Promise<void> {
     const child = spawn(this.binary, ["submit", "--socket", this.socket, "--type", type, "--wait", "result", JSON.stringify(payload)], { stdio: "ignore" });
     await once(child, "exit");
   }
 
-  /** As a crash would end it: no goodbye, nothing written after. */
+  /** Kills the process as a crash would, without a shutdown. */
   async kill(): Promise<void> {
     const child = this.process;
     if (!child || child.exitCode !== null || child.signalCode !== null) return;

@@ -1,4 +1,4 @@
-// The codecs against the vectors that the Rust side reads too, and against what no server should send.
+// Tests the codecs with the golden vectors that the Rust crates use too, and with malformed input.
 import { readFileSync } from "node:fs";
 import { describe, expect, it } from "vitest";
 import { back, forward, type Back, type Forward } from "../../src/codec/app";
@@ -45,7 +45,7 @@ describe("app messages", () => {
   });
 
   it("skips fields of a newer server, at every level", () => {
-    // Field 99 as varint, as bytes and as fixed64 beside what is known.
+    // The unknown field 99 as varint, as bytes and as fixed64, next to known fields.
     const newer = "98063b" + "9a0603414243" + "99060000000000000000";
     const first = app.forward.find(({ name }) => name === "run finished");
     expect(pruned(forward.decode(bytes(newer + (first?.protobuf ?? "") + newer)))).toEqual(first?.json);
@@ -97,7 +97,7 @@ describe("real-time messages", () => {
     expect(splitFrames(new Uint8Array(0))).toEqual([]);
   });
 
-  it("keeps bytes that are no JSON", () => {
+  it("keeps bytes that are not JSON", () => {
     const data = Uint8Array.from([0, 255, 1, 254]);
     expect(publication.decode(publication.encode({ data, offset: 3 })).data).toEqual(data);
   });
@@ -110,15 +110,15 @@ describe("malformed input", () => {
     expect(() => splitFrames(bytes("80"))).toThrow();
   });
 
-  it("refuses a message whose part claims more than there is", () => {
-    expect(() => forward.decode(bytes("1aff01"))).toThrow(); // deltas of 255 bytes
-    expect(() => forward.decode(bytes("1affffffff7f00"))).toThrow(); // of 32 GB: must not hang
+  it("refuses a length that exceeds the message", () => {
+    expect(() => forward.decode(bytes("1aff01"))).toThrow(); // claims 255 bytes of deltas
+    expect(() => forward.decode(bytes("1affffffff7f00"))).toThrow(); // claims 32 GB, which must not hang
     expect(() => reply.decode(bytes("120a0801"))).toThrow();
-    expect(() => reply.decode(bytes("2205120a63"))).toThrow(); // a channel name cut short
-    expect(() => publication.decode(bytes("220548"))).toThrow(); // data cut short
+    expect(() => reply.decode(bytes("2205120a63"))).toThrow(); // a truncated channel name
+    expect(() => publication.decode(bytes("220548"))).toThrow(); // truncated data
   });
 
-  it("refuses every cut through a golden message or reads a shorter one, quickly", () => {
+  it("refuses every truncation of a golden message or reads a shorter one, quickly", () => {
     const started = performance.now();
     for (const { protobuf } of app.forward) {
       const whole = bytes(protobuf);

@@ -17,12 +17,12 @@ describe("format", () => {
 
   it.each([["Ann", "A"], ["ann lee", "AL"], ["a.b-c", "AC"], ["", "?"], ["  ", "?"], ["🙂 smile", "🙂S"], ["élan", "É"]])("initials of %j are %s", (name, expected) => expect(initials(name)).toBe(expected));
 
-  it("a colour is always the same for the same name, and all are used", () => {
+  it("pick returns the same index for the same name and uses all of them", () => {
     expect(pick("ann", 8)).toBe(pick("ann", 8));
     expect(new Set(Array.from({ length: 200 }, (_, i) => pick(`user-${i}`, 8))).size).toBe(8);
   });
 
-  it("days have names when they are near", () => {
+  it("today and yesterday are named", () => {
     const noon = new Date(2026, 2, 29, 12).getTime(); // a day with a change of the clock in Europe
     expect(day(noon, noon)).toBe("Today");
     expect(day(new Date(2026, 2, 29, 0, 1).getTime(), noon)).toBe("Today");

@@ -7,14 +7,14 @@ const times = (of: Sample[]): number[] => of.map(({ t }) => t);
 const many = (count: number, from = 0): Sample[] => Array.from({ length: count }, (_, i) => ({ t: from + i, data: {} }));
 
 describe("merge", () => {
-  it("is in time order, each moment once, the newest word for it", () => {
+  it("sorts by time and keeps the last of several samples with the same time", () => {
     expect(times(merge(samples([3, {}], [5, {}]), samples([1, {}], [4, {}])))).toEqual([1, 3, 4, 5]);
     expect(merge(samples([1, { a: 1 }], [2, {}]), samples([1, { a: 2 }]))).toEqual(samples([1, { a: 2 }], [2, {}]));
     expect(times(merge([], samples([2, {}], [1, {}], [2, {}])))).toEqual([1, 2]);
     expect(merge([], [])).toEqual([]);
   });
 
-  it("history that arrives after the first live samples fills in before them", () => {
+  it("puts history before live samples that arrived first", () => {
     expect(times(merge(many(3, 10), many(13)))).toEqual([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
   });
 
@@ -28,21 +28,21 @@ describe("merge", () => {
 describe("numbers", () => {
   const totals = samples([1_000, { a: { n: 10 } }], [2_000, { a: { n: 30 } }], [4_000, { a: { n: 40 } }]);
 
-  it("read a path; what is no number is no value", () => {
+  it("reads a path, with null for anything but a number", () => {
     expect(numbers(totals, "a.n", false)).toEqual([10, 30, 40]);
     expect(numbers(samples([1, { a: "x" }], [2, {}], [3, { a: 0 }]), "a", false)).toEqual([null, null, 0]);
   });
 
-  it("rates are per second between two samples", () => {
+  it("computes rates per second between two samples", () => {
     expect(numbers(totals, "a.n", true)).toEqual([null, 20, 5]);
   });
 
-  it("a total that fell was restarted: no value there, and right after", () => {
+  it("gives no rate where a restarted total fell", () => {
     const restarted = samples([1_000, { n: 500 }], [2_000, { n: 600 }], [3_000, { n: 4 }], [4_000, { n: 10 }]);
     expect(numbers(restarted, "n", true)).toEqual([null, 100, null, 6]);
   });
 
-  it("a missing sample makes no rate, never an infinite one", () => {
+  it("gives no rate next to a missing sample, nor an infinite one", () => {
     expect(numbers(samples([1_000, { n: 1 }], [2_000, {}], [3_000, { n: 9 }]), "n", true)).toEqual([null, null, null]);
     expect(numbers(samples([1_000, { n: 1 }], [1_000, { n: 9 }]), "n", true)).toEqual([null, null]);
   });
@@ -51,7 +51,7 @@ describe("numbers", () => {
 describe("breakdown", () => {
   const by = samples([1_000, { by: { b: 1, a: 5 } }], [2_000, { by: { a: 7, c: 1 } }]);
 
-  it("one series a name, by name, so that colours stay", () => {
+  it("gives one series for each name, in alphabetical order so that colours stay", () => {
     expect(breakdown(by, "by", false, 8)).toEqual([
       { label: "a", values: [5, 7] },
       { label: "b", values: [1, null] },
@@ -60,7 +60,7 @@ describe("breakdown", () => {
     expect(breakdown(by, "by", true, 8)[0]).toEqual({ label: "a", values: [null, 2] });
   });
 
-  it("no more than asked for, and none of what is no object", () => {
+  it("gives no more series than asked for, and none for values that are not objects", () => {
     expect(breakdown(by, "by", false, 2)).toHaveLength(2);
     expect(breakdown(samples([1, { by: [1, 2] }], [2, { by: 3 }]), "by", false, 8)).toEqual([]);
   });
@@ -72,7 +72,7 @@ describe("json", () => {
     expect([at(value, ""), at(value, "a.0.b"), at(value, "a.1.b"), at(value, "c.d"), at(value, "a.b")]).toEqual([value, 1, undefined, undefined, undefined]);
   });
 
-  it("what cannot be read is null", () => {
+  it("gives null for bytes that are not JSON", () => {
     expect([parse("{"), fromBytes(Uint8Array.of(0xff)), fromBytes(new Uint8Array(0))]).toEqual([null, null, null]);
   });
 });

@@ -1,4 +1,4 @@
-// What an answer may contain is not ours: it must come out as elements, whatever it says.
+// Answers contain untrusted text, which must become elements whatever it says.
 import { describe, expect, it } from "vitest";
 import renderToString from "preact-render-to-string";
 import { inline, Markdown, parseBlocks, safeHref } from "../../src/markdown";
@@ -6,7 +6,7 @@ import { inline, Markdown, parseBlocks, safeHref } from "../../src/markdown";
 const html = (text: string): string => renderToString(<Markdown text={text} />);
 const inner = (text: string): string => html(text).replace(/^<div class="markdown">|<\/div>$/g, "");
 
-describe("shows", () => {
+describe("renders", () => {
   const check = (text: string, expected: string): void => expect(inner(text)).toBe(expected);
 
   it("paragraphs and line breaks", () => {
@@ -15,7 +15,7 @@ describe("shows", () => {
     check("", "");
   });
 
-  it("bold, italic, strike, code, nested", () => {
+  it("bold, italic, strikethrough and code, also nested", () => {
     check("**b** *i* _u_ ~~s~~ `c`", "<p><strong>b</strong> <em>i</em> <em>u</em> <s>s</s> <code>c</code></p>");
     check("**a `b` *c* d**", "<p><strong>a <code>b</code> <em>c</em> d</strong></p>");
     check("`**no**`", "<p><code>**no**</code></p>");
@@ -23,12 +23,12 @@ describe("shows", () => {
     check("a ** b", "<p>a ** b</p>");
   });
 
-  it("headings, rules, quotes", () => {
+  it("headings, rules and quotes", () => {
     check("## A # in C#", "<h4>A # in C#</h4>");
     check("# One\n### Three #\n---\n> q\n> r", "<h3>One</h3><h5>Three</h5><hr/><blockquote>q<br/>r</blockquote>");
   });
 
-  it("lists, ordered ones from their number, nested by depth", () => {
+  it("lists, numbered from their first number and nested by depth", () => {
     check("- a\n  - b\n- c", '<ul><li class="depth-0">a</li><li class="depth-1">b</li><li class="depth-0">c</li></ul>');
     check("3. a\n4. b", '<ol start="3"><li class="depth-0">a</li><li class="depth-0">b</li></ol>');
   });
@@ -39,12 +39,12 @@ describe("shows", () => {
     expect(html("| a | b |\n|:--|--:|\n| 1 | 2 |")).toContain('<td class="align-right">2</td>');
   });
 
-  it("code blocks as they are, also unfinished ones while the answer comes", () => {
+  it("code blocks verbatim, also unclosed ones of a streaming answer", () => {
     expect(parseBlocks("```rust\nlet a = \"<b>\";\n\n# no heading\n```\nafter")).toMatchObject([{ type: "code", lang: "rust", text: 'let a = "<b>";\n\n# no heading' }, { type: "paragraph" }]);
     expect(parseBlocks("text\n```\nhalf")).toMatchObject([{ type: "paragraph" }, { type: "code", lang: "", text: "half" }]);
   });
 
-  it("links, named and bare, without the sentence around them", () => {
+  it("named and bare links, without the punctuation after them", () => {
     check("[docs](https://a.test/x) see https://b.test/y.", '<p><a href="https://a.test/x" target="_blank" rel="noopener noreferrer">docs</a> see <a href="https://b.test/y" target="_blank" rel="noopener noreferrer">https://b.test/y</a>.</p>');
     check("[here](/console?tab=1)", '<p><a href="/console?tab=1">here</a></p>');
   });
@@ -68,7 +68,7 @@ describe("never runs anything", () => {
     expect(out).not.toMatch(/<[^>]*\son(error|click|load|mouseover)=/);
   });
 
-  it.each(["javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "vbscript:x", "//evil.test/x", "file:///etc/passwd", " javascript:alert(1)", "java\tscript:alert(1)"])("no link to %s", (href) => {
+  it.each(["javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "vbscript:x", "//evil.test/x", "file:///etc/passwd", " javascript:alert(1)", "java\tscript:alert(1)"])("does not link to %s", (href) => {
     expect(safeHref(href)).toBeNull();
     expect(html(`[x](${href})`)).not.toContain("<a");
   });
@@ -78,7 +78,7 @@ describe("never runs anything", () => {
   });
 });
 
-describe("is quick on what is built to be slow", () => {
+describe("stays fast on input built to be slow", () => {
   it.each([
     ["stars", "*".repeat(20_000)],
     ["opening stars", "**a ".repeat(4_000)],
@@ -99,13 +99,13 @@ describe("is quick on what is built to be slow", () => {
     ["deep links", `${"[**".repeat(4_000)}x${"**](/a)".repeat(4_000)}`],
     ["half bold", "**a*".repeat(4_000)],
   ])("%s", (_name, text) => {
-    // Time of the processor, not of the clock: the machine may be busy.
+    // Measure CPU time instead of wall-clock time, because the machine may be busy.
     const started = process.cpuUsage();
     parseBlocks(text);
     expect(process.cpuUsage(started).user).toBeLessThan(250_000);
   });
 });
 
-it("text that is only text stays one piece", () => {
+it("plain text stays one piece", () => {
   expect(inline("just words, 3 < 4 & so on")).toEqual([{ type: "text", text: "just words, 3 < 4 & so on" }]);
 });

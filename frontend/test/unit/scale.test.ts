@@ -2,7 +2,7 @@ import { describe, expect, it } from "vitest";
 import { areaPath, coincide, linePath, nearest, ticks, timeTicks, yRange } from "../../src/scale";
 
 describe("ranges", () => {
-  it("begin at zero and leave air above", () => {
+  it("start at zero and leave a margin at the top", () => {
     expect(yRange([1, 10, null])).toEqual([0, 11]);
     expect(yRange([-5, 5])).toEqual([-5, 6]);
   });
@@ -14,7 +14,7 @@ describe("ranges", () => {
   });
 });
 
-it("lines coincide that are the same for the larger part of what both have", () => {
+it("lines coincide when most of their common values are equal", () => {
   expect(coincide([1, 2, 3], [1, 2, 4])).toBe(true);
   expect(coincide([1, 2, 3], [1, 5, 4])).toBe(false);
   expect(coincide([null, 2], [1, 2])).toBe(true);
@@ -33,12 +33,12 @@ describe("ticks", () => {
     [[0, Infinity], 4, []],
   ] as const)("of %j are round", (range, most, expected) => expect(ticks(range, most)).toEqual(expected));
 
-  it("of bytes are round as bytes", () => {
+  it("are round in units of 1024 for bytes", () => {
     expect(ticks([0, 4_400_000], 4, 1024)).toEqual([0, 2 * 1024 ** 2, 4 * 1024 ** 2]);
     expect(ticks([0, 500], 4, 1024)).toEqual([0, 200, 400]);
   });
 
-  it("of a time are on the clock", () => {
+  it("are at full minutes and hours for times", () => {
     const start = new Date(2026, 10, 21, 7, 46, 13).getTime() / 1000;
     const shown = (most: number, seconds: number): string[] => timeTicks([start, start + seconds], most).map((t) => new Date(t * 1000).toTimeString().slice(0, 8));
     expect(shown(5, 60)).toEqual(["07:46:15", "07:46:30", "07:46:45", "07:47:00"]);
@@ -58,7 +58,7 @@ describe("paths", () => {
     expect(path(1, 2, null, 3, null, 4, 5)).toBe("M0.0 1.0L10.0 2.0M30.0 3.0h0M50.0 4.0L60.0 5.0");
     expect([path(), path(null), path(7)]).toEqual(["", "", "M0.0 7.0h0"]);
   });
-  it("a surface closes each piece", () => {
+  it("an area closes each piece of the line", () => {
     expect(areaPath(path(1, 2, null, 3, null, 4, 5), 9)).toBe("M0.0 1.0L10.0 2.0L10.0 9L0.0 9ZM50.0 4.0L60.0 5.0L60.0 9L50.0 9Z");
   });
 });

@@ -4,12 +4,12 @@ import { delta as codec, type Delta, type Node, type Prop } from "../../src/code
 import type { Partially } from "../../src/codec/proto";
 import { OutOfStep, Store, walk, type TreeNode } from "../../src/store";
 
-// Through the codec, so that what is left out is what the wire leaves out.
+// Goes through the codec, which fills in the fields that the wire omits.
 const delta = (from: Partially<Delta>): Delta => codec.decode(codec.encode(from));
 const text = (value: string): Partially<Prop> => ({ name: "text", text: value });
 const node = (id: number, kind: string, ...children: Partially<Node>[]): Partially<Node> => ({ id, kind, props: [text(`${kind} ${id}`)], children });
 
-/** As one line: kinds and ids, children in brackets. */
+/** The tree as one line: kinds and ids, with children in brackets. */
 const shape = (of: TreeNode): string => {
   const children = of.children.value.map(shape);
   return `${of.kind}${of.id}${children.length > 0 ? `[${children.join(" ")}]` : ""}`;
@@ -28,7 +28,7 @@ describe("deltas", () => {
     expect(shape(store.root)).toBe(expected);
   };
 
-  it("reset brings the whole tree and the title", () => {
+  it("reset replaces the whole tree and the title", () => {
     const store = new Store();
     expect(store.ready.value).toBe(false);
     store.apply([delta({ reset: { title: "Home", children: [node(1, "main", node(2, "text"))] } })]);
@@ -44,16 +44,16 @@ describe("deltas", () => {
     check({ insert: { node: node(9, "sidebar") } }, "root0[sidebar9 main1[text2 card3[text4]]]");
   });
 
-  it("remove takes the subtree, and its ids are free again", () => {
+  it("remove deletes the subtree and frees its ids", () => {
     check({ remove: { id: 3 } }, "root0[main1[text2]]");
     const store = start();
     store.apply([delta({ remove: { id: 3 } }), delta({ insert: { parent: 1, index: 0, node: node(4, "hr") } })]);
     expect(shape(store.root)).toBe("root0[main1[hr4 text2]]");
   });
 
-  it("move keeps the node and what is in it", () => {
+  it("move keeps the node and its children", () => {
     check({ move: { id: 3, parent: 1, index: 0 } }, "root0[main1[card3[text4] text2]]");
-    check({ move: { id: 2, parent: 1, index: 1 } }, "root0[main1[card3[text4] text2]]"); // index without it
+    check({ move: { id: 2, parent: 1, index: 1 } }, "root0[main1[card3[text4] text2]]"); // the index does not count the moved node
     check({ move: { id: 4, parent: 0, index: 1 } }, "root0[main1[text2 card3] text4]");
     const store = start();
     const held = store.get(4);
@@ -72,13 +72,13 @@ describe("deltas", () => {
     expect(store.get(2)?.props.value).toEqual({ f: true, j: { a: [1] }, bad: null, none: null });
   });
 
-  it("append text grows a prop, also one that is not there yet", () => {
+  it("append text extends a prop or creates it", () => {
     const store = start();
     store.apply([delta({ appendText: { id: 2, prop: "text", text: " more" } }), delta({ appendText: { id: 2, prop: "tail", text: "new" } })]);
     expect(store.get(2)?.props.value).toEqual({ text: "text 2 more", tail: "new" });
   });
 
-  it("an operation of a newer server is passed over", () => {
+  it("ignores an operation of a newer server", () => {
     check({}, "root0[main1[text2 card3[text4]]]");
   });
 });
@@ -105,7 +105,7 @@ describe("out of step", () => {
   });
 });
 
-it("the title is the page element's, and moves on with it", () => {
+it("the title follows the page element", () => {
   const store = new Store();
   store.apply([delta({ reset: { title: "Home", children: [{ id: 1, kind: "page", props: [{ name: "title", text: "#general" }] }] } })]);
   expect(store.title.value).toBe("#general");
@@ -115,7 +115,7 @@ it("the title is the page element's, and moves on with it", () => {
   expect(store.title.value).toBe("Home");
 });
 
-it("a change touches only its own place, and several come as one", () => {
+it("a change notifies only its own node, and a batch notifies once", () => {
   const store = start();
   const runs = { changed: 0, other: 0 };
   effect(() => { if (store.get(2)?.props.value) runs.changed++; });
