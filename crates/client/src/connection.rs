@@ -1,4 +1,4 @@
-//! The task that owns the connection.
+//! The task that owns the connection: it writes requests and routes responses to their callers by request id.
 
 use crate::Error;
 use bytes::{Bytes, BytesMut};
@@ -9,34 +9,41 @@ use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{mpsc, oneshot};
 use wire::ipc::{Decoder, ErrorPayload, Frame, FrameType, Version};
 
+/// One request, before it has an id.
 pub struct Call {
     pub kind: FrameType,
     pub payload: Bytes,
+    /// 0 means the gateway's default.
     pub deadline_ms: u32,
     pub reader: Reader,
 }
 
-/// Who gets what comes back.
+/// The receiver of a request's response frames.
 pub enum Reader {
+    /// A single response.
     One(oneshot::Sender<Result<Bytes, Error>>),
+    /// A stream of frames up to the last one or an error.
     Many(mpsc::Sender<Result<(FrameType, Bytes), Error>>),
 }
 
+/// Runs until the gateway closes the connection, or until all handles are dropped and every request has its response.
 pub async fn run(stream: UnixStream, mut calls: mpsc::Receiver<Call>) {
     let (mut reader, mut writer) = stream.into_split();
     let mut open: HashMap<u64, Reader> = HashMap::new();
     let mut last_id = 0;
     let mut input = BytesMut::new();
     let mut output = BytesMut::new();
+    // All handles are dropped; no more calls will come.
     let mut done = false;
-    // What the gateway takes no more; what it said before may still be read.
+    // Writing failed. The gateway may have sent its reason before it closed, so reading continues.
     let mut broken = false;
+
     loop {
         tokio::select! {
             call = calls.recv(), if !done => match call {
                 Some(call) => {
                     let mut next = Some(call);
-                    // Whatever else waits goes into the same write.
+                    // All queued calls go into the same write.
                     while let Some(call) = next.take() {
                         if broken {
                             break;
@@ -60,65 +67,73 @@ pub async fn run(stream: UnixStream, mut calls: mpsc::Receiver<Call>) {
                 match deliver(&mut input, &mut open).await {
                     Ok(()) if more => {}
                     Ok(()) => return,
-                    Err(farewell) => return say_farewell(farewell, open, calls).await,
+                    Err(cause) => return fail_all(cause, open, calls).await,
                 }
             }
         }
+
         if done && open.is_empty() {
             return;
         }
     }
 }
 
+/// Reads more input; `false` once the connection has ended.
 async fn read(reader: &mut OwnedReadHalf, input: &mut BytesMut) -> bool {
     input.reserve(16 * 1024);
     reader.read_buf(input).await.is_ok_and(|read| read > 0)
 }
 
-/// Every request that waits, and every one to come, gets the gateway's reason.
-async fn say_farewell(farewell: Farewell, open: HashMap<u64, Reader>, mut calls: mpsc::Receiver<Call>) {
+/// Fails every request in flight and every queued call with the reason why the connection ended.
+async fn fail_all(cause: Cause, open: HashMap<u64, Reader>, mut calls: mpsc::Receiver<Call>) {
     calls.close();
     for reader in open.into_values() {
-        answer(reader, Err(farewell.error())).await;
+        answer(reader, Err(cause.error())).await;
     }
+
     while let Some(call) = calls.recv().await {
-        answer(call.reader, Err(farewell.error())).await;
+        answer(call.reader, Err(cause.error())).await;
     }
 }
 
-/// Why the connection is of no more use.
-enum Farewell {
-    Said(Box<ErrorPayload>),
-    Nonsense(String),
+/// Why the connection cannot be used any more.
+enum Cause {
+    /// The error that the gateway sent before it closed.
+    Refused(Box<ErrorPayload>),
+    /// The gateway sent something that is not valid in the protocol.
+    Protocol(String),
 }
 
-impl Farewell {
+impl Cause {
     fn error(&self) -> Error {
         match self {
-            Self::Said(payload) => Error::Refused(payload.clone()),
-            Self::Nonsense(text) => Error::Protocol(text.clone()),
+            Self::Refused(payload) => Error::Refused(payload.clone()),
+            Self::Protocol(text) => Error::Protocol(text.clone()),
         }
     }
 }
 
-async fn deliver(input: &mut BytesMut, open: &mut HashMap<u64, Reader>) -> Result<(), Farewell> {
-    while let Some(frame) = Decoder.decode(input).map_err(|e| Farewell::Nonsense(e.to_string()))? {
+/// Routes all complete frames in `input`; an error means that the connection cannot be used any more.
+async fn deliver(input: &mut BytesMut, open: &mut HashMap<u64, Reader>) -> Result<(), Cause> {
+    while let Some(frame) = Decoder.decode(input).map_err(|e| Cause::Protocol(e.to_string()))? {
         let Some(kind) = frame.frame_type() else {
-            return Err(Farewell::Nonsense(format!("frame type {:#04x}", frame.kind)));
+            return Err(Cause::Protocol(format!("unknown frame type {:#04x}", frame.kind)));
         };
         let Version::V2 { request_id, .. } = frame.version else {
-            // Of no request: the gateway says why it closes.
-            let said = serde_json::from_slice(&frame.payload);
-            return Err(said.map_or_else(|e| Farewell::Nonsense(e.to_string()), Farewell::Said));
+            // A frame without a request id is the gateway's reason for closing the connection.
+            let error = serde_json::from_slice(&frame.payload);
+            return Err(error.map_or_else(|e| Cause::Protocol(e.to_string()), Cause::Refused));
         };
+
         if kind == FrameType::StreamData {
             if let Some(Reader::Many(sender)) = open.get(&request_id)
                 && sender.send(Ok((kind, frame.payload))).await.is_err()
             {
-                // Nobody reads it any more; its end is still to come.
+                // The reader was dropped. The entry stays until the last frame of the stream removes it.
             }
             continue;
         }
+
         let Some(reader) = open.remove(&request_id) else { continue };
         let outcome = match kind {
             FrameType::ResponseError | FrameType::StreamError => Err(refusal(&frame.payload)),

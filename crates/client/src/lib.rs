@@ -1,7 +1,7 @@
-//! What a program on the host uses: a client of the gateway's Unix socket, protocol v2.
+//! A client of the gateway's Unix socket (IPC protocol v2), for programs on the same host.
 //!
-//! A [`Client`] is a cheap handle; one task owns the connection and ends when the last handle is gone.
-//! Any number of requests run at once.
+//! A [`Client`] is a cheap handle. One task owns the connection and ends when the last handle is dropped. Any number of
+//! requests may be in flight at once.
 
 mod connection;
 
@@ -13,9 +13,10 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use wire::ipc::{Capabilities, ErrorPayload, FrameType, StreamComplete, StreamData, TaskAnswer, TaskRef};
 
-/// Requests that wait for the connection to take them.
+/// Maximum requests queued for the connection task; beyond it, callers wait.
 const QUEUE: usize = 256;
-/// Frames of one stream that wait for its reader; beyond it the connection is not read.
+/// Maximum frames of one stream queued for its reader. Beyond it, the whole connection is not read until the reader
+/// catches up.
 const STREAM_QUEUE: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
@@ -24,10 +25,10 @@ pub enum Error {
     Connect { path: String, problem: std::io::Error },
     #[error("the gateway closed the connection before it answered")]
     Closed,
-    /// The gateway's answer, with its code.
+    /// The gateway answered with an error; the payload holds its code.
     #[error("{}", describe(.0))]
     Refused(Box<ErrorPayload>),
-    #[error("the request has {0} bytes, more than a frame holds")]
+    #[error("the request has {0} bytes and does not fit in a frame")]
     TooLarge(usize),
     #[error("the gateway's answer does not fit the protocol: {0}")]
     Protocol(String),
@@ -35,7 +36,7 @@ pub enum Error {
 
 fn advice(problem: &std::io::Error) -> &'static str {
     match problem.kind() {
-        std::io::ErrorKind::PermissionDenied => "gateway.allowed_uids lets other users in than the gateway's own",
+        std::io::ErrorKind::PermissionDenied => "add this user to gateway.allowed_uids",
         _ => "is the gateway running?",
     }
 }
@@ -52,18 +53,20 @@ fn describe(payload: &ErrorPayload) -> String {
     text + ")"
 }
 
+/// A handle to one connection; clones share it.
 #[derive(Clone)]
 pub struct Client {
     requests: mpsc::Sender<connection::Call>,
 }
 
 impl Client {
+    /// Connects to the socket at `path`.
     pub async fn connect(path: &Path) -> Result<Self, Error> {
         let stream = UnixStream::connect(path)
             .await
             .map_err(|problem| Error::Connect { path: path.display().to_string(), problem })?;
-        let (requests, inbox) = mpsc::channel(QUEUE);
-        tokio::spawn(connection::run(stream, inbox));
+        let (requests, queue) = mpsc::channel(QUEUE);
+        tokio::spawn(connection::run(stream, queue));
         Ok(Self { requests })
     }
 
@@ -75,30 +78,33 @@ impl Client {
         decode(&self.call(FrameType::Capabilities, Bytes::new(), None).await?)
     }
 
-    /// Hands in a TASK_SUBMIT payload with `wait` decision or result; the answer as the gateway gave it.
+    /// Sends a TASK_SUBMIT payload whose `wait` is `decision` or `result`; returns the gateway's response unchanged.
     pub async fn submit(&self, submit: &Value) -> Result<Value, Error> {
         decode(&self.call(FrameType::TaskSubmit, json(submit), None).await?)
     }
 
-    /// Hands in a TASK_SUBMIT payload with `wait` stream.
+    /// Sends a TASK_SUBMIT payload whose `wait` is `stream`; returns the task's output as it is produced.
     pub async fn stream(&self, submit: &Value) -> Result<TaskStream, Error> {
         self.open(FrameType::TaskSubmit, json(submit)).await
     }
 
-    /// What a running task puts out from now on.
+    /// Subscribes to the output that a running task produces from now on.
     pub async fn subscribe(&self, task_id: &str) -> Result<TaskStream, Error> {
         self.open(FrameType::StreamSubscribe, reference(task_id)).await
     }
 
+    /// The task's state, decision and, once it has ended, result.
     pub async fn query(&self, task_id: &str) -> Result<TaskAnswer, Error> {
         decode(&self.call(FrameType::TaskQuery, reference(task_id), None).await?)
     }
 
+    /// Cancels the task; returns its state.
     pub async fn cancel(&self, task_id: &str) -> Result<TaskAnswer, Error> {
         decode(&self.call(FrameType::TaskCancel, reference(task_id), None).await?)
     }
 
-    /// One request with a single answer; `deadline` (the gateway's default if `None`) has millisecond steps.
+    /// Sends one request and waits for its single response. The gateway enforces `deadline` in whole milliseconds;
+    /// `None` means the gateway's default.
     pub async fn call(&self, kind: FrameType, payload: Bytes, deadline: Option<Duration>) -> Result<Bytes, Error> {
         let (answer, answered) = oneshot::channel();
         self.send(kind, payload, deadline, connection::Reader::One(answer)).await?;
@@ -131,22 +137,24 @@ impl Client {
 #[derive(Debug)]
 pub enum StreamEvent {
     Data(StreamData),
-    /// The last one: the ExecResult.
+    /// The last event: the ExecResult.
     Complete(StreamComplete),
 }
 
+/// The output of one task, as frames arrive.
 pub struct TaskStream {
     frames: mpsc::Receiver<Result<(FrameType, Bytes), Error>>,
-    /// The last event or an error has been given out.
+    /// Set once [`TaskStream::next`] has returned the last event or an error.
     ended: bool,
 }
 
 impl TaskStream {
-    /// The next event; `None` after the last. A connection that ends before it is [`Error::Closed`].
+    /// The next event; `None` after the last one. [`Error::Closed`] means that the connection ended before it.
     pub async fn next(&mut self) -> Result<Option<StreamEvent>, Error> {
         if self.ended {
             return Ok(None);
         }
+
         let event = match self.frames.recv().await {
             None => Err(Error::Closed),
             Some(Err(error)) => Err(error),
@@ -154,7 +162,7 @@ impl TaskStream {
             Some(Ok((FrameType::StreamComplete, payload))) => {
                 decode(&payload).map(|last| Some(StreamEvent::Complete(last)))
             }
-            Some(Ok((kind, _))) => Err(Error::Protocol(format!("{kind:?} within a stream"))),
+            Some(Ok((kind, _))) => Err(Error::Protocol(format!("unexpected frame {kind:?} in a stream"))),
         };
         self.ended = true;
         event
@@ -162,12 +170,12 @@ impl TaskStream {
 }
 
 fn json(value: &Value) -> Bytes {
-    serde_json::to_vec(value).expect("a value is JSON").into()
+    serde_json::to_vec(value).expect("a JSON value serializes").into()
 }
 
 fn reference(task_id: &str) -> Bytes {
     let task = TaskRef { command: None, task_id: task_id.into() };
-    serde_json::to_vec(&task).expect("a reference is JSON").into()
+    serde_json::to_vec(&task).expect("a task reference serializes to JSON").into()
 }
 
 fn decode<T: serde::de::DeserializeOwned>(payload: &[u8]) -> Result<T, Error> {

@@ -1,7 +1,7 @@
-//! One SQLite file behind one writer thread with group commit: what was acknowledged survives `kill -9`.
+//! One SQLite file behind one writer thread with group commit: acknowledged writes survive `kill -9`.
 //!
-//! Writes that wait while a commit runs share the next one, so the rate rises with the load. WAL with
-//! `synchronous=NORMAL` keeps every commit through the death of the process (a power cut may cost the last ones).
+//! Writes that arrive while a commit runs share the next one, so throughput rises with the load. WAL mode with
+//! `synchronous=NORMAL` keeps every commit when the process dies; a power failure may lose the last ones.
 
 pub use rusqlite;
 
@@ -11,13 +11,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
-/// Writes that share one commit at most.
+/// Maximum writes in one commit.
 const BATCH_MAX: usize = 512;
-/// Writes that wait at most; more make their callers wait.
+/// Maximum writes queued; beyond it, callers wait.
 const QUEUE_MAX: usize = 4096;
-/// The write-ahead log shrinks to this after a burst.
+/// Size to which the write-ahead log shrinks after a burst, in bytes.
 const LOG_BYTES_KEPT: i64 = 64 * 1024 * 1024;
-/// Reads that wait at most.
+/// Maximum reads queued; beyond it, callers wait.
 const READ_QUEUE_MAX: usize = 1024;
 
 #[derive(Debug, thiserror::Error)]
@@ -34,13 +34,13 @@ pub enum Error {
 
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Runs inside the batch's transaction; its answer leaves only after the commit.
+/// Runs inside the batch's transaction. The returned [`Answer`] is called only after the commit.
 type Write = Box<dyn FnOnce(&Connection) -> Answer + Send>;
-/// Tells the caller how its write ended: with its own error, else with the commit's.
+/// Reports the outcome of a write to its caller: the write's own error, or else the outcome of the commit.
 type Answer = Box<dyn FnOnce(std::result::Result<(), rusqlite::Error>) + Send>;
 type Read = Box<dyn FnOnce(&Connection) + Send>;
 
-/// A cheap handle; the threads end when the last one is dropped.
+/// A cheap handle. The writer and reader threads end when the last handle is dropped.
 #[derive(Clone)]
 pub struct Journal {
     writes: mpsc::Sender<Write>,
@@ -49,7 +49,9 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens or creates the file and runs `schema` (idempotent statements) on it. Blocks for the time that takes.
+    /// Opens or creates the file, runs `schema` (idempotent statements) on it and starts the two threads. Blocks.
+    ///
+    /// [`Error::InUse`] means that another handle or process holds the lock file next to it.
     pub fn open(path: &Path, schema: &str) -> Result<Self> {
         let lock_path = path.with_extension("lock");
         let open_error = |e: std::io::Error| Error::Open {
@@ -63,9 +65,10 @@ impl Journal {
             Err(std::fs::TryLockError::WouldBlock) => return Err(Error::InUse(path.to_path_buf())),
             Err(std::fs::TryLockError::Error(e)) => return Err(open_error(e)),
         }
+
         let failed = |source| Error::Open { path: path.to_path_buf(), source };
         let writer = Connection::open(path).map_err(failed)?;
-        // Of a new file: what is deleted can be given back to the disk, by `PRAGMA incremental_vacuum`.
+        // Lets `PRAGMA incremental_vacuum` return free pages to the file system. It takes effect only in a new file.
         writer.pragma_update(None, "auto_vacuum", "INCREMENTAL").map_err(failed)?;
         writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
         writer.pragma_update(None, "synchronous", "NORMAL").map_err(failed)?;
@@ -73,6 +76,7 @@ impl Journal {
         writer.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
         writer.set_prepared_statement_cache_capacity(64);
         writer.execute_batch(schema).map_err(failed)?;
+
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let reader = Connection::open_with_flags(path, flags).map_err(failed)?;
         reader.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
@@ -87,8 +91,8 @@ impl Journal {
         Ok(Self { writes, reads, _lock: Arc::new(lock) })
     }
 
-    /// Runs `write` in the next batch and returns its result once the batch is committed. A failing write undoes only
-    /// itself. Dropping the future does not undo a write that was queued.
+    /// Runs `write` in the next batch and returns its result once the batch is committed. A failing write rolls back
+    /// only itself. Dropping the future does not cancel a write that is already queued.
     pub async fn write<T, F>(&self, write: F) -> Result<T>
     where
         T: Send + 'static,
@@ -98,15 +102,16 @@ impl Journal {
         let write: Write = Box::new(move |connection| {
             let outcome = in_savepoint(connection, write);
             Box::new(move |committed| {
-                // The caller may have gone: nobody to tell then.
+                // Fails only if the caller has stopped waiting.
                 let _ = answer.send(outcome.and_then(|value| committed.map(|()| value)));
             })
         });
+
         self.writes.send(write).await.map_err(|_| Error::Closed)?;
         Ok(answered.await.map_err(|_| Error::Closed)??)
     }
 
-    /// Runs `read` on a read-only connection that sees all that is committed.
+    /// Runs `read` on a read-only connection that sees everything committed so far.
     pub async fn read<T, F>(&self, read: F) -> Result<T>
     where
         T: Send + 'static,
@@ -121,8 +126,10 @@ impl Journal {
     }
 }
 
-/// A failing write rolls back to where it began; the batch goes on. But a full disk ends the whole transaction: then what
-/// follows must not run, for it would be committed by itself.
+/// Runs one write of the batch in a savepoint, so that a failing write does not fail the others.
+///
+/// Some errors, such as a full disk, make SQLite roll back the whole transaction. The remaining writes of the batch are
+/// then refused, because outside a transaction each would commit by itself.
 fn in_savepoint<T>(
     connection: &Connection,
     write: impl FnOnce(&Connection) -> rusqlite::Result<T>,
@@ -130,11 +137,13 @@ fn in_savepoint<T>(
     if connection.is_autocommit() {
         return Err(not_stored("its transaction did not begin or was rolled back"));
     }
+
     connection.prepare_cached("SAVEPOINT one_write")?.execute([])?;
     let outcome = write(connection);
     if connection.is_autocommit() {
         return outcome.and_then(|_| Err(not_stored("its transaction was rolled back")));
     }
+
     if outcome.is_err() {
         connection.prepare_cached("ROLLBACK TO one_write")?.execute([])?;
     }
@@ -146,28 +155,35 @@ fn not_stored(why: &str) -> rusqlite::Error {
     rusqlite::Error::ToSqlConversionFailure(format!("not stored: {why}").into())
 }
 
+/// Commits queued writes in batches until all handles are dropped.
 fn write_loop(connection: Connection, mut queue: mpsc::Receiver<Write>) {
     let mut batch = Vec::with_capacity(BATCH_MAX);
     while queue.blocking_recv_many(&mut batch, BATCH_MAX) > 0 {
         if let Err(error) = connection.execute_batch("BEGIN IMMEDIATE") {
-            tracing::error!(%error, "the journal cannot begin a transaction; its writes are refused");
+            tracing::error!(%error, "cannot begin a journal transaction; refusing the writes of this batch");
         }
+
+        // Without a transaction, `in_savepoint` refuses every write.
         let answers: Vec<Answer> = batch.drain(..).map(|write| write(&connection)).collect();
+
         let committed = connection.execute_batch("COMMIT").map_err(|error| error.to_string());
         if let Err(error) = &committed {
-            tracing::error!(error, "the journal cannot commit; its writes are refused");
+            tracing::error!(error, "cannot commit a journal transaction; refusing the writes of this batch");
         }
+        // A failed commit can leave the transaction open, and the next batch could not begin.
         if !connection.is_autocommit()
             && let Err(error) = connection.execute_batch("ROLLBACK")
         {
-            tracing::error!(%error, "the journal cannot roll back");
+            tracing::error!(%error, "cannot roll back a journal transaction");
         }
+
         for answer in answers {
             answer(committed.clone().map_err(|error| not_stored(&error)));
         }
     }
 }
 
+/// Runs queued reads one at a time until all handles are dropped.
 fn read_loop(connection: &Connection, mut queue: mpsc::Receiver<Read>) {
     while let Some(read) = queue.blocking_recv() {
         read(connection);
@@ -181,10 +197,11 @@ mod tests {
     const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY)";
 
     #[tokio::test]
-    async fn what_was_acknowledged_is_there_after_reopening() {
+    async fn acknowledged_writes_survive_reopening() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j.db");
         let journal = Journal::open(&path, SCHEMA).unwrap();
+
         let writes = (0..100).map(|n| {
             let journal = journal.clone();
             tokio::spawn(async move { journal.write(move |c| c.execute("INSERT INTO t VALUES (?1)", [n])).await })
@@ -194,40 +211,43 @@ mod tests {
         }
         assert!(matches!(Journal::open(&path, SCHEMA), Err(Error::InUse(_))));
         drop(journal);
-        // A fresh process would find the lock free; here the last handle's drop freed it.
+
+        // Dropping the last handle has released the lock, as the end of a process would.
         let journal = Journal::open(&path, SCHEMA).unwrap();
         let count: i64 = journal.read(|c| c.query_row("SELECT count(*) FROM t", [], |row| row.get(0))).await.unwrap();
         assert_eq!(count, 100);
     }
 
     #[tokio::test]
-    async fn a_failing_write_undoes_only_itself() {
+    async fn failing_write_rolls_back_only_itself() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(&dir.path().join("j.db"), SCHEMA).unwrap();
-        let insert = |n: i64, again: bool| {
+        let insert = |n: i64, twice: bool| {
             let journal = journal.clone();
             tokio::spawn(async move {
                 journal
                     .write(move |c| {
                         c.execute("INSERT INTO t VALUES (?1)", [n])?;
-                        if again { c.execute("INSERT INTO t VALUES (?1)", [n]) } else { Ok(1) }
+                        if twice { c.execute("INSERT INTO t VALUES (?1)", [n]) } else { Ok(1) }
                     })
                     .await
             })
         };
+
         let (good, bad, other) = (insert(1, false), insert(2, true), insert(3, false));
         good.await.unwrap().unwrap();
         assert!(matches!(bad.await.unwrap(), Err(Error::Sqlite(_))));
         other.await.unwrap().unwrap();
+
         let sum: i64 = journal.read(|c| c.query_row("SELECT sum(n) FROM t", [], |row| row.get(0))).await.unwrap();
         assert_eq!(sum, 4);
     }
 
     #[tokio::test]
-    async fn nothing_is_acknowledged_that_a_full_disk_did_not_take() {
+    async fn full_disk_never_acknowledges_unstored_writes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j.db");
-        // Few pages in the cache: the limit is met by a write of the batch, not by its commit.
+        // With a small page cache, a write of the batch hits the page limit rather than its commit.
         let schema = "PRAGMA cache_size = 2; PRAGMA max_page_count = 40;
             CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY, filling BLOB)";
         let journal = Journal::open(&path, schema).unwrap();
@@ -238,6 +258,7 @@ mod tests {
                 (n, journal.write(write).await)
             })
         };
+
         let mut acknowledged = Vec::new();
         let mut refusals = Vec::new();
         for round in 0..20 {
@@ -253,6 +274,7 @@ mod tests {
         assert!(refusals.iter().any(|text| text.contains("full")), "{refusals:?}");
         assert!(!refusals.iter().any(|text| text.contains("savepoint")), "{refusals:?}");
         drop(journal);
+
         let journal = Journal::open(&path, schema).unwrap();
         let stored: Vec<u32> = journal
             .read(|c| c.prepare("SELECT n FROM t ORDER BY n")?.query_map([], |row| row.get(0))?.collect())
@@ -260,6 +282,6 @@ mod tests {
             .unwrap();
         acknowledged.sort_unstable();
         assert!(!acknowledged.is_empty());
-        assert_eq!(stored, acknowledged, "refused writes are not stored, acknowledged ones are");
+        assert_eq!(stored, acknowledged, "acknowledged writes are stored and refused ones are not");
     }
 }

@@ -1,4 +1,4 @@
-//! The whole path in one process: this client, a gateway, a router and a worker on the embedded bus.
+//! End to end in one process: the client, a gateway, a router and a worker on the embedded bus.
 
 use bus::Bus;
 use client::{Client, Error, StreamEvent};
@@ -13,14 +13,14 @@ use wire::router::{ResultStatus, State};
 use wire::subjects;
 use worker::{Kind, ProviderConfig};
 
-/// No wait of a test is longer.
+/// The deadline for anything that must happen.
 const SOON: Duration = Duration::from_secs(20);
 
 const POLICY: &str = r#"{"version": "e2e", "providers": [{"name": "echo", "weight": 1}, {"name": "sh", "weight": 0}, {"name": "nobody", "weight": 0}],
     "rules": [{"when": "task.type == 'program'", "to": "sh"}, {"when": "task.type == 'lost'", "to": "nobody"}]}"#;
 
-/// Every part of the path; `sh` says "one", waits for the file `go` and says "two".
-struct Path {
+/// All parts in one process. The provider `sh` prints "one", waits for the file `go` and prints "two".
+struct Deployment {
     dir: TempDir,
     bus: Bus,
     parts: JoinSet<()>,
@@ -28,13 +28,14 @@ struct Path {
     others: CancellationToken,
 }
 
-impl Path {
+impl Deployment {
     async fn start() -> Self {
         let dir = TempDir::new().unwrap();
         let policies = dir.path().join("policies");
         std::fs::create_dir_all(policies.join("default")).unwrap();
         std::fs::write(policies.join("default/default.json"), POLICY).unwrap();
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
+
         let script = format!("echo one; while [ ! -e {}/go ]; do sleep 0.02; done; echo two", dir.path().display());
         let args = vec!["-c".into(), script];
         let provider = |name: &str, kind| ProviderConfig { name: name.into(), kind, timeout: SOON };
@@ -42,13 +43,16 @@ impl Path {
             provider("echo", Kind::Echo),
             provider("sh", Kind::Command { program: "sh".into(), args, output_max: 4096 }),
         ];
+
         let backoff = [Duration::from_millis(10); 3];
         let worker = worker::Config { providers, backoff, ..worker::Config::default() };
         let router = router::Config { policies, ..router::Config::default() };
         let gateway = gateway::Config { socket: dir.path().join("s"), ..gateway::Config::default() };
+
         let worker = worker::bind(worker, bus.clone()).await.unwrap();
         let router = router::bind(router, bus.clone()).await.unwrap();
         let bound = gateway::bind(gateway, bus.clone()).await.unwrap();
+
         let (gateway, others) = (CancellationToken::new(), CancellationToken::new());
         let mut parts = JoinSet::new();
         let (one, two, three) = (gateway.clone(), others.clone(), others.clone());
@@ -62,10 +66,12 @@ impl Path {
         Client::connect(&self.dir.path().join("s")).await.unwrap()
     }
 
+    /// Lets `sh` print "two" and end.
     fn go(&self) {
         std::fs::write(self.dir.path().join("go"), "").unwrap();
     }
 
+    /// Waits until the task is in the expected state.
     async fn state(&self, client: &Client, id: &str, expected: State) {
         testkit::eventually(SOON, || async { client.query(id).await.is_ok_and(|task| task.state == expected) }).await;
     }
@@ -79,7 +85,7 @@ fn submit(id: &str, task_type: &str, wait: &str) -> Value {
     json!({"command": "task_submit", "task_type": task_type, "request_id": id, "wait": wait, "params": {"prompt": "say it again"}})
 }
 
-/// Code, and the router's code and status.
+/// The IPC error code, and the router's code and HTTP status if the router refused the request.
 fn refused(error: Error) -> (u16, Option<String>, Option<u16>) {
     match error {
         Error::Refused(payload) => (payload.error.code, payload.error.reason, payload.error.status),
@@ -88,9 +94,10 @@ fn refused(error: Error) -> (u16, Option<String>, Option<u16>) {
 }
 
 #[tokio::test]
-async fn a_decision_a_result_and_a_stream() {
-    let path = Path::start().await;
-    let client = path.client().await;
+async fn submit_returns_a_decision_a_result_or_a_stream() {
+    let deployment = Deployment::start().await;
+    let client = deployment.client().await;
+
     let decided = client.submit(&submit("d", "t", "decision")).await.unwrap();
     assert_eq!(
         (&decided["decision"]["provider_id"], &decided["decision"]["policy_version"]),
@@ -99,118 +106,130 @@ async fn a_decision_a_result_and_a_stream() {
     assert_eq!(
         refused(client.query("d").await.unwrap_err()),
         (12, Some("not_found".into()), Some(404)),
-        "nothing was handed over"
+        "a decision creates no task"
     );
 
     let result = client.submit(&submit("r", "t", "result")).await.unwrap();
     assert_eq!((&result["status"], &result["output"]), (&json!("success"), &json!({"text": "say it again"})));
-    path.state(&client, "r", State::Completed).await;
+    deployment.state(&client, "r", State::Completed).await;
     let again = client.submit(&submit("r", "t", "result")).await.unwrap();
     assert_eq!(again["assignment_id"], result["assignment_id"], "the same request is the same task");
 
     let mut stream = client.stream(&submit("s", "t", "stream")).await.unwrap();
     for (seq, word) in ["say ", "it ", "again"].into_iter().enumerate() {
-        let Some(StreamEvent::Data(data)) = stream.next().await.unwrap() else { panic!("output") };
+        let Some(StreamEvent::Data(data)) = stream.next().await.unwrap() else { panic!("expected output") };
         assert_eq!((data.task_id.as_str(), data.seq, data.data), ("s", seq as u64, json!(word)));
     }
-    let Some(StreamEvent::Complete(last)) = stream.next().await.unwrap() else { panic!("the result") };
+    let Some(StreamEvent::Complete(last)) = stream.next().await.unwrap() else { panic!("expected the result") };
     let last: Value = serde_json::from_str(last.result.get()).unwrap();
     assert_eq!((&last["output"]["text"], &last["chunks"]), (&json!("say it again"), &json!(3)));
     assert!(stream.next().await.unwrap().is_none());
-    testkit::eventually(SOON, || async { path.count(subjects::STREAM_USAGE).await == 2 }).await;
-    assert_eq!(path.count(subjects::STREAM_ASSIGN).await, 0);
+
+    testkit::eventually(SOON, || async { deployment.count(subjects::STREAM_USAGE).await == 2 }).await;
+    assert_eq!(deployment.count(subjects::STREAM_ASSIGN).await, 0);
 }
 
 #[tokio::test]
-async fn a_running_task_is_followed_queried_and_cancelled() {
-    let path = Path::start().await;
-    let client = path.client().await;
+async fn running_task_can_be_followed_queried_and_cancelled() {
+    let deployment = Deployment::start().await;
+    let client = deployment.client().await;
+
     let mut stream = client.stream(&submit("r", "program", "stream")).await.unwrap();
-    let Some(StreamEvent::Data(first)) = stream.next().await.unwrap() else { panic!("output") };
+    let Some(StreamEvent::Data(first)) = stream.next().await.unwrap() else { panic!("expected output") };
     assert_eq!(first.data, "one\n");
     let task = client.query("r").await.unwrap();
     assert_eq!((task.state, task.decision.unwrap().provider_id.as_str()), (State::Running, "sh"));
     assert!(task.result.is_none());
+
     let mut other = client.subscribe("r").await.unwrap();
     assert_eq!(client.cancel("r").await.unwrap().state, State::Cancelled);
     for stream in [&mut stream, &mut other] {
-        let Some(StreamEvent::Complete(last)) = stream.next().await.unwrap() else { panic!("the result") };
+        let Some(StreamEvent::Complete(last)) = stream.next().await.unwrap() else { panic!("expected the result") };
         let last: Value = serde_json::from_str(last.result.get()).unwrap();
         assert_eq!((&last["status"], &last["output"]["text"]), (&json!("cancelled"), &json!("one\n")));
     }
+
     let task = client.query("r").await.unwrap();
     assert_eq!((task.state, task.result.unwrap().status), (State::Cancelled, ResultStatus::Cancelled));
 }
 
 #[tokio::test]
-async fn refusals_come_through_with_their_meaning() {
-    let path = Path::start().await;
-    let client = path.client().await;
+async fn refusals_carry_the_routers_code_and_status() {
+    let deployment = Deployment::start().await;
+    let client = deployment.client().await;
     let with = |field: &str, value: Value| {
         let mut submit = submit("x", "t", "result");
         submit[field] = value;
         submit
     };
+
     let policy = client.submit(&with("policy_id", json!("none"))).await.unwrap_err();
     assert_eq!(refused(policy), (12, Some("policy_not_found".into()), Some(404)));
     let key = client.submit(&with("idempotency_key", json!("k".repeat(257)))).await.unwrap_err();
     assert_eq!(refused(key), (12, Some("invalid_request".into()), Some(400)));
     let large = client.submit(&with("context", json!("x".repeat(1 << 20)))).await.unwrap_err();
     assert_eq!(refused(large), (12, Some("invalid_request".into()), Some(413)));
+
     client.submit(&submit("x", "t", "result")).await.unwrap();
     let conflict = client.submit(&with("task_type", json!("other"))).await.unwrap_err();
     assert_eq!(refused(conflict), (12, Some("idempotency_conflict".into()), Some(409)));
+
     for unknown in [client.query("no").await.err(), client.cancel("no").await.err()] {
         assert_eq!(refused(unknown.unwrap()), (12, Some("not_found".into()), Some(404)));
     }
     let mut stream = client.subscribe("no").await.unwrap();
     assert_eq!(refused(stream.next().await.unwrap_err()), (12, Some("not_found".into()), Some(404)));
-    let late = json!({"command": "task_submit", "task_type": "program", "wait": "result", "timeout_ms": 200});
-    let late = client.submit(&late).await;
-    // The worker has the same deadline: which of the two tells first is open, that it is told is not.
-    match late {
+
+    let slow = json!({"command": "task_submit", "task_type": "program", "wait": "result", "timeout_ms": 200});
+    // The gateway and the worker have the same deadline, so either of them may report the timeout.
+    match client.submit(&slow).await {
         Ok(result) => assert_eq!(result["status"], "timeout"),
         Err(error) => assert_eq!(refused(error).0, 5),
     }
+
     let lost = client.submit(&submit("l", "lost", "result")).await.unwrap();
     assert_eq!((&lost["status"], &lost["error_code"]), (&json!("error"), &json!("unknown_provider")));
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_does_not_end_its_task() {
-    let path = Path::start().await;
-    let leaving = path.client().await;
+async fn disconnecting_does_not_cancel_tasks() {
+    let deployment = Deployment::start().await;
+    let leaving = deployment.client().await;
     let mut stream = leaving.stream(&submit("r", "program", "stream")).await.unwrap();
     stream.next().await.unwrap();
-    // Gone for good, with a stream, a result and many more waited for: the socket itself is closed.
-    let mut raw = UnixStream::connect(path.dir.path().join("s")).await.unwrap();
+
+    // A raw v1 connection with five requests in flight, so that the test can close the socket itself.
+    let mut raw = UnixStream::connect(deployment.dir.path().join("s")).await.unwrap();
     for n in 0..5_u8 {
         let payload = submit(&format!("q{n}"), "program", "result").to_string();
         raw.write_all(&u32::to_be_bytes(payload.len() as u32 + 6)).await.unwrap();
         raw.write_all(&[1, 1]).await.unwrap();
         raw.write_all(payload.as_bytes()).await.unwrap();
     }
-    let client = path.client().await;
+    let client = deployment.client().await;
     for n in 0..5 {
-        path.state(&client, &format!("q{n}"), State::Running).await;
+        deployment.state(&client, &format!("q{n}"), State::Running).await;
     }
     drop((raw, stream, leaving));
-    let mut follows = client.subscribe("r").await.unwrap();
-    path.go();
-    while let StreamEvent::Data(data) = follows.next().await.unwrap().expect("more") {
+
+    let mut follower = client.subscribe("r").await.unwrap();
+    deployment.go();
+    while let StreamEvent::Data(data) = follower.next().await.unwrap().expect("the stream has not ended") {
         assert_eq!(data.data, "two\n");
     }
+
     for id in ["r", "q0", "q1", "q2", "q3", "q4"] {
-        path.state(&client, id, State::Completed).await;
+        deployment.state(&client, id, State::Completed).await;
         assert_eq!(client.query(id).await.unwrap().result.unwrap().output, Some(json!({"text": "one\ntwo\n"})));
     }
-    testkit::eventually(SOON, || async { path.count(subjects::STREAM_USAGE).await == 6 }).await;
+    testkit::eventually(SOON, || async { deployment.count(subjects::STREAM_USAGE).await == 6 }).await;
 }
 
 #[tokio::test]
-async fn many_at_once_each_get_their_own() {
-    let path = Path::start().await;
-    let client = path.client().await;
+async fn concurrent_requests_receive_their_own_results() {
+    let deployment = Deployment::start().await;
+    let client = deployment.client().await;
+
     let many = (0..100).map(|n| {
         let client = client.clone();
         async move {
@@ -219,32 +238,34 @@ async fn many_at_once_each_get_their_own() {
         }
     });
     tokio::time::timeout(SOON, futures_util::future::join_all(many)).await.unwrap();
-    testkit::eventually(SOON, || async { path.count(subjects::STREAM_USAGE).await == 100 }).await;
+    testkit::eventually(SOON, || async { deployment.count(subjects::STREAM_USAGE).await == 100 }).await;
 }
 
 #[tokio::test]
-async fn it_ends_in_order_and_answers_what_it_has_taken() {
-    let mut path = Path::start().await;
-    let client = path.client().await;
+async fn draining_gateway_finishes_streams_and_refuses_new_requests() {
+    let mut deployment = Deployment::start().await;
+    let client = deployment.client().await;
     let mut stream = client.stream(&submit("r", "program", "stream")).await.unwrap();
     stream.next().await.unwrap();
-    path.gateway.cancel();
+
+    deployment.gateway.cancel();
     testkit::eventually(SOON, || async { client.query("r").await.is_err_and(|e| refused(e).0 == 6) }).await;
-    path.go();
+    deployment.go();
     let mut ends = 0;
     while let Some(event) = stream.next().await.unwrap() {
         ends += usize::from(matches!(event, StreamEvent::Complete(_)));
     }
     assert_eq!(ends, 1);
-    tokio::time::timeout(SOON, path.parts.join_next()).await.unwrap().unwrap().unwrap();
-    path.others.cancel();
-    while let Some(part) = tokio::time::timeout(SOON, path.parts.join_next()).await.unwrap() {
+
+    tokio::time::timeout(SOON, deployment.parts.join_next()).await.unwrap().unwrap().unwrap();
+    deployment.others.cancel();
+    while let Some(part) = tokio::time::timeout(SOON, deployment.parts.join_next()).await.unwrap() {
         part.unwrap();
     }
     assert!(matches!(client.ping().await, Err(Error::Closed)));
 }
 
-/// A gateway that takes one connection, reads a little, says this and closes.
+/// A client of a fake gateway, which accepts one connection, reads a few bytes, sends `answer` and closes.
 async fn scripted(answer: Vec<u8>) -> (TempDir, Client) {
     let dir = TempDir::new().unwrap();
     let listener = UnixListener::bind(dir.path().join("s")).unwrap();
@@ -264,7 +285,7 @@ fn frame(version: wire::ipc::Version, kind: u8, payload: &str) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_connection_that_ends_is_told_to_everybody() {
+async fn closed_connection_fails_all_requests_in_flight() {
     use wire::ipc::Version::{V1, V2};
     let first = V2 { request_id: 1, deadline_ms: 0 };
     let overloaded = r#"{"ok":false,"error":{"code":10,"message":"Too many connections","retry_after_ms":100}}"#;
@@ -273,23 +294,26 @@ async fn a_connection_that_ends_is_told_to_everybody() {
     let (_dir, client) = scripted(frame(V1, 0x11, overloaded)).await;
     let both = futures_util::future::join(client.ping(), client.ping()).await;
     for outcome in [both.0, both.1] {
-        assert_eq!(refused(outcome.unwrap_err()).0, 10, "the gateway said why");
+        assert_eq!(refused(outcome.unwrap_err()).0, 10, "every request fails with the gateway's reason");
     }
+
     for (name, answer) in [("nothing", vec![]), ("half a frame", vec![0, 0, 0, 50, 2])] {
         let (_dir, client) = scripted(answer).await;
         assert!(matches!(client.ping().await, Err(Error::Closed)), "{name}");
     }
+
     for (name, answer) in [
         ("no frame", b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec()),
-        ("a type nobody knows", frame(first, 0x7f, "")),
+        ("an unknown frame type", frame(first, 0x7f, "")),
         ("v1 without an error", frame(V1, 0x10, "?")),
     ] {
         let (_dir, client) = scripted(answer).await;
         assert!(matches!(client.ping().await, Err(Error::Protocol(_))), "{name}");
     }
+
     let (_dir, client) = scripted(data).await;
     let mut stream = client.subscribe("t").await.unwrap();
     assert!(matches!(stream.next().await, Ok(Some(StreamEvent::Data(_)))));
-    assert!(matches!(stream.next().await, Err(Error::Closed)), "a stream that broke off has not ended");
+    assert!(matches!(stream.next().await, Err(Error::Closed)), "a stream that broke off is not complete");
     assert!(matches!(stream.next().await, Ok(None)));
 }
