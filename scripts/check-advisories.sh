@@ -1,16 +1,16 @@
 #!/bin/sh
-# Checks what we build on against the RustSec advisory database, by deny.toml. Takes cargo-deny, and a database that can be
-# fetched or was fetched before; where one of them is missing it says so and fails, or with --if-possible skips the check.
+# Checks the dependencies against the RustSec advisory database, as deny.toml configures it. Needs cargo-deny, and a
+# database that was fetched before or can be fetched now. Without them it fails, or with --if-possible skips the check.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 cargo=${CARGO:-cargo}
 
 cannot() {
   if [ "${if_possible:-}" = yes ]; then
-    echo "SKIPPED: dependencies were not checked for advisories: $1"
+    echo "SKIPPED: did not check the dependencies for advisories: $1"
     exit 0
   fi
-  echo "dependencies cannot be checked for advisories: $1" >&2
+  echo "cannot check the dependencies for advisories: $1" >&2
   exit 1
 }
 
@@ -30,8 +30,8 @@ fi
 databases=${CARGO_HOME:-${HOME:-}/.cargo}/advisory-dbs
 if ! said=$($cargo deny fetch db 2>&1); then
   if [ -z "$(ls -A "$databases" 2>/dev/null)" ]; then
-    cannot "there is no advisory database in $databases, and none can be fetched: $(printf '%s' "$said" | tail -n 1)"
+    cannot "$databases holds no advisory database, and fetching one failed: $(printf '%s' "$said" | tail -n 1)"
   fi
-  echo "the advisory database cannot be fetched; checking with the one in $databases, which may be old"
+  echo "cannot fetch the advisory database; checking with the one in $databases, which may be old"
 fi
 exec $cargo deny check --disable-fetch advisories

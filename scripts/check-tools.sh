@@ -1,6 +1,6 @@
 #!/bin/sh
-# Checks that the machine has what a build takes, and says all that is missing at once, with how to install it:
-# check-tools.sh [rust] [node] [cc]; all three if none is named. Runs without any tool but the shell.
+# Checks that the machine has the tools for a build, and names everything that is missing and how to install it:
+# check-tools.sh [rust] [node] [cc]; by default all three. Needs no tool but the shell.
 set -u
 case $0 in */*) root=${0%/*}/.. ;; *) root=.. ;; esac
 cargo=${CARGO:-cargo}
@@ -13,7 +13,7 @@ problem() {
       $2"
 }
 
-# at_least HAVE NEED: whether version HAVE ("1.95.0", "v20.19.1-nightly") is NEED ("1.95") or newer.
+# at_least HAVE NEED: succeeds if version HAVE ("1.95.0", "v20.19.1-nightly") is NEED ("1.95") or newer.
 at_least() {
   have=${1#v} least=$2
   while [ -n "$least" ]; do
@@ -25,7 +25,7 @@ at_least() {
   done
 }
 
-# quoted FILE KEY: the version in the first line of FILE that begins with KEY.
+# quoted FILE KEY: prints the version in the first line of FILE that contains KEY.
 quoted() {
   while IFS= read -r line; do
     case $line in
@@ -48,12 +48,12 @@ check_rust() {
     if [ -x "$home/bin/cargo" ]; then
       problem "cargo is installed in $home/bin, which is not in PATH" "run: export PATH=\"$home/bin:\$PATH\""
     else
-      problem "cargo is not installed; the build takes Rust $need or newer" "$rustup"
+      problem "cargo is not installed; the build needs Rust $need or newer" "$rustup"
     fi
     return
   fi
 
-  # Distributions package the two apart, and rustup may have neither behind its names.
+  # Check both: distributions package them separately, and rustup's proxies exist even if no toolchain is installed.
   for tool in "$cargo" "${RUSTC:-rustc}"; do
     if ! said=$($tool --version 2>&1); then
       problem "$tool does not run: ${said%%
@@ -63,29 +63,29 @@ check_rust() {
     version=${said#* }
     version=${version%% *}
     if ! at_least "$version" "$need"; then
-      problem "$tool is $version; the build takes Rust $need or newer" \
-        "with rustup: rustup update stable; distributions' packages are often older: $rustup"
+      problem "$tool is $version; the build needs Rust $need or newer" \
+        "with rustup: rustup update stable; packages of distributions are often older: $rustup"
     fi
   done
 }
 
 check_node() {
   need=$(quoted "$root/frontend/package.json" '"node":')
-  how="from https://nodejs.org, with nvm, or NodeSource's packages; Debian's and Ubuntu's nodejs may be too old"
+  how="from https://nodejs.org, with nvm or from NodeSource; the nodejs of Debian and Ubuntu may be too old"
 
   if ! command -v node >/dev/null 2>&1; then
-    problem "node is not installed; the pages take Node $need or newer, and npm" "install it $how"
+    problem "node is not installed; the front end needs Node $need or newer, and npm" "install it $how"
     return
   fi
   if ! said=$(node --version 2>&1); then
     problem "node does not run: ${said%%
 *}" "install Node $need or newer $how"
   elif ! at_least "$said" "$need"; then
-    problem "node is ${said#v}; the pages take Node $need or newer" "install a newer one $how"
+    problem "node is ${said#v}; the front end needs Node $need or newer" "install a newer one $how"
   fi
   if ! command -v npm >/dev/null 2>&1; then
-    problem "npm is not installed; it fetches what the pages are built with" \
-      "Debian and Ubuntu package it apart (apt-get install npm); elsewhere it comes with Node"
+    problem "npm is not installed; it fetches the dependencies of the front end" \
+      "Debian and Ubuntu package it separately (apt-get install npm); elsewhere it comes with Node"
   fi
 }
 
@@ -93,7 +93,7 @@ check_cc() {
   cc=${CC:-cc}
   how="Debian, Ubuntu: apt-get install build-essential; Fedora: dnf install gcc glibc-devel; macOS: xcode-select --install"
   if ! command -v ${cc%% *} >/dev/null 2>&1; then
-    problem "there is no C compiler ($cc); SQLite and the cryptography are compiled" "$how"
+    problem "there is no C compiler ($cc), which SQLite and the cryptography need" "$how"
   elif ! printf '#include <stdlib.h>\n' | $cc -x c -fsyntax-only - >/dev/null 2>&1; then
     problem "the C compiler $cc cannot compile: the headers of the C library are missing" "$how"
   fi
@@ -104,7 +104,7 @@ for what in "$@"; do
   case $what in
   rust | node | cc) "check_$what" ;;
   *)
-    echo "check-tools: $what is none of rust, node, cc" >&2
+    echo "check-tools: unknown tool $what; use rust, node or cc" >&2
     exit 2
     ;;
   esac

@@ -1,4 +1,4 @@
-//! Real redis-servers: one alone, or six as a cluster of three primaries with a replica each.
+//! Runs real redis-servers: a single one, or a cluster of three primaries with one replica each.
 
 use crate::process::{Process, free_port, is_free};
 use nix::sys::signal::Signal;
@@ -15,7 +15,7 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 const COMMAND_DEADLINE: Duration = Duration::from_secs(5);
 const CLUSTER_DEADLINE: Duration = Duration::from_secs(40);
 const START_ATTEMPTS: usize = 8;
-/// Redis puts a node's cluster port this much above its client port.
+/// The distance of a node's cluster port from its client port, as Redis chooses it.
 const CLUSTER_PORT_OFFSET: u16 = 10_000;
 const CLUSTER_NODES: usize = 6;
 
@@ -31,17 +31,17 @@ impl RedisServer {
         Self::start_with(&[]).await
     }
 
-    /// With further arguments, for example `["--appendonly", "yes"]`. Without any, a restart loses the data.
+    /// Starts a server with additional arguments. Unless they include `--appendonly yes`, a restart loses the data.
     pub async fn start_with(arguments: &[&str]) -> Self {
         Self::start_on(free_port, arguments).await
     }
 
     async fn start_on(port: impl Fn() -> u16, arguments: &[&str]) -> Self {
-        let dir = TempDir::new().expect("a temporary directory can be made");
+        let dir = TempDir::new().expect("cannot create a temporary directory");
         let arguments = arguments.iter().map(ToString::to_string).collect();
         let mut server = Self { dir, arguments, port: 0, process: None };
         let mut log = String::new();
-        // Somebody else may take the port between the look and the bind.
+        // Another process may take the port before the server binds it.
         for _ in 0..START_ATTEMPTS {
             server.port = port();
             match server.run().await {
@@ -61,19 +61,19 @@ impl RedisServer {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// Ends it in good order.
+    /// Shuts the server down with SIGTERM.
     pub async fn stop(&mut self) {
         if let Some(process) = self.process.take() {
             process.stop().await;
         }
     }
 
-    /// SIGKILL.
+    /// Kills the server with SIGKILL.
     pub fn kill(&mut self) {
         self.process = None;
     }
 
-    /// Runs again on the same port and directory.
+    /// Starts the server again on the same port and directory, after stopping it if it still runs.
     pub async fn restart(&mut self) {
         self.stop().await;
         if let Err(log) = self.run().await {
@@ -81,7 +81,7 @@ impl RedisServer {
         }
     }
 
-    /// SIGSTOP: the connections stay, nothing answers.
+    /// Suspends the server with SIGSTOP: connections stay open, but nothing answers.
     pub fn pause(&self) {
         self.process.iter().for_each(|process| process.signal(Signal::SIGSTOP));
     }
@@ -94,11 +94,12 @@ impl RedisServer {
         self.process.is_some()
     }
 
-    /// Sends one command in words and returns its answer: a bulk string's text, else the raw line.
+    /// Sends one command, written as words, and returns the reply: the text of a bulk string, else the raw line.
     pub async fn command(&self, words: &str) -> io::Result<String> {
         let exchange = async {
             let mut stream = BufReader::new(TcpStream::connect(("127.0.0.1", self.port)).await?);
             stream.write_all(format!("{words}\r\n").as_bytes()).await?;
+
             let mut line = String::new();
             stream.read_line(&mut line).await?;
             let line = line.trim_end();
@@ -112,6 +113,7 @@ impl RedisServer {
                 None => Ok(line.into()),
             }
         };
+
         timeout(COMMAND_DEADLINE, exchange).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
     }
 
@@ -120,10 +122,11 @@ impl RedisServer {
         command.args(["--bind", "127.0.0.1", "--save", "", "--daemonize", "no"]);
         command.arg("--port").arg(self.port.to_string()).arg("--dir").arg(self.dir.path());
         command.args(&self.arguments);
+
         let mut process = Process::spawn(&mut command, &self.dir.path().join("log"), INSTALL);
         let end = Instant::now() + START_DEADLINE;
         loop {
-            // The exit is looked at first: another server may answer on a port that this one did not get.
+            // Check for an exit first: another server may answer on a port that this one failed to bind.
             if process.exited().is_some() || Instant::now() > end {
                 return Err(process.log());
             }
@@ -141,7 +144,7 @@ pub struct RedisCluster {
 }
 
 impl RedisCluster {
-    /// Six nodes; returns once every slot is served and every primary has its replica.
+    /// Starts six nodes; returns once every slot is served and every primary has its replica.
     pub async fn start() -> Self {
         let arguments =
             ["--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-node-timeout", "1000"];
@@ -149,12 +152,19 @@ impl RedisCluster {
         for _ in 0..CLUSTER_NODES {
             nodes.push(RedisServer::start_on(cluster_port, &arguments).await);
         }
+
         let mut create = tokio::process::Command::new("redis-cli");
         create.args(["--cluster", "create"]).args(nodes.iter().map(|node| format!("127.0.0.1:{}", node.port())));
         create.args(["--cluster-replicas", "1", "--cluster-yes"]).kill_on_drop(true);
-        let made = timeout(CLUSTER_DEADLINE, create.output()).await.expect("redis-cli makes the cluster in time");
+        let made =
+            timeout(CLUSTER_DEADLINE, create.output()).await.expect("redis-cli did not create the cluster in time");
         let made = made.unwrap_or_else(|e| panic!("cannot start redis-cli: {e}; {INSTALL}"));
-        assert!(made.status.success(), "redis-cli made no cluster:\n{}", String::from_utf8_lossy(&made.stdout));
+        assert!(
+            made.status.success(),
+            "redis-cli failed to create the cluster:\n{}",
+            String::from_utf8_lossy(&made.stdout)
+        );
+
         let cluster = Self { nodes };
         cluster.wait_until_whole().await;
         cluster
@@ -168,7 +178,7 @@ impl RedisCluster {
         &mut self.nodes[index]
     }
 
-    /// Which of the running nodes are primaries.
+    /// The indexes of the running nodes that are primaries.
     pub async fn primaries(&self) -> Vec<usize> {
         let mut found = Vec::new();
         for (index, node) in self.nodes.iter().enumerate() {
@@ -180,9 +190,9 @@ impl RedisCluster {
         found
     }
 
-    /// Kills a primary (SIGKILL) and says which.
+    /// Kills a primary with SIGKILL and returns its index.
     pub async fn kill_primary(&mut self) -> usize {
-        let index = *self.primaries().await.first().expect("a cluster has primaries");
+        let index = *self.primaries().await.first().expect("the cluster has no running primary");
         self.nodes[index].kill();
         index
     }
@@ -192,7 +202,7 @@ impl RedisCluster {
         self.wait_until_whole().await;
     }
 
-    /// Until every running node sees all slots served, three primaries run, and each running replica is linked to its own.
+    /// Waits until all running nodes see every slot served, three primaries run and every running replica has its link.
     pub async fn wait_until_whole(&self) {
         crate::eventually(CLUSTER_DEADLINE, || async {
             for node in self.nodes.iter().filter(|node| node.is_running()) {
@@ -209,7 +219,7 @@ impl RedisCluster {
     }
 }
 
-/// A free port whose cluster port is free too.
+/// Returns a free port whose cluster port is free too.
 fn cluster_port() -> u16 {
     loop {
         let port = free_port();

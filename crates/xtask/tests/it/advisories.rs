@@ -1,4 +1,4 @@
-//! Advisories are checked where that can be done, and a check that was skipped says so.
+//! Tests scripts/check-advisories.sh: it checks advisories where that is possible, and reports a skipped check.
 
 use crate::{Machine, Output, root};
 
@@ -16,18 +16,19 @@ fn database(machine: &Machine) {
 }
 
 #[test]
-fn without_cargo_deny_it_is_skipped_or_refused() {
+fn missing_cargo_deny_skips_or_fails_the_check() {
     let none = "echo 'error: no such command: deny' >&2; exit 101";
     let skipped = check(none, &["--if-possible"], |_| {});
     assert_eq!(skipped.code, Some(0));
     assert!(skipped.text.contains("SKIPPED") && skipped.text.contains("cargo-deny is not installed"));
+
     let refused = check(none, &[], |_| {});
     assert_eq!(refused.code, Some(1));
     assert!(refused.text.contains("cargo install --locked cargo-deny"), "{}", refused.text);
 }
 
 #[test]
-fn without_a_database_it_is_skipped_with_the_reason() {
+fn missing_database_skips_the_check_with_a_reason() {
     let offline =
         "case $2 in --version) ;; fetch) echo 'could not resolve host' >&2; exit 1 ;; *) echo checked ;; esac";
     let skipped = check(offline, &["--if-possible"], |_| {});
@@ -42,7 +43,7 @@ fn without_a_database_it_is_skipped_with_the_reason() {
 }
 
 #[test]
-fn an_advisory_fails_the_check() {
+fn advisory_fails_the_check() {
     let found = "case $2 in check) echo 'error[vulnerability]: RUSTSEC-2020-0001'; exit 1 ;; esac";
     for arguments in [&[][..], &["--if-possible"]] {
         let output = check(found, arguments, |_| {});

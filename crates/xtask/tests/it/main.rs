@@ -1,4 +1,4 @@
-//! The scripts and files beside the code, run and read as their users do.
+//! Tests of the scripts and of the files in deploy/, as their users run and read them.
 
 mod advisories;
 mod tools;
@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("xtask lies in crates/").into()
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("xtask is a folder of crates/").into()
 }
 
-/// A machine that has these programs in its PATH and nothing else; it is gone with this handle.
+/// A temporary home directory with a PATH that holds only the given programs.
 struct Machine {
     dir: tempfile::TempDir,
 }
@@ -29,13 +29,13 @@ impl Machine {
         Self { dir }
     }
 
-    /// A program that runs this line of shell.
+    /// Adds a program to PATH that runs this line of shell.
     fn with(self, name: &str, script: &str) -> Self {
         self.put(&format!("bin/{name}"), script);
         self
     }
 
-    /// The same, at a path of the machine's home.
+    /// Adds such a program at a path in the home directory.
     fn put(&self, path: &str, script: &str) {
         let path = self.dir.path().join(path);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -43,11 +43,12 @@ impl Machine {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// The real ones of the machine that the test runs on.
+    /// Adds the real programs of this machine to PATH.
     fn with_real(self, names: &[&str]) -> Self {
         for name in names {
             let found = ["/usr/bin", "/bin", "/usr/local/bin"].iter().map(|dir| Path::new(dir).join(name));
-            let program = found.into_iter().find(|path| path.exists()).unwrap_or_else(|| panic!("no {name} here"));
+            let program =
+                found.into_iter().find(|path| path.exists()).unwrap_or_else(|| panic!("{name} is not installed"));
             symlink(program, self.dir.path().join("bin").join(name)).unwrap();
         }
         self

@@ -1,4 +1,4 @@
-//! A machine that lacks what a build takes is told what to install, before anything is built.
+//! Tests scripts/check-tools.sh: it names missing tools, with how to install them, before anything is built.
 
 use crate::{Machine, Output, root};
 
@@ -30,15 +30,15 @@ fn check(machine: &Machine, arguments: &[&str]) -> Output {
 fn refused(machine: &Machine, expected: &[&str]) {
     let output = check(machine, &[]);
     assert_eq!(output.code, Some(1), "{}", output.text);
-    // One line says what is wrong, the next what to do.
+    // Each problem has two lines: what is wrong, and what to do.
     assert_eq!(output.text.lines().count(), 1 + 2 * expected.len(), "{}", output.text);
     for expected in expected {
-        assert!(output.text.contains(expected), "{expected:?} is missing in:\n{}", output.text);
+        assert!(output.text.contains(expected), "{expected:?} is missing from:\n{}", output.text);
     }
 }
 
 #[test]
-fn what_is_there_and_new_enough_is_not_mentioned() {
+fn tools_that_are_new_enough_produce_no_output() {
     let output = check(&machine(), &[]);
     assert_eq!((output.code, output.text.as_str()), (Some(0), ""));
     for newer in ["echo v22.0.0", "echo v20.20", "echo v100.1.2-rc.1"] {
@@ -47,10 +47,10 @@ fn what_is_there_and_new_enough_is_not_mentioned() {
 }
 
 #[test]
-fn missing_tools_are_all_named_with_how_to_install_them() {
+fn every_missing_tool_is_named_with_its_installation() {
     refused(&Machine::new(), &["https://rustup.rs", "node is not installed", "apt-get install build-essential"]);
-    refused(&without(&["cargo"]), &["cargo is not installed; the build takes Rust 1.95 or newer"]);
-    refused(&without(&["node", "npm"]), &["node is not installed; the pages take Node 20.19 or newer"]);
+    refused(&without(&["cargo"]), &["cargo is not installed; the build needs Rust 1.95 or newer"]);
+    refused(&without(&["node", "npm"]), &["node is not installed; the front end needs Node 20.19 or newer"]);
     refused(&without(&["npm"]), &["npm is not installed"]);
     refused(&without(&["cc"]), &["there is no C compiler (cc)"]);
 }
@@ -58,15 +58,15 @@ fn missing_tools_are_all_named_with_how_to_install_them() {
 #[test]
 fn old_tools_are_named_with_their_versions() {
     let old = |version: &str| format!("echo 'x {version} (whatever 2020-01-01)'");
-    refused(&machine().with("cargo", &old("1.94.1")), &["cargo is 1.94.1; the build takes Rust 1.95 or newer"]);
-    refused(&machine().with("rustc", &old("1.63.0")), &["rustc is 1.63.0; the build takes Rust 1.95 or newer"]);
+    refused(&machine().with("cargo", &old("1.94.1")), &["cargo is 1.94.1; the build needs Rust 1.95 or newer"]);
+    refused(&machine().with("rustc", &old("1.63.0")), &["rustc is 1.63.0; the build needs Rust 1.95 or newer"]);
     refused(&machine().with("cargo", &old("0.99.0")), &["cargo is 0.99.0"]);
-    refused(&machine().with("node", "echo v18.20.4"), &["node is 18.20.4; the pages take Node 20.19 or newer"]);
+    refused(&machine().with("node", "echo v18.20.4"), &["node is 18.20.4; the front end needs Node 20.19 or newer"]);
     refused(&machine().with("node", "echo v20.9.0"), &["node is 20.9.0"]);
 }
 
 #[test]
-fn tools_that_do_not_run_say_why() {
+fn failing_tools_are_reported_with_their_error() {
     let none = "echo 'rustup could not choose a version of cargo to run' >&2; exit 1";
     refused(&machine().with("cargo", none), &["rustup could not choose a version of cargo to run"]);
     refused(&machine().with("node", "echo 'no loader' >&2; exit 127"), &["node does not run: no loader"]);
@@ -74,7 +74,7 @@ fn tools_that_do_not_run_say_why() {
 }
 
 #[test]
-fn an_installed_cargo_outside_of_path_is_found() {
+fn cargo_outside_of_path_is_found() {
     let machine = without(&["cargo"]);
     machine.put(".cargo/bin/cargo", RUST);
     let bin = machine.dir.path().join(".cargo/bin").display().to_string();
@@ -83,13 +83,13 @@ fn an_installed_cargo_outside_of_path_is_found() {
 }
 
 #[test]
-fn only_what_is_asked_for_is_checked() {
+fn only_the_named_tools_are_checked() {
     assert_eq!(check(&without(&["cc", "node", "npm"]), &["rust"]).code, Some(0));
     assert_eq!(check(&without(&["cc"]), &["rust", "node"]).code, Some(0));
     assert_eq!(check(&machine(), &["rusty"]).code, Some(2));
 }
 
-/// The targets that people run first; nothing is fetched or built on the way to the message.
+/// Covers the targets that users run first: the check must fail before anything is downloaded or built.
 #[test]
 fn make_stops_before_it_builds_the_pages() {
     for target in ["run", "test", "build", "bench"] {
@@ -99,6 +99,6 @@ fn make_stops_before_it_builds_the_pages() {
         let output = machine.run("/usr/bin/make", &[target], &[]);
         assert_eq!(output.code, Some(2), "{target}: {}", output.text);
         assert!(output.text.contains("cargo is not installed"), "{target}: {}", output.text);
-        assert!(!machine.exists("built"), "{target}: the pages' tools were run");
+        assert!(!machine.exists("built"), "{target}: make ran the front end's tools");
     }
 }

@@ -1,10 +1,11 @@
-//! The units in deploy/.
+//! Tests of the systemd units in deploy/.
 
 use crate::root;
 
-/// The kernel ends the program of one provider for its memory; systemd's default would then stop all parts of the process.
+/// When the kernel kills the program of one provider for lack of memory, systemd's default policy would stop the whole
+/// service.
 #[test]
-fn a_program_out_of_memory_does_not_stop_the_service() {
+fn provider_out_of_memory_does_not_stop_the_service() {
     let services: Vec<_> = std::fs::read_dir(root().join("deploy"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
