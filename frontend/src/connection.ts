@@ -1,4 +1,4 @@
-// One WebSocket to any node: commands and replies, subscriptions that recover by offset and epoch, reconnects.
+// The WebSocket connection to a node. It sends commands, recovers subscriptions by offset and epoch, and reconnects.
 import { signal, type ReadonlySignal } from "@preact/signals";
 import { joinFrames, splitFrames, type Partially } from "./codec/proto";
 import * as wire from "./codec/realtime";
@@ -7,7 +7,7 @@ export type Status =
   | { name: "connecting" }
   | { name: "connected"; client: string; node: string }
   | { name: "waiting"; retryAt: number; reason: string }
-  /** Nothing more is tried by itself: signed out, refused or closed by us. */
+  /** Signed out, refused or closed by the page; the connection does not retry by itself. */
   | { name: "closed"; code: number; reason: string };
 
 export interface Position {
@@ -16,7 +16,7 @@ export interface Position {
 }
 
 export interface Subscribed {
-  /** Missed publications were (or are about to be) delivered: what the listener holds is still whole. */
+  /** Whether all missed publications were or will be delivered, so that the listener's data stays complete. */
   recovered: boolean;
   position: Position;
 }
@@ -31,7 +31,7 @@ export interface Listener {
 
 export interface Options {
   url: string;
-  /** A fresh access token; null when signed out. */
+  /** Returns a fresh access token, or null when signed out. */
   token: () => Promise<string | null>;
   webSocket?: (url: string, protocol: string) => WebSocket;
   random?: () => number;
@@ -55,7 +55,7 @@ const PROTOCOL = "centrifuge-protobuf";
 export const NOT_CONNECTED = 0;
 const UNAUTHORIZED = 101;
 const ALREADY_SUBSCRIBED = 105;
-/** How long a ping may be late before the line counts as dead. */
+/** How late the server's ping may be, in ms, before the connection counts as lost. */
 const PING_GRACE = 10_000;
 
 type Timer = ReturnType<typeof setTimeout>;
@@ -75,7 +75,7 @@ interface Subscription {
   timer: Timer | undefined;
 }
 
-/** Delay before try number `attempt` (0 is the first): full jitter, so that a restarted node is not stormed. */
+/** Delay in ms before retry number `attempt` (from 0), with full jitter so that clients do not storm a restarted node. */
 export function backoff(attempt: number, random: number, first = 500, cap = 20_000): number {
   const upper = Math.min(cap, first * 2 ** (attempt + 1));
   return Math.round(first + random * (upper - first));
@@ -112,7 +112,7 @@ export class Connection {
     this.dial();
   }
 
-  /** Tries at once instead of waiting out the delay. */
+  /** Reconnects immediately instead of waiting for the delay. */
   retryNow(): void {
     if (this.statusSignal.peek().name === "waiting") this.dial();
   }
@@ -122,7 +122,10 @@ export class Connection {
     this.statusSignal.value = { name: "closed", code: 0, reason };
   }
 
-  /** Several listeners share one subscription; `since` asks to recover what this listener missed. */
+  /**
+   * Subscribes a listener; returns the function that ends it. All listeners of a channel share one subscription.
+   * `since` recovers what the first listener missed after that position.
+   */
   subscribe(channel: string, listener: Listener, since?: Position): () => void {
     let subscription = this.subscriptions.get(channel);
     if (!subscription) {
@@ -136,10 +139,11 @@ export class Connection {
         listener.subscribed?.({ recovered: false, position: subscription.position });
       }
     }
+
     const held = subscription;
     return () => {
       if (!held.listeners.delete(listener) || held.listeners.size > 0) return;
-      // A refused subscription is forgotten already, and the channel may have a newer one.
+      // A refused subscription was already removed, and the channel may have a newer one.
       if (this.subscriptions.get(channel) !== held) return;
       this.subscriptions.delete(channel);
       clearTimeout(held.timer);
@@ -177,7 +181,7 @@ export class Connection {
         else this.openSocket(token, generation);
       },
       () => {
-        if (generation === this.generation) this.wait("the server cannot be reached");
+        if (generation === this.generation) this.wait("cannot reach the server");
       },
     );
   }
@@ -187,12 +191,15 @@ export class Connection {
     const socket = make(this.options.url, PROTOCOL);
     socket.binaryType = "arraybuffer";
     this.socket = socket;
+
     const current = (): boolean => generation === this.generation && socket === this.socket;
-    // A node that is gone without a word leaves the browser connecting for minutes.
-    this.pingTimer = setTimeout(() => current() && this.lost("no answer in time"), this.commandTimeout * 2);
+    // Without this limit, the browser tries for minutes to connect to a node that does not respond.
+    this.pingTimer = setTimeout(() => current() && this.lost("the server did not respond in time"), this.commandTimeout * 2);
+
     socket.onopen = () => {
       if (current()) void this.handshake(token, generation);
     };
+
     socket.onmessage = (message: MessageEvent) => {
       if (!current()) return;
       if (!(message.data instanceof ArrayBuffer)) return;
@@ -201,9 +208,10 @@ export class Connection {
           this.receive(wire.reply.decode(frame), frame.length === 0);
         }
       } catch {
-        this.lost("a message could not be read");
+        this.lost("received an unreadable message");
       }
     };
+
     socket.onclose = (close: CloseEvent) => {
       if (current()) this.ended(close.code, close.reason);
     };
@@ -224,7 +232,7 @@ export class Connection {
       this.statusSignal.value = { name: "connected", client: result.client, node: result.node };
     } catch (error) {
       if (generation !== this.generation) return;
-      this.lost(error instanceof Error ? error.message : "connect failed");
+      this.lost(error instanceof Error ? error.message : "cannot connect");
     }
   }
 
@@ -250,9 +258,11 @@ export class Connection {
     const recovered = result.wasRecovering && result.recovered;
     subscription.live = true;
     subscription.attempts = 0;
+
     const last = { epoch: result.epoch, offset: result.offset };
     const start = recovered && subscription.position ? { ...subscription.position, epoch: result.epoch } : last;
     subscription.position = start;
+
     for (const listener of [...subscription.listeners]) listener.subscribed?.({ recovered, position: start });
     for (const publication of result.publications) this.deliver(subscription, publication);
     if (last.offset > subscription.position.offset) subscription.position = last;
@@ -314,7 +324,7 @@ export class Connection {
 
   private deliver(subscription: Subscription, publication: wire.Publication): void {
     const position = subscription.position;
-    // Publications without an offset are of channels (or kinds) without history; others never go back.
+    // A publication without an offset has no place in the history; otherwise offsets only grow.
     if (publication.offset > 0 && position) {
       if (publication.offset <= position.offset) return;
       subscription.position = { epoch: position.epoch, offset: publication.offset };
@@ -332,14 +342,14 @@ export class Connection {
       const id = ++this.lastId;
       const timer = setTimeout(() => {
         this.pending.delete(id);
-        reject(new CommandError(1, "no answer in time", true));
+        reject(new CommandError(1, "the server did not respond in time", true));
       }, this.commandTimeout);
       this.pending.set(id, { resolve, reject, timer });
       this.write(wire.command.encode({ ...command, id }));
     });
   }
 
-  /** Commands of one turn travel in one frame. */
+  /** Queues a message. All messages of one turn of the event loop go out in one frame. */
   private write(message: Uint8Array): void {
     this.outbox.push(message);
     if (this.flushing) return;
@@ -357,13 +367,13 @@ export class Connection {
   private watchPing(): void {
     clearTimeout(this.pingTimer);
     if (this.pingInterval > 0) {
-      this.pingTimer = setTimeout(() => this.lost("the line went silent"), this.pingInterval + PING_GRACE);
+      this.pingTimer = setTimeout(() => this.lost("the server stopped responding"), this.pingInterval + PING_GRACE);
     }
   }
 
   private refreshIn(ttl: number): void {
     clearTimeout(this.refreshTimer);
-    // A little early, and never in a tight loop.
+    // Refresh before the token expires, but never in a tight loop.
     this.refreshTimer = setTimeout(() => void this.refresh(), Math.max(5, Math.min(ttl * 0.8, 1_000_000)) * 1000);
   }
 
@@ -379,7 +389,7 @@ export class Connection {
       const result = (await this.request({ refresh: { token } })).refresh;
       if (generation === this.generation && result?.expires) this.refreshIn(result.ttl);
     } catch {
-      // The server disconnects an expired client with a code that allows a new try; nothing is lost by waiting.
+      // Retry later. If the token expires first, the server closes with a code that lets the client reconnect.
       if (generation === this.generation) this.refreshIn(30);
     }
   }
@@ -413,6 +423,7 @@ export class Connection {
     clearTimeout(this.refreshTimer);
     this.pingInterval = 0;
     this.outbox = [];
+
     const socket = this.socket;
     this.socket = undefined;
     if (socket) {
@@ -423,6 +434,7 @@ export class Connection {
       subscription.live = false;
       clearTimeout(subscription.timer);
     }
+
     const pending = [...this.pending.values()];
     this.pending.clear();
     for (const { reject, timer } of pending) {

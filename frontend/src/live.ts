@@ -86,8 +86,10 @@ export function merge(held: Sample[], fresh: Sample[]): Sample[] {
   return [...new Map(all.map((sample) => [sample.t, sample])).values()].sort((a, b) => a.t - b.t).slice(-KEPT);
 }
 
-/** The numbers at a path of each sample; null where there is none. With `rate`, the path holds a total and the result is
- * its growth per second; a total that fell (its process restarted) has no rate. */
+/**
+ * The numbers at a path of each sample; null where there is none. With `rate`, the path holds a total and the result is
+ * its growth per second; a total that fell (its process restarted) has no rate.
+ */
 export function numbers(samples: Sample[], path: string, rate: boolean): (number | null)[] {
   const plain = samples.map((sample) => {
     const value: Json | undefined = at(sample.data, path);

@@ -1,4 +1,4 @@
-// The chat element: a room bound straight to its channel.
+// The chat element, which shows a room and follows its channel.
 import { useEffect, useState } from "preact/hooks";
 import { useSession } from "../context";
 import { Avatar } from "../elements/avatar";
@@ -50,13 +50,13 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
     <section class="chat" aria-label={`Room ${title}`} data-room={room.id}>
       <header class="chat-head">
         <h1>{shown}</h1>
-        <button type="button" class="ghost people-toggle" aria-expanded={showPeople} onClick={() => setShowPeople(!showPeople)} aria-label={`${people.length} here, show who`}>
+        <button type="button" class="ghost people-toggle" aria-expanded={showPeople} onClick={() => setShowPeople(!showPeople)} aria-label={`${people.length} people here; show them`}>
           <Icon name="people" /> <span class="tabular">{people.length}</span>
         </button>
       </header>
       {room.problem.value && (
         <div class="alert bad" role="alert">
-          <span>This room could not be read: {room.problem.value}</span>
+          <span>Cannot load this room: {room.problem.value}</span>
           <button type="button" class="small" onClick={() => void room.load()}><Icon name="retry" /> Try again</button>
         </div>
       )}
@@ -73,7 +73,7 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
               <li key={person.user}>
                 <Avatar name={person.name} id={person.user} small />
                 <span class="ellipsis">{person.name}{person.user === me && <span class="muted"> (you)</span>}</span>
-                <span class={`dot ${online ? "ok" : ""}`} title={online ? "online" : "not known without a connection"} />
+                <span class={`dot ${online ? "ok" : ""}`} title={online ? "online" : "unknown while disconnected"} />
               </li>
             ))}
             {assistant && (
@@ -83,7 +83,7 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
               </li>
             )}
           </ul>
-          {assistant && <p class="muted hint">Begin a message with <code>@{assistant}</code> to ask, as in <code>@{assistant} status</code>.</p>}
+          {assistant && <p class="muted hint">Start a message with <code>@{assistant}</code> to ask the assistant, for example <code>@{assistant} status</code>.</p>}
         </aside>
       </div>
     </section>

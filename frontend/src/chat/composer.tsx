@@ -1,8 +1,8 @@
-// Where one writes: grows with the text, keeps a draft per room, completes names after an @.
+// The message composer. It grows with the text, keeps a draft for each room and completes names after an @.
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Icon } from "../icons";
 import type { Room } from "./room";
-import { bytesLeft, namesInVain } from "./text";
+import { bytesLeft, mentionsWithoutEffect } from "./text";
 
 const MAX_HEIGHT = 220;
 
@@ -19,7 +19,7 @@ export function Composer({ room, title, names, assistant }: { room: Room; title:
   const tooLong = left !== null && left < 0;
   const note =
     left !== null ? (tooLong ? `${-left} bytes too long` : `${left} bytes left`)
-    : matches.length === 0 && namesInVain(text, assistant) ? `Begin the message with @${assistant} to ask.`
+    : matches.length === 0 && mentionsWithoutEffect(text, assistant) ? `Start the message with @${assistant} to ask the assistant.`
     : "";
   const chosen = matches[Math.min(choice, matches.length - 1)];
 
@@ -31,7 +31,7 @@ export function Composer({ room, title, names, assistant }: { room: Room; title:
   }, [text]);
 
   useEffect(() => {
-    // On a phone, focus would open the keyboard over what one came to read.
+    // Not on touch screens, where focus would open the keyboard over the messages.
     if (matchMedia("(pointer: fine)").matches) field.current?.focus();
   }, []);
 
@@ -76,6 +76,7 @@ export function Composer({ room, title, names, assistant }: { room: Room; title:
         return;
       }
     }
+
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
       send();

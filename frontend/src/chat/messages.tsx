@@ -1,4 +1,4 @@
-// The list of messages: grouped by author, divided by day, and never jumping under the reader.
+// The list of messages, grouped by author and divided by day. It keeps its scroll position while messages arrive.
 import { memo } from "../memo";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Avatar } from "../elements/avatar";
@@ -8,12 +8,14 @@ import { Markdown } from "../markdown";
 import type { Message } from "./reducer";
 import type { Room } from "./room";
 
+/** Messages of one author within this time form a group. */
 const GROUP_MS = 5 * 60_000;
-/** This close to the end counts as being there. */
+/** Distance from the end, in pixels, within which the list follows new messages. */
 const NEAR_END = 48;
+/** Distance from the top, in pixels, at which older messages are loaded. */
 const NEAR_TOP = 120;
-/** A provider that is there has said something by then. */
-const PATIENCE_MS = 2_000;
+/** After this time without output, the task probably waits for a provider. */
+const THINKING_MS = 2_000;
 
 export function MessageList({ room, me, assistant }: { room: Room; me: string; assistant: string }) {
   const { messages, more, loaded } = room.state.value;
@@ -38,11 +40,14 @@ export function MessageList({ room, me, assistant }: { room: Room; me: string; a
     if (!el) return;
     const first = messages[0]?.id ?? 0;
     const grown = el.scrollHeight - before.current.height;
+
     const last = messages[messages.length - 1]?.state;
     const mine = last === "sending" || last === "waiting";
+    // After older messages were inserted above, scroll by their height so that the visible ones stay in place.
     if (follow.current || mine) toEnd();
     else if (first < before.current.first && grown > 0) el.scrollTop += grown;
     before.current = { first, height: el.scrollHeight };
+
     if (follow.current && !document.hidden) {
       lastSeenAtEnd.current = lastId;
       room.markRead();
@@ -53,17 +58,19 @@ export function MessageList({ room, me, assistant }: { room: Room; me: string; a
     const el = box.current;
     const inner = content.current;
     if (!el || !inner) return;
-    // Images, fonts and a smaller window change heights without a new message.
+    // Images, fonts and a resized window change the height without a new message.
     const observer = new ResizeObserver(() => {
       if (follow.current) el.scrollTop = el.scrollHeight;
       before.current.height = el.scrollHeight;
     });
     observer.observe(inner);
     observer.observe(el);
+
     const visible = (): void => {
       if (document.hidden) room.markLeft();
       else if (follow.current) room.markRead();
     };
+
     document.addEventListener("visibilitychange", visible);
     return () => {
       observer.disconnect();
@@ -165,11 +172,11 @@ const MessageView = memo(function MessageView({ message, grouped, mine, assistan
   );
 });
 
-/** Nothing has come yet; after a while it says what is lacking. */
+/** A placeholder for an answer without text. After a while it says that the task waits for a provider. */
 function Thinking() {
   const [long, setLong] = useState(false);
   useEffect(() => {
-    const timer = setTimeout(() => setLong(true), PATIENCE_MS);
+    const timer = setTimeout(() => setLong(true), THINKING_MS);
     return () => clearTimeout(timer);
   }, []);
   return <span class="thinking"><span class="spinner" /> {long ? "Waiting for a provider…" : "Thinking…"}</span>;

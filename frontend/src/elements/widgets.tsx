@@ -6,8 +6,10 @@ import { num, records, str, type Json } from "../json";
 import type { TreeNode } from "../store";
 import { labelsOf, type ElementProps } from "./show";
 
-/** The value of a widget: the user's while editing, until the server sends a new one. Returns the value, a setter for
- * drafts, and one that also sends the value to the server or the form. */
+/**
+ * The value of a widget: the user's while editing, until the server sends a new one. Returns the value, a setter for
+ * drafts, and one that also sends the value to the server or the form.
+ */
 function useWidget<T extends Json>(node: TreeNode, read: (value: Json | undefined) => T): [T, (value: T) => void, (value: T) => void] {
   const session = useSession();
   const form = useForm();

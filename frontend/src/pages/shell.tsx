@@ -1,4 +1,4 @@
-// What is around an app: sidebar or drawer, connection state, jump dialog, banners and toasts.
+// The frame around an app: sidebar or drawer, connection state, jump dialog, banners and toasts.
 import { useEffect, useRef, useState } from "preact/hooks";
 import { signOut } from "../auth";
 import type { Status } from "../connection";
@@ -19,6 +19,7 @@ export function Shell({ session }: { session: Session }) {
   const setJump = (value: typeof jump): void => {
     dialog.value = value;
   };
+
   const { sidebar, main } = parts(store.root);
   const place = session.location.value;
 
@@ -43,13 +44,13 @@ export function Shell({ session }: { session: Session }) {
     return () => window.removeEventListener("keydown", key);
   }, [session]);
 
-  // A new room shows in everybody's sidebar.
+  // Rerun when a room is created, so that it appears in every sidebar.
   useEffect(
     () => session.connection.subscribe("chat:lobby", { publication: () => session.rerun() }),
     [session],
   );
 
-  // Links inside texts stay in the app as well.
+  // Follow internal links in texts without leaving the page.
   const follow = (event: MouseEvent): void => {
     const link = (event.target as Element | null)?.closest?.("a");
     if (!link || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey) return;
@@ -87,7 +88,7 @@ export function Shell({ session }: { session: Session }) {
   );
 }
 
-/** The sidebar may stand beside or inside the page; all else is the page itself. */
+/** Separates the sidebar, which may stand next to the page or inside it, from the other elements. */
 function parts(root: TreeNode): { sidebar: TreeNode[]; main: TreeNode[] } {
   const sidebar: TreeNode[] = [];
   const main: TreeNode[] = [];
@@ -106,7 +107,7 @@ function typingIn(target: EventTarget | null): boolean {
 
 const LABELS: Record<Status["name"], string> = { connected: "Connected", connecting: "Connecting…", waiting: "Offline", closed: "Disconnected" };
 const DOTS: Record<Status["name"], string> = { connected: "ok", connecting: "warn", waiting: "bad", closed: "bad" };
-const THEMES = { auto: ["auto", "System colours"], light: ["sun", "Light"], dark: ["moon", "Dark"] } as const;
+const THEMES = { auto: ["auto", "System"], light: ["sun", "Light"], dark: ["moon", "Dark"] } as const;
 
 function Foot({ session }: { session: Session }) {
   const { name } = session.connection.status.value;
@@ -119,7 +120,7 @@ function Foot({ session }: { session: Session }) {
       <div class="foot-row">
         <Avatar name={session.me.name} id={session.me.user} small />
         <span class="ellipsis grow" data-testid="me">{session.me.name}</span>
-        <button type="button" class="ghost icon-button" aria-label={`Colours: ${label}`} title={`Colours: ${label}`} data-testid="theme" onClick={nextTheme}><Icon name={icon} /></button>
+        <button type="button" class="ghost icon-button" aria-label={`Theme: ${label}`} title={`Theme: ${label}`} data-testid="theme" onClick={nextTheme}><Icon name={icon} /></button>
         <button type="button" class="ghost icon-button" aria-label="Sign out" title="Sign out" data-testid="sign-out" onClick={() => void signOut().then(() => location.assign("/"))}><Icon name="leave" /></button>
       </div>
     </div>
@@ -135,12 +136,13 @@ function ConnectionBanner({ session }: { session: Session }) {
     const timer = setInterval(() => setNow(Date.now()), 250);
     return () => clearInterval(timer);
   }, [status]);
+
   if (status.name === "waiting") {
     const seconds = Math.max(0, Math.ceil((status.retryAt - now) / 1000));
     return (
       <div class="banner" role="status" data-testid="offline">
-        <span>Connection lost. Next try in <b class="tabular">{seconds} s</b>.</span>
-        <button type="button" class="small" onClick={() => session.connection.retryNow()}>Try now</button>
+        <span>Connection lost. Retrying in <b class="tabular">{seconds} s</b>.</span>
+        <button type="button" class="small" onClick={() => session.connection.retryNow()}>Retry now</button>
       </div>
     );
   }
@@ -148,7 +150,7 @@ function ConnectionBanner({ session }: { session: Session }) {
     return (
       <div class="banner" role="alert">
         <span>Disconnected: {status.reason}.</span>
-        <button type="button" class="small" onClick={() => session.connection.open()}>Connect again</button>
+        <button type="button" class="small" onClick={() => session.connection.open()}>Reconnect</button>
       </div>
     );
   }
@@ -211,24 +213,26 @@ function places(root: TreeNode): Place[] {
   return [...found.values()];
 }
 
-/** Where rooms are; none if this app makes none. */
+/** The address prefix of rooms; undefined if this app cannot create rooms. */
 function roomsHref(root: TreeNode): string | undefined {
   for (const node of walk(root)) if (node.kind === "new_room") return str(node.props.value["href"]);
   return undefined;
 }
 
-/** Where to go; with `fresh`, the name of a new room. */
+/** The dialog that opens a page or a room, or with `fresh` creates a room. */
 function Jump({ session, fresh, close }: { session: Session; fresh: boolean; close: () => void }) {
   const [query, setQuery] = useState("");
   const [picked, setChosen] = useState<number | null>(null);
   const dialog = useRef<HTMLDialogElement>(null);
   useEffect(() => dialog.current?.showModal(), []);
+
   const wanted = query.trim().toLowerCase();
   const title = fresh ? "New room" : "Jump to";
   const found = fresh && wanted === "" ? [] : places(session.store.root).filter((place) => place.label.toLowerCase().includes(wanted));
   const name = query.trim().replace(/^#/, "");
   const rooms = roomsHref(session.store.root);
   const creates = rooms !== undefined && name !== "" && !found.some((place) => place.label.toLowerCase().replace(/^#\s*/, "") === name.toLowerCase());
+
   const count = found.length + (creates ? 1 : 0);
   const chosen = picked ?? (fresh && creates ? found.length : 0);
 
@@ -237,7 +241,7 @@ function Jump({ session, fresh, close }: { session: Session; fresh: boolean; clo
       const room = object(object(await session.rpc("chat.create_room", { name }))["room"]);
       session.go(rooms + str(room["id"], name));
     } catch (error) {
-      session.toast("bad", `The room was not created: ${(error as Error).message}`);
+      session.toast("bad", `Cannot create the room: ${(error as Error).message}`);
     }
   };
   const take = (index: number): void => {
@@ -262,7 +266,7 @@ function Jump({ session, fresh, close }: { session: Session; fresh: boolean; clo
         <input type="text" value={query} placeholder={fresh ? "Name of the new room" : rooms === undefined ? "Jump to a page" : "Jump to a room or page, or name a new room"} aria-label={title} role="combobox" aria-expanded={count > 0} aria-controls="jump-list" {...(count > 0 ? { "aria-activedescendant": `place-${chosen}` } : {})} data-testid="jump-input"
           onInput={(event) => { setQuery(event.currentTarget.value); setChosen(null); }} onKeyDown={key} />
       </div>
-      <ul id="jump-list" role="listbox" aria-label="Places" hidden={count === 0}>
+      <ul id="jump-list" role="listbox" aria-label="Pages and rooms" hidden={count === 0}>
         {found.map((place, i) => (
           <li key={place.href} id={`place-${i}`} role="option" aria-selected={i === chosen} onMouseEnter={() => setChosen(i)} onClick={() => take(i)}>
             <span class="ellipsis">{place.label}</span>{place.active && <span class="muted">open</span>}
@@ -274,7 +278,7 @@ function Jump({ session, fresh, close }: { session: Session; fresh: boolean; clo
           </li>
         )}
       </ul>
-      {count === 0 && <p class="jump-hint muted">{fresh ? "Type a name for it." : "There is no such place."}</p>}
+      {count === 0 && <p class="jump-hint muted">{fresh ? "Enter a name for the room." : "Nothing matches."}</p>}
     </dialog>
   );
 }

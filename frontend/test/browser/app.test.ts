@@ -116,7 +116,7 @@ describe("chat", () => {
   it("warns about a misplaced mention and about a message that is too long", async () => {
     const note = ann.byId("composer-note");
     await ann.byId("composer").fill("hi @assistant status");
-    await expect.poll(() => note.innerText()).toBe("Begin the message with @assistant to ask.");
+    await expect.poll(() => note.innerText()).toBe("Start the message with @assistant to ask the assistant.");
     await ann.byId("composer").fill("é".repeat(4_000));
     await expect.poll(() => note.innerText()).toBe("192 bytes left");
     await ann.accessible("chat with a note");

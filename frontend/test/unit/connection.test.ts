@@ -1,4 +1,4 @@
-// The connection against a server inside the test, on a clock that the test moves.
+// Tests the connection against a fake server, with fake timers.
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { backoff, CommandError, Connection, type Listener, type Options, type Position, type Subscribed } from "../../src/connection";
 import type { ClientInfo } from "../../src/codec/realtime";
@@ -41,7 +41,7 @@ class Heard implements Listener {
 }
 
 describe("connect", () => {
-  it("sends the token first, by the protobuf subprotocol", async () => {
+  it("sends the token first, over the protobuf subprotocol", async () => {
     const connection = await connected();
     expect(server.socket.protocol).toBe("centrifuge-protobuf");
     expect(server.socket.binaryType).toBe("arraybuffer");
@@ -49,14 +49,14 @@ describe("connect", () => {
     expect(connection.status.value).toEqual({ name: "connected", client: "c1", node: "n1" });
   });
 
-  it("is closed when signed out", async () => {
+  it("closes when signed out", async () => {
     const connection = await connected({ token: () => Promise.resolve(null) });
     expect(connection.status.value).toMatchObject({ name: "closed", reason: "signed out" });
     await vi.advanceTimersByTimeAsync(60_000);
     expect(server.sockets).toHaveLength(0);
   });
 
-  it("tries again when no token can be had", async () => {
+  it("retries when no token is available", async () => {
     let tries = 0;
     const connection = await connected({ token: () => (tries++ === 0 ? Promise.reject(new Error("offline")) : Promise.resolve("t")) });
     expect(connection.status.value.name).toBe("waiting");
@@ -64,7 +64,7 @@ describe("connect", () => {
     expect(connection.connected).toBe(true);
   });
 
-  it("asks for a fresh token after a refused one", async () => {
+  it("asks for a fresh token after the server refused one", async () => {
     const tokens = ["old", "new"];
     server.connect = { error: { code: 109, message: "token expired" } };
     const connection = await connected({ token: () => Promise.resolve(tokens.shift() ?? null) });
@@ -75,7 +75,7 @@ describe("connect", () => {
     expect(connection.connected).toBe(true);
   });
 
-  it("gives up on a node that does not answer", async () => {
+  it("gives up on a node that does not respond", async () => {
     server.connect = undefined;
     const connection = await connected();
     await vi.advanceTimersByTimeAsync(5_000);
@@ -85,7 +85,7 @@ describe("connect", () => {
 });
 
 describe("subscribe", () => {
-  it("delivers publications, joins and leaves, and knows the position", async () => {
+  it("delivers publications, joins and leaves, with the position", async () => {
     server.subscribe = () => ({ subscribe: { epoch: "e1", offset: 7 } });
     const connection = await connected();
     const heard = new Heard();
@@ -101,7 +101,7 @@ describe("subscribe", () => {
     expect(heard.people).toEqual(["+ann", "-ann"]);
   });
 
-  it("delivers each offset once, and what has no offset always", async () => {
+  it("delivers each offset once and publications without an offset always", async () => {
     const connection = await connected();
     const heard = new Heard();
     connection.subscribe("c", heard);
@@ -110,7 +110,7 @@ describe("subscribe", () => {
     expect(heard.publications).toEqual(["a", "b", "no history", "c"]);
   });
 
-  it("subscribes once the connection is there, in the frame after connect", async () => {
+  it("subscribes once connected, in the frame after connect", async () => {
     const connection = new Connection({ url: "ws://test/", token: () => Promise.resolve("t"), webSocket: server.webSocket });
     connection.subscribe("a", new Heard());
     connection.subscribe("b", new Heard());
@@ -138,7 +138,7 @@ describe("subscribe", () => {
     expect(server.socket.of("unsubscribe")).toEqual([{ channel: "c" }]);
   });
 
-  it("asks for what a listener missed since a position", async () => {
+  it("recovers what a listener missed since a position", async () => {
     server.subscribe = () => ({
       subscribe: { epoch: "e", offset: 6, wasRecovering: true, recovered: true, publications: [{ data: data("5"), offset: 5 }, { data: data("6"), offset: 6 }] },
     });
@@ -151,7 +151,7 @@ describe("subscribe", () => {
     expect(heard.publications).toEqual(["5", "6"]);
   });
 
-  it("reports a refusal and forgets the channel", async () => {
+  it("reports a refusal and removes the subscription", async () => {
     server.subscribe = () => ({ error: { code: 103, message: "permission denied" } });
     const connection = await connected();
     const heard = new Heard();
@@ -162,12 +162,12 @@ describe("subscribe", () => {
     const again = new Heard();
     connection.subscribe("secret", again);
     await settle();
-    leave(); // of the refused one: the new one stays
+    leave(); // ends the refused subscription; the new one stays
     server.publish("secret", data("x"), 1);
     expect(again.publications).toEqual(["x"]);
   });
 
-  it("tries again after a temporary error, later each time", async () => {
+  it("backs off after temporary errors", async () => {
     let tries = 0;
     server.subscribe = () => (++tries < 3 ? { error: { code: 100, message: "internal", temporary: true } } : { subscribe: { epoch: "e" } });
     const connection = await connected();
@@ -183,7 +183,7 @@ describe("subscribe", () => {
     expect(heard.subscriptions).toHaveLength(1);
   });
 
-  it("subscribes again when told 2500, and not when told 2000", async () => {
+  it("resubscribes after code 2500 but not after 2000", async () => {
     const connection = await connected();
     const [lost, ended] = [new Heard(), new Heard()];
     connection.subscribe("lost", lost);
@@ -209,7 +209,7 @@ describe("reconnect", () => {
     expect(backoff(60, 1)).toBe(20_000);
   });
 
-  it("recovers each channel from where it was", async () => {
+  it("recovers each channel from its position", async () => {
     server.subscribe = () => ({ subscribe: { epoch: "e1", offset: 2 } });
     const connection = await connected();
     const heard = new Heard();
@@ -229,7 +229,7 @@ describe("reconnect", () => {
     expect(heard.positions[2]).toEqual({ epoch: "e1", offset: 5 });
   });
 
-  it("takes the new position when nothing could be recovered", async () => {
+  it("takes the new position when recovery failed", async () => {
     server.subscribe = () => ({ subscribe: { epoch: "e1", offset: 90 } });
     const connection = await connected();
     const heard = new Heard();
@@ -239,11 +239,11 @@ describe("reconnect", () => {
     server.socket.drop();
     await vi.advanceTimersByTimeAsync(1_000);
     expect(heard.subscriptions[1]).toEqual({ recovered: false, position: { epoch: "e2", offset: 4 } });
-    server.publish("c", data("x"), 5); // lower than the old life's offset
+    server.publish("c", data("x"), 5); // lower than the offset of the old epoch
     expect(heard.publications).toEqual(["x"]);
   });
 
-  it("waits longer after each failure, up to the cap, and starts anew once connected", async () => {
+  it("waits longer after each failure up to the cap, and resets the delay once connected", async () => {
     const connection = await connected();
     server.up = false;
     const waits: number[] = [];
@@ -262,7 +262,7 @@ describe("reconnect", () => {
     expect(connection.status.value).toMatchObject({ name: "waiting", retryAt: Date.now() + 750 });
   });
 
-  it("tries at once when asked to", async () => {
+  it("reconnects immediately on request", async () => {
     const connection = await connected();
     server.socket.drop();
     connection.retryNow();
@@ -291,23 +291,23 @@ describe("reconnect", () => {
     expect(connection.connected).toBe(true);
   });
 
-  it("takes a disconnect push like a close", async () => {
+  it("treats a disconnect push like a close", async () => {
     const connection = await connected();
     server.socket.say({ push: { disconnect: { code: 3503, reason: "force disconnect" } } });
     expect(connection.status.value).toMatchObject({ name: "closed", code: 3503 });
   });
 
-  it("drops a line that it cannot read, and one that was replaced says nothing more", async () => {
+  it("drops a connection with unreadable messages and ignores a replaced socket", async () => {
     const connection = await connected();
     const first = server.socket;
     first.raw(Uint8Array.of(9, 1));
-    expect(connection.status.value).toMatchObject({ name: "waiting", reason: "a message could not be read" });
+    expect(connection.status.value).toMatchObject({ name: "waiting", reason: "received an unreadable message" });
     await vi.advanceTimersByTimeAsync(1_000);
     first.drop(3503);
     expect(connection.connected).toBe(true);
   });
 
-  it("close ends everything", async () => {
+  it("close stops every timer and retry", async () => {
     const connection = await connected();
     connection.close("signed out");
     await vi.advanceTimersByTimeAsync(120_000);
@@ -318,7 +318,7 @@ describe("reconnect", () => {
 });
 
 describe("ping", () => {
-  it("is answered, and keeps the line", async () => {
+  it("is answered and keeps the connection open", async () => {
     const connection = await connected();
     for (let i = 0; i < 4; i++) {
       await vi.advanceTimersByTimeAsync(25_000);
@@ -329,15 +329,15 @@ describe("ping", () => {
     expect(connection.connected).toBe(true);
   });
 
-  it("missing for its interval and the grace means a dead line", async () => {
+  it("drops the connection when missing for the interval and the grace period", async () => {
     const connection = await connected();
     await vi.advanceTimersByTimeAsync(34_999);
     expect(connection.connected).toBe(true);
     await vi.advanceTimersByTimeAsync(1);
-    expect(connection.status.value).toMatchObject({ name: "waiting", reason: "the line went silent" });
+    expect(connection.status.value).toMatchObject({ name: "waiting", reason: "the server stopped responding" });
   });
 
-  it("is not answered when the server did not ask", async () => {
+  it("is not answered unless the server asked for pongs", async () => {
     server.connect = { connect: { ping: 25 } };
     await connected();
     server.socket.ping();
@@ -347,7 +347,7 @@ describe("ping", () => {
 });
 
 describe("token refresh", () => {
-  it("happens before the token ends, again and again", async () => {
+  it("repeats before each token expires", async () => {
     server.connect = { connect: { expires: true, ttl: 900 } };
     let made = 0;
     await connected({ token: () => Promise.resolve(`t${++made}`) });
@@ -357,7 +357,7 @@ describe("token refresh", () => {
     expect(server.socket.of("refresh")).toHaveLength(2);
   });
 
-  it("signed out meanwhile: the connection closes", async () => {
+  it("closes the connection when signed out meanwhile", async () => {
     server.connect = { connect: { expires: true, ttl: 60 } };
     const tokens: (string | null)[] = ["t1", null];
     const connection = await connected({ token: () => Promise.resolve(tokens.shift() ?? null) });
@@ -365,7 +365,7 @@ describe("token refresh", () => {
     expect(connection.status.value).toMatchObject({ name: "closed", reason: "signed out" });
   });
 
-  it("no token to be had: it tries again and stays connected", async () => {
+  it("retries without a token and stays connected", async () => {
     server.connect = { connect: { expires: true, ttl: 100 } };
     let calls = 0;
     const connection = await connected({ token: () => (++calls === 2 ? Promise.reject(new Error("offline")) : Promise.resolve("t")) });
@@ -378,7 +378,7 @@ describe("token refresh", () => {
 });
 
 describe("commands", () => {
-  it("rpc carries bytes both ways", async () => {
+  it("carry bytes both ways as rpc", async () => {
     server.rpc = (method, sent) => ({ rpc: { data: data(`${method} ${text(sent)}`) } });
     const connection = await connected();
     expect(text(await connection.rpc("chat.rooms", data("{}")))).toBe("chat.rooms {}");
@@ -390,7 +390,7 @@ describe("commands", () => {
     await expect(connection.rpc("x", data(""))).rejects.toMatchObject({ code: 111, message: "too many requests", temporary: true });
   });
 
-  it("fail after five seconds without an answer, and a late one is ignored", async () => {
+  it("fail after five seconds without a reply, and a late reply is ignored", async () => {
     server.rpc = () => undefined;
     const connection = await connected();
     const asked = expect(connection.rpc("slow", data(""))).rejects.toMatchObject({ code: 1, temporary: true });
@@ -400,7 +400,7 @@ describe("commands", () => {
     expect(connection.connected).toBe(true);
   });
 
-  it("fail at once when there is no connection or it is lost", async () => {
+  it("fail immediately without a connection or when it is lost", async () => {
     server.rpc = () => undefined;
     const connection = await connected();
     const asked = expect(connection.rpc("x", data(""))).rejects.toBeInstanceOf(CommandError);
@@ -410,7 +410,7 @@ describe("commands", () => {
     await expect(connection.publish("c", data(""))).rejects.toMatchObject({ message: "not connected" });
   });
 
-  it("presence and history read their replies", async () => {
+  it("read the replies of presence and history", async () => {
     server.other = (sent) =>
       sent.presence ? { presence: { presence: { c1: { user: "ann", client: "c1" } } } } : { history: { epoch: "e", offset: 2, publications: [{ data: data("a"), offset: 2 }] } };
     const connection = await connected();
@@ -420,7 +420,7 @@ describe("commands", () => {
     expect(server.socket.of("history")[0]).toMatchObject({ limit: -1, since: { epoch: "e", offset: 1 } });
   });
 
-  it("of one turn travel in one frame", async () => {
+  it("of one turn share a frame", async () => {
     const connection = await connected();
     const before = server.socket.frames;
     await Promise.all([connection.rpc("a", data("")), connection.rpc("b", data("")), connection.publish("c", data(""))]);

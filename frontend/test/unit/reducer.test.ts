@@ -12,36 +12,36 @@ const delta = (id: number, seq: number, text: string, attempt = 1): Action => ({
 const sent = (nonce: string, text = nonce): Action => ({ type: "send", message: message(0, { nonce, text, state: "sending" }) });
 
 const run = (...actions: Action[]): ChatState => actions.reduce(reduce, emptyChat);
-/** `id:text` each, `+` before what is not sent yet, `!` after what failed, `…` after what still comes. */
+/** Each message as `id:text`, with `+` before unsent, `!` after failed and `…` after streaming ones. */
 const shown = ({ messages }: ChatState): string[] =>
   messages.map((m) => `${m.id === 0 ? "+" : `${m.id}:`}${m.text}${m.state === "failed" ? "!" : m.state === "streaming" ? "…" : ""}`);
 
 describe("order", () => {
-  it("is by id, whatever comes first, each once", () => {
+  it("is by id, regardless of arrival, with each message once", () => {
     expect(shown(run(...said(message(2), message(5), message(3), message(1), message(3))))).toEqual(["1:m1", "2:m2", "3:m3", "5:m5"]);
   });
 
-  it("a message said again replaces the one before", () => {
+  it("a repeated message replaces the earlier one", () => {
     expect(shown(run(...said(message(1), message(2), message(1, { text: "edited" }))))).toEqual(["1:edited", "2:m2"]);
   });
 
-  it("ours that are not sent yet stay last", () => {
+  it("unsent messages stay last", () => {
     expect(shown(run(sent("a"), ...said(message(1)), sent("b"), ...said(message(2))))).toEqual(["1:m1", "2:m2", "+a", "+b"]);
   });
 });
 
 describe("sending", () => {
-  it("the echo takes the place of ours, whether event or reply comes first, and twice", () => {
+  it("the echo replaces the unsent message, whether the event or the reply comes first", () => {
     const echo = message(7, { nonce: "a", text: "a" });
     const state = run(sent("a"), sent("b"), ...said(echo, echo));
     expect(shown(state)).toEqual(["7:a", "+b"]);
   });
 
-  it("the echo of another window's message with the same text is another message", () => {
+  it("the same text sent from another window is a separate message", () => {
     expect(shown(run(sent("a"), ...said(message(7, { nonce: "other", text: "a" }))))).toEqual(["7:a", "+a"]);
   });
 
-  it("failed, again, and then there", () => {
+  it("a failed message can be sent again", () => {
     const failed = run(sent("a"), { type: "outgoing", nonce: "a", state: "failed", error: "no answer in time" });
     expect(failed.messages[0]).toMatchObject({ state: "failed", error: "no answer in time" });
     const again = reduce(failed, sent("a"));
@@ -49,16 +49,16 @@ describe("sending", () => {
     expect(shown(reduce(again, { type: "message", message: message(3, { nonce: "a", text: "a" }) }))).toEqual(["3:a"]);
   });
 
-  it("a failure told after the echo changes nothing", () => {
+  it("a failure after the echo changes nothing", () => {
     expect(shown(run(sent("a"), ...said(message(3, { nonce: "a" })), { type: "outgoing", nonce: "a", state: "failed", error: "late" }))).toEqual(["3:m3"]);
   });
 
-  it("discard takes away only what was not sent", () => {
+  it("discard removes only unsent messages", () => {
     expect(shown(run(...said(message(1, { nonce: "a" })), sent("b"), { type: "discard", nonce: "a" }, { type: "discard", nonce: "b" }))).toEqual(["1:m1"]);
   });
 });
 
-describe("pieces of an answer", () => {
+describe("deltas of an answer", () => {
   const start = [history([]), ...said(streaming(4))];
 
   it("append in order", () => {
@@ -66,11 +66,11 @@ describe("pieces of an answer", () => {
     expect([shown(state), state.gap]).toEqual([["4:Hello…"], false]);
   });
 
-  it("twice is once", () => {
+  it("are applied once", () => {
     expect(shown(run(...start, delta(4, 1, "a"), delta(4, 2, "b"), delta(4, 1, "a"), delta(4, 2, "b")))).toEqual(["4:ab…"]);
   });
 
-  it("one missing is a gap: no wrong text, and a reload heals it", () => {
+  it("with one missing are a gap, which a reload closes", () => {
     const gap = run(...start, delta(4, 1, "a"), delta(4, 3, "c"));
     expect([shown(gap), gap.gap]).toEqual([["4:a…"], true]);
     const healed = reduce(gap, history([streaming(4, { text: "abc", seq: 3, attempt: 1 })]));
@@ -78,76 +78,76 @@ describe("pieces of an answer", () => {
     expect([shown(more), more.gap]).toEqual([["4:abcd…"], false]);
   });
 
-  it("of a message that nobody knows is a gap, once the room is loaded", () => {
+  it("of an unknown message are a gap once the room is loaded", () => {
     expect(run(history([]), delta(9, 1, "a")).gap).toBe(true);
     expect(run(delta(9, 1, "a")).gap).toBe(false);
   });
 
-  it("a new attempt starts anew; pieces of the old one are late", () => {
+  it("of a new attempt start the text over, and those of the old attempt are ignored", () => {
     expect(shown(run(...start, delta(4, 1, "first"), delta(4, 1, "sec", 2), delta(4, 2, "late", 1), delta(4, 2, "ond", 2)))).toEqual(["4:second…"]);
     expect(run(...start, delta(4, 1, "first"), delta(4, 2, "x", 2)).gap).toBe(true);
   });
 
-  it("after the end change nothing", () => {
+  it("after the end are ignored", () => {
     for (const state of ["done", "failed", "stopped"] as const) {
       expect(run(...start, delta(4, 1, "a"), ...said(message(4, { text: "whole", state, attempt: 1 })), delta(4, 2, "b")).messages).toMatchObject([{ text: "whole", state }]);
     }
   });
 
-  it("a retried answer streams again", () => {
+  it("of a retried answer stream again", () => {
     const state = run(...start, delta(4, 1, "a"), ...said(message(4, { text: "a", state: "failed", error: "worker gone" }), streaming(4)), delta(4, 1, "b", 2));
     expect(state.messages).toMatchObject([{ text: "b", state: "streaming", error: "" }]);
   });
 
-  it("go on after a history that does not say how far it is", () => {
+  it("continue after a history without a sequence number", () => {
     expect(shown(run(history([streaming(4, { text: "ab", seq: null })]), delta(4, 3, "c"), delta(4, 4, "d")))).toEqual(["4:abcd…"]);
   });
 
-  it("the same state told again does not lose the count", () => {
+  it("keep their sequence number when the message is repeated", () => {
     expect(shown(run(...start, delta(4, 1, "a"), ...said(streaming(4, { text: "a", seq: null })), delta(4, 1, "a"), delta(4, 2, "b")))).toEqual(["4:ab…"]);
   });
 });
 
 describe("history", () => {
-  it("the first load", () => {
+  it("fills an empty room", () => {
     const state = run(history([message(8), message(9)], true));
     expect([shown(state), state.more, state.loaded]).toEqual([["8:m8", "9:m9"], true, true]);
   });
 
-  it("keeps what came while it was asked for, and what is being sent", () => {
+  it("keeps messages that arrived during the request, and unsent ones", () => {
     expect(shown(run(sent("a"), ...said(message(3)), history([message(1), message(2)])))).toEqual(["1:m1", "2:m2", "3:m3", "+a"]);
   });
 
-  it("holds the echo of what was being sent", () => {
+  it("replaces an unsent message with its echo", () => {
     expect(shown(run(sent("a"), history([message(1), message(2, { nonce: "a", text: "a" })])))).toEqual(["1:m1", "2:a"]);
   });
 
-  it("older ones go before, without doubles", () => {
+  it("puts older messages first, without duplicates", () => {
     const state = run(history([message(5), message(6)], true), history([message(3), message(4), message(5)], false, true));
     expect([shown(state), state.more]).toEqual([["3:m3", "4:m4", "5:m5", "6:m6"], false]);
   });
 
-  it("a reload that reaches into what we hold keeps the older ones", () => {
+  it("keeps older messages if a reload overlaps with the known ones", () => {
     const state = run(history([message(1), message(2), message(3)], true), history([message(3), message(4)], true));
     expect([shown(state), state.more]).toEqual([["1:m1", "2:m2", "3:m3", "4:m4"], true]);
   });
 
-  it("a reload with a hole before it drops them, and more can be asked for", () => {
+  it("drops older messages if a reload leaves a gap, and can load them again", () => {
     const state = run(history([message(1), message(2)], false), history([message(60), message(61)], true));
     expect([shown(state), state.more]).toEqual([["60:m60", "61:m61"], true]);
   });
 
-  it("what is gone on the server is gone here", () => {
+  it("removes messages that are gone from the server", () => {
     expect(shown(run(history([message(1), message(2), message(3)]), history([message(1), message(3)])))).toEqual(["1:m1", "3:m3"]);
   });
 
-  it("a room emptied is empty", () => {
+  it("empties a room that was emptied on the server", () => {
     expect(shown(run(history([]), history([])))).toEqual([]);
   });
 });
 
 describe("reading", () => {
-  it("takes what the server writes", () => {
+  it("accepts the messages of the server", () => {
     expect(readMessage({ id: 3, room: "r", user: "u1", name: "Ann", text: "hi", at: 5, nonce: "n", state: "done", reply_to: 2 })).toEqual(
       message(3, { user: "u1", text: "hi", at: 5, nonce: "n", replyTo: 2 }),
     );
@@ -156,7 +156,7 @@ describe("reading", () => {
     expect(readMessage({ id: 3, user: "bot", text: "ab", state: "streaming", seq: 2, attempt: 1 })).toMatchObject({ seq: 2, attempt: 1 });
   });
 
-  it("is not misled by anything else", () => {
+  it("rejects anything else", () => {
     const none: (Json | undefined)[] = [undefined, null, 1, "x", [], {}, { id: 0 }, { id: "7" }, { id: -1 }];
     for (const bad of none) expect(readMessage(bad)).toBeNull();
     expect(readMessage({ id: 1, state: "dancing", text: 5, user: null, at: "now" })).toMatchObject({ state: "done", text: "5", user: "", at: 0 });

@@ -1,4 +1,4 @@
-// A room over a connection whose server is the test.
+// Tests a room over a connection to a fake server.
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { roomOf, type Room } from "../../src/chat/room";
 import { Connection } from "../../src/connection";
@@ -20,7 +20,7 @@ beforeEach(async () => {
   vi.useFakeTimers();
   const kept = new Map<string, string>();
   vi.stubGlobal("localStorage", { getItem: (k: string) => kept.get(k) ?? null, setItem: (k: string, v: string) => kept.set(k, v), removeItem: (k: string) => kept.delete(k) });
-  vi.stubGlobal("requestAnimationFrame", () => 0); // a hidden window: only the timer draws
+  vi.stubGlobal("requestAnimationFrame", () => 0); // like a hidden window, where only the timer applies updates
   vi.stubGlobal("location", new URL("http://app.test/"));
   server = new FakeServer();
   calls = [];
@@ -58,7 +58,7 @@ async function opened(): Promise<Room> {
 }
 
 describe("a room", () => {
-  it("loads history and who is there, then follows the channel", async () => {
+  it("loads history and presence, then follows the channel", async () => {
     const one = await opened();
     expect(texts(one)).toEqual(["1:hi:done"]);
     expect(one.people.value).toEqual([{ user: "ann", name: "Ann" }, { user: "bob", name: "Bob" }]);
@@ -69,7 +69,7 @@ describe("a room", () => {
     expect(one.people.value.map(({ user }) => user)).toEqual(["ann"]);
   });
 
-  it("is kept while another is shown, and recovers from where it was", async () => {
+  it("is kept while another room is shown, and recovers from its position", async () => {
     const one = room();
     const leave = one.open();
     await frame();
@@ -83,7 +83,7 @@ describe("a room", () => {
     expect(of("chat.history")).toHaveLength(1);
   });
 
-  it("loads anew when the channel could not recover", async () => {
+  it("reloads when the channel could not recover", async () => {
     const one = await opened();
     answers["chat.history"] = () => ({ messages: [{ id: 7, text: "later", user: "bob" }], more: true });
     server.socket.drop();
@@ -91,7 +91,7 @@ describe("a room", () => {
     expect(texts(one)).toEqual(["7:later:done"]);
   });
 
-  it("that cannot be read says why, and a new try heals it", async () => {
+  it("says why it cannot be loaded, and recovers on retry", async () => {
     const whole = server.rpc;
     server.rpc = () => ({ error: { code: 103, message: "permission denied" } });
     const one = await opened();
@@ -101,7 +101,7 @@ describe("a room", () => {
     expect([one.problem.value, texts(one)]).toEqual(["", ["1:hi:done"]]);
   });
 
-  it("asks for older messages once at a time", async () => {
+  it("loads one page of older messages at a time", async () => {
     answers["chat.history"] = (request) => (request["before"] === undefined ? { messages: [{ id: 60, text: "b" }], more: true } : { messages: [{ id: 10, text: "a" }], more: false });
     const one = await opened();
     await Promise.all([one.loadOlder(), one.loadOlder()]);
@@ -112,7 +112,7 @@ describe("a room", () => {
 });
 
 describe("sending", () => {
-  it("shows at once, then as the server has it", async () => {
+  it("shows the message immediately, then as the server stored it", async () => {
     const one = await opened();
     one.send("hello");
     expect(texts(one)).toEqual(["1:hi:done", "0:hello:sending"]);
@@ -120,7 +120,7 @@ describe("sending", () => {
     expect(texts(one)).toEqual(["1:hi:done", "9:hello:done"]);
   });
 
-  it("keeps the order of what is written quickly", async () => {
+  it("keeps the order of messages sent in quick succession", async () => {
     const one = await opened();
     let id = 20;
     answers["chat.send"] = (request) => ({ message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) } });
@@ -137,7 +137,7 @@ describe("sending", () => {
     expect(texts(one).slice(1)).toEqual(["21:a:done", "22:b:done", "23:c:done"]);
   });
 
-  it("written offline waits, and goes out by itself when the connection is back: in order, once", async () => {
+  it("holds messages while offline and sends each once, in order, after the reconnect", async () => {
     const one = await opened();
     let id = 20;
     answers["chat.send"] = (request) => ({ message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) } });
@@ -154,14 +154,14 @@ describe("sending", () => {
     expect(of("chat.send")).toHaveLength(2);
   });
 
-  it("lost on the way goes out again with the same nonce, unless the room has it", async () => {
+  it("resends a message with the same nonce after a lost connection, unless the room has it", async () => {
     const one = await opened();
     const whole = server.rpc;
     const lost: JsonObject[] = [];
     server.rpc = (method, data) => {
       if (method !== "chat.send") return whole(method, data);
       lost.push(object(fromBytes(data)));
-      return undefined; // never answered
+      return undefined; // no reply
     };
     one.send("a");
     one.send("b");
@@ -175,7 +175,7 @@ describe("sending", () => {
     expect(of("chat.send").map(({ text, nonce }) => [text, nonce === lost[0]?.["nonce"]])).toEqual([["a", true], ["b", false]]);
   });
 
-  it("refused says why and is not tried again by itself, but when asked, with the same nonce", async () => {
+  it("shows why a message was refused, and retries it only on request with the same nonce", async () => {
     const one = await opened();
     const whole = server.rpc;
     server.rpc = () => ({ error: { code: 108, message: "too many" } });
@@ -193,7 +193,7 @@ describe("sending", () => {
     expect(of("chat.send")).toMatchObject([{ text: "hello", nonce: failed?.nonce }]);
   });
 
-  it("says that one is typing, but not at every key", async () => {
+  it("reports typing, but not for every key", async () => {
     const one = await opened();
     one.isTyping();
     one.isTyping();
@@ -214,7 +214,7 @@ describe("sending", () => {
 describe("an answer", () => {
   const start = { type: "message", message: { id: 2, user: "assistant", text: "", at: 2, state: "streaming" } };
 
-  it("streams, and several pieces are one change", async () => {
+  it("streams, with several deltas in one update", async () => {
     const one = await opened();
     let changes = -1;
     one.state.subscribe(() => changes++);
@@ -227,7 +227,7 @@ describe("an answer", () => {
     expect(of("chat.stop")).toEqual([{ message: 2 }]);
   });
 
-  it("with a piece missing is loaded again, and not over and over", async () => {
+  it("is reloaded when a delta is missing, at most once a second", async () => {
     const one = await opened();
     await vi.advanceTimersByTimeAsync(2_000);
     said(start);
@@ -248,7 +248,7 @@ describe("an answer", () => {
   });
 });
 
-it("typing of others shows for a while, never one's own", async () => {
+it("typing of other users shows for a while", async () => {
   const one = await opened();
   said({ type: "typing", user: "bob", name: "Bob" }, false);
   said({ type: "typing", user: "ann", name: "Ann" }, false);

@@ -1,10 +1,10 @@
-// The server's end of the connection, inside the test: sees each command, says what the test wants.
+// A fake server for the connection. It records each command and replies as the test scripts it.
 import { joinFrames, splitFrames, type Partially } from "../../src/codec/proto";
 import { command, reply, type Command, type Reply } from "../../src/codec/realtime";
 
 type Answer = Partially<Reply> | undefined;
 
-/** One socket as the page holds it. */
+/** The client's end of one WebSocket. */
 export class FakeSocket {
   readonly CONNECTING = 0;
   readonly OPEN = 1;
@@ -15,8 +15,9 @@ export class FakeSocket {
   onmessage: ((message: { data: unknown }) => void) | null = null;
   onclose: ((close: { code: number; reason: string }) => void) | null = null;
   onerror: (() => void) | null = null;
-  /** What the page sent: commands in order, `frames` as they came. */
+  /** The commands that the page sent, in order. */
   readonly commands: Command[] = [];
+  /** Number of frames that carried them. */
   frames = 0;
   pongs = 0;
 
@@ -61,7 +62,7 @@ export class FakeSocket {
     if (this.readyState === this.OPEN) this.onmessage?.({ data: Uint8Array.from(data).buffer });
   }
 
-  /** The server (or the network) ends it. */
+  /** Closes the socket as the server or the network would. */
   drop(code = 1006, reason = ""): void {
     this.readyState = this.CLOSED;
     this.onclose?.({ code, reason });
@@ -94,7 +95,7 @@ export class FakeServer {
 
   get socket(): FakeSocket {
     const last = this.sockets[this.sockets.length - 1];
-    if (!last) throw new Error("nobody has connected");
+    if (!last) throw new Error("no socket has connected");
     return last;
   }
 

@@ -1,4 +1,4 @@
-// A session over a connection whose server is the test; the browser's few globals are stand-ins.
+// Tests a session over a connection to a fake server, with stubs for the browser's globals.
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { back, forward, type Back, type Delta, type Forward } from "../../src/codec/app";
 import type { Partially } from "../../src/codec/proto";
@@ -62,7 +62,7 @@ describe("start", () => {
     expect([session.busy.value, session.store.ready.value, document.title]).toEqual([false, true, "Chat"]);
   });
 
-  it("passes over changes of a tree that it does not hold yet", async () => {
+  it("ignores deltas of a tree that it does not have yet", async () => {
     const session = await started();
     deltas({ update: { id: 1, set: [{ name: "text", text: "x" }] } });
     expect(said).toHaveLength(1);
@@ -70,7 +70,7 @@ describe("start", () => {
     expect(session.store.get(1)?.props.value).toEqual({ text: "hi" });
   });
 
-  it("a channel that is refused is a failure that one can read", async () => {
+  it("shows a refused channel as a failure", async () => {
     server.subscribe = () => ({ error: { code: 103, message: "permission denied" } });
     const session = await started();
     expect(session.failure.value?.message).toContain("permission denied");
@@ -86,7 +86,7 @@ describe("reconnect", () => {
     await vi.advanceTimersByTimeAsync(1_000);
   };
 
-  it("recovered: nothing is lost, the tree stays", async () => {
+  it("keeps the tree when the channel recovered", async () => {
     const session = await started();
     tree();
     await reconnect(true, [{ deltas: { delta: [{ appendText: { id: 1, prop: "text", text: " there" } }] } }]);
@@ -94,21 +94,21 @@ describe("reconnect", () => {
     expect(session.store.get(1)?.props.value).toEqual({ text: "hi there" });
   });
 
-  it("not recovered: asks for the whole tree and shows the old one meanwhile", async () => {
+  it("requests the whole tree when the channel did not recover, and shows the old one meanwhile", async () => {
     const session = await started();
     tree();
     await reconnect(false);
     expect(said).toMatchObject([{ rerun: { reset: true } }]);
     expect(session.store.get(1)?.props.value).toEqual({ text: "hi" });
-    deltas({ remove: { id: 1 } }); // of a tree that we do not hold
+    deltas({ remove: { id: 1 } }); // a delta of a tree that the page does not have
     expect(session.store.get(1)).toBeDefined();
     deltas({ reset: {} });
     expect(session.store.get(1)).toBeUndefined();
   });
 });
 
-describe("what the server says", () => {
-  it("out of step: asks for the whole tree once", async () => {
+describe("messages from the server", () => {
+  it("request the whole tree once when a delta does not fit", async () => {
     const session = await started();
     tree();
     said.length = 0;
@@ -120,7 +120,7 @@ describe("what the server says", () => {
     expect(session.store.ready.value).toBe(true);
   });
 
-  it("an error shows until a run is finished", async () => {
+  it("show an error until a run has finished", async () => {
     const session = await started();
     forwards({ error: { message: "division by zero", traceId: "abc" } });
     expect([session.failure.value, session.busy.value]).toEqual([{ message: "division by zero", traceId: "abc" }, false]);
@@ -128,7 +128,7 @@ describe("what the server says", () => {
     expect(session.failure.value).toBeNull();
   });
 
-  it("navigate goes there; toasts come, are bounded and go", async () => {
+  it("navigate, and show a bounded number of toasts for a while", async () => {
     const session = await started();
     said.length = 0;
     forwards({ navigate: { path: "/console", query: "tab=1" } });
@@ -142,12 +142,12 @@ describe("what the server says", () => {
   });
 });
 
-describe("what the page says", () => {
-  it("events and forms carry JSON", async () => {
+describe("messages to the server", () => {
+  it("carry events and forms as JSON", async () => {
     const session = await started();
     said.length = 0;
     session.event("k1", { a: [1, "é"] });
-    session.event("", 1); // an element without a key has nobody who listens
+    session.event("", 1); // an element without a key has no listener
     session.submit("f", [{ key: "name", value: "Ann" }, { key: "age", value: 41 }]);
     await settle();
     expect(said).toMatchObject([
@@ -156,7 +156,7 @@ describe("what the page says", () => {
     ]);
   });
 
-  it("stop only while a run is going on", async () => {
+  it("stop a run only while there is one", async () => {
     const session = await started();
     session.stop();
     forwards({ runFinished: {} });
@@ -165,7 +165,7 @@ describe("what the page says", () => {
     expect(said.filter((one) => one.stop)).toHaveLength(1);
   });
 
-  it("going somewhere changes the address and reruns; back does too", async () => {
+  it("rerun after a change of the address, also on back", async () => {
     const session = await started();
     tree();
     said.length = 0;
@@ -177,11 +177,11 @@ describe("what the page says", () => {
     expect(session.location.value).toBe("/chat");
   });
 
-  it("goes in order, one at a time, and of several places only the last", async () => {
+  it("go out in order, one at a time, with only the last of several addresses", async () => {
     const session = await started();
     tree();
     said.length = 0;
-    server.rpc = (_method, data) => void said.push(back.decode(data)) as undefined; // no answer yet
+    server.rpc = (_method, data) => void said.push(back.decode(data)) as undefined; // no reply yet
     session.rerun();
     session.event("k1", 1);
     session.go("/rooms/a");
@@ -200,7 +200,7 @@ describe("what the page says", () => {
     expect(said).toHaveLength(4);
   });
 
-  it("what is done while the connection is lost is not taken, and that is told", async () => {
+  it("are dropped with a toast while the connection is lost", async () => {
     const session = await started();
     server.socket.drop();
     session.event("k1", 1);
@@ -211,7 +211,7 @@ describe("what the page says", () => {
     expect(said).toMatchObject([{ rerun: { reset: true } }]);
   });
 
-  it("a refused event is told, and nothing keeps spinning", async () => {
+  it("show a toast when an event is refused, and stop being busy", async () => {
     const session = await started();
     server.rpc = () => ({ error: { code: 107, message: "bad request" } });
     session.event("k", null);

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { bytesLeft, MAX_BYTES, namesInVain } from "../../src/chat/text";
+import { bytesLeft, MAX_BYTES, mentionsWithoutEffect } from "../../src/chat/text";
 
 describe("bytes left", () => {
   it.each([
@@ -8,11 +8,11 @@ describe("bytes left", () => {
   ])("of %#", (text, expected) => expect(bytesLeft(text)).toBe(expected));
 });
 
-describe("the assistant is named in vain", () => {
+describe("the assistant is named without effect", () => {
   it.each([
     ["hi @assistant status", true], ["hi (@Assistant)", true], ["thanks, @assistant.", true], ["well,\n@assistant: help", true], ["(@assistant) help", true],
     ["@assistant status", false], ["  @Assistant, status for @assistant", false], ["@assistant", false],
     ["ask @assistants", false], ["ask @assistant-2", false], ["ask @assistant.two", false], ["mail me@assistant", false], ["status", false],
-  ])("%j: %s", (text, expected) => expect(namesInVain(text, "assistant")).toBe(expected));
-  it("not where there is none", () => expect(namesInVain("a @ b", "")).toBe(false));
+  ])("%j: %s", (text, expected) => expect(mentionsWithoutEffect(text, "assistant")).toBe(expected));
+  it("does not apply without an assistant", () => expect(mentionsWithoutEffect("a @ b", "")).toBe(false));
 });
