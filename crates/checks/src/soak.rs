@@ -139,6 +139,7 @@ pub async fn gateway(
         None => None,
     };
 
+    // Subscribe the late router before the first request is sent.
     let mut late_router = JoinSet::new();
     let late_end = CancellationToken::new();
     if let Some(url) = &config.late_router {
@@ -277,6 +278,7 @@ impl Load {
             }
         }
 
+        // Count the request under the lock, so that all lanes together send no more than `requests`.
         let over = self.is_over();
         let mut tally = self.tally.lock();
         let more = !over && tally.sent < self.requests;

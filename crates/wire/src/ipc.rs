@@ -114,6 +114,7 @@ impl Frame {
         let length = u32::try_from(self.wire_len()).expect("frames are at most 4 MiB");
         into.reserve(self.wire_len());
         into.put_u32(length);
+
         match self.version {
             Version::V1 => {
                 into.put_u8(1);
@@ -127,6 +128,7 @@ impl Frame {
                 into.put_u32(deadline_ms);
             }
         }
+
         into.put_slice(&self.payload);
     }
 }

@@ -353,6 +353,7 @@ impl ExecResult {
             value = value["data"].take();
         }
 
+        // Move the fields of legacy formats to their current places.
         let object = value.as_object_mut().ok_or("the result is not an object")?;
         if !object.contains_key("job") {
             let job_type = object.remove("job_type").unwrap_or_else(|| "unknown".into());

@@ -114,6 +114,7 @@ impl Decoder {
                 }
             }
 
+            // Control frames have returned above, so a final frame completes the message in `partial`.
             if head.fin
                 && let Some((opcode, message)) = self.partial.take()
             {
@@ -148,6 +149,7 @@ impl Decoder {
             return Err(Violation::Unmasked);
         }
         let short = second & 0x7F;
+        // Opcodes from 8 on are control frames, which may come between the fragments of a message.
         if opcode as u8 >= 0x8 && (!fin || short > 125) {
             return Err(Violation::Control);
         }
@@ -164,6 +166,7 @@ impl Decoder {
             short => (short.into(), 2),
         };
 
+        // The limit applies to the whole message, including the fragments received before.
         let begun = self.partial.as_ref().map_or(0, |(_, message)| message.len());
         let payload = usize::try_from(length).ok().filter(|payload| begun.saturating_add(*payload) <= self.message_max);
         let payload = payload.ok_or(Violation::TooLarge(self.message_max))?;
@@ -190,11 +193,13 @@ fn close(payload: &[u8]) -> Result<Event, Violation> {
 /// Applies the mask, eight bytes at a time.
 fn unmask(payload: &mut [u8], mask: [u8; 4]) {
     let wide = u64::from_ne_bytes([mask[0], mask[1], mask[2], mask[3], mask[0], mask[1], mask[2], mask[3]]);
+    // Chunks of eight keep the mask aligned, and the remainder starts at its first byte again.
     let mut chunks = payload.chunks_exact_mut(8);
     for chunk in &mut chunks {
         let word = u64::from_ne_bytes((&*chunk).try_into().expect("a chunk has eight bytes")) ^ wide;
         chunk.copy_from_slice(&word.to_ne_bytes());
     }
+
     for (byte, mask) in chunks.into_remainder().iter_mut().zip(mask.iter().cycle()) {
         *byte ^= mask;
     }
@@ -203,6 +208,7 @@ fn unmask(payload: &mut [u8], mask: [u8; 4]) {
 /// Appends an unfragmented, unmasked frame to `into`, as a server sends it.
 pub fn encode(opcode: Opcode, payload: &[u8], into: &mut BytesMut) {
     into.reserve(10 + payload.len());
+    // FIN is set: a server never fragments.
     into.put_u8(0x80 | opcode as u8);
     match payload.len() {
         length @ 0..=125 => into.put_u8(length as u8),
@@ -215,6 +221,7 @@ pub fn encode(opcode: Opcode, payload: &[u8], into: &mut BytesMut) {
             into.put_u64(length as u64);
         }
     }
+
     into.put_slice(payload);
 }
 

@@ -78,6 +78,7 @@ impl File {
     pub fn code(&self) -> impl Iterator<Item = (usize, &str)> {
         let mut tests = if is_test(&self.path) { Tests::Whole } else { Tests::Outside };
         self.text.lines().enumerate().filter_map(move |(index, line)| {
+            // Test code is recognized by layout: rustfmt puts `#[cfg(test)]` and the closing brace in the first column.
             tests = match tests {
                 Tests::Outside if line == "#[cfg(test)]" => Tests::Announced,
                 Tests::Announced if line.starts_with("#[") => Tests::Announced,
@@ -120,6 +121,7 @@ pub fn is_test(path: &str) -> bool {
 fn without_comment(line: &str) -> &str {
     let comment = line.match_indices("//").find(|(at, _)| {
         let before = &line[..*at];
+        // Within a string literal, as in a URL, the number of quotes before is odd.
         before.bytes().filter(|byte| *byte == b'"').count() % 2 == 0
     });
     comment.map_or(line, |(at, _)| &line[..at])
@@ -149,6 +151,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, "x").unwrap();
         }
+
         let tree = Tree::read(dir.path()).unwrap();
         let paths: Vec<_> = tree.files.iter().map(|file| &*file.path).collect();
         assert_eq!(paths, [".ci/run", "a.rs", "d/e.md"]);

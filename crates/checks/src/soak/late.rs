@@ -62,6 +62,7 @@ impl LateRouter {
                 () = end.cancelled(), if owed.is_empty() => break,
             }
         }
+
         // Wait until the published replies have reached NATS. A failure shows up in the count of late replies.
         let _ = self.bus.health().await;
         answered

@@ -19,6 +19,7 @@ impl Pace {
 
     /// Returns the time at which the next request is due.
     pub fn next(&mut self, now: Instant) -> Instant {
+        // Forget what was missed earlier, so that a stall of the gateway does not end in a burst.
         let earliest = now.checked_sub(BEHIND_MAX).unwrap_or(now);
         let due = self.next.max(earliest);
         self.next = due + self.step;

@@ -49,6 +49,8 @@ impl Decoder {
             return Ok(None);
         }
 
+        // Splitting shares the buffer, so the payload is not copied.
+
         let mut frame: Bytes = bytes.split_to(length).freeze();
         frame.advance(4);
         let version = frame.get_u8();

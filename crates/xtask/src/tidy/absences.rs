@@ -131,6 +131,8 @@ fn in_code(file: &File) -> Vec<Finding> {
 /// Whether `line` contains `token` other than as part of a longer name.
 fn has_word(line: &str, token: &str) -> bool {
     let named = |byte: Option<&u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_');
+
+    // A token that begins or ends with punctuation, such as `.abort()`, has no longer name on that side.
     let word_begins = named(token.as_bytes().first());
     let word_ends = named(token.as_bytes().last());
 

@@ -50,6 +50,7 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
             findings.push(Finding::new(&file.path, 0, message));
             continue;
         };
+
         let line = |dependency: &str| {
             let found = file.text.lines().position(|line| line.split(['.', ' ', '=']).next() == Some(dependency));
             found.map_or(0, |index| index + 1)

@@ -23,6 +23,7 @@ fn dead_links(tree: &Tree, file: &File) -> Vec<Finding> {
             if path.is_empty() || path.contains("://") || path.starts_with("mailto:") {
                 continue;
             }
+
             let path = resolve(folder, path);
             if !exists(tree, &path) {
                 findings.push(Finding::new(
@@ -62,6 +63,7 @@ fn unexplained_settings(tree: &Tree) -> Vec<Finding> {
     let (Some(settings), Some(explained)) = (tree.file(SETTINGS), tree.file(EXPLAINED)) else { return Vec::new() };
     let mut findings = Vec::new();
     for (number, line) in settings.code() {
+        // The constructors of the table of keys.
         for opening in ["key(\"", "unset(\""] {
             let Some((_, rest)) = line.split_once(opening) else { continue };
             let name = rest.split('"').next().unwrap_or_default();

@@ -24,6 +24,7 @@ struct Package {
 fn packages() -> Result<Vec<Package>> {
     let mut command = Command::new(env!("CARGO"));
     command.args(["tree", "--workspace", "--locked", "--prefix=none", "--format={p}|{l}|"]);
+
     let output = command.current_dir(root()).output().context("cannot start cargo tree")?;
     if !output.status.success() {
         bail!("cargo tree failed: {}", String::from_utf8_lossy(&output.stderr).trim());
@@ -94,6 +95,7 @@ impl Policy {
     }
 
     fn either(&self, words: &[&str], at: &mut usize) -> bool {
+        // Evaluate every alternative, even once one is met: each consumes its words.
         let mut met = self.all(words, at);
         while words.get(*at) == Some(&"OR") {
             *at += 1;
@@ -114,8 +116,10 @@ impl Policy {
     fn one(&self, words: &[&str], at: &mut usize) -> bool {
         let Some(word) = words.get(*at) else { return false };
         *at += 1;
+
         if *word == "(" {
             let met = self.either(words, at);
+            // Skip the closing parenthesis.
             *at += 1;
             return met;
         }
@@ -162,8 +166,10 @@ mod tests {
         let tree = "ours v0.1.0 (/somewhere)|Apache-2.0|\ngood v1.0.0 (proc-macro)|MIT|\n\nring v0.17.0|ISC|\n\
                     bare v1.0.0||\nfork v1.0.0 (https://example.org/fork#abc)|MIT|\n\
                     good v1.0.0 (proc-macro)|MIT| (*)\n";
+
         let packages = parse(tree);
         assert_eq!(packages.len(), 5);
+
         let findings = policy().check(&packages);
         let count = |name: &str| findings.iter().filter(|finding| finding.message.starts_with(name)).count();
         assert_eq!(["good", "ring", "bare", "fork", "ours"].map(count), [0, 1, 1, 1, 0]);

@@ -33,6 +33,7 @@ fn mark(tree: &Tree) -> String {
     let sources = tree.under(SOURCES, "rs").chain(tree.under(SOURCES, "proto"));
     for file in sources {
         hash.update(&file.path);
+        // Hash word by word, so that reformatting does not change the mark.
         let words = file.code().flat_map(|(_, line)| line.split_whitespace());
         words.for_each(|word| hash.update(word));
     }
@@ -56,6 +57,7 @@ mod tests {
         ] {
             assert_eq!(check(&tree_of(&[(source, text), (DOCUMENT, &stamped)])).len(), findings, "{text}");
         }
+
         assert_eq!(check(&tree_of(&[])).len(), 1);
         let again = stamp(&tree_of(&[(source, "const A: u8 = 1;"), (DOCUMENT, &stamped)])).unwrap();
         assert_eq!(again, stamped);
