@@ -75,7 +75,7 @@ interface Subscription {
   timer: Timer | undefined;
 }
 
-/** Delay in ms before retry number `attempt` (from 0), with full jitter so that clients do not storm a restarted node. */
+/** Delay in ms before retry `attempt` (from 0), with full jitter so that clients do not storm a restarted node. */
 export function backoff(attempt: number, random: number, first = 500, cap = 20_000): number {
   const upper = Math.min(cap, first * 2 ** (attempt + 1));
   return Math.round(first + random * (upper - first));

@@ -1,4 +1,5 @@
-// One page's app session: its tree, the events it sends and where it is. Transport below, elements above.
+// The app session of a page: its element tree, its location and the events it sends. It sits between the connection and
+// the elements.
 import { effect, signal } from "@preact/signals";
 import { back, forward, type Back, type Failure, type Forward } from "./codec/app";
 import type { Partially } from "./codec/proto";
@@ -24,10 +25,10 @@ export class Session {
   readonly store = new Store();
   readonly failure = signal<Failure | null>(null);
   readonly toasts = signal<ToastNote[]>([]);
-  /** A run was asked for and has not finished. */
+  /** Whether a run was requested and has not finished. */
   readonly busy = signal(false);
   readonly location = signal("");
-  /** The dialog over the page: to jump to a place, or to make a room. */
+  /** The open dialog: "place" jumps to a page or room, "room" creates a room. */
   readonly dialog = signal<"" | "place" | "room">("");
   private wantsTree = true;
   private started = false;
@@ -44,7 +45,7 @@ export class Session {
   }
 
   start(): void {
-    // The channel is subscribed before the first run, so that nothing the run says can be missed.
+    // Subscribe before the first run, so that no message of the run is missed.
     this.connection.subscribe(`app:${this.id}#${this.me.user}`, {
       subscribed: ({ recovered }) => {
         const whole = this.started && recovered && !this.wantsTree;
@@ -53,9 +54,10 @@ export class Session {
       },
       publication: (publication) => this.receive(forward.decode(publication.data)),
       failed: (error) => {
-        this.failure.value = { message: `this page cannot be opened: ${error.message}`, traceId: "" };
+        this.failure.value = { message: `cannot open this page: ${error.message}`, traceId: "" };
       },
     });
+
     window.addEventListener("popstate", () => this.arrived());
     effect(() => {
       if (this.store.title.value) document.title = this.store.title.value;
@@ -72,8 +74,9 @@ export class Session {
 
   stop(): void {
     if (!this.busy.peek()) return;
-    // Not behind what it is to stop.
-    this.connection.rpc("app.event", back.encode({ version: VERSION, session: this.id, stop: {} })).catch(() => undefined);
+    // Bypass the queue: the stop must not wait behind the run that it stops.
+    const stop = back.encode({ version: VERSION, session: this.id, stop: {} });
+    this.connection.rpc("app.event", stop).catch(() => undefined);
   }
 
   rerun(reset = false): void {
@@ -111,7 +114,10 @@ export class Session {
     this.rerun();
   }
 
-  /** In order, one at a time: the server may take two that are on their way at once in either order. */
+  /**
+   * Queues a message. Messages go out one at a time, since the server may handle concurrent ones in any order. Of
+   * several reruns in a row only the last is sent.
+   */
   private say(message: Partially<Back>): void {
     this.busy.value = true;
     const last = this.queue[this.queue.length - 1];
@@ -127,9 +133,9 @@ export class Session {
         await this.connection.rpc("app.event", back.encode({ version: VERSION, session: this.id, ...next }));
       } catch (error) {
         if (this.queue.length === 0) this.busy.value = false;
-        // A lost connection has its own banner, and the page reruns when it is back; what was done meanwhile is lost.
-        if (this.connection.connected) this.toast("bad", `The server did not take that: ${(error as Error).message}`);
-        else if (!next.rerun) this.toast("bad", "That was not sent: the connection is lost.");
+        // A lost connection has its own banner, and the page reruns after the reconnect. Events in between are dropped.
+        if (this.connection.connected) this.toast("bad", `The server refused the action: ${(error as Error).message}`);
+        else if (!next.rerun) this.toast("bad", "Not sent: the connection is lost. Try again once it is back.");
       }
     }
     this.sending = false;
@@ -139,6 +145,7 @@ export class Session {
     if (message.deltas) {
       const { delta } = message.deltas;
       if (this.wantsTree) {
+        // Until a reset arrives, deltas belong to a tree that this page does not have.
         const first = delta.findIndex((one) => one.reset);
         if (first < 0) return;
         this.wantsTree = false;

@@ -1,10 +1,10 @@
-// A room's messages as a value: what the channel says, what history brings and what we are sending, in one order.
+// The messages of a room as a pure state: merges the channel's events, history and the user's unsent messages.
 import { num, object, str, type Json } from "../json";
 
 export type MessageState = "waiting" | "sending" | "done" | "streaming" | "failed" | "stopped";
 
 export interface Message {
-  /** 0 while the server has not given one. */
+  /** 0 until the server has assigned one. */
   id: number;
   nonce: string;
   user: string;
@@ -14,17 +14,17 @@ export interface Message {
   state: MessageState;
   replyTo: number;
   error: string;
-  /** Of a streaming answer: which attempt and the last piece we hold; seq null = unknown (from history). */
+  /** For a streaming answer: the attempt and, in `seq`, the last delta applied; null if history did not say. */
   attempt: number;
   seq: number | null;
 }
 
 export interface ChatState {
   messages: Message[];
-  /** Older ones exist. */
+  /** Whether older messages exist. */
   more: boolean;
   loaded: boolean;
-  /** A piece of an answer is missing: load again. */
+  /** Whether a delta of an answer is missing, so that the room must be reloaded. */
   gap: boolean;
 }
 
@@ -33,7 +33,7 @@ export type Action =
   | { type: "message"; message: Message }
   | { type: "delta"; id: number; seq: number; attempt: number; text: string }
   | { type: "send"; message: Message }
-  /** How it goes with one of ours that the server has not confirmed. */
+  /** The progress of an unconfirmed message of the user. */
   | { type: "outgoing"; nonce: string; state: "waiting" | "sending" | "failed"; error: string }
   | { type: "discard"; nonce: string };
 
@@ -84,7 +84,7 @@ function append(state: ChatState, delta: { id: number; seq: number; attempt: num
   let { text } = message;
   let seq = message.seq;
   if (delta.attempt > message.attempt) {
-    // From history we do not know the attempt: its text is the newest there was.
+    // Without a known attempt (from history) the text is the newest one, so keep it.
     if (seq !== null || message.attempt > 0) {
       text = "";
       seq = 0;
@@ -106,7 +106,7 @@ function reload(state: ChatState, fresh: Message[], more: boolean): ChatState {
   const last = fresh[fresh.length - 1]?.id ?? 0;
   const known = new Set(state.messages.map((m) => m.id));
   const nonces = new Set(fresh.map((m) => m.nonce).filter((nonce) => nonce !== ""));
-  // Older messages stay only if what we held reaches into what came; else there is a hole between.
+  // Keep older messages only if the known ones overlap with the reloaded ones; otherwise there is a gap between them.
   const joins = fresh.some((m) => known.has(m.id));
   const before = joins ? state.messages.filter((m) => m.id > 0 && m.id < from) : [];
   const after = state.messages.filter((m) => m.id > last);

@@ -1,4 +1,4 @@
-// One room as this page knows it: kept while other rooms are shown, so that switching back is at once.
+// The state of a room. It is kept while other rooms are shown, so that switching back is instant.
 import { effect, signal } from "@preact/signals";
 import type { ClientInfo } from "../codec/realtime";
 import { NOT_CONNECTED, CommandError, type Position } from "../connection";
@@ -22,13 +22,13 @@ export class Room {
   readonly typing = signal<(Person & { until: number })[]>([]);
   readonly problem = signal("");
   readonly loadingOlder = signal(false);
-  /** Everything up to this id had been seen when the room was opened or the window left. */
+  /** The last message id that the user had seen when the room was opened or the window was left. */
   readonly seenBefore = signal(0);
   private position: Position | undefined;
   private queue: Action[] = [];
   private scheduled = false;
   private loading = false;
-  /** Ours that the server has not confirmed, in the order they go out. */
+  /** Messages of the user that the server has not confirmed, in the order of sending. */
   private outbox: Message[] = [];
   private draining = false;
   private loadedAt = 0;
@@ -43,13 +43,13 @@ export class Room {
     private readonly session: Session,
   ) {
     this.seenBefore.value = Number(localStorage.getItem(this.storageKey("read")) ?? 0);
-    // As long as the session: what was written offline goes out even if another room is shown by then.
+    // The effect lives as long as the session, so messages written offline are sent even while another room is shown.
     effect(() => {
       if (session.connection.status.value.name === "connected") void this.drain();
     });
   }
 
-  /** Listens as long as the room is shown. */
+  /** Subscribes to the channel; returns the function that ends the subscription. */
   open(): () => void {
     const leave = this.session.connection.subscribe(
       this.channel,
@@ -116,7 +116,7 @@ export class Room {
     });
   }
 
-  /** Again: ours that failed to go out with the same nonce, or an answer that failed. */
+  /** Sends an unconfirmed message again with the same nonce, or asks for a failed answer again. */
   retry(message: Message): void {
     if (message.id === 0) this.deliver(message);
     else this.command("chat.retry", message);
@@ -137,13 +137,13 @@ export class Room {
     this.session.rpc("chat.typing", { room: this.id }).catch(() => undefined);
   }
 
-  /** Everything here has been seen. */
+  /** Marks all messages of the room as read. */
   markRead(): void {
     const last = this.lastId();
     if (last > 0) localStorage.setItem(this.storageKey("read"), String(last));
   }
 
-  /** From here on is new: the window was left, or the room is opened again. */
+  /** Marks later messages as new, because the window was left or the room is opened again. */
   markLeft(): void {
     this.seenBefore.value = Number(localStorage.getItem(this.storageKey("read")) ?? 0);
   }
@@ -157,7 +157,7 @@ export class Room {
       if (text === "") localStorage.removeItem(this.storageKey("draft"));
       else localStorage.setItem(this.storageKey("draft"), text);
     } catch {
-      // More than the browser keeps; it stays in the field.
+      // The browser's storage is full. The draft stays in the input field only.
     }
   }
 
@@ -169,7 +169,7 @@ export class Room {
     void this.drain();
   }
 
-  /** One after the other: two on their way at once may arrive in either order. */
+  /** Sends the outbox one message at a time, since concurrent requests may arrive in any order. */
   private async drain(): Promise<void> {
     if (this.draining) return;
     this.draining = true;
@@ -181,7 +181,7 @@ export class Room {
     this.draining = false;
   }
 
-  /** False if it is to be sent again, with the same nonce: the server takes it once. */
+  /** Returns false if the message must be sent again. The nonce makes that idempotent. */
   private async sendNow({ text, nonce }: Message): Promise<boolean> {
     this.dispatch({ type: "outgoing", nonce, state: "sending", error: "" });
     try {
@@ -194,7 +194,7 @@ export class Room {
     return true;
   }
 
-  /** Neither discarded nor said by the room meanwhile. */
+  /** Whether the message was neither discarded nor echoed by the channel meanwhile. */
   private isPending({ nonce }: Message): boolean {
     return this.state.peek().messages.some((message) => message.id === 0 && message.nonce === nonce);
   }
@@ -227,7 +227,7 @@ export class Room {
     this.schedule();
   }
 
-  /** Pieces of an answer come faster than a screen draws: apply what came once a frame. */
+  /** Applies queued actions once a frame, since deltas of an answer arrive faster than the screen draws. */
   private schedule(): void {
     if (this.scheduled) return;
     this.scheduled = true;
@@ -235,7 +235,7 @@ export class Room {
       if (this.scheduled) this.flush();
     };
     requestAnimationFrame(run);
-    setTimeout(run, 100); // a hidden window draws no frames
+    setTimeout(run, 100); // a hidden window gets no animation frames
   }
 
   private flush(): void {
@@ -247,7 +247,7 @@ export class Room {
     if (this.state.peek().gap) this.reload();
   }
 
-  /** Not more often than once a pause, however many pieces are missing. */
+  /** Reloads at most once in `RELOAD_PAUSE_MS`, however many deltas are missing. */
   private reload(): void {
     this.reloadTimer ??= setTimeout(
       () => {
@@ -284,7 +284,7 @@ export class Room {
       for (const info of infos) this.clients.set(info.client, this.person(info));
       this.listPeople();
     } catch {
-      this.people.value = []; // presence may be switched off for the namespace
+      this.people.value = []; // presence may be disabled for the namespace
     }
   }
 

@@ -216,7 +216,7 @@ describe("messages to the server", () => {
     server.rpc = () => ({ error: { code: 107, message: "bad request" } });
     session.event("k", null);
     await settle();
-    expect(session.toasts.value).toMatchObject([{ tone: "bad", text: "The server did not take that: bad request" }]);
+    expect(session.toasts.value).toMatchObject([{ tone: "bad", text: "The server refused the action: bad request" }]);
     expect(session.busy.value).toBe(false);
   });
 });
