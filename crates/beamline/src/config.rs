@@ -82,6 +82,7 @@ impl Values {
     getter!(maybe_address, address, Address, SocketAddr);
     getter!(maybe_duration, duration, Duration, Duration);
     getter!(maybe_number, number, Number, u64);
+    getter!(maybe_share, share, Share, f64);
     getter!(maybe_flag, flag, Bool, bool);
     getter!(maybe_list, list, List, Vec<String>);
 

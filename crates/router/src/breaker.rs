@@ -1,183 +1,400 @@
-//! A circuit breaker a provider, fed by real results. Sans-IO: time is an argument.
+//! One circuit breaker as a state machine that is told the time.
+//!
+//! Closed until failures in a row, or their share of the last calls, say that the provider does not work: then it trips.
+//! Open for a while. Half open: a few calls hold a place each; enough that succeed close it, one that fails trips it again.
+//!
+//! Its generation counts the trips. A call remembers the generation at which it was let through, so that the outcome of a
+//! call from before the trip is told from that of a probe. Within a generation a breaker only moves from open over half
+//! open to closed; hence of two routers' views the one with the greater (generation, state) is the newer.
 
-use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use wire::policy::CircuitBreaker;
-use wire::status::BreakerStatus;
 
 /// Outcomes that the failure rate looks back on.
 const WINDOW: usize = 50;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+/// In the order in which they follow each other within a generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum State {
+    Open,
+    HalfOpen,
     Closed,
-    Open {
-        until_ms: u64,
-    },
-    /// `asked_ms`: when the newest probe was sent.
-    HalfOpen {
-        probes: u32,
-        successes: u32,
-        asked_ms: u64,
-    },
+}
+
+impl State {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::HalfOpen => "half_open",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// What the end of a call says of the provider.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Success,
+    Failure,
+    /// Nothing: the call only gives its place back.
+    Neutral,
+}
+
+/// A breaker as other routers see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct View {
+    pub generation: u64,
+    pub state: State,
+    /// Open: it stays so for this long.
+    pub open_ms: u64,
+    /// Closed: failures among the last calls.
+    pub failures: u64,
+    pub calls: u64,
+}
+
+#[derive(Debug, Default)]
+pub struct Breaker {
+    phase: Phase,
+    generation: u64,
 }
 
 #[derive(Debug)]
-struct Breaker {
-    phase: Phase,
-    in_a_row: u32,
-    /// Newest last; `true` is a failure.
-    outcomes: VecDeque<bool>,
+enum Phase {
+    Closed {
+        in_a_row: u32,
+        /// Newest last; `true` is a failure.
+        window: VecDeque<bool>,
+    },
+    Open {
+        until_ms: u64,
+    },
+    HalfOpen {
+        /// Who holds a place, and when it is given back at the latest.
+        places: HashMap<String, u64>,
+        successes: u32,
+    },
+}
+
+impl Default for Phase {
+    fn default() -> Self {
+        Self::Closed { in_a_row: 0, window: VecDeque::new() }
+    }
 }
 
 impl Breaker {
-    fn new() -> Self {
-        Self { phase: Phase::Closed, in_a_row: 0, outcomes: VecDeque::new() }
+    pub fn state(&self) -> State {
+        match self.phase {
+            Phase::Closed { .. } => State::Closed,
+            Phase::Open { .. } => State::Open,
+            Phase::HalfOpen { .. } => State::HalfOpen,
+        }
     }
 
-    fn lets_through(&self, rules: &CircuitBreaker, now_ms: u64) -> bool {
-        match self.phase {
-            Phase::Closed => true,
-            Phase::Open { until_ms } => now_ms >= until_ms,
-            // Probes whose results never come (cancelled, a worker that died) must not keep a provider out for good.
-            Phase::HalfOpen { probes, asked_ms, .. } => {
-                probes < rules.half_open_max_calls || now_ms >= asked_ms.saturating_add(rules.timeout_ms)
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Whether [`Breaker::enter`] would let a call through.
+    pub fn lets_through(&self, rules: &CircuitBreaker, now_ms: u64) -> bool {
+        match &self.phase {
+            Phase::Closed { .. } => true,
+            Phase::Open { until_ms } => now_ms >= *until_ms,
+            Phase::HalfOpen { places, .. } => {
+                let held = places.values().filter(|due_ms| now_ms < **due_ms).count();
+                held < rules.half_open_max_calls as usize
             }
         }
     }
 
-    fn assigned(&mut self, now_ms: u64) {
+    /// Lets a call through, or not. Half open, it holds a place from now on, until it leaves or ends.
+    pub fn enter(&mut self, holder: &str, rules: &CircuitBreaker, now_ms: u64) -> bool {
+        if !self.lets_through(rules, now_ms) {
+            return false;
+        }
+        if let Phase::Open { .. } = self.phase {
+            self.phase = Phase::HalfOpen { places: HashMap::new(), successes: 0 };
+        }
+        if let Phase::HalfOpen { places, .. } = &mut self.phase {
+            places.retain(|_, due_ms| now_ms < *due_ms);
+            places.insert(holder.into(), u64::MAX);
+        }
+        true
+    }
+
+    /// A place that its holder has not given back by then is free again.
+    pub fn keep(&mut self, holder: &str, due_ms: u64) {
+        if let Phase::HalfOpen { places, .. } = &mut self.phase
+            && let Some(due) = places.get_mut(holder)
+        {
+            *due = due_ms;
+        }
+    }
+
+    /// Gives a place back; nothing if there is none.
+    pub fn leave(&mut self, holder: &str) {
+        if let Phase::HalfOpen { places, .. } = &mut self.phase {
+            places.remove(holder);
+        }
+    }
+
+    /// A call that was let through at `generation` has ended.
+    pub fn ended(&mut self, holder: &str, generation: u64, outcome: Outcome, rules: &CircuitBreaker, now_ms: u64) {
+        self.leave(holder);
+        let failed = match outcome {
+            Outcome::Success => false,
+            Outcome::Failure => true,
+            Outcome::Neutral => return,
+        };
+
+        // A call is let through at the generation of an open breaker only as a probe: another router half opened it.
+        if matches!(self.phase, Phase::Open { .. }) && generation == self.generation {
+            self.phase = Phase::HalfOpen { places: HashMap::new(), successes: 0 };
+        }
         match &mut self.phase {
-            Phase::Open { until_ms } if now_ms >= *until_ms => {
-                self.phase = Phase::HalfOpen { probes: 1, successes: 0, asked_ms: now_ms };
+            Phase::Closed { in_a_row, window } if generation >= self.generation => {
+                *in_a_row = if failed { *in_a_row + 1 } else { 0 };
+                window.push_back(failed);
+                while window.len() > WINDOW.max(rules.min_calls as usize) {
+                    window.pop_front();
+                }
+                if *in_a_row >= rules.failure_threshold || too_often(window, rules) {
+                    self.trip(rules, now_ms);
+                }
             }
-            Phase::HalfOpen { probes, asked_ms, .. } => {
-                *probes += 1;
-                *asked_ms = now_ms;
+            Phase::HalfOpen { .. } if generation == self.generation && failed => self.trip(rules, now_ms),
+            Phase::HalfOpen { successes, .. } if generation == self.generation => {
+                *successes += 1;
+                if *successes >= rules.success_threshold {
+                    self.phase = Phase::default();
+                }
             }
+            // The outcome of a call from before the trip, or of a generation that this router has yet to hear of.
             _ => {}
         }
     }
 
-    fn ended(&mut self, failed: bool, rules: &CircuitBreaker, now_ms: u64) {
-        let open = Phase::Open { until_ms: now_ms + rules.timeout_ms };
-        match &mut self.phase {
-            Phase::HalfOpen { .. } if failed => self.trip(open),
-            Phase::HalfOpen { probes, successes, .. } => {
-                *probes = probes.saturating_sub(1);
-                *successes += 1;
-                if *successes >= rules.success_threshold {
-                    *self = Self::new();
-                }
-            }
-            // Answers to what was sent before it opened say nothing new.
-            Phase::Open { .. } => {}
-            Phase::Closed => {
-                self.in_a_row = if failed { self.in_a_row + 1 } else { 0 };
-                self.outcomes.push_back(failed);
-                if self.outcomes.len() > WINDOW.max(rules.min_calls as usize) {
-                    self.outcomes.pop_front();
-                }
-                let failures = self.outcomes.iter().filter(|failed| **failed).count() as f64;
-                let enough = self.outcomes.len() >= rules.min_calls as usize;
-                let rate = failures / self.outcomes.len() as f64;
-                if self.in_a_row >= rules.failure_threshold || (enough && rate >= rules.error_rate_threshold) {
-                    self.trip(open);
-                }
-            }
+    pub fn view(&self, now_ms: u64) -> View {
+        let (open_ms, failures, calls) = match &self.phase {
+            Phase::Closed { window, .. } => (0, window.iter().filter(|failed| **failed).count(), window.len()),
+            Phase::Open { until_ms } => (until_ms.saturating_sub(now_ms), 0, 0),
+            Phase::HalfOpen { .. } => (0, 0, 0),
+        };
+        View {
+            generation: self.generation,
+            state: self.state(),
+            open_ms,
+            failures: failures as u64,
+            calls: calls as u64,
         }
     }
 
-    fn trip(&mut self, open: Phase) {
-        *self = Self { phase: open, in_a_row: 0, outcomes: VecDeque::new() };
+    /// Takes over another router's view if it is newer.
+    pub fn adopt(&mut self, theirs: &View, rules: &CircuitBreaker, now_ms: u64) {
+        if (theirs.generation, theirs.state) <= (self.generation, self.state()) {
+            return;
+        }
+        self.generation = theirs.generation;
+        self.phase = match theirs.state {
+            State::Open => Phase::Open { until_ms: now_ms + theirs.open_ms.min(rules.timeout_ms) },
+            State::HalfOpen => Phase::HalfOpen { places: HashMap::new(), successes: 0 },
+            State::Closed => Phase::default(),
+        };
+    }
+
+    fn trip(&mut self, rules: &CircuitBreaker, now_ms: u64) {
+        self.generation = self.generation.saturating_add(1);
+        self.phase = Phase::Open { until_ms: now_ms + rules.timeout_ms };
     }
 }
 
-/// All providers' breakers. One that was never heard of is closed.
-#[derive(Default)]
-pub struct Breakers(Mutex<HashMap<String, Breaker>>);
-
-impl Breakers {
-    pub fn lets_through(&self, provider: &str, rules: &CircuitBreaker, now_ms: u64) -> bool {
-        self.0.lock().get(provider).is_none_or(|breaker| breaker.lets_through(rules, now_ms))
-    }
-
-    pub fn assigned(&self, provider: &str, now_ms: u64) {
-        if let Some(breaker) = self.0.lock().get_mut(provider) {
-            breaker.assigned(now_ms);
-        }
-    }
-
-    pub fn ended(&self, provider: &str, failed: bool, rules: &CircuitBreaker, now_ms: u64) {
-        let mut breakers = self.0.lock();
-        let breaker = breakers.entry(provider.into()).or_insert_with(Breaker::new);
-        let before = name(breaker.phase);
-        breaker.ended(failed, rules, now_ms);
-        let after = name(breaker.phase);
-        if before != after {
-            tracing::warn!(provider, from = before, to = after, "circuit breaker");
-        }
-    }
-
-    pub fn status(&self) -> Vec<BreakerStatus> {
-        let breakers = self.0.lock();
-        let mut all: Vec<_> = breakers
-            .iter()
-            .map(|(provider, breaker)| BreakerStatus {
-                provider: provider.clone(),
-                state: name(breaker.phase).into(),
-                failures: breaker.outcomes.iter().filter(|failed| **failed).count() as u64,
-                calls: breaker.outcomes.len() as u64,
-            })
-            .collect();
-        all.sort_by(|a, b| a.provider.cmp(&b.provider));
-        all
-    }
-}
-
-fn name(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Closed => "closed",
-        Phase::Open { .. } => "open",
-        Phase::HalfOpen { .. } => "half_open",
-    }
+fn too_often(window: &VecDeque<bool>, rules: &CircuitBreaker) -> bool {
+    let failures = window.iter().filter(|failed| **failed).count();
+    window.len() >= rules.min_calls as usize && failures as f64 >= rules.error_rate_threshold * window.len() as f64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
-    #[test]
-    fn it_opens_probes_and_closes() {
-        let rules = CircuitBreaker { timeout_ms: 1000, ..CircuitBreaker::default() };
-        let breakers = Breakers::default();
-        for _ in 0..4 {
-            breakers.ended("p", true, &rules, 0);
-        }
-        assert!(breakers.lets_through("p", &rules, 0), "four failures are under the threshold");
-        breakers.ended("p", true, &rules, 0);
-        assert!(!breakers.lets_through("p", &rules, 999));
-        for n in 0..rules.half_open_max_calls {
-            assert!(breakers.lets_through("p", &rules, 1000), "probe {n}");
-            breakers.assigned("p", 1000);
-        }
-        assert!(!breakers.lets_through("p", &rules, 1999), "probes are bounded");
-        assert!(breakers.lets_through("p", &rules, 2000), "their results never came: another one may try");
-        breakers.ended("p", false, &rules, 1001);
-        breakers.ended("p", false, &rules, 1001);
-        assert_eq!(breakers.status()[0].state, "closed");
+    const RULES: CircuitBreaker = CircuitBreaker {
+        failure_threshold: 3,
+        error_rate_threshold: 0.5,
+        min_calls: 10,
+        timeout_ms: 1000,
+        half_open_max_calls: 3,
+        success_threshold: 2,
+    };
+
+    /// Ends a call that was let through just now.
+    fn end(breaker: &mut Breaker, outcome: Outcome, now_ms: u64) {
+        breaker.ended("a", breaker.generation(), outcome, &RULES, now_ms);
+    }
+
+    fn tripped() -> Breaker {
+        let mut breaker = Breaker::default();
+        (0..3).for_each(|_| end(&mut breaker, Outcome::Failure, 0));
+        assert_eq!((breaker.state(), breaker.generation()), (State::Open, 1));
+        breaker
     }
 
     #[test]
-    fn a_failing_probe_opens_it_again_and_a_rate_opens_it_too() {
-        let rules = CircuitBreaker { timeout_ms: 1000, ..CircuitBreaker::default() };
-        let breakers = Breakers::default();
-        for n in 0..10 {
-            breakers.ended("p", n % 2 == 1, &rules, 0);
+    fn it_opens_probes_and_closes() {
+        let mut breaker = tripped();
+        assert!(!breaker.enter("early", &RULES, 999));
+        for holder in ["a", "b", "c"] {
+            assert!(breaker.enter(holder, &RULES, 1000), "{holder}");
         }
-        assert!(!breakers.lets_through("p", &rules, 0), "half of ten calls failed");
-        breakers.assigned("p", 1000);
-        breakers.ended("p", true, &rules, 1000);
-        assert!(!breakers.lets_through("p", &rules, 1999));
+        assert!(!breaker.enter("d", &RULES, 1999), "places are bounded");
+
+        breaker.ended("a", 1, Outcome::Success, &RULES, 1001);
+        assert_eq!(breaker.state(), State::HalfOpen, "one of two successes");
+        breaker.ended("b", 1, Outcome::Success, &RULES, 1001);
+        assert_eq!((breaker.state(), breaker.generation()), (State::Closed, 1));
+    }
+
+    #[test]
+    fn a_failing_probe_trips_it_again_and_a_rate_trips_it_too() {
+        let mut breaker = Breaker::default();
+        for n in 0..10 {
+            end(&mut breaker, if n % 2 == 1 { Outcome::Failure } else { Outcome::Success }, 0);
+        }
+        assert_eq!(breaker.state(), State::Open, "half of ten calls failed");
+        assert!(breaker.enter("a", &RULES, 1000));
+        breaker.ended("a", 1, Outcome::Failure, &RULES, 1000);
+        assert_eq!((breaker.state(), breaker.generation()), (State::Open, 2));
+        assert!(!breaker.lets_through(&RULES, 1999));
+    }
+
+    #[test]
+    fn a_place_is_given_back_by_a_neutral_outcome_by_leaving_and_by_its_deadline() {
+        let mut breaker = tripped();
+        for holder in ["a", "b", "c"] {
+            assert!(breaker.enter(holder, &RULES, 1000));
+        }
+        breaker.ended("a", 1, Outcome::Neutral, &RULES, 1001);
+        assert!(breaker.enter("d", &RULES, 1001), "cancelled");
+        breaker.leave("b");
+        assert!(breaker.enter("e", &RULES, 1001), "not appended");
+        breaker.keep("c", 1500);
+        assert!(!breaker.enter("f", &RULES, 1499));
+        assert!(breaker.enter("f", &RULES, 1500), "its worker died");
+        assert!(!breaker.enter("g", &RULES, 9999), "what is not appended yet has no deadline");
+    }
+
+    #[test]
+    fn late_outcomes_from_before_the_trip_are_no_probes() {
+        let mut breaker = tripped();
+        assert!(breaker.enter("probe", &RULES, 1000));
+        for _ in 0..10 {
+            breaker.ended("late", 0, Outcome::Success, &RULES, 1001);
+            breaker.ended("late", 0, Outcome::Failure, &RULES, 1001);
+        }
+        assert_eq!((breaker.state(), breaker.generation()), (State::HalfOpen, 1));
+
+        let mut open = tripped();
+        open.ended("late", 0, Outcome::Success, &RULES, 1);
+        assert_eq!(open.state(), State::Open);
+        open.ended("theirs", 1, Outcome::Success, &RULES, 1001);
+        assert_eq!(open.state(), State::HalfOpen, "the probe of another router");
+    }
+
+    #[test]
+    fn the_newer_of_two_views_wins_and_times_are_relative() {
+        let mut late = Breaker::default();
+        late.adopt(&tripped().view(400), &RULES, 50_000);
+        assert!(!late.lets_through(&RULES, 50_599));
+        assert!(late.lets_through(&RULES, 50_600));
+
+        let view = |generation, state| View { generation, state, open_ms: 500, failures: 0, calls: 0 };
+        for (theirs, expected) in [
+            (view(0, State::Closed), State::Open),
+            (view(1, State::Open), State::Open),
+            (view(1, State::HalfOpen), State::HalfOpen),
+            (view(1, State::Closed), State::Closed),
+            (view(2, State::Open), State::Open),
+        ] {
+            let mut ours = tripped();
+            ours.adopt(&theirs, &RULES, 0);
+            assert_eq!(ours.state(), expected, "{theirs:?}");
+            assert_eq!(ours.generation(), theirs.generation.max(1));
+        }
+    }
+
+    /// A call that a test has in flight.
+    #[derive(Debug, Clone)]
+    struct Call {
+        holder: String,
+        generation: u64,
+        due_ms: u64,
+        /// It was let through by a half-open breaker.
+        probe: bool,
+    }
+
+    /// What half open means, said as plainly as possible: every probe in flight is remembered.
+    fn held(calls: &[Call], breaker: &Breaker, now_ms: u64) -> usize {
+        let ours = |call: &&Call| call.probe && call.generation == breaker.generation() && now_ms < call.due_ms;
+        calls.iter().filter(ours).count()
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order, half open it holds exactly the places of the probes in flight, never more
+        /// than it may; it closes after enough successes of probes and trips at the first failure of one.
+        #[test]
+        fn places_never_leak(steps in prop::collection::vec((0..400u64, 0..10u8, any::<prop::sample::Index>()), 1..400)) {
+            let (mut breaker, mut now_ms) = (Breaker::default(), 0);
+            let (mut calls, mut successes) = (Vec::<Call>::new(), 0);
+            for (n, (ms, action, which)) in steps.into_iter().enumerate() {
+                now_ms += ms;
+                let before = (breaker.generation(), breaker.state());
+                match action {
+                    0..=3 => {
+                        let holder = format!("c{n}");
+                        let room = held(&calls, &breaker, now_ms) < 3;
+                        let open = before.1 == State::Open;
+                        let entered = breaker.enter(&holder, &RULES, now_ms);
+                        match breaker.state() {
+                            State::Closed => prop_assert!(entered),
+                            State::Open => prop_assert!(!entered),
+                            State::HalfOpen => prop_assert_eq!(entered, open || room),
+                        }
+                        if open && entered {
+                            successes = 0;
+                        }
+                        if entered {
+                            let due_ms = now_ms + 700;
+                            breaker.keep(&holder, due_ms);
+                            let probe = breaker.state() == State::HalfOpen;
+                            calls.push(Call { holder, generation: breaker.generation(), due_ms, probe });
+                        }
+                    }
+                    4 if !calls.is_empty() => breaker.leave(&calls.remove(which.index(calls.len())).holder),
+                    4 => {}
+                    action if !calls.is_empty() => {
+                        let call = calls.remove(which.index(calls.len()));
+                        let outcome = [Outcome::Success, Outcome::Success, Outcome::Failure, Outcome::Failure, Outcome::Neutral][usize::from(action) - 5];
+                        breaker.ended(&call.holder, call.generation, outcome, &RULES, now_ms);
+                        let current = call.generation == before.0;
+                        if before.1 == State::HalfOpen && current {
+                            successes += u32::from(outcome == Outcome::Success);
+                            let expected = match outcome {
+                                Outcome::Failure => (before.0 + 1, State::Open),
+                                _ if successes >= 2 => (before.0, State::Closed),
+                                _ => before,
+                            };
+                            prop_assert_eq!((breaker.generation(), breaker.state()), expected);
+                        } else if !current {
+                            prop_assert_eq!((breaker.generation(), breaker.state()), before, "an older call changes nothing");
+                        }
+                    }
+                    _ => {}
+                }
+                if let Phase::HalfOpen { places, .. } = &breaker.phase {
+                    let live = places.values().filter(|due_ms| now_ms < **due_ms).count();
+                    prop_assert_eq!(live, held(&calls, &breaker, now_ms));
+                    prop_assert!(places.len() <= 3);
+                }
+            }
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Answers decide requests: checks in the contract's order, decides, hands over, replies.
 
 use crate::Router;
+use crate::breakers::{Place, Scope, Standing};
 use crate::policy::{Undecided, World};
 use crate::stats::now_ms;
 use bus::{Headers, Message, Subscription};
@@ -11,8 +12,7 @@ use std::time::Instant;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wire::policy::CircuitBreaker;
-use wire::router::{Context, DecideRequest, DecideResponse, Decision, ErrorBody, ErrorResponse, VERSION};
+use wire::router::{Choice, Context, DecideRequest, DecideResponse, Decision, ErrorBody, ErrorResponse, VERSION};
 use wire::subjects;
 use wire::{id, limits};
 
@@ -38,8 +38,10 @@ pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: Cancel
         let (context, outcome) = router.accept(&message);
         match outcome {
             Err(error) => router.refuse(&message, context, error).await,
-            Ok(request) if !request.push_assignment => match router.decide(&request) {
-                Ok(decision) => {
+            // Nobody is called: what the decision held is given back at once.
+            Ok(request) if !request.push_assignment => match router.decide(&request, &uuid::Uuid::now_v7().to_string())
+            {
+                Ok(Chosen { decision, .. }) => {
                     router.stats.decided(&decision, started.elapsed());
                     router.reply(&message, &DecideResponse { ok: true, decision, context }).await;
                 }
@@ -117,22 +119,38 @@ impl Router {
         (context, outcome)
     }
 
-    pub fn decide(&self, request: &DecideRequest) -> Result<Decision, ErrorBody> {
+    /// Decides who handles the request, and holds a place for it as `holder` where a breaker of that provider is half
+    /// open.
+    pub fn decide(&self, request: &DecideRequest, holder: &str) -> Result<Chosen<'_>, ErrorBody> {
         if request.deadline.is_some_and(|deadline| deadline < now_ms()) {
             return Err(failure("deadline_exceeded", "the request's deadline passed before it was decided"));
         }
         let policies = self.policies.current();
         let name = request.policy_id.as_deref().unwrap_or("default");
-        let Some(policy) = policies.get(&request.tenant_id, name) else {
+        let Some((owner, policy)) = policies.find(&request.tenant_id, name) else {
             let text =
                 format!("tenant {:?} has no policy {name:?}, and neither has tenant \"default\"", request.tenant_id);
             return Err(failure("policy_not_found", text));
         };
-        let seen = Seen { router: self, rules: &policy.circuit_breaker, now_ms: self.uptime_ms() };
-        policy.decide(request, &seen).map_err(|undecided| match undecided {
-            Undecided::NoWeight => failure("decision_failed", undecided.to_string()),
-            Undecided::AllOpen(_) | Undecided::Constrained => failure("no_provider_available", undecided.to_string()),
-        })
+
+        let scope = Scope { tenant: owner, policy: name, rules: self.rules_of(policy) };
+        let mut seen = Seen { router: self, scope, now_ms: self.uptime_ms(), taken: Vec::new() };
+        loop {
+            let decision = policy.decide(request, &seen).map_err(|undecided| seen.refusal(&undecided))?;
+            let Some(place) = self.breakers.reserve(&decision.provider_id, &scope, holder, seen.now_ms) else {
+                // Another decision took its last place since we looked.
+                seen.taken.push(decision.provider_id);
+                continue;
+            };
+            let choice = Choice {
+                generation: place.generation,
+                policy_tenant: owner.into(),
+                policy_id: name.into(),
+                policy_generation: place.policy_generation,
+                client_deadline: request.options.as_ref().is_some_and(|options| options.deadline_ms.is_some()),
+            };
+            return Ok(Chosen { decision, choice, place });
+        }
     }
 
     async fn refuse(&self, message: &Message, context: Context, error: ErrorBody) {
@@ -159,15 +177,48 @@ impl Router {
     }
 }
 
+/// A decision with the provider's leave to be called.
+pub struct Chosen<'a> {
+    pub decision: Decision,
+    pub choice: Choice,
+    pub place: Place<'a>,
+}
+
+/// The world as a decision sees it.
 struct Seen<'a> {
     router: &'a Router,
-    rules: &'a CircuitBreaker,
+    scope: Scope<'a>,
     now_ms: u64,
+    /// Providers whose last place others have taken meanwhile.
+    taken: Vec<String>,
+}
+
+impl Seen<'_> {
+    fn standing(&self, provider: &str) -> Standing {
+        self.router.breakers.standing(provider, &self.scope, self.now_ms)
+    }
+
+    fn refusal(&self, undecided: &Undecided) -> ErrorBody {
+        let out = match undecided {
+            Undecided::NoWeight => return failure("decision_failed", undecided.to_string()),
+            Undecided::Constrained => return failure("no_provider_available", undecided.to_string()),
+            Undecided::AllOpen(out) => out,
+        };
+        let cooling = out.iter().filter_map(|provider| match self.standing(provider) {
+            Standing::CoolingDown { ms } => Some(ms),
+            Standing::Eligible | Standing::Out => None,
+        });
+        // Whoever waits for the first of them is served.
+        let Some(ms) = cooling.min() else { return failure("no_provider_available", undecided.to_string()) };
+        let seconds = ms.div_ceil(1000).max(1);
+        let text = format!("out of service for now: {}; try again in {seconds} s", out.join(", "));
+        ErrorBody { retry_after_seconds: Some(seconds), ..failure("rate_limited", text) }
+    }
 }
 
 impl World for Seen<'_> {
     fn is_available(&self, provider: &str) -> bool {
-        self.router.breakers.lets_through(provider, self.rules, self.now_ms)
+        !self.taken.iter().any(|taken| taken == provider) && self.standing(provider) == Standing::Eligible
     }
 
     fn latency_ms(&self, provider: &str) -> Option<f64> {

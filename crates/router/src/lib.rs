@@ -4,7 +4,9 @@
 
 mod backpressure;
 mod breaker;
+mod breakers;
 mod decide;
+mod outcomes;
 mod policies;
 pub mod policy;
 mod results;
@@ -18,6 +20,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use wire::policy::CircuitBreaker;
 
 /// Decide requests that wait at most; beyond it the bus answers that nobody does.
 const QUEUE_MAX: usize = 8192;
@@ -29,11 +32,18 @@ pub struct Config {
     /// Assignments whose publish is awaited at once.
     pub max_in_flight: usize,
     pub drain_timeout: Duration,
+    /// When a provider is taken from everybody; a policy can only be stricter, and only for its own tasks.
+    pub circuit_breaker: CircuitBreaker,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { policies: "policies".into(), max_in_flight: 10_000, drain_timeout: Duration::from_secs(10) }
+        Self {
+            policies: "policies".into(),
+            max_in_flight: 10_000,
+            drain_timeout: Duration::from_secs(10),
+            circuit_breaker: CircuitBreaker::default(),
+        }
     }
 }
 
@@ -51,14 +61,17 @@ pub struct Bound {
     decide: bus::Subscription,
     queries: tasks::Queries,
     results: bus::Consumer,
+    outcomes: outcomes::Inputs,
 }
 
 struct Router {
+    /// What it calls itself in its status.
+    id: String,
     bus: Bus,
     config: Config,
     policies: policies::Policies,
     stats: stats::Stats,
-    breakers: breaker::Breakers,
+    breakers: breakers::Breakers,
     backpressure: backpressure::Backpressure,
     started: Instant,
 }
@@ -67,6 +80,11 @@ impl Router {
     /// The breakers' clock, which nobody can set back.
     fn uptime_ms(&self) -> u64 {
         self.started.elapsed().as_millis() as u64
+    }
+
+    /// The rules of the breakers that a policy has for itself, if it has any.
+    fn rules_of(&self, policy: &policy::Compiled) -> Option<CircuitBreaker> {
+        policy.circuit_breaker.map(|own| own.over(&self.config.circuit_breaker))
     }
 
     /// Lets what was taken end, for as long as a drain may last; what the bus holds up longer comes again.
@@ -94,26 +112,29 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         .await?;
     let decide = bus.subscribe(wire::subjects::DECIDE, Some(wire::subjects::DECIDE_GROUP), QUEUE_MAX).await?;
     let queries = tasks::Queries::subscribe(&bus).await?;
+    let outcomes = outcomes::Inputs::subscribe(&bus).await?;
     let router = Router {
+        id: format!("router-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]),
         bus,
+        breakers: breakers::Breakers::new(config.circuit_breaker),
         config,
         policies,
         stats: stats::Stats::default(),
-        breakers: breaker::Breakers::default(),
         backpressure: backpressure::Backpressure::default(),
         started: Instant::now(),
     };
-    Ok(Bound { router: Arc::new(router), decide, queries, results })
+    Ok(Bound { router: Arc::new(router), decide, queries, results, outcomes })
 }
 
 impl Bound {
     /// Answers until cancelled, then finishes what it has taken.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
-        let Self { router, decide, queries, results } = self;
+        let Self { router, decide, queries, results, outcomes } = self;
         let mut loops = JoinSet::new();
         loops.spawn(decide::run(router.clone(), decide, cancel.clone()));
         loops.spawn(tasks::run(router.clone(), queries, cancel.clone()));
         loops.spawn(results::run(router.clone(), results, cancel.clone()));
+        loops.spawn(outcomes::run(router.clone(), outcomes, cancel.clone()));
         loops.spawn(stats::run(router.clone(), cancel.clone()));
         loops.spawn(policies::watch(router, cancel));
         while let Some(ended) = loops.join_next().await {

@@ -6,7 +6,7 @@ mod rendezvous;
 use condition::{Condition, Scope};
 use std::collections::HashMap;
 use std::sync::Arc;
-use wire::policy::{CircuitBreaker, Policy};
+use wire::policy::{CircuitBreaker, Policy, PolicyBreaker};
 use wire::router::{Constraints, DecideRequest, Decision, Reason};
 
 /// Latency that is expected of a provider nothing is known about.
@@ -17,7 +17,8 @@ const BREAKER_TIMEOUT_MAX_MS: u64 = 86_400_000;
 pub struct Compiled {
     pub id: String,
     pub version: String,
-    pub circuit_breaker: CircuitBreaker,
+    /// Its own rules, stricter than the operator's or of no effect.
+    pub circuit_breaker: Option<PolicyBreaker>,
     providers: Vec<Candidate>,
     rules: Vec<(Condition, Vec<usize>)>,
     session_key: Option<String>,
@@ -33,7 +34,7 @@ struct Candidate {
 
 /// What is known of the providers at this moment.
 pub trait World {
-    /// Its breaker lets calls through.
+    /// It may be called: its breakers let calls through, and it is not cooling down.
     fn is_available(&self, provider: &str) -> bool;
     /// Milliseconds, as observed; `None` before the first result.
     fn latency_ms(&self, provider: &str) -> Option<f64>;
@@ -99,7 +100,7 @@ impl Compiled {
         if providers.is_empty() {
             return Err(invalid("providers".into(), "names no provider"));
         }
-        check(&policy.circuit_breaker)?;
+        policy.circuit_breaker.map_or(Ok(()), |own| check(&own.over(&CircuitBreaker::default())))?;
         let mut rules = Vec::new();
         for (n, rule) in policy.rules.iter().enumerate() {
             let condition = Condition::compile(&rule.when).map_err(|e| invalid(format!("rules[{n}].when"), &e))?;
@@ -262,8 +263,18 @@ impl Set {
     }
 
     pub fn get(&self, tenant: &str, policy: &str) -> Option<&Arc<Compiled>> {
-        let of = |tenant: &str| self.by_tenant.get(tenant).and_then(|policies| policies.get(policy));
+        self.own(tenant, policy).or_else(|| self.own("default", policy))
+    }
+
+    /// The policy that decides for this tenant, and whose it is.
+    pub fn find<'a>(&'a self, tenant: &'a str, policy: &str) -> Option<(&'a str, &'a Arc<Compiled>)> {
+        let of = |tenant: &'a str| Some((tenant, self.own(tenant, policy)?));
         of(tenant).or_else(|| of("default"))
+    }
+
+    /// The tenant's own policy of this name.
+    pub fn own(&self, tenant: &str, policy: &str) -> Option<&Arc<Compiled>> {
+        self.by_tenant.get(tenant).and_then(|policies| policies.get(policy))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Arc<Compiled>)> {

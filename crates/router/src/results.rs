@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wire::router::{ExecResult, ResultStatus, State, TaskState, Usage, VERSION};
+use wire::router::{ExecResult, ResultStatus, State, Usage, VERSION};
 use wire::subjects;
 
 /// Results handled at once.
@@ -100,6 +100,13 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
     let payload = serde_json::to_vec(&usage).expect("usage is JSON").into();
     let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
     let usage = router.bus.append(message, Some(&format!("usage-{}", result.assignment_id))).await?;
+    // Here, not at the end: should the record fail, the next try finds the usage there already.
+    if !usage.duplicate {
+        router.stats.ended(result);
+        if let Some(task) = &task {
+            crate::outcomes::publish(router, task, result).await;
+        }
+    }
 
     let state = match result.status {
         ResultStatus::Success => State::Completed,
@@ -113,12 +120,6 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
         }
     })
     .await?;
-    if !usage.duplicate {
-        router.stats.ended(result);
-        if let Some(task) = &task {
-            learn(router, task, result);
-        }
-    }
     let (trace_id, request_id) = (&result.trace_id, &result.request_id);
     tracing::info!(
         trace_id,
@@ -129,24 +130,4 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
         "ended"
     );
     Ok(())
-}
-
-/// Errors that the task brings along: with another task the provider may do well.
-const OF_THE_TASK: [&str; 3] = ["invalid_task", "exit_status", "output"];
-
-/// What the result says of the provider that was decided on; anybody may write results, with any name in them.
-fn learn(router: &Router, task: &TaskState, result: &ExecResult) {
-    let Some(decision) = &task.decision else { return };
-    let failed = match result.status {
-        ResultStatus::Cancelled => return,
-        ResultStatus::Success => false,
-        ResultStatus::Error if result.error_code.as_deref().is_some_and(|code| OF_THE_TASK.contains(&code)) => return,
-        ResultStatus::Error | ResultStatus::Timeout => true,
-    };
-    let policies = router.policies.current();
-    let rules = policies.get(&task.tenant_id, &decision.policy_id).map(|policy| policy.circuit_breaker);
-    router.breakers.ended(&decision.provider_id, failed, &rules.unwrap_or_default(), router.uptime_ms());
-    if !failed {
-        router.stats.took(&decision.provider_id, result.latency_ms);
-    }
 }

@@ -97,7 +97,6 @@ fn bump(counts: &mut BTreeMap<String, u64>, name: &str) {
 }
 
 pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
-    let id = format!("router-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]);
     let started = Instant::now();
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     loop {
@@ -105,13 +104,14 @@ pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
             () = cancel.cancelled() => return,
             _ = ticks.tick() => {}
         }
+        crate::outcomes::forget(&router);
         let status = RouterStatus {
-            router: id.clone(),
+            router: router.id.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_s: started.elapsed().as_secs(),
             decide_us: router.stats.decide_us(),
             policies: router.policies.status(),
-            breakers: router.breakers.status(),
+            breakers: router.breakers.status(router.uptime_ms()),
             ..router.stats.totals()
         };
         let payload = serde_json::to_vec(&status).expect("a status is JSON").into();

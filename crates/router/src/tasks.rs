@@ -1,7 +1,8 @@
 //! Pushed tasks: handed over once however often they are asked for, queried, cancelled.
 
 use crate::Router;
-use crate::decide::failure;
+use crate::breakers::Place;
+use crate::decide::{Chosen, failure};
 use bus::{Bus, Message, Subscription};
 use serde_json::json;
 use sha1::{Digest, Sha1};
@@ -21,8 +22,8 @@ const QUEUE_MAX: usize = 1024;
 /// assignment, which the stream takes once.
 /// A task that is known has its answer, whatever policies and breakers say by now.
 pub async fn push(router: &Router, request: &DecideRequest) -> Result<Decision, ErrorBody> {
-    let task = match known(router, request).await? {
-        Some(task) => task,
+    let (task, place) = match known(router, request).await? {
+        Some(task) => (task, None),
         None => begin(router, request).await?,
     };
     let decision = task.decision.clone().ok_or_else(|| failure("internal", "the task's record has no decision"))?;
@@ -35,8 +36,8 @@ pub async fn push(router: &Router, request: &DecideRequest) -> Result<Decision, 
         let payload = serde_json::to_vec(&assignment).expect("an assignment is JSON").into();
         let message = Message { subject: subjects::ASSIGN.into(), reply: None, headers, payload };
         let appended = router.bus.append(message, Some(&assignment.assignment_id)).await.map_err(unavailable)?;
-        if !appended.duplicate {
-            router.breakers.assigned(&decision.provider_id, router.uptime_ms());
+        if let Some(place) = place.filter(|_| !appended.duplicate) {
+            place.keep(assignment.options.deadline_ms, router.uptime_ms());
         }
     }
     Ok(decision)
@@ -56,24 +57,27 @@ async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
     Ok(Some(task))
 }
 
-/// Decides and makes the task's record; of many at once the first one counts.
-async fn begin(router: &Router, request: &DecideRequest) -> Result<TaskState, ErrorBody> {
-    let decision = router.decide(request)?;
+/// Decides and makes the task's record; of many at once the first one counts, and the others give their places back.
+async fn begin<'a>(router: &'a Router, request: &DecideRequest) -> Result<(TaskState, Option<Place<'a>>), ErrorBody> {
+    let assignment_id = uuid::Uuid::now_v7().to_string();
+    let Chosen { decision, choice, place } = router.decide(request, &assignment_id)?;
     let fresh = TaskState {
         task_id: request.request_id.clone(),
         state: State::Assigned,
         decision: Some(decision),
         result: None,
-        assignment_id: Some(uuid::Uuid::now_v7().to_string()),
+        assignment_id: Some(assignment_id),
         tenant_id: request.tenant_id.clone(),
         digest: digest(request),
+        choice: Some(choice),
     };
     let record = serde_json::to_vec(&fresh).expect("a task is JSON").into();
     match router.bus.kv_put(subjects::BUCKET_TASKS, &request.request_id, record, Some(0)).await {
-        Ok(_) => Ok(fresh),
+        Ok(_) => Ok((fresh, Some(place))),
         Err(bus::Error::WrongRevision(_)) => {
             let task = known(router, request).await?;
-            task.ok_or_else(|| failure("unavailable", "the task expired just now; try again"))
+            let task = task.ok_or_else(|| failure("unavailable", "the task expired just now; try again"))?;
+            Ok((task, None))
         }
         Err(error) => Err(unavailable(error)),
     }
@@ -163,7 +167,7 @@ pub async fn run(router: Arc<Router>, mut queries: Queries, stop: CancellationTo
             }
             Some(message) = queries.backpressure.next() => answer(&router, &message, &crate::backpressure::measure(&router).await).await,
             Some(message) = queries.breakers.next() => {
-                let breakers = json!({"success": true, "data": {"breakers": router.breakers.status()}});
+                let breakers = json!({"success": true, "data": {"breakers": router.breakers.status(router.uptime_ms())}});
                 answer(&router, &message, &breakers).await;
             }
             else => return,
@@ -189,6 +193,7 @@ where
         Ok(Some(mut task)) => {
             // Kept for the router itself.
             task.digest.clear();
+            task.choice = None;
             Ok(TaskAnswer { ok: true, task })
         }
         Ok(None) => Err(refuse(failure("not_found", format!("no task {id:?} was pushed in the last day")), Some(id))),

@@ -10,7 +10,7 @@ use serde_json::{Value as Json, json};
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
-use wire::status::{GatewayStatus, Heartbeat, NodeStatus, Percentiles, RouterStatus};
+use wire::status::{BreakerStatus, GatewayStatus, Heartbeat, NodeStatus, Percentiles, RouterStatus};
 use wire::subjects;
 
 pub const CHANNEL: &str = "ops:live";
@@ -231,7 +231,7 @@ impl Said {
             "gateways": gateways().collect::<Vec<_>>(),
             "workers": self.workers.iter().collect::<Vec<_>>(),
             "providers": providers.collect::<Vec<_>>(),
-            "breakers": routers().flat_map(|router| &router.breakers).collect::<Vec<_>>(),
+            "breakers": breakers(routers()),
             "totals": {
                 "connections": nodes().map(|n| n.connections).sum::<u64>(),
                 "users": nodes().map(|n| n.users).sum::<u64>(),
@@ -250,9 +250,36 @@ impl Said {
     }
 }
 
+/// Each breaker once, as the router with the newest view sees it: within a second all of them do.
+fn breakers<'a>(routers: impl Iterator<Item = &'a RouterStatus>) -> Vec<&'a BreakerStatus> {
+    let mut newest = BTreeMap::new();
+    for breaker in routers.flat_map(|router| &router.breakers) {
+        let known = newest.entry((&breaker.tenant, &breaker.policy, &breaker.provider)).or_insert(breaker);
+        if (breaker.generation, breaker.calls) > (known.generation, known.calls) {
+            *known = breaker;
+        }
+    }
+    newest.into_values().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_breaker_is_shown_once_however_many_routers_tell_of_it() {
+        let of = |provider: &str, tenant: Option<&str>, generation| BreakerStatus {
+            provider: provider.into(),
+            tenant: tenant.map(String::from),
+            policy: tenant.map(|_| "default".into()),
+            generation,
+            ..BreakerStatus::default()
+        };
+        let router = |breakers| RouterStatus { breakers, ..RouterStatus::default() };
+        let said = [router(vec![of("p", None, 1), of("p", Some("acme"), 0)]), router(vec![of("p", None, 2)])];
+        let shown: Vec<_> = breakers(said.iter()).into_iter().cloned().collect();
+        assert_eq!(shown, [of("p", None, 2), of("p", Some("acme"), 0)]);
+    }
 
     #[test]
     fn a_sample_adds_up_what_parts_say_and_forgets_the_silent() {

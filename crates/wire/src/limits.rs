@@ -8,6 +8,10 @@ pub const DECIDE_MAX: usize = 1024 * 1024;
 pub const ID_MAX: usize = 128;
 /// An idempotency key, in bytes.
 pub const IDEMPOTENCY_KEY_MAX: usize = 256;
+/// The longest time that a busy provider can ask to be left alone for, in seconds.
+pub const COOL_DOWN_MAX_S: u64 = 3600;
+/// The time that a busy provider is left alone for if it names none, in seconds.
+pub const COOL_DOWN_DEFAULT_S: u64 = 5;
 /// A channel name, in bytes.
 pub const CHANNEL_MAX: usize = 255;
 /// A WebSocket message from a client, in bytes.
@@ -21,6 +25,7 @@ pub const CHANNELS_PER_CLIENT_MAX: usize = 128;
 /// A message on the bus, in bytes.
 pub const BUS_MESSAGE_MAX: usize = 8 * 1024 * 1024;
 
+const _: () = assert!(COOL_DOWN_DEFAULT_S <= COOL_DOWN_MAX_S);
 const _: () = assert!(DECIDE_MAX < IPC_FRAME_MAX);
 const _: () = assert!(IPC_FRAME_MAX < BUS_MESSAGE_MAX);
 const _: () = assert!(CLIENT_MESSAGE_MAX <= PUBLICATION_MAX);

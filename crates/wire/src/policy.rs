@@ -19,8 +19,9 @@ pub struct Policy {
     /// The first rule whose condition holds decides.
     #[serde(default)]
     pub rules: Vec<Rule>,
-    #[serde(default)]
-    pub circuit_breaker: CircuitBreaker,
+    /// Stricter rules for this policy's own tasks; those of the operator hold for everybody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub circuit_breaker: Option<PolicyBreaker>,
 }
 
 fn first_version() -> String {
@@ -82,14 +83,16 @@ fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<
 }
 
 /// When a provider is excluded from the draw, and how it becomes eligible again.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CircuitBreaker {
-    /// Consecutive failures.
+    /// Consecutive failures that open it.
     pub failure_threshold: u32,
+    /// Share of failures that opens it, above 0 and at most 1, from `min_calls` calls on.
     pub error_rate_threshold: f64,
     pub min_calls: u32,
+    /// It stays open for this long.
     pub timeout_ms: u64,
+    /// Half open: calls let through at once, and how many must succeed.
     pub half_open_max_calls: u32,
     pub success_threshold: u32,
 }
@@ -103,6 +106,38 @@ impl Default for CircuitBreaker {
             timeout_ms: 60_000,
             half_open_max_calls: 3,
             success_threshold: 2,
+        }
+    }
+}
+
+/// A policy's own breaker rules. What it leaves out is as the operator has it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PolicyBreaker {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure_threshold: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_rate_threshold: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_calls: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub half_open_max_calls: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub success_threshold: Option<u32>,
+}
+
+impl PolicyBreaker {
+    /// The rules that hold where the operator's are `rules`.
+    pub fn over(&self, rules: &CircuitBreaker) -> CircuitBreaker {
+        CircuitBreaker {
+            failure_threshold: self.failure_threshold.unwrap_or(rules.failure_threshold),
+            error_rate_threshold: self.error_rate_threshold.unwrap_or(rules.error_rate_threshold),
+            min_calls: self.min_calls.unwrap_or(rules.min_calls),
+            timeout_ms: self.timeout_ms.unwrap_or(rules.timeout_ms),
+            half_open_max_calls: self.half_open_max_calls.unwrap_or(rules.half_open_max_calls),
+            success_threshold: self.success_threshold.unwrap_or(rules.success_threshold),
         }
     }
 }

@@ -329,6 +329,9 @@ pub struct ExecResult {
     /// The number of output chunks that the last attempt published; tells readers when they have all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chunks: Option<u64>,
+    /// Of an error `rate_limited`: when the provider's endpoint may be asked again, seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_seconds: Option<u64>,
 }
 
 fn version() -> String {
@@ -374,6 +377,51 @@ impl ExecResult {
     }
 }
 
+/// What the end of an assignment says of its provider.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(tag = "verdict", rename_all = "snake_case")]
+pub enum Verdict {
+    Success,
+    /// It counts against the provider.
+    Failed,
+    /// Its endpoint asks for this long without requests.
+    CoolDown {
+        retry_after_seconds: u64,
+    },
+    /// Nothing.
+    Neutral,
+}
+
+/// Router → every router on [`crate::subjects::OUTCOMES`], once for each assignment, by the router that recorded its
+/// result.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ProviderOutcome {
+    pub version: String,
+    pub assignment_id: String,
+    pub provider_id: String,
+    #[serde(flatten)]
+    pub verdict: Verdict,
+    pub latency_ms: u64,
+    pub choice: Choice,
+}
+
+/// What was true when an assignment's provider was chosen.
+#[derive(Debug, Clone, Serialize, Deserialize, Default, PartialEq, Eq)]
+#[serde(default)]
+pub struct Choice {
+    /// Of the breaker that all tenants share, as [`crate::status::BreakerStatus::generation`].
+    pub generation: u64,
+    /// Whose policy decided (the tenant's own, or tenant `default`'s), and its name.
+    pub policy_tenant: String,
+    pub policy_id: String,
+    /// Of the policy's own breaker, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy_generation: Option<u64>,
+    /// The client said how long the task may take.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub client_deadline: bool,
+}
+
 /// Metered usage of one assignment, from the router to billing.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Usage {
@@ -414,6 +462,9 @@ pub struct TaskState {
     pub tenant_id: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub digest: String,
+    /// Kept for the routers, and not told to whoever asks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub choice: Option<Choice>,
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]

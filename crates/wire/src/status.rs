@@ -80,14 +80,29 @@ pub struct PolicyStatus {
     pub error: Option<String>,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+/// One breaker as one router sees it; the routers take over from each other what is newer.
+#[derive(Debug, Clone, Serialize, Deserialize, Default, PartialEq)]
 #[serde(default)]
 pub struct BreakerStatus {
     pub provider: String,
-    /// `closed`, `open` or `half_open`.
+    /// `closed`, `open`, `half_open`, or `cooling_down`: closed, but its endpoint asked for a while without requests.
     pub state: String,
+    /// Among the last calls, while it is closed.
     pub failures: u64,
     pub calls: u64,
+    /// Whose policy has this breaker, and that policy's name; neither, for the breaker that all tenants share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+    /// How often it has tripped. Of two views the one with the greater generation is the newer; within one, a breaker
+    /// goes from open over half open to closed.
+    pub generation: u64,
+    /// It stays open for this long.
+    pub open_ms: u64,
+    /// How often its endpoint has asked for a cool-down, and how much of the last one is left.
+    pub cool_downs: u64,
+    pub cooling_down_ms: u64,
 }
 
 /// The status of a gateway, published on [`crate::subjects::GATEWAY_STATUS`].

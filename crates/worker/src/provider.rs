@@ -56,17 +56,42 @@ impl Job<'_> {
     }
 }
 
+/// How long a run may take. Whose limit it is decides what its end says: a provider that has all its time and needs more
+/// has failed, one that was given less has not.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Limit {
+    /// The provider's own limit ([`ProviderConfig::timeout`]).
+    Provider(Duration),
+    /// The assignment's deadline, which is shorter.
+    Assignment(Duration),
+}
+
+impl Limit {
+    pub fn of(provider: Duration, assignment: Duration) -> Self {
+        if assignment < provider { Self::Assignment(assignment) } else { Self::Provider(provider) }
+    }
+
+    pub fn duration(self) -> Duration {
+        match self {
+            Self::Provider(duration) | Self::Assignment(duration) => duration,
+        }
+    }
+}
+
 /// How a run ended.
 pub(crate) struct Outcome {
     pub status: ResultStatus,
     pub output: Option<Value>,
     pub error_code: Option<&'static str>,
     pub error: Option<String>,
+    /// Of a provider that is busy: when it may be asked again, seconds.
+    pub retry_after_seconds: Option<u64>,
 }
 
 impl Outcome {
     pub fn success(output: Value) -> Self {
-        Self { status: ResultStatus::Success, output: Some(output), error_code: None, error: None }
+        let (error_code, error, retry_after_seconds) = (None, None, None);
+        Self { status: ResultStatus::Success, output: Some(output), error_code, error, retry_after_seconds }
     }
 
     pub fn text(text: impl Into<String>) -> Self {
@@ -74,17 +99,29 @@ impl Outcome {
     }
 
     pub fn failed(code: &'static str, message: impl Into<String>) -> Self {
-        Self { status: ResultStatus::Error, output: None, error_code: Some(code), error: Some(message.into()) }
+        Self::ended(ResultStatus::Error, code, message)
     }
 
     pub fn cancelled() -> Self {
-        let error = Some("cancelled by request".into());
-        Self { status: ResultStatus::Cancelled, output: None, error_code: Some("cancelled"), error }
+        Self::ended(ResultStatus::Cancelled, "cancelled", "cancelled by request")
     }
 
-    fn timeout(limit: Duration) -> Self {
-        let error = Some(format!("not finished within {limit:?}"));
-        Self { status: ResultStatus::Timeout, output: None, error_code: Some("timeout"), error }
+    /// The provider's endpoint has too much to do, and said when to come back, or should have.
+    pub fn rate_limited(seconds: u64, message: impl Into<String>) -> Self {
+        Self { retry_after_seconds: Some(seconds), ..Self::failed("rate_limited", message) }
+    }
+
+    fn timed_out(limit: Limit) -> Self {
+        let (code, whose) = match limit {
+            Limit::Provider(_) => ("timeout", "the provider's limit"),
+            Limit::Assignment(_) => ("deadline_exceeded", "the task's deadline"),
+        };
+        Self::ended(ResultStatus::Timeout, code, format!("not finished within {:?}, {whose}", limit.duration()))
+    }
+
+    fn ended(status: ResultStatus, code: &'static str, message: impl Into<String>) -> Self {
+        let (error_code, error) = (Some(code), Some(message.into()));
+        Self { status, output: None, error_code, error, retry_after_seconds: None }
     }
 }
 
@@ -181,7 +218,7 @@ impl Provider {
     }
 
     /// Does the job, within `limit`, unless it is stopped. Whatever it started has ended when this returns.
-    pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Duration, stop: &CancellationToken) -> Outcome {
+    pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Limit, stop: &CancellationToken) -> Outcome {
         // A child process is ended with care, so the command minds the clock itself.
         let mut outcome = if let Work::Command(command) = &self.work {
             command.run(job, output, limit, stop).await
@@ -197,7 +234,7 @@ impl Provider {
             tokio::select! {
                 outcome = work => outcome,
                 () = stop.cancelled() => Outcome::cancelled(),
-                () = tokio::time::sleep(limit) => Outcome::timeout(limit),
+                () = tokio::time::sleep(limit.duration()) => Outcome::timed_out(limit),
             }
         };
         if outcome.output.is_none() {

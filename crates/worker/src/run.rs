@@ -1,6 +1,6 @@
 //! The life of an assignment in the worker: taken, run, its result stored, acknowledged.
 
-use crate::provider::{Job, Outcome, Output};
+use crate::provider::{Job, Limit, Outcome, Output};
 use crate::{ACK_WAIT, Worker};
 use bus::{Bus, Consumer, Delivery, Message, Subscription};
 use parking_lot::Mutex;
@@ -132,13 +132,13 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     let (trace_id, tenant_id) = (assignment.correlation.trace_id.as_deref(), &assignment.tenant_id);
     let (request_id, attempt) = (&assignment.request_id, delivery.delivered);
     tracing::info!(trace_id, tenant_id, request_id, provider = provider.name, attempt, "running");
-    let deadline = provider.timeout.min(Duration::from_millis(assignment.options.deadline_ms.max(1)));
+    let limit = Limit::of(provider.timeout, Duration::from_millis(assignment.options.deadline_ms.max(1)));
     let job = Job { task: &assignment.job, request_id, tenant_id };
     let output = Output::new(worker.bus.clone(), request_id, &assignment.assignment_id, attempt);
     provider.running.fetch_add(1, Relaxed);
     let started = Instant::now();
     let (outcome, given_up) = {
-        let mut work = std::pin::pin!(provider.run(&job, &output, deadline, &run.stop));
+        let mut work = std::pin::pin!(provider.run(&job, &output, limit, &run.stop));
         tokio::select! {
             outcome = &mut work => (outcome, false),
             never = keep(delivery) => match never {},
@@ -271,6 +271,7 @@ async fn store(worker: &Worker, assignment: &ExecAssignment, outcome: Outcome, r
         timestamp: Some(now.into()),
         error_code: outcome.error_code.map(String::from),
         error_message: outcome.error,
+        retry_after_seconds: outcome.retry_after_seconds,
         chunks: Some(ran.map_or(0, |ran| ran.chunks)),
     };
     match append(&worker.bus, &result).await {

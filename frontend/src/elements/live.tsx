@@ -92,7 +92,7 @@ export function LiveTable({ node }: ElementProps) {
 }
 
 const GOOD = ["ok", "closed", "idle", "ready", "true", "up", "serving", "done", "memory"];
-const WARN = ["busy", "half_open", "draining", "pending", "degraded"];
+const WARN = ["busy", "half_open", "cooling_down", "draining", "pending", "degraded"];
 const BAD = ["open", "failed", "stopped", "down", "error", "gone"];
 
 function stateTone(word: string): string {

@@ -35,7 +35,7 @@ const fn live(mut key: Key) -> Key {
     key
 }
 
-use Kind::{Address, Bool, Choice, Count, Duration, List, Path, Secret, Size, Text};
+use Kind::{Address, Bool, Choice, Count, Duration, List, Path, Secret, Share, Size, Text};
 
 /// Settings of the process.
 pub const KEYS: &[Key] = &[
@@ -73,6 +73,22 @@ pub const KEYS: &[Key] = &[
     )),
     key("router.policies", Path, "policies", "directory of <tenant>/<policy>.{json,yaml,toml}"),
     key("router.max_in_flight", Count(1, 1_000_000), "10000", "decisions waiting for an acknowledgement"),
+    key(
+        "router.circuit_breaker.failure_threshold",
+        Count(1, 10_000),
+        "5",
+        "failures in a row that take a provider from everybody",
+    ),
+    key(
+        "router.circuit_breaker.error_rate_threshold",
+        Share,
+        "0.5",
+        "share of failures among the last 50 calls (or min_calls, if that is more) that does so too",
+    ),
+    key("router.circuit_breaker.min_calls", Count(1, 10_000), "10", "calls from which on that share counts"),
+    key("router.circuit_breaker.timeout", Duration, "60s", "a provider is left alone for this long, then probed"),
+    key("router.circuit_breaker.half_open_max_calls", Count(1, 10_000), "3", "probes at once, for each router"),
+    key("router.circuit_breaker.success_threshold", Count(1, 10_000), "2", "probes that must succeed"),
     key("worker.slots", Count(1, 10_000), "16", "assignments that run at once"),
     env(unset("nats.url", Text, "use this NATS server in place of the embedded bus"), "NATS_URL"),
     unset("nats.connections", Count(1, 8), "connections to NATS; unset: one a core, at most 8"),

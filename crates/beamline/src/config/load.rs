@@ -12,6 +12,9 @@ use toml::de::{DeTable, DeValue};
 /// What is longer was meant otherwise.
 const DURATION_MAX: Duration = Duration::from_secs(3650 * 86_400);
 
+/// As in a policy: a provider that is out for longer is taken out of the policies.
+const BREAKER_TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
+
 /// What the settings are read from.
 #[derive(Debug, Default)]
 pub struct Layers {
@@ -168,6 +171,14 @@ impl Reader {
                             ("cluster.defaults", table @ DeValue::Table(_)) => {
                                 settings.namespace_defaults = self.table(&scope, &full, NAMESPACE, table, line, false);
                             }
+                            // A table in a table: `[router.circuit_breaker]`.
+                            (_, DeValue::Table(inner)) if KEYS.iter().any(|key| is_in(key, &full)) => {
+                                for (name, value) in inner {
+                                    let (name, line) = (name.get_ref(), scope.line(name.span()));
+                                    let full = format!("{full}.{name}");
+                                    self.set(&scope, KEYS, &full, value.get_ref(), line, &mut settings.values);
+                                }
+                            }
                             (_, value) => self.set(&scope, KEYS, &full, value, line, &mut settings.values),
                         }
                     }
@@ -286,6 +297,9 @@ impl Reader {
                 self.problem(key.name, format!("must be from 1ms to {} days", DURATION_MAX.as_secs() / 86_400));
             }
         }
+        if settings.values.duration("router.circuit_breaker.timeout") > BREAKER_TIMEOUT_MAX {
+            self.problem("router.circuit_breaker.timeout", "must be at most 1d");
+        }
         for origin in settings.values.list("http.origins").iter().filter(|origin| !is_origin(origin)) {
             self.problem("http.origins", format!("holds {origin:?}; an origin is https://host or https://host:port"));
         }
@@ -329,6 +343,11 @@ impl Reader {
             self.problem("gateway.allowed_uids", format!("{name:?} is not a numeric uid"));
         }
     }
+}
+
+/// Whether the key stands in this table.
+fn is_in(key: &Key, table: &str) -> bool {
+    key.name.strip_prefix(table).is_some_and(|rest| rest.starts_with('.'))
 }
 
 struct Scope<'a> {
@@ -454,6 +473,28 @@ mod tests {
         assert!(!text.contains("geheim"));
         let fine = "[http]\norigins = [\"https://a.example\", \"http://localhost:5173\"]\n";
         assert!(with_file(fine, &[], &[]).is_ok());
+    }
+
+    #[test]
+    fn the_operators_breaker_rules_are_a_table_of_their_own() {
+        let file = "[router.circuit_breaker]\nfailure_threshold = 9\nerror_rate_threshold = 0.25\ntimeout = \"2m\"\n";
+        let settings = with_file(file, &[("BEAMLINE_ROUTER_CIRCUIT_BREAKER_MIN_CALLS", "20")], &[]).unwrap();
+        let again = with_file(&settings.show(), &[], &[]).unwrap_or_else(|e| panic!("{e}\n{}", settings.show()));
+        for values in [&settings.values, &again.values] {
+            assert_eq!(values.number("router.circuit_breaker.failure_threshold"), 9);
+            assert_eq!(values.share("router.circuit_breaker.error_rate_threshold"), 0.25);
+            assert_eq!(values.number("router.circuit_breaker.min_calls"), 20);
+            assert_eq!(values.number("router.circuit_breaker.success_threshold"), 2, "the others keep their defaults");
+        }
+        for (line, expected) in [
+            ("error_rate_threshold = 0", "router.circuit_breaker.error_rate_threshold is \"0\""),
+            ("min_calls = 0", "router.circuit_breaker.min_calls is \"0\""),
+            ("timeout = \"2d\"", "router.circuit_breaker.timeout: must be at most 1d"),
+            ("treshold = 1", "router.circuit_breaker.treshold is not a setting"),
+        ] {
+            let text = with_file(&format!("[router.circuit_breaker]\n{line}\n"), &[], &[]).unwrap_err().to_string();
+            assert!(text.contains(&format!("beamline.toml:2: {expected}")), "{text}");
+        }
     }
 
     #[test]

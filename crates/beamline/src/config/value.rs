@@ -18,6 +18,8 @@ pub enum Kind {
     Size,
     /// A whole number within bounds, both included.
     Count(u64, u64),
+    /// A number above 0, at most 1.
+    Share,
     Bool,
     Choice(&'static [&'static str]),
     /// An array of strings, or one string with commas.
@@ -31,6 +33,7 @@ pub enum Value {
     Address(SocketAddr),
     Duration(Duration),
     Number(u64),
+    Share(f64),
     Bool(bool),
     List(Vec<String>),
 }
@@ -57,6 +60,10 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
         Kind::Count(min, max) => match text.parse::<u64>() {
             Ok(n) if (min..=max).contains(&n) => Ok(Value::Number(n)),
             _ => Err(format!("is {text:?}, not a whole number from {min} to {max}")),
+        },
+        Kind::Share => match text.parse::<f64>() {
+            Ok(share) if share > 0.0 && share <= 1.0 => Ok(Value::Share(share)),
+            _ => Err(format!("is {text:?}, not a number above 0, at most 1")),
         },
         Kind::Bool => match text {
             "true" | "1" | "yes" | "on" => Ok(Value::Bool(true)),
@@ -121,6 +128,7 @@ pub fn render(kind: Kind, value: &Value) -> String {
         (_, Value::Path(p)) => format!("{:?}", p.display().to_string()),
         (_, Value::Address(a)) => format!("\"{a}\""),
         (_, Value::Number(n)) => n.to_string(),
+        (_, Value::Share(share)) => format!("{share:?}"),
         (_, Value::Bool(b)) => b.to_string(),
         (_, Value::List(items)) => {
             format!("{:?}", items.iter().map(|item| without_password(item)).collect::<Vec<_>>())
@@ -179,6 +187,9 @@ mod tests {
             (Kind::Size, "-1"),
             (Kind::Count(1, 10), "0"),
             (Kind::Count(1, 10), "11"),
+            (Kind::Share, "0"),
+            (Kind::Share, "1.01"),
+            (Kind::Share, "NaN"),
             (Kind::Bool, "maybe"),
             (Kind::Address, "8000"),
             (Kind::Choice(&["human", "json"]), "xml"),

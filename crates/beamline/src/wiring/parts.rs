@@ -123,8 +123,23 @@ pub async fn router(settings: &Settings, bus: Bus) -> Result<router::Bound> {
         policies: values.path("router.policies"),
         max_in_flight: values.count("router.max_in_flight"),
         drain_timeout: drain_timeout(values),
+        circuit_breaker: circuit_breaker(values),
     };
     router::bind(config, bus).await.context("the router cannot start")
+}
+
+/// What the operator says of every provider, whichever policy names it.
+fn circuit_breaker(values: &Values) -> wire::policy::CircuitBreaker {
+    let count = |key: &str| u32::try_from(values.number(key)).expect("the settings allow 10000 at most");
+    wire::policy::CircuitBreaker {
+        failure_threshold: count("router.circuit_breaker.failure_threshold"),
+        error_rate_threshold: values.share("router.circuit_breaker.error_rate_threshold"),
+        min_calls: count("router.circuit_breaker.min_calls"),
+        timeout_ms: u64::try_from(values.duration("router.circuit_breaker.timeout").as_millis())
+            .expect("the settings allow a day at most"),
+        half_open_max_calls: count("router.circuit_breaker.half_open_max_calls"),
+        success_threshold: count("router.circuit_breaker.success_threshold"),
+    }
 }
 
 /// Of what a part has in flight: less than its stage has, so that what it gives up it can still say.

@@ -37,3 +37,27 @@ async fn a_deadline_of_the_command_is_the_tasks() {
     let told = output.stderr.contains("deadline") || output.stderr.contains("timeout");
     assert!(told && !output.stderr.contains("--timeout"), "{}", output.stderr);
 }
+
+/// A client's own impatience says nothing of the provider; five failures in a row would take it from everybody.
+#[tokio::test]
+async fn five_impatient_clients_do_not_switch_a_provider_off() {
+    let settings = "[[worker.providers]]\nname = \"echo\"\nkind = \"command\"\nprogram = \"/bin/sh\"\n\
+                    args = [\"-c\", \"while [ ! -e go ]; do sleep 0.02; done; echo done\"]\n";
+    let process = Process::start_with_settings(settings).await;
+    let metric = |body: &str| {
+        let line = body.lines().find(|line| line.starts_with("beamline_router_results_total{status=\"timeout\"}"));
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+    };
+    let url = format!("http://{}/metrics", process.ops());
+    // Until the router has taken five such results; on a busy machine a request may run out of time on its way there.
+    testkit::eventually(std::time::Duration::from_secs(60), || async {
+        let output = process.run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "50ms", "{}"]).await;
+        assert_eq!(output.code, Some(1), "{}", output.stdout);
+        metric(&crate::journey::get(&url).await.1) >= Some(5.0)
+    })
+    .await;
+
+    std::fs::write(process.dir.path().join("go"), "").unwrap();
+    let patient = process.run(&["submit", "--type", "echo", "--wait", "result", "{}"]).await.success();
+    assert!(patient.contains("success"), "{patient}");
+}

@@ -1,6 +1,7 @@
 //! The router on a bus: what it answers, stores and survives. What must hold on every bus also runs on a real
 //! nats-server.
 
+mod breakers;
 mod decide;
 mod faults;
 mod policies;
@@ -16,6 +17,7 @@ use tempfile::TempDir;
 use testkit::NatsServer;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use wire::policy::CircuitBreaker;
 
 /// No wait of a test is longer.
 const SOON: Duration = Duration::from_secs(15);
@@ -46,6 +48,7 @@ on_both! {
     results::a_result_is_billed_once_and_ends_the_task,
     results::a_restart_bills_nothing_twice,
     results::bad_results_become_dead_letters,
+    breakers::every_router_sees_every_outcome_and_one_that_joins_late_agrees,
 }
 
 /// A running router, its bus and its policy directory.
@@ -76,14 +79,17 @@ impl Router {
     }
 
     async fn with(dir: TempDir, server: Option<NatsServer>) -> Self {
+        Self::ruled(dir, server, CircuitBreaker::default()).await
+    }
+
+    /// With these rules of the operator.
+    async fn ruled(dir: TempDir, server: Option<NatsServer>, circuit_breaker: CircuitBreaker) -> Self {
         let bus = match &server {
             None => open(dir.path()).await,
-            Some(server) => {
-                let config = bus::nats::NatsConfig { url: server.url(), name: "test".into(), ..Default::default() };
-                bus::nats::Nats::connect(config).await.unwrap()
-            }
+            Some(server) => connect(server).await,
         };
-        let config = router::Config { policies: dir.path().join("policies"), ..router::Config::default() };
+        let config =
+            router::Config { policies: dir.path().join("policies"), circuit_breaker, ..router::Config::default() };
         let bound = router::bind(config, bus.clone()).await.unwrap();
         let cancel = CancellationToken::new();
         let running = tokio::spawn(bound.run(cancel.clone()));
@@ -152,6 +158,19 @@ impl Router {
         found
     }
 
+    /// Waits until a provider's breaker is such: that of all tenants, or the one that `policy` (`tenant/name`) has.
+    async fn breaker(&self, provider: &str, policy: Option<&str>, fits: impl Fn(&Value) -> bool) {
+        testkit::eventually(SOON, || async {
+            let all = self.ask(wire::subjects::ADMIN_BREAKERS, &json!({})).await;
+            let found = all["data"]["breakers"].as_array().unwrap().iter().find(|breaker| {
+                let owner = breaker["tenant"].as_str().map(|t| format!("{t}/{}", breaker["policy"].as_str().unwrap()));
+                breaker["provider"] == provider && owner.as_deref() == policy
+            });
+            found.is_some_and(&fits)
+        })
+        .await;
+    }
+
     /// The next status the router gives of itself that fits.
     async fn status(&self, fits: impl Fn(&Value) -> bool) -> Value {
         let mut statuses = self.bus.subscribe(wire::subjects::ROUTER_STATUS, None, 64).await.unwrap();
@@ -166,6 +185,11 @@ impl Router {
         };
         tokio::time::timeout(SOON, found).await.expect("a status that fits")
     }
+}
+
+async fn connect(server: &NatsServer) -> Bus {
+    let config = bus::nats::NatsConfig { url: server.url(), name: "test".into(), ..Default::default() };
+    bus::nats::Nats::connect(config).await.unwrap()
 }
 
 /// A bus that was let go just now may still be ending.

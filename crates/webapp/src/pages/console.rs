@@ -84,12 +84,16 @@ fn providers(ui: &mut Ui<'_>, window: u32) {
             "No worker has said that it is there. Start one with --roles worker.",
         );
     });
-    ui.card("Breakers", "providers that fail are left alone for a while", |ui| {
+    let about = "providers that fail are left alone for a while: by everybody, or by the tasks of one policy";
+    ui.card("Breakers", about, |ui| {
         let columns = [
             column("provider", "Provider", ""),
+            column("tenant", "Tenant", ""),
+            column("policy", "Policy", ""),
             column("state", "State", "badge"),
             column("failures", "Failures", "int"),
             column("calls", "Calls", "int"),
+            column("cooling_down_ms", "Cools down for", "ms"),
         ];
         ui.live_table(CHANNEL, "breakers", &columns, "No provider has been called yet.");
     });

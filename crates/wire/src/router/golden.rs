@@ -35,6 +35,7 @@ fn every_message_encodes_back_to_its_text() {
             "assignment" => again::<ExecAssignment>(&case),
             "output_chunk" => again::<OutputChunk>(&case),
             "usage" => again::<Usage>(&case),
+            "provider_outcome" => again::<ProviderOutcome>(&case),
             "task_query" => again::<TaskQuery>(&case),
             "task_answer" => again::<TaskAnswer>(&case),
             "dead_letter" => again::<DeadLetter>(&case),
@@ -78,6 +79,9 @@ fn every_code_reason_status_and_state_has_a_golden_message() {
     }
     for status in [ResultStatus::Success, ResultStatus::Error, ResultStatus::Timeout, ResultStatus::Cancelled] {
         assert!(shown(format!("\"status\":\"{}\"", status.as_str())), "{status:?}");
+    }
+    for verdict in ["success", "failed", "cool_down", "neutral"] {
+        assert!(shown(format!("\"verdict\":\"{verdict}\"")), "{verdict}");
     }
     for state in [State::Queued, State::Assigned, State::Running, State::Completed, State::Failed, State::Cancelled] {
         assert!(shown(format!("\"state\":{}", serde_json::to_string(&state).unwrap())), "{state:?}");

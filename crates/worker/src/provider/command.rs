@@ -1,6 +1,6 @@
 //! Runs a program in a process group of its own: the task on its standard input, its standard output streamed.
 
-use super::{Job, Outcome, Output};
+use super::{Job, Limit, Outcome, Output};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
@@ -30,7 +30,7 @@ enum End {
 }
 
 impl Command {
-    pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Duration, stop: &CancellationToken) -> Outcome {
+    pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Limit, stop: &CancellationToken) -> Outcome {
         let input = serde_json::to_vec(job.task).expect("a task is JSON");
         let mut process = Process::new(&self.program);
         process.args(&self.args).process_group(0).kill_on_drop(true);
@@ -63,7 +63,7 @@ impl Command {
             tokio::select! {
                 end = finish(&mut child, &group, pipes) => end,
                 () = stop.cancelled() => End::Stopped,
-                () = tokio::time::sleep(limit) => End::TimedOut,
+                () = tokio::time::sleep(limit.duration()) => End::TimedOut,
             }
         };
         let outcome = match end {
@@ -74,7 +74,7 @@ impl Command {
             }
             End::Failed(outcome) => outcome,
             End::Stopped => Outcome::cancelled(),
-            End::TimedOut => Outcome::timeout(limit),
+            End::TimedOut => Outcome::timed_out(limit),
         };
         group.end(&mut child).await;
         outcome

@@ -3,8 +3,10 @@
 use super::{Job, Outcome, Output};
 use futures_util::StreamExt;
 use reqwest::StatusCode;
+use reqwest::header::{self, HeaderMap};
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+use wire::limits::{COOL_DOWN_DEFAULT_S, COOL_DOWN_MAX_S};
 
 /// A line of the event stream is not longer.
 const LINE_MAX: usize = 256 * 1024;
@@ -65,6 +67,11 @@ impl OpenAi {
             Outcome::failed("unreachable", "the model's endpoint cannot be reached")
         })?;
         let status = response.status();
+        if let Some(seconds) = cool_down(status, response.headers(), SystemTime::now()) {
+            tracing::warn!(url = self.url, %status, seconds, "the model's endpoint is busy");
+            let text = format!("the model's endpoint answered {status}; it may be asked again in {seconds} s");
+            return Err(Outcome::rate_limited(seconds, text));
+        }
         if !status.is_success() {
             let text = start(response).await;
             tracing::warn!(url = self.url, %status, "the model's endpoint refused: {text}");
@@ -135,6 +142,26 @@ fn message_of(text: &str) -> String {
     message.chars().take(ERROR_SHOWN_MAX).collect()
 }
 
+/// How long a busy endpoint is to be left alone, seconds; `None` where it is not busy. 429 says so by itself, 503 only with
+/// `Retry-After`, which is a number of seconds or a date (RFC 9110, 10.2.3).
+fn cool_down(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option<u64> {
+    let given = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
+    let seconds = given.map(str::trim).and_then(|text| {
+        let until =
+            |date: SystemTime| date.duration_since(now).map_or(0, |left| left.as_millis().div_ceil(1000) as u64);
+        let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        // More digits than a number has is a long time, too.
+        let number = digits.then(|| text.parse().unwrap_or(u64::MAX));
+        number.or_else(|| httpdate::parse_http_date(text).ok().map(until))
+    });
+    let seconds = match status {
+        StatusCode::TOO_MANY_REQUESTS => seconds.unwrap_or(COOL_DOWN_DEFAULT_S),
+        StatusCode::SERVICE_UNAVAILABLE => seconds?,
+        _ => return None,
+    };
+    Some(seconds.clamp(1, COOL_DOWN_MAX_S))
+}
+
 /// Another task may well be taken: it is not the endpoint that fails.
 fn is_of_the_task(status: StatusCode) -> bool {
     matches!(
@@ -178,5 +205,40 @@ fn event(line: &[u8]) -> Event {
         Some(text) => Event::Text { text: text.into(), last },
         None if last => Event::Text { text: String::new(), last },
         None => Event::Nothing,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_busy_endpoint_says_when_to_come_back() {
+        let check = |status: u16, retry_after: Option<&str>, expected: Option<u64>| {
+            let mut headers = HeaderMap::new();
+            if let Some(text) = retry_after {
+                headers.insert(header::RETRY_AFTER, text.parse().unwrap());
+            }
+            // Sun, 06 Nov 1994 08:49:37 GMT, as RFC 9110 has it.
+            let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
+            let found = cool_down(StatusCode::from_u16(status).unwrap(), &headers, now);
+            assert_eq!(found, expected, "{status} {retry_after:?}");
+        };
+        check(429, Some("7"), Some(7));
+        check(429, Some(" 7 "), Some(7));
+        check(503, Some("120"), Some(120));
+        check(429, Some("Sun, 06 Nov 1994 08:50:07 GMT"), Some(30));
+        check(429, Some("Sunday, 06-Nov-94 08:50:07 GMT"), Some(30));
+        check(429, Some("Sun, 06 Nov 1994 08:00:00 GMT"), Some(1));
+        check(429, Some("0"), Some(1));
+        check(429, Some("999999999"), Some(COOL_DOWN_MAX_S));
+        check(429, Some("99999999999999999999999"), Some(COOL_DOWN_MAX_S));
+        check(503, Some("Fri, 31 Dec 2100 00:00:00 GMT"), Some(COOL_DOWN_MAX_S));
+        check(429, None, Some(COOL_DOWN_DEFAULT_S));
+        check(429, Some("soon"), Some(COOL_DOWN_DEFAULT_S));
+        check(503, None, None);
+        check(503, Some("soon"), None);
+        check(500, Some("7"), None);
+        check(200, Some("7"), None);
     }
 }

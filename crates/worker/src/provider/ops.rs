@@ -110,12 +110,17 @@ impl Ops {
         let connections: u64 = nodes.iter().map(|n| n.connections).sum();
         let deliveries: u64 = nodes.iter().map(|n| n.deliveries_total).sum();
         let decisions: u64 = routers.iter().map(|r| r.decisions_total).sum();
-        let open: Vec<String> = routers
+        // All routers tell of the same ones.
+        let open: BTreeSet<String> = routers
             .iter()
             .flat_map(|r| &r.breakers)
             .filter(|b| b.state != "closed")
-            .map(|b| format!("{} ({})", b.provider, b.state))
+            .map(|b| match b.tenant.as_ref().zip(b.policy.as_ref()) {
+                Some((tenant, policy)) => format!("{} ({} for policy {tenant}/{policy})", b.provider, b.state),
+                None => format!("{} ({})", b.provider, b.state),
+            })
             .collect();
+        let open = Vec::from_iter(open);
         let running: u64 = workers.iter().map(|w| w.running).sum();
         let mut text = String::from("**Status of this deployment**\n");
         let _ = writeln!(

@@ -118,11 +118,31 @@ async fn timed_out(script: &str, processes: usize) -> Duration {
     let started = Instant::now();
     place.append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), 500).to_string()).await;
     let result = results.next().await;
-    assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Timeout, Some("timeout")), "{result:?}");
+    assert_eq!(
+        (result.status, result.error_code.as_deref()),
+        (ResultStatus::Timeout, Some("deadline_exceeded")),
+        "{result:?}"
+    );
     let pids: Vec<&str> = text(&result).split_whitespace().collect();
     assert_eq!(pids.len(), processes, "{pids:?}");
     testkit::eventually(SOON, || async { pids.iter().all(|pid| is_gone(pid)) }).await;
     started.elapsed()
+}
+
+/// Whose time ran out is what counts against a provider, or does not.
+#[tokio::test]
+async fn a_timeout_says_whose_limit_ran_out() {
+    for (provider_ms, assignment_ms, code) in
+        [(200, 60_000, "timeout"), (60_000, 200, "deadline_exceeded"), (200, 200, "timeout")]
+    {
+        let place = Place::local().await;
+        let mut results = place.results().await;
+        let limit = Duration::from_millis(provider_ms);
+        let _worker = place.shell("sleep 1000", |config| config.providers[0].timeout = limit).await;
+        place.append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), assignment_ms).to_string()).await;
+        let result = results.next().await;
+        assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Timeout, Some(code)), "{result:?}");
+    }
 }
 
 #[tokio::test]

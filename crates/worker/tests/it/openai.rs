@@ -67,7 +67,7 @@ async fn what_goes_wrong_is_told_and_what_was_said_is_kept() {
     for (reply, code, message, kept) in [
         (error(400, "too long"), "invalid_task", "too long", None),
         (error(401, "bad key"), "refused", "bad key", None),
-        (error(429, "slow down"), "refused", "429", None),
+        (error(429, "slow down"), "rate_limited", "429", None),
         (error(500, &"x".repeat(100_000)), "refused", "500", None),
         (Reply::Break { words: words(&["half ", "an "]) }, "broken_stream", "", Some("half an ")),
         (
@@ -97,7 +97,7 @@ async fn a_slow_or_silent_endpoint_meets_the_deadline() {
     for kept in [false, true] {
         let started = Instant::now();
         let result = ask(endpoint.url(), json!({"prompt": "p"}), 400).await;
-        assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Timeout, Some("timeout")));
+        assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Timeout, Some("deadline_exceeded")));
         assert_eq!(result.output.is_some_and(|o| o["text"].as_str().unwrap().starts_with("tick ")), kept);
         assert!(started.elapsed() < Duration::from_secs(5));
     }
@@ -131,6 +131,21 @@ async fn raw(answer: Vec<u8>) -> String {
         }
     });
     url
+}
+
+#[tokio::test]
+async fn a_busy_endpoint_is_told_as_such_with_the_time_to_come_back() {
+    for (answer, code, retry_after_seconds) in [
+        ("429 Too Many Requests\r\nretry-after: 7", "rate_limited", Some(7)),
+        ("429 Too Many Requests", "rate_limited", Some(wire::limits::COOL_DOWN_DEFAULT_S)),
+        ("503 Service Unavailable\r\nretry-after: 9999999", "rate_limited", Some(wire::limits::COOL_DOWN_MAX_S)),
+        ("503 Service Unavailable", "refused", None),
+    ] {
+        let url = raw(format!("HTTP/1.1 {answer}\r\ncontent-length: 0\r\n\r\n").into_bytes()).await;
+        let result = ask(url, json!({"prompt": "p"}), 60_000).await;
+        assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some(code)), "{answer}");
+        assert_eq!(result.retry_after_seconds, retry_after_seconds, "{answer}");
+    }
 }
 
 #[tokio::test]
