@@ -32,77 +32,88 @@ export function parseBlocks(source: string): Block[] {
     paragraph = [];
   };
 
-  for (let i = 0; i < lines.length; i++) {
-    const line = lines[i] ?? "";
-    const fence = FENCE.exec(line);
-    if (fence) {
-      flush();
-      const mark = fence[1] ?? "```";
-      const code: string[] = [];
-      // In an answer that is still streaming, an unclosed fence runs to the end.
-      while (++i < lines.length && !(lines[i] ?? "").trim().startsWith(mark)) code.push(lines[i] ?? "");
-      blocks.push({ type: "code", lang: fence[2] ?? "", text: code.join("\n") });
-      continue;
-    }
-
-    if (line.trim() === "") {
-      flush();
-      continue;
-    }
-
-    const heading = HEADING.exec(line);
-    if (heading) {
-      flush();
-      blocks.push({ type: "heading", level: (heading[1] ?? "#").length, children: inline(withoutEnd(heading[2] ?? "")) });
-      continue;
-    }
-
-    if (RULE.test(line)) {
-      flush();
-      blocks.push({ type: "rule" });
-      continue;
-    }
-
-    if (line.includes("|") && TABLE_RULE.test(lines[i + 1] ?? "") && (lines[i + 1] ?? "").includes("-")) {
-      flush();
-      const head = cells(line).map((cell) => inline(cell));
-      const align = cells(lines[i + 1] ?? "").map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "left"));
-      const rows: Inline[][][] = [];
-      i += 2;
-      for (; i < lines.length && (lines[i] ?? "").includes("|"); i++) rows.push(cells(lines[i] ?? "").map((cell) => inline(cell)));
-      i--;
-      blocks.push({ type: "table", head, align, rows });
-      continue;
-    }
-
-    const item = ITEM.exec(line);
-    if (item) {
-      flush();
-      const ordered = item[2] !== undefined;
-      const items: { depth: number; children: Inline[] }[] = [];
-      for (; i < lines.length; i++) {
-        const next = ITEM.exec(lines[i] ?? "");
-        if (!next || (next[2] !== undefined) !== ordered) break;
-        items.push({ depth: Math.min(4, Math.floor((next[1] ?? "").length / 2)), children: inline(next[3] ?? "") });
-      }
-      i--;
-      blocks.push({ type: "list", ordered, start: Number(item[2] ?? 1), items });
-      continue;
-    }
-
-    if (line.startsWith(">")) {
-      flush();
-      const quoted: string[] = [];
-      for (; i < lines.length && (lines[i] ?? "").startsWith(">"); i++) quoted.push((lines[i] ?? "").replace(/^>\s?/, ""));
-      i--;
-      blocks.push({ type: "quote", children: inlineLines(quoted) });
-      continue;
-    }
-
-    paragraph.push(line);
+  for (let at = 0; at < lines.length; ) {
+    const parsed = blockAt(lines, at);
+    const line = lines[at] ?? "";
+    if (parsed || line.trim() === "") flush();
+    else paragraph.push(line);
+    if (parsed) blocks.push(parsed.block);
+    at = parsed?.next ?? at + 1;
   }
   flush();
   return blocks;
+}
+
+/** A block and the index of the line after it. */
+interface Parsed {
+  block: Block;
+  next: number;
+}
+
+/** Returns the block that starts at a line, or null if that line is blank or belongs to a paragraph. */
+function blockAt(lines: string[], at: number): Parsed | null {
+  for (const parse of [fenced, heading, rule, table, list, quote]) {
+    const parsed = parse(lines, at);
+    if (parsed) return parsed;
+  }
+  return null;
+}
+
+function fenced(lines: string[], at: number): Parsed | null {
+  const fence = FENCE.exec(lines[at] ?? "");
+  if (!fence) return null;
+  const mark = fence[1] ?? "```";
+  // In an answer that is still streaming, an unclosed fence runs to the end.
+  const end = endOf(lines, at + 1, (line) => !line.trim().startsWith(mark));
+  return { block: { type: "code", lang: fence[2] ?? "", text: lines.slice(at + 1, end).join("\n") }, next: end + 1 };
+}
+
+function heading(lines: string[], at: number): Parsed | null {
+  const found = HEADING.exec(lines[at] ?? "");
+  if (!found) return null;
+  const level = (found[1] ?? "#").length;
+  return { block: { type: "heading", level, children: inline(withoutEnd(found[2] ?? "")) }, next: at + 1 };
+}
+
+function rule(lines: string[], at: number): Parsed | null {
+  return RULE.test(lines[at] ?? "") ? { block: { type: "rule" }, next: at + 1 } : null;
+}
+
+function table(lines: string[], at: number): Parsed | null {
+  const [top = "", under = ""] = [lines[at], lines[at + 1]];
+  if (!top.includes("|") || !TABLE_RULE.test(under) || !under.includes("-")) return null;
+  const row = (line: string): Inline[][] => cells(line).map((cell) => inline(cell));
+  const align = cells(under).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "left"));
+  const next = endOf(lines, at + 2, (line) => line.includes("|"));
+  return { block: { type: "table", head: row(top), align, rows: lines.slice(at + 2, next).map(row) }, next };
+}
+
+function list(lines: string[], at: number): Parsed | null {
+  const first = ITEM.exec(lines[at] ?? "");
+  if (!first) return null;
+  const ordered = first[2] !== undefined;
+  const items: { depth: number; children: Inline[] }[] = [];
+  const next = endOf(lines, at, (line) => {
+    const item = ITEM.exec(line);
+    if (!item || (item[2] !== undefined) !== ordered) return false;
+    items.push({ depth: Math.min(4, Math.floor((item[1] ?? "").length / 2)), children: inline(item[3] ?? "") });
+    return true;
+  });
+  return { block: { type: "list", ordered, start: Number(first[2] ?? 1), items }, next };
+}
+
+function quote(lines: string[], at: number): Parsed | null {
+  const next = endOf(lines, at, (line) => line.startsWith(">"));
+  if (next === at) return null;
+  const quoted = lines.slice(at, next).map((line) => line.replace(/^>\s?/, ""));
+  return { block: { type: "quote", children: inlineLines(quoted) }, next };
+}
+
+/** The index of the first line from `at` on that does not belong, or the number of lines. */
+function endOf(lines: string[], at: number, belongs: (line: string) => boolean): number {
+  let end = at;
+  while (end < lines.length && belongs(lines[end] ?? "")) end++;
+  return end;
 }
 
 /** Strips the hashes that may close a heading. A regular expression would backtrack over long lines. */

@@ -32,6 +32,19 @@ const TABLE_ROWS = 30;
 /** A drag of fewer pixels counts as a click. */
 const DRAG = 6;
 
+/** A series as drawn: the visible part of its values, with its colour class. */
+interface Line extends PlotSeries {
+  tint: string;
+  shown: boolean;
+}
+
+/** Maps values to pixels, from the top left corner of the plot box. */
+interface Scales {
+  boxWidth: number;
+  toX: (x: number) => number;
+  toY: (y: number) => number;
+}
+
 export default function Plot(props: PlotProps) {
   const { x, series, time, unit } = props;
   const host = useRef<HTMLDivElement>(null);
@@ -63,12 +76,12 @@ export default function Plot(props: PlotProps) {
   const after = x.findIndex((at) => at > xRange[1]);
   const end = after < 0 ? x.length : after + 1;
   const inside = x.slice(first, end);
-  const lines = series.map((one, i) => ({ ...one, values: one.values.slice(first, end), tint: `series-${i % SERIES}`, shown: !hidden.has(one.label) }));
-
+  const lines = series.map((one, i): Line => ({ ...one, values: one.values.slice(first, end), tint: `series-${i % SERIES}`, shown: !hidden.has(one.label) }));
   const visible = lines.filter((line) => line.shown);
 
   const range = yRange(visible.flatMap((line) => line.values));
   const toY = (value: number): number => BOX_HEIGHT - ((value - range[0]) / (range[1] - range[0])) * BOX_HEIGHT;
+  const scales = { boxWidth, toX, toY };
 
   // Follow the pointer, not a sample: samples move below the crosshair as new ones arrive.
   const index = pointer === null ? -1 : nearest(inside, xRange[0] + pointer * perPixel);
@@ -80,7 +93,8 @@ export default function Plot(props: PlotProps) {
     return Math.max(0, Math.min(boxWidth, event.clientX - box.left - LEFT));
   };
   const press = (event: PointerEvent): void => {
-    if (event.pointerType !== "mouse" || event.button !== 0) return; // a finger scrolls the page and moves the crosshair, but does not zoom
+    // A finger scrolls the page and moves the crosshair, but does not zoom.
+    if (event.pointerType !== "mouse" || event.button !== 0) return;
     (event.currentTarget as Element).setPointerCapture(event.pointerId);
     setPressed(place(event));
   };
@@ -96,9 +110,6 @@ export default function Plot(props: PlotProps) {
     setHidden(next);
   };
 
-  const yTicks = ticks(range, 5, unit === "bytes" ? 1024 : 10);
-  const xTicks = time ? timeTicks(xRange, boxWidth / 80) : ticks(xRange, boxWidth / 80);
-
   const label = `${props.title}: ${series.map((one) => `${one.label} ${shown(one.values[one.values.length - 1], unit)}`).join(", ")}`;
   return (
     <div class="plot">
@@ -112,50 +123,19 @@ export default function Plot(props: PlotProps) {
               onPointerMove={(event) => setPointer(place(event))} onPointerDown={press} onPointerUp={release}
               onPointerLeave={() => { setPointer(null); setPressed(null); }}
             >
-              {yTicks.map((tick) => (
-                <g key={tick} transform={`translate(0 ${TOP + toY(tick)})`}>
-                  <path class="grid" d={`M${LEFT} 0h${boxWidth}`} />
-                  <text x={LEFT - 8} dy="0.32em" text-anchor="end">{withUnit(tick, unit === "bytes" || unit === "us" ? unit : "")}</text>
-                </g>
-              ))}
-              {xTicks.map((tick) => (
-                <g key={tick} transform={`translate(${LEFT + toX(tick)} 0)`}>
-                  <path class="grid" d={`M0 ${TOP}v${BOX_HEIGHT}`} />
-                  <text y={HEIGHT - 6} text-anchor={anchor(toX(tick), boxWidth)}>{time ? axisTime(tick * 1000, ((xTicks[1] ?? 0) - (xTicks[0] ?? 0)) * 1000) : withUnit(tick, "")}</text>
-                </g>
-              ))}
+              <Axes xRange={xRange} range={range} scales={scales} time={time} unit={unit} />
               <svg x={LEFT} y={TOP} width={boxWidth} height={BOX_HEIGHT}>
-                {visible.map((line, i) => {
-                  const path = linePath(inside, line.values, toX, toY);
-                  return (
-                    <g key={line.label} class={line.tint}>
-                      {series.length === 1 && <path class="area" d={areaPath(path, toY(Math.max(0, range[0])))} />}
-                      <path class="line" d={path} stroke-dasharray={dashes(visible.slice(0, i).filter((below) => coincide(below.values, line.values)).length)} />
-                    </g>
-                  );
-                })}
+                <Lines x={inside} lines={visible} scales={scales} floor={series.length === 1 ? Math.max(0, range[0]) : null} />
                 {pressed !== null && pointer !== null && <rect class="selection" x={Math.min(pressed, pointer)} y={0} width={Math.abs(pointer - pressed)} height={BOX_HEIGHT} />}
               </svg>
-              {at !== undefined && (
-                <g transform={`translate(${LEFT + toX(at)} ${TOP})`}>
-                  <path class="crosshair" d={`M0 0v${BOX_HEIGHT}`} />
-                  {visible.map((line) => {
-                    const value = line.values[index] ?? null;
-                    return value !== null && <circle key={line.label} class={`point ${line.tint}`} cy={toY(value)} r={3.5} />;
-                  })}
-                </g>
-              )}
+              {at !== undefined && <Crosshair at={at} index={index} lines={visible} scales={scales} />}
             </svg>
           )}
         </div>
       )}
       <div class="legend">
         {lines.map((line) => (
-          <button key={line.label} type="button" class="legend-item" aria-pressed={line.shown} onClick={() => toggle(line.label)}>
-            <i class={`swatch ${line.tint}`} />
-            <span class="ellipsis">{line.label}</span>
-            <b class="tabular">{shown(line.values[index < 0 ? line.values.length - 1 : index], unit)}</b>
-          </button>
+          <LegendItem key={line.label} line={line} value={line.values[index < 0 ? line.values.length - 1 : index]} unit={unit} onClick={() => toggle(line.label)} />
         ))}
         <span class="legend-when muted tabular">{when}</span>
         {zoom && <button type="button" class="small" onClick={() => setZoom(null)}>Whole range</button>}
@@ -164,6 +144,70 @@ export default function Plot(props: PlotProps) {
         </button>
       </div>
     </div>
+  );
+}
+
+function Axes({ xRange, range, scales, time, unit }: { xRange: Range; range: Range; scales: Scales; time: boolean; unit: string }) {
+  const { boxWidth, toX, toY } = scales;
+  const yTicks = ticks(range, 5, unit === "bytes" ? 1024 : 10);
+  const xTicks = time ? timeTicks(xRange, boxWidth / 80) : ticks(xRange, boxWidth / 80);
+  const step = ((xTicks[1] ?? 0) - (xTicks[0] ?? 0)) * 1000;
+  return (
+    <>
+      {yTicks.map((tick) => (
+        <g key={tick} transform={`translate(0 ${TOP + toY(tick)})`}>
+          <path class="grid" d={`M${LEFT} 0h${boxWidth}`} />
+          <text x={LEFT - 8} dy="0.32em" text-anchor="end">{withUnit(tick, unit === "bytes" || unit === "us" ? unit : "")}</text>
+        </g>
+      ))}
+      {xTicks.map((tick) => (
+        <g key={tick} transform={`translate(${LEFT + toX(tick)} 0)`}>
+          <path class="grid" d={`M0 ${TOP}v${BOX_HEIGHT}`} />
+          <text y={HEIGHT - 6} text-anchor={anchor(toX(tick), boxWidth)}>{time ? axisTime(tick * 1000, step) : withUnit(tick, "")}</text>
+        </g>
+      ))}
+    </>
+  );
+}
+
+/** The lines, and the area between a line and `floor` unless that is null. */
+function Lines({ x, lines, scales, floor }: { x: number[]; lines: Line[]; scales: Scales; floor: number | null }) {
+  const { toX, toY } = scales;
+  return (
+    <>
+      {lines.map((line, i) => {
+        const path = linePath(x, line.values, toX, toY);
+        const below = lines.slice(0, i).filter((other) => coincide(other.values, line.values));
+        return (
+          <g key={line.label} class={line.tint}>
+            {floor !== null && <path class="area" d={areaPath(path, toY(floor))} />}
+            <path class="line" d={path} stroke-dasharray={dashes(below.length)} />
+          </g>
+        );
+      })}
+    </>
+  );
+}
+
+function Crosshair({ at, index, lines, scales }: { at: number; index: number; lines: Line[]; scales: Scales }) {
+  return (
+    <g transform={`translate(${LEFT + scales.toX(at)} ${TOP})`}>
+      <path class="crosshair" d={`M0 0v${BOX_HEIGHT}`} />
+      {lines.map((line) => {
+        const value = line.values[index] ?? null;
+        return value !== null && <circle key={line.label} class={`point ${line.tint}`} cy={scales.toY(value)} r={3.5} />;
+      })}
+    </g>
+  );
+}
+
+function LegendItem({ line, value, unit, onClick }: { line: Line; value: number | null | undefined; unit: string; onClick: () => void }) {
+  return (
+    <button type="button" class="legend-item" aria-pressed={line.shown} onClick={onClick}>
+      <i class={`swatch ${line.tint}`} />
+      <span class="ellipsis">{line.label}</span>
+      <b class="tabular">{shown(value, unit)}</b>
+    </button>
   );
 }
 
