@@ -42,15 +42,19 @@ describe("sign in", () => {
     await ann.page.goto(server.url);
     await ann.byId("login-name").waitFor();
     await ann.accessible("login");
+
     await ann.byId("login-mode").click();
     await ann.page.getByText("At least 8 characters").waitFor();
     await ann.accessible("new account");
+
     await ann.page.setViewportSize(PHONE);
     await ann.fits(PHONE.width);
+
     await ann.byId("login-name").fill("ann");
     await ann.byId("login-password").fill("short");
     await ann.byId("login-submit").click();
     expect(await ann.byId("login-error").innerText()).toBe("The password must have at least 8 characters.");
+
     await ann.byId("login-mode").click();
     await ann.page.setViewportSize(DESKTOP);
     await ann.signUp("ann", PASSWORD);
@@ -62,20 +66,24 @@ describe("sign in", () => {
     await bob.page.goto(server.url);
     await bob.byId("login-name").waitFor();
     await bob.accessible("login, dark");
+
     const keys = bob.page.keyboard;
     // Focus starts in the name field; the button for a new account comes after the form.
     const focused = (): Promise<string | null> => bob.page.evaluate(() => document.activeElement?.getAttribute("data-testid") ?? null);
     expect(await focused()).toBe("login-name");
     for (let i = 0; i < 6 && (await focused()) !== "login-mode"; i++) await keys.press("Tab");
+
     await keys.press("Enter");
     await bob.page.getByRole("heading", { name: "Create an account" }).waitFor();
     for (let i = 0; i < 6 && (await focused()) !== "login-name"; i++) await keys.press("Shift+Tab");
+
     await keys.type("ann");
     await keys.press("Tab");
     await keys.type(PASSWORD);
     bob.serverSays(/40\d|422/);
     await keys.press("Enter");
     expect(await bob.byId("login-error").innerText()).toMatch(/^[A-Z].*\.$/); // the name is taken
+
     for (let i = 0; i < 6 && (await focused()) !== "login-name"; i++) await keys.press("Shift+Tab");
     await keys.press("Control+A");
     await keys.type("bob");
@@ -90,6 +98,7 @@ describe("chat", () => {
     await ann.send("hello from ann");
     await bob.message("hello from ann").waitFor();
     await ann.message("hello from ann").waitFor();
+
     // The slash key focuses the composer.
     await bob.page.locator("main").focus();
     await bob.page.keyboard.press("/");
@@ -97,9 +106,11 @@ describe("chat", () => {
     await bob.page.keyboard.press("Enter");
     await ann.message("hello back, ann <script>").waitFor();
     await bob.message("hello back, ann <script>").waitFor();
+
     await ann.byId("composer").fill("and by the button");
     await ann.byId("send").click();
     await bob.message("and by the button").waitFor();
+
     expect(await bob.messages()).toEqual(await ann.messages());
   });
 
@@ -177,17 +188,21 @@ describe("rooms", () => {
   it("a new room appears in every sidebar and is separate from the others", async () => {
     await ann.byId("nav-console").click(); // from any page
     await ann.byId("chart").first().waitFor();
+
     await ann.byId("new-room").click();
     await ann.accessible("new room");
     await ann.byId("jump-input").fill("Launch day");
     await ann.page.keyboard.press("Enter");
     await ann.page.getByRole("heading", { level: 1, name: "Launch day" }).waitFor();
+
     await ann.send("who is with me?");
     await bob.byId("room-link").filter({ hasText: "Launch day" }).click();
     await bob.message("who is with me?").waitFor();
     expect(await bob.message("hello from ann").count()).toBe(0);
+
     await bob.send("me");
     await ann.message("me").first().waitFor();
+
     for (const window of [ann, bob]) {
       await window.byId("room-link").filter({ hasText: "general" }).click();
       await window.message("hello from ann").waitFor();
@@ -238,19 +253,23 @@ describe("console", () => {
     const plot = chart.locator(".plot-box").first();
     const box = await plot.boundingBox();
     if (!box) throw new Error("the chart is not shown");
+
     const [y, left, right] = [box.y + box.height / 2, box.x + box.width * 0.4, box.x + box.width * 0.7];
     await console_.page.mouse.move(left, y);
     await chart.locator(".crosshair").waitFor({ state: "attached" });
     await expect.poll(() => chart.locator(".legend-when").innerText()).toMatch(/\d/);
+
     await console_.page.mouse.down();
     await console_.page.mouse.move(right, y, { steps: 4 });
     await console_.page.mouse.up();
     await chart.getByRole("button", { name: "Whole range" }).click();
+
     const first = chart.locator(".legend-item").first();
     const lines = await chart.locator(".plot-box .line").count();
     await first.click();
     await expect.poll(() => chart.locator(".plot-box .line").count()).toBe(lines - 1);
     await first.click();
+
     await chart.getByRole("button", { name: "Show as table" }).click();
     await chart.locator(".plot-table tbody tr").first().waitFor();
     await chart.getByRole("button", { name: "Show as chart" }).click();
@@ -284,15 +303,18 @@ describe("a server that is killed", () => {
   it("after a restart, the pages recover by themselves and lose nothing", async () => {
     const texts = async (): Promise<string[]> => (await bob.messages()).map((message) => message.replace(/^\S+ /, ""));
     const before = await texts();
+
     await server.start();
     for (const window of all()) {
       await window.connected();
       await window.byId("offline").waitFor({ state: "detached" });
       window.serverDown = false;
     }
+
     await bob.message("and this after it").waitFor();
     expect(await texts()).toEqual([...before, "written while the server was away", "and this after it"]);
     expect(await bob.byId("composer").inputValue()).toBe("a draft");
+
     await bob.send("we are back");
     await ann.message("we are back").waitFor();
     await bob.message("we are back").waitFor();

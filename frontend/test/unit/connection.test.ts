@@ -91,11 +91,14 @@ describe("subscribe", () => {
     const heard = new Heard();
     connection.subscribe("chat:general", heard);
     await settle();
+
     expect(heard.subscriptions).toEqual([{ recovered: false, position: { epoch: "e1", offset: 7 } }]);
     expect(server.socket.of("subscribe")[0]).toMatchObject({ channel: "chat:general", recover: false, joinLeave: true, recoverable: true, positioned: true });
+
     server.publish("chat:general", data("a"), 8);
     server.publish("chat:other", data("x"), 1);
     server.socket.say({ push: { channel: "chat:general", join: { info: { user: "ann" } } } }, { push: { channel: "chat:general", leave: { info: { user: "ann" } } } });
+
     expect(heard.publications).toEqual(["a"]);
     expect(heard.positions).toEqual([{ epoch: "e1", offset: 8 }]);
     expect(heard.people).toEqual(["+ann", "-ann"]);
@@ -125,14 +128,17 @@ describe("subscribe", () => {
     const [first, second] = [new Heard(), new Heard()];
     const leaveFirst = connection.subscribe("c", first);
     await settle();
+
     const leaveSecond = connection.subscribe("c", second);
     await settle();
     expect(second.subscriptions).toEqual([{ recovered: false, position: { epoch: "e", offset: 0 } }]);
     expect(server.socket.of("subscribe")).toHaveLength(1);
+
     leaveFirst();
     leaveFirst();
     server.publish("c", data("x"), 1);
     expect([first.publications, second.publications]).toEqual([[], ["x"]]);
+
     leaveSecond();
     await settle();
     expect(server.socket.of("unsubscribe")).toEqual([{ channel: "c" }]);
@@ -158,10 +164,12 @@ describe("subscribe", () => {
     const leave = connection.subscribe("secret", heard);
     await settle();
     expect(heard.failures).toEqual([103]);
+
     server.subscribe = () => ({ subscribe: { epoch: "e" } });
     const again = new Heard();
     connection.subscribe("secret", again);
     await settle();
+
     leave(); // ends the refused subscription; the new one stays
     server.publish("secret", data("x"), 1);
     expect(again.publications).toEqual(["x"]);
@@ -174,11 +182,13 @@ describe("subscribe", () => {
     const heard = new Heard();
     connection.subscribe("c", heard);
     await settle();
+
     expect(tries).toBe(1);
     await vi.advanceTimersByTimeAsync(750);
     expect(tries).toBe(2);
     await vi.advanceTimersByTimeAsync(1_249);
     expect(tries).toBe(2);
+
     await vi.advanceTimersByTimeAsync(1);
     expect(heard.subscriptions).toHaveLength(1);
   });
@@ -189,8 +199,10 @@ describe("subscribe", () => {
     connection.subscribe("lost", lost);
     connection.subscribe("ended", ended);
     await settle();
+
     server.publish("lost", data("a"), 3);
     server.socket.say({ push: { channel: "lost", unsubscribe: { code: 2500, reason: "insufficient state" } } }, { push: { channel: "ended", unsubscribe: { code: 2000, reason: "server" } } });
+
     await vi.advanceTimersByTimeAsync(1_000);
     expect(ended.failures).toEqual([2000]);
     expect(server.socket.of("subscribe").map(({ channel, recover, offset }) => [channel, recover, offset])).toEqual([["lost", false, 0], ["ended", false, 0], ["lost", true, 3]]);
@@ -215,14 +227,17 @@ describe("reconnect", () => {
     const heard = new Heard();
     connection.subscribe("c", heard);
     await settle();
+
     server.publish("c", data("3"), 3);
     server.subscribe = () => ({ subscribe: { epoch: "e1", offset: 5, wasRecovering: true, recovered: true, publications: [{ data: data("4"), offset: 4 }, { data: data("5"), offset: 5 }] } });
+
     server.socket.drop();
     expect(connection.status.value).toMatchObject({ name: "waiting", retryAt: Date.now() + 750 });
     await vi.advanceTimersByTimeAsync(749);
     expect(server.sockets).toHaveLength(1);
     await vi.advanceTimersByTimeAsync(1);
     expect(connection.connected).toBe(true);
+
     expect(server.socket.of("subscribe")[0]).toMatchObject({ recover: true, epoch: "e1", offset: 3 });
     expect(heard.subscriptions[1]).toEqual({ recovered: true, position: { epoch: "e1", offset: 3 } });
     expect(heard.publications).toEqual(["3", "4", "5"]);
@@ -235,10 +250,12 @@ describe("reconnect", () => {
     const heard = new Heard();
     connection.subscribe("c", heard);
     await settle();
+
     server.subscribe = () => ({ subscribe: { epoch: "e2", offset: 4, wasRecovering: true, recovered: false } });
     server.socket.drop();
     await vi.advanceTimersByTimeAsync(1_000);
     expect(heard.subscriptions[1]).toEqual({ recovered: false, position: { epoch: "e2", offset: 4 } });
+
     server.publish("c", data("x"), 5); // lower than the offset of the old epoch
     expect(heard.publications).toEqual(["x"]);
   });
@@ -248,13 +265,15 @@ describe("reconnect", () => {
     server.up = false;
     const waits: number[] = [];
     server.socket.drop();
+
     for (let i = 0; i < 8; i++) {
       const status = connection.status.value;
-      if (status.name !== "waiting") throw new Error(`it is ${status.name}`);
+      if (status.name !== "waiting") throw new Error(`expected status waiting, got ${status.name}`);
       waits.push(status.retryAt - Date.now());
       await vi.advanceTimersByTimeAsync(status.retryAt - Date.now());
     }
     expect(waits).toEqual([750, 1_250, 2_250, 4_250, 8_250, 10_250, 10_250, 10_250]);
+
     server.up = true;
     await vi.advanceTimersByTimeAsync(20_000);
     expect(connection.connected).toBe(true);

@@ -124,6 +124,7 @@ describe("sending", () => {
     const one = await opened();
     let id = 20;
     answers["chat.send"] = (request) => ({ message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) } });
+
     const whole = server.rpc;
     let waiting = 0;
     server.rpc = (method, data) => {
@@ -131,6 +132,7 @@ describe("sending", () => {
       queueMicrotask(() => waiting--);
       return whole(method, data);
     };
+
     for (const text of ["a", "b", "c"]) one.send(text);
     expect(texts(one).slice(1)).toEqual(["0:a:sending", "0:b:sending", "0:c:sending"]);
     await frame();
@@ -141,14 +143,17 @@ describe("sending", () => {
     const one = await opened();
     let id = 20;
     answers["chat.send"] = (request) => ({ message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) } });
+
     server.socket.drop();
     for (const text of ["a", "b", "c"]) one.send(text);
     await vi.advanceTimersByTimeAsync(0);
     expect(texts(one).slice(1)).toEqual(["0:a:waiting", "0:b:waiting", "0:c:waiting"]);
+
     one.discard(one.state.value.messages[2]!);
     await vi.advanceTimersByTimeAsync(2_000);
     expect(texts(one).slice(1)).toEqual(["21:a:done", "22:c:done"]);
     expect(of("chat.send").map((request) => request["text"])).toEqual(["a", "c"]);
+
     server.socket.drop();
     await vi.advanceTimersByTimeAsync(2_000);
     expect(of("chat.send")).toHaveLength(2);
@@ -163,13 +168,16 @@ describe("sending", () => {
       lost.push(object(fromBytes(data)));
       return undefined; // no reply
     };
+
     one.send("a");
     one.send("b");
     await vi.advanceTimersByTimeAsync(0);
+
     server.socket.drop();
     await vi.advanceTimersByTimeAsync(0);
     expect(texts(one).slice(1)).toEqual(["0:a:waiting", "0:b:waiting"]);
     expect(lost).toHaveLength(1);
+
     server.rpc = whole;
     await vi.advanceTimersByTimeAsync(2_000);
     expect(of("chat.send").map(({ text, nonce }) => [text, nonce === lost[0]?.["nonce"]])).toEqual([["a", true], ["b", false]]);
@@ -183,10 +191,12 @@ describe("sending", () => {
     await frame();
     const failed = one.state.value.messages[1];
     expect([failed?.state, failed?.error]).toEqual(["failed", "too many"]);
+
     server.rpc = whole;
     server.socket.drop();
     await vi.advanceTimersByTimeAsync(2_000);
     expect(of("chat.send")).toEqual([]);
+
     one.retry(failed!);
     await frame();
     expect(texts(one)).toEqual(["1:hi:done", "9:hello:done"]);
@@ -235,9 +245,11 @@ describe("an answer", () => {
     answers["chat.history"] = () => ({ messages: [{ id: 2, user: "assistant", text: "abc", state: "streaming", seq: 3, attempt: 1 }], more: false });
     await frame();
     await frame();
+
     said({ type: "delta", id: 2, seq: 4, attempt: 1, text: "d" });
     await frame();
     expect(texts(one)).toEqual(["1:hi:done", "2:abcd:streaming"]);
+
     for (let i = 0; i < 5; i++) {
       said({ type: "delta", id: 2, seq: 10 + 2 * i, attempt: 1, text: "x" });
       await frame();

@@ -182,13 +182,16 @@ describe("messages to the server", () => {
     tree();
     said.length = 0;
     server.rpc = (_method, data) => void said.push(back.decode(data)) as undefined; // no reply yet
+
     session.rerun();
     session.event("k1", 1);
     session.go("/rooms/a");
     session.go("/rooms/b");
     session.stop();
+
     await settle();
     expect(said).toMatchObject([{ rerun: { path: "/chat" } }, { stop: {} }]);
+
     const answer = (): void => server.socket.say({ id: server.socket.commands.filter((c) => c.rpc && !back.decode(c.rpc.data).stop).pop()?.id ?? 0, rpc: {} });
     answer();
     await settle();
@@ -196,6 +199,7 @@ describe("messages to the server", () => {
     await settle();
     answer();
     await settle();
+
     expect(said.slice(2)).toMatchObject([{ event: { key: "k1" } }, { rerun: { path: "/rooms/b" } }]);
     expect(said).toHaveLength(4);
   });
