@@ -1,7 +1,7 @@
-//! How the parts reach each other: publish/subscribe with queue groups, request/reply, durable streams, key-value.
+//! The message bus between the parts: publish/subscribe with queue groups, request/reply, durable streams, key-value.
 //!
-//! One trait set, two implementations with the same meaning: [`local`] (embedded, one process) and
-//! [`nats`]. The conformance suite in `tests/` runs against both.
+//! One trait has two implementations with the same semantics: [`local`] (embedded, one process) and [`nats`]. The
+//! conformance suite in `tests/` runs against both.
 
 pub mod dead_letter;
 pub mod local;
@@ -14,10 +14,10 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A cheap handle; clone it into whatever needs the bus.
+/// A cheap handle; clone it for every user of the bus.
 pub type Bus = Arc<dyn BusApi>;
 
-/// Header pairs, in order. Names are compared without regard to case.
+/// Header pairs in order. Names are case-insensitive.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Headers(Vec<(Cow<'static, str>, String)>);
 
@@ -26,11 +26,12 @@ impl Headers {
         Self::default()
     }
 
+    /// The first value of the header.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
 
-    /// Appends; does not replace.
+    /// Appends a pair; existing pairs of the same name stay.
     pub fn insert(&mut self, name: impl Into<Cow<'static, str>>, value: impl Into<String>) {
         self.0.push((name.into(), value.into()));
     }
@@ -50,11 +51,11 @@ impl Headers {
     }
 }
 
-/// One message as it travels.
+/// One message on the bus.
 #[derive(Debug, Clone, Default)]
 pub struct Message {
     pub subject: Arc<str>,
-    /// Where an answer is awaited.
+    /// The subject to publish the reply to, if this is a request.
     pub reply: Option<Arc<str>>,
     pub headers: Headers,
     pub payload: Bytes,
@@ -62,19 +63,19 @@ pub struct Message {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("nobody answers on {0}; is the part that serves it running?")]
+    #[error("no responders on {0}; is the part that serves it running?")]
     NoResponders(String),
-    #[error("no answer on {0} before the deadline")]
+    #[error("no reply on {0} before the deadline")]
     Timeout(String),
     #[error("the bus is not connected: {0}")]
     Disconnected(String),
-    #[error("the message has {size} bytes, more than the bus takes ({max})")]
+    #[error("the message has {size} bytes; the bus accepts at most {max}")]
     TooLarge { size: usize, max: usize },
-    #[error("subject {0:?} is not valid: tokens of printable characters between dots")]
+    #[error("invalid subject {0:?}: it must consist of tokens of printable characters separated by dots")]
     InvalidSubject(String),
-    #[error("no stream takes subject {0}; declare it first")]
+    #[error("no stream for {0}; declare the stream first")]
     NoStream(String),
-    #[error("key {0:?} was changed by another writer")]
+    #[error("key {0:?} is at another revision; read it again and retry")]
     WrongRevision(String),
     #[error("storage failed: {0}")]
     Storage(String),
@@ -84,30 +85,36 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[async_trait]
 pub trait BusApi: Send + Sync + 'static {
-    /// At most once, to every subscriber and to one member of each queue group. Appending to a stream that
-    /// takes the subject is [`BusApi::append`]; `publish` reaches only live subscribers. What is published on one subject
-    /// stays in order; between subjects, and between publishing and asking, there is none.
+    /// Delivers the message at most once to every live subscriber and to one member of each queue group. It is not
+    /// stored; use [`BusApi::append`] for a stream.
+    ///
+    /// Messages published on one subject stay in order. There is no order between subjects, nor between publishes and
+    /// requests.
     async fn publish(&self, message: Message) -> Result<()>;
 
-    /// Subject may hold the wildcards `*` (one token) and `>` (the rest). With `queue`, members of that group share.
-    /// `capacity` bounds what waits; beyond it new messages are dropped and counted
-    /// (`beamline_bus_dropped_total`), and a request dropped so is answered as no-responders.
+    /// Subscribes to live messages. `subject` may hold the wildcards `*` (one token) and `>` (the rest). With `queue`,
+    /// the members of that queue group share the messages.
+    ///
+    /// `capacity` bounds the queue of undelivered messages. Beyond it, new messages are dropped and counted in
+    /// `beamline_bus_dropped_total`; a request that the queue group drops fails with [`Error::NoResponders`].
     async fn subscribe(&self, subject: &str, queue: Option<&str>, capacity: usize) -> Result<Subscription>;
 
-    /// Publishes with a reply inbox of its own and waits at most `deadline` for the first answer.
+    /// Publishes a request and waits at most `deadline` for the first reply.
     async fn request(&self, subject: &str, headers: Headers, payload: Bytes, deadline: Duration) -> Result<Message>;
 
-    /// Creates the stream or brings it to this configuration. Safe to repeat.
+    /// Creates the stream or updates it to this configuration. Idempotent.
     async fn declare_stream(&self, stream: StreamConfig) -> Result<()>;
 
-    /// Durable publish: returns once it is stored. `msg_id` makes a repeat within the dedup window a no-op that is
-    /// acknowledged as `duplicate`. Live subscribers of the subject get it too (first time only).
+    /// Appends the message to the stream that takes its subject; returns once it is stored.
+    ///
+    /// Another append with the same `msg_id` within the dedup window stores nothing and is acknowledged as `duplicate`.
+    /// Live subscribers of the subject receive the message, too. With [`nats`], they also receive duplicates.
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended>;
 
-    /// A durable consumer; consumers of the same name share its messages.
+    /// Opens a durable consumer. Consumers with the same name share its messages.
     async fn consume(&self, config: ConsumerConfig) -> Result<Consumer>;
 
-    /// Messages stored in a stream and, by consumer name, messages not yet acknowledged there.
+    /// The size of a stream and the backlog of each of its consumers.
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo>;
 
     /// Creates a durable key-value bucket whose entries live `max_age` after their last write. Safe to repeat.
@@ -116,30 +123,31 @@ pub trait BusApi: Send + Sync + 'static {
     /// Stores a value and returns its revision. With `expected`, only if the entry is at that revision (0: does not
     /// exist), else [`Error::WrongRevision`].
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64>;
-    /// Value and revision.
+    /// The value and its revision; `None` if there is no such entry.
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>>;
 
-    /// Whether messages get through now. For `/ready`.
+    /// Checks that messages get through now. Used by `/ready`.
     async fn health(&self) -> Result<()>;
 
-    /// Reads certificates and credentials from their files again and connects anew with them, one connection after the
-    /// other. Bad ones are an error, and what is connected stays so. The embedded bus has none.
+    /// Reads certificates and credentials from their files again and reconnects with them, one connection after the
+    /// other. If they do not work, this returns an error and keeps the existing connections. The embedded bus has none
+    /// and does nothing.
     async fn reload(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Short description for `status` and logs, for example `local` or `nats 127.0.0.1:4222`.
+    /// A short description for `status` and logs, for example `local` or `nats 127.0.0.1:4222`.
     fn describe(&self) -> String;
 }
 
-/// Live messages of one subscription; dropping it unsubscribes.
+/// The live messages of one subscription. Dropping it unsubscribes.
 pub struct Subscription {
     pub(crate) receiver: tokio::sync::mpsc::Receiver<Message>,
     pub(crate) _guard: Box<dyn Send + Sync>,
 }
 
 impl Subscription {
-    /// The next message; `None` once the bus has closed.
+    /// The next message; `None` once the bus is closed.
     pub async fn next(&mut self) -> Option<Message> {
         self.receiver.recv().await
     }
@@ -147,37 +155,41 @@ impl Subscription {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retention {
-    /// A message is gone once its consumer acknowledged it. A stream that holds `max_bytes` refuses new ones.
+    /// A message is deleted once a consumer has acknowledged or terminated it. A stream that holds `max_bytes` refuses
+    /// new messages.
     WorkQueue,
-    /// Messages live until `max_age`, whoever read them. Beyond `max_bytes` the oldest go.
+    /// Messages stay until `max_age`, whether or not they are acknowledged. Beyond `max_bytes` the oldest are deleted.
     Limits,
 }
 
 #[derive(Debug, Clone)]
 pub struct StreamConfig {
     pub name: &'static str,
-    /// Subjects taken, wildcards allowed.
+    /// The subjects that the stream stores; wildcards are allowed.
     pub subjects: Vec<String>,
     pub retention: Retention,
     pub max_age: Duration,
     pub max_bytes: u64,
+    /// How long a message id is remembered for deduplication.
     pub dedup_window: Duration,
 }
 
 #[derive(Debug, Clone)]
 pub struct ConsumerConfig {
     pub stream: &'static str,
-    /// The durable name; consumers of one name share.
+    /// The durable name; consumers with the same name share its messages.
     pub name: String,
+    /// Receive only messages whose subject matches this pattern.
     pub filter: Option<String>,
-    /// Redelivered when neither acknowledged nor in progress for this long.
+    /// A delivery that is neither settled nor reported in progress for this long is redelivered.
     pub ack_wait: Duration,
-    /// Unacknowledged messages outstanding at most, over all consumers of the name.
+    /// Maximum unacknowledged deliveries, over all consumers of this name.
     pub max_ack_pending: usize,
-    /// Deliveries that this consumer takes at most and has not yet dropped. What is taken but waits for a place to be
-    /// worked on runs out of its `ack_wait`: a consumer whose work is slow takes no more than it has places.
+    /// Maximum [`Delivery`] values of this consumer that are not yet dropped. The `ack_wait` of a delivery that waits
+    /// for a worker is already running, so a slow consumer sets this to its number of workers.
     pub max_in_hand: usize,
-    /// Start with what is stored (`true`) or with what comes next. A work queue's consumers start with what is stored.
+    /// Start with the stored messages (`true`) or with new ones. Consumers of a work queue always start with the stored
+    /// ones. Ignored if the consumer exists already.
     pub from_start: bool,
 }
 
@@ -191,68 +203,74 @@ pub struct Appended {
 pub struct StreamInfo {
     pub messages: u64,
     pub bytes: u64,
-    /// Pending and unacknowledged, by consumer.
+    /// Consumer name and its backlog: pending plus unacknowledged messages.
     pub consumers: Vec<(String, u64)>,
 }
 
-/// A durable consumer's end. Dropping it returns what it holds after `ack_wait`; [`Consumer::close`] does so at once.
+/// A handle to a durable consumer. Undelivered messages of a dropped handle are redelivered after `ack_wait`;
+/// [`Consumer::close`] returns them at once.
 pub struct Consumer {
     pub(crate) receiver: tokio::sync::mpsc::Receiver<Delivery>,
     pub(crate) _guard: Box<dyn Send + Sync>,
 }
 
 impl Consumer {
-    /// The next delivery; `None` once the bus has closed.
+    /// The next delivery; `None` once the bus is closed.
     pub async fn next(&mut self) -> Option<Delivery> {
         self.receiver.recv().await
     }
 
-    /// Takes no more, and gives back at once what has come and was not taken. What was taken can still be settled.
+    /// Stops the consumer and naks deliveries that have arrived but were not taken. Those already taken can still be
+    /// settled.
     pub async fn close(self) {
         let Self { mut receiver, _guard } = self;
         drop(_guard);
-        // Until the other end is gone: one given back while it still pulls would come here again.
+
+        // Collect until the pump has ended. A delivery returned earlier could be pulled here again.
         let mut held = Vec::new();
         while let Some(delivery) = receiver.recv().await {
             held.push(delivery);
         }
+
         for delivery in &held {
             give_back(delivery).await;
         }
     }
 }
 
-/// A delivery that nobody takes any more is for another consumer.
+/// Naks a delivery without delay, so that another consumer receives it.
 async fn give_back(delivery: &Delivery) {
     if let Err(error) = delivery.nak(Duration::ZERO).await {
-        tracing::debug!(%error, "a delivery was not given back; it comes again after its ack wait");
+        tracing::debug!(%error, "cannot nak a delivery; it is redelivered after its ack wait");
     }
 }
 
-/// One delivery of a durable message. Whoever takes it says how it ended; silence redelivers it after `ack_wait`.
+/// One delivery of a durable message. The receiver must settle it; otherwise it is redelivered after `ack_wait`.
 ///
-/// The bus redelivers without end; the part that consumes compares [`Delivery::delivered`] with its `max_deliver`,
-/// writes the dead letter itself and then [`Delivery::term`]s: so a crash between the two repeats, never loses.
+/// The bus redelivers without limit. The receiver compares [`Delivery::delivered`] with its own `max_deliver`, stores a
+/// dead letter and then calls [`Delivery::term`] (see [`dead_letter::bury`]). A crash in between repeats these steps
+/// and loses nothing.
 pub struct Delivery {
     pub message: Message,
     /// 1 on the first delivery.
     pub delivered: u32,
     pub sequence: u64,
-    /// When it was stored, milliseconds since the epoch.
+    /// When the message was stored, in milliseconds since the Unix epoch.
     pub stored_ms: u64,
     pub(crate) acker: Arc<dyn Acker>,
-    /// Of [`ConsumerConfig::max_in_hand`].
+    /// The permit of [`ConsumerConfig::max_in_hand`], released when the delivery is dropped.
     pub(crate) _place: tokio::sync::OwnedSemaphorePermit,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
+    /// The message is done.
     Ack,
-    /// Redeliver after this long.
+    /// Redeliver after this delay.
     Nak(Duration),
-    /// The redelivery clock starts anew.
+    /// Still working: restart `ack_wait`.
     InProgress,
-    /// Never deliver again.
+    /// Never redeliver.
     Term,
 }
 

@@ -19,7 +19,7 @@ use subjects::Subjects;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-/// Old messages, dedup ids and bucket entries leave this often.
+/// How often expired messages, message ids and bucket entries are deleted.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(10);
 
 pub struct Local {
@@ -27,12 +27,12 @@ pub struct Local {
     store: Arc<Store>,
     tasks: TaskTracker,
     cancel: CancellationToken,
-    /// Ends the consumers' pumps with the last handle.
+    /// Ends the background tasks when the last handle is dropped.
     _end: DropGuard,
 }
 
 impl Local {
-    /// Opens the bus whose streams live in `dir`; one process at a time may hold it.
+    /// Opens the bus in the directory `dir`. Only one process may use it at a time.
     pub async fn open(dir: &Path) -> Result<Bus> {
         let path = dir.join("bus.db");
         let store = tokio::task::spawn_blocking(move || Store::open(&path))
@@ -40,6 +40,7 @@ impl Local {
             .map_err(|e| Error::Storage(e.to_string()))??;
         let store = Arc::new(store);
         store.recover().await?;
+
         let cancel = CancellationToken::new();
         let tasks = TaskTracker::new();
         tasks.spawn(prune(store.clone(), cancel.clone()));
@@ -60,8 +61,9 @@ async fn prune(store: Arc<Store>, cancel: CancellationToken) {
             () = cancel.cancelled() => return,
             _ = ticks.tick() => {}
         }
+
         if let Err(error) = store.prune().await {
-            tracing::warn!(%error, "cannot prune the streams");
+            tracing::warn!(%error, "cannot prune the bus store; retrying");
         }
     }
 }

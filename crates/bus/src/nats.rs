@@ -1,7 +1,7 @@
-//! The bus over NATS: core subjects, JetStream streams and buckets, replies through an inbox of our own.
+//! The bus over NATS: core subjects, JetStream streams and buckets, and its own reply inbox.
 //!
-//! The server's user must be allowed to publish and subscribe on `_INBOX.>`. Its `max_payload` bounds a message here
-//! (the server's default is 1 MiB; the product's largest message needs 8 MB).
+//! The NATS user needs permission to publish and subscribe on `_INBOX.>`. The server's `max_payload` bounds messages:
+//! its default is 1 MiB, and the product's largest message needs 8 MB.
 
 mod access;
 mod consumer;
@@ -42,44 +42,44 @@ const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
 /// Replies go here, one message a subject: no order is theirs to keep.
 const INBOXES: &str = "_INBOX.";
 
-/// Where the servers are and who we are. Files are read again at every connect.
+/// The servers and the credentials. Files are read again at every connect.
 #[derive(Clone, Default)]
 pub struct NatsConfig {
     /// `nats://host:port`, or several with commas between; `tls://` for TLS.
     pub url: String,
-    /// Shown in the server's list of connections.
+    /// The client name that the server shows in its list of connections.
     pub name: String,
-    /// Unset: one a core, at most eight.
+    /// Number of connections. Default: one per core, at most eight.
     pub connections: Option<usize>,
     pub user: Option<String>,
     pub password: Option<String>,
     pub token: Option<String>,
-    /// A file that holds an nkey's seed.
+    /// A file that holds an nkey seed.
     pub nkey: Option<PathBuf>,
     /// A `.creds` file.
     pub credentials: Option<PathBuf>,
-    /// PEM: who may sign the server's certificate; unset: whom the system trusts.
+    /// PEM file with the authorities trusted to sign the server's certificate. Default: those that the system trusts.
     pub tls_ca: Option<PathBuf>,
-    /// PEM: our certificate and its key, for a server that asks for one.
+    /// PEM file with the client certificate, for a server that requires one. Needs `tls_key`.
     pub tls_certificate: Option<PathBuf>,
     pub tls_key: Option<PathBuf>,
-    /// For a server that speaks only after the TLS handshake.
+    /// Start with the TLS handshake, for a server with `handshake_first`.
     pub tls_first: bool,
 }
 
 pub struct Nats {
     access: Arc<Access>,
     pool: Pool,
-    /// By name: one a connection.
+    /// By bucket name; one store per connection, in the order of the pool.
     buckets: RwLock<HashMap<String, Vec<kv::Store>>>,
     tasks: TaskTracker,
     cancel: CancellationToken,
-    /// Ends the pumps with the last handle.
+    /// Ends the background tasks when the last handle is dropped.
     _end: DropGuard,
 }
 
 impl Nats {
-    /// Connects now or fails; from then on a lost connection is sought again without end.
+    /// Connects once or fails. After that the bus reconnects without limit whenever a connection is lost.
     pub async fn connect(config: NatsConfig) -> Result<Bus> {
         let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
         let end = cancel.clone().drop_guard();
@@ -89,6 +89,7 @@ impl Nats {
         Ok(Arc::new(Self { access, pool, buckets: RwLock::default(), tasks, cancel, _end: end }))
     }
 
+    /// The bucket, over the calling thread's connection.
     fn bucket(&self, bucket: &str) -> Result<kv::Store> {
         let link = self.pool.mine();
         link.connected()?;
@@ -97,7 +98,7 @@ impl Nats {
     }
 }
 
-/// Bucket keys are opaque; NATS takes few characters in them and no empty one.
+/// Encodes a bucket key. Keys of the bus are arbitrary strings; NATS allows few characters and no empty key.
 fn encode_key(key: &str) -> String {
     format!("k{}", URL_SAFE_NO_PAD.encode(key))
 }
@@ -155,7 +156,7 @@ impl BusApi for Nats {
         let Some(expected) = expected else {
             return store.put(name, value).await.map_err(|e| Error::Storage(e.to_string()));
         };
-        // The last sequence of a key that does not exist is 0, so this creates too.
+        // The last sequence of a missing key is 0, so `update` with 0 creates it.
         store.update(name, value, expected).await.map_err(|error| match error.kind() {
             kv::UpdateErrorKind::WrongLastRevision => Error::WrongRevision(key.into()),
             _ => Error::Storage(error.to_string()),
@@ -168,13 +169,13 @@ impl BusApi for Nats {
         Ok(held.map(|entry| (entry.value, entry.revision)))
     }
 
-    /// A round trip through the server on each connection; what was published before it has reached the server.
+    /// A round trip through the server on each connection. Everything published before it has reached the server.
     async fn health(&self) -> Result<()> {
         self.pool.health(HEALTH_DEADLINE).await
     }
 
     async fn reload(&self) -> Result<()> {
-        // On a connection of its own first: what does not work changes nothing.
+        // A trial connection first: if it fails, the existing connections stay as they are.
         let trial = self.access.connect(drop).await?;
         trial.flush().await.map_err(|error| Error::Disconnected(error.to_string()))?;
         self.pool.renew().await

@@ -1,11 +1,11 @@
-//! The streams and buckets of the product. Every part that uses them declares them; declaring again changes nothing.
+//! The product's streams and buckets. Every part that uses them declares them, because a declaration is idempotent.
 
 use crate::{Bus, Result, Retention, StreamConfig};
 use std::time::Duration;
 use wire::subjects;
 
 const DAY: Duration = Duration::from_secs(86_400);
-/// Idempotency lasts this long (contract: 3600 s).
+/// How long an append is idempotent (contract: 3600 s).
 const DEDUP: Duration = Duration::from_secs(3600);
 
 pub async fn declare(bus: &Bus) -> Result<()> {
@@ -17,6 +17,7 @@ pub async fn declare(bus: &Bus) -> Result<()> {
         max_bytes,
         dedup_window: DEDUP,
     };
+
     let assign = limits(subjects::STREAM_ASSIGN, vec![subjects::ASSIGN.into()], 7 * DAY, 1 << 30);
     bus.declare_stream(StreamConfig { retention: Retention::WorkQueue, ..assign }).await?;
     bus.declare_stream(limits(subjects::STREAM_RESULT, vec![subjects::RESULT.into()], DAY, 1 << 30)).await?;

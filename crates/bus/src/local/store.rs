@@ -1,8 +1,9 @@
-//! Streams, consumers and buckets in SQLite. All their state is rows, so a crash at any point leaves them whole.
+//! Streams, consumers and buckets in SQLite. All state is in rows, so a crash at any point leaves it consistent.
 //!
-//! A consumer's work is the table `queue`: one row a message it still owes an answer for, with the time it is next
-//! available. Delivering moves that time ahead by `ack_wait`; an ack deletes the row; silence lets the time come.
-//! These times are of this process's own clock, which nobody can set back.
+//! The table `queue` holds one row per consumer and unsettled message, with the time when the message is next
+//! available. A delivery moves that time ahead by `ack_wait`, and an ack deletes the row. A message that is not settled
+//! becomes available again when its time comes. These times come from the process's monotonic clock, so changes of the
+//! system time do not affect redelivery.
 
 use super::prune;
 use super::subjects::matches;
@@ -57,7 +58,7 @@ pub struct Store {
 
 struct Stream {
     config: StreamConfig,
-    /// Something became available.
+    /// Notified when a message may have become available.
     work: Arc<Notify>,
 }
 
@@ -81,7 +82,7 @@ pub struct Claimed {
 
 pub struct Claim {
     pub messages: Vec<Claimed>,
-    /// When to look again, if nothing is told before: the earliest time a row becomes available.
+    /// How long until the next outstanding delivery becomes available again; `None` if there is none.
     pub next: Option<Duration>,
 }
 
@@ -97,12 +98,12 @@ impl Store {
         Ok(Self { journal, streams: RwLock::default(), buckets: RwLock::default(), opened: Instant::now() })
     }
 
-    /// Milliseconds, from 1 on.
+    /// Milliseconds since the store was opened, starting at 1. A row at 0 is available at any time.
     fn clock_ms(&self) -> u64 {
         millis(self.opened.elapsed()) + 1
     }
 
-    /// No delivery outlives the process that held it: all of them are available again.
+    /// Makes all unsettled messages available again, because the process that held their deliveries has ended.
     pub async fn recover(&self) -> Result<()> {
         self.journal.write(|c| c.execute("UPDATE queue SET available_ms = 0", [])).await?;
         Ok(())
@@ -124,12 +125,15 @@ impl Store {
                 Ok(())
             })
             .await?;
+
         let mut streams = self.streams.write();
-        let work = streams.get(name).map_or_else(Default::default, |known| known.work.clone());
+        // Consumers of an earlier declaration wait on its notification, so it is kept.
+        let work = streams.get(name).map_or_else(Default::default, |earlier| earlier.work.clone());
         streams.insert(name, Arc::new(Stream { config, work }));
         Ok(())
     }
 
+    /// The stream that takes the subject.
     fn stream_of(&self, subject: &str) -> Result<Arc<Stream>> {
         let streams = self.streams.read();
         let takes = |stream: &&Arc<Stream>| stream.config.subjects.iter().any(|pattern| matches(pattern, subject));
@@ -140,6 +144,7 @@ impl Store {
         let stream = self.stream_of(&message.subject)?;
         let (message, msg_id, config) = (message.clone(), msg_id.map(String::from), stream.config.clone());
         let now = now_ms();
+
         let appended = self
             .journal
             .write(move |c| {
@@ -153,9 +158,11 @@ impl Store {
                         return Ok(Some(Appended { sequence, duplicate: true }));
                     }
                 }
+
                 if config.retention == Retention::WorkQueue && is_full(c, &config, message.payload.len() as u64)? {
                     return Ok(None);
                 }
+
                 let sequence: u64 = c
                     .prepare_cached("UPDATE sequences SET last = last + 1 WHERE stream = ?1 RETURNING last")?
                     .query_row([config.name], |row| row.get(0))?;
@@ -175,7 +182,9 @@ impl Store {
                     &message.payload[..],
                     now
                 ])?;
-                // Read here, in the order of writes: a consumer that is just made has it from its start or from here.
+
+                // Consumers are read within the write. A consumer that is created concurrently receives the message
+                // either from here or from its own start.
                 let mut consumers = c.prepare_cached("SELECT id, filter FROM consumers WHERE stream = ?1")?;
                 let mut consumers = consumers.query([config.name])?;
                 while let Some(row) = consumers.next()? {
@@ -188,9 +197,10 @@ impl Store {
                 Ok(Some(Appended { sequence, duplicate: false }))
             })
             .await?;
+
         let (name, max) = (stream.config.name, stream.config.max_bytes);
         let appended = appended.ok_or_else(|| {
-            Error::Storage(format!("stream {name} holds its {max} bytes; its consumers are behind, try again later"))
+            Error::Storage(format!("stream {name} is full ({max} bytes); its consumers are behind, retry later"))
         })?;
         stream.work.notify_waiters();
         Ok(appended)
@@ -200,9 +210,10 @@ impl Store {
         let missing = || Error::NoStream(config.stream.into());
         let stream = self.streams.read().get(config.stream).cloned().ok_or_else(missing)?;
         let (name, filter) = (config.name.clone(), config.filter.clone());
-        // A work queue keeps only what nobody has taken: its consumers start nowhere else.
+        // A work queue holds only messages that are still to be delivered, so its consumers start with all of them.
         let from_start = config.from_start || stream.config.retention == Retention::WorkQueue;
         let stream_name = config.stream;
+
         let id = self
             .journal
             .write(move |c| {
@@ -217,6 +228,7 @@ impl Store {
                     c.execute("UPDATE consumers SET filter = ?2 WHERE id = ?1", params![id, filter])?;
                     return Ok(id);
                 }
+
                 c.execute(
                     "INSERT INTO consumers (stream, name, filter) VALUES (?1, ?2, ?3)",
                     params![stream_name, name, filter],
@@ -235,6 +247,7 @@ impl Store {
                 Ok(id)
             })
             .await?;
+
         Ok(ConsumerHandle {
             id,
             stream: config.stream,
@@ -245,17 +258,19 @@ impl Store {
         })
     }
 
-    /// Takes up to `max` available messages for `ack_wait`; their delivery counts are stored before they are handed out.
+    /// Claims up to `max` available messages for `ack_wait`. Their delivery counts are stored before the delivery.
     pub async fn claim(&self, consumer: &ConsumerHandle, max: usize) -> Result<Claim> {
         let consumer = consumer.clone();
         let now = self.clock_ms();
         let claim = self
             .journal
             .write(move |c| {
+                // Outstanding deliveries count against `max_ack_pending`.
                 let held: usize = c
                     .prepare_cached("SELECT count(*) FROM queue WHERE consumer = ?1 AND available_ms > ?2")?
                     .query_row(params![consumer.id, now], |row| row.get(0))?;
                 let max = max.min(consumer.max_ack_pending.saturating_sub(held));
+
                 let mut messages = Vec::new();
                 {
                     let mut available = c.prepare_cached(
@@ -278,6 +293,7 @@ impl Store {
                         });
                     }
                 }
+
                 let until = now + millis(consumer.ack_wait);
                 for claimed in &messages {
                     c.prepare_cached(
@@ -285,17 +301,20 @@ impl Store {
                     )?
                     .execute(params![consumer.id, claimed.sequence, until, claimed.delivered])?;
                 }
-                // Of those that are out. What is available and was not taken waits for one of them to be settled.
+
+                // Only outstanding deliveries count: available messages beyond the limit wait until one is settled.
                 let next: Option<u64> = c
                     .prepare_cached("SELECT min(available_ms) FROM queue WHERE consumer = ?1 AND available_ms > ?2")?
                     .query_row(params![consumer.id, now], |row| row.get(0))?;
                 Ok((messages, next))
             })
             .await?;
+
         let (messages, next) = claim;
         Ok(Claim { messages, next: next.map(|at| Duration::from_millis(at.saturating_sub(self.clock_ms()).max(1))) })
     }
 
+    /// Settles a delivery: deletes its row or sets the time of its redelivery.
     pub async fn settle(&self, consumer: &ConsumerHandle, sequence: u64, outcome: Outcome) -> Result<()> {
         let handle = consumer.clone();
         let now = self.clock_ms();
@@ -306,6 +325,7 @@ impl Store {
                         .execute(params![handle.id, sequence, at])?;
                     Ok(())
                 };
+
                 match outcome {
                     Outcome::Nak(delay) => move_to(now.saturating_add(millis(delay))),
                     Outcome::InProgress => move_to(now + millis(handle.ack_wait)),
@@ -321,6 +341,8 @@ impl Store {
                 }
             })
             .await?;
+
+        // A nak without delay is available now, and any settlement may make room under `max_ack_pending`.
         consumer.work.notify_waiters();
         Ok(())
     }
@@ -329,6 +351,7 @@ impl Store {
         if !self.streams.read().contains_key(stream) {
             return Err(Error::NoStream(stream.into()));
         }
+
         let name = stream.to_string();
         let info = self
             .journal
@@ -368,6 +391,7 @@ impl Store {
                         return Ok(None);
                     }
                 }
+
                 let revision: u64 = c
                     .prepare_cached("UPDATE revisions SET last = last + 1 RETURNING last")?
                     .query_row([], |row| row.get(0))?;
@@ -390,11 +414,13 @@ impl Store {
         Ok(self.journal.read(move |c| kv_read(c, &bucket, &key, since)).await?)
     }
 
+    /// Runs an empty write through a full commit.
     pub async fn health(&self) -> Result<()> {
         self.journal.write(|c| c.prepare_cached("UPDATE revisions SET last = last")?.execute([])).await?;
         Ok(())
     }
 
+    /// Deletes what has expired, in batches, so that other writes run in between.
     pub async fn prune(&self) -> Result<()> {
         let now = now_ms();
         loop {
@@ -407,6 +433,7 @@ impl Store {
     }
 }
 
+/// Whether `more` bytes would take the stream over its limit.
 fn is_full(c: &Connection, stream: &StreamConfig, more: u64) -> rusqlite::Result<bool> {
     let bytes: u64 =
         c.prepare_cached("SELECT bytes FROM sizes WHERE stream = ?1")?.query_row([stream.name], |row| row.get(0))?;
@@ -429,6 +456,7 @@ fn parse_headers(text: &str) -> Headers {
     pairs.into_iter().fold(Headers::new(), |headers, (name, value)| headers.with(name, value))
 }
 
+/// Whole milliseconds. A duration out of range becomes `u64::MAX / 4`, which leaves room for additions.
 pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX / 4)
 }
@@ -481,7 +509,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_over_its_bytes_or_age_leaves_every_table() {
+    async fn expired_and_excess_rows_are_pruned_from_every_table() {
         let (_dir, store) = open(Retention::Limits).await;
         store.declare_kv("B", Duration::from_secs(3600)).await.unwrap();
         store.consumer(&reader("c", 10)).await.unwrap();
@@ -492,8 +520,8 @@ mod tests {
         store.prune().await.unwrap();
         let info = store.stream_info("S").await.unwrap();
         assert_eq!((info.messages, info.bytes), (500, 50_000));
-        assert_eq!(info.consumers, [("c".to_string(), 500)], "what is gone is owed to nobody");
-        assert_eq!(count(&store, "dedup").await, 3000, "a repeat of what is gone is still a repeat");
+        assert_eq!(info.consumers, [("c".to_string(), 500)], "deleted messages leave the backlog");
+        assert_eq!(count(&store, "dedup").await, 3000, "ids of deleted messages still deduplicate");
 
         let aged = |c: &Connection| {
             c.execute_batch("UPDATE messages SET stored_ms = 1; UPDATE dedup SET at_ms = 1; UPDATE kv SET at_ms = 1")
@@ -508,20 +536,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_consumer_that_holds_all_it_may_waits_for_one_of_them() {
+    async fn consumer_at_max_ack_pending_waits_for_a_settlement() {
         let (_dir, store) = open(Retention::WorkQueue).await;
         let handle = store.consumer(&reader("c", 2)).await.unwrap();
         for n in 0..5 {
             store.append(&message(&n.to_string()), None).await.unwrap();
         }
+
         assert_eq!(store.claim(&handle, 10).await.unwrap().messages.len(), 2);
         let nothing = store.claim(&handle, 10).await.unwrap();
         assert!(nothing.messages.is_empty());
-        assert!(nothing.next.unwrap() > Duration::from_secs(25), "it does not look again at once: {:?}", nothing.next);
+        assert!(
+            nothing.next.unwrap() > Duration::from_secs(25),
+            "the consumer does not poll again at once: {:?}",
+            nothing.next
+        );
     }
 
     #[tokio::test]
-    async fn a_stream_declared_again_keeps_its_consumers() {
+    async fn redeclared_stream_keeps_its_consumers() {
         let (_dir, store) = open(Retention::WorkQueue).await;
         let handle = store.consumer(&reader("c", 10)).await.unwrap();
         store.declare_stream(config(Retention::WorkQueue)).await.unwrap();
@@ -530,7 +563,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_consumer_made_among_appends_misses_none() {
+    async fn consumer_created_during_appends_misses_no_message() {
         let (_dir, store) = open(Retention::WorkQueue).await;
         let store = Arc::new(store);
         let appends = (0..400).map(|n: u32| {
@@ -539,6 +572,7 @@ mod tests {
         });
         let appends: Vec<_> = appends.collect();
         store.consumer(&reader("c", 1000)).await.unwrap();
+
         for append in appends {
             append.await.unwrap();
         }

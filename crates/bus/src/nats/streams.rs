@@ -1,4 +1,4 @@
-//! JetStream streams and buckets: declaring, appending, looking.
+//! JetStream streams and buckets: declaring them, appending, querying their state.
 
 use super::convert;
 use super::inbox::Awaited;
@@ -14,13 +14,13 @@ use std::time::Duration;
 
 pub async fn declare(link: &Link, stream: StreamConfig) -> Result<()> {
     link.connected()?;
-    bring(link, stream.name, |config| {
+    create_or_update(link, stream.name, |config| {
         config.subjects = stream.subjects.clone();
         config.retention = match stream.retention {
             Retention::WorkQueue => RetentionPolicy::WorkQueue,
             Retention::Limits => RetentionPolicy::Limits,
         };
-        // A work queue's messages are owed to somebody: new ones are refused rather than old ones dropped.
+        // Every message in a work queue still has to be delivered, so a full one refuses new messages and drops none.
         config.discard = match stream.retention {
             Retention::WorkQueue => DiscardPolicy::New,
             Retention::Limits => DiscardPolicy::Old,
@@ -36,53 +36,58 @@ pub async fn declare_kv(link: &Link, bucket: &str, max_age: Duration) -> Result<
     link.connected()?;
     let failed = |error: &dyn std::fmt::Display| Error::Storage(format!("cannot declare bucket {bucket}: {error}"));
     let stream = format!("KV_{bucket}");
+
     if get(link, &stream).await?.is_none() {
         let config = kv::Config { bucket: bucket.into(), max_age, storage: StorageType::File, ..Default::default() };
-        // Another process may create it first, with other settings: then it is brought to ours below.
+        // Another process may create the bucket first, with other settings; it is updated to ours below.
         if let Err(error) = link.jetstream.create_key_value(config).await
             && get(link, &stream).await?.is_none()
         {
             return Err(failed(&error));
         }
     }
-    bring(link, &stream, |config| {
+
+    create_or_update(link, &stream, |config| {
         config.max_age = max_age;
         config.duplicate_window = within(config.duplicate_window, max_age);
     })
     .await
 }
 
-/// A declared bucket, as seen over this connection.
+/// Opens a declared bucket over this connection.
 pub async fn bucket(link: &Link, bucket: &str) -> Result<kv::Store> {
     let failed = |error| Error::Storage(format!("cannot open bucket {bucket}: {error}"));
     link.connected()?;
     link.jetstream.get_key_value(bucket).await.map_err(failed)
 }
 
-/// The server refuses a window that outlasts the messages.
+/// The dedup window, shortened to `max_age`, because the server refuses a longer one. A `max_age` of zero is unlimited.
 fn within(window: Duration, max_age: Duration) -> Duration {
     if max_age.is_zero() { window } else { window.min(max_age) }
 }
 
-/// Creates the stream, or updates it if what we say differs; what an operator set beyond that (replicas, placement) stays.
-async fn bring(link: &Link, name: &str, adjust: impl Fn(&mut Config)) -> Result<()> {
+/// Creates the stream, or updates it if `adjust` changes its configuration. Settings that `adjust` does not touch, such
+/// as replicas and placement, stay as an operator set them.
+async fn create_or_update(link: &Link, name: &str, adjust: impl Fn(&mut Config)) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| Error::Storage(format!("cannot declare stream {name}: {error}"));
-    let mut known = get(link, name).await?;
-    if known.is_none() {
+    let mut existing = get(link, name).await?;
+
+    if existing.is_none() {
         let mut config = Config { name: name.into(), storage: StorageType::File, ..Default::default() };
         adjust(&mut config);
         match link.jetstream.create_stream(config).await {
             Ok(_) => return Ok(()),
             Err(error) => {
-                // Created by another process in between, or refused.
-                known = get(link, name).await?;
-                if known.is_none() || matches!(error.kind(), CreateStreamErrorKind::JetStreamUnavailable) {
+                // Either another process has just created the stream, or the server refused.
+                existing = get(link, name).await?;
+                if existing.is_none() || matches!(error.kind(), CreateStreamErrorKind::JetStreamUnavailable) {
                     return Err(failed(&error));
                 }
             }
         }
     }
-    let Some(stream) = known else { return Ok(()) };
+
+    let Some(stream) = existing else { return Ok(()) };
     let current = &stream.cached_info().config;
     let mut config = current.clone();
     adjust(&mut config);
@@ -92,28 +97,30 @@ async fn bring(link: &Link, name: &str, adjust: impl Fn(&mut Config)) -> Result<
     Ok(())
 }
 
-/// `None` when there is no such stream.
+/// The stream, or `None` if it does not exist.
 pub async fn get(link: &Link, name: &str) -> Result<Option<Stream>> {
     match link.jetstream.get_stream(name).await {
         Ok(stream) => Ok(Some(stream)),
         Err(error) => match error.kind() {
             GetStreamErrorKind::JetStream(inner) if inner.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
-            _ => Err(Error::Storage(format!("cannot look at stream {name}: {error}"))),
+            _ => Err(Error::Storage(format!("cannot query stream {name}: {error}"))),
         },
     }
 }
 
-/// Live subscribers of the subject get the message by its nature, a repeat too: the server tells only us that it is one.
+/// Appends a message. Live subscribers receive every publish on the subject, duplicates included, because only the
+/// acknowledgement tells that a message is a duplicate.
 pub async fn append(link: &Link, message: Message, msg_id: Option<&str>, deadline: Duration) -> Result<Appended> {
     let mut headers = convert::to_nats(&message.headers);
     if let Some(id) = msg_id {
         headers.insert(NATS_MESSAGE_ID, id.replace(['\r', '\n'], " "));
     }
+
     let subject = &*message.subject;
     match link.ask(subject, headers, message.payload, Awaited::PubAck, deadline).await {
         Ok(ack) => stored(subject, &ack.payload),
         Err(Error::NoResponders(_)) => Err(Error::NoStream(subject.into())),
-        // A live subscriber keeps the server from saying that no stream is there.
+        // With a live subscriber on the subject, the server does not report a missing stream: look for it.
         Err(Error::Timeout(_)) => match link.jetstream.stream_by_subject(subject).await {
             Err(error) if error.kind() == GetStreamByNameErrorKind::NotFound => Err(Error::NoStream(subject.into())),
             _ => Err(Error::Timeout(subject.into())),
@@ -122,6 +129,7 @@ pub async fn append(link: &Link, message: Message, msg_id: Option<&str>, deadlin
     }
 }
 
+/// Parses the acknowledgement of an append.
 fn stored(subject: &str, ack: &[u8]) -> Result<Appended> {
     let ack: Value = serde_json::from_slice(ack).unwrap_or_default();
     match ack["seq"].as_u64() {
@@ -129,7 +137,7 @@ fn stored(subject: &str, ack: &[u8]) -> Result<Appended> {
             Ok(Appended { sequence, duplicate: ack["duplicate"].as_bool().unwrap_or(false) })
         }
         _ => {
-            let why = ack["error"]["description"].as_str().unwrap_or("an answer that is no acknowledgement");
+            let why = ack["error"]["description"].as_str().unwrap_or("the reply is not an acknowledgement");
             Err(Error::Storage(format!("cannot append to {subject}: {why}")))
         }
     }
@@ -139,7 +147,8 @@ pub async fn info(link: &Link, name: &str) -> Result<StreamInfo> {
     link.connected()?;
     let stream = get(link, name).await?.ok_or_else(|| Error::NoStream(name.into()))?;
     let state = &stream.cached_info().state;
-    let failed = |error| Error::Storage(format!("cannot look at the consumers of stream {name}: {error}"));
+
+    let failed = |error| Error::Storage(format!("cannot list the consumers of stream {name}: {error}"));
     let consumers: Vec<_> = stream
         .consumers()
         .map_ok(|consumer| (consumer.name, consumer.num_pending + consumer.num_ack_pending as u64))
