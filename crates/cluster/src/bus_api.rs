@@ -8,15 +8,15 @@ use bus::{Bus, Message, Subscription};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::value::RawValue;
-use serde_json::{Value, json};
+use serde_json::value::{RawValue, to_raw_value};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio::task::unconstrained;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::channels::{
-    Answer, Broadcast, Disconnect, History, Position, Presence, PresenceInfo, PresenceResult, Publish,
+    Answer, Broadcast, Channels, Disconnect, Done, History, Info, NodeInfo, Position, Positions, Presence,
+    PresenceInfo, PresenceResult, Publish,
 };
 use wire::limits::PUBLICATION_MAX;
 use wire::realtime::{ErrorCode, Publication};
@@ -97,15 +97,16 @@ pub async fn run(node: Arc<Node>, mut operations: Operations, cancel: Cancellati
 }
 
 impl Node {
-    /// One operation by its name; the server API and the bus share it.
-    pub async fn operate(&self, kind: &str, payload: &[u8]) -> Result<Value, Denied> {
+    /// One operation by its name; the server API and the bus share it. The result is text: a parsed value would sort keys
+    /// and round numbers of the publications in it.
+    pub async fn operate(&self, kind: &str, payload: &[u8]) -> Result<Box<RawValue>, Denied> {
         match kind {
             "publish" => {
                 let request: Publish = read(payload)?;
                 let data = data(request.data, request.b64)?;
                 let publication = Publication { data, tags: request.tags, ..Publication::default() };
                 let key = request.idempotency_key;
-                value(self.put(&request.channel, publication, request.skip_history, key).await?)
+                result(self.put(&request.channel, publication, request.skip_history, key).await?)
             }
             "broadcast" => {
                 let request: Broadcast = read(payload)?;
@@ -115,12 +116,12 @@ impl Node {
                     let publication = Publication { data: data.clone(), ..Publication::default() };
                     positions.push(self.put(channel, publication, request.skip_history, None).await?);
                 }
-                value(json!({"positions": positions}))
+                result(Positions { positions })
             }
             "history" => {
                 let request: History = read(payload)?;
                 let rules = self.rules(&request.channel)?;
-                value(self.history(&request.channel, rules, request.limit, request.since, request.reverse).await?)
+                result(self.history(&request.channel, rules, request.limit, request.since, request.reverse).await?)
             }
             "presence" => {
                 let request: Presence = read(payload)?;
@@ -130,23 +131,27 @@ impl Node {
                 let presence = presence
                     .into_iter()
                     .map(|(client, info)| (client.clone(), PresenceInfo { user: info.user, client }));
-                value(PresenceResult { presence: presence.collect() })
+                result(PresenceResult { presence: presence.collect() })
             }
             "disconnect" => {
                 let request: Disconnect = read(payload)?;
                 let payload = serde_json::to_vec(&request).expect("a request is JSON").into();
                 let message = Message { subject: NODE_DISCONNECT.into(), payload, ..Message::default() };
                 self.bus.publish(message).await.map_err(|e| (ErrorCode::Internal, e.to_string()))?;
-                value(json!({}))
+                result(Done {})
             }
             "channels" => {
-                let channels: Vec<String> = self.hub.followed().iter().map(|name| name.to_string()).collect();
-                value(json!({"channels": channels}))
+                result(Channels { channels: self.hub.followed().iter().map(|name| name.to_string()).collect() })
             }
-            "info" => value(json!({"nodes": [{
-                "name": self.config.node, "version": env!("CARGO_PKG_VERSION"), "engine": self.engine.describe(),
-                "num_clients": self.clients.lock().len(), "num_channels": self.hub.channels(),
-            }]})),
+            "info" => result(Info {
+                nodes: vec![NodeInfo {
+                    name: self.config.node.clone(),
+                    version: env!("CARGO_PKG_VERSION").into(),
+                    engine: self.engine.describe().into(),
+                    num_clients: self.clients.lock().len(),
+                    num_channels: self.hub.channels(),
+                }],
+            }),
             other => Err((ErrorCode::MethodNotFound, format!("no method {other:?}"))),
         }
     }
@@ -170,11 +175,13 @@ fn read<T: DeserializeOwned>(payload: &[u8]) -> Result<T, Denied> {
     serde_json::from_slice(payload).map_err(|e| (ErrorCode::BadRequest, format!("the request does not fit: {e}")))
 }
 
-fn value(result: impl Serialize) -> Result<Value, Denied> {
-    serde_json::to_value(result).map_err(|e| (ErrorCode::Internal, e.to_string()))
+fn result(result: impl Serialize) -> Result<Box<RawValue>, Denied> {
+    to_raw_value(&result).map_err(|e| (ErrorCode::Internal, e.to_string()))
 }
 
 fn data(json: Option<Box<RawValue>>, b64: Option<String>) -> Result<Bytes, Denied> {
+    // A program may write `null` for the one of the two that it does not use.
+    let json = json.filter(|json| b64.is_none() || json.get() != "null");
     let data = match (json, b64) {
         (Some(json), None) => Bytes::from(String::from(Box::<str>::from(json))),
         (None, Some(b64)) => match STANDARD.decode(b64) {

@@ -5,14 +5,15 @@ use axum::Json;
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
 use std::sync::Arc;
+use wire::channels::{ApiAnswer, Failure};
+use wire::realtime::ErrorCode;
 
 pub async fn handle(State(node): State<Arc<Node>>, Path(method): Path<String>, request: Request) -> Response {
     let key = request.headers().get("x-api-key").map(|key| key.as_bytes());
     if node.config.api_key.is_empty() || !key.is_some_and(|key| same(key, node.config.api_key.as_bytes())) {
-        let error = "X-API-Key is missing or wrong; `beamline api-key` prints it";
-        return (StatusCode::UNAUTHORIZED, Json(json!({"error": {"code": 101, "message": error}}))).into_response();
+        let error = failure(ErrorCode::Unauthorized, "X-API-Key is missing or wrong; `beamline api-key` prints it");
+        return (StatusCode::UNAUTHORIZED, Json(error)).into_response();
     }
     let body = match crate::http::body(request).await {
         Ok(body) => body,
@@ -20,9 +21,13 @@ pub async fn handle(State(node): State<Arc<Node>>, Path(method): Path<String>, r
     };
     let body = if body.is_empty() { bytes::Bytes::from_static(b"{}") } else { body };
     match node.operate(&method, &body).await {
-        Ok(result) => Json(json!({"result": result})).into_response(),
-        Err((code, message)) => Json(json!({"error": {"code": code as u32, "message": message}})).into_response(),
+        Ok(result) => Json(ApiAnswer::Result(result)).into_response(),
+        Err((code, message)) => Json(failure(code, message)).into_response(),
     }
+}
+
+fn failure(code: ErrorCode, message: impl Into<String>) -> ApiAnswer<()> {
+    ApiAnswer::Error(Failure { code: code as u32, message: message.into() })
 }
 
 /// In a time that does not tell how much of it is right.

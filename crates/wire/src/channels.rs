@@ -3,7 +3,7 @@
 //! Every reply to a channel operation is an [`Answer`]: `{"ok":true,"result":…}` once the engine has acknowledged, or
 //! `{"ok":false,"error":{code,message}}` with the codes of [`crate::realtime::ErrorCode`].
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 pub struct Publish {
     pub channel: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     pub data: Option<Box<RawValue>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub b64: Option<String>,
@@ -28,12 +28,17 @@ pub struct Publish {
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 pub struct Broadcast {
     pub channels: Vec<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     pub data: Option<Box<RawValue>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub b64: Option<String>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub skip_history: bool,
+}
+
+/// A key that is there has a value: `null` is JSON data like any other.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Box<RawValue>>, D::Error> {
+    Box::<RawValue>::deserialize(deserializer).map(Some)
 }
 
 /// The position of a publication in a channel's history; 0 and empty when the channel keeps no history.
@@ -77,6 +82,44 @@ pub struct PresenceInfo {
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 pub struct Disconnect {
     pub user: String,
+}
+
+/// The answer to a [`Broadcast`], in the order of its channels.
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+pub struct Positions {
+    pub positions: Vec<Position>,
+}
+
+/// The channels that somebody on this node is subscribed to.
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+pub struct Channels {
+    pub channels: Vec<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+pub struct Info {
+    pub nodes: Vec<NodeInfo>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+pub struct NodeInfo {
+    pub name: String,
+    pub version: String,
+    pub engine: String,
+    pub num_clients: usize,
+    pub num_channels: usize,
+}
+
+/// The result of an operation that has nothing to say: `{}`.
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+pub struct Done {}
+
+/// An answer of the HTTP server API: `{"result":…}` or `{"error":{code,message}}`.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ApiAnswer<T> {
+    Result(T),
+    Error(Failure),
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -87,6 +87,12 @@ impl Node {
 
     /// One call of the server API: HTTP status and answer.
     pub async fn call_with_key(&self, key: &str, method: &str, body: &str) -> (u16, Value) {
+        let (status, text) = self.call_for_text(key, method, body).await;
+        (status, serde_json::from_str(&text).unwrap_or(Value::Null))
+    }
+
+    /// The answer as it came.
+    pub async fn call_for_text(&self, key: &str, method: &str, body: &str) -> (u16, String) {
         let request = format!(
             "POST /api/{method} HTTP/1.1\r\nhost: {}\r\nx-api-key: {key}\r\ncontent-type: application/json\r\n\
              content-length: {}\r\nconnection: close\r\n\r\n{body}",
@@ -95,7 +101,7 @@ impl Node {
         );
         let answer = exchange(self.address, request.as_bytes()).await;
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (status(head), serde_json::from_str(body).unwrap_or(Value::Null))
+        (status(head), body.to_string())
     }
 
     pub async fn call(&self, method: &str, body: &Value) -> Value {
@@ -128,12 +134,12 @@ fn install_crypto() {
     });
 }
 
-pub fn sign(secret: &[u8], claims: &Value) -> String {
+pub fn sign(secret: &[u8], claims: &impl serde::Serialize) -> String {
     install_crypto();
     jsonwebtoken::encode(&Header::new(Algorithm::HS256), claims, &EncodingKey::from_secret(secret)).unwrap()
 }
 
-pub fn token(claims: &Value) -> String {
+pub fn token(claims: &impl serde::Serialize) -> String {
     sign(SECRET, claims)
 }
 

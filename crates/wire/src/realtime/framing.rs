@@ -133,17 +133,30 @@ mod tests {
         assert_eq!(String::from_utf8(again).unwrap(), line);
     }
 
+    fn as_json(publication: Publication) -> String {
+        let push = Push { r#pub: Some(publication), ..Push::default() };
+        let mut out = Vec::new();
+        encode_reply(Encoding::Json, &Reply::push("c", push), &mut out);
+        String::from_utf8(out).unwrap()
+    }
+
     #[test]
-    fn json_clients_get_binary_data_as_base64_and_json_without_line_breaks() {
-        let encoded = |data: &'static [u8]| {
-            let mut out = Vec::new();
-            let publication = Publication { data: Bytes::from_static(data), ..Publication::default() };
-            let push = Push { r#pub: Some(publication), ..Push::default() };
-            encode_reply(Encoding::Json, &Reply::push("c", push), &mut out);
-            String::from_utf8(out).unwrap()
-        };
-        assert_eq!(encoded(b"\xff\x00"), r#"{"push":{"channel":"c","pub":{"data":"/wA="}}}"#);
-        assert_eq!(encoded(b"{\n\"a\": 1}"), r#"{"push":{"channel":"c","pub":{"data":{"a":1}}}}"#);
+    fn binary_data_reaches_json_clients_as_base64() {
+        let publication = Publication { data: Bytes::from_static(b"\xff\x00"), ..Publication::default() };
+        assert_eq!(as_json(publication), r#"{"push":{"channel":"c","pub":{"data":"/wA="}}}"#);
+    }
+
+    #[test]
+    fn line_breaks_between_tokens_become_spaces_and_nothing_else_changes() {
+        let fixtures: serde_json::Value =
+            serde_json::from_str(include_str!("../../../../fixtures/wire/realtime.json")).unwrap();
+        for case in fixtures["several_lines"].as_array().unwrap() {
+            let binary = Bytes::from(hex::decode(case["protobuf"].as_str().unwrap()).unwrap());
+            let reply = &decode_replies(Encoding::Protobuf, &binary).unwrap()[0];
+            let mut json = Vec::new();
+            encode_reply(Encoding::Json, reply, &mut json);
+            assert_eq!(String::from_utf8(json).unwrap(), case["json"].as_str().unwrap());
+        }
     }
 
     #[test]
@@ -161,7 +174,55 @@ mod tests {
         }
     }
 
+    /// JSON as text: what a parser would rewrite (long and odd numbers, unsorted and repeated keys, escapes, whitespace).
+    fn json_text() -> impl Strategy<Value = String> {
+        let number = "-?(0|[1-9][0-9]{0,30})(\\.[0-9]{1,9})?([eE][+-]?[0-9]{1,3})?";
+        let string = r#""([ a-zäß☃]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}){0,6}""#;
+        let leaf = prop_oneof![number, string, Just("true".into()), Just("false".into()), Just("null".into())];
+        leaf.prop_recursive(4, 24, 4, move |inner| {
+            let gap = "[ \\t\\r\\n]{0,2}";
+            let items = proptest::collection::vec((gap, inner.clone(), gap), 0..4);
+            let members = proptest::collection::vec((gap, string, gap, gap, inner, gap), 0..4);
+            let array = (items, gap).prop_map(|(items, gap)| {
+                let items: Vec<String> = items.into_iter().map(|(a, item, b)| a + &item + &b).collect();
+                format!("[{gap}{}]", items.join(","))
+            });
+            let object = (members, gap).prop_map(|(members, gap)| {
+                let members: Vec<String> = members
+                    .into_iter()
+                    .map(|(a, key, b, c, value, d)| a + &key + &b + ":" + &c + &value + &d)
+                    .collect();
+                format!("{{{gap}{}}}", members.join(","))
+            });
+            prop_oneof![array, object]
+        })
+    }
+
     proptest! {
+        #[test]
+        fn json_passes_byte_for_byte_except_line_breaks(text in json_text()) {
+            let one_line = text.replace(['\n', '\r'], " ");
+            let publication = Publication { data: Bytes::from(text.clone()), ..Publication::default() };
+            let push = Push { r#pub: Some(publication.clone()), ..Push::default() };
+
+            // Out to JSON clients: one line, and the reader finds the same text.
+            let json = as_json(publication);
+            prop_assert!(!json.contains(['\n', '\r']));
+            let read = decode_replies(Encoding::Json, &Bytes::from(json)).unwrap().remove(0);
+            prop_assert_eq!(&read.push.unwrap().r#pub.unwrap().data[..], one_line.as_bytes());
+
+            // Out to protobuf clients: not a byte changes.
+            let mut binary = Vec::new();
+            encode_reply(Encoding::Protobuf, &Reply::push("c", push), &mut binary);
+            let read = decode_replies(Encoding::Protobuf, &Bytes::from(binary)).unwrap().remove(0);
+            prop_assert_eq!(&read.push.unwrap().r#pub.unwrap().data[..], text.as_bytes());
+
+            // In from JSON clients, whose commands are one line each.
+            let line = format!(r#"{{"id":1,"rpc":{{"data":{one_line},"method":"m"}}}}"#);
+            let command = decode_commands(Encoding::Json, &Bytes::from(line)).unwrap().remove(0);
+            prop_assert_eq!(&command.rpc.unwrap().data[..], one_line.as_bytes());
+        }
+
         #[test]
         fn arbitrary_bytes_are_messages_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
             let bytes = Bytes::from(bytes);
