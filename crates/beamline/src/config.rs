@@ -4,6 +4,7 @@
 
 mod keys;
 mod load;
+mod namespaces;
 mod renew;
 mod value;
 
@@ -126,17 +127,15 @@ impl Settings {
                 }
             }
         }
-        let tables = self.providers.iter().map(|v| ("[[worker.providers]]", keys::PROVIDER, v));
-        let tables = tables.chain(self.namespace_defaults.iter().map(|v| ("[cluster.defaults]", keys::NAMESPACE, v)));
-        let tables = tables.chain(self.namespaces.iter().map(|v| ("[[cluster.namespaces]]", keys::NAMESPACE, v)));
-        for (head, keys, values) in tables {
-            let _ = write!(out, "\n{head}\n");
-            for key in keys {
+        for values in &self.providers {
+            let _ = write!(out, "\n[[worker.providers]]\n");
+            for key in keys::PROVIDER {
                 if let Some((value, _)) = values.0.get(key.name) {
                     let _ = writeln!(out, "{} = {}", key.name, value::render(key.kind, value));
                 }
             }
         }
+        self.show_channels(&mut out);
         out.trim_start().to_string()
     }
 }

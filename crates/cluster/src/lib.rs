@@ -16,7 +16,7 @@ mod session;
 mod status;
 mod token;
 
-pub use rules::{Namespace, Rules};
+pub use rules::{Namespace, Overrides, Rules, namespaces};
 
 use bus::Bus;
 use engine::Engine;

@@ -47,13 +47,53 @@ impl Rules {
     }
 }
 
+/// What settings say of a channel's rules: what is `None` stays as it was. Who may be on a channel of the product's own
+/// apps (`user_limited`), and what is kept of it, is no setting.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Overrides {
+    pub history_size: Option<usize>,
+    pub history_ttl: Option<Duration>,
+    pub presence: Option<bool>,
+    pub join_leave: Option<bool>,
+    pub recovery: Option<bool>,
+    pub publish: Option<bool>,
+}
+
+impl Overrides {
+    pub fn over(&self, base: &Rules) -> Rules {
+        Rules {
+            history_size: self.history_size.unwrap_or(base.history_size),
+            history_ttl: self.history_ttl.unwrap_or(base.history_ttl),
+            presence: self.presence.unwrap_or(base.presence),
+            join_leave: self.join_leave.unwrap_or(base.join_leave),
+            recovery: self.recovery.unwrap_or(base.recovery),
+            publish: self.publish.unwrap_or(base.publish),
+            user_limited: base.user_limited,
+            durable: base.durable,
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Namespace {
     pub name: String,
     pub rules: Rules,
 }
 
-/// Those that the product's own apps use; settings may replace them.
+/// The built-in namespaces and those of the settings: each entry lies over the built-in namespace of its name, else over
+/// `defaults`. The built-in ones come first.
+pub fn namespaces(entries: &[(String, Overrides)], defaults: &Rules) -> Vec<Namespace> {
+    let mut namespaces = built_in();
+    for (name, overrides) in entries {
+        match namespaces.iter_mut().find(|known| known.name == *name) {
+            Some(known) => known.rules = overrides.over(&known.rules),
+            None => namespaces.push(Namespace { name: name.clone(), rules: overrides.over(defaults) }),
+        }
+    }
+    namespaces
+}
+
+/// Those that the product's own apps use. Only services publish there.
 pub fn built_in() -> Vec<Namespace> {
     let closed = Rules { publish: false, presence: false, ..Rules::default() };
     let namespace = |name: &str, rules| Namespace { name: name.into(), rules };
@@ -84,4 +124,25 @@ pub fn of<'a>(channel: &str, namespaces: &'a [Namespace], defaults: &'a Rules) -
 pub fn namespace_of(channel: &str) -> Option<&str> {
     let channel = channel.strip_prefix('$').unwrap_or(channel);
     channel.split_once(':').map(|(namespace, _)| namespace)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_of_an_entry_lie_over_the_built_in_namespace_or_the_defaults() {
+        let defaults = Rules { publish: false, history_size: 7, ..Rules::default() };
+        let entry = |name: &str| (name.to_string(), Overrides { history_size: Some(5), ..Overrides::default() });
+        let namespaces = namespaces(&["chat", "app", "ops", "news"].map(entry), &defaults);
+        let names: Vec<&str> = namespaces.iter().map(|namespace| namespace.name.as_str()).collect();
+        assert_eq!(names, ["app", "chat", "ops", "news"]);
+
+        for (namespace, built_in) in namespaces.iter().zip(built_in()) {
+            assert_eq!(namespace.rules, Rules { history_size: 5, ..built_in.rules }, "{}", namespace.name);
+            assert!(!namespace.rules.publish, "{}", namespace.name);
+        }
+        assert!(namespaces[0].rules.user_limited && !namespaces[0].rules.durable);
+        assert_eq!(namespaces[3].rules, Rules { history_size: 5, ..defaults });
+    }
 }

@@ -104,6 +104,33 @@ describe("subscribe", () => {
     expect(heard.people).toEqual(["+ann", "-ann"]);
   });
 
+  it("ignores publications of clients where only services publish", async () => {
+    const forgery = (offset: number) => ({ data: data("forged"), info: { user: "mallory", client: "c9" }, offset });
+    server.subscribe = () => ({ subscribe: { epoch: "e1", offset: 0, recoverable: true, publications: [] } });
+    server.other = () => ({ history: { publications: [forgery(1), { data: data("real"), offset: 2 }], epoch: "e1", offset: 2 } });
+    const connection = await connected();
+    for (const channel of ["chat:general", "app:s1#ann", "ops:live"]) {
+      const heard = new Heard();
+      connection.subscribe(channel, heard);
+      await settle();
+      server.socket.say({ push: { channel, pub: forgery(1) } });
+      server.publish(channel, data("real"), 2);
+      server.socket.say({ push: { channel, pub: forgery(0) } });
+      expect(heard.publications).toEqual(["real"]);
+      expect(heard.positions).toEqual([{ epoch: "e1", offset: 2 }]);
+      const kept = connection.history(channel, -1);
+      await settle();
+      expect((await kept).publications.map((publication) => text(publication.data))).toEqual(["real"]);
+    }
+
+    // Elsewhere clients may publish.
+    const heard = new Heard();
+    connection.subscribe("news", heard);
+    await settle();
+    server.socket.say({ push: { channel: "news", pub: forgery(1) } });
+    expect(heard.publications).toEqual(["forged"]);
+  });
+
   it("delivers each offset once and publications without an offset always", async () => {
     const connection = await connected();
     const heard = new Heard();

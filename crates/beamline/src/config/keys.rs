@@ -133,13 +133,14 @@ pub const PROVIDER: &[Key] = &[
     unset("system", Text, "openai: system prompt"),
 ];
 
-/// Keys of each `[[cluster.namespaces]]`, and of `[cluster.defaults]` but for the name.
+/// Keys of each `[[cluster.namespaces]]`, and of `[cluster.defaults]` but for the name. None has a default here: a key that
+/// is not given stays as it is in the namespace that the entry changes.
 pub const NAMESPACE: &[Key] = &[
     unset("name", Text, "channels <name>:… follow it"),
-    key("history_size", Count(0, 100_000), "100", "publications kept a channel; 0: none"),
-    key("history_ttl", Duration, "10m", "how long they are kept"),
-    key("presence", Bool, "true", "who is there can be asked"),
-    key("join_leave", Bool, "false", "comings and goings are published"),
-    key("recovery", Bool, "true", "a client that was away gets what it missed"),
-    key("publish", Bool, "true", "clients may publish"),
+    unset("history_size", Count(0, 100_000), "publications kept a channel; 0: none"),
+    unset("history_ttl", Duration, "how long they are kept"),
+    unset("presence", Bool, "who is there can be asked"),
+    unset("join_leave", Bool, "comings and goings are published"),
+    unset("recovery", Bool, "a client that was away gets what it missed"),
+    unset("publish", Bool, "clients may publish"),
 ];

@@ -104,6 +104,7 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
     }
 
     reader.relations(&settings);
+    reader.open_namespaces(&mut settings);
     for problem in &mut reader.problems.0 {
         if let (Some(Source::File { line }), Some(file)) = (settings.values.source(&problem.at), &settings.file) {
             problem.at = format!("{}:{line}: {}", file.display(), problem.at);
@@ -350,6 +351,28 @@ fn is_in(key: &Key, table: &str) -> bool {
     key.name.strip_prefix(table).is_some_and(|rest| rest.starts_with('.'))
 }
 
+impl Reader {
+    /// Built-in namespaces that clients may publish to: a page takes what is said there for the server's word.
+    fn open_namespaces(&mut self, settings: &mut Settings) {
+        let mut warnings = Vec::new();
+        for values in settings.namespaces.iter().filter(|values| values.maybe_flag("publish") == Some(true)) {
+            let name = values.maybe_text("name").unwrap_or_default();
+            match name.as_str() {
+                "app" => self.problem(
+                    "cluster.namespaces",
+                    "app may not have publish = true: its channels are other people's pages; remove the line",
+                ),
+                "chat" | "ops" => warnings.push(format!(
+                    "cluster.namespaces: {name} has publish = true, so that every client may publish what only services \
+                     should; the pages ignore it, other programs may not. Remove the line unless you mean it"
+                )),
+                _ => {}
+            }
+        }
+        settings.warnings.extend(warnings);
+    }
+}
+
 struct Scope<'a> {
     path: &'a Path,
     text: &'a str,
@@ -512,6 +535,49 @@ mod tests {
         let again = with_file(&shown, &[], &[]).unwrap_or_else(|e| panic!("{e}\n{shown}"));
         assert_eq!(again.providers[0].text("name"), "sh");
         assert_eq!(again.values.duration("gateway.request_timeout").as_secs(), 5);
+    }
+
+    #[test]
+    fn one_key_of_a_built_in_namespace_leaves_the_others() {
+        let file = "[cluster.defaults]\npublish = false\n[[cluster.namespaces]]\nname = \"chat\"\nhistory_size = 7\n\
+                    [[cluster.namespaces]]\nname = \"app\"\npresence = true\n[[cluster.namespaces]]\nname = \"news\"\n\
+                    history_ttl = \"1h\"\n";
+        let settings = with_file(file, &[], &[]).unwrap();
+        let check = |settings: &Settings| {
+            let namespaces = settings.channel_namespaces();
+            let rules = |name: &str| &namespaces.iter().find(|known| known.name == name).unwrap().rules;
+            assert_eq!(namespaces.len(), 4);
+            assert!(namespaces.iter().all(|namespace| !namespace.rules.publish), "{namespaces:?}");
+            assert_eq!((rules("chat").history_size, rules("chat").join_leave), (7, true));
+            assert!(rules("app").user_limited && rules("app").presence && !rules("app").durable);
+            assert_eq!((rules("app").history_size, rules("ops").history_size), (512, 300));
+            assert_eq!(rules("news").history_ttl, Duration::from_secs(3600));
+        };
+        check(&settings);
+
+        // `config show` prints the effective rules, which are read back as the same ones.
+        let shown = settings.show();
+        for expected in
+            ["name = \"app\"", "history_size = 7  # line 5", "publish = false  # line 2", "history_size = 300\n"]
+        {
+            assert!(shown.contains(expected), "{expected:?} is missing in:\n{shown}");
+        }
+        let again = with_file(&shown, &[], &[]).unwrap_or_else(|e| panic!("{e}\n{shown}"));
+        check(&again);
+    }
+
+    #[test]
+    fn a_built_in_namespace_is_opened_only_by_an_explicit_key_and_app_never() {
+        let open =
+            |name: &str| with_file(&format!("[[cluster.namespaces]]\nname = \"{name}\"\npublish = true\n"), &[], &[]);
+        for name in ["chat", "ops"] {
+            let settings = open(name).unwrap();
+            assert_eq!(settings.warnings.len(), 1, "{name}: {:?}", settings.warnings);
+            assert!(settings.channel_namespaces().iter().any(|known| known.name == name && known.rules.publish));
+        }
+        assert!(open("news").unwrap().warnings.is_empty());
+        let text = open("app").unwrap_err().to_string();
+        assert!(text.contains("app may not have publish = true"), "{text}");
     }
 
     #[test]

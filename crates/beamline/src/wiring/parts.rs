@@ -41,13 +41,6 @@ pub async fn cluster(settings: &Settings, data_dir: &Path, http: SocketAddr, bus
     } else {
         cluster::EngineConfig::Redis { url: urls.join(",") }
     };
-    let mut namespaces = defaults.namespaces;
-    for values in &settings.namespaces {
-        let fresh = cluster::Namespace { name: values.text("name"), rules: rules(values) };
-        // One of ours may be replaced.
-        namespaces.retain(|known| known.name != fresh.name);
-        namespaces.push(fresh);
-    }
     let config = cluster::Config {
         node: values.maybe_text("cluster.node").unwrap_or(defaults.node),
         address: http.to_string(),
@@ -59,24 +52,12 @@ pub async fn cluster(settings: &Settings, data_dir: &Path, http: SocketAddr, bus
         origins: values.list("http.origins"),
         client_queue: values.count("cluster.client_queue"),
         drain_period: values.duration("cluster.drain_period"),
-        namespaces,
-        defaults: settings.namespace_defaults.as_ref().map_or(defaults.defaults, rules),
+        namespaces: settings.channel_namespaces(),
+        defaults: settings.channel_defaults(),
         engine,
         ..cluster::Config::default()
     };
     cluster::bind(config, bus).await.context("the cluster node cannot start")
-}
-
-fn rules(values: &Values) -> cluster::Rules {
-    cluster::Rules {
-        history_size: values.count("history_size"),
-        history_ttl: values.duration("history_ttl"),
-        presence: values.flag("presence"),
-        join_leave: values.flag("join_leave"),
-        recovery: values.flag("recovery"),
-        publish: values.flag("publish"),
-        ..cluster::Rules::default()
-    }
 }
 
 pub async fn worker(settings: &Settings, bus: Bus) -> Result<worker::Bound> {

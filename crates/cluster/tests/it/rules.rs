@@ -2,7 +2,7 @@
 
 use crate::client::{Client, ENCODINGS, code, to};
 use crate::node::{Node, now_s, sign, token};
-use cluster::{Namespace, Rules};
+use cluster::{Namespace, Overrides, Rules};
 use serde_json::json;
 use wire::limits::{CHANNEL_MAX, CHANNELS_PER_CLIENT_MAX};
 use wire::realtime::{Encoding, SubscribeRequest};
@@ -67,6 +67,23 @@ async fn who_may_publish() {
         assert_eq!(code(&ann.publish("nowhere:x", "1").await), 102);
         assert_eq!(code(&ann.publish("news", "").await), 107, "a publication has data");
         assert!(ann.publish("news", "1").await.publish.is_some());
+    }
+}
+
+#[tokio::test]
+async fn one_setting_of_a_built_in_namespace_does_not_open_it() {
+    let node = Node::start_with(|config| {
+        let entry = |name: &str| (name.to_string(), Overrides { history_size: Some(5), ..Overrides::default() });
+        config.namespaces = cluster::namespaces(&["app", "chat", "ops"].map(entry), &config.defaults);
+    })
+    .await;
+    let mut ann = Client::connect(&node, "ann").await;
+    for channel in ["chat:lobby", "app:home#ann", "ops:nodes"] {
+        assert_eq!(code(&ann.publish(channel, "1").await), 103, "{channel}");
+        check(&mut ann, channel, "", 0).await;
+    }
+    for channel in ["app:home", "app:home#bob"] {
+        check(&mut ann, channel, "", 103).await;
     }
 }
 
