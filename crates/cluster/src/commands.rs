@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use wire::channels::{self, Position};
 use wire::limits::{CHANNELS_PER_CLIENT_MAX, HISTORY_PAGE_MAX};
 use wire::realtime::{
-    Command, ConnectRequest, ConnectResult, Disconnect, ErrorCode, HistoryRequest, HistoryResult, Join, Leave,
-    PresenceResult, PresenceStatsResult, Publication, PublishRequest, PublishResult, Push, RefreshRequest,
+    ClientInfo, Command, ConnectRequest, ConnectResult, Disconnect, ErrorCode, HistoryRequest, HistoryResult, Join,
+    Leave, PresenceResult, PresenceStatsResult, Publication, PublishRequest, PublishResult, Push, RefreshRequest,
     RefreshResult, Reply, RpcRequest, RpcResult, SubRefreshRequest, SubRefreshResult, SubscribeRequest,
     SubscribeResult, Unsubscribe, UnsubscribeResult,
 };
@@ -273,7 +273,8 @@ async fn prepare(
         Err(error) => {
             tracing::warn!(channel, %error, "a subscription failed");
             client.forget(channel);
-            leave(node, client, channel, rules.presence).await;
+            let last = node.hub.leave(channel, client.number);
+            withdraw(node, client, channel, rules.presence, last).await;
             Err(error.denied())
         }
     }
@@ -315,15 +316,21 @@ async fn recover(
 async fn unsubscribe(node: &Node, client: &Client, channel: &str) {
     let info = client.info_on(channel);
     let Some(held) = client.forget(channel) else { return };
-    leave(node, client, channel, held.presence).await;
+    let last = node.hub.leave(channel, client.number);
+    depart(node, client, channel, &held, info, last).await;
+}
+
+/// The end of a subscription that the hub does not know any more, told to the engine and the others on the channel.
+async fn depart(node: &Node, client: &Client, channel: &str, held: &Held, info: ClientInfo, last: bool) {
+    withdraw(node, client, channel, held.presence, last).await;
     if held.join_leave {
         let leave = Leave { info: Some(info) };
         node.engine.event(channel, Push { leave: Some(leave), ..Push::default() }).await;
     }
 }
 
-async fn leave(node: &Node, client: &Client, channel: &str, presence: bool) {
-    if node.hub.leave(channel, client.number) {
+async fn withdraw(node: &Node, client: &Client, channel: &str, presence: bool, last: bool) {
+    if last {
         node.engine.unfollow(channel).await;
     }
     if presence && let Err(error) = node.engine.present(channel, &client.id, None).await {
@@ -338,11 +345,22 @@ async fn announce(node: &Node, client: &Client, channel: &str, rules: &Rules) {
     }
 }
 
-/// The connection is over: so is all it held.
+/// The connection is over: so is all it held. Nothing is delivered to it any more once this has begun, however long the
+/// engine takes for the rest.
 pub async fn disconnected(node: &Node, client: &Client) {
     node.clients.lock().remove(&client.number);
-    for (channel, _) in client.subscriptions() {
-        unsubscribe(node, client, &channel).await;
+    let departures: Vec<_> = client
+        .subscriptions()
+        .into_iter()
+        .map(|(channel, held)| {
+            let (info, last) = (client.info_on(&channel), node.hub.leave(&channel, client.number));
+            client.forget(&channel);
+            (channel, held, info, last)
+        })
+        .collect();
+
+    for (channel, held, info, last) in departures {
+        depart(node, client, &channel, &held, info, last).await;
     }
 }
 
@@ -380,7 +398,7 @@ async fn present(
     node: &Node,
     client: &Client,
     channel: &str,
-) -> Result<std::collections::BTreeMap<String, wire::realtime::ClientInfo>, Denied> {
+) -> Result<std::collections::BTreeMap<String, ClientInfo>, Denied> {
     let rules = node.may_read(client, channel)?;
     if !rules.presence {
         let text = "presence is off; presence = true in the channel's namespace turns it on";

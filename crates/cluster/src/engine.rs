@@ -68,8 +68,10 @@ pub trait Engine: Send + Sync {
     async fn follow(&self, channel: &str) -> Result<(), Failed>;
     async fn unfollow(&self, channel: &str);
 
-    /// What the engine does by itself, until cancelled.
-    async fn serve(&self, _cancel: CancellationToken) {}
+    /// What the engine does by itself, until cancelled; an earlier end is a failure of the node.
+    async fn serve(&self, cancel: CancellationToken) {
+        cancel.cancelled().await;
+    }
 
     /// Housekeeping, now and then.
     async fn tidy(&self);
@@ -77,7 +79,13 @@ pub trait Engine: Send + Sync {
     fn describe(&self) -> &'static str;
 }
 
+/// Runs the engine until cancelled, or until it ends by itself.
 pub async fn run(engine: Arc<dyn Engine>, cancel: CancellationToken) {
+    let cancel = cancel.child_token();
+    let serving = async {
+        engine.serve(cancel.clone()).await;
+        cancel.cancel();
+    };
     let tidying = async {
         let mut ticks = tokio::time::interval(TIDY_INTERVAL);
         loop {
@@ -87,5 +95,5 @@ pub async fn run(engine: Arc<dyn Engine>, cancel: CancellationToken) {
             }
         }
     };
-    tokio::join!(tidying, engine.serve(cancel.clone()));
+    tokio::join!(tidying, serving);
 }

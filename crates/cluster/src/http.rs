@@ -1,5 +1,6 @@
 //! The upgrade to a WebSocket connection, and the server API's routes.
 
+use crate::place::Place;
 use crate::session::{self, Transport};
 use crate::{Node, server_api};
 use axum::body::Body;
@@ -12,7 +13,6 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use hyper_util::server::conn::auto;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use tokio::net::TcpStream;
 use wire::realtime::Encoding;
 use wire::websocket::accept_key;
@@ -47,26 +47,18 @@ async fn websocket(State(node): State<Arc<Node>>, mut request: Request) -> Respo
     };
     let accept = accept_key(&key);
 
-    if node.connections.fetch_add(1, Relaxed) >= node.config.max_connections {
-        node.connections.fetch_sub(1, Relaxed);
+    let Some(place) = Place::take(&node) else {
         metrics::counter!("beamline_cluster_refused_total").increment(1);
         return refuse(StatusCode::SERVICE_UNAVAILABLE, "the node is full; cluster.max_connections is the limit");
-    }
+    };
     let upgrade = hyper::upgrade::on(&mut request);
-    let held = node.clone();
     node.sessions.spawn(async move {
         match upgrade.await {
             Ok(upgraded) => match tcp_stream(upgraded) {
-                Some((stream, early)) => Box::pin(session::run(held, stream, early, transport)).await,
-                None => {
-                    held.connections.fetch_sub(1, Relaxed);
-                    tracing::error!("a connection is not a plain TCP stream; the routes are to be served on one");
-                }
+                Some((stream, early)) => Box::pin(session::run(place, stream, early, transport)).await,
+                None => tracing::error!("a connection is not a plain TCP stream; the routes are to be served on one"),
             },
-            Err(error) => {
-                held.connections.fetch_sub(1, Relaxed);
-                tracing::debug!(%error, "a connection ended before its upgrade");
-            }
+            Err(error) => tracing::debug!(%error, "a connection ended before its upgrade"),
         }
     });
     let mut response = Response::builder()

@@ -10,6 +10,7 @@ mod commands;
 mod engine;
 mod http;
 mod hub;
+mod place;
 mod rules;
 mod server_api;
 mod session;
@@ -102,6 +103,8 @@ pub enum Error {
     NoSecret,
     #[error("a loop of the node panicked: {0}")]
     Panic(#[from] tokio::task::JoinError),
+    #[error("{0} ended before the node was stopped; without it channels do not work, so the node ends too")]
+    LoopEnded(&'static str),
 }
 
 /// Engine connected, subjects subscribed; nothing is served yet.
@@ -122,6 +125,8 @@ pub(crate) struct Node {
     connections: AtomicUsize,
     stats: status::Stats,
     sessions: TaskTracker,
+    /// Where those of `sessions` run that are started when a session panics.
+    runtime: tokio::runtime::Handle,
     stopping: CancellationToken,
 }
 
@@ -147,6 +152,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         connections: AtomicUsize::new(0),
         stats: status::Stats::default(),
         sessions: TaskTracker::new(),
+        runtime: tokio::runtime::Handle::current(),
         stopping: CancellationToken::new(),
         bus,
         config,
@@ -164,22 +170,38 @@ impl Bound {
         Ready { node: self.node.clone() }
     }
 
-    /// Serves until cancelled, then moves the clients away, paced.
+    /// Serves until cancelled, then moves the clients away, paced. A loop that ends by itself ends the node: its clients
+    /// are moved away as well, and the error says what happened.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { node, operations } = self;
         let ended = CancellationToken::new();
         let mut loops = tokio::task::JoinSet::new();
-        loops.spawn(bus_api::run(node.clone(), operations, ended.clone()));
-        loops.spawn(status::run(node.clone(), ended.clone()));
-        loops.spawn(engine::run(node.engine.clone(), ended.clone()));
-        cancel.cancelled().await;
+        loops.spawn(named("the loop of bus requests", bus_api::run(node.clone(), operations, ended.clone())));
+        loops.spawn(named("the loop of status reports", status::run(node.clone(), ended.clone())));
+        loops.spawn(named("the loop of the engine", engine::run(node.engine.clone(), ended.clone())));
+
+        let mut outcome = tokio::select! {
+            () = cancel.cancelled() => Ok(()),
+            Some(early) = loops.join_next() => Err(early.map_or_else(Error::Panic, Error::LoopEnded)),
+        };
+        if let Err(error) = &outcome {
+            tracing::error!(%error, "the node cannot go on; its clients are moved away");
+        }
+
         node.drain().await;
         ended.cancel();
         while let Some(done) = loops.join_next().await {
-            done?;
+            if let Err(panic) = done {
+                outcome = outcome.and(Err(panic.into()));
+            }
         }
-        Ok(())
+        outcome
     }
+}
+
+async fn named(name: &'static str, run: impl Future<Output = ()>) -> &'static str {
+    run.await;
+    name
 }
 
 /// Whether channels work now.

@@ -3,12 +3,12 @@
 use crate::Node;
 use crate::client::{Client, Outbox, frame};
 use crate::commands;
+use crate::place::Place;
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice};
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -47,16 +47,13 @@ pub enum Exit {
     Violation(u16),
 }
 
-pub async fn run(node: Arc<Node>, stream: TcpStream, early: Bytes, transport: Transport) {
-    let mut session = Session::new(node.clone(), stream, early, transport);
+pub async fn run(place: Place, stream: TcpStream, early: Bytes, transport: Transport) {
+    let node = place.node().clone();
+    let mut session = Session::new(&place, stream, early, transport);
     let exit = session.serve().await;
-    let client = session.client.clone();
-    // With it goes the command that it is in the middle of: nothing is subscribed behind the clean-up.
+    // With it goes the command that it is in the middle of: nothing is subscribed behind the departure.
     drop(session);
-    if let Some(client) = client.get() {
-        commands::disconnected(&node, client).await;
-    }
-    node.connections.fetch_sub(1, Relaxed);
+    place.leave().await;
     node.stats().ended(exit);
     tracing::debug!(?exit, "connection ended");
 }
@@ -95,8 +92,8 @@ pub struct Outcome {
 }
 
 impl Session {
-    fn new(node: Arc<Node>, stream: TcpStream, early: Bytes, transport: Transport) -> Self {
-        let now = Instant::now();
+    fn new(place: &Place, stream: TcpStream, early: Bytes, transport: Transport) -> Self {
+        let (node, now) = (place.node().clone(), Instant::now());
         Self {
             outbox: Arc::new(Outbox::new(node.config.client_queue)),
             stream,
@@ -104,7 +101,7 @@ impl Session {
             decoder: Decoder::new(CLIENT_MESSAGE_MAX),
             input: BytesMut::from(&early[..]),
             output: VecDeque::new(),
-            client: Arc::default(),
+            client: place.client().clone(),
             connected: false,
             current: None,
             rpcs: FuturesUnordered::new(),

@@ -33,6 +33,10 @@ impl Stats {
         metrics::histogram!("beamline_cluster_publish_duration_seconds").record(took.as_secs_f64());
     }
 
+    pub fn panicked(&self) {
+        metrics::counter!("beamline_cluster_disconnects_total", "code" => "panic").increment(1);
+    }
+
     pub fn ended(&self, exit: Exit) {
         if exit == Exit::Closed(Disconnect::Slow) {
             self.slow.fetch_add(1, Relaxed);

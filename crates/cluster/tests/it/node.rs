@@ -85,6 +85,13 @@ impl Node {
         self.stopped().await;
     }
 
+    /// Waits for a node that ends without being asked to, and says why.
+    pub async fn failed(self) -> cluster::Error {
+        let ended = timeout(DEADLINE, self.node).await.expect("the node ends by itself in time");
+        self.cancel.cancel();
+        ended.unwrap().expect_err("a failure")
+    }
+
     /// One call of the server API: HTTP status and answer.
     pub async fn call_with_key(&self, key: &str, method: &str, body: &str) -> (u16, Value) {
         let (status, text) = self.call_for_text(key, method, body).await;
