@@ -76,7 +76,17 @@ pub trait Engine: Send + Sync {
     /// Housekeeping, now and then.
     async fn tidy(&self);
 
+    /// The last call: nothing is taken after it.
+    async fn close(&self) -> Result<(), Failed> {
+        Ok(())
+    }
+
     fn describe(&self) -> &'static str;
+}
+
+/// The name of a new life of a channel's history.
+pub fn fresh_epoch() -> String {
+    uuid::Uuid::new_v4().simple().to_string()[..8].to_string()
 }
 
 /// Runs the engine until cancelled, or until it ends by itself.

@@ -41,9 +41,46 @@ struct Subscriber {
     /// Has it been told its position: then a gap is told too.
     positioned: bool,
     /// Until it is live.
-    collected: Option<Vec<Publication>>,
+    collected: Option<Collected>,
     /// Something may have been missed while it collected: it is told so once it is live.
     lost: bool,
+}
+
+/// What came by while a subscription's history was read.
+#[derive(Default)]
+struct Collected {
+    publications: Vec<Publication>,
+    /// The life that their offsets count in; empty while none counts.
+    epoch: String,
+}
+
+impl Collected {
+    /// Whether there was room, and they still all count in one life.
+    fn take(&mut self, publication: &Publication, epoch: &str) -> bool {
+        if publication.offset > 0 {
+            if self.epoch.is_empty() {
+                self.epoch = epoch.into();
+            } else if self.epoch != epoch {
+                return false;
+            }
+        }
+        if self.publications.len() >= COLLECTED_MAX {
+            return false;
+        }
+        self.publications.push(publication.clone());
+        true
+    }
+}
+
+impl Channel {
+    /// From here on offsets count in another life: positions in the one before mean nothing any more.
+    fn begin(&mut self, epoch: &str, newest: u64) {
+        self.epoch = epoch.into();
+        self.newest = newest;
+        for subscriber in self.subscribers.values_mut().filter(|subscriber| subscriber.collected.is_none()) {
+            subscriber.position = 0;
+        }
+    }
 }
 
 impl Default for Hub {
@@ -105,7 +142,7 @@ impl Hub {
             client: client.clone(),
             position: 0,
             positioned: false,
-            collected: Some(Vec::new()),
+            collected: Some(Collected::default()),
             lost: false,
         };
         shard.entry(name).or_default().lock().subscribers.insert(client.number, subscriber);
@@ -135,23 +172,28 @@ impl Hub {
         if let Some(reply) = reply {
             client.outbox.push_reply(reply);
         }
-        let other_life = !found.epoch.is_empty() && !position.epoch.is_empty() && found.epoch != position.epoch;
-        if found.epoch.is_empty() {
-            found.epoch.clone_from(&position.epoch);
-        }
-        if !other_life {
-            found.newest = found.newest.max(position.offset);
-        }
-        let Some(subscriber) = found.subscribers.get_mut(&client.number) else { return };
-        subscriber.position = position.offset;
-        subscriber.positioned = positioned;
-        let collected = subscriber.collected.take();
-        if positioned && (subscriber.lost || other_life) {
-            found.subscribers.remove(&client.number);
+        let Some(mut subscriber) = found.subscribers.remove(&client.number) else { return };
+        let collected = subscriber.collected.take().unwrap_or_default();
+        let two_lives = !collected.epoch.is_empty() && !position.epoch.is_empty() && collected.epoch != position.epoch;
+        if positioned && (subscriber.lost || two_lives) {
             client.lose(channel);
             return;
         }
-        for publication in collected.into_iter().flatten() {
+
+        if !position.epoch.is_empty() && !two_lives && !subscriber.lost {
+            if found.epoch != position.epoch {
+                // Its history was read after the others were told their positions: theirs are of a life that is over.
+                if !found.epoch.is_empty() {
+                    lost(channel, &mut found);
+                }
+                found.begin(&position.epoch, position.offset);
+            }
+            found.newest = found.newest.max(position.offset);
+        }
+
+        subscriber.position = position.offset;
+        subscriber.positioned = positioned;
+        for publication in collected.publications {
             if publication.offset == 0 || publication.offset > subscriber.position {
                 subscriber.position = subscriber.position.max(publication.offset);
                 let push = Push { r#pub: Some(publication), ..Push::default() };
@@ -159,6 +201,7 @@ impl Hub {
                 self.deliveries.fetch_add(1, Relaxed);
             }
         }
+        found.subscribers.insert(client.number, subscriber);
     }
 
     /// A publication to everybody on the channel here. Engines call it in the order of offsets; `epoch` is the life of
@@ -180,8 +223,7 @@ impl Hub {
                 lost(channel, &mut found);
             }
             if found.epoch != epoch {
-                found.epoch = epoch.into();
-                found.newest = offset;
+                found.begin(epoch, offset);
             }
             found.newest = found.newest.max(offset);
         }
@@ -193,11 +235,7 @@ impl Hub {
         let mut delivered = 0;
         for subscriber in found.subscribers.values_mut() {
             if let Some(collected) = &mut subscriber.collected {
-                if collected.len() < COLLECTED_MAX {
-                    collected.push(publication.clone());
-                } else {
-                    subscriber.lost = true;
-                }
+                subscriber.lost |= !collected.take(publication, epoch);
                 continue;
             }
             if offset > 0 {

@@ -3,11 +3,17 @@
 //! Writes that arrive while a commit runs share the next one, so throughput rises with the load. WAL mode with
 //! `synchronous=NORMAL` keeps every commit when the process dies; a power failure may lose the last ones.
 
+mod life;
+
+pub use life::Continuity;
 pub use rusqlite;
 
+use life::Life;
 use rusqlite::{Connection, OpenFlags};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
@@ -45,7 +51,10 @@ type Read = Box<dyn FnOnce(&Connection) + Send>;
 pub struct Journal {
     writes: mpsc::Sender<Write>,
     reads: mpsc::Sender<Read>,
-    _lock: Arc<std::fs::File>,
+    /// Set by the writer itself, so that no write can slip behind the note of the end.
+    closed: Arc<AtomicBool>,
+    life: Option<Life>,
+    _lock: Arc<File>,
 }
 
 impl Journal {
@@ -53,31 +62,32 @@ impl Journal {
     ///
     /// [`Error::InUse`] means that another handle or process holds the lock file next to it.
     pub fn open(path: &Path, schema: &str) -> Result<Self> {
-        let lock_path = path.with_extension("lock");
-        let open_error = |e: std::io::Error| Error::Open {
-            path: lock_path.clone(),
-            source: rusqlite::Error::ToSqlConversionFailure(Box::new(e)),
-        };
-        let lock = std::fs::File::options().write(true).create(true).truncate(false).open(&lock_path);
-        let lock = lock.map_err(open_error)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => return Err(Error::InUse(path.to_path_buf())),
-            Err(std::fs::TryLockError::Error(e)) => return Err(open_error(e)),
-        }
+        let lock = lock(path)?;
+        let writer = connect(path, schema)?;
+        Self::start(path, lock, writer, None)
+    }
 
-        let failed = |source| Error::Open { path: path.to_path_buf(), source };
-        let writer = Connection::open(path).map_err(failed)?;
-        // Lets `PRAGMA incremental_vacuum` return free pages to the file system. It takes effect only in a new file.
-        writer.pragma_update(None, "auto_vacuum", "INCREMENTAL").map_err(failed)?;
-        writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
-        writer.pragma_update(None, "synchronous", "NORMAL").map_err(failed)?;
-        writer.pragma_update(None, "journal_size_limit", LOG_BYTES_KEPT).map_err(failed)?;
-        writer.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
-        writer.set_prepared_statement_cache_capacity(64);
-        writer.execute_batch(schema).map_err(failed)?;
+    /// Like [`Journal::open`], for data of which a reader must know whether acknowledged writes may be missing. `begin`
+    /// hears it and writes what follows from it before anything else is written. `boot` is the boot of the machine (on
+    /// Linux `/proc/sys/kernel/random/boot_id`); empty: unknown.
+    pub fn resume<T>(
+        path: &Path,
+        schema: &str,
+        boot: &str,
+        begin: impl FnOnce(&Connection, Continuity) -> rusqlite::Result<T>,
+    ) -> Result<(Self, T)> {
+        let lock = lock(path)?;
+        let mut writer = connect(path, schema)?;
 
+        let life = Life::new(path, lock.clone());
+        let begun = life.begin(&mut writer, boot, begin);
+        let begun = begun.map_err(|source| Error::Open { path: path.to_path_buf(), source })?;
+        Ok((Self::start(path, lock, writer, Some(life))?, begun))
+    }
+
+    fn start(path: &Path, lock: Arc<File>, writer: Connection, life: Option<Life>) -> Result<Self> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let failed = |source| Error::Open { path: path.to_path_buf(), source };
         let reader = Connection::open_with_flags(path, flags).map_err(failed)?;
         reader.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
 
@@ -87,8 +97,18 @@ impl Journal {
         let spawn = |name: String, run: Box<dyn FnOnce() + Send>| std::thread::Builder::new().name(name).spawn(run);
         let spawned = spawn(format!("{name}-write"), Box::new(move || write_loop(writer, write_queue)))
             .and_then(|_| spawn(format!("{name}-read"), Box::new(move || read_loop(&reader, read_queue))));
-        spawned.map_err(open_error)?;
-        Ok(Self { writes, reads, _lock: Arc::new(lock) })
+        spawned.map_err(|error| open_error(path, error))?;
+        Ok(Self { writes, reads, closed: Arc::default(), life, _lock: lock })
+    }
+
+    /// Refuses further writes, and notes in a file that was resumed that its user ended in good order.
+    pub async fn close(&self) -> Result<()> {
+        let (closed, life) = (self.closed.clone(), self.life.clone());
+        self.write(move |db| {
+            closed.store(true, SeqCst);
+            life.map_or(Ok(()), |life| life.end(db))
+        })
+        .await
     }
 
     /// Runs `write` in the next batch and returns its result once the batch is committed. A failing write rolls back
@@ -99,8 +119,12 @@ impl Journal {
         F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     {
         let (answer, answered) = oneshot::channel();
+        let closed = self.closed.clone();
         let write: Write = Box::new(move |connection| {
-            let outcome = in_savepoint(connection, write);
+            let outcome = match closed.load(SeqCst) {
+                true => Err(not_stored("the journal was closed")),
+                false => in_savepoint(connection, write),
+            };
             Box::new(move |committed| {
                 // Fails only if the caller has stopped waiting.
                 let _ = answer.send(outcome.and_then(|value| committed.map(|()| value)));
@@ -124,6 +148,35 @@ impl Journal {
         self.reads.send(read).await.map_err(|_| Error::Closed)?;
         Ok(answered.await.map_err(|_| Error::Closed)??)
     }
+}
+
+/// The file beside the database that one process at a time holds.
+fn lock(path: &Path) -> Result<Arc<File>> {
+    let lock = File::options().write(true).create(true).truncate(false).open(path.with_extension("lock"));
+    let lock = lock.map_err(|error| open_error(path, error))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(Arc::new(lock)),
+        Err(std::fs::TryLockError::WouldBlock) => Err(Error::InUse(path.to_path_buf())),
+        Err(std::fs::TryLockError::Error(error)) => Err(open_error(path, error)),
+    }
+}
+
+fn connect(path: &Path, schema: &str) -> Result<Connection> {
+    let failed = |source| Error::Open { path: path.to_path_buf(), source };
+    let writer = Connection::open(path).map_err(failed)?;
+    // Lets `PRAGMA incremental_vacuum` return free pages to the file system. It takes effect only in a new file.
+    writer.pragma_update(None, "auto_vacuum", "INCREMENTAL").map_err(failed)?;
+    writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
+    writer.pragma_update(None, "synchronous", "NORMAL").map_err(failed)?;
+    writer.pragma_update(None, "journal_size_limit", LOG_BYTES_KEPT).map_err(failed)?;
+    writer.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
+    writer.set_prepared_statement_cache_capacity(64);
+    writer.execute_batch(schema).map_err(failed)?;
+    Ok(writer)
+}
+
+fn open_error(path: &Path, error: std::io::Error) -> Error {
+    Error::Open { path: path.with_extension("lock"), source: rusqlite::Error::ToSqlConversionFailure(Box::new(error)) }
 }
 
 /// Runs one write of the batch in a savepoint, so that a failing write does not fail the others.
@@ -216,6 +269,89 @@ mod tests {
         let journal = Journal::open(&path, SCHEMA).unwrap();
         let count: i64 = journal.read(|c| c.query_row("SELECT count(*) FROM t", [], |row| row.get(0))).await.unwrap();
         assert_eq!(count, 100);
+    }
+
+    /// What the file is found to be, once its last user has let go of it.
+    async fn resumed(path: &Path, boot: &str) -> (Journal, Continuity) {
+        let end = std::time::Instant::now() + Duration::from_secs(10);
+        loop {
+            match Journal::resume(path, SCHEMA, boot, |_, continuity| Ok(continuity)) {
+                Err(Error::InUse(_)) if std::time::Instant::now() < end => tokio::task::yield_now().await,
+                resumed => return resumed.unwrap(),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn acknowledged_writes_are_certain_after_a_kill_and_after_an_orderly_end_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j.db");
+        let check = async |boot: &str, expected: Continuity, end_in_order: bool, what: &str| {
+            let (journal, continuity) = resumed(&path, boot).await;
+            assert_eq!(continuity, expected, "{what}");
+            if end_in_order {
+                journal.close().await.unwrap();
+                let late = journal.write(|db| db.execute("INSERT INTO t VALUES (1)", [])).await;
+                assert!(late.is_err(), "nothing is acknowledged behind the note of the end");
+            }
+        };
+        check("a", Continuity::Doubtful, false, "nothing is known of a new file").await;
+        check("a", Continuity::Certain, false, "the process died, the machine did not").await;
+        check("b", Continuity::Doubtful, false, "the machine died under the process").await;
+        check("b", Continuity::Certain, true, "the process died again").await;
+        check("c", Continuity::Certain, false, "the machine restarted after an orderly end").await;
+        check("d", Continuity::Doubtful, false, "the orderly end does not count twice").await;
+        check("", Continuity::Doubtful, false, "the boot is unknown").await;
+        check("", Continuity::Doubtful, false, "an unknown boot is not the same as another unknown one").await;
+    }
+
+    /// Drops the handle and waits until its threads have closed their files.
+    async fn released(journal: Journal, path: &Path) {
+        drop(journal);
+        let open = || {
+            let files = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+            files.filter_map(|file| std::fs::read_link(file.path()).ok()).any(|file| file == path)
+        };
+        let end = std::time::Instant::now() + Duration::from_secs(10);
+        while open() {
+            assert!(std::time::Instant::now() < end, "the journal's threads did not end");
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_was_put_back_is_doubtful() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, copy) = (dir.path().join("j.db"), dir.path().join("copy"));
+        for (in_place, copied_in_use) in [(false, false), (true, false), (false, true), (true, true)] {
+            let (journal, _) = resumed(&path, "a").await;
+            journal.write(|db| db.execute("INSERT INTO t DEFAULT VALUES", [])).await.unwrap();
+            if copied_in_use {
+                let to = copy.clone();
+                journal.read(move |db| db.execute("VACUUM INTO ?1", [to.to_str()])).await.unwrap();
+            }
+            journal.close().await.unwrap();
+            released(journal, &path).await;
+            if !copied_in_use {
+                std::fs::copy(&path, &copy).unwrap();
+            }
+            let (journal, continuity) = resumed(&path, "a").await;
+            assert_eq!(continuity, Continuity::Certain);
+            journal.close().await.unwrap();
+            released(journal, &path).await;
+
+            if !in_place {
+                std::fs::remove_file(&path).unwrap();
+            }
+            std::fs::copy(&copy, &path).unwrap();
+            std::fs::remove_file(&copy).unwrap();
+            for log in ["j.db-wal", "j.db-shm"] {
+                let _ = std::fs::remove_file(dir.path().join(log));
+            }
+            let (journal, continuity) = resumed(&path, "a").await;
+            released(journal, &path).await;
+            assert_eq!(continuity, Continuity::Doubtful, "in place {in_place}, copied in use {copied_in_use}");
+        }
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! Test support: real servers on free ports, a scriptable chat endpoint, and [`eventually`] in place of sleeping.
 
 mod certificates;
+mod forwarder;
 mod nats;
 mod openai;
 mod postgres;
@@ -8,6 +9,7 @@ mod process;
 mod redis;
 
 pub use certificates::Authority;
+pub use forwarder::Forwarder;
 pub use nats::NatsServer;
 pub use openai::{OpenAi, Reply, Request};
 pub use postgres::PostgresServer;

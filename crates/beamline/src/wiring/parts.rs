@@ -37,7 +37,7 @@ pub async fn cluster(settings: &Settings, data_dir: &Path, http: SocketAddr, bus
     let defaults = cluster::Config::default();
     let urls = values.list("redis.urls");
     let engine = if urls.is_empty() {
-        cluster::EngineConfig::Memory { dir: data_dir.into() }
+        cluster::EngineConfig::Memory { dir: data_dir.into(), boot_id: boot_id() }
     } else {
         cluster::EngineConfig::Redis { url: urls.join(",") }
     };
@@ -58,6 +58,11 @@ pub async fn cluster(settings: &Settings, data_dir: &Path, http: SocketAddr, bus
         ..cluster::Config::default()
     };
     cluster::bind(config, bus).await.context("the cluster node cannot start")
+}
+
+/// Of the machine since it was last started; empty where the kernel does not tell.
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into()
 }
 
 pub async fn worker(settings: &Settings, bus: Bus) -> Result<worker::Bound> {

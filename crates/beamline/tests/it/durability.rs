@@ -66,6 +66,25 @@ async fn nothing_acknowledged_is_lost_to_sigkill(#[case] on_postgres: bool) {
     }
 }
 
+#[tokio::test]
+async fn channels_recover_over_a_sigkill_in_the_same_epoch() {
+    let mut process = Process::start().await;
+    let token = process.run(&["token", "--user", "ann"]).await.success();
+    let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
+    let before = client.call("subscribe", json!({"channel": "news"})).await.unwrap();
+    for n in 1..=3 {
+        client.call("publish", json!({"channel": "news", "data": n})).await.unwrap();
+    }
+    process.kill_and_restart().await;
+
+    let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
+    let position = json!({"channel": "news", "recover": true, "epoch": before["epoch"], "offset": 1});
+    let after = client.call("subscribe", position).await.unwrap();
+    assert_eq!((&after["recovered"], &after["epoch"]), (&json!(true), &before["epoch"]), "{after}");
+    let data: Vec<&Value> = after["publications"].as_array().unwrap().iter().map(|one| &one["data"]).collect();
+    assert_eq!(data, [2, 3]);
+}
+
 /// Sends until the connection is cut.
 async fn chat_until_cut(client: &mut Client, round: usize, sent: &mut BTreeMap<u64, String>) -> Result<(), Failed> {
     for n in 0.. {

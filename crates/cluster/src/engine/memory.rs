@@ -3,12 +3,12 @@
 //! A channel's stream is locked while a publication gets its offset, is written and is handed to the hub: that is the
 //! order all readers see.
 
-use super::{Engine, Failed, Page};
+use super::{Engine, Failed, Page, fresh_epoch};
 use crate::Rules;
 use crate::hub::Hub;
 use async_trait::async_trait;
-use journal::Journal;
-use journal::rusqlite::params;
+use journal::rusqlite::{Connection, params};
+use journal::{Continuity, Journal};
 use parking_lot::Mutex;
 use prost::Message;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -58,9 +58,8 @@ struct Kept {
 
 impl Stream {
     fn new() -> Self {
-        let epoch = uuid::Uuid::new_v4().simple().to_string()[..8].to_string();
         Self {
-            position: Position { offset: 0, epoch },
+            position: Position { offset: 0, epoch: fresh_epoch() },
             history: VecDeque::new(),
             ttl: Duration::ZERO,
             durable: false,
@@ -91,14 +90,24 @@ impl Stream {
 }
 
 impl Memory {
+    /// `boot_id` is the boot of the machine, by which a power cut is told from the death of a process.
     pub async fn open<'a>(
         dir: &Path,
+        boot_id: &str,
         hub: Arc<Hub>,
         rules: impl Fn(&str) -> Option<&'a Rules>,
     ) -> Result<Arc<Self>, journal::Error> {
-        let path = dir.join("channels.db");
-        let journal = tokio::task::spawn_blocking(move || Journal::open(&path, SCHEMA));
-        let journal = journal.await.map_err(|_| journal::Error::Closed)??;
+        let (path, boot_id) = (dir.join("channels.db"), boot_id.to_string());
+        let opening = tokio::task::spawn_blocking(move || Journal::resume(&path, SCHEMA, &boot_id, renew_epochs));
+        let (journal, renewed) = opening.await.map_err(|_| journal::Error::Closed)??;
+        if renewed > 0 {
+            tracing::warn!(
+                channels = renewed,
+                "channel histories may lack what was published last (a power cut, or an older channels.db was put \
+                 back): their channels begin a new epoch"
+            );
+        }
+
         let mut streams = load(&journal).await?;
         for (channel, stream) in &mut streams {
             stream.ttl = rules(channel).map_or(Duration::ZERO, |rules| rules.history_ttl);
@@ -179,6 +188,21 @@ impl Memory {
             })
             .await
     }
+}
+
+/// Offsets that were given before may be given again, to other publications: an epoch must not see that. What is stored
+/// stays readable, and offsets go on from there.
+fn renew_epochs(db: &Connection, continuity: Continuity) -> journal::rusqlite::Result<usize> {
+    if continuity == Continuity::Certain {
+        return Ok(0);
+    }
+    let mut statement = db.prepare("SELECT channel FROM channels")?;
+    let channels = statement.query_map([], |row| row.get(0))?.collect::<Result<Vec<String>, _>>()?;
+    let mut update = db.prepare("UPDATE channels SET epoch = ?2 WHERE channel = ?1")?;
+    for channel in &channels {
+        update.execute([channel, &fresh_epoch()])?;
+    }
+    Ok(channels.len())
 }
 
 async fn load(journal: &Journal) -> Result<HashMap<String, Stream>, journal::Error> {
@@ -314,6 +338,10 @@ impl Engine for Memory {
         }
     }
 
+    async fn close(&self) -> Result<(), Failed> {
+        Ok(self.journal.close().await?)
+    }
+
     fn describe(&self) -> &'static str {
         "memory"
     }
@@ -328,10 +356,14 @@ mod tests {
     use super::*;
 
     async fn open(dir: &Path, rules: &Rules) -> Arc<Memory> {
+        open_in("a boot", dir, rules).await
+    }
+
+    async fn open_in(boot: &str, dir: &Path, rules: &Rules) -> Arc<Memory> {
         // The old one lets go of its file soon after its last handle.
         let deadline = std::time::Instant::now() + Duration::from_secs(10);
         loop {
-            match Memory::open(dir, Arc::default(), |_| Some(rules)).await {
+            match Memory::open(dir, boot, Arc::default(), |_| Some(rules)).await {
                 Ok(memory) => return memory,
                 Err(error) => assert!(std::time::Instant::now() < deadline, "{error}"),
             }
@@ -345,9 +377,7 @@ mod tests {
     }
 
     async fn stored(memory: &Memory) -> u64 {
-        let count = |db: &journal::rusqlite::Connection| {
-            db.query_row("SELECT count(*) FROM publications", [], |row| row.get(0))
-        };
+        let count = |db: &Connection| db.query_row("SELECT count(*) FROM publications", [], |row| row.get(0));
         memory.journal.read(count).await.unwrap()
     }
 
@@ -386,6 +416,34 @@ mod tests {
         assert_eq!(kept, 0, "a restart brings nothing back that was over");
         let page = memory.history("a", &rules, None).await.unwrap();
         assert_eq!(page.position, Position { offset: 3, ..position }, "but the position stays");
+    }
+
+    #[tokio::test]
+    async fn an_unclean_end_of_the_machine_begins_new_epochs_and_that_of_the_process_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let rules = Rules::default();
+        let memory = open_in("first", dir.path(), &rules).await;
+        let first = publish(&memory, "a", &rules).await;
+        drop(memory);
+
+        let memory = open_in("first", dir.path(), &rules).await;
+        let after_a_kill = publish(&memory, "a", &rules).await;
+        assert_eq!(after_a_kill, Position { offset: 2, epoch: first.epoch.clone() });
+        drop(memory);
+
+        let memory = open_in("second", dir.path(), &rules).await;
+        let page = memory.history("a", &rules, None).await.unwrap();
+        assert_ne!(page.position.epoch, first.epoch, "a power cut may have cost acknowledged publications");
+        assert_eq!((page.position.offset, page.publications.len()), (2, 2), "what is there stays");
+        assert_eq!(publish(&memory, "a", &rules).await.offset, 3);
+        memory.close().await.unwrap();
+        let late = memory.publish("a", Publication::default(), &rules, None).await;
+        assert!(late.is_err(), "nothing is acknowledged behind the note of the end");
+        drop(memory);
+
+        let memory = open_in("third", dir.path(), &rules).await;
+        let after_a_reboot = memory.history("a", &rules, None).await.unwrap();
+        assert_eq!(after_a_reboot.position, Position { offset: 3, epoch: page.position.epoch });
     }
 
     #[tokio::test]

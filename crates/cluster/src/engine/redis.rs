@@ -6,7 +6,7 @@
 mod follow;
 mod server;
 
-use super::{Engine, Failed, Page};
+use super::{Engine, Failed, Page, fresh_epoch};
 use crate::hub::Hub;
 use crate::{Error, Rules};
 use async_trait::async_trait;
@@ -39,35 +39,73 @@ const RENEWALS_MAX: usize = 64;
 /// Channels share their order with the others of their lane.
 const LANES: usize = 256;
 
-/// KEYS: stream, position, idempotency · ARGV: publication, size, ttl ms, topic, fresh epoch, key given?, position ttl ms,
-/// publish command.
-const PUBLISH: &str = r"
-local epoch = redis.call('HGET', KEYS[2], 'e')
-if not epoch then
-  epoch = ARGV[5]
-  redis.call('DEL', KEYS[1])
-  redis.call('HSET', KEYS[2], 'e', epoch)
+/// The life of the data on the server that runs the script. Redis makes a new replication id whenever what follows may
+/// lack what was acknowledged before: each time a primary starts, whatever it has loaded, and each time a replica is
+/// promoted. The run id would not do: a primary that became the replica of another one, gave up its last writes to it and
+/// was promoted again is still the same process. The script asks, not the node: a node's connection comes back by itself
+/// and resends, so what the node knows of the server may be of another one. INFO costs about 6 µs a script.
+macro_rules! life {
+    () => {
+        r"
+local life = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
+if not life then return redis.error_reply('ERR INFO replication names no master_replid') end
+"
+    };
+}
+
+/// The channel's epoch, a new one if the position was written in another life of the data. What is stored stays, and
+/// offsets go on from there: late joiners see the history, and only recovery from the old epoch fails.
+/// KEYS: stream, position · ARGV: fresh epoch, position ttl ms.
+macro_rules! epoch {
+    () => {
+        concat!(
+            life!(),
+            r"
+local known = redis.call('HMGET', KEYS[2], 'e', 'life')
+local epoch = known[1]
+if not epoch then redis.call('DEL', KEYS[1]) end
+if not epoch or known[2] ~= life then
+  epoch = ARGV[1]
+  redis.call('HSET', KEYS[2], 'e', epoch, 'life', life)
 end
-if ARGV[6] == '1' then
-  local known = redis.call('GET', KEYS[3])
-  if known then return {tonumber(known), epoch} end
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
+"
+        )
+    };
+}
+
+/// Fails at once where the server does not say what the scripts need.
+const LIFE: &str = concat!(life!(), "return life");
+
+/// KEYS: stream, position, idempotency · ARGV: fresh epoch, position ttl ms, publication, size, ttl ms, topic, key given?,
+/// publish command. A repeat answers the position that the publication was given, also in a later epoch.
+const PUBLISH: &str = concat!(
+    epoch!(),
+    r"
+if ARGV[7] == '1' then
+  local given = redis.call('GET', KEYS[3])
+  if given then
+    local offset, in_epoch = string.match(given, '^(%d+):(.+)$')
+    return {tonumber(offset or given), in_epoch or epoch}
+  end
 end
 local offset = redis.call('HINCRBY', KEYS[2], 's', 1)
-redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[2], offset .. '-0', 'd', ARGV[1])
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-redis.call('PEXPIRE', KEYS[2], ARGV[7])
-if ARGV[6] == '1' then redis.call('SET', KEYS[3], offset, 'PX', ARGV[3]) end
-redis.call(ARGV[8], ARGV[4], 'p' .. offset .. ':' .. epoch .. ':' .. ARGV[1])
+redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[4], offset .. '-0', 'd', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+if ARGV[7] == '1' then redis.call('SET', KEYS[3], offset .. ':' .. epoch, 'PX', ARGV[5]) end
+redis.call(ARGV[8], ARGV[6], 'p' .. offset .. ':' .. epoch .. ':' .. ARGV[3])
 return {offset, epoch}
-";
+"
+);
 
-/// KEYS: stream, position · ARGV: behind this offset, fresh epoch, position ttl ms.
-const HISTORY: &str = r"
-if redis.call('HSETNX', KEYS[2], 'e', ARGV[2]) == 1 then redis.call('DEL', KEYS[1]) end
-redis.call('PEXPIRE', KEYS[2], ARGV[3])
-local meta = redis.call('HMGET', KEYS[2], 'e', 's')
-return {meta[1], tonumber(meta[2] or '0'), redis.call('XRANGE', KEYS[1], '(' .. ARGV[1] .. '-0', '+')}
-";
+/// KEYS: stream, position · ARGV: fresh epoch, position ttl ms, behind this offset.
+const HISTORY: &str = concat!(
+    epoch!(),
+    r"
+local newest = tonumber(redis.call('HGET', KEYS[2], 's') or '0')
+return {epoch, newest, redis.call('XRANGE', KEYS[1], '(' .. ARGV[3] .. '-0', '+')}
+"
+);
 
 pub struct Redis {
     publish_command: &'static str,
@@ -87,7 +125,8 @@ impl Redis {
     pub async fn connect(url: &str, hub: Arc<Hub>) -> Result<Arc<Self>, Error> {
         let failed = |e: RedisError| Error::Redis { url: without_password(url), problem: e.to_string() };
         let server = Server::new(url).map_err(failed)?;
-        let connection = server.commands().await.map_err(failed)?;
+        let mut connection = server.commands().await.map_err(failed)?;
+        let _: String = redis::cmd("EVAL").arg(LIFE).arg(0).query_async(&mut connection).await.map_err(failed)?;
         let publish_command = server.publish_command();
         let (follows, follower) = Follower::connect(server, connection.clone(), hub).await.map_err(failed)?;
         Ok(Arc::new(Self {
@@ -144,10 +183,6 @@ fn key(channel: &str, of: &str) -> String {
     format!("{PREFIX}{of}:{{.{channel}}}")
 }
 
-fn fresh_epoch() -> String {
-    uuid::Uuid::new_v4().simple().to_string()[..8].to_string()
-}
-
 #[async_trait]
 impl Engine for Redis {
     async fn publish(
@@ -179,13 +214,13 @@ impl Engine for Redis {
                 .arg(key(channel, "stream"))
                 .arg(key(channel, "position"))
                 .arg(key(channel, &format!("once:{once}")))
+                .arg(fresh_epoch())
+                .arg(POSITION_TTL.as_millis() as u64)
                 .arg(data)
                 .arg(rules.history_size)
                 .arg(rules.history_ttl.as_millis() as u64)
                 .arg(topic(channel))
-                .arg(fresh_epoch())
                 .arg(if idempotency_key.is_some() { "1" } else { "0" })
-                .arg(POSITION_TTL.as_millis() as u64)
                 .arg(self.publish_command)
                 .query_async(&mut connection)
                 .await?;
@@ -214,9 +249,9 @@ impl Engine for Redis {
             .history
             .key(key(channel, "stream"))
             .key(key(channel, "position"))
-            .arg(since.map_or(0, |since| since.offset))
             .arg(fresh_epoch())
             .arg(POSITION_TTL.as_millis() as u64)
+            .arg(since.map_or(0, |since| since.offset))
             .invoke_async(&mut connection)
             .await?;
         let publications = entries.into_iter().filter_map(|(id, fields)| {

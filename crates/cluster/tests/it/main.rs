@@ -5,6 +5,7 @@ mod api;
 mod bad_input;
 mod channels;
 mod client;
+mod epochs;
 mod faults;
 mod json;
 mod node;

@@ -149,11 +149,16 @@ async fn more_is_recovered_than_a_queue_holds() {
 }
 
 /// The old one's journal is closed once its last handle is dropped, a moment after its stop.
-async fn reopened(dir: &std::path::Path) -> Node {
+pub async fn released(dir: &std::path::Path) {
+    let is_ours = |file: std::fs::DirEntry| std::fs::read_link(file.path()).is_ok_and(|path| path.starts_with(dir));
     testkit::eventually(crate::node::DEADLINE, || async {
-        std::fs::File::options().write(true).open(dir.join("channels.lock")).unwrap().try_lock().is_ok()
+        !std::fs::read_dir("/proc/self/fd").unwrap().flatten().any(is_ours)
     })
     .await;
+}
+
+async fn reopened(dir: &std::path::Path) -> Node {
+    released(dir).await;
     Node::start_in(dir, |_| {}).await
 }
 
