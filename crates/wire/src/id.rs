@@ -1,11 +1,11 @@
-//! The one rule of ids, for whoever takes one in: the gateway, the router, workers, web apps.
+//! The rules for ids, shared by all parts that accept one: the gateway, the router, workers, web apps.
 //!
-//! A program's argument, a header, a log line and a terminal all give control characters a meaning of their own, so an id
-//! that holds one is refused before anything is done with it.
+//! Control characters have a special meaning in program arguments, headers, log lines and terminals, so an id that
+//! contains one is refused before any use.
 
 use crate::limits::{ID_MAX, IDEMPOTENCY_KEY_MAX};
 
-/// Why a text is no id. It reads as the rest of a sentence that begins with the field's name.
+/// Why an id is invalid. The text completes a sentence that starts with the field's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidId {
     #[error("has {0} bytes; 1 to {ID_MAX} are taken")]
@@ -18,8 +18,8 @@ pub enum InvalidId {
     Tenant,
 }
 
-/// An id of a request, trace, assignment, run, policy or task type: 1 to [`ID_MAX`] bytes of UTF-8 without control
-/// characters (Unicode's category Cc: NUL, line breaks, DEL, C1).
+/// Checks the id of a request, trace, assignment, run, policy or task type: 1 to [`ID_MAX`] bytes of UTF-8 without
+/// control characters (Unicode category Cc: NUL, line breaks, DEL, C1).
 pub fn check(id: &str) -> Result<(), InvalidId> {
     match id.len() {
         1..=ID_MAX if id.contains(char::is_control) => Err(InvalidId::Control),
@@ -28,13 +28,13 @@ pub fn check(id: &str) -> Result<(), InvalidId> {
     }
 }
 
-/// A tenant's id: 1 to [`ID_MAX`] of the characters `A-Z a-z 0-9 _ . -`.
+/// Checks a tenant's id: 1 to [`ID_MAX`] of the characters `A-Z a-z 0-9 _ . -`.
 pub fn check_tenant(id: &str) -> Result<(), InvalidId> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     if is_valid(id) && id.bytes().all(plain) { Ok(()) } else { Err(InvalidId::Tenant) }
 }
 
-/// A caller's idempotency key: at most [`IDEMPOTENCY_KEY_MAX`] bytes without control characters.
+/// Checks a caller's idempotency key: at most [`IDEMPOTENCY_KEY_MAX`] bytes without control characters.
 pub fn check_idempotency_key(key: &str) -> Result<(), InvalidId> {
     match key.len() {
         0..=IDEMPOTENCY_KEY_MAX if key.contains(char::is_control) => Err(InvalidId::Control),
@@ -43,12 +43,12 @@ pub fn check_idempotency_key(key: &str) -> Result<(), InvalidId> {
     }
 }
 
-/// Whether [`check`] takes it.
+/// Whether [`check`] accepts the id.
 pub fn is_valid(id: &str) -> bool {
     check(id).is_ok()
 }
 
-/// Whether [`check_tenant`] takes it.
+/// Whether [`check_tenant`] accepts the id.
 pub fn is_tenant(id: &str) -> bool {
     check_tenant(id).is_ok()
 }
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_id_is_short_and_has_no_control_characters() {
+    fn id_must_be_short_and_without_control_characters() {
         for (id, expected) in [
             ("r", Ok(())),
             ("number 7 ü/.*>\u{1F600}", Ok(())),
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tenant_is_an_id_of_plain_characters() {
+    fn tenant_id_must_consist_of_plain_characters() {
         assert!(is_tenant("acme-1_x.Y"));
         for bad in ["", "a b", "a*", "ä", "a\0", &"x".repeat(129)] {
             assert_eq!(check_tenant(bad), Err(InvalidId::Tenant), "{bad:?}");

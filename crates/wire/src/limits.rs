@@ -8,9 +8,9 @@ pub const DECIDE_MAX: usize = 1024 * 1024;
 pub const ID_MAX: usize = 128;
 /// An idempotency key, in bytes.
 pub const IDEMPOTENCY_KEY_MAX: usize = 256;
-/// The longest time that a busy provider can ask to be left alone for, in seconds.
+/// The longest cool-down that a rate-limited provider can ask for, in seconds.
 pub const COOL_DOWN_MAX_S: u64 = 3600;
-/// The time that a busy provider is left alone for if it names none, in seconds.
+/// The cool-down of a rate-limited provider that names no time, in seconds.
 pub const COOL_DOWN_DEFAULT_S: u64 = 5;
 /// A channel name, in bytes.
 pub const CHANNEL_MAX: usize = 255;

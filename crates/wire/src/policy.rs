@@ -19,7 +19,7 @@ pub struct Policy {
     /// The first rule whose condition holds decides.
     #[serde(default)]
     pub rules: Vec<Rule>,
-    /// Stricter rules for this policy's own tasks; those of the operator hold for everybody.
+    /// Additional breaker rules for the tasks of this policy. The operator's rules apply to all tasks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub circuit_breaker: Option<PolicyBreaker>,
 }
@@ -85,14 +85,14 @@ fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<
 /// When a provider is excluded from the draw, and how it becomes eligible again.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CircuitBreaker {
-    /// Consecutive failures that open it.
+    /// Consecutive failures that open the breaker.
     pub failure_threshold: u32,
-    /// Share of failures that opens it, above 0 and at most 1, from `min_calls` calls on.
+    /// Share of failures that opens the breaker, above 0 and at most 1; applies from `min_calls` calls on.
     pub error_rate_threshold: f64,
     pub min_calls: u32,
-    /// It stays open for this long.
+    /// How long the breaker stays open.
     pub timeout_ms: u64,
-    /// Half open: calls let through at once, and how many must succeed.
+    /// While half open: the number of concurrent calls let through and, in `success_threshold`, how many must succeed.
     pub half_open_max_calls: u32,
     pub success_threshold: u32,
 }
@@ -110,7 +110,7 @@ impl Default for CircuitBreaker {
     }
 }
 
-/// A policy's own breaker rules. What it leaves out is as the operator has it.
+/// A policy's own breaker rules. A missing field defaults to the operator's rule.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PolicyBreaker {
@@ -129,7 +129,7 @@ pub struct PolicyBreaker {
 }
 
 impl PolicyBreaker {
-    /// The rules that hold where the operator's are `rules`.
+    /// Completes these rules with those of the operator.
     pub fn over(&self, rules: &CircuitBreaker) -> CircuitBreaker {
         CircuitBreaker {
             failure_threshold: self.failure_threshold.unwrap_or(rules.failure_threshold),

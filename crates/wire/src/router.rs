@@ -329,7 +329,7 @@ pub struct ExecResult {
     /// The number of output chunks that the last attempt published; tells readers when they have all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chunks: Option<u64>,
-    /// Of an error `rate_limited`: when the provider's endpoint may be asked again, seconds.
+    /// For an error `rate_limited`: the time in seconds after which the provider's endpoint accepts requests again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_seconds: Option<u64>,
 }
@@ -377,23 +377,23 @@ impl ExecResult {
     }
 }
 
-/// What the end of an assignment says of its provider.
+/// What the outcome of an assignment means for its provider's circuit breaker.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(tag = "verdict", rename_all = "snake_case")]
 pub enum Verdict {
     Success,
-    /// It counts against the provider.
+    /// The failure counts against the provider.
     Failed,
-    /// Its endpoint asks for this long without requests.
+    /// The provider's endpoint asks for a pause of this length.
     CoolDown {
         retry_after_seconds: u64,
     },
-    /// Nothing.
+    /// The outcome says nothing about the provider.
     Neutral,
 }
 
-/// Router → every router on [`crate::subjects::OUTCOMES`], once for each assignment, by the router that recorded its
-/// result.
+/// The outcome of an assignment. The router that recorded the result publishes it once to all routers, on
+/// [`crate::subjects::OUTCOMES`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ProviderOutcome {
     pub version: String,
@@ -405,19 +405,19 @@ pub struct ProviderOutcome {
     pub choice: Choice,
 }
 
-/// What was true when an assignment's provider was chosen.
+/// The state in which an assignment's provider was chosen.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, PartialEq, Eq)]
 #[serde(default)]
 pub struct Choice {
-    /// Of the breaker that all tenants share, as [`crate::status::BreakerStatus::generation`].
+    /// The [`crate::status::BreakerStatus::generation`] of the breaker that all tenants share.
     pub generation: u64,
-    /// Whose policy decided (the tenant's own, or tenant `default`'s), and its name.
+    /// The tenant that owns the deciding policy (the task's tenant or `default`) and, in `policy_id`, its name.
     pub policy_tenant: String,
     pub policy_id: String,
-    /// Of the policy's own breaker, if it has one.
+    /// The generation of the policy's own breaker, if it has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy_generation: Option<u64>,
-    /// The client said how long the task may take.
+    /// Whether the client set the deadline of the task.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub client_deadline: bool,
 }
@@ -462,7 +462,7 @@ pub struct TaskState {
     pub tenant_id: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub digest: String,
-    /// Kept for the routers, and not told to whoever asks.
+    /// For the routers only; never part of a reply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub choice: Option<Choice>,
 }

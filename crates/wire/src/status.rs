@@ -80,27 +80,28 @@ pub struct PolicyStatus {
     pub error: Option<String>,
 }
 
-/// One breaker as one router sees it; the routers take over from each other what is newer.
+/// A circuit breaker as one router sees it. Routers adopt the newer state from each other.
 #[derive(Debug, Clone, Serialize, Deserialize, Default, PartialEq)]
 #[serde(default)]
 pub struct BreakerStatus {
     pub provider: String,
-    /// `closed`, `open`, `half_open`, or `cooling_down`: closed, but its endpoint asked for a while without requests.
+    /// `closed`, `open`, `half_open`, or `cooling_down`: closed, but the provider's endpoint asked for a pause.
     pub state: String,
-    /// Among the last calls, while it is closed.
+    /// Failures among the last `calls` calls, counted while the breaker is closed.
     pub failures: u64,
     pub calls: u64,
-    /// Whose policy has this breaker, and that policy's name; neither, for the breaker that all tenants share.
+    /// The owner and, in `policy`, the name of the policy that has this breaker. Both are `None` for the breaker that
+    /// all tenants share.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
-    /// How often it has tripped. Of two views the one with the greater generation is the newer; within one, a breaker
-    /// goes from open over half open to closed.
+    /// How often the breaker has tripped. The state with the higher generation is the newer one; within a generation, a
+    /// breaker goes from open through half open to closed.
     pub generation: u64,
-    /// It stays open for this long.
+    /// How long the breaker still stays open, in ms.
     pub open_ms: u64,
-    /// How often its endpoint has asked for a cool-down, and how much of the last one is left.
+    /// How often the endpoint asked for a cool-down and, in `cooling_down_ms`, the remaining time of the last one.
     pub cool_downs: u64,
     pub cooling_down_ms: u64,
 }

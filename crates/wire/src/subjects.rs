@@ -25,7 +25,7 @@ pub const CONTROL_CANCEL: &str = "caf.exec.cancel.v1";
 pub const ROUTER_STATUS: &str = "beamline.router.v1.status.live";
 /// Status of each gateway, core, every second: [`crate::status::GatewayStatus`].
 pub const GATEWAY_STATUS: &str = "beamline.gateway.v1.status.live";
-/// What the end of an assignment says of its provider, core, router → all routers: [`crate::router::ProviderOutcome`].
+/// Outcomes of assignments for the circuit breakers, core, router → all routers: [`crate::router::ProviderOutcome`].
 pub const OUTCOMES: &str = "beamline.router.v1.outcomes";
 /// Liveness and load of each worker, core, every 5 s: [`crate::status::Heartbeat`].
 pub const HEARTBEAT: &str = "caf.status.heartbeat.v1";
