@@ -196,17 +196,17 @@ async fn refusals_carry_the_routers_code_and_status() {
 /// Five failures in a row would open the provider's breaker, and take it from all tenants for a minute.
 #[tokio::test]
 async fn short_deadlines_of_clients_do_not_switch_a_provider_off() {
-    let path = Path::start().await;
-    let client = path.client().await;
+    let deployment = Deployment::start().await;
+    let client = deployment.client().await;
     for n in 0..5 {
         let id = format!("late{n}");
         let mut late = submit(&id, "program", "result");
         late["timeout_ms"] = json!(50);
         // Who tells first that time is up, the gateway or the worker, is open.
         let _told = client.submit(&late).await;
-        path.state(&client, &id, State::Failed).await;
+        deployment.state(&client, &id, State::Failed).await;
     }
-    path.go();
+    deployment.go();
     let done = client.submit(&submit("patient", "program", "result")).await.unwrap();
     assert_eq!(done["status"], "success");
 }
