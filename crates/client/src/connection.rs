@@ -66,6 +66,7 @@ pub async fn run(stream: UnixStream, mut calls: mpsc::Receiver<Call>) {
             more = read(&mut reader, &mut input) => {
                 match deliver(&mut input, &mut open).await {
                     Ok(()) if more => {}
+                    // Dropping `open` and `calls` fails all requests as closed.
                     Ok(()) => return,
                     Err(cause) => return fail_all(cause, open, calls).await,
                 }

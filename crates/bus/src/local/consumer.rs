@@ -67,6 +67,7 @@ async fn pump(
                         crate::give_back(&refused.0).await;
                     }
                 }
+                // A full claim means that more messages may be available.
                 if more { Duration::ZERO } else { claim.next.unwrap_or(IDLE_MAX).min(IDLE_MAX) }
             }
             Err(error) => {

@@ -103,6 +103,7 @@ impl Subjects {
         let (answer, answered) = oneshot::channel();
         let generation = self.next_id.fetch_add(1, Relaxed);
         let slot = self.requests.lock().insert(Waiting { generation, answer });
+        // Frees the slot on timeout and also when the caller drops this future.
         let _free = FreeSlot { subjects: self, slot, generation };
         message.reply = Some(format!("{INBOX}{slot}.{generation}").into());
 

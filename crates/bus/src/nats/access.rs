@@ -147,6 +147,7 @@ fn refused(error: &ConnectError) -> bool {
 fn tls_error(error: &ConnectError) -> Option<&rustls::Error> {
     let mut next: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
     while let Some(error) = next {
+        // `io::Error::source` skips the error that it wraps; `get_ref` returns that one.
         let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
         let found = error.downcast_ref().or_else(|| inner.and_then(|inner| inner.downcast_ref()));
         if found.is_some() {

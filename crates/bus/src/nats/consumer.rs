@@ -133,6 +133,7 @@ impl Pump {
         let ended = tokio::select! {
             () = self.cancel.cancelled() => Ok(()),
             ended = self.pull(&inbox, &mut incoming) => ended,
+            // After a reconnect the server no longer knows the pull.
             _ = connects.changed() => Err("the connection was re-established".into()),
         };
 

@@ -56,6 +56,7 @@ impl Link {
                 move |event| observe(number, &event, &inbox, &renewing, &connected)
             })
             .await?;
+        // The first `Connected` event may arrive after the client is returned. Consumers would take it for a reconnect.
         connects.wait_for(|count| *count > 0).await.map_err(|_| closed())?;
 
         let replies = client.subscribe(inbox.pattern()).await.map_err(|e| Error::Disconnected(e.to_string()))?;
@@ -107,6 +108,7 @@ impl Link {
         awaited: Awaited,
         deadline: Duration,
     ) -> Result<async_nats::Message> {
+        // Fail at once while disconnected; the client would hold the request back until it has reconnected.
         self.connected()?;
         let (slot, answered) = self.inbox.reserve(awaited).ok_or_else(closed)?;
         let exchange = async {

@@ -43,6 +43,7 @@ async fn run(client: Client, mut waiting: mpsc::Receiver<Outgoing>, cancel: Canc
     loop {
         tokio::select! {
             biased;
+            // A closed queue still yields the messages that it holds.
             () = cancel.cancelled(), if !waiting.is_closed() => waiting.close(),
             taken = waiting.recv_many(&mut batch, BATCH_MAX) => if taken == 0 { return },
         }

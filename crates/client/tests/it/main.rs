@@ -168,7 +168,7 @@ async fn refusals_carry_the_routers_code_and_status() {
     let key = client.submit(&with("idempotency_key", json!("k".repeat(257)))).await.unwrap_err();
     assert_eq!(refused(key), (12, Some("invalid_request".into()), Some(400)));
     let control = client.submit(&with("request_id", json!("a\0b"))).await.unwrap_err();
-    assert_eq!(refused(control).0, 4, "no program could be started with it");
+    assert_eq!(refused(control).0, 4, "a request id must not hold control characters");
     let large = client.submit(&with("context", json!("x".repeat(1 << 20)))).await.unwrap_err();
     assert_eq!(refused(large), (12, Some("invalid_request".into()), Some(413)));
 
@@ -193,19 +193,21 @@ async fn refusals_carry_the_routers_code_and_status() {
     assert_eq!((&lost["status"], &lost["error_code"]), (&json!("error"), &json!("unknown_provider")));
 }
 
-/// Five failures in a row would open the provider's breaker, and take it from all tenants for a minute.
+/// Five failures in a row would open the provider's breaker for all tenants and for a minute.
 #[tokio::test]
-async fn short_deadlines_of_clients_do_not_switch_a_provider_off() {
+async fn short_client_deadlines_do_not_open_the_breaker() {
     let deployment = Deployment::start().await;
     let client = deployment.client().await;
+
     for n in 0..5 {
         let id = format!("late{n}");
         let mut late = submit(&id, "program", "result");
         late["timeout_ms"] = json!(50);
-        // Who tells first that time is up, the gateway or the worker, is open.
-        let _told = client.submit(&late).await;
+        // Either the gateway or the worker reports the timeout first, so the outcome is not checked.
+        let _ = client.submit(&late).await;
         deployment.state(&client, &id, State::Failed).await;
     }
+
     deployment.go();
     let done = client.submit(&submit("patient", "program", "result")).await.unwrap();
     assert_eq!(done["status"], "success");
