@@ -51,7 +51,7 @@ type Read = Box<dyn FnOnce(&Connection) + Send>;
 pub struct Journal {
     writes: mpsc::Sender<Write>,
     reads: mpsc::Sender<Read>,
-    /// Set by the writer itself, so that no write can slip behind the note of the end.
+    /// Set by the writer thread itself, so that no write can follow the record of the end.
     closed: Arc<AtomicBool>,
     life: Option<Life>,
     _lock: Arc<File>,
@@ -67,9 +67,9 @@ impl Journal {
         Self::start(path, lock, writer, None)
     }
 
-    /// Like [`Journal::open`], for data of which a reader must know whether acknowledged writes may be missing. `begin`
-    /// hears it and writes what follows from it before anything else is written. `boot` is the boot of the machine (on
-    /// Linux `/proc/sys/kernel/random/boot_id`); empty: unknown.
+    /// Like [`Journal::open`], for data whose users must know whether acknowledged writes may be missing. `begin`
+    /// receives that answer and runs its own writes before any other. `boot` identifies the boot of the machine (on
+    /// Linux `/proc/sys/kernel/random/boot_id`); an empty string means unknown.
     pub fn resume<T>(
         path: &Path,
         schema: &str,
@@ -85,7 +85,9 @@ impl Journal {
         Ok((Self::start(path, lock, writer, Some(life))?, begun))
     }
 
+    /// Opens the reader and starts the two threads.
     fn start(path: &Path, lock: Arc<File>, writer: Connection, life: Option<Life>) -> Result<Self> {
+        // Only the reader thread uses this connection, so it needs no mutex.
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let failed = |source| Error::Open { path: path.to_path_buf(), source };
         let reader = Connection::open_with_flags(path, flags).map_err(failed)?;
@@ -101,7 +103,7 @@ impl Journal {
         Ok(Self { writes, reads, closed: Arc::default(), life, _lock: lock })
     }
 
-    /// Refuses further writes, and notes in a file that was resumed that its user ended in good order.
+    /// Refuses further writes. A file that was opened with [`Journal::resume`] also records an orderly end.
     pub async fn close(&self) -> Result<()> {
         let (closed, life) = (self.closed.clone(), self.life.clone());
         self.write(move |db| {
@@ -122,7 +124,7 @@ impl Journal {
         let closed = self.closed.clone();
         let write: Write = Box::new(move |connection| {
             let outcome = match closed.load(SeqCst) {
-                true => Err(not_stored("the journal was closed")),
+                true => Err(not_stored("the journal is closed")),
                 false => in_savepoint(connection, write),
             };
             Box::new(move |committed| {
@@ -150,7 +152,7 @@ impl Journal {
     }
 }
 
-/// The file beside the database that one process at a time holds.
+/// Locks the file beside the database, which only one journal can hold. The lock ends with the process.
 fn lock(path: &Path) -> Result<Arc<File>> {
     let lock = File::options().write(true).create(true).truncate(false).open(path.with_extension("lock"));
     let lock = lock.map_err(|error| open_error(path, error))?;
@@ -161,6 +163,7 @@ fn lock(path: &Path) -> Result<Arc<File>> {
     }
 }
 
+/// Opens the writer's connection and runs `schema` on it.
 fn connect(path: &Path, schema: &str) -> Result<Connection> {
     let failed = |source| Error::Open { path: path.to_path_buf(), source };
     let writer = Connection::open(path).map_err(failed)?;
@@ -271,7 +274,7 @@ mod tests {
         assert_eq!(count, 100);
     }
 
-    /// What the file is found to be, once its last user has let go of it.
+    /// Resumes the file as soon as its last user has released it.
     async fn resumed(path: &Path, boot: &str) -> (Journal, Continuity) {
         let end = std::time::Instant::now() + Duration::from_secs(10);
         loop {
@@ -283,7 +286,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn acknowledged_writes_are_certain_after_a_kill_and_after_an_orderly_end_only() {
+    async fn continuity_is_certain_only_after_a_kill_or_an_orderly_end() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j.db");
         let check = async |boot: &str, expected: Continuity, end_in_order: bool, what: &str| {
@@ -292,17 +295,18 @@ mod tests {
             if end_in_order {
                 journal.close().await.unwrap();
                 let late = journal.write(|db| db.execute("INSERT INTO t VALUES (1)", [])).await;
-                assert!(late.is_err(), "nothing is acknowledged behind the note of the end");
+                assert!(late.is_err(), "no write is acknowledged after the record of the end");
             }
         };
-        check("a", Continuity::Doubtful, false, "nothing is known of a new file").await;
-        check("a", Continuity::Certain, false, "the process died, the machine did not").await;
-        check("b", Continuity::Doubtful, false, "the machine died under the process").await;
+
+        check("a", Continuity::Doubtful, false, "a new file has no record").await;
+        check("a", Continuity::Certain, false, "only the process died").await;
+        check("b", Continuity::Doubtful, false, "the machine died while the process ran").await;
         check("b", Continuity::Certain, true, "the process died again").await;
         check("c", Continuity::Certain, false, "the machine restarted after an orderly end").await;
         check("d", Continuity::Doubtful, false, "the orderly end does not count twice").await;
         check("", Continuity::Doubtful, false, "the boot is unknown").await;
-        check("", Continuity::Doubtful, false, "an unknown boot is not the same as another unknown one").await;
+        check("", Continuity::Doubtful, false, "two unknown boots do not match").await;
     }
 
     /// Drops the handle and waits until its threads have closed their files.
@@ -320,7 +324,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_copy_that_was_put_back_is_doubtful() {
+    async fn restored_copy_is_doubtful() {
         let dir = tempfile::tempdir().unwrap();
         let (path, copy) = (dir.path().join("j.db"), dir.path().join("copy"));
         for (in_place, copied_in_use) in [(false, false), (true, false), (false, true), (true, true)] {
@@ -335,6 +339,8 @@ mod tests {
             if !copied_in_use {
                 std::fs::copy(&path, &copy).unwrap();
             }
+
+            // A later use of the original makes the copy old.
             let (journal, continuity) = resumed(&path, "a").await;
             assert_eq!(continuity, Continuity::Certain);
             journal.close().await.unwrap();
@@ -348,6 +354,7 @@ mod tests {
             for log in ["j.db-wal", "j.db-shm"] {
                 let _ = std::fs::remove_file(dir.path().join(log));
             }
+
             let (journal, continuity) = resumed(&path, "a").await;
             released(journal, &path).await;
             assert_eq!(continuity, Continuity::Doubtful, "in place {in_place}, copied in use {copied_in_use}");

@@ -1,8 +1,8 @@
-//! Whether a file is the one that the last process left, with everything that it had acknowledged.
+//! Detects whether a database file still holds every write that was acknowledged.
 //!
-//! A commit is in the kernel's hands, not on the disk: the death of the process loses nothing, the death of the machine
-//! may. And a file may be a copy, put back in place of a newer one. So the file notes under which boot of the machine it
-//! is written, whether its last user ended in good order, and marks of the file system that a copy cannot carry along.
+//! A commit reaches the kernel but not necessarily the disk: a crash of the process loses nothing, a crash of the
+//! machine may. A file may also be an older copy that was restored over a newer one. The file therefore records the
+//! boot of the machine, whether its last user closed it, and file system marks that a copy cannot preserve.
 
 use rusqlite::{Connection, OptionalExtension};
 use std::fs::{File, Metadata};
@@ -14,19 +14,20 @@ use std::time::UNIX_EPOCH;
 
 const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS life (
     one INTEGER PRIMARY KEY CHECK (one = 1), boot TEXT NOT NULL, marks TEXT NOT NULL, ended INTEGER NOT NULL)";
-/// What a person finds in the lock file.
+/// The content of the lock file, for a person who looks into it.
 const NOTE: &[u8] = b"locks the database beside it, and tells it from a copy\n";
 
-/// What is known of a file when it is opened.
+/// Whether a file is complete when it is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Continuity {
-    /// Every write that was ever acknowledged is there.
+    /// The file holds every write that was ever acknowledged.
     Certain,
-    /// Some acknowledged writes may be missing: a power cut, an older copy, or nothing is known.
+    /// Some acknowledged writes may be missing: after a power failure, in a restored copy, or in a file without a
+    /// record.
     Doubtful,
 }
 
-/// The files whose marks are noted.
+/// The database and its lock file, whose marks are recorded.
 #[derive(Debug, Clone)]
 pub struct Life {
     database: PathBuf,
@@ -38,8 +39,8 @@ impl Life {
         Self { database: database.into(), lock }
     }
 
-    /// Begins a new life of the file in one transaction with what `begin` writes, on the disk when this returns.
-    /// `boot` is the boot of the machine; empty: unknown.
+    /// Records the start of use in one transaction with the writes of `begin`; both are on disk when this returns.
+    /// `boot` identifies the boot of the machine; an empty string means unknown.
     pub fn begin<T>(
         &self,
         db: &mut Connection,
@@ -50,7 +51,8 @@ impl Life {
         let continuity = self.continuity(db, boot)?;
         let marks = self.renew_marks().map_err(failed)?;
 
-        // Synced: an orderly end that was noted before must not come back with a power cut, without what follows now.
+        // Synced to disk. Otherwise a power failure could restore the record of an earlier orderly end, and the writes
+        // lost with it would go unnoticed.
         db.pragma_update(None, "synchronous", "FULL")?;
         let transaction = db.transaction()?;
         let begun = begin(&transaction, continuity)?;
@@ -60,35 +62,38 @@ impl Life {
         Ok(begun)
     }
 
-    /// Notes an orderly end. Later writes are not covered by it.
+    /// Records an orderly end, which holds for the writes up to now.
     pub fn end(&self, db: &Connection) -> rusqlite::Result<()> {
-        // Copies that were made while the file was in use carry the marks of before.
+        // New marks: a copy that was made while the file was in use has the old ones.
         let marks = self.renew_marks().map_err(failed)?;
         db.execute("UPDATE life SET marks = ?1, ended = 1", [marks])?;
         Ok(())
     }
 
+    /// Compares the record in the file with the present boot and marks.
     fn continuity(&self, db: &Connection, boot: &str) -> rusqlite::Result<Continuity> {
-        let noted = db
+        let recorded = db
             .query_row("SELECT boot, marks, ended FROM life", [], |row| {
                 Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, row.get::<_, bool>(2)?))
             })
             .optional()?;
+
         let marks = self.marks().map_err(failed)?;
-        let certain = noted.is_some_and(|(noted_boot, noted_marks, ended)| {
-            let same_boot = !boot.is_empty() && noted_boot == boot;
-            noted_marks == marks && (same_boot || ended)
+        let certain = recorded.is_some_and(|(recorded_boot, recorded_marks, ended)| {
+            let same_boot = !boot.is_empty() && recorded_boot == boot;
+            recorded_marks == marks && (same_boot || ended)
         });
         Ok(if certain { Continuity::Certain } else { Continuity::Doubtful })
     }
 
-    /// Inode and birth of the database, inode and last change of the lock file. Nobody can set the two times: a copy is
-    /// born and changed when it is made. Device numbers are left out, since they may differ after a reboot.
+    /// Inode and creation time of the database, inode and change time of the lock file. No program can set these two
+    /// times, so a copy gets new ones. Device numbers are left out because they may differ after a reboot.
     fn marks(&self) -> io::Result<String> {
         let (database, lock) = (std::fs::metadata(&self.database)?, self.lock.metadata()?);
         Ok(format!("{}-{}-{}-{}.{:09}", database.ino(), born(&database), lock.ino(), lock.ctime(), lock.ctime_nsec()))
     }
 
+    /// Rewrites the lock file, which changes its change time, and returns the new marks.
     fn renew_marks(&self) -> io::Result<String> {
         self.lock.set_len(0)?;
         self.lock.write_all_at(NOTE, 0)?;
@@ -96,7 +101,7 @@ impl Life {
     }
 }
 
-/// Nanoseconds since the epoch; 0 on file systems that do not keep it.
+/// Creation time in nanoseconds since the Unix epoch; 0 on file systems that do not record it.
 fn born(file: &Metadata) -> u128 {
     let born = file.created().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
     born.map_or(0, |at| at.as_nanos())
