@@ -51,9 +51,9 @@ export class CommandError extends Error {
 }
 
 const PROTOCOL = "centrifuge-protobuf";
-/** Namespaces where only services publish: what names a client there is a forgery, however the node came to allow it. */
+/** Namespaces in which only services may publish. A publication by a client there is a forgery and is ignored. */
 const SERVICES_ONLY = ["app:", "chat:", "ops:"];
-/** A command that found no connection, or lost it on the way. */
+/** The code of a command that found no connection, or lost it before the reply. */
 export const NOT_CONNECTED = 0;
 const UNAUTHORIZED = 101;
 const ALREADY_SUBSCRIBED = 105;
@@ -335,7 +335,7 @@ export class Connection {
       if (publication.offset <= position.offset) return;
       subscription.position = { epoch: position.epoch, offset: publication.offset };
     }
-    // It counts, so that the position stays right, and says nothing.
+    // A forged publication advances the position but is not delivered.
     if (forged(subscription.channel, publication)) return;
     const now = subscription.position ?? { epoch: "", offset: 0 };
     for (const listener of [...subscription.listeners]) listener.publication(publication, now);

@@ -1,20 +1,20 @@
-//! A TCP forwarder whose target can change: an address that moves from one server to another.
+//! A TCP forwarder with a changeable target, for tests in which an address moves from one server to another.
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// Ends its connections when it is dropped.
+/// Forwards connections to its current target; dropping it closes them.
 pub struct Forwarder {
     port: u16,
     target: watch::Sender<u16>,
 }
 
 impl Forwarder {
-    /// To a port of this host.
+    /// Starts a forwarder to a port on loopback.
     pub async fn start(target: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let port = listener.local_addr().expect("a bound listener has an address").port();
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("cannot bind a loopback port");
+        let port = listener.local_addr().expect("cannot read the listener's address").port();
         let (sender, receiver) = watch::channel(target);
         tokio::spawn(accept(listener, receiver));
         Self { port, target: sender }
@@ -24,7 +24,7 @@ impl Forwarder {
         self.port
     }
 
-    /// Cuts every connection; new ones reach `target`.
+    /// Closes all connections and forwards new ones to `target`.
     pub fn switch(&self, target: u16) {
         self.target.send_replace(target);
     }
@@ -32,6 +32,7 @@ impl Forwarder {
 
 async fn accept(listener: TcpListener, target: watch::Receiver<u16>) {
     let (mut changes, mut pairs) = (target.clone(), JoinSet::new());
+
     loop {
         tokio::select! {
             accepted = listener.accept() => {
@@ -52,6 +53,7 @@ async fn accept(listener: TcpListener, target: watch::Receiver<u16>) {
 async fn forward(mut client: TcpStream, mut target: watch::Receiver<u16>) {
     let port = *target.borrow_and_update();
     let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+
     tokio::select! {
         _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
         _ = target.changed() => {}

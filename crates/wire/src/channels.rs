@@ -36,7 +36,7 @@ pub struct Broadcast {
     pub skip_history: bool,
 }
 
-/// A key that is there has a value: `null` is JSON data like any other.
+/// Reads a present key as a value even if it is `null`, which is valid JSON data.
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Box<RawValue>>, D::Error> {
     Box::<RawValue>::deserialize(deserializer).map(Some)
 }
@@ -90,7 +90,7 @@ pub struct Positions {
     pub positions: Vec<Position>,
 }
 
-/// The channels that somebody on this node is subscribed to.
+/// The channels that have subscribers on this node.
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 pub struct Channels {
     pub channels: Vec<String>,
@@ -110,7 +110,7 @@ pub struct NodeInfo {
     pub num_channels: usize,
 }
 
-/// The result of an operation that has nothing to say: `{}`.
+/// The empty result of an operation: `{}`.
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 pub struct Done {}
 

@@ -113,17 +113,19 @@ describe("subscribe", () => {
       const heard = new Heard();
       connection.subscribe(channel, heard);
       await settle();
+
       server.socket.say({ push: { channel, pub: forgery(1) } });
       server.publish(channel, data("real"), 2);
       server.socket.say({ push: { channel, pub: forgery(0) } });
       expect(heard.publications).toEqual(["real"]);
       expect(heard.positions).toEqual([{ epoch: "e1", offset: 2 }]);
+
       const kept = connection.history(channel, -1);
       await settle();
       expect((await kept).publications.map((publication) => text(publication.data))).toEqual(["real"]);
     }
 
-    // Elsewhere clients may publish.
+    // Clients may publish in other namespaces.
     const heard = new Heard();
     connection.subscribe("news", heard);
     await settle();

@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn line_breaks_between_tokens_become_spaces_and_nothing_else_changes() {
+    fn only_line_breaks_between_tokens_become_spaces() {
         let fixtures: serde_json::Value =
             serde_json::from_str(include_str!("../../../../fixtures/wire/realtime.json")).unwrap();
         for case in fixtures["several_lines"].as_array().unwrap() {
@@ -174,7 +174,7 @@ mod tests {
         }
     }
 
-    /// JSON as text: what a parser would rewrite (long and odd numbers, unsorted and repeated keys, escapes, whitespace).
+    /// JSON that a parser would rewrite: long and odd numbers, unsorted and repeated keys, escapes, whitespace.
     fn json_text() -> impl Strategy<Value = String> {
         let number = "-?(0|[1-9][0-9]{0,30})(\\.[0-9]{1,9})?([eE][+-]?[0-9]{1,3})?";
         let string = r#""([ a-zäß☃]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}){0,6}""#;
@@ -205,19 +205,19 @@ mod tests {
             let publication = Publication { data: Bytes::from(text.clone()), ..Publication::default() };
             let push = Push { r#pub: Some(publication.clone()), ..Push::default() };
 
-            // Out to JSON clients: one line, and the reader finds the same text.
+            // JSON clients receive one line with the same text.
             let json = as_json(publication);
             prop_assert!(!json.contains(['\n', '\r']));
             let read = decode_replies(Encoding::Json, &Bytes::from(json)).unwrap().remove(0);
             prop_assert_eq!(&read.push.unwrap().r#pub.unwrap().data[..], one_line.as_bytes());
 
-            // Out to protobuf clients: not a byte changes.
+            // Protobuf clients receive the same bytes.
             let mut binary = Vec::new();
             encode_reply(Encoding::Protobuf, &Reply::push("c", push), &mut binary);
             let read = decode_replies(Encoding::Protobuf, &Bytes::from(binary)).unwrap().remove(0);
             prop_assert_eq!(&read.push.unwrap().r#pub.unwrap().data[..], text.as_bytes());
 
-            // In from JSON clients, whose commands are one line each.
+            // Commands from JSON clients, which are one line each, keep their bytes.
             let line = format!(r#"{{"id":1,"rpc":{{"data":{one_line},"method":"m"}}}}"#);
             let command = decode_commands(Encoding::Json, &Bytes::from(line)).unwrap().remove(0);
             prop_assert_eq!(&command.rpc.unwrap().data[..], one_line.as_bytes());

@@ -1,5 +1,5 @@
-//! `bytes` fields in JSON: embedded as they are, byte for byte, except that line breaks become spaces. What is not JSON (a
-//! binary publication for a JSON client) is written as a string of base64.
+//! Serializes `bytes` fields as embedded JSON, byte for byte except that line breaks become spaces. Data that is not
+//! JSON, such as a binary publication that reaches a JSON client, becomes a base64 string.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -9,18 +9,19 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 pub fn serialize<S: Serializer>(bytes: &Bytes, serializer: S) -> Result<S::Ok, S::Error> {
-    // Every check reads the bytes once; a publication is encoded once for all its readers.
+    // The checks read every byte, which is affordable: a publication is encoded once for all its subscribers.
     let text = std::str::from_utf8(bytes).ok();
     let Some(raw) = text.and_then(|text| serde_json::from_str::<&RawValue>(text).ok()) else {
         return STANDARD.encode(bytes).serialize(serializer);
     };
-    // A line break would end the message. Two searches, since one for a single byte is several times faster than one for
+
+    // A line break would end the message. Two searches for a single byte are several times faster than one search for
     // either of two.
     if !raw.get().contains('\n') && !raw.get().contains('\r') {
         return raw.serialize(serializer);
     }
 
-    // The text is valid JSON, so its line breaks are between tokens (in a string they are escaped): a space is the same.
+    // In valid JSON, line breaks stand between tokens only (strings escape them), so a space means the same.
     let one_line = RawValue::from_string(raw.get().replace(['\n', '\r'], " ")).map_err(S::Error::custom)?;
     one_line.serialize(serializer)
 }
