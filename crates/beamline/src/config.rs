@@ -57,6 +57,8 @@ pub struct Settings {
     pub warnings: Vec<String>,
     /// The file that was read, if any.
     pub file: Option<PathBuf>,
+    /// Of the process's environment, what providers pass on to their programs.
+    passed: BTreeMap<String, String>,
 }
 
 /// A typed getter that gives `None` for an unset key; asking a key for another kind than its own is a bug of ours.
@@ -99,6 +101,15 @@ impl Values {
 impl Settings {
     pub fn has_role(&self, role: &str) -> bool {
         self.values.list("roles").iter().any(|r| r == role)
+    }
+
+    /// The environment that a provider's settings give its program.
+    pub fn program_environment(&self, provider: &Values) -> BTreeMap<String, String> {
+        let of = |item: &String| {
+            let (name, value) = value::variable(item);
+            Some((name.to_string(), value.or_else(|| self.passed.get(name).map(String::as_str))?.to_string()))
+        };
+        provider.list("env").iter().filter_map(of).collect()
     }
 
     /// The effective settings as a file, with where each value came from.

@@ -226,7 +226,10 @@ impl Exchange {
             error.reason = error.reason.take().map(shortened);
             bytes = payload.encode();
         }
-        tracing::info!(trace_id, request_id, tenant_id, error_code, took_us, "refused: {}", payload.error.message);
+        // What is wrong with a request repeats parts of it: that is for whoever sent it, not for the log.
+        let reason = payload.error.reason.as_deref();
+        let why = if reason == Some("invalid_request") { "the request is not valid" } else { &payload.error.message };
+        tracing::info!(trace_id, request_id, tenant_id, error_code, reason, took_us, "refused: {why}");
         (if in_stream { FrameType::StreamError } else { FrameType::ResponseError }, bytes.into())
     }
 
@@ -331,8 +334,9 @@ impl Exchange {
         let query = serde_json::to_vec(&query).expect("a query is JSON");
         let headers = headers(Some(&self.trace_id), self.traceparent.as_deref(), tenant);
         let reply = self.request_router(subject, headers, query).await?;
-        let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply)
-            .map_err(|e| Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {e}")))?;
+        let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply).map_err(|e| {
+            Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {}", wire::unfit(&e)))
+        })?;
         self.permit(tenant_of(&answer.task))?;
         Ok(answer.task)
     }

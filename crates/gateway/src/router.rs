@@ -214,7 +214,7 @@ impl Drop for Call<'_> {
 }
 
 fn read(payload: Bytes) -> Result<Bytes, Refused> {
-    let head: AnswerHead = serde_json::from_slice(&payload).map_err(|e| Refused::Unreadable(e.to_string()))?;
+    let head: AnswerHead = serde_json::from_slice(&payload).map_err(|e| Refused::Unreadable(wire::unfit(&e)))?;
     match head.error {
         None if head.ok => Ok(payload),
         Some(error) => Err(Refused::Router(error)),

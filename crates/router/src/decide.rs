@@ -155,12 +155,14 @@ impl Router {
 
     async fn refuse(&self, message: &Message, context: Context, error: ErrorBody) {
         self.stats.refused(&error);
+        // What is wrong with a request repeats parts of it: that is for whoever sent it, not for the log.
+        let why = if error.code == "invalid_request" { "the request is not valid" } else { error.message.as_str() };
         tracing::info!(
             trace_id = context.trace_id,
             request_id = context.request_id,
             error_code = error.code,
-            "refused: {}",
-            error.message
+            intake_error_code = error.intake_error_code,
+            "refused: {why}"
         );
         self.reply(message, &ErrorResponse { ok: false, error, context }).await;
     }

@@ -14,3 +14,40 @@ pub mod router;
 pub mod status;
 pub mod subjects;
 pub mod websocket;
+
+/// What is wrong with JSON, without the values that serde quotes: they may be what a person wrote, and this is for logs.
+pub fn unfit(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    // Of the rest, the place alone; names of missing fields are our own.
+    if !error.is_data() || text.starts_with("missing field ") {
+        return text;
+    }
+    match text.rsplit_once(", expected ") {
+        Some((_, expected)) => format!("a value does not fit, expected {expected}"),
+        None => format!("a value does not fit at line {} column {}", error.line(), error.column()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unfit;
+
+    #[test]
+    fn unfit_json_is_described_without_its_values() {
+        let check = |json: &str, expected: &str| {
+            let error = serde_json::from_str::<crate::ipc::TaskSubmit>(json).unwrap_err();
+            assert_eq!(unfit(&error), expected, "{json}");
+        };
+        check("{}", "missing field `command` at line 1 column 2");
+        check("{\"a\": xyzzy}", "expected value at line 1 column 7");
+        check("{\"command\": 7}", "a value does not fit, expected a string at line 1 column 13");
+        check(
+            "{\"command\":\"c\",\"timeout_ms\":\"xyzzy, expected xyzzy\"}",
+            "a value does not fit, expected u64 at line 1 column 51",
+        );
+        check(
+            "{\"wait\":\"xyzzy\"}",
+            "a value does not fit, expected one of `decision`, `result`, `stream` at line 1 column 15",
+        );
+    }
+}

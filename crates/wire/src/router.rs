@@ -346,12 +346,13 @@ pub struct JobType {
 
 impl ExecResult {
     /// Decodes a result in the current format or a legacy one: in an envelope `{kind:"exec_result",data}`, or with
-    /// `job_type` for `job.type`, `result` for `output`, `completed_at` for `timestamp`.
+    /// `job_type` for `job.type`, `result` for `output`, `completed_at` for `timestamp`. The error is for the log: it
+    /// quotes nothing of `bytes`.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
         let mut value: Value = serde_json::from_slice(bytes).map_err(|e| format!("the result is not JSON: {e}"))?;
         if value.get("kind").is_some() {
             if value["kind"] != "exec_result" {
-                return Err(format!("the envelope has kind {} instead of \"exec_result\"", value["kind"]));
+                return Err("the envelope has another kind than \"exec_result\"".into());
             }
             value = value["data"].take();
         }
@@ -370,10 +371,10 @@ impl ExecResult {
 
         match object.get("version").and_then(Value::as_str) {
             None | Some("1" | "1.0" | "v1") => {}
-            Some(other) => return Err(format!("result version {other:?} is unknown; use \"1\"")),
+            Some(_) => return Err("the result's version is unknown; use \"1\"".into()),
         }
         object.insert("version".into(), VERSION.into());
-        serde_json::from_value(value).map_err(|e| format!("the result does not fit the schema: {e}"))
+        serde_json::from_value(value).map_err(|e| format!("the result does not fit the schema: {}", crate::unfit(&e)))
     }
 }
 

@@ -55,8 +55,9 @@ pub struct ProviderConfig {
 pub enum Kind {
     /// Gives the task's payload back.
     Echo,
-    /// Runs a program: the task on its standard input, its standard output streamed.
-    Command { program: PathBuf, args: Vec<String>, output_max: usize },
+    /// Runs a program: the task on its standard input, its standard output streamed. Its environment is `env` and the
+    /// ids of the task, nothing of this process's own. `output_max` is in bytes.
+    Command { program: PathBuf, args: Vec<String>, env: BTreeMap<String, String>, output_max: usize },
     /// Any endpoint that speaks OpenAI's chat completions, streamed.
     OpenAi { base_url: String, api_key: Option<String>, model: String, system: Option<String> },
     /// Answers questions about this deployment.

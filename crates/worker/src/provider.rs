@@ -42,6 +42,7 @@ pub(crate) struct Job<'a> {
     pub task: &'a Task,
     pub request_id: &'a str,
     pub tenant_id: &'a str,
+    pub trace_id: Option<&'a str>,
 }
 
 impl Job<'_> {
@@ -188,8 +189,8 @@ impl Provider {
     pub fn new(config: ProviderConfig, bus: &Bus, live: &Arc<ops::Live>) -> Result<Self, Error> {
         let work = match config.kind {
             Kind::Echo => Work::Echo,
-            Kind::Command { program, args, output_max } => {
-                Work::Command(command::Command { program, args, output_max })
+            Kind::Command { program, args, env, output_max } => {
+                Work::Command(command::Command { program, args, env, output_max })
             }
             Kind::OpenAi { base_url, api_key, model, system } => {
                 let made = openai::OpenAi::new(base_url, api_key, model, system);

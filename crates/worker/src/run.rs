@@ -133,7 +133,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     let (request_id, attempt) = (&assignment.request_id, delivery.delivered);
     tracing::info!(trace_id, tenant_id, request_id, provider = provider.name, attempt, "running");
     let limit = Limit::of(provider.timeout, Duration::from_millis(assignment.options.deadline_ms.max(1)));
-    let job = Job { task: &assignment.job, request_id, tenant_id };
+    let job = Job { task: &assignment.job, request_id, tenant_id, trace_id };
     let output = Output::new(worker.bus.clone(), request_id, &assignment.assignment_id, attempt);
     provider.running.fetch_add(1, Relaxed);
     let started = Instant::now();
@@ -160,16 +160,19 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
         .increment(1);
     metrics::histogram!("beamline_worker_run_duration_seconds", "provider" => provider.name.clone())
         .record(took.as_secs_f64());
-    let (status, error) = (outcome.status.as_str(), outcome.error.clone());
+    let (status, error_code) = (outcome.status.as_str(), outcome.error_code);
+    // The text may repeat the prompt: it is for whoever asked, not for the log.
+    let error_bytes = outcome.error.as_ref().map(String::len);
     store(worker, &assignment, outcome, Some(Ran { took, chunks: output.count() })).await?;
-    tracing::info!(trace_id, tenant_id, request_id, status, error, took_ms = took.as_millis() as u64, "ran");
+    let took_ms = took.as_millis() as u64;
+    tracing::info!(trace_id, tenant_id, request_id, status, error_code, error_bytes, took_ms, "ran");
     delivery.ack().await
 }
 
 /// The assignment in a payload, or why it is a dead letter.
 fn read(payload: &[u8]) -> Result<ExecAssignment, String> {
-    let assignment: ExecAssignment =
-        serde_json::from_slice(payload).map_err(|error| format!("the assignment cannot be read: {error}"))?;
+    let assignment: ExecAssignment = serde_json::from_slice(payload)
+        .map_err(|error| format!("the assignment cannot be read: {}", wire::unfit(&error)))?;
     let trace_id = assignment.correlation.trace_id.as_ref().filter(|id| !id.is_empty());
     let ids = [("assignment_id", &assignment.assignment_id), ("request_id", &assignment.request_id)];
     for (name, id) in ids.into_iter().chain(trace_id.map(|id| ("trace_id", id))) {

@@ -35,7 +35,7 @@ const fn live(mut key: Key) -> Key {
     key
 }
 
-use Kind::{Address, Bool, Choice, Count, Duration, List, Path, Secret, Share, Size, Text};
+use Kind::{Address, Bool, Choice, Count, Duration, List, Path, Secret, Share, Size, Text, Variables};
 
 /// Settings of the process.
 pub const KEYS: &[Key] = &[
@@ -125,6 +125,12 @@ pub const PROVIDER: &[Key] = &[
     unset("kind", Choice(&["echo", "command", "openai", "ops"]), "how it runs a task"),
     unset("program", Path, "command: the program; the task is its standard input"),
     key("args", List, "", "command: arguments"),
+    key(
+        "env",
+        Variables,
+        "",
+        "command: its environment; NAME passes a variable of the server's on, NAME=value sets one",
+    ),
     key("output_max", Size, "1MiB", "command: output beyond this ends the run"),
     key("timeout", Duration, "60s", "a run may take"),
     unset("base_url", Text, "openai: for example http://127.0.0.1:11434/v1"),

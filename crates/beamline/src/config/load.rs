@@ -1,7 +1,7 @@
 //! Reads the layers into [`Settings`], collecting every problem on the way.
 
 use super::keys::{KEYS, Key, NAMESPACE, PROVIDER};
-use super::value::{Kind, Value, parse};
+use super::value::{Kind, list, parse, variable as variable_of};
 use super::{Settings, Source, Values};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -94,6 +94,7 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
         }
     }
     settings.warnings.extend(strangers(&layers.environment));
+    pass_on(&layers.environment, &mut settings);
     let values = &mut settings.values;
     for (name, text) in &layers.flags {
         let key = KEYS.iter().find(|key| key.name == *name).expect("flags name keys of the table");
@@ -123,6 +124,23 @@ fn strangers(environment: &BTreeMap<String, String>) -> Vec<String> {
     let ours = environment.keys().filter(|name| name.starts_with("BEAMLINE_") && !known.contains(name));
     ours.map(|name| format!("${name} is not a setting{}", did_you_mean(known.iter().map(String::as_str), name)))
         .collect()
+}
+
+/// Keeps the variables that providers pass on to their programs.
+fn pass_on(environment: &BTreeMap<String, String>, settings: &mut Settings) {
+    for provider in &settings.providers {
+        for item in provider.list("env") {
+            let (name, None) = variable_of(&item) else { continue };
+            match environment.get(name) {
+                Some(value) => _ = settings.passed.insert(name.into(), value.clone()),
+                None => {
+                    let provider = provider.maybe_text("name").unwrap_or_default();
+                    let told = format!("worker.providers: {provider} is to get ${name}, which is not set here");
+                    settings.warnings.push(told);
+                }
+            }
+        }
+    }
 }
 
 fn did_you_mean<'a>(known: impl Iterator<Item = &'a str>, name: &str) -> String {
@@ -240,16 +258,15 @@ impl Reader {
             DeValue::Integer(number) if number.radix() == 10 => number.as_str().to_string(),
             DeValue::Float(number) => number.as_str().to_string(),
             DeValue::Boolean(flag) => flag.to_string(),
-            DeValue::Array(items) if matches!(key.kind, Kind::List) => {
+            DeValue::Array(items) if matches!(key.kind, Kind::List | Kind::Variables) => {
                 let texts: Option<Vec<_>> =
                     items.iter().map(|item| item.get_ref().as_str().map(String::from)).collect();
-                match texts {
-                    Some(texts) => {
-                        values.0.insert(key.name, (Value::List(texts), Source::File { line }));
-                        return;
-                    }
-                    None => return self.problem(scope.at(line), format!("{name} is not a list of strings")),
+                let texts = texts.ok_or_else(|| "is not a list of strings".to_string());
+                match texts.and_then(|texts| list(key.kind, texts)) {
+                    Ok(value) => _ = values.0.insert(key.name, (value, Source::File { line })),
+                    Err(what) => self.problem(scope.at(line), format!("{name} {what}")),
                 }
+                return;
             }
             other => {
                 return self

@@ -1,6 +1,7 @@
 //! The kinds of settings: how each is written and read.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,6 +25,8 @@ pub enum Kind {
     Choice(&'static [&'static str]),
     /// An array of strings, or one string with commas.
     List,
+    /// The same, of variables: `NAME`, or `NAME=value`, whose value may be a secret and is never printed.
+    Variables,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -72,9 +75,35 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
         },
         Kind::Choice(choices) if choices.contains(&text) => Ok(Value::Text(text.into())),
         Kind::Choice(choices) => Err(format!("is {text:?}, not one of {}", choices.join(", "))),
-        Kind::List => {
-            Ok(Value::List(text.split(',').map(str::trim).filter(|s| !s.is_empty()).map(String::from).collect()))
+        Kind::List | Kind::Variables => {
+            let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+            list(kind, items.map(String::from).collect())
         }
+    }
+}
+
+/// The items of an array, or what is wrong with them.
+pub fn list(kind: Kind, items: Vec<String>) -> Result<Value, String> {
+    if matches!(kind, Kind::Variables) {
+        let mut seen = BTreeSet::new();
+        for item in &items {
+            let (name, value) = variable(item);
+            if name.is_empty() || name.contains('\0') || value.is_some_and(|value| value.contains('\0')) {
+                return Err(format!("holds {name:?}, which is no variable; write NAME or NAME=value"));
+            }
+            if !seen.insert(name) {
+                return Err(format!("holds {name} twice"));
+            }
+        }
+    }
+    Ok(Value::List(items))
+}
+
+/// An item of [`Kind::Variables`]: its name, and the value that it sets.
+pub fn variable(item: &str) -> (&str, Option<&str>) {
+    match item.split_once('=') {
+        Some((name, value)) => (name, Some(value)),
+        None => (item, None),
     }
 }
 
@@ -130,6 +159,13 @@ pub fn render(kind: Kind, value: &Value) -> String {
         (_, Value::Number(n)) => n.to_string(),
         (_, Value::Share(share)) => format!("{share:?}"),
         (_, Value::Bool(b)) => b.to_string(),
+        (Kind::Variables, Value::List(items)) => {
+            let shown = items.iter().map(|item| match variable(item) {
+                (name, Some(_)) => format!("{name}=[REDACTED]"),
+                (name, None) => name.into(),
+            });
+            format!("{:?}", shown.collect::<Vec<_>>())
+        }
         (_, Value::List(items)) => {
             format!("{:?}", items.iter().map(|item| without_password(item)).collect::<Vec<_>>())
         }
@@ -175,6 +211,16 @@ mod tests {
         let url = Value::Text("nats://me:ge@heim@host".into());
         assert_eq!(render(Kind::Text, &url), r#""nats://[REDACTED]@host""#);
         assert_eq!(render(Kind::Text, &Value::Text("a@b".into())), r#""a@b""#);
+    }
+
+    #[test]
+    fn variables_are_shown_without_their_values() {
+        let value = parse(Kind::Variables, "PATH, TOKEN=geheim=,EMPTY=").unwrap();
+        assert_eq!(render(Kind::Variables, &value), r#"["PATH", "TOKEN=[REDACTED]", "EMPTY=[REDACTED]"]"#);
+        for (text, problem) in [("A,A=1", "holds A twice"), ("=1", "holds \"\""), ("A=x\0geheim", "holds \"A\"")] {
+            let told = parse(Kind::Variables, text).unwrap_err();
+            assert!(told.contains(problem) && !told.contains("geheim"), "{told}");
+        }
     }
 
     #[test]

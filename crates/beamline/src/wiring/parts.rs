@@ -73,7 +73,7 @@ pub async fn worker(settings: &Settings, bus: Bus) -> Result<worker::Bound> {
         ..worker::Config::default()
     };
     for values in &settings.providers {
-        let fresh = provider(values)?;
+        let fresh = provider(settings, values)?;
         // `echo` and `ops` are there unless replaced.
         config.providers.retain(|known| known.name != fresh.name);
         config.providers.push(fresh);
@@ -81,7 +81,7 @@ pub async fn worker(settings: &Settings, bus: Bus) -> Result<worker::Bound> {
     worker::bind(config, bus).await.context("the worker cannot start")
 }
 
-fn provider(values: &Values) -> Result<worker::ProviderConfig> {
+fn provider(settings: &Settings, values: &Values) -> Result<worker::ProviderConfig> {
     let name = values.text("name");
     let needed = |key: &str| format!("provider {name} needs {key}");
     let kind = match values.text("kind").as_str() {
@@ -90,6 +90,7 @@ fn provider(values: &Values) -> Result<worker::ProviderConfig> {
         "command" => worker::Kind::Command {
             program: values.maybe_path("program").with_context(|| needed("program"))?,
             args: values.list("args"),
+            env: settings.program_environment(values),
             output_max: values.count("output_max"),
         },
         "openai" => worker::Kind::OpenAi {

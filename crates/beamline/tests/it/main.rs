@@ -8,6 +8,7 @@ mod journey;
 mod memory;
 mod process;
 mod realtime;
+mod secrets;
 mod service;
 mod settings;
 mod soak;

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 /// A start or an end that takes longer has failed.
@@ -138,6 +138,20 @@ impl Manager {
         up.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", name).envs(self.environment);
         up.stdin(Stdio::from(given)).spawn().unwrap()
     }
+}
+
+/// The answer to a POST with the server's API key: status line, headers and body.
+pub async fn post(http: &str, path: &str, key: &str, body: &str) -> String {
+    let mut stream = tokio::net::TcpStream::connect(http).await.unwrap();
+    let request = format!(
+        "POST {path} HTTP/1.1\r\nHost: {http}\r\nConnection: close\r\nX-API-Key: {key}\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.unwrap();
+    response
 }
 
 fn command(dir: &Path) -> Command {

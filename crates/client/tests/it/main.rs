@@ -41,7 +41,7 @@ impl Deployment {
         let provider = |name: &str, kind| ProviderConfig { name: name.into(), kind, timeout: SOON };
         let providers = vec![
             provider("echo", Kind::Echo),
-            provider("sh", Kind::Command { program: "sh".into(), args, output_max: 4096 }),
+            provider("sh", Kind::Command { program: "sh".into(), args, env: Default::default(), output_max: 4096 }),
         ];
 
         let backoff = [Duration::from_millis(10); 3];

@@ -98,16 +98,16 @@ pub async fn bad_results_become_dead_letters(router: Router) {
         (b"not json".to_vec(), "not JSON"),
         (b"\xff\xfe".to_vec(), "not JSON"),
         (b"[]".to_vec(), "not an object"),
-        (b"{}".to_vec(), "does not fit"),
-        (br#"{"kind":"exec_ack","data":{}}"#.to_vec(), "exec_ack"),
-        (with("version", json!("9")), "\"9\""),
-        (with("status", json!("perhaps")), "perhaps"),
+        (b"{}".to_vec(), "missing field `assignment_id`"),
+        (br#"{"kind":"exec_ack","data":{}}"#.to_vec(), "another kind"),
+        (with("version", json!("9")), "version is unknown"),
+        (with("status", json!("perhaps")), "a value does not fit, expected one of"),
         (with("assignment_id", json!("")), "assignment_id has 0 bytes"),
         (with("request_id", json!("x".repeat(129))), "request_id has 129 bytes"),
         (with("assignment_id", json!("a\0b")), "assignment_id has a control character"),
         (with("trace_id", json!("a\nb")), "trace_id has a control character"),
         (with("tenant_id", json!("a\rb")), "tenant_id has a control character"),
-        (with("latency_ms", json!(-1)), "does not fit"),
+        (with("latency_ms", json!(-1)), "a value does not fit, expected u64"),
     ];
     for (payload, _) in &bad {
         router.append(subjects::RESULT, payload.clone()).await;

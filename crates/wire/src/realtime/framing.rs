@@ -23,7 +23,7 @@ impl Encoding {
 
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    #[error("the message is not JSON of the client protocol: {0}")]
+    #[error("the message is not JSON of the client protocol: {}", crate::unfit(.0))]
     Json(#[from] serde_json::Error),
     #[error("the message is not protobuf of the client protocol: {0}")]
     Protobuf(#[from] prost::DecodeError),

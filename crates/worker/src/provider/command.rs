@@ -4,6 +4,7 @@ use super::{Job, Limit, Outcome, Output};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -19,6 +20,7 @@ const STDERR_MAX: usize = 4096;
 pub struct Command {
     pub program: PathBuf,
     pub args: Vec<String>,
+    pub env: BTreeMap<String, String>,
     pub output_max: usize,
 }
 
@@ -35,6 +37,8 @@ impl Command {
         let mut process = Process::new(&self.program);
         process.args(&self.args).process_group(0).kill_on_drop(true);
         process.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // Our own environment holds passwords of servers; the program gets what the settings list for it.
+        process.env_clear().envs(&self.env);
         process.env("BEAMLINE_REQUEST_ID", job.request_id).env("BEAMLINE_TENANT_ID", job.tenant_id);
         let mut child = match process.spawn() {
             Ok(child) => child,

@@ -15,6 +15,8 @@ const ANSWER_MAX: usize = 1024 * 1024;
 /// Of an error's body, this many bytes are read, and this many characters shown.
 const ERROR_TEXT_MAX: usize = 16 * 1024;
 const ERROR_SHOWN_MAX: usize = 300;
+/// The name of an error is not longer, in bytes.
+const ERROR_NAME_MAX: usize = 48;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct OpenAi {
@@ -68,13 +70,32 @@ impl OpenAi {
         })?;
         let status = response.status();
         if let Some(seconds) = cool_down(status, response.headers(), SystemTime::now()) {
-            tracing::warn!(url = self.url, %status, seconds, "the model's endpoint is busy");
+            let (trace_id, request_id, status_code) = (job.trace_id, job.request_id, status.as_u16());
+            tracing::warn!(
+                trace_id,
+                request_id,
+                url = self.url,
+                status = status_code,
+                seconds,
+                "the model's endpoint is busy"
+            );
             let text = format!("the model's endpoint answered {status}; it may be asked again in {seconds} s");
             return Err(Outcome::rate_limited(seconds, text));
         }
         if !status.is_success() {
             let text = start(response).await;
-            tracing::warn!(url = self.url, %status, "the model's endpoint refused: {text}");
+            let (trace_id, request_id, bytes) = (job.trace_id, job.request_id, text.len());
+            let error = kind_of(&text);
+            let status_code = status.as_u16();
+            tracing::warn!(
+                trace_id,
+                request_id,
+                url = self.url,
+                status = status_code,
+                error,
+                bytes,
+                "the model's endpoint refused"
+            );
             let code = if is_of_the_task(status) { "invalid_task" } else { "refused" };
             return Err(Outcome::failed(
                 code,
@@ -160,6 +181,17 @@ fn cool_down(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option
         _ => return None,
     };
     Some(seconds.clamp(1, COOL_DOWN_MAX_S))
+}
+
+/// What the endpoint calls its error: for the log, as the message may repeat the prompt. A name, or nothing.
+fn kind_of(text: &str) -> Option<String> {
+    let body: Value = serde_json::from_str(text).unwrap_or_default();
+    let names = [&body["error"]["code"], &body["error"]["type"]];
+    let is_name = |name: &&str| {
+        (1..=ERROR_NAME_MAX).contains(&name.len())
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
+    };
+    names.into_iter().filter_map(Value::as_str).find(is_name).map(String::from)
 }
 
 /// Another task may well be taken: it is not the endpoint that fails.

@@ -1,6 +1,6 @@
 //! Programs: what they get, what they say, and that none of them outlives its run.
 
-use crate::{Place, SOON, assignment, chunk, is_gone, provider, within};
+use crate::{Place, SOON, assignment, chunk, is_gone, provider, variables, within};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use wire::router::{ExecResult, ResultStatus};
@@ -29,6 +29,39 @@ async fn the_task_is_its_standard_input_and_the_ids_are_in_its_environment() {
     assert_eq!((result.status, result.provider_id.as_str(), result.cost), (ResultStatus::Success, "sh", 0.25));
     assert_eq!((result.trace_id.as_deref(), result.tenant_id.as_deref()), (Some("t1"), Some("acme")));
     assert!(result.chunks.is_some_and(|chunks| chunks >= 1));
+}
+
+#[tokio::test]
+async fn its_environment_is_what_it_is_given_and_the_ids() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    // Without a slash: the program is looked up in the PATH that it is given, else in the system's own.
+    let given = [&[][..], &[("PATH", "/usr/bin"), ("LANG", "C.UTF-8"), ("BEAMLINE_TENANT_ID", "other")]];
+    let of = |env: &[(&str, &str)]| Kind::Command {
+        program: "env".into(),
+        args: vec![],
+        env: variables(env),
+        output_max: 1024,
+    };
+    let providers = vec![provider("none", of(given[0])), provider("some", of(given[1]))];
+    let _worker = place.worker(Config { providers, ..Config::default() }).await;
+    for (name, expected) in [("none", &[][..]), ("some", &["LANG=C.UTF-8", "PATH=/usr/bin"])] {
+        place.assign(name, name, json!({})).await;
+        let result = results.next().await;
+        let mut seen: Vec<&str> = text(&result).lines().collect();
+        seen.sort_unstable();
+        let ids = [format!("BEAMLINE_REQUEST_ID={name}"), "BEAMLINE_TENANT_ID=acme".into()];
+        let expected: Vec<&str> = ids.iter().map(String::as_str).chain(expected.iter().copied()).collect();
+        assert_eq!(seen, expected);
+    }
+}
+
+/// Scripts find the usual programs without a PATH.
+#[tokio::test]
+async fn a_script_runs_in_an_empty_environment() {
+    let result =
+        run("cat >/dev/null; printf 'b\na\n' | sort | tr '\n' ' '; ls / >/dev/null && echo ok", json!({})).await;
+    assert_eq!((result.status, text(&result)), (ResultStatus::Success, "a b ok\n"), "{result:?}");
 }
 
 pub async fn output_comes_while_the_program_runs(place: Place) {
@@ -74,8 +107,10 @@ async fn how_a_program_ends_is_told() {
 async fn a_program_that_cannot_start() {
     let place = Place::local().await;
     let mut results = place.results().await;
-    let missing = Kind::Command { program: "/no/such/program".into(), args: vec![], output_max: 1024 };
-    let folder = Kind::Command { program: place.dir.path().into(), args: vec![], output_max: 1024 };
+    let missing =
+        Kind::Command { program: "/no/such/program".into(), args: vec![], env: variables(&[]), output_max: 1024 };
+    let folder =
+        Kind::Command { program: place.dir.path().into(), args: vec![], env: variables(&[]), output_max: 1024 };
     let providers = vec![provider("missing", missing), provider("folder", folder)];
     let _worker = place.worker(Config { providers, ..Config::default() }).await;
     for (name, problem) in [("missing", "No such file"), ("folder", "Permission denied")] {
@@ -198,7 +233,7 @@ async fn a_result_that_the_bus_cannot_take_is_an_error_not_a_loop() {
     let mut results = place.results().await;
     // A zero byte is six bytes of JSON.
     let args = vec!["-c".into(), "2000000".into(), "/dev/zero".into()];
-    let zeros = Kind::Command { program: "head".into(), args, output_max: 4_000_000 };
+    let zeros = Kind::Command { program: "head".into(), args, env: variables(&[]), output_max: 4_000_000 };
     let _worker = place.worker(Config { providers: vec![provider("zeros", zeros)], ..Config::default() }).await;
     place.assign("r", "zeros", json!({})).await;
     let result = results.next().await;

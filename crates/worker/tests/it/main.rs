@@ -8,6 +8,7 @@ mod ops;
 
 use bus::{Bus, ConsumerConfig, Message, Subscription};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -195,7 +196,11 @@ fn provider(name: &str, kind: Kind) -> ProviderConfig {
 
 fn shell(script: &str) -> ProviderConfig {
     let args = vec!["-c".into(), script.into()];
-    provider("sh", Kind::Command { program: "sh".into(), args, output_max: 64 * 1024 })
+    provider("sh", Kind::Command { program: "sh".into(), args, env: variables(&[]), output_max: 64 * 1024 })
+}
+
+fn variables(variables: &[(&str, &str)]) -> BTreeMap<String, String> {
+    variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()
 }
 
 fn assignment(request_id: &str, provider: &str, payload: Value) -> Value {
