@@ -1,8 +1,13 @@
 //! The database: SQLite in the data directory, or PostgreSQL; the same statements on both.
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use sqlx::{AnyConnection, AnyPool, Connection, Executor, Transaction};
-use std::path::Path;
+use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::io::{Error as IoError, ErrorKind};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,6 +15,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 pub enum Error {
     #[error("cannot open the database {url}: {source}; is it reachable, and may this user write there?")]
     Open { url: String, source: sqlx::Error },
+    #[error("cannot make the database {}: {source}; its directory must exist, and this user must be allowed to write there", path.display())]
+    Make { path: PathBuf, source: IoError },
     #[error("cannot bring the database to this version's tables: {0}; was it used by a newer version?")]
     Migrate(#[from] sqlx::migrate::MigrateError),
     #[error("the database refused: {0}")]
@@ -38,14 +45,21 @@ const POSTGRES_SETUP: &str =
     "SET statement_timeout = '10s'; SET lock_timeout = '3s'; SET idle_in_transaction_session_timeout = '5s'";
 
 impl Db {
-    /// `url` as `sqlite://path` or `postgres://…`; without one, `webapp.db` in `dir`.
+    /// `url` as `sqlite://path` or `postgres://…`; without one, `webapp.db` in `dir`. A SQLite file that is missing is
+    /// made, unless the URL's `mode` says otherwise; its directory is not.
     pub async fn open(url: Option<&str>, dir: &Path) -> Result<Self> {
         sqlx::any::install_default_drivers();
-        let embedded = format!("sqlite://{}?mode=rwc", dir.join("webapp.db").display());
-        let url = url.unwrap_or(&embedded);
-        let sqlite = url.starts_with("sqlite:");
-        let failed = |source| Error::Open { url: without_password(url), source };
-        let options = AnyConnectOptions::from_str(url).map_err(failed)?;
+        let file = match url {
+            None => Some((dir.join("webapp.db"), "")),
+            Some(url) => sqlite_file(url),
+        };
+        let sqlite = file.is_some();
+        let url = match file {
+            Some((path, parameters)) => prepare(&path, parameters).map_err(|source| Error::Make { path, source })?,
+            None => url.unwrap_or_default().to_string(),
+        };
+        let failed = |source| Error::Open { url: without_password(&url), source };
+        let options = AnyConnectOptions::from_str(&url).map_err(failed)?;
         let pool = |size| {
             let pool = AnyPoolOptions::new().max_connections(size).acquire_timeout(ACQUIRE_MAX);
             pool.after_connect(move |connection, _| {
@@ -92,6 +106,32 @@ impl Db {
     }
 }
 
+/// The path and the parameters of a SQLite URL, `sqlite://path?parameters`.
+fn sqlite_file(url: &str) -> Option<(PathBuf, &str)> {
+    let rest = url.strip_prefix("sqlite:")?;
+    let rest = rest.strip_prefix("//").unwrap_or(rest);
+    let (path, parameters) = rest.split_once('?').unwrap_or((rest, ""));
+    Some((percent_decode_str(path).decode_utf8_lossy().as_ref().into(), parameters))
+}
+
+/// Makes the file where it is missing, private to its owner, as it holds messages and the hashes of passwords. Gives its
+/// URL, whatever characters are in the path.
+fn prepare(path: &Path, parameters: &str) -> std::io::Result<String> {
+    const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'_').remove(b'-');
+    // As a URL's path it may have no `..` in it, so the directory's own name is used.
+    let name = path.file_name().ok_or(ErrorKind::InvalidFilename)?;
+    let parent = path.parent().filter(|parent| *parent != OsStr::new("")).unwrap_or(Path::new("."));
+    let path = std::fs::canonicalize(parent)?.join(name);
+
+    let given = parameters.split('&').find_map(|parameter| parameter.strip_prefix("mode="));
+    if given.is_none_or(|mode| mode == "rwc") {
+        OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
+    }
+    let path = path.to_str().ok_or_else(|| IoError::new(ErrorKind::InvalidFilename, "its path is not UTF-8"))?;
+    let path = utf8_percent_encode(path, KEPT);
+    Ok(if parameters.is_empty() { format!("sqlite://{path}") } else { format!("sqlite://{path}?{parameters}") })
+}
+
 /// The next message's id, in the order of commits.
 pub async fn next_message_id(connection: &mut AnyConnection) -> Result<i64> {
     let (id,): (i64,) =
@@ -117,11 +157,44 @@ fn without_password(url: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[tokio::test]
     async fn a_directory_that_is_not_there_is_named() {
         let error = Db::open(None, Path::new("/nowhere/at/all")).await.err().expect("refused").to_string();
         assert!(error.contains("/nowhere/at/all/webapp.db"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_sqlite_url_makes_its_file_and_no_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["plain.db", "with space.db", "100%.db", "what?.db", "a#b.db", "up/../é.db"] {
+            std::fs::create_dir_all(dir.path().join("up")).unwrap();
+            let path = dir.path().join(name);
+            let encoded = name.replace('%', "%25").replace('?', "%3F");
+            for url in ["sqlite://", "sqlite:"].map(|scheme| format!("{scheme}{}/{encoded}", dir.path().display())) {
+                let db = Db::open(Some(&url), Path::new("/nowhere")).await.unwrap_or_else(|e| panic!("{url}: {e}"));
+                db.id().await.unwrap();
+                db.close().await;
+                let mode = std::fs::metadata(&path).unwrap_or_else(|e| panic!("{url}: {e}")).permissions().mode();
+                assert_eq!(mode & 0o777, 0o600, "{url}");
+            }
+        }
+        let missing = format!("sqlite://{}/missing/x.db", dir.path().display());
+        let error = Db::open(Some(&missing), dir.path()).await.err().expect("refused").to_string();
+        assert!(error.contains("missing/x.db") && error.contains("its directory must exist"), "{error}");
+        let only_there = format!("sqlite://{}/other.db?mode=rw", dir.path().display());
+        assert!(Db::open(Some(&only_there), dir.path()).await.is_err());
+        assert!(!dir.path().join("other.db").exists() && !dir.path().join("missing").exists());
+    }
+
+    #[tokio::test]
+    async fn a_data_directory_may_have_any_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let odd = dir.path().join("my data? 100% #1");
+        std::fs::create_dir(&odd).unwrap();
+        Db::open(None, &odd).await.unwrap().close().await;
+        assert!(odd.join("webapp.db").exists());
     }
 
     #[test]
