@@ -8,14 +8,20 @@ use tokio_util::sync::CancellationToken;
 
 /// After an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Those who watch our health have been told; whoever has not hung up by then is cut off.
+const GOODBYE: Duration = Duration::from_secs(1);
 
-pub async fn serve(listener: TcpListener, cancel: CancellationToken) -> Result<()> {
-    let (reporter, health) = tonic_health::server::health_reporter();
+/// Serves until cancelled; says from the beginning of the drain on that this process does not serve.
+pub async fn serve(listener: TcpListener, draining: CancellationToken, cancel: CancellationToken) -> Result<()> {
+    let (mut reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
-    let draining = cancel.clone();
+    let ended = cancel.clone();
     let tell = async move {
         draining.cancelled().await;
         reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        cancel.cancelled().await;
+        // Ends the streams of those who watch, which the server would wait for.
+        reporter.clear_service_status("").await;
     };
     let incoming = futures_util::stream::unfold(listener, |listener| async {
         loop {
@@ -31,6 +37,13 @@ pub async fn serve(listener: TcpListener, cancel: CancellationToken) -> Result<(
     })
     .boxed();
     let server = tonic::transport::Server::builder().add_service(health).serve_with_incoming_shutdown(incoming, tell);
-    server.await?;
+    let overdue = async {
+        ended.cancelled().await;
+        tokio::time::sleep(GOODBYE).await;
+    };
+    tokio::select! {
+        served = server => served?,
+        () = overdue => tracing::info!("some gRPC clients did not hang up; their connections are cut"),
+    }
     Ok(())
 }

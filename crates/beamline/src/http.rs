@@ -17,8 +17,18 @@ use tower::ServiceExt;
 /// A request must have come whole and been answered within; what a WebSocket does after its upgrade is no part of it.
 const REQUEST_MAX: Duration = Duration::from_secs(30);
 
-/// Serves until cancelled, then lets requests in progress end. WebSockets leave with their upgrade: the cluster ends them.
-pub async fn serve(listener: TcpListener, routes: Router, max_connections: usize, cancel: CancellationToken) {
+/// At the end, a client has this long to finish a request that it has begun, or to read its answer.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Serves until cancelled, then lets requests in progress end, within `drain`. WebSockets leave with their upgrade: the
+/// cluster ends them.
+pub async fn serve(
+    listener: TcpListener,
+    routes: Router,
+    max_connections: usize,
+    drain: Duration,
+    cancel: CancellationToken,
+) {
     let places = Arc::new(Semaphore::new(max_connections));
     let tracker = TaskTracker::new();
     loop {
@@ -32,7 +42,7 @@ pub async fn serve(listener: TcpListener, routes: Router, max_connections: usize
         };
         match stream {
             Ok((stream, peer)) => {
-                let connection = connection(stream, peer, routes.clone(), cancel.clone());
+                let connection = connection(stream, peer, routes.clone(), drain, cancel.clone());
                 tracker.spawn(async move {
                     connection.await;
                     drop(place);
@@ -50,17 +60,20 @@ pub async fn serve(listener: TcpListener, routes: Router, max_connections: usize
     tracker.wait().await;
 }
 
-async fn connection(stream: TcpStream, peer: SocketAddr, routes: Router, cancel: CancellationToken) {
+async fn connection(stream: TcpStream, peer: SocketAddr, routes: Router, drain: Duration, cancel: CancellationToken) {
     let _ = stream.set_nodelay(true);
+    let handled = TaskTracker::new();
+    handled.close();
+    let handlers = handled.clone();
     let service = hyper::service::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(ConnectInfo(peer));
         let answer = routes.clone().oneshot(request.map(axum::body::Body::new));
-        async move {
+        handlers.track_future(async move {
             match tokio::time::timeout(REQUEST_MAX, answer).await {
                 Ok(answer) => answer,
                 Err(_) => Ok(StatusCode::REQUEST_TIMEOUT.into_response()),
             }
-        }
+        })
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -73,10 +86,29 @@ async fn connection(stream: TcpStream, peer: SocketAddr, routes: Router, cancel:
         ended = connection.as_mut() => ended,
         () = cancel.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            tokio::select! {
+                ended = connection => ended,
+                _ = tokio::time::timeout(drain, left_alone(&handled)) => {
+                    if !handled.is_empty() {
+                        tracing::warn!(%peer, "an HTTP request was not answered within the drain; its connection is cut");
+                    }
+                    return;
+                }
+            }
         }
     };
     if let Err(error) = ended {
         tracing::debug!(%peer, %error, "HTTP connection ended early");
+    }
+}
+
+/// Ends when we have owed the client nothing for a while: a connection that is still open then waits for the client.
+async fn left_alone(handled: &TaskTracker) {
+    loop {
+        handled.wait().await;
+        tokio::time::sleep(GOODBYE).await;
+        if handled.is_empty() {
+            return;
+        }
     }
 }

@@ -253,19 +253,19 @@ async fn parts_up(
         checks,
         metrics: metrics.clone(),
         metrics_public: values.flag("ops.metrics_public"),
-        draining,
+        draining: draining.clone(),
     });
     let routes = routes.merge(health::http_routes(health.clone()));
-    let max = values.count("http.max_connections");
+    let (max, drain) = (values.count("http.max_connections"), parts::drain_timeout(values));
     stages.nodes.run("HTTP listener", |cancel| async move {
-        http::serve(http_listener, routes, max, cancel).await;
+        http::serve(http_listener, routes, max, drain, cancel).await;
         Ok(())
     });
     stages.operations.run("operations listener", |cancel| async move {
-        http::serve(ops_listener, health::ops_routes(health), 64, cancel).await;
+        http::serve(ops_listener, health::ops_routes(health), 64, drain, cancel).await;
         Ok(())
     });
-    stages.operations.run("gRPC listener", |cancel| grpc::serve(grpc_listener, cancel));
+    stages.operations.run("gRPC listener", |cancel| grpc::serve(grpc_listener, draining, cancel));
     stages.operations.run("metrics upkeep", |cancel| upkeep(metrics, cancel));
 
     let ready = serde_json::json!({
@@ -343,6 +343,10 @@ fn greet(
         if settings.values.flag("auth.signup") {
             lines.push("            or create an account on the page".into());
         }
+    }
+    if settings.has_role("cluster") && !settings.has_role("webapp") {
+        lines.push(format!("  WebSocket   ws://{http}/connection/websocket"));
+        lines.push(format!("  server API  http://{http}/api/publish"));
     }
     if let Some(socket) = socket {
         // As it was typed, so that the lines can be copied.

@@ -130,7 +130,7 @@ fn circuit_breaker(values: &Values) -> wire::policy::CircuitBreaker {
 }
 
 /// Of what a part has in flight: less than its stage has, so that what it gives up it can still say.
-fn drain_timeout(values: &Values) -> Duration {
+pub fn drain_timeout(values: &Values) -> Duration {
     values.duration("shutdown.deadline") * 3 / 4
 }
 

@@ -2,6 +2,7 @@
 
 mod commands;
 mod contract;
+mod drain;
 mod durability;
 mod gateway;
 mod journey;
