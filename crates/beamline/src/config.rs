@@ -6,6 +6,8 @@ mod keys;
 mod load;
 mod namespaces;
 mod renew;
+mod roles;
+mod url;
 mod value;
 
 pub use keys::KEYS;

@@ -1,5 +1,6 @@
 //! Every setting in one table: it reads the file, the environment and the flags, prints `config show` and the help.
 
+use super::url;
 use super::value::Kind;
 
 /// One setting.
@@ -35,7 +36,10 @@ const fn live(mut key: Key) -> Key {
     key
 }
 
-use Kind::{Address, Bool, Choice, Count, Duration, List, Path, Secret, Share, Size, Text, Variables};
+use Kind::{
+    Address, Bool, Choice, Count, Duration, List, Path, Pause, Secret, SecretUrl, Share, Size, Text, Url, Urls,
+    Variables,
+};
 
 /// Settings of the process.
 pub const KEYS: &[Key] = &[
@@ -90,7 +94,7 @@ pub const KEYS: &[Key] = &[
     key("router.circuit_breaker.half_open_max_calls", Count(1, 10_000), "3", "probes at once, for each router"),
     key("router.circuit_breaker.success_threshold", Count(1, 10_000), "2", "probes that must succeed"),
     key("worker.slots", Count(1, 10_000), "16", "assignments that run at once"),
-    env(unset("nats.url", Text, "use this NATS server in place of the embedded bus"), "NATS_URL"),
+    env(unset("nats.url", Url(url::nats), "use this NATS server in place of the embedded bus"), "NATS_URL"),
     unset("nats.connections", Count(1, 8), "connections to NATS; unset: one a core, at most 8"),
     unset("nats.user", Text, "NATS user"),
     unset("nats.password", Secret, "NATS password"),
@@ -102,16 +106,19 @@ pub const KEYS: &[Key] = &[
     unset("nats.tls_key", Path, "PEM file of its private key"),
     key("nats.tls_first", Bool, "false", "the server speaks only after the TLS handshake (handshake_first)"),
     env(
-        key("redis.urls", List, "", "use this Redis in place of the memory engine; several make a cluster"),
+        key("redis.urls", Urls(url::redis), "", "use this Redis in place of the memory engine; several make a cluster"),
         "REDIS_URL",
     ),
-    env(unset("database.url", Secret, "sqlite://… or postgres://…; unset: SQLite in data_dir"), "DATABASE_URL"),
+    env(
+        unset("database.url", SecretUrl(url::database), "sqlite://… or postgres://…; unset: SQLite in data_dir"),
+        "DATABASE_URL",
+    ),
     unset("cluster.node", Text, "name of this node; unset: chosen at start"),
     key("cluster.max_connections", Count(1, 1_000_000), "10000", "WebSocket connections of this node"),
     key("cluster.ping_interval", Duration, "25s", "server pings"),
     key("cluster.pong_timeout", Duration, "8s", "a client must answer a ping within"),
     key("cluster.client_queue", Size, "1MiB", "bytes that may wait for one slow client"),
-    key("cluster.drain_period", Duration, "2s", "clients are moved over this long at a shutdown"),
+    key("cluster.drain_period", Pause, "2s", "clients are moved over this long at a shutdown"),
     key("auth.token_ttl", Duration, "15m", "life of a connection token"),
     key("auth.signup", Bool, "true", "people may create an account themselves"),
     key("shutdown.deadline", Duration, "10s", "each stage of the drain"),
@@ -133,7 +140,7 @@ pub const PROVIDER: &[Key] = &[
     ),
     key("output_max", Size, "1MiB", "command: output beyond this ends the run"),
     key("timeout", Duration, "60s", "a run may take"),
-    unset("base_url", Text, "openai: for example http://127.0.0.1:11434/v1"),
+    unset("base_url", Url(url::endpoint), "openai: for example http://127.0.0.1:11434/v1"),
     unset("api_key", Secret, "openai: bearer key"),
     unset("model", Text, "openai: model name"),
     unset("system", Text, "openai: system prompt"),

@@ -2,15 +2,12 @@
 
 use super::keys::{KEYS, Key, NAMESPACE, PROVIDER};
 use super::value::{Kind, list, parse, variable as variable_of};
-use super::{Settings, Source, Values};
+use super::{Settings, Source, Values, roles};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::de::{DeTable, DeValue};
-
-/// What is longer was meant otherwise.
-const DURATION_MAX: Duration = Duration::from_secs(3650 * 86_400);
 
 /// As in a policy: a provider that is out for longer is taken out of the policies.
 const BREAKER_TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
@@ -106,6 +103,7 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
 
     reader.relations(&settings);
     reader.open_namespaces(&mut settings);
+    settings.warnings.extend(roles::warnings(&settings));
     for problem in &mut reader.problems.0 {
         if let (Some(Source::File { line }), Some(file)) = (settings.values.source(&problem.at), &settings.file) {
             problem.at = format!("{}:{line}: {}", file.display(), problem.at);
@@ -228,14 +226,21 @@ impl Reader {
                 values.0.insert(key.name, (value, Source::Default));
             }
         }
-        let mut first = line;
         for (name, value) in table {
             let line = scope.line(name.span());
-            first = line;
             self.set(scope, keys, name.get_ref(), value.get_ref(), line, &mut values);
         }
-        if named && !values.0.contains_key("name") {
+
+        let first = table.keys().map(|name| scope.line(name.span())).min().unwrap_or(line);
+        let given = |key: &str| table.keys().any(|name| name.get_ref() == key);
+        if named && !given("name") {
             self.problem(scope.at(first), format!("{head} has no name; add name = \"…\""));
+        }
+        if head == "worker.providers" {
+            let name = values.maybe_text("name").unwrap_or_else(|| "a provider".into());
+            for need in needs(&values).iter().filter(|need| !given(need)) {
+                self.problem(format_args!("{}: {head}", scope.at(first)), format!("{name} has no {need}"));
+            }
         }
         Some(values)
     }
@@ -258,7 +263,7 @@ impl Reader {
             DeValue::Integer(number) if number.radix() == 10 => number.as_str().to_string(),
             DeValue::Float(number) => number.as_str().to_string(),
             DeValue::Boolean(flag) => flag.to_string(),
-            DeValue::Array(items) if matches!(key.kind, Kind::List | Kind::Variables) => {
+            DeValue::Array(items) if matches!(key.kind, Kind::List | Kind::Urls(_) | Kind::Variables) => {
                 let texts: Option<Vec<_>> =
                     items.iter().map(|item| item.get_ref().as_str().map(String::from)).collect();
                 let texts = texts.ok_or_else(|| "is not a list of strings".to_string());
@@ -281,16 +286,8 @@ impl Reader {
 
     /// What no single value shows.
     fn relations(&mut self, settings: &Settings) {
-        const ROLES: [&str; 5] = ["gateway", "router", "worker", "cluster", "webapp"];
-        let roles = settings.values.list("roles");
-        for role in roles.iter().filter(|role| !ROLES.contains(&role.as_str())) {
-            self.problem("roles", format!("{role:?} is not a role; there are {}", ROLES.join(", ")));
-        }
-        if roles.is_empty() {
-            self.problem("roles", format!("names no role; there are {}", ROLES.join(", ")));
-        }
-        if ROLES.iter().any(|role| !settings.has_role(role)) && settings.values.maybe_text("nats.url").is_none() {
-            self.problem("roles", "some parts run elsewhere, and only NATS reaches them: set nats.url");
+        for problem in roles::problems(settings) {
+            self.problem("roles", problem);
         }
         for (a, b) in [("http.listen", "ops.listen"), ("http.listen", "grpc.listen"), ("ops.listen", "grpc.listen")] {
             let (first, second) = (settings.values.address(a), settings.values.address(b));
@@ -309,12 +306,6 @@ impl Reader {
         if settings.values.duration("cluster.pong_timeout") >= settings.values.duration("cluster.ping_interval") {
             self.problem("cluster.pong_timeout", "must be shorter than cluster.ping_interval");
         }
-        for key in KEYS.iter().filter(|key| matches!(key.kind, Kind::Duration) && key.name != "cluster.drain_period") {
-            let duration = settings.values.duration(key.name);
-            if duration.is_zero() || duration > DURATION_MAX {
-                self.problem(key.name, format!("must be from 1ms to {} days", DURATION_MAX.as_secs() / 86_400));
-            }
-        }
         if settings.values.duration("router.circuit_breaker.timeout") > BREAKER_TIMEOUT_MAX {
             self.problem("router.circuit_breaker.timeout", "must be at most 1d");
         }
@@ -324,29 +315,21 @@ impl Reader {
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(settings.values.text("log.level")) {
             self.problem("log.level", format!("is no filter: {error}"));
         }
-        let database = settings.values.maybe_text("database.url");
-        if database.is_some_and(|url| !["sqlite:", "postgres://", "postgresql://"].iter().any(|s| url.starts_with(s))) {
-            self.problem("database.url", "must begin with sqlite:// or postgres://");
-        }
         for (what, tables) in [("worker.providers", &settings.providers), ("cluster.namespaces", &settings.namespaces)]
         {
             let mut seen = BTreeSet::new();
-            for name in tables.iter().filter_map(|values| values.maybe_text("name")) {
+            for (values, name) in tables.iter().filter_map(|values| Some((values, values.maybe_text("name")?))) {
                 if !seen.insert(name.clone()) {
-                    self.problem(what, format!("{name} is there twice"));
+                    self.problem(place(settings, what, values), format!("{name} is there twice"));
                 }
             }
         }
         for provider in &settings.providers {
-            let needs: &[&str] = match provider.maybe_text("kind").as_deref() {
-                Some("command") => &["program"],
-                Some("openai") => &["base_url", "model"],
-                Some(_) => &[],
-                None => &["kind"],
-            };
-            let name = provider.maybe_text("name").unwrap_or_else(|| "a provider".into());
-            for need in needs.iter().filter(|need| provider.source(need).is_none()) {
-                self.problem("worker.providers", format!("{name} has no {need}"));
+            let key = provider.maybe_text("api_key").unwrap_or_default();
+            if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+                let name = provider.maybe_text("name").unwrap_or_default();
+                let text = format!("the api_key of {name} has characters that a header cannot carry; is it whole?");
+                self.problem(place(settings, "worker.providers", provider), text);
             }
         }
         for entry in
@@ -387,6 +370,28 @@ impl Reader {
             }
         }
         settings.warnings.extend(warnings);
+    }
+}
+
+/// Keys that a provider of this kind cannot do without.
+fn needs(provider: &Values) -> &'static [&'static str] {
+    match provider.maybe_text("kind").as_deref() {
+        Some("command") => &["program"],
+        Some("openai") => &["base_url", "model"],
+        Some(_) => &[],
+        None => &["kind"],
+    }
+}
+
+/// An entry of a table that repeats, with its line.
+fn place(settings: &Settings, table: &str, entry: &Values) -> String {
+    let lines = entry.0.values().filter_map(|(_, source)| match source {
+        Source::File { line } => Some(*line),
+        _ => None,
+    });
+    match (lines.min(), &settings.file) {
+        (Some(line), Some(file)) => format!("{}:{line}: {table}", file.display()),
+        _ => table.into(),
     }
 }
 
@@ -486,7 +491,7 @@ mod tests {
             "beamline.toml:7: gateway.read_timeout is \"5 s\"",
             "beamline.toml:9: worker.providers has no name",
             "gateway.tenants: \"ann=acme\" is not a numeric uid",
-            "worker.providers: a provider has no program",
+            "beamline.toml:9: worker.providers: a provider has no program",
             "$BEAMLINE_LOG_FORMAT: is \"xml\"",
             "roles: \"rooter\" is not a role",
         ] {
@@ -501,12 +506,12 @@ mod tests {
                     [[cluster.namespaces]]\nname = \"a\"\n[[cluster.namespaces]]\nname = \"a\"\n";
         let text = with_file(file, &[], &[]).unwrap_err().to_string();
         for expected in [
-            "beamline.toml:2: shutdown.deadline: must be from 1ms",
-            "auth.token_ttl: must be from 1ms to 3650 days",
+            "beamline.toml:2: shutdown.deadline is \"0s\", and must be from 1ms to 3650 days",
+            "beamline.toml:4: auth.token_ttl is \"99999d\", and must be from 1ms to 3650 days",
             "http.origins: holds \"https://a.example/\"",
             "beamline.toml:8: log.level: is no filter",
-            "database.url: must begin with",
-            "cluster.namespaces: a is there twice",
+            "beamline.toml:10: database.url must begin with",
+            "beamline.toml:14: cluster.namespaces: a is there twice",
         ] {
             assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
         }
@@ -535,6 +540,29 @@ mod tests {
             let text = with_file(&format!("[router.circuit_breaker]\n{line}\n"), &[], &[]).unwrap_err().to_string();
             assert!(text.contains(&format!("beamline.toml:2: {expected}")), "{text}");
         }
+    }
+
+    #[test]
+    fn every_problem_of_a_provider_has_its_line() {
+        let file = "[[worker.providers]]\nname = \"a\"\nkind = \"openai\"\nbase_url = \"127.0.0.1:11434/v1\"\n\
+                    timeout = \"0s\"\napi_key = \"geheim\\nkey\"\n[[worker.providers]]\nname = \"b\"\n\
+                    kind = \"command\"\nprogram = \"/bin/x\"\noutput_max = \"0\"\nenv = [\"A\", \"A=geheim\"]\n\
+                    [nats]\nurl = \"http://n\"\n[redis]\nurls = [\"redis://a\", \"rediss://:geheim@b\"]\n";
+        let text = with_file(file, &[("DATABASE_URL", "postgres://u:geheim@h:x/d")], &[]).unwrap_err().to_string();
+        for expected in [
+            "beamline.toml:4: base_url is not a URL",
+            "beamline.toml:5: timeout is \"0s\"",
+            "beamline.toml:2: worker.providers: the api_key of a has characters",
+            "beamline.toml:2: worker.providers: a has no model",
+            "beamline.toml:11: output_max is \"0\"",
+            "beamline.toml:12: env holds A twice",
+            "beamline.toml:14: nats.url begins neither with nats:// nor with tls://",
+            "beamline.toml:16: redis.urls asks for TLS",
+            "$DATABASE_URL: is not a URL",
+        ] {
+            assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+        }
+        assert!(!text.contains("geheim") && text.starts_with("the settings have 9 problems"), "{text}");
     }
 
     #[test]

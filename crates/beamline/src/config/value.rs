@@ -6,6 +6,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// What is wrong with a URL, in words that follow the setting's name and repeat no password.
+pub type Rule = fn(&str) -> Result<(), String>;
+
+/// What is longer was meant otherwise.
+const DURATION_MAX: Duration = Duration::from_secs(3650 * 86_400);
+
 #[derive(Debug, Clone, Copy)]
 pub enum Kind {
     Text,
@@ -13,9 +19,17 @@ pub enum Kind {
     Secret,
     Path,
     Address,
-    /// "250ms", "5s", "15m", "2h", "1d".
+    /// What [`Rule`] accepts.
+    Url(Rule),
+    /// The same, never printed.
+    SecretUrl(Rule),
+    /// Several of them, as a list.
+    Urls(Rule),
+    /// "250ms", "5s", "15m", "2h", "1d"; not 0.
     Duration,
-    /// "512", "64KiB", "4MiB", "1GiB".
+    /// The same, or 0.
+    Pause,
+    /// "512", "64KiB", "4MiB", "1GiB"; in bytes, not 0.
     Size,
     /// A whole number within bounds, both included.
     Count(u64, u64),
@@ -45,8 +59,9 @@ pub enum Value {
 pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
     let text = text.trim();
     match kind {
-        Kind::Text | Kind::Secret if text.is_empty() => Err("is empty".into()),
+        Kind::Text | Kind::Secret | Kind::Url(_) | Kind::SecretUrl(_) if text.is_empty() => Err("is empty".into()),
         Kind::Text | Kind::Secret => Ok(Value::Text(text.into())),
+        Kind::Url(rule) | Kind::SecretUrl(rule) => rule(text).map(|()| Value::Text(text.into())),
         Kind::Path if text.is_empty() => Err("is an empty path".into()),
         Kind::Path => Ok(Value::Path(text.into())),
         Kind::Address => text
@@ -54,12 +69,20 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
             .or_else(|_| text.replacen("localhost", "127.0.0.1", 1).parse())
             .map(Value::Address)
             .map_err(|_| format!("is {text:?}, not an address such as \"127.0.0.1:8000\"")),
-        Kind::Duration => duration(text)
-            .map(Value::Duration)
-            .ok_or_else(|| format!("is {text:?}, not a duration such as \"250ms\", \"5s\", \"15m\" or \"2h\"")),
+        Kind::Duration | Kind::Pause => {
+            let duration = duration(text)
+                .ok_or_else(|| format!("is {text:?}, not a duration such as \"250ms\", \"5s\", \"15m\" or \"2h\""))?;
+            let least = if matches!(kind, Kind::Pause) { Duration::ZERO } else { Duration::from_millis(1) };
+            if !(least..=DURATION_MAX).contains(&duration) {
+                let days = DURATION_MAX.as_secs() / 86_400;
+                return Err(format!("is {text:?}, and must be from {least:?} to {days} days"));
+            }
+            Ok(Value::Duration(duration))
+        }
         Kind::Size => size(text)
+            .filter(|bytes| *bytes > 0)
             .map(Value::Number)
-            .ok_or_else(|| format!("is {text:?}, not a size such as \"512\", \"64KiB\" or \"4MiB\"")),
+            .ok_or_else(|| format!("is {text:?}, not a size above 0 such as \"512\", \"64KiB\" or \"4MiB\"")),
         Kind::Count(min, max) => match text.parse::<u64>() {
             Ok(n) if (min..=max).contains(&n) => Ok(Value::Number(n)),
             _ => Err(format!("is {text:?}, not a whole number from {min} to {max}")),
@@ -75,7 +98,7 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
         },
         Kind::Choice(choices) if choices.contains(&text) => Ok(Value::Text(text.into())),
         Kind::Choice(choices) => Err(format!("is {text:?}, not one of {}", choices.join(", "))),
-        Kind::List | Kind::Variables => {
+        Kind::List | Kind::Variables | Kind::Urls(_) => {
             let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
             list(kind, items.map(String::from).collect())
         }
@@ -84,6 +107,9 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
 
 /// The items of an array, or what is wrong with them.
 pub fn list(kind: Kind, items: Vec<String>) -> Result<Value, String> {
+    if let Kind::Urls(rule) = kind {
+        items.iter().try_for_each(|item| rule(item))?;
+    }
     if matches!(kind, Kind::Variables) {
         let mut seen = BTreeSet::new();
         for item in &items {
@@ -139,7 +165,7 @@ fn size(text: &str) -> Option<u64> {
 /// As it would be written in the file.
 pub fn render(kind: Kind, value: &Value) -> String {
     match (kind, value) {
-        (Kind::Secret, _) => "\"[REDACTED]\"".into(),
+        (Kind::Secret | Kind::SecretUrl(_), _) => "\"[REDACTED]\"".into(),
         (Kind::Size, Value::Number(n)) => match n {
             n if *n > 0 && n % (1 << 30) == 0 => format!("\"{}GiB\"", n >> 30),
             n if *n > 0 && n % (1 << 20) == 0 => format!("\"{}MiB\"", n >> 20),
@@ -192,6 +218,7 @@ mod tests {
             (Kind::Duration, "250ms"),
             (Kind::Duration, "90s"),
             (Kind::Duration, "15m"),
+            (Kind::Pause, "0s"),
             (Kind::Size, "64MiB"),
             (Kind::Size, "1000"),
             (Kind::Address, "127.0.0.1:0"),
@@ -229,6 +256,11 @@ mod tests {
             (Kind::Duration, "5"),
             (Kind::Duration, "5 sec"),
             (Kind::Duration, "99999999999999999999s"),
+            (Kind::Duration, "0s"),
+            (Kind::Duration, "4000d"),
+            (Kind::Pause, "4000d"),
+            (Kind::Size, "0"),
+            (Kind::Size, "0KiB"),
             (Kind::Size, "4MB"),
             (Kind::Size, "-1"),
             (Kind::Count(1, 10), "0"),

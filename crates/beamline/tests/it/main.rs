@@ -9,6 +9,7 @@ mod journey;
 mod memory;
 mod process;
 mod realtime;
+mod roles;
 mod secrets;
 mod service;
 mod settings;

@@ -7,7 +7,8 @@ use std::time::Duration;
 #[tokio::test]
 async fn bad_settings_are_all_told_and_nothing_is_bound() {
     let dir = tempfile::tempdir().unwrap();
-    let file = "[http]\nlisten = \"nowhere\"\nlissten = 1\n[gateway]\nread_timeout = \"5 sec\"\n";
+    let file = "[http]\nlisten = \"nowhere\"\nlissten = 1\n[gateway]\nread_timeout = \"5 sec\"\n[[worker.providers]]\n\
+                name = \"model\"\nkind = \"openai\"\nmodel = \"m\"\nbase_url = \"host/v1\"\ntimeout = \"0s\"\n";
     std::fs::write(dir.path().join("beamline.toml"), file).unwrap();
     let output = run_in(dir.path(), &["up", "--roles", "gateway"]).await;
     assert_eq!(output.code, Some(64), "{}", output.stderr);
@@ -15,6 +16,8 @@ async fn bad_settings_are_all_told_and_nothing_is_bound() {
         "beamline.toml:2: http.listen",
         "beamline.toml:3: http.lissten is not a setting; did you mean http.listen?",
         "beamline.toml:5: gateway.read_timeout",
+        "beamline.toml:10: base_url is not a URL",
+        "beamline.toml:11: timeout is \"0s\"",
         "set nats.url",
     ] {
         assert!(output.stderr.contains(expected), "{expected} is missing in {}", output.stderr);
@@ -23,6 +26,7 @@ async fn bad_settings_are_all_told_and_nothing_is_bound() {
 
     let output = run_in(dir.path(), &["config", "check"]).await;
     assert_eq!(output.code, Some(64));
+    assert!(output.stderr.contains("beamline.toml:10: base_url"), "{}", output.stderr);
 }
 
 #[tokio::test]
@@ -96,6 +100,22 @@ async fn a_start_that_waits_for_a_server_can_be_ended() {
     let ended = tokio::time::timeout(Duration::from_secs(10), starting.wait()).await.expect("it ends").unwrap();
     assert_eq!(ended.code(), Some(0));
     assert!(!dir.path().join("s").exists(), "nothing is left behind");
+}
+
+#[tokio::test]
+async fn a_sqlite_url_is_relative_to_the_working_directory_and_makes_its_file() {
+    let mut process = Process::start_with(&["--database-url", "sqlite://people.db"]).await;
+    assert!(process.dir.path().join("people.db").exists() && !process.dir.path().join("data/webapp.db").exists());
+    let password = std::fs::read_to_string(process.dir.path().join("data/admin-password")).unwrap();
+    process.kill_and_restart().await;
+    assert_eq!(sign_in(&process, password.trim()).await, 200);
+
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["up", "--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+    let output = run_in(dir.path(), &[&args[..], &["--database-url", "sqlite://no/such/people.db"]].concat()).await;
+    assert_eq!(output.code, Some(1));
+    assert!(output.stderr.contains("no/such/people.db") && output.stderr.contains("directory"), "{}", output.stderr);
+    assert!(!dir.path().join("no").exists(), "a directory is not made");
 }
 
 #[tokio::test]
