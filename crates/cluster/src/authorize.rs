@@ -1,7 +1,7 @@
 //! Who may do what on which channel.
 
 use crate::rules::{Rules, namespace_of};
-use crate::token::{Refusal, Subscription};
+use crate::token::Refusal;
 use crate::{Node, client::Client};
 use bytes::Bytes;
 use wire::limits::CHANNEL_MAX;
@@ -64,7 +64,7 @@ impl Node {
         if token.is_empty() {
             return Err((ErrorCode::PermissionDenied, "a private channel needs a subscription token".into()));
         }
-        let claims: Subscription = self.tokens.read(token).map_err(|refusal| match refusal {
+        let claims = self.tokens.subscription(token).map_err(|refusal| match refusal {
             Refusal::Expired => (ErrorCode::TokenExpired, "the subscription token has expired".into()),
             Refusal::Invalid(why) => {
                 (ErrorCode::PermissionDenied, format!("the subscription token is not valid: {why}"))

@@ -64,8 +64,8 @@ pub async fn run(node: Arc<Node>, mut operations: Operations, cancel: Cancellati
             Some(message) = operations.presence.next() => ("presence", message),
             Some(message) = operations.disconnect.next() => ("disconnect", message),
             Some(message) = operations.node_disconnect.next() => {
-                if let Ok(Disconnect { user }) = serde_json::from_slice(&message.payload) {
-                    node.disconnect(&user, wire::realtime::Disconnect::ForceDisconnect);
+                if let Ok(Disconnect { user, session }) = serde_json::from_slice(&message.payload) {
+                    node.disconnect(&user, session.as_deref(), wire::realtime::Disconnect::ForceDisconnect);
                 }
                 continue;
             }

@@ -12,6 +12,8 @@ pub struct Client {
     pub number: u64,
     pub id: String,
     pub user: String,
+    /// The sign-in that its token was made for.
+    pub login: Option<String>,
     /// JSON from the token.
     pub info: Bytes,
     pub encoding: Encoding,
@@ -33,9 +35,16 @@ pub struct Held {
 }
 
 impl Client {
-    pub fn new(number: u64, user: String, info: Bytes, encoding: Encoding, outbox: std::sync::Arc<Outbox>) -> Self {
+    pub fn new(
+        number: u64,
+        user: String,
+        login: Option<String>,
+        info: Bytes,
+        encoding: Encoding,
+        outbox: std::sync::Arc<Outbox>,
+    ) -> Self {
         let id = uuid::Uuid::new_v4().to_string();
-        Self { number, id, user, info, encoding, outbox, subscriptions: Mutex::default() }
+        Self { number, id, user, login, info, encoding, outbox, subscriptions: Mutex::default() }
     }
 
     pub fn reply(&self, reply: &Reply) {

@@ -2,8 +2,8 @@
 
 use crate::authorize::Denied;
 use crate::client::{Client, Held, Outbox};
-use crate::session::{Outcome, Transport};
-use crate::token::{Connection, Refusal};
+use crate::session::{Outcome, TokenEnd, Transport};
+use crate::token::Refusal;
 use crate::{Node, Rules};
 use bus::Headers;
 use bytes::Bytes;
@@ -45,9 +45,9 @@ pub async fn carry_out(
                 break;
             }
             match connect_client(&node, &client, outbox.clone(), transport, id, connect).await {
-                Ok(ttl) => {
+                Ok(end) => {
                     outcome.connected = true;
-                    outcome.token_ttl = ttl;
+                    outcome.token_end = Some(end);
                     continue;
                 }
                 Err(close) => {
@@ -73,7 +73,7 @@ pub async fn carry_out(
         }
         if let Some(refresh) = command.refresh {
             match refresh_client(&node, connected, id, &refresh) {
-                Ok(ttl) => outcome.token_ttl = ttl.or(outcome.token_ttl),
+                Ok(end) => outcome.token_end = Some(end),
                 Err(close) => {
                     outcome.close = Some(close);
                     break;
@@ -92,7 +92,7 @@ pub async fn carry_out(
     outcome
 }
 
-/// Gives a connection its client and says how long its token is good for; else what to close it with (nothing, if an
+/// Gives a connection its client and says when its token ends; else what to close it with (nothing, if an
 /// error reply tells what to do).
 async fn connect_client(
     node: &Arc<Node>,
@@ -101,11 +101,11 @@ async fn connect_client(
     transport: Transport,
     id: u32,
     request: ConnectRequest,
-) -> Result<Option<u32>, Option<Disconnect>> {
+) -> Result<TokenEnd, Option<Disconnect>> {
     if request.token.is_empty() {
         return Err(Some(Disconnect::InvalidToken));
     }
-    let claims: Connection = match node.tokens.read(&request.token) {
+    let claims = match node.tokens.connection(&request.token) {
         Ok(claims) => claims,
         Err(Refusal::Expired) => {
             let reply = Reply::failed(id, ErrorCode::TokenExpired, "the connection token has expired; get a new one");
@@ -120,8 +120,9 @@ async fn connect_client(
     let info = crate::token::json(claims.info);
     let number = node.next_client.fetch_add(1, Relaxed);
     // From here on the session cleans up behind the client, even if this does not get to its end.
-    let client =
-        place.get_or_init(|| Arc::new(Client::new(number, claims.sub, info, transport.encoding, outbox))).clone();
+    let client = place
+        .get_or_init(|| Arc::new(Client::new(number, claims.sub, claims.sid, info, transport.encoding, outbox)))
+        .clone();
     node.clients.lock().insert(number, client.clone());
     if node.stopping.is_cancelled() {
         return Err(Some(Disconnect::Shutdown));
@@ -162,11 +163,11 @@ async fn connect_client(
         node.hub.go_live(&channel, &client, None, &ready.position, ready.result.positioned);
         announce(node, &client, &channel, &ready.rules).await;
     }
-    Ok(ttl)
+    Ok(TokenEnd::of(ttl))
 }
 
-fn refresh_client(node: &Node, client: &Client, id: u32, request: &RefreshRequest) -> Result<Option<u32>, Disconnect> {
-    let claims: Connection = match node.tokens.read(&request.token) {
+fn refresh_client(node: &Node, client: &Client, id: u32, request: &RefreshRequest) -> Result<TokenEnd, Disconnect> {
+    let claims = match node.tokens.connection(&request.token) {
         Ok(claims) => claims,
         Err(Refusal::Expired) => return Err(Disconnect::Expired),
         Err(Refusal::Invalid(_)) => return Err(Disconnect::InvalidToken),
@@ -182,7 +183,7 @@ fn refresh_client(node: &Node, client: &Client, id: u32, request: &RefreshReques
         ttl: ttl.unwrap_or(0),
     };
     client.reply(&Reply { id, refresh: Some(refresh), ..Reply::default() });
-    Ok(ttl)
+    Ok(TokenEnd::of(ttl))
 }
 
 async fn one(node: &Arc<Node>, client: &Arc<Client>, command: Command) -> Result<(), Denied> {

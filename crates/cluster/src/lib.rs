@@ -259,10 +259,16 @@ impl Node {
         }
     }
 
-    /// Ends every connection of a user on this node.
-    fn disconnect(&self, user: &str, code: Disconnect) {
-        for client in self.clients.lock().values().filter(|client| client.user == user) {
-            client.outbox.close(code);
+    /// Ends the connections of a user on this node: all of them, or those of one sign-in.
+    fn disconnect(&self, user: &str, login: Option<&str>, code: Disconnect) {
+        // First, so that a connection that is being opened with such a token is either refused or among the clients.
+        if let Some(login) = login {
+            self.tokens.end(login);
         }
+        let clients = self.clients.lock();
+        let meant = clients
+            .values()
+            .filter(|client| client.user == user && (login.is_none() || client.login.as_deref() == login));
+        meant.for_each(|client| client.outbox.close(code));
     }
 }

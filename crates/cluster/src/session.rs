@@ -80,13 +80,27 @@ struct Session {
     expires: Option<Instant>,
 }
 
+/// When a connection token ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenEnd {
+    Never,
+    /// Seconds from now.
+    In(u32),
+}
+
+impl TokenEnd {
+    pub fn of(ttl: Option<u32>) -> Self {
+        ttl.map_or(Self::Never, Self::In)
+    }
+}
+
 /// What the commands of a message came to.
 #[derive(Default)]
 pub struct Outcome {
     /// There was a connect command that succeeded.
     pub connected: bool,
-    /// Of a connect or refresh: seconds that the token is still good for.
-    pub token_ttl: Option<u32>,
+    /// Of the last connect or refresh that succeeded.
+    pub token_end: Option<TokenEnd>,
     pub rpcs: Vec<BoxFuture<'static, ()>>,
     pub close: Option<Disconnect>,
 }
@@ -231,8 +245,13 @@ impl Session {
             self.connected = true;
             self.next_ping = Instant::now() + self.node.config.ping_interval;
         }
-        if let Some(ttl) = outcome.token_ttl {
-            self.expires = Some(Instant::now() + Duration::from_secs(ttl.into()) + self.node.config.refresh_grace);
+        match outcome.token_end {
+            None => {}
+            Some(TokenEnd::Never) => self.expires = None,
+            Some(TokenEnd::In(seconds)) => {
+                let ends = Duration::from_secs(seconds.into()) + self.node.config.refresh_grace;
+                self.expires = Some(Instant::now() + ends);
+            }
         }
         self.rpcs.extend(outcome.rpcs);
         if let Some(code) = outcome.close {

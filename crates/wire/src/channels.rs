@@ -79,9 +79,13 @@ pub struct PresenceInfo {
     pub client: String,
 }
 
+/// Ends the connections of a user.
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 pub struct Disconnect {
     pub user: String,
+    /// Only those whose token has this `sid`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
 }
 
 /// The answer to a [`Broadcast`], in the order of its channels.

@@ -180,6 +180,65 @@ async fn tokens_are_refreshed_or_run_out() {
 }
 
 #[tokio::test]
+async fn refresh_to_a_token_without_exp_lifts_the_old_end() {
+    let node = Node::start_with(|config| config.refresh_grace = Duration::from_millis(200)).await;
+    let short = || token(&json!({"sub": "ann", "exp": now_s() + 2}));
+    for encoding in ENCODINGS {
+        let mut stays = Client::connect_with(&node, encoding, &short()).await;
+        let mut leaves = Client::connect_with(&node, encoding, &short()).await;
+        let refresh = Some(RefreshRequest { token: token(&json!({"sub": "ann"})) });
+        let refreshed = stays.ask(Command { refresh, ..Command::default() }).await.refresh.unwrap();
+        assert!(!refreshed.expires && refreshed.ttl == 0, "{refreshed:?}");
+        // The other connection shows that the old end has passed.
+        assert_eq!(leaves.closed().await, 3005);
+        stays.nothing_pushed().await;
+    }
+}
+
+#[tokio::test]
+async fn subscription_token_opens_no_connection() {
+    let node = Node::start().await;
+    let mut ann = Client::connect(&node, "ann").await;
+    for claims in [
+        json!({"sub": "ann", "channel": "$vip"}),
+        json!({"sub": "ann", "channel": ""}),
+        json!({"sub": "ann", "channel": "$vip", "channels": ["news"]}),
+    ] {
+        let mut client = Client::open(&node, Encoding::Json).await;
+        let connect = Some(ConnectRequest { token: token(&claims), ..ConnectRequest::default() });
+        client.send(&[Command { id: 1, connect, ..Command::default() }]).await;
+        assert_eq!(client.closed().await, 3500, "{claims}");
+    }
+    // And a connection token is no subscription token.
+    let to_vip = SubscribeRequest { channel: "$vip".into(), token: user("ann"), ..SubscribeRequest::default() };
+    assert_eq!(code(&ann.try_subscribe(to_vip).await), 103);
+    let mut other = Client::connect(&node, "ann").await;
+    let refresh = Some(RefreshRequest { token: token(&json!({"sub": "ann", "channel": "$vip"})) });
+    other.send(&[Command { id: 9, refresh, ..Command::default() }]).await;
+    assert_eq!(other.closed().await, 3500, "nor does it refresh one");
+}
+
+#[tokio::test]
+async fn end_of_a_sign_in_closes_its_connections_and_no_others() {
+    let node = Node::start().await;
+    let of = |sid: &str| token(&json!({"sub": "ann", "sid": sid, "exp": now_s() + 3600}));
+    let mut phone = Client::connect_with(&node, Encoding::Json, &of("phone")).await;
+    let mut laptop = Client::connect_with(&node, Encoding::Protobuf, &of("laptop")).await;
+    let mut second_tab = Client::connect_with(&node, Encoding::Json, &of("laptop")).await;
+    let mut program = Client::connect(&node, "ann").await;
+    node.call("disconnect", &json!({"user": "ann", "session": "laptop"})).await;
+    assert_eq!((laptop.closed().await, second_tab.closed().await), (3503, 3503));
+
+    // The token has not run out, but its sign-in is over.
+    let mut again = Client::open(&node, Encoding::Json).await;
+    let connect = Some(ConnectRequest { token: of("laptop"), ..ConnectRequest::default() });
+    again.send(&[Command { id: 1, connect, ..Command::default() }]).await;
+    assert_eq!(again.closed().await, 3500);
+    phone.nothing_pushed().await;
+    program.nothing_pushed().await;
+}
+
+#[tokio::test]
 async fn a_token_may_bring_channels() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
