@@ -32,7 +32,7 @@ pub struct Health {
 pub fn http_routes(health: Arc<Health>) -> Router {
     Router::new()
         .route("/health", get(live))
-        .route("/ready", get(ready))
+        .route("/ready", get(ready_on_http))
         .route("/metrics", get(metrics_on_http))
         .with_state(health)
 }
@@ -50,7 +50,17 @@ async fn live() -> Json<Value> {
     Json(json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))
 }
 
+/// What fails, with what is wrong with it.
 async fn ready(State(health): State<Arc<Health>>) -> Response {
+    report(&health, |wrong| wrong).await
+}
+
+/// What fails. What is wrong with it names servers and their users, and is for the log and the operations port.
+async fn ready_on_http(State(health): State<Arc<Health>>) -> Response {
+    report(&health, |_| "failed".into()).await
+}
+
+async fn report(health: &Health, tell: fn(String) -> String) -> Response {
     let mut failed = false;
     let mut report = serde_json::Map::new();
     for (name, check) in &health.checks {
@@ -58,8 +68,11 @@ async fn ready(State(health): State<Arc<Health>>) -> Response {
             Ok(outcome) => outcome,
             Err(_) => Err(format!("no answer within {} s", CHECK_MAX.as_secs())),
         };
+        if let Err(wrong) = &outcome {
+            tracing::debug!(check = name, wrong, "not ready");
+        }
         failed |= outcome.is_err();
-        report.insert((*name).into(), outcome.map_or_else(Value::String, |()| json!("ok")));
+        report.insert((*name).into(), outcome.map_or_else(|wrong| tell(wrong).into(), |()| json!("ok")));
     }
     if health.draining.is_cancelled() {
         failed = true;
@@ -107,6 +120,24 @@ mod tests {
         let peer = SocketAddr::new(peer.parse().unwrap(), 1);
         let request = request.extension(ConnectInfo(peer)).body(Body::empty()).unwrap();
         http_routes(Arc::new(health)).oneshot(request).await.unwrap().status()
+    }
+
+    #[tokio::test]
+    async fn http_port_says_what_fails_and_the_operations_port_why() {
+        let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
+        let draining = tokio_util::sync::CancellationToken::new();
+        let away: Check = Box::new(|| Box::pin(async { Err("no route to db.internal".into()) }));
+        let health = Arc::new(Health { checks: vec![("database", away)], metrics, metrics_public: false, draining });
+        for (routes, path, told) in [
+            (http_routes(health.clone()), "/ready", "failed"),
+            (ops_routes(health.clone()), "/readyz", "no route to db.internal"),
+        ] {
+            let answer = routes.oneshot(Request::get(path).body(Body::empty()).unwrap()).await.unwrap();
+            assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+            let body = axum::body::to_bytes(answer.into_body(), 1 << 16).await.unwrap();
+            let body: Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(body["checks"]["database"], told, "{path}");
+        }
     }
 
     #[tokio::test]

@@ -1,11 +1,14 @@
 //! The HTTP listener: accepts, bounds, serves one `axum::Router`, drains.
 
+use crate::hosts::Hosts;
+use crate::proxies::Proxies;
 use axum::Router;
+use axum::body::Body;
 use axum::extract::ConnectInfo;
-use axum::http::StatusCode;
-use axum::response::IntoResponse;
+use axum::http::{Request, StatusCode};
+use axum::response::{IntoResponse, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -20,15 +23,44 @@ const REQUEST_MAX: Duration = Duration::from_secs(30);
 /// At the end, a client has this long to finish a request that it has begun, or to read its answer.
 const GOODBYE: Duration = Duration::from_secs(1);
 
+/// What every request passes before a route sees it.
+#[derive(Debug, Clone)]
+pub struct Front {
+    pub hosts: Hosts,
+    pub proxies: Proxies,
+}
+
+impl Front {
+    /// Answers a request from `peer` that came in on the address `local`. Routes find the client, which a trusted proxy
+    /// names, in [`ConnectInfo`].
+    async fn answer(&self, mut request: Request<Body>, routes: Router, peer: SocketAddr, local: IpAddr) -> Response {
+        let (parts, body) = request.into_parts();
+        if let Err(refusal) = self.hosts.check(&parts, local) {
+            tracing::debug!(%peer, ?refusal, "a request was refused for its host");
+            return refusal.into_response();
+        }
+        let client = self.proxies.client(peer, &parts.headers);
+        request = Request::from_parts(parts, body);
+        request.extensions_mut().insert(ConnectInfo(client));
+        match tokio::time::timeout(REQUEST_MAX, routes.oneshot(request)).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(never)) => match never {},
+            Err(_) => StatusCode::REQUEST_TIMEOUT.into_response(),
+        }
+    }
+}
+
 /// Serves until cancelled, then lets requests in progress end, within `drain`. WebSockets leave with their upgrade: the
 /// cluster ends them.
 pub async fn serve(
     listener: TcpListener,
     routes: Router,
+    front: Front,
     max_connections: usize,
     drain: Duration,
     cancel: CancellationToken,
 ) {
+    let front = Arc::new(front);
     let places = Arc::new(Semaphore::new(max_connections));
     let tracker = TaskTracker::new();
     loop {
@@ -42,7 +74,7 @@ pub async fn serve(
         };
         match stream {
             Ok((stream, peer)) => {
-                let connection = connection(stream, peer, routes.clone(), drain, cancel.clone());
+                let connection = connection(stream, peer, routes.clone(), front.clone(), drain, cancel.clone());
                 tracker.spawn(async move {
                     connection.await;
                     drop(place);
@@ -60,19 +92,24 @@ pub async fn serve(
     tracker.wait().await;
 }
 
-async fn connection(stream: TcpStream, peer: SocketAddr, routes: Router, drain: Duration, cancel: CancellationToken) {
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    routes: Router,
+    front: Arc<Front>,
+    drain: Duration,
+    cancel: CancellationToken,
+) {
     let _ = stream.set_nodelay(true);
+    let Ok(local) = stream.local_addr() else { return };
     let handled = TaskTracker::new();
     handled.close();
     let handlers = handled.clone();
-    let service = hyper::service::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(ConnectInfo(peer));
-        let answer = routes.clone().oneshot(request.map(axum::body::Body::new));
+    let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+        let (front, routes) = (front.clone(), routes.clone());
         handlers.track_future(async move {
-            match tokio::time::timeout(REQUEST_MAX, answer).await {
-                Ok(answer) => answer,
-                Err(_) => Ok(StatusCode::REQUEST_TIMEOUT.into_response()),
-            }
+            let answer = front.answer(request.map(Body::new), routes, peer, local.ip()).await;
+            Ok::<_, std::convert::Infallible>(answer)
         })
     });
     let connection = hyper::server::conn::http1::Builder::new()

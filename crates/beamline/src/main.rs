@@ -7,11 +7,13 @@ mod commands;
 mod config;
 mod grpc;
 mod health;
+mod hosts;
 mod http;
 mod listen;
 mod log;
 mod metrics;
 mod notify;
+mod proxies;
 mod secrets;
 mod wiring;
 

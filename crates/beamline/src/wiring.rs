@@ -257,12 +257,14 @@ async fn parts_up(
     });
     let routes = routes.merge(health::http_routes(health.clone()));
     let (max, drain) = (values.count("http.max_connections"), parts::drain_timeout(values));
+    let front = parts::http_front(values);
     stages.nodes.run("HTTP listener", |cancel| async move {
-        http::serve(http_listener, routes, max, drain, cancel).await;
+        http::serve(http_listener, routes, front, max, drain, cancel).await;
         Ok(())
     });
+    let front = parts::ops_front(values, ops_address);
     stages.operations.run("operations listener", |cancel| async move {
-        http::serve(ops_listener, health::ops_routes(health), 64, drain, cancel).await;
+        http::serve(ops_listener, health::ops_routes(health), front, 64, drain, cancel).await;
         Ok(())
     });
     stages.operations.run("gRPC listener", |cancel| grpc::serve(grpc_listener, draining, cancel));

@@ -48,6 +48,13 @@ pub const KEYS: &[Key] = &[
     key("http.listen", Address, "127.0.0.1:8000", "pages, WebSocket and server API"),
     key("http.origins", List, "", "origins besides our own that pages may connect from, as https://…"),
     key(
+        "http.hosts",
+        List,
+        "",
+        "names this server answers to, besides localhost, its addresses and the hosts of http.origins; *: any",
+    ),
+    key("http.trusted_proxies", List, "", "addresses or networks of reverse proxies whose X-Forwarded-For counts"),
+    key(
         "http.max_connections",
         Count(1, 1_000_000),
         "20000",

@@ -3,6 +3,8 @@
 use super::keys::{KEYS, Key, NAMESPACE, PROVIDER};
 use super::value::{Kind, list, parse, variable as variable_of};
 use super::{Settings, Source, Values, roles};
+use crate::hosts::is_host;
+use crate::proxies::Network;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -104,6 +106,7 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
     reader.relations(&settings);
     reader.open_namespaces(&mut settings);
     settings.warnings.extend(roles::warnings(&settings));
+    settings.warnings.extend(unnamed(&settings.values));
     for problem in &mut reader.problems.0 {
         if let (Some(Source::File { line }), Some(file)) = (settings.values.source(&problem.at), &settings.file) {
             problem.at = format!("{}:{line}: {}", file.display(), problem.at);
@@ -139,6 +142,18 @@ fn pass_on(environment: &BTreeMap<String, String>, settings: &mut Settings) {
             }
         }
     }
+}
+
+/// Who listens for other machines is usually called by a name, and answers to none that it was not given.
+fn unnamed(values: &Values) -> Option<String> {
+    let listen = values.address("http.listen");
+    let named = !values.list("http.hosts").is_empty() || values.list("http.origins").iter().any(|origin| origin != "*");
+    (!listen.ip().is_loopback() && !named).then(|| {
+        format!(
+            "http.listen is {listen}, and http.hosts is empty: requests are answered under this machine's addresses and \
+             localhost, and refused (421) under any other name; put the names that people use into http.hosts"
+        )
+    })
 }
 
 fn did_you_mean<'a>(known: impl Iterator<Item = &'a str>, name: &str) -> String {
@@ -311,6 +326,19 @@ impl Reader {
         }
         for origin in settings.values.list("http.origins").iter().filter(|origin| !is_origin(origin)) {
             self.problem("http.origins", format!("holds {origin:?}; an origin is https://host or https://host:port"));
+        }
+        for host in settings.values.list("http.hosts").iter().filter(|host| !is_host(host)) {
+            self.problem(
+                "http.hosts",
+                format!("holds {host:?}; a host is a name or an address, without https:// or port"),
+            );
+        }
+        for proxy in settings.values.list("http.trusted_proxies").iter().filter(|proxy| Network::parse(proxy).is_none())
+        {
+            self.problem(
+                "http.trusted_proxies",
+                format!("holds {proxy:?}; a proxy is an address such as 10.0.0.7 or a network such as 10.0.0.0/8"),
+            );
         }
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(settings.values.text("log.level")) {
             self.problem("log.level", format!("is no filter: {error}"));
@@ -563,6 +591,29 @@ mod tests {
             assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
         }
         assert!(!text.contains("geheim") && text.starts_with("the settings have 9 problems"), "{text}");
+    }
+
+    #[test]
+    fn hosts_and_proxies_that_cannot_be_meant_are_told() {
+        let file = "[http]\nhosts = [\"chat.example\", \"https://x.example\"]\ntrusted_proxies = [\"10.0.0.0/8\", \"proxy\"]\n";
+        let text = with_file(file, &[], &[]).unwrap_err().to_string();
+        for expected in [
+            "beamline.toml:2: http.hosts: holds \"https://x.example\"",
+            "beamline.toml:3: http.trusted_proxies: holds \"proxy\"",
+        ] {
+            assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn listener_for_other_machines_without_a_name_is_warned_about() {
+        let warned = |file: &str| with_file(&format!("[http]\n{file}"), &[], &[]).unwrap().warnings.concat();
+        assert!(warned("listen = \"0.0.0.0:8000\"").contains("http.hosts"));
+        assert!(warned("listen = \"0.0.0.0:8000\"\norigins = \"*\"").contains("http.hosts"));
+        for named in ["hosts = \"chat.example\"", "origins = \"https://chat.example\""] {
+            assert_eq!(warned(&format!("listen = \"0.0.0.0:8000\"\n{named}")), "", "{named}");
+        }
+        assert_eq!(warned("listen = \"127.0.0.1:8000\""), "");
     }
 
     #[test]

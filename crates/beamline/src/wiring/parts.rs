@@ -1,6 +1,9 @@
 //! From settings to each part's own configuration.
 
 use crate::config::{Settings, Values, uid_and_tenant};
+use crate::hosts::Hosts;
+use crate::http::Front;
+use crate::proxies::Proxies;
 use crate::secrets;
 use anyhow::{Context, Result, bail};
 use bus::Bus;
@@ -30,6 +33,20 @@ pub async fn bus(settings: &Settings, data_dir: &Path) -> Result<Bus> {
         connections: values.maybe_number("nats.connections").map(|n| usize::try_from(n).expect("at most 8")),
     };
     Ok(bus::nats::Nats::connect(config).await?)
+}
+
+pub fn http_front(values: &Values) -> Front {
+    Front {
+        hosts: Hosts::new(&values.list("http.hosts"), &values.list("http.origins")),
+        proxies: Proxies::new(&values.list("http.trusted_proxies")),
+    }
+}
+
+/// On loopback the operations port is open to this machine's browsers, and so to pages whose name resolves to it.
+/// Elsewhere those who ask are monitors, under names that only they know.
+pub fn ops_front(values: &Values, listen: SocketAddr) -> Front {
+    let front = http_front(values);
+    if listen.ip().is_loopback() { front } else { Front { hosts: Hosts::any(), ..front } }
 }
 
 pub async fn cluster(settings: &Settings, data_dir: &Path, http: SocketAddr, bus: Bus) -> Result<cluster::Bound> {

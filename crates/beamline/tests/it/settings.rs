@@ -141,7 +141,7 @@ async fn sign_in(process: &Process, password: &str) -> u16 {
     let body = serde_json::json!({"name": "admin", "password": password}).to_string();
     let mut stream = tokio::net::TcpStream::connect(process.http()).await.unwrap();
     let request = format!(
-        "POST /auth/login HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
+        "POST /auth/login HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
          Connection: close\r\n\r\n{body}",
         body.len()
     );
