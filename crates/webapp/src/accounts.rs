@@ -116,10 +116,12 @@ impl Accounts {
         Ok(found.map(|(id, name)| User { id, name }))
     }
 
-    pub async fn sign_out(&self, token: &str) -> Result<()> {
-        let delete = sqlx::query("DELETE FROM logins WHERE token_hash = $1").bind(token_hash(token));
-        delete.execute(self.db.write()).await?;
-        Ok(())
+    /// Whom it has signed out, if the token was good for anybody.
+    pub async fn sign_out(&self, token: &str) -> Result<Option<String>> {
+        let delete = "DELETE FROM logins WHERE token_hash = $1 RETURNING user_id";
+        let delete = sqlx::query_as(delete).bind(token_hash(token));
+        let ended: Option<(String,)> = delete.fetch_optional(self.db.write()).await?;
+        Ok(ended.map(|(user,)| user))
     }
 
     /// How a user is called; the id itself for one who came with a token and has no account.
@@ -198,6 +200,11 @@ fn token_hash(token: &str) -> String {
     hash(token.as_bytes())
 }
 
+/// What a sign-in is called in tokens: it tells nothing of the cookie, nor of what the database has of it.
+pub fn session(token: &str) -> String {
+    hash(token_hash(token).as_bytes())[..32].to_string()
+}
+
 pub fn hash(bytes: &[u8]) -> String {
     use sha2::Digest;
     hex(&sha2::Sha256::digest(bytes))
@@ -240,7 +247,8 @@ mod tests {
         assert_eq!(accounts.verify("ANN", "correct horse").await.unwrap(), ann);
         let cookie = accounts.sign_in(&ann).await.unwrap();
         assert_eq!(accounts.signed_in(&cookie).await.unwrap(), Some(ann));
-        accounts.sign_out(&cookie).await.unwrap();
+        assert_eq!(accounts.sign_out(&cookie).await.unwrap().as_deref(), Some("ann"));
+        assert_eq!(accounts.sign_out(&cookie).await.unwrap(), None);
         assert_eq!(accounts.signed_in(&cookie).await.unwrap(), None);
     }
 

@@ -1,5 +1,6 @@
 //! Live web apps: a function per page, run again on each interaction of a session; only the difference is sent.
 
+mod href;
 mod input;
 pub mod sessions;
 mod state;

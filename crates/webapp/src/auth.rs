@@ -1,27 +1,26 @@
 //! Signing in and out over HTTP: a cookie for the browser, short tokens for its connection.
 
 use crate::accounts::{self, Accounts, LOGIN_TTL, User};
+use crate::channels::Channels;
+use crate::guesses::{self, Ended, Guesses, Try};
+use crate::limits::Wait;
 use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
+use axum::response::{AppendHeaders, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router, middleware};
-use parking_lot::Mutex;
+use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde_json::json;
-use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const COOKIE: &str = "beamline";
 const BODY_MAX: usize = 4096;
-/// Tries at a password, a minute: from one address for one name, and from one address for all.
-const TRIES_PER_NAME: u32 = 10;
-const TRIES_PER_ADDRESS: u32 = 60;
-/// Counts kept at most; beyond it counting begins anew.
-const TRIES_KEPT: usize = 100_000;
-const MINUTE: Duration = Duration::from_secs(60);
+/// Says of a browser that an account has signed in there before; it opens nothing.
+const DEVICE_COOKIE: &str = "beamline-device";
+const DEVICE_TTL: Duration = Duration::from_secs(365 * 86_400);
 
 pub struct Auth {
     pub accounts: Arc<Accounts>,
@@ -30,7 +29,10 @@ pub struct Auth {
     pub signup: bool,
     /// Besides our own.
     pub origins: Vec<String>,
-    pub tries: Tries,
+    /// Accounts that nobody can make on the page.
+    pub operators: Vec<String>,
+    pub channels: Channels,
+    pub guesses: Guesses,
 }
 
 pub fn routes(auth: Arc<Auth>) -> Router {
@@ -80,12 +82,27 @@ async fn login(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, bo
         Ok(body) => body,
         Err(rejection) => return problem(rejection.status(), rejection.body_text()),
     };
-    if !auth.tries.take(address(&peer), &name) {
-        return problem(StatusCode::TOO_MANY_REQUESTS, "too many tries; wait a minute");
+    let device = auth.device(&headers, &guesses::account(&name));
+    let by = Try { address: address(&peer), name, device };
+    if let Err(wait) = auth.guesses.begin(&by, Instant::now()) {
+        return too_many("too many tries", wait);
     }
-    match auth.accounts.verify(&name, &password).await {
+    let verified = auth.accounts.verify(&by.name, &password).await;
+
+    let ended = match &verified {
+        Ok(_) => Ended::Right,
+        Err(accounts::Error::Wrong) => Ended::Wrong,
+        Err(_) => Ended::NotTried,
+    };
+    auth.guesses.ended(&by, ended);
+    match verified {
         Ok(user) => enter(&auth, &headers, &user).await,
-        Err(error) => refused(&error),
+        Err(error) => {
+            if ended == Ended::Wrong {
+                tracing::info!(address = %by.address, "a sign-in was refused: wrong name or password");
+            }
+            refused(&error)
+        }
     }
 }
 
@@ -97,8 +114,12 @@ async fn signup(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, b
         Ok(body) => body,
         Err(rejection) => return problem(rejection.status(), rejection.body_text()),
     };
-    if !auth.tries.take(address(&peer), &name) {
-        return problem(StatusCode::TOO_MANY_REQUESTS, "too many tries; wait a minute");
+    // An operator's account is made on the command line: whoever comes first must not become one.
+    if auth.operators.contains(&guesses::account(&name)) {
+        return problem(StatusCode::BAD_REQUEST, format!("the name {name} is reserved; choose another"));
+    }
+    if let Err(wait) = auth.guesses.signup(address(&peer), Instant::now()) {
+        return too_many("too many new accounts", wait);
     }
     match auth.accounts.create(&name, &password).await {
         Ok(user) => enter(&auth, &headers, &user).await,
@@ -107,8 +128,8 @@ async fn signup(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, b
 }
 
 async fn logout(State(auth): State<Arc<Auth>>, headers: HeaderMap) -> Response {
-    if let Some(token) = cookie(&headers)
-        && let Err(error) = auth.accounts.sign_out(token).await
+    if let Some(token) = cookie(&headers, COOKIE)
+        && let Err(error) = auth.end(token).await
     {
         return refused(&error);
     }
@@ -118,12 +139,13 @@ async fn logout(State(auth): State<Arc<Auth>>, headers: HeaderMap) -> Response {
 
 /// A fresh token for the connection, to a browser that is signed in.
 async fn token(State(auth): State<Arc<Auth>>, headers: HeaderMap) -> Response {
-    let user = match cookie(&headers) {
-        Some(token) => auth.accounts.signed_in(token).await,
+    let login = cookie(&headers, COOKIE);
+    let user = match login {
+        Some(login) => auth.accounts.signed_in(login).await,
         None => Ok(None),
     };
     match user {
-        Ok(Some(user)) => Json(auth.identity(&user)).into_response(),
+        Ok(Some(user)) => Json(auth.identity(&user, login.unwrap_or_default())).into_response(),
         Ok(None) => {
             let body = json!({"error": "not signed in", "signup": auth.signup});
             (StatusCode::UNAUTHORIZED, Json(body)).into_response()
@@ -133,35 +155,102 @@ async fn token(State(auth): State<Arc<Auth>>, headers: HeaderMap) -> Response {
 }
 
 async fn enter(auth: &Auth, headers: &HeaderMap, user: &User) -> Response {
-    let token = match auth.accounts.sign_in(user).await {
-        Ok(token) => token,
+    // Whoever was signed in with this browser is no longer.
+    if let Some(old) = cookie(headers, COOKIE)
+        && let Err(error) = auth.end(old).await
+    {
+        return refused(&error);
+    }
+    let login = match auth.accounts.sign_in(user).await {
+        Ok(login) => login,
         Err(error) => return refused(&error),
     };
-    // Behind TLS the cookie must not leave it.
+
+    // Behind TLS the cookies must not leave it.
     let tls = headers.get(header::ORIGIN).is_some_and(|origin| origin.as_bytes().starts_with(b"https://"));
     let secure = if tls { "; Secure" } else { "" };
-    let cookie = format!("{COOKIE}={token}; HttpOnly; SameSite=Lax; Path=/; Max-Age={}{secure}", LOGIN_TTL.as_secs());
-    ([(header::SET_COOKIE, cookie)], Json(auth.identity(user))).into_response()
+    let set = |name: &str, value: &str, path: &str, ttl: Duration| {
+        let cookie = format!("{name}={value}; HttpOnly; SameSite=Lax; Path={path}; Max-Age={}{secure}", ttl.as_secs());
+        (header::SET_COOKIE, cookie)
+    };
+    let device = auth.known_device(user);
+    let cookies =
+        AppendHeaders([set(COOKIE, &login, "/", LOGIN_TTL), set(DEVICE_COOKIE, &device, "/auth", DEVICE_TTL)]);
+    (cookies, Json(auth.identity(user, &login))).into_response()
+}
+
+/// Claims of [`DEVICE_COOKIE`].
+#[derive(serde::Serialize, serde::Deserialize, Clone)]
+struct Device {
+    sub: String,
+    jti: String,
+    exp: u64,
 }
 
 impl Auth {
-    fn identity(&self, user: &User) -> serde_json::Value {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    fn identity(&self, user: &User, login: &str) -> serde_json::Value {
+        let now = now_s();
         let claims = json!({
-            "sub": user.id, "iat": now, "exp": now + self.token_ttl.as_secs(), "info": {"name": user.name},
+            "sub": user.id, "sid": accounts::session(login), "iat": now, "exp": now + self.token_ttl.as_secs(),
+            "info": {"name": user.name},
         });
-        let key = jsonwebtoken::EncodingKey::from_secret(&self.token_secret);
-        let token = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).expect("claims are JSON");
+        let key = EncodingKey::from_secret(&self.token_secret);
+        let token = jsonwebtoken::encode(&Header::default(), &claims, &key).expect("claims are JSON");
         json!({"user": user.id, "name": user.name, "token": token, "signup": self.signup})
+    }
+
+    /// Ends a sign-in and the connections that it opened; those of other browsers stay.
+    async fn end(&self, login: &str) -> accounts::Result<()> {
+        let Some(user) = self.accounts.sign_out(login).await? else { return Ok(()) };
+        let closed = self.channels.disconnect(&user, &accounts::session(login)).await;
+        if let Err(error) = closed {
+            tracing::warn!(
+                user,
+                error,
+                "connections of a sign-in that is over were not closed; they end with their tokens"
+            );
+        }
+        Ok(())
+    }
+
+    fn known_device(&self, user: &User) -> String {
+        let jti = uuid::Uuid::new_v4().simple().to_string();
+        let device = Device { sub: user.id.clone(), jti, exp: now_s() + DEVICE_TTL.as_secs() };
+        let key = EncodingKey::from_secret(&self.device_secret());
+        jsonwebtoken::encode(&Header::default(), &device, &key).expect("claims are JSON")
+    }
+
+    /// The browser that asks, if this account has signed in there before.
+    fn device(&self, headers: &HeaderMap, account: &str) -> Option<String> {
+        let key = DecodingKey::from_secret(&self.device_secret());
+        let validation = Validation::new(Algorithm::HS256);
+        let device = jsonwebtoken::decode::<Device>(cookie(headers, DEVICE_COOKIE)?, &key, &validation).ok()?;
+        (device.claims.sub == account).then_some(device.claims.jti)
+    }
+
+    /// Another one than that of connection tokens, so that neither can stand for the other.
+    fn device_secret(&self) -> Vec<u8> {
+        accounts::hash(&[b"device".as_slice(), &self.token_secret].concat()).into_bytes()
     }
 }
 
-fn cookie(headers: &HeaderMap) -> Option<&str> {
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn cookie<'a>(headers: &'a HeaderMap, wanted: &str) -> Option<&'a str> {
     let cookies = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
     cookies.flat_map(|line| line.split(';')).find_map(|pair| {
         let (name, value) = pair.trim().split_once('=')?;
-        (name == COOKIE && !value.is_empty()).then_some(value)
+        (name == wanted && !value.is_empty()).then_some(value)
     })
+}
+
+fn too_many(what: &str, wait: Wait) -> Response {
+    let wait = wait.seconds();
+    let mut response = problem(StatusCode::TOO_MANY_REQUESTS, format!("{what}; try again in {wait} s"));
+    response.headers_mut().insert(header::RETRY_AFTER, wait.into());
+    response
 }
 
 /// Of whoever asks. An IPv6 network of 64 bits is one household, or one attacker.
@@ -192,44 +281,9 @@ fn problem(status: StatusCode, text: impl Into<String>) -> Response {
 }
 
 /// Tries at passwords within the running minute.
-#[derive(Default)]
-pub struct Tries(Mutex<(Option<Instant>, HashMap<(IpAddr, String), u32>)>);
-
-impl Tries {
-    fn take(&self, address: IpAddr, name: &str) -> bool {
-        let mut tries = self.0.lock();
-        let (since, counts) = &mut *tries;
-        let now = Instant::now();
-        if since.is_none_or(|since| now.duration_since(since) >= MINUTE) || counts.len() >= TRIES_KEPT {
-            *since = Some(now);
-            counts.clear();
-        }
-        // The empty name counts all of the address: it also bounds how many names one can have noted.
-        let all = counts.entry((address, String::new())).or_default();
-        *all += 1;
-        if *all > TRIES_PER_ADDRESS {
-            return false;
-        }
-        let one = counts.entry((address, name.chars().take(64).collect::<String>().to_lowercase() + "\n")).or_default();
-        *one += 1;
-        *one <= TRIES_PER_NAME
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn tries_are_counted_by_name_and_by_address() {
-        let tries = Tries::default();
-        let address = |n| IpAddr::from([127, 0, 0, n]);
-        assert!((0..TRIES_PER_NAME).all(|_| tries.take(address(1), "ann")));
-        assert!(!tries.take(address(1), "Ann"));
-        assert!(tries.take(address(1), "bob") && tries.take(address(2), "ann"));
-        let others = (0..100).filter(|n| tries.take(address(1), &n.to_string())).count();
-        assert!(others < 60, "{others}");
-    }
 
     #[test]
     fn an_address_is_counted_with_its_household() {
@@ -243,6 +297,7 @@ mod tests {
     fn the_cookie_is_found_among_others() {
         let mut headers = HeaderMap::new();
         headers.append(header::COOKIE, HeaderValue::from_static("a=b; beamline=xyz; c=d"));
-        assert_eq!(cookie(&headers), Some("xyz"));
+        assert_eq!(cookie(&headers, COOKIE), Some("xyz"));
+        assert_eq!(cookie(&headers, DEVICE_COOKIE), None);
     }
 }

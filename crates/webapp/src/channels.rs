@@ -6,7 +6,7 @@ use bus::{Bus, Headers};
 use serde::Serialize;
 use serde_json::value::to_raw_value;
 use std::time::Duration;
-use wire::channels::{Answer, Position, Publish};
+use wire::channels::{Answer, Disconnect, Position, Publish};
 use wire::subjects;
 
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -38,6 +38,16 @@ impl Channels {
         let data = to_raw_value(data).map_err(|e| e.to_string())?;
         self.publish(Publish { channel: channel.into(), data: Some(data), skip_history: true, ..Publish::default() })
             .await
+    }
+
+    /// Ends the connections that a sign-in of a user has opened.
+    pub async fn disconnect(&self, user: &str, session: &str) -> Result<(), String> {
+        let disconnect = Disconnect { user: user.into(), session: Some(session.into()) };
+        let payload = serde_json::to_vec(&disconnect).map_err(|e| e.to_string())?.into();
+        let answer = self.0.request(subjects::CHANNELS_DISCONNECT, Headers::new(), payload, PUBLISH_TIMEOUT).await;
+        let answer = answer.map_err(|e| e.to_string())?;
+        let answer: Answer<serde_json::Value> = serde_json::from_slice(&answer.payload).map_err(|e| e.to_string())?;
+        answer.into_result().map(|_| ()).map_err(|failure| failure.message)
     }
 
     async fn publish(&self, publish: Publish) -> Result<(), String> {

@@ -11,6 +11,8 @@ mod chat;
 mod db;
 mod diff;
 mod files;
+mod guesses;
+mod limits;
 mod live;
 mod pages;
 mod rpc;
@@ -18,6 +20,7 @@ mod tree;
 
 pub use accounts::{User, generate_password};
 pub use app::{App, Column, PageError, Series, State, Tone, Ui};
+pub use chat::Quotas;
 
 use accounts::Accounts;
 use app::sessions::Sessions;
@@ -46,6 +49,10 @@ pub struct Config {
     pub signup: bool,
     /// Origins besides our own whose pages may sign in, as `https://…`.
     pub origins: Vec<String>,
+    /// Accounts that may end other people's answers and delete their rooms, in lower case.
+    pub operators: Vec<String>,
+    /// Of each user.
+    pub quotas: Quotas,
 }
 
 impl Default for Config {
@@ -57,6 +64,8 @@ impl Default for Config {
             token_ttl: Duration::from_secs(15 * 60),
             signup: true,
             origins: Vec::new(),
+            operators: vec!["admin".into()],
+            quotas: Quotas::default(),
         }
     }
 }
@@ -94,7 +103,9 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     // Of the secret, too little to be of use to anybody.
     let secret = accounts::hash(&config.token_secret)[..8].to_string();
     let same = live::Same { database: db.id().await?, secret };
-    let (chat, chat_loops) = Chat::bind(&bus, db.clone(), channels.clone(), accounts.clone()).await?;
+    let (chat, chat_loops) =
+        Chat::bind(&bus, db.clone(), channels.clone(), accounts.clone(), config.quotas, config.operators.clone())
+            .await?;
     let sessions = Sessions::new(pages::app(chat.rooms()), db.clone(), bus.clone(), channels.clone(), accounts.clone());
     let auth = auth::Auth {
         accounts: accounts.clone(),
@@ -102,7 +113,9 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         token_ttl: config.token_ttl,
         signup: config.signup,
         origins: config.origins,
-        tries: auth::Tries::default(),
+        operators: config.operators,
+        channels: channels.clone(),
+        guesses: guesses::Guesses::default(),
     };
     Ok(Bound {
         db,

@@ -31,8 +31,21 @@ impl Refusal {
         Self(ErrorCode::BadRequest, text.into())
     }
 
-    pub fn internal(text: impl std::fmt::Display) -> Self {
-        Self(ErrorCode::Internal, text.to_string())
+    /// What came between is over when it is tried again.
+    pub fn again(text: &str) -> Self {
+        Self(ErrorCode::Internal, text.into())
+    }
+
+    /// Something of ours failed: the page is told a trace id, and the log has the reason under it.
+    pub fn internal(what: &'static str, error: impl std::fmt::Display) -> Self {
+        Self::failed("something went wrong on the server; try again", what, error)
+    }
+
+    /// The same, where there is more to tell the page.
+    pub fn failed(told: &str, what: &'static str, error: impl std::fmt::Display) -> Self {
+        let trace_id = uuid::Uuid::new_v4().simple().to_string();
+        tracing::error!(%trace_id, %error, "{what}");
+        Self(ErrorCode::Internal, format!("{told} (trace {trace_id})"))
     }
 }
 
@@ -108,7 +121,8 @@ pub async fn hand_on(
     let headers = Headers::new().with(RPC_USER, &caller.user);
     let reply = bus.request(subject, headers, payload, deadline).await?;
     let Some(code) = reply.headers.get(RPC_ERROR_CODE) else { return Ok(Ok(reply.payload)) };
-    let known = [ErrorCode::BadRequest, ErrorCode::PermissionDenied, ErrorCode::TooManyRequests];
+    let known =
+        [ErrorCode::BadRequest, ErrorCode::PermissionDenied, ErrorCode::TooManyRequests, ErrorCode::LimitExceeded];
     let code = known.into_iter().find(|known| code.parse() == Ok(*known as u32)).unwrap_or(ErrorCode::Internal);
     Ok(Err(Refusal(code, String::from_utf8_lossy(&reply.payload).into_owned())))
 }

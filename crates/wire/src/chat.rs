@@ -24,6 +24,9 @@ pub struct Message {
     pub state: State,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<i64>,
+    /// For an answer: who asked for it. That user may stop it and ask again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asker: Option<String>,
     /// Why the answer failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -85,6 +88,10 @@ pub enum Event {
     Room {
         room: Room,
     },
+    /// On `chat:lobby` and in the room: the room of this id is deleted, with all its messages.
+    Gone {
+        room: String,
+    },
 }
 
 /// The request of `chat.create_room`.
@@ -111,7 +118,7 @@ pub struct Send {
     pub nonce: String,
 }
 
-/// The request of `chat.typing`.
+/// The request of `chat.typing` and `chat.delete_room`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct InRoom {
     pub room: String,

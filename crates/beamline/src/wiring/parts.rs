@@ -161,7 +161,21 @@ pub fn webapp_config(settings: &Settings, data_dir: &Path) -> Result<webapp::Con
         token_ttl: values.duration("auth.token_ttl"),
         signup: values.flag("auth.signup"),
         origins: values.list("http.origins"),
+        operators: values.list("auth.operators").iter().map(|name| name.to_lowercase()).collect(),
+        quotas: quotas(values),
     })
+}
+
+fn quotas(values: &Values) -> webapp::Quotas {
+    let count = |key: &str| u32::try_from(values.number(key)).expect("the table of settings bounds it");
+    webapp::Quotas {
+        runs_at_once: count("webapp.runs_at_once"),
+        runs_per_minute: count("webapp.runs_per_minute"),
+        runs_per_day: count("webapp.runs_per_day"),
+        messages_per_minute: count("webapp.messages_per_minute"),
+        messages_per_day: count("webapp.messages_per_day"),
+        rooms_per_day: count("webapp.rooms_per_day"),
+    }
 }
 
 pub async fn webapp(settings: &Settings, data_dir: &Path, bus: Bus) -> Result<webapp::Bound> {

@@ -2,6 +2,7 @@
 
 mod commands;
 mod contract;
+mod doors;
 mod drain;
 mod durability;
 mod gateway;

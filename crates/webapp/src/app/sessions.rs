@@ -125,16 +125,17 @@ impl Sessions {
         let Some(said) = back.body else { return Ok(Bytes::new()) };
         let session = match self.session(&back.session, &caller.user).await? {
             Place::Here(session) => session,
-            Place::At(_) if handed_on => return Err(Refusal::internal("the session has moved; try again")),
+            Place::At(_) if handed_on => return Err(Refusal::again("the session has moved; try again")),
             Place::At(owner) => {
                 match rpc::hand_on(&self.bus, &owner_subject(&owner), caller, payload, OWNER_TIMEOUT).await {
                     Ok(answer) => return answer,
                     Err(error) => {
                         tracing::info!(session = back.session, owner, %error, "taking a session over");
-                        self.take(&back.session, &owner).await.map_err(Refusal::internal)?;
+                        let taken = self.take(&back.session, &owner).await;
+                        taken.map_err(|error| Refusal::internal("a session cannot be taken over", error))?;
                         match self.session(&back.session, &caller.user).await? {
                             Place::Here(session) => session,
-                            Place::At(_) => return Err(Refusal::internal("the session has moved; try again")),
+                            Place::At(_) => return Err(Refusal::again("the session has moved; try again")),
                         }
                     }
                 }
@@ -165,7 +166,7 @@ impl Sessions {
             *session.touched.lock() = Instant::now();
             return if session.user == user { Ok(Place::Here(session.clone())) } else { Err(foreign()) };
         }
-        let internal = |e: crate::db::Error| Refusal::internal(format!("the session cannot be read: {e}"));
+        let internal = |error: crate::db::Error| Refusal::internal("a session cannot be read", error);
         let stored = self.stored(id, user).await.map_err(internal)?;
         if stored.user != user {
             return Err(foreign());
@@ -293,9 +294,13 @@ impl Sessions {
                     duration_us: u32::try_from(took.as_micros()).unwrap_or(u32::MAX),
                 }));
             }
-            Err(message) => {
+            Err(failed) => {
                 let trace_id = uuid::Uuid::new_v4().simple().to_string();
-                tracing::warn!(%trace_id, session = session.id, path = core.visit.path, "a page failed: {message}");
+                let (message, reason) = match failed {
+                    Failed::Told(text) => (text.clone(), text),
+                    Failed::Ours(reason) => ("something went wrong on the server; try again".into(), reason),
+                };
+                tracing::warn!(%trace_id, session = session.id, path = core.visit.path, "a page failed: {reason}");
                 metrics::counter!("beamline_webapp_page_errors_total").increment(1);
                 out.push(Body::Error(Failure { message, trace_id }));
                 if reset {
@@ -424,8 +429,28 @@ fn report(core: &mut Core, key: &str, value: &str, clicked: &mut HashSet<String>
     Ok(())
 }
 
+/// Why a run failed.
+#[derive(Debug, PartialEq)]
+enum Failed {
+    /// In words for the person at the page.
+    Told(String),
+    /// For the log: names of tables, servers or code are nothing for a page.
+    Ours(String),
+}
+
+impl Failed {
+    fn of(error: &PageError) -> Self {
+        let mut sources =
+            std::iter::successors(Some(&**error as &(dyn std::error::Error + 'static)), |error| error.source());
+        match sources.any(|error| error.is::<crate::db::Error>() || error.is::<sqlx::Error>()) {
+            true => Self::Ours(error.to_string()),
+            false => Self::Told(error.to_string()),
+        }
+    }
+}
+
 /// One run of the page at the session's place. A panic is an error like any other.
-fn run(app: &App, core: &mut Core, clicked: &HashSet<String>) -> Result<(Vec<tree::Element>, Effects), String> {
+fn run(app: &App, core: &mut Core, clicked: &HashSet<String>) -> Result<(Vec<tree::Element>, Effects), Failed> {
     let found = app.find(&core.visit.path);
     let (page, params) = match found {
         Some((page, params)) => (Some(page), params),
@@ -439,13 +464,13 @@ fn run(app: &App, core: &mut Core, clicked: &HashSet<String>) -> Result<(Vec<tre
             Some(page) => page(&mut ui),
             None => nothing_here(&mut ui),
         }
-        .map_err(|error| error.to_string())?;
-        ui.finish()
+        .map_err(|error| Failed::of(&error))?;
+        ui.finish().map_err(Failed::Told)
     }));
     built.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
-        Err(format!("the page panicked: {}", text.unwrap_or_else(|| "without a word".into())))
+        Err(Failed::Ours(format!("it panicked: {}", text.unwrap_or_else(|| "without a word".into()))))
     })
 }
 
@@ -573,6 +598,44 @@ mod tests {
         // The page is loaded anew, and what it asks for fails.
         assert!(matches!(said(&sessions, &bus, "/broken", true).await, Body::Error(_)));
         assert!(is_whole(&said(&sessions, &bus, "/", false).await));
+    }
+
+    #[tokio::test]
+    async fn page_errors_of_the_database_are_for_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(None, dir.path()).await.unwrap();
+        let refused = async || sqlx::query("SELECT secret FROM nowhere").execute(db.read()).await.unwrap_err();
+        let (plain, wrapped) = (refused().await, crate::db::Error::from(refused().await));
+        let errors: Vec<PageError> = vec![plain.into(), wrapped.into()];
+        for error in errors {
+            assert!(matches!(Failed::of(&error), Failed::Ours(reason) if reason.contains("nowhere")));
+        }
+        let told: PageError = "the report is not there yet".into();
+        assert_eq!(Failed::of(&told), Failed::Told("the report is not there yet".into()));
+    }
+
+    #[test]
+    fn pages_lead_to_places_inside_the_app_only() {
+        let run_with = |place: &'static str, link: &'static str| {
+            let app = App::new().page("/", move |ui| {
+                ui.link(link, "there");
+                ui.navigate(place);
+                Ok(())
+            });
+            let mut core = Core::default();
+            core.visit.path = "/".into();
+            run(&app, &mut core, &HashSet::new()).map(|(_, effects)| effects.navigate.unwrap())
+        };
+        assert_eq!(run_with("/console?tab=1", "https://other.example").unwrap(), "/console?tab=1");
+        for (place, link) in
+            [("/\\evil.example", "/"), ("//evil.example", "/"), ("/", "javascript:alert(1)"), ("/", "/\t/x")]
+        {
+            assert!(matches!(run_with(place, link), Err(Failed::Told(_))), "{place} {link}");
+        }
+        let app = App::new().page("/", |_| panic!("column \"secret\""));
+        let mut core = Core::default();
+        core.visit.path = "/".into();
+        assert!(matches!(run(&app, &mut core, &HashSet::new()), Err(Failed::Ours(_))));
     }
 
     #[tokio::test]

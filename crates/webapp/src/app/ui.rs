@@ -1,7 +1,7 @@
 //! What a page function builds with. Widgets return their value; layout takes closures.
 
-use super::App;
 use super::state::{Memory, State};
+use super::{App, href};
 use crate::tree::Element;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -84,6 +84,8 @@ pub struct Ui<'a> {
     counts: HashMap<&'static str, usize>,
     next_key: Option<String>,
     built: usize,
+    /// The first thing that the page's function did wrong.
+    problem: Option<String>,
 }
 
 impl<'a> Ui<'a> {
@@ -99,11 +101,15 @@ impl<'a> Ui<'a> {
             counts: HashMap::new(),
             next_key: None,
             built: 0,
+            problem: None,
         }
     }
 
-    /// What was built, unless it was too much.
+    /// What was built, unless it was too much or something in it was wrong.
     pub(super) fn finish(self) -> Result<(Vec<Element>, Effects), String> {
+        if let Some(problem) = self.problem {
+            return Err(problem);
+        }
         if self.built > ELEMENTS_MAX {
             return Err(format!("the page has {} elements; {ELEMENTS_MAX} is the most", self.built));
         }
@@ -148,8 +154,14 @@ impl<'a> Ui<'a> {
         self.memory.state()
     }
 
+    /// Sends the person to a place inside the app, such as `/console?tab=1`; anywhere else is an error of the run.
     pub fn navigate(&mut self, path: impl Into<String>) {
-        self.effects.navigate = Some(path.into());
+        let path = path.into();
+        if href::is_internal(&path) {
+            self.effects.navigate = Some(path);
+        } else {
+            self.problem.get_or_insert(format!("{path:?} is no place inside the app; a place begins with one slash"));
+        }
     }
 
     pub fn toast(&mut self, tone: Tone, text: impl Into<String>) {
@@ -315,6 +327,10 @@ impl<'a> Ui<'a> {
 
     /// Shown as chosen where `href` is the place we are at.
     pub fn link(&mut self, href: &str, label: &str) {
+        if !href::is_safe(href) {
+            let problem = format!("a link cannot lead to {href:?}; it begins with one slash, https:// or mailto:");
+            self.problem.get_or_insert(problem);
+        }
         let active = self.visit.path == href;
         self.show(Element::new("link").text("href", href).text("label", label).flag("active", active));
     }
@@ -422,10 +438,13 @@ impl<'a> Ui<'a> {
     }
 
     /// A room: its messages, who is there, and a field to write in.
-    pub fn chat(&mut self, room: &str, title: &str, assistant: &str) {
+    ///
+    /// `manages`: this person may delete the room and stop any answer in it; `operates`: ask again for any.
+    pub fn chat(&mut self, room: &str, title: &str, assistant: &str, manages: bool, operates: bool) {
         let element = Element::new("chat").text("room", room).text("channel", format!("chat:{room}"));
         let me = self.visit.user.clone();
-        self.show(element.text("title", title).text("me", me).text("assistant", assistant));
+        let element = element.text("title", title).text("me", me).text("assistant", assistant);
+        self.show(element.flag("manages", manages).flag("operates", operates));
     }
 
     /// `window`: seconds shown.

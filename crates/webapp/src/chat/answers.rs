@@ -136,7 +136,8 @@ impl Answers {
             let reply = match reply {
                 Ok(reply) => reply.payload,
                 Err(error) => {
-                    problem = error.to_string();
+                    tracing::debug!(trace_id, request_id = answer.request_id, %error, "no router has answered");
+                    problem = format!("no router can be reached; try again (trace {trace_id})");
                     continue;
                 }
             };
@@ -168,15 +169,25 @@ impl Answers {
         }
     }
 
+    /// Forgets an answer whose room is deleted, and has the router end its task.
+    pub async fn drop_one(&self, answer: &Answer) {
+        self.partial.lock().remove(&answer.request_id);
+        self.cancel(answer).await;
+    }
+
     /// Asks the router to cancel; the result ends the message. A task it does not know ends here.
     pub async fn stop(&self, answer: &Answer) -> Result<()> {
-        let query = serde_json::to_vec(&TaskQuery { request_id: answer.request_id.clone() }).expect("a query is JSON");
-        let reply = self.bus.request(subjects::CANCEL, Headers::new(), query.into(), ASK_TIMEOUT).await;
-        let cancelled = reply.is_ok_and(|reply| serde_json::from_slice::<ErrorResponse>(&reply.payload).is_err());
-        if !cancelled {
+        if !self.cancel(answer).await {
             self.end(&answer.request_id, State::Stopped, None, None).await?;
         }
         Ok(())
+    }
+
+    /// Whether a router knows the task and ends it.
+    async fn cancel(&self, answer: &Answer) -> bool {
+        let query = serde_json::to_vec(&TaskQuery { request_id: answer.request_id.clone() }).expect("a query is JSON");
+        let reply = self.bus.request(subjects::CANCEL, Headers::new(), query.into(), ASK_TIMEOUT).await;
+        reply.is_ok_and(|reply| serde_json::from_slice::<ErrorResponse>(&reply.payload).is_err())
     }
 
     async fn relay(&self, mut output: Subscription, cancel: CancellationToken) {
@@ -312,6 +323,9 @@ impl Answers {
             if let Err(error) = self.sweep_once(now_ms()).await {
                 tracing::warn!(%error, "open answers cannot be read");
             }
+            if let Err(error) = self.store.forget_spent(now_ms()).await {
+                tracing::warn!(%error, "what was spent of old quotas was not removed");
+            }
         }
     }
 
@@ -354,6 +368,7 @@ fn cut(text: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use super::super::quotas::Quotas;
     use super::super::store::New;
     use super::*;
     use crate::db::Db;
@@ -361,7 +376,7 @@ mod tests {
 
     async fn answers(dir: &std::path::Path) -> Arc<Answers> {
         let bus = bus::local::Local::open(dir).await.unwrap();
-        let store = Store::new(Db::open(None, dir).await.unwrap());
+        let store = Store::new(Db::open(None, dir).await.unwrap(), Quotas::default());
         Arc::new(Answers::new(bus.clone(), store, Channels::new(bus)))
     }
 

@@ -1,5 +1,6 @@
 //! Messages in the database. What is returned has been committed.
 
+use super::quotas::{self, Quotas, Refused, Spent};
 use crate::chat::ASSISTANT;
 use crate::db::{Db, Result, next_message_id, now_ms};
 use serde_json::json;
@@ -18,6 +19,7 @@ const CONTEXT_BYTES: usize = 16 * 1024;
 #[derive(Clone)]
 pub struct Store {
     db: Db,
+    quotas: Quotas,
 }
 
 pub struct New<'a> {
@@ -53,9 +55,11 @@ struct Row {
     request_id: Option<String>,
     request: Option<String>,
     asked_at: Option<i64>,
+    asker: Option<String>,
 }
 
-const COLUMNS: &str = "id, room, user_id, name, text, at, nonce, state, error, reply_to, request_id, request, asked_at";
+const COLUMNS: &str =
+    "id, room, user_id, name, text, at, nonce, state, error, reply_to, request_id, request, asked_at, asker";
 
 impl Row {
     fn message(self) -> Message {
@@ -69,6 +73,7 @@ impl Row {
             nonce: self.nonce,
             state: State::parse(&self.state),
             reply_to: self.reply_to,
+            asker: self.asker,
             error: self.error,
             attempt: None,
             seq: None,
@@ -83,12 +88,12 @@ impl Row {
 }
 
 impl Store {
-    pub fn new(db: Db) -> Self {
-        Self { db }
+    pub fn new(db: Db, quotas: Quotas) -> Self {
+        Self { db, quotas }
     }
 
     /// Keeps a message, and in the same commit the answer that it asks for. Sent again, it is the one that is there.
-    pub async fn send(&self, new: &New<'_>) -> Result<(Message, Option<Answer>)> {
+    pub async fn send(&self, new: &New<'_>) -> Result<(Message, Option<Answer>), Refused> {
         let mut tx = self.db.begin().await?;
         // Takes the lock that orders messages, before looking whether this one is there.
         let id = next_message_id(&mut tx).await?;
@@ -101,6 +106,17 @@ impl Store {
             let answer = self.answer_to(message.id).await?;
             return Ok((message, answer.filter(|answer| answer.message.state == State::Streaming)));
         }
+        let there = sqlx::query("SELECT 1 FROM rooms WHERE id = $1 AND deleted_at IS NULL").bind(new.room);
+        if there.fetch_optional(&mut *tx).await?.is_none() {
+            return Err(Refused::NoRoom);
+        }
+        let prompt = asked(new.text);
+        if prompt.is_some() {
+            self.quotas.at_once(&mut tx, new.user).await?;
+        }
+        let spent = Spent { messages: 1, runs: i64::from(prompt.is_some()), ..Spent::default() };
+        self.quotas.spend(&mut tx, new.user, spent, now_ms()).await?;
+
         let message = Message {
             id,
             room: new.room.into(),
@@ -111,13 +127,14 @@ impl Store {
             nonce: Some(new.nonce.into()),
             state: State::Done,
             reply_to: None,
+            asker: None,
             error: None,
             attempt: None,
             seq: None,
         };
         insert(&mut tx, &message, None).await?;
         let mut answer = None;
-        if let Some(prompt) = asked(new.text) {
+        if let Some(prompt) = prompt {
             let before =
                 format!("SELECT {COLUMNS} FROM messages WHERE room = $1 AND id < $2 ORDER BY id DESC LIMIT $3");
             let before = sqlx::query_as(sqlx::AssertSqlSafe(before)).bind(new.room).bind(id).bind(CONTEXT_MESSAGES);
@@ -131,6 +148,7 @@ impl Store {
                     nonce: None,
                     state: State::Streaming,
                     reply_to: Some(id),
+                    asker: Some(new.user.into()),
                     ..message.clone()
                 },
                 request_id: new_request_id(),
@@ -202,8 +220,8 @@ impl Store {
         Ok(self.answer_of(request_id).await?.map(|answer| answer.message))
     }
 
-    /// Asks for an ended answer anew; nothing, if another has done so just now.
-    pub async fn ask_again(&self, answer: &Answer) -> Result<Option<Answer>> {
+    /// Asks for an ended answer anew, at the expense of `user`; nothing, if another has done so just now.
+    pub async fn ask_again(&self, answer: &Answer, user: &str) -> Result<Option<Answer>, Refused> {
         let request_id = new_request_id();
         let mut request: DecideRequest = match serde_json::from_str(&answer.request) {
             Ok(request) => request,
@@ -212,21 +230,49 @@ impl Store {
         request.request_id.clone_from(&request_id);
         request.trace_id = Some(uuid::Uuid::new_v4().simple().to_string());
         let request = serde_json::to_string(&request).expect("a request is JSON");
+
+        let mut tx = self.db.begin().await?;
+        // Takes the lock that orders messages: two that are asked at once are counted one after the other.
+        next_message_id(&mut tx).await?;
+        self.quotas.at_once(&mut tx, answer.message.asker.as_deref().unwrap_or(user)).await?;
+        self.quotas.spend(&mut tx, user, Spent { runs: 1, ..Spent::default() }, now_ms()).await?;
         let update = "UPDATE messages SET state = 'streaming', text = '', error = NULL, request_id = $1, request = $2, asked_at = $3
             WHERE request_id = $4 AND state IN ('failed', 'stopped')";
         let update = sqlx::query(update).bind(&request_id).bind(&request).bind(now_ms()).bind(&answer.request_id);
-        if update.execute(self.db.write()).await?.rows_affected() == 0 {
+        if update.execute(&mut *tx).await?.rows_affected() == 0 {
+            tx.rollback().await?;
             return Ok(None);
         }
-        self.answer_of(&request_id).await
+        tx.commit().await?;
+        Ok(self.answer_of(&request_id).await?)
+    }
+
+    /// Deletes a room with all its messages; the answers that were still coming.
+    pub async fn delete_room(&self, room: &str) -> Result<Vec<Answer>> {
+        let mut tx = self.db.begin().await?;
+        // Takes the lock that orders messages: none is written behind it.
+        next_message_id(&mut tx).await?;
+        let coming = format!("SELECT {COLUMNS} FROM messages WHERE state = 'streaming' AND room = $1");
+        let coming: Vec<Row> = sqlx::query_as(sqlx::AssertSqlSafe(coming)).bind(room).fetch_all(&mut *tx).await?;
+        sqlx::query("DELETE FROM messages WHERE room = $1").bind(room).execute(&mut *tx).await?;
+        let update = sqlx::query("UPDATE rooms SET deleted_at = $1 WHERE id = $2 AND deleted_at IS NULL");
+        update.bind(now_ms()).bind(room).execute(&mut *tx).await?;
+        tx.commit().await?;
+        Ok(coming.into_iter().filter_map(Row::answer).collect())
+    }
+
+    /// Forgets what no quota counts any more.
+    pub async fn forget_spent(&self, now_ms: i64) -> Result<()> {
+        quotas::forget(&self.db, now_ms).await
     }
 }
 
 type Query<T> = sqlx::query::QueryAs<'static, sqlx::Any, T, sqlx::any::AnyArguments>;
 
 async fn insert(connection: &mut sqlx::AnyConnection, message: &Message, answer: Option<&Answer>) -> Result<()> {
-    let insert =
-        format!("INSERT INTO messages ({COLUMNS}) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)");
+    let insert = format!(
+        "INSERT INTO messages ({COLUMNS}) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)"
+    );
     sqlx::query(sqlx::AssertSqlSafe(insert))
         .bind(message.id)
         .bind(&message.room)
@@ -241,6 +287,7 @@ async fn insert(connection: &mut sqlx::AnyConnection, message: &Message, answer:
         .bind(answer.map(|answer| answer.request_id.as_str()))
         .bind(answer.map(|answer| answer.request.as_str()))
         .bind(answer.map(|answer| answer.asked_at))
+        .bind(message.asker.as_deref())
         .execute(connection)
         .await?;
     Ok(())
@@ -251,7 +298,7 @@ fn new_request_id() -> String {
 }
 
 /// What an assistant is asked by this text; none if it is not addressed.
-fn asked(text: &str) -> Option<&str> {
+pub fn asked(text: &str) -> Option<&str> {
     let (at, rest) = text.split_at_checked(1 + ASSISTANT.len())?;
     let addressed = at.strip_prefix('@')?.eq_ignore_ascii_case(ASSISTANT);
     let ends = !rest.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.'));
@@ -315,7 +362,7 @@ mod tests {
 
     async fn store() -> (tempfile::TempDir, Store) {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::new(Db::open(None, dir.path()).await.unwrap());
+        let store = Store::new(Db::open(None, dir.path()).await.unwrap(), Quotas::default());
         (dir, store)
     }
 
@@ -345,15 +392,15 @@ mod tests {
         assert_eq!(store.finish(&answer.request_id, State::Stopped, "", None).await.unwrap(), None);
         let late = store.finish(&answer.request_id, State::Done, "text", None).await.unwrap().unwrap();
         assert_eq!((late.state, &*late.text, late.error), (State::Done, "text", None));
-        assert!(store.ask_again(&answer).await.unwrap().is_none(), "what is there is not wiped");
+        assert!(store.ask_again(&answer, "ann").await.unwrap().is_none(), "what is there is not wiped");
 
         let (_, answer) = store.send(&new("@assistant hi", "n2")).await.unwrap();
         let answer = answer.unwrap();
         store.finish(&answer.request_id, State::Stopped, "", None).await.unwrap().unwrap();
-        let again = store.ask_again(&answer).await.unwrap().unwrap();
+        let again = store.ask_again(&answer, "ann").await.unwrap().unwrap();
         assert_eq!((again.message.state, &*again.message.text), (State::Streaming, ""));
         assert_ne!(again.request_id, answer.request_id);
-        assert!(store.ask_again(&answer).await.unwrap().is_none(), "asked again already");
+        assert!(store.ask_again(&answer, "ann").await.unwrap().is_none(), "asked again already");
         let request: DecideRequest = serde_json::from_str(&again.request).unwrap();
         assert_eq!(request.request_id, again.request_id);
     }

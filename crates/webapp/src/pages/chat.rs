@@ -17,11 +17,21 @@ pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
         return Ok(());
     };
     let room = rooms.get(wanted);
-    let title = room.as_ref().map_or("Not found".into(), |room| format!("#{}", room.name));
+    let gone = room.is_none() && rooms.is_gone(wanted);
+    let missing = if gone { "Deleted" } else { "Not found" };
+    let title = room.as_ref().map_or(missing.into(), |room| format!("#{}", room.name));
     ui.page(&title, |ui| {
         sidebar(ui);
         ui.main(|ui| match room {
-            Some(room) => ui.key(&room.id).chat(&room.id, &room.name, ASSISTANT),
+            Some(room) => {
+                let (manages, operates) = (rooms.manages(ui.user(), &room.id), rooms.is_operator(ui.user()));
+                ui.key(&room.id).chat(&room.id, &room.name, ASSISTANT, manages, operates);
+            }
+            None if gone => {
+                ui.heading(1, "Deleted");
+                ui.empty("This room was deleted", "Its messages are gone. Choose another room from the list.");
+                ui.link("/", "To the start");
+            }
             None => {
                 ui.heading(1, "Not found");
                 ui.empty("There is no such room", "Choose one from the list, or make it with the + beside “Rooms”.");

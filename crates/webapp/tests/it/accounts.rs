@@ -2,10 +2,12 @@
 
 use crate::rig::{ADMIN_PASSWORD, Home, Kind, Rig};
 use axum::body::{Body, to_bytes};
+use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, Request, StatusCode, header};
 use base64::Engine as _;
 use rstest::rstest;
 use serde_json::{Value, json};
+use std::net::SocketAddr;
 use tower::ServiceExt;
 
 struct Answer {
@@ -93,15 +95,93 @@ async fn another_site_cannot_sign_anybody_in() {
     assert!(ours.headers[header::SET_COOKIE].to_str().unwrap().contains("Secure"), "behind TLS it stays there");
 }
 
+/// A sign-in from an address, with cookies.
+async fn sign_in_from(rig: &Rig, address: [u8; 4], name: &str, password: &str, cookies: &str) -> Answer {
+    let body = json!({"name": name, "password": password}).to_string();
+    let peer = ConnectInfo(SocketAddr::from((address, 1)));
+    let request = post("/auth/login").header("cookie", cookies).extension(peer).body(body.into()).unwrap();
+    ask(rig, request).await
+}
+
+fn cookies(answer: &Answer) -> String {
+    let set = answer.headers.get_all(header::SET_COOKIE).iter().map(|cookie| cookie.to_str().unwrap());
+    set.map(|cookie| cookie.split(';').next().unwrap()).collect::<Vec<_>>().join("; ")
+}
+
+const PROXY: [u8; 4] = [10, 0, 0, 1];
+
 #[tokio::test]
-async fn guessing_is_slowed_down() {
+async fn seventy_wrong_passwords_for_one_name_lock_out_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
-    let mut last = StatusCode::OK;
-    for _ in 0..11 {
-        last = credentials(&rig, "/auth/login", "nobody", "guess").await.status;
+    for name in ["ann", "bob"] {
+        assert_eq!(credentials(&rig, "/auth/signup", name, "correct horse").await.status, StatusCode::OK);
     }
-    assert_eq!(last, StatusCode::TOO_MANY_REQUESTS);
+    let anns_browser = cookies(&sign_in_from(&rig, PROXY, "ann", "correct horse", "").await);
+
+    let mut refused = 0;
+    for _ in 0..70 {
+        let answer = sign_in_from(&rig, PROXY, "ann", "guess", "").await;
+        if answer.status == StatusCode::TOO_MANY_REQUESTS {
+            refused += 1;
+            let wait: u64 = answer.headers[header::RETRY_AFTER].to_str().unwrap().parse().unwrap();
+            assert!((1..=60).contains(&wait), "{wait}");
+        }
+    }
+    assert!(refused >= 50, "guessing is slowed down: {refused}");
+
+    // Behind the same proxy, another person; and the owner, in the browser that she uses.
+    assert_eq!(sign_in_from(&rig, PROXY, "bob", "correct horse", "").await.status, StatusCode::OK);
+    assert_eq!(sign_in_from(&rig, PROXY, "ann", "correct horse", &anns_browser).await.status, StatusCode::OK);
+    let stranger = sign_in_from(&rig, PROXY, "ann", "correct horse", "").await;
+    assert_eq!(stranger.status, StatusCode::TOO_MANY_REQUESTS, "the right password does not show while one waits");
+    // The owner's cookie is no help with other accounts.
+    for _ in 0..6 {
+        sign_in_from(&rig, PROXY, "bob", "guess", &anns_browser).await;
+    }
+    assert_eq!(sign_in_from(&rig, PROXY, "bob", "guess", &anns_browser).await.status, StatusCode::TOO_MANY_REQUESTS);
+}
+
+#[tokio::test]
+async fn operators_name_cannot_be_taken_on_the_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = webapp::Config { operators: vec!["olga".into()], ..crate::rig::config(dir.path()) };
+    let bus = bus::local::Local::open(dir.path()).await.unwrap();
+    let rig = Rig::on(bus, config).await;
+    let answer = credentials(&rig, "/auth/signup", " Olga ", "correct horse").await;
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{}", answer.body);
+}
+
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
+#[tokio::test]
+async fn signing_out_ends_the_connections_of_that_browser(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = home.start().await;
+    let phone = cookies(&credentials(&rig, "/auth/signup", "ann", "correct horse").await);
+    let laptop = cookies(&credentials(&rig, "/auth/login", "ann", "correct horse").await);
+    let mut sessions = Vec::new();
+    for cookie in [&phone, &laptop] {
+        let token = token(&rig, cookie).await.body["token"].as_str().unwrap().to_string();
+        let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap();
+        let claims: Value = serde_json::from_slice(&claims).unwrap();
+        sessions.push(claims["sid"].as_str().unwrap().to_string());
+        assert!(!cookie.contains(&sessions[0]), "the cookie's secret is in no token");
+    }
+    assert_ne!(sessions[0], sessions[1]);
+
+    ask(&rig, post("/auth/logout").header("cookie", &laptop).body(Body::empty()).unwrap()).await;
+    assert_eq!(rig.disconnected(), [("ann".to_string(), sessions[1].clone())]);
+    assert_eq!(token(&rig, &phone).await.status, StatusCode::OK, "the other browser is still signed in");
+    ask(&rig, post("/auth/logout").header("cookie", &laptop).body(Body::empty()).unwrap()).await;
+    assert_eq!(rig.disconnected().len(), 1, "signed out already");
+
+    // Whoever signs in with the same browser takes the place of the one before.
+    let body = json!({"name": "bob", "password": "correct horse"}).to_string();
+    ask(&rig, post("/auth/signup").header("cookie", &phone).body(body.into()).unwrap()).await;
+    assert_eq!(rig.disconnected()[1..], [("ann".to_string(), sessions[0].clone())]);
+    assert_eq!(token(&rig, &phone).await.status, StatusCode::UNAUTHORIZED);
 }
 
 #[tokio::test]

@@ -251,7 +251,7 @@ async fn a_refused_question_fails_visibly_and_can_be_asked_again(#[case] kind: K
     result(&rig.bus, &request_id, "success", json!({"text": "hello"})).await;
     let done = rig.event(ROOM, is_answer("done")).await;
     assert_eq!((&done["message"]["id"], &done["message"]["text"]), (&id, &json!("hello")));
-    let (code, _) = rig.chat("bob", "chat.retry", json!({"message": id})).await.unwrap_err();
+    let (code, _) = rig.chat("ann", "chat.retry", json!({"message": id})).await.unwrap_err();
     assert_eq!(code, 107, "what is answered is not wiped");
 }
 
@@ -303,6 +303,179 @@ async fn rooms_are_made_once_and_told_to_everybody(#[case] kind: Kind) {
     let rooms = rig.chat("bob", "chat.rooms", json!({})).await.unwrap();
     let ids: Vec<&str> = rooms["rooms"].as_array().unwrap().iter().map(|room| room["id"].as_str().unwrap()).collect();
     assert_eq!(ids, ["general", "random", "release-planning"]);
+}
+
+/// A web app with these quotas, on the home's bus and database.
+async fn start_with(home: &Home, quotas: webapp::Quotas) -> Rig {
+    let config = webapp::Config { quotas, operators: vec!["olga".into()], ..home.config() };
+    home.start_as(config).await
+}
+
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
+#[tokio::test]
+async fn answer_is_stopped_and_asked_again_by_its_asker_or_an_operator_only(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = start_with(&home, webapp::Quotas::default()).await;
+    let (_router, seen) = router(&rig.bus, decided).await;
+    rig.chat("max", "chat.create_room", json!({"name": "den"})).await.unwrap();
+    let ask = json!({"room": "den", "text": "@assistant tell", "nonce": "n"});
+    rig.chat("ann", "chat.send", ask).await.unwrap();
+    asked(&seen).await;
+    let answer = rig.event("chat:den", is_answer("streaming")).await["message"].clone();
+    assert_eq!(answer["asker"], "ann");
+    let this = json!({"message": answer["id"]});
+
+    let (code, text) = rig.chat("bob", "chat.stop", this.clone()).await.unwrap_err();
+    assert!(code == 103 && text.contains("operator"), "{code} {text}");
+    rig.chat("max", "chat.stop", this.clone()).await.expect("whoever made the room");
+    rig.event("chat:den", is_answer("stopped")).await;
+    for user in ["bob", "max"] {
+        assert_eq!(rig.chat(user, "chat.retry", this.clone()).await.unwrap_err().0, 103, "{user}");
+    }
+    rig.chat("ann", "chat.retry", this.clone()).await.unwrap();
+    rig.chat("olga", "chat.stop", this.clone()).await.expect("an operator");
+    rig.chat("olga", "chat.retry", this.clone()).await.expect("an operator");
+    rig.chat("ann", "chat.stop", this).await.unwrap();
+}
+
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
+#[tokio::test]
+async fn quotas_bound_one_user_and_no_other_and_outlive_a_restart(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let quotas = webapp::Quotas {
+        runs_at_once: 2,
+        runs_per_minute: 100,
+        runs_per_day: 3,
+        messages_per_minute: 100,
+        messages_per_day: 6,
+        rooms_per_day: 1,
+    };
+    let ask = |n: u32| send("@assistant tell", &n.to_string());
+    let rig = start_with(&home, quotas).await;
+    let (router_task, _) = router(&rig.bus, decided).await;
+    rig.chat("ann", "chat.send", ask(1)).await.unwrap();
+    rig.chat("ann", "chat.send", ask(2)).await.unwrap();
+    rig.chat("ann", "chat.send", ask(2)).await.expect("sent again, it is the same message");
+    let (code, text) = rig.chat("ann", "chat.send", ask(3)).await.unwrap_err();
+    assert!(code == 111 && text.contains("2 answers coming"), "{code} {text}");
+    rig.chat("bob", "chat.send", ask(3)).await.expect("another user");
+    let coming = rig.events(ROOM).into_iter().find(|event| event["message"]["asker"] == "ann").unwrap();
+    let first = json!({"message": coming["message"]["id"]});
+    rig.chat("ann", "chat.stop", first.clone()).await.unwrap();
+    rig.chat("ann", "chat.send", ask(4)).await.expect("one has ended");
+    rig.chat("ann", "chat.stop", first.clone()).await.unwrap();
+
+    rig.chat("ann", "chat.create_room", json!({"name": "one"})).await.unwrap();
+    rig.chat("ann", "chat.create_room", json!({"name": "one"})).await.expect("it is there");
+    rig.chat("ann", "chat.delete_room", json!({"room": "one"})).await.unwrap();
+    drop(router_task);
+    rig.stop().await;
+
+    let rig = start_with(&home, webapp::Quotas { runs_at_once: 100, ..quotas }).await;
+    for (method, request, what) in [
+        ("chat.send", ask(5), "3 times a day"),
+        ("chat.retry", first, "3 times a day"),
+        ("chat.create_room", json!({"name": "two"}), "1 times a day"),
+        ("chat.create_room", json!({"name": "one"}), "1 times a day"),
+    ] {
+        let (code, text) = rig.chat("ann", method, request).await.unwrap_err();
+        assert!(code == 106 && text.contains(what), "{method}: {code} {text}");
+    }
+    for n in 4..=6 {
+        rig.chat("ann", "chat.send", send("plain", &format!("p{n}"))).await.unwrap();
+    }
+    let (code, text) = rig.chat("ann", "chat.send", send("plain", "p7")).await.unwrap_err();
+    assert!(code == 106 && text.contains("6 times a day"), "{code} {text}");
+    rig.chat("bob", "chat.send", send("plain", "p7")).await.unwrap();
+}
+
+#[tokio::test]
+async fn messages_of_a_minute_are_bounded() {
+    let home = Home::new(Kind::Sqlite).await;
+    let rig = start_with(&home, webapp::Quotas { messages_per_minute: 3, ..webapp::Quotas::default() }).await;
+    for n in 0..3 {
+        rig.chat("ann", "chat.send", send("hi", &n.to_string())).await.unwrap();
+    }
+    let (code, text) = rig.chat("ann", "chat.send", send("hi", "3")).await.unwrap_err();
+    assert!(code == 111 && text.contains("3 times a minute; try again in"), "{code} {text}");
+    rig.chat("bob", "chat.send", send("hi", "3")).await.unwrap();
+    for _ in 0..50 {
+        rig.chat("ann", "chat.typing", json!({"room": "general"})).await.unwrap();
+    }
+    let typing = rig.events(ROOM).iter().filter(|event| event["type"] == "typing").count();
+    assert!(typing < 20, "{typing} notes that somebody types");
+}
+
+#[rstest]
+#[case::sqlite(Kind::Sqlite)]
+#[case::postgres(Kind::Postgres)]
+#[tokio::test]
+async fn rooms_are_deleted_by_their_maker_with_all_that_was_said(#[case] kind: Kind) {
+    let home = Home::new(kind).await;
+    let rig = start_with(&home, webapp::Quotas::default()).await;
+    let (_router, seen) = router(&rig.bus, decided).await;
+    let mut cancels = rig.bus.subscribe(subjects::CANCEL, None, 8).await.unwrap();
+    let (den, here) = (json!({"name": "Den"}), json!({"room": "den"}));
+    rig.chat("ann", "chat.create_room", den.clone()).await.unwrap();
+    rig.chat("bob", "chat.send", json!({"room": "den", "text": "@assistant secret", "nonce": "n"})).await.unwrap();
+    let request_id = asked(&seen).await;
+    for (user, room) in [("bob", &here), ("ann", &json!({"room": "general"}))] {
+        let (code, text) = rig.chat(user, "chat.delete_room", room.clone()).await.unwrap_err();
+        assert!(code == 103 && text.contains("made it"), "{user} {room}: {code} {text}");
+    }
+
+    let (deleted, cancelled) = tokio::join!(rig.chat("ann", "chat.delete_room", here.clone()), cancels.next());
+    deleted.unwrap();
+    let cancelled: Value = serde_json::from_slice(&cancelled.unwrap().payload).unwrap();
+    assert_eq!(cancelled["request_id"], request_id, "what is still being answered there ends");
+    for channel in ["chat:lobby", "chat:den"] {
+        rig.event(channel, |event| *event == json!({"type": "gone", "room": "den"})).await;
+    }
+    for method in ["chat.history", "chat.typing", "chat.delete_room"] {
+        assert_eq!(rig.chat("bob", method, here.clone()).await.unwrap_err().0, 107, "{method}");
+    }
+    // Late output and results have nowhere to go.
+    output(&rig.bus, &request_id, 1, 0, "late").await;
+    result(&rig.bus, &request_id, "success", json!("late")).await;
+
+    // A room of the same name is another one, and its maker is whoever made it last.
+    rig.chat("bob", "chat.create_room", den).await.unwrap();
+    let history = rig.chat("ann", "chat.history", here.clone()).await.unwrap();
+    assert_eq!(history["messages"], json!([]));
+    assert_eq!(rig.chat("ann", "chat.delete_room", here.clone()).await.unwrap_err().0, 103);
+    rig.chat("olga", "chat.delete_room", here).await.expect("an operator");
+    rig.chat("olga", "chat.delete_room", json!({"room": "random"})).await.expect("also of rooms that nobody made");
+}
+
+#[tokio::test]
+async fn database_errors_are_for_the_log_and_pages_get_a_trace() {
+    let mut home = Home::new(Kind::Postgres).await;
+    let rig = home.start().await;
+    let (_router, seen) = router(&rig.bus, decided).await;
+    // Once it has begun: a web app that cannot begin ends.
+    rig.chat("ann", "chat.send", send("@assistant hi", "first")).await.unwrap();
+    asked(&seen).await;
+    home.postgres.as_mut().unwrap().kill();
+    for (method, request) in [
+        ("chat.send", send("hi", "n")),
+        ("chat.history", json!({"room": "general"})),
+        ("chat.create_room", json!({"name": "new"})),
+        ("chat.stop", json!({"message": 1})),
+    ] {
+        let (code, text) = rig.chat("ann", method, request).await.unwrap_err();
+        assert_eq!(code, 100, "{method}");
+        assert!(text.contains("(trace ") && text.contains("went wrong"), "{method}: {text}");
+        for inside in ["database", "pool", "connect", "127.0.0.1", "postgres", "sql"] {
+            assert!(!text.to_lowercase().contains(inside), "{method}: {text}");
+        }
+    }
+    let say = wire::app::Said::Rerun(wire::app::Rerun { path: "/".into(), query: String::new(), reset: true });
+    let (code, text) = rig.say("ann", "00112233445566778899aabbccddeeff", say).await.unwrap_err();
+    assert!(code == 100 && text.contains("(trace ") && !text.contains("database"), "{code} {text}");
 }
 
 #[tokio::test]

@@ -136,6 +136,29 @@ async fn the_start_leads_to_a_room_and_a_wrong_place_says_so() {
 }
 
 #[tokio::test]
+async fn link_to_a_deleted_room_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(&dir).await;
+    rig.chat("ann", "chat.create_room", serde_json::json!({"name": "den"})).await.unwrap();
+    rig.say("ann", SESSION, rerun("/rooms/den", true)).await.unwrap();
+    let tree = whole(&rig.told(SESSION, "ann"));
+    let manages = |tree: &[Node]| {
+        let props = find(tree, "chat").unwrap().props.clone();
+        props.into_iter().find(|prop| prop.name == "manages").unwrap().value.unwrap()
+    };
+    assert_eq!(manages(&tree), wire::app::Value::Flag(true));
+    let bobs = "ffeeddccbbaa99887766554433221100";
+    rig.say("bob", bobs, rerun("/rooms/den", true)).await.unwrap();
+    assert_eq!(manages(&whole(&rig.told(bobs, "bob"))), wire::app::Value::Flag(false));
+
+    rig.chat("ann", "chat.delete_room", serde_json::json!({"room": "den"})).await.unwrap();
+    rig.say("bob", bobs, rerun("/rooms/den", true)).await.unwrap();
+    let tree = whole(&rig.told(bobs, "bob"));
+    let title = find(&tree, "empty").unwrap().props.iter().find(|prop| prop.name == "title").unwrap();
+    assert_eq!(title.value, Some(wire::app::Value::Text("This room was deleted".into())));
+}
+
+#[tokio::test]
 async fn what_a_page_may_not_say_is_refused_and_the_session_lives_on() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;

@@ -16,7 +16,7 @@ use testkit::PostgresServer;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use wire::app::{Back, Body, Forward, Said};
-use wire::channels::{self, Answer, Position, Publish};
+use wire::channels::{self, Answer, Disconnect, Position, Publish};
 use wire::subjects;
 
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -46,7 +46,11 @@ impl Home {
     }
 
     pub async fn start(&self) -> Rig {
-        Rig::on(open_bus(self.dir.path()).await, self.config()).await
+        self.start_as(self.config()).await
+    }
+
+    pub async fn start_as(&self, config: webapp::Config) -> Rig {
+        Rig::on(open_bus(self.dir.path()).await, config).await
     }
 
     pub fn config(&self) -> webapp::Config {
@@ -61,6 +65,7 @@ pub struct Rig {
     /// Nobody had an account.
     pub is_new: bool,
     published: Arc<Mutex<Vec<Publish>>>,
+    disconnected: Arc<Mutex<Vec<Disconnect>>>,
     refusing: Arc<AtomicBool>,
     tasks: JoinSet<()>,
     cancel: CancellationToken,
@@ -77,7 +82,9 @@ impl Rig {
         let published = Arc::new(Mutex::new(Vec::new()));
         let refusing = Arc::new(AtomicBool::new(false));
         tasks.spawn(node(bus.clone(), published.clone(), refusing.clone()).await);
-        Self::with(bus, config, published, refusing, tasks).await
+        let disconnected = Arc::new(Mutex::new(Vec::new()));
+        tasks.spawn(disconnects(bus.clone(), disconnected.clone()).await);
+        Self { disconnected, ..Self::with(bus, config, published, refusing, tasks).await }
     }
 
     /// Another web app on the same bus.
@@ -101,7 +108,7 @@ impl Rig {
         let cancel = CancellationToken::new();
         let stop = cancel.clone();
         tasks.spawn(async move { bound.run(stop).await.unwrap() });
-        Self { bus, routes, is_new, published, refusing, tasks, cancel }
+        Self { bus, routes, is_new, published, disconnected: Arc::default(), refusing, tasks, cancel }
     }
 
     /// In good order; the directory can be used again.
@@ -160,6 +167,12 @@ impl Rig {
         ours.into_iter().map(|publish| Forward::decode(&*bytes(publish)).unwrap().body.unwrap()).collect()
     }
 
+    /// The connections that nodes were asked to end, as user and session.
+    pub fn disconnected(&self) -> Vec<(String, String)> {
+        let disconnected = self.disconnected.lock();
+        disconnected.iter().map(|asked| (asked.user.clone(), asked.session.clone().unwrap_or_default())).collect()
+    }
+
     /// Waits for a published event that fits.
     pub async fn event(&self, channel: &str, fits: impl Fn(&Value) -> bool) -> Value {
         let mut found = None;
@@ -211,6 +224,18 @@ async fn node(
                 Answer::success(Position::default())
             };
             let payload = serde_json::to_vec(&answer).unwrap().into();
+            bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
+        }
+    }
+}
+
+/// Takes requests to end connections as the nodes do.
+async fn disconnects(bus: Bus, asked: Arc<Mutex<Vec<Disconnect>>>) -> impl Future<Output = ()> + Send + 'static {
+    let mut requests = bus.subscribe(subjects::CHANNELS_DISCONNECT, Some(subjects::NODES_GROUP), 64).await.unwrap();
+    async move {
+        while let Some(request) = requests.next().await {
+            asked.lock().push(serde_json::from_slice(&request.payload).unwrap());
+            let payload = serde_json::to_vec(&Answer::success(json!({}))).unwrap().into();
             bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
         }
     }

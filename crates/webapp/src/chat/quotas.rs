@@ -1,0 +1,178 @@
+//! What one user may do in the chat: so much at once, a minute and a day.
+//!
+//! A minute is counted in memory, by each web app for itself. A day is counted in the database, in the transaction that
+//! spends it, so that neither a restart nor a second web app lifts it.
+
+use crate::db::{Error, Result};
+use crate::limits::{Rate, Wait};
+use crate::rpc::Refusal;
+use parking_lot::Mutex;
+use sqlx::AnyConnection;
+use std::time::{Duration, Instant};
+use wire::realtime::ErrorCode;
+
+/// Notes that one is typing: at once, then one each pause. More are dropped.
+const TYPING: u32 = 10;
+const TYPING_PAUSE: Duration = Duration::from_secs(1);
+const HOUR_MS: i64 = 3_600_000;
+const HOURS: i64 = 24;
+
+/// Quotas of each user.
+#[derive(Debug, Clone, Copy)]
+pub struct Quotas {
+    /// Answers of the assistant that come at the same time.
+    pub runs_at_once: u32,
+    pub runs_per_minute: u32,
+    pub runs_per_day: u32,
+    pub messages_per_minute: u32,
+    pub messages_per_day: u32,
+    pub rooms_per_day: u32,
+}
+
+impl Default for Quotas {
+    fn default() -> Self {
+        Self {
+            runs_at_once: 3,
+            runs_per_minute: 10,
+            runs_per_day: 300,
+            messages_per_minute: 60,
+            messages_per_day: 3000,
+            rooms_per_day: 20,
+        }
+    }
+}
+
+/// A quota that is used up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Over {
+    #[error("you have {0} answers coming, the most at once; wait for one to end, or stop it")]
+    AtOnce(u32),
+    #[error("you may {what} {most} times a minute; try again in {wait_s} s")]
+    Minute { what: &'static str, most: u32, wait_s: u64 },
+    #[error("you may {what} {most} times a day; try again later")]
+    Day { what: &'static str, most: u32 },
+}
+
+impl From<Over> for Refusal {
+    fn from(over: Over) -> Self {
+        let code = match over {
+            Over::AtOnce(_) | Over::Minute { .. } => ErrorCode::TooManyRequests,
+            Over::Day { .. } => ErrorCode::LimitExceeded,
+        };
+        Self(code, over.to_string())
+    }
+}
+
+/// Why something is not written.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    #[error(transparent)]
+    Database(#[from] Error),
+    #[error(transparent)]
+    Over(#[from] Over),
+    #[error("the room is not there")]
+    NoRoom,
+}
+
+impl From<sqlx::Error> for Refused {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error.into())
+    }
+}
+
+/// Spent at once, or by the hour.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Spent {
+    pub messages: i64,
+    pub runs: i64,
+    pub rooms: i64,
+}
+
+const ASK: &str = "ask the assistant";
+const SEND: &str = "send a message";
+
+impl Quotas {
+    /// Spends `more` of a user's day, in the transaction of what it is spent on; nothing, if that were too much.
+    pub async fn spend(&self, tx: &mut AnyConnection, user: &str, more: Spent, now_ms: i64) -> Result<(), Refused> {
+        let hour = now_ms / HOUR_MS;
+        let select = "SELECT CAST(COALESCE(SUM(messages), 0) AS BIGINT), CAST(COALESCE(SUM(runs), 0) AS BIGINT),
+            CAST(COALESCE(SUM(rooms), 0) AS BIGINT) FROM quota_spent WHERE user_id = $1 AND hour > $2";
+        let select = sqlx::query_as(select).bind(user).bind(hour - HOURS);
+        let (messages, runs, rooms): (i64, i64, i64) = select.fetch_one(&mut *tx).await?;
+        for (spent, more, most, what) in [
+            (messages, more.messages, self.messages_per_day, SEND),
+            (runs, more.runs, self.runs_per_day, ASK),
+            (rooms, more.rooms, self.rooms_per_day, "make a room"),
+        ] {
+            if more > 0 && spent + more > i64::from(most) {
+                return Err(Over::Day { what, most }.into());
+            }
+        }
+
+        let insert = "INSERT INTO quota_spent (user_id, hour, messages, runs, rooms) VALUES ($1, $2, $3, $4, $5)
+            ON CONFLICT (user_id, hour) DO UPDATE SET messages = quota_spent.messages + excluded.messages,
+            runs = quota_spent.runs + excluded.runs, rooms = quota_spent.rooms + excluded.rooms";
+        let insert = sqlx::query(insert).bind(user).bind(hour);
+        insert.bind(more.messages).bind(more.runs).bind(more.rooms).execute(tx).await?;
+        Ok(())
+    }
+
+    /// Whether a user may have another answer coming.
+    pub async fn at_once(&self, tx: &mut AnyConnection, user: &str) -> Result<(), Refused> {
+        let count = "SELECT COUNT(*) FROM messages WHERE state = 'streaming' AND asker = $1";
+        let (coming,): (i64,) = sqlx::query_as(count).bind(user).fetch_one(tx).await?;
+        if coming >= i64::from(self.runs_at_once) {
+            return Err(Over::AtOnce(self.runs_at_once).into());
+        }
+        Ok(())
+    }
+}
+
+/// Forgets what was spent before the day that counts.
+pub async fn forget(db: &crate::db::Db, now_ms: i64) -> Result<()> {
+    let delete = sqlx::query("DELETE FROM quota_spent WHERE hour <= $1").bind(now_ms / HOUR_MS - HOURS);
+    delete.execute(db.write()).await?;
+    Ok(())
+}
+
+/// What users have done within the last minute.
+pub struct Minute {
+    quotas: Quotas,
+    rates: Mutex<Rates>,
+}
+
+struct Rates {
+    messages: Rate<String>,
+    runs: Rate<String>,
+    typing: Rate<String>,
+}
+
+impl Minute {
+    pub fn new(quotas: Quotas) -> Self {
+        let rates = Rates {
+            messages: Rate::per_minute(quotas.messages_per_minute),
+            runs: Rate::per_minute(quotas.runs_per_minute),
+            typing: Rate::new(TYPING, TYPING_PAUSE),
+        };
+        Self { quotas, rates: Mutex::new(rates) }
+    }
+
+    pub fn message(&self, user: &str, now: Instant) -> Result<(), Over> {
+        let taken = self.rates.lock().messages.take(&user.to_string(), now);
+        taken.map_err(|wait| over(SEND, self.quotas.messages_per_minute, wait))
+    }
+
+    pub fn run(&self, user: &str, now: Instant) -> Result<(), Over> {
+        let taken = self.rates.lock().runs.take(&user.to_string(), now);
+        taken.map_err(|wait| over(ASK, self.quotas.runs_per_minute, wait))
+    }
+
+    /// Whether others may be told that a user is typing.
+    pub fn typing(&self, user: &str, now: Instant) -> bool {
+        self.rates.lock().typing.take(&user.to_string(), now).is_ok()
+    }
+}
+
+fn over(what: &'static str, most: u32, wait: Wait) -> Over {
+    Over::Minute { what, most, wait_s: wait.seconds() }
+}

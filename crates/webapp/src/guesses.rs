@@ -1,0 +1,213 @@
+//! Slows down whoever guesses passwords, and nobody else.
+//!
+//! A wrong password delays the next try for the same name: soon for the address that it came from, later (when many
+//! addresses guess together) for all browsers where the account has never signed in. A browser where it has signed in
+//! before is counted for itself, so that strangers cannot lock the owner out.
+
+use crate::limits::{Backoff, Rate, Wait};
+use parking_lot::Mutex;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+/// Tries at all names together, a minute.
+const PER_ADDRESS: u32 = 60;
+/// Tries of a browser that is known, a minute.
+const PER_DEVICE: u32 = 20;
+/// New accounts: at once, then one each pause.
+const SIGNUPS: u32 = 50;
+const SIGNUP_PAUSE: Duration = Duration::from_secs(60);
+/// Wrong passwords for one name that cost nothing: from one address or known browser, and from all strangers.
+const FREE_HERE: u32 = 5;
+const FREE_ANYWHERE: u32 = 20;
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const PAUSE_HERE_MAX: Duration = Duration::from_secs(60);
+const PAUSE_ANYWHERE_MAX: Duration = Duration::from_secs(30);
+/// Wrong passwords are forgotten after so long without one.
+const FORGET: Duration = Duration::from_secs(15 * 60);
+const NAME_MAX: usize = 64;
+
+/// Who tries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Try {
+    pub address: IpAddr,
+    /// As it was typed.
+    pub name: String,
+    /// The browser, if this account has signed in there before.
+    pub device: Option<String>,
+}
+
+/// How a try that was let through ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    Right,
+    Wrong,
+    /// The password was not looked at.
+    NotTried,
+}
+
+pub struct Guesses(Mutex<Counts>);
+
+struct Counts {
+    addresses: Rate<IpAddr>,
+    devices: Rate<String>,
+    signups: Rate<IpAddr>,
+    /// By address and name.
+    here: Backoff<(IpAddr, String)>,
+    /// By known browser.
+    known: Backoff<String>,
+    /// By name, over all strangers.
+    anywhere: Backoff<String>,
+}
+
+impl Default for Guesses {
+    fn default() -> Self {
+        Self(Mutex::new(Counts {
+            addresses: Rate::per_minute(PER_ADDRESS),
+            devices: Rate::per_minute(PER_DEVICE),
+            signups: Rate::new(SIGNUPS, SIGNUP_PAUSE),
+            here: Backoff::new(FREE_HERE, FIRST_PAUSE, PAUSE_HERE_MAX, FORGET),
+            known: Backoff::new(FREE_HERE, FIRST_PAUSE, PAUSE_HERE_MAX, FORGET),
+            anywhere: Backoff::new(FREE_ANYWHERE, FIRST_PAUSE, PAUSE_ANYWHERE_MAX, FORGET),
+        }))
+    }
+}
+
+impl Guesses {
+    /// Whether the password may be looked at. It counts as wrong until [`Self::ended`] says otherwise, so that tries
+    /// beside each other get no further than tries after each other.
+    pub fn begin(&self, by: &Try, now: Instant) -> Result<(), Wait> {
+        let counts = &mut *self.0.lock();
+        if let Some(device) = &by.device {
+            counts.known.check(device, now)?;
+            counts.devices.take(device, now)?;
+            counts.known.failed(device, now);
+            return Ok(());
+        }
+
+        let name = account(&by.name);
+        let here = (by.address, name);
+        counts.here.check(&here, now)?;
+        counts.anywhere.check(&here.1, now)?;
+        // Last: what was refused for its name is no load, and does not count against the others at this address.
+        counts.addresses.take(&by.address, now)?;
+        counts.here.failed(&here, now);
+        counts.anywhere.failed(&here.1, now);
+        Ok(())
+    }
+
+    pub fn ended(&self, by: &Try, how: Ended) {
+        let counts = &mut *self.0.lock();
+        let here = (by.address, account(&by.name));
+        match (how, &by.device) {
+            (Ended::Wrong, _) => {}
+            (Ended::Right, Some(device)) => counts.known.forget(device),
+            (Ended::NotTried, Some(device)) => counts.known.give_back(device),
+            (Ended::Right, None) => {
+                counts.here.forget(&here);
+                counts.anywhere.give_back(&here.1);
+            }
+            (Ended::NotTried, None) => {
+                counts.here.give_back(&here);
+                counts.anywhere.give_back(&here.1);
+            }
+        }
+    }
+
+    /// Counts a new account.
+    pub fn signup(&self, address: IpAddr, now: Instant) -> Result<(), Wait> {
+        self.0.lock().signups.take(&address, now)
+    }
+}
+
+/// The account that a name means, bounded.
+pub fn account(name: &str) -> String {
+    name.trim().chars().take(NAME_MAX).collect::<String>().to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn stranger(address: u32, name: &str) -> Try {
+        Try { address: IpAddr::from(address.to_be_bytes()), name: name.into(), device: None }
+    }
+
+    /// How many of so many tries, all at once, are let through to fail.
+    fn wrong(guesses: &Guesses, by: &Try, tries: u32, now: Instant) -> usize {
+        (0..tries).filter(|_| guesses.begin(by, now).is_ok()).count()
+    }
+
+    #[test]
+    fn wrong_passwords_for_one_name_lock_out_nobody_else() {
+        let (guesses, now) = (Guesses::default(), Instant::now());
+        assert_eq!(wrong(&guesses, &stranger(1, "ann"), 70, now), FREE_HERE as usize + 1);
+        assert!(guesses.begin(&stranger(1, " Ann "), now).is_err(), "the same account");
+        for name in ["bob", "carol", "dave"] {
+            assert_eq!(guesses.begin(&stranger(1, name), now), Ok(()), "{name}, behind the same address");
+        }
+        assert_eq!(guesses.begin(&stranger(2, "ann"), now), Ok(()), "the owner, elsewhere");
+    }
+
+    #[test]
+    fn owner_gets_in_where_the_account_is_known_while_strangers_guess() {
+        let guesses = Guesses::default();
+        let mut now = Instant::now();
+        let owner = Try { device: Some("laptop".into()), ..stranger(7, "ann") };
+        let mut let_through = 0;
+        for minute in 0..60 {
+            for address in 0..100 {
+                let_through += wrong(&guesses, &stranger(1000 + address, "ann"), 10, now);
+            }
+            assert!(guesses.begin(&stranger(7, "ann"), now).is_err(), "minute {minute}: a new browser waits");
+            assert_eq!(guesses.begin(&owner, now), Ok(()), "minute {minute}");
+            guesses.ended(&owner, Ended::Right);
+            now += 60 * SECOND;
+        }
+        assert!(let_through < 100, "a thousand tries a minute are let through {let_through} times in an hour");
+        now += FORGET;
+        assert_eq!(guesses.begin(&stranger(7, "ann"), now), Ok(()), "nobody is locked out for good");
+    }
+
+    #[test]
+    fn known_browser_is_slowed_down_too() {
+        let (guesses, now) = (Guesses::default(), Instant::now());
+        let thief = Try { device: Some("stolen".into()), ..stranger(1, "ann") };
+        assert_eq!(wrong(&guesses, &thief, 70, now), FREE_HERE as usize + 1);
+        assert!(guesses.begin(&thief, now + SECOND / 2).is_err());
+        assert_eq!(guesses.begin(&thief, now + SECOND), Ok(()));
+        assert!(guesses.begin(&thief, now + 2 * SECOND).is_err(), "twice as long as before");
+    }
+
+    #[test]
+    fn right_password_clears_the_address_and_an_untried_one_costs_nothing() {
+        let (guesses, now) = (Guesses::default(), Instant::now());
+        let ann = stranger(1, "ann");
+        for _ in 0..FREE_ANYWHERE / FREE_HERE {
+            assert_eq!(wrong(&guesses, &ann, FREE_HERE, now), FREE_HERE as usize);
+            for how in [Ended::NotTried, Ended::Right] {
+                guesses.begin(&ann, now).unwrap();
+                guesses.ended(&ann, how);
+            }
+        }
+        assert_eq!(wrong(&guesses, &ann, FREE_HERE, now), 1, "over all addresses, wrong ones between right ones count");
+    }
+
+    #[test]
+    fn address_is_counted_over_all_names() {
+        let (guesses, now) = (Guesses::default(), Instant::now());
+        let names = (0..200).filter(|n| guesses.begin(&stranger(1, &format!("n{n}")), now).is_ok()).count();
+        assert_eq!(names, PER_ADDRESS as usize);
+        assert_eq!(guesses.begin(&stranger(2, "n1"), now), Ok(()));
+        // No moment lets everything through again.
+        for second in 1..120 {
+            let later = now + second * SECOND;
+            let names =
+                (0..10).filter(|n| guesses.begin(&stranger(1, &format!("{second}.{n}")), later).is_ok()).count();
+            assert!(names <= 2, "second {second}: {names}");
+        }
+        let signups = (0..200).filter(|_| guesses.signup(IpAddr::from([1; 4]), now).is_ok()).count();
+        assert_eq!(signups, SIGNUPS as usize);
+    }
+}
