@@ -1,5 +1,5 @@
 import { render } from "preact";
-import { signal } from "@preact/signals";
+import { effect, signal } from "@preact/signals";
 import "./theme.css";
 import { whoami, type Account } from "./auth";
 import { Connection } from "./connection";
@@ -11,19 +11,24 @@ import { startTheme } from "./theme";
 type View = { name: "loading" } | { name: "unreachable" } | { name: "login"; signup: boolean; notice: string } | { name: "app"; session: Session };
 
 const view = signal<View>({ name: "loading" });
+/** Asked for once: it is of the page, whoever signs in. */
+const ownId = sessionId();
+/** What a node says when the sign-in of a connection is over. */
+const SIGNED_OUT = [3500, 3503];
 
 async function begin(): Promise<void> {
   view.value = { name: "loading" };
   try {
     const who = await whoami();
     if ("signedOut" in who) view.value = { name: "login", signup: who.signup, notice: "" };
-    else open(who);
+    else await open(who);
   } catch {
     view.value = { name: "unreachable" };
   }
 }
 
-function open(account: Account): void {
+async function open(account: Account): Promise<void> {
+  const id = await ownId;
   // The first connection uses the token that came with the account; each later one asks for a fresh token.
   let first: string | undefined = account.token;
   const connection = new Connection({
@@ -35,21 +40,33 @@ function open(account: Account): void {
       const who = await whoami();
       if (!("signedOut" in who)) return who.token;
       connection.close("signed out");
-      view.value = { name: "login", signup: who.signup, notice: "You have been signed out. Sign in again to continue." };
+      signedOut(who.signup);
       return null;
     },
   });
-
-  const session = new Session(connection, { user: account.user, name: account.name }, sessionId());
+  const session = new Session(connection, { user: account.user, name: account.name }, id);
   session.start();
   connection.open();
-
+  // Another window has signed out, and this one's connection was closed with it.
+  effect(() => {
+    const status = connection.status.value;
+    if (status.name === "closed" && SIGNED_OUT.includes(status.code)) void leaveIfSignedOut();
+  });
   window.addEventListener("online", () => connection.retryNow());
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) connection.retryNow();
   });
 
   view.value = { name: "app", session };
+}
+
+async function leaveIfSignedOut(): Promise<void> {
+  const who = await whoami().catch(() => null);
+  if (who && "signedOut" in who) signedOut(who.signup);
+}
+
+function signedOut(signup: boolean): void {
+  view.value = { name: "login", signup, notice: "You have been signed out. Sign in again to continue." };
 }
 
 function Root() {
@@ -68,7 +85,7 @@ function Root() {
         </main>
       );
     case "login":
-      return <LoginPage signup={now.signup} notice={now.notice} onSignedIn={open} />;
+      return <LoginPage signup={now.signup} notice={now.notice} onSignedIn={(account) => void open(account)} />;
     case "app":
       return <Shell session={now.session} />;
   }

@@ -1,6 +1,7 @@
 // A parser for the Markdown that answers use. It creates elements and never HTML text, so answers cannot inject markup.
 import type { ComponentChildren, VNode } from "preact";
 import { useState } from "preact/hooks";
+import { safeHref } from "./href";
 import { Icon } from "./icons";
 import { Sideways } from "./sideways";
 
@@ -159,11 +160,6 @@ export function inline(text: string, depth = 0): Inline[] {
   }
   if (rest !== "") out.push({ type: "text", text: rest });
   return out;
-}
-
-/** Returns the address if it cannot run code (http, https, mailto, a path or a fragment), else null. */
-export function safeHref(href: string): string | null {
-  return /^(https?:\/\/|mailto:|\/(?!\/)|#)/i.test(href) ? href : null;
 }
 
 export function Markdown({ text, tail }: { text: string; tail?: ComponentChildren }) {

@@ -4,6 +4,7 @@ import { effect, signal } from "@preact/signals";
 import { back, forward, type Back, type Failure, type Forward } from "./codec/app";
 import type { Partially } from "./codec/proto";
 import type { Connection } from "./connection";
+import { internalHref } from "./href";
 import { fromBytes, toBytes, type Json } from "./json";
 import { OutOfStep, Store } from "./store";
 
@@ -84,11 +85,11 @@ export class Session {
     this.say({ rerun: { path: location.pathname, query: location.search.slice(1), reset: this.wantsTree } });
   }
 
-  /** Goes to a place inside the app; the address bar always holds a link that can be shared. */
+  /** Goes to a place inside the app, and nowhere else; the address bar always holds a link that can be shared. */
   go(href: string): void {
-    const url = new URL(href, location.href);
-    if (url.origin !== location.origin) {
-      location.assign(url);
+    const url = internalHref(href);
+    if (!url) {
+      this.toast("bad", "That link does not lead to a place in here.");
       return;
     }
     if (url.pathname + url.search !== here()) history.pushState(null, "", url);
@@ -173,13 +174,35 @@ export class Session {
 
 const here = (): string => location.pathname + location.search;
 
-/** 128 random bits, kept as long as the tab: a reload finds its session again. */
-export function sessionId(): string {
-  const kept = sessionStorage.getItem("beamline.session");
-  if (kept) return kept;
+const KEPT_ID = "beamline.session";
+/** The page before a reload gives its lock back at once; a duplicate's original keeps it. */
+const CLAIM_MS = 1_000;
+
+/**
+ * 128 random bits, kept as long as the tab: a reload finds its session again. A duplicated tab starts with a copy of
+ * what the tab kept, so the id is claimed: while another page holds it, this one takes a new one.
+ */
+export async function sessionId(claim: (id: string) => Promise<boolean> = claimed): Promise<string> {
+  const kept = sessionStorage.getItem(KEPT_ID);
+  if (kept && (await claim(kept))) return kept;
   const made = randomHex(16);
-  sessionStorage.setItem("beamline.session", made);
+  sessionStorage.setItem(KEPT_ID, made);
+  await claim(made);
   return made;
+}
+
+/** Whether this page is the only one with the id from now on, until it is gone. */
+async function claimed(id: string): Promise<boolean> {
+  // Without a secure context (http:// to another machine) there are no locks: every page is a session of its own.
+  if (!navigator.locks) return false;
+  return new Promise((resolve) => {
+    const held = new Promise<never>(() => undefined);
+    const asked = navigator.locks.request(`beamline.session:${id}`, { signal: AbortSignal.timeout(CLAIM_MS) }, () => {
+      resolve(true);
+      return held;
+    });
+    asked.catch(() => resolve(false));
+  });
 }
 
 export function randomHex(bytes: number): string {

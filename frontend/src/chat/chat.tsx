@@ -1,12 +1,13 @@
 // The chat element, which shows a room and follows its channel.
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import { useSession } from "../context";
 import { Avatar } from "../elements/avatar";
+import { sentence } from "../format";
 import { Icon } from "../icons";
 import { str } from "../json";
 import type { TreeNode } from "../store";
 import { Composer } from "./composer";
-import { MessageList } from "./messages";
+import { isMine, MessageList, type Powers } from "./messages";
 import { roomOf, type Person, type Room } from "./room";
 
 export function Chat({ node }: { node: TreeNode }) {
@@ -15,11 +16,12 @@ export function Chat({ node }: { node: TreeNode }) {
   const id = str(props["room"]);
   const channel = str(props["channel"], `chat:${id}`);
   const room = roomOf(session, id, channel);
-  return <RoomView key={channel} room={room} title={str(props["title"], id)} me={str(props["me"], session.me.user)} assistant={str(props["assistant"])} />;
+  return <RoomView key={channel} room={room} title={str(props["title"], id)} me={str(props["me"], session.me.user)} assistant={str(props["assistant"])} manages={props["manages"] === true} operates={props["operates"] === true} />;
 }
 
-function RoomView({ room, title, me, assistant }: { room: Room; title: string; me: string; assistant: string }) {
+function RoomView({ room, title, me, assistant, manages, operates }: { room: Room; title: string; me: string; assistant: string } & Powers) {
   const [showPeople, setShowPeople] = useState(false);
+  const [deleting, setDeleting] = useState(false);
   const people = room.people.value;
   const online = useSession().connection.status.value.name === "connected";
 
@@ -34,7 +36,7 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
       const { messages } = room.state.peek();
       for (let i = messages.length - 1; i >= 0; i--) {
         const message = messages[i];
-        if (message?.state === "streaming") {
+        if (message?.state === "streaming" && (manages || isMine(message, me))) {
           room.stop(message);
           return;
         }
@@ -42,7 +44,7 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
     };
     window.addEventListener("keydown", escape);
     return () => window.removeEventListener("keydown", escape);
-  }, [room]);
+  }, [room, manages, me]);
 
   const shown = title.startsWith("#") ? title : `#${title}`;
   const names = [...new Set([...(assistant ? [assistant] : []), ...people.filter((p) => p.user !== me).map((p) => p.name)])];
@@ -50,6 +52,11 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
     <section class="chat" aria-label={`Room ${title}`} data-room={room.id}>
       <header class="chat-head">
         <h1>{shown}</h1>
+        {manages && (
+          <button type="button" class="ghost icon-button" aria-label="Delete this room" title="Delete this room" data-testid="delete-room" onClick={() => setDeleting(true)}>
+            <Icon name="trash" />
+          </button>
+        )}
         <button type="button" class="ghost people-toggle" aria-expanded={showPeople} onClick={() => setShowPeople(!showPeople)} aria-label={`${people.length} people here; show them`}>
           <Icon name="people" /> <span class="tabular">{people.length}</span>
         </button>
@@ -62,7 +69,7 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
       )}
       <div class="chat-body">
         <div class="chat-column">
-          <MessageList room={room} me={me} assistant={assistant} />
+          <MessageList room={room} me={me} assistant={assistant} powers={{ manages, operates }} />
           <TypingLine room={room} />
           <Composer room={room} title={shown} names={names} assistant={assistant} />
         </div>
@@ -86,7 +93,38 @@ function RoomView({ room, title, me, assistant }: { room: Room; title: string; m
           {assistant && <p class="muted hint">Start a message with <code>@{assistant}</code> to ask the assistant, for example <code>@{assistant} status</code>.</p>}
         </aside>
       </div>
+      {deleting && <DeleteRoom room={room} title={shown} close={() => setDeleting(false)} />}
     </section>
+  );
+}
+
+/** Asks before the room is deleted. Afterwards the server tells every page, this one included. */
+function DeleteRoom({ room, title, close }: { room: Room; title: string; close: () => void }) {
+  const dialog = useRef<HTMLDialogElement>(null);
+  const [problem, setProblem] = useState("");
+  const [busy, setBusy] = useState(false);
+  useEffect(() => dialog.current?.showModal(), []);
+
+  const remove = async (): Promise<void> => {
+    setBusy(true);
+    try {
+      await room.remove();
+      close();
+    } catch (error) {
+      setBusy(false);
+      setProblem(sentence((error as Error).message));
+    }
+  };
+  return (
+    <dialog ref={dialog} class="dialog" aria-label={`Delete ${title}`} onClose={close}>
+      <header><h2>Delete {title}?</h2></header>
+      <p>All its messages are deleted with it, for everybody. This cannot be undone.</p>
+      {problem !== "" && <div class="alert bad" role="alert"><span>{problem}</span></div>}
+      <div class="dialog-buttons">
+        <button type="button" onClick={close}>Keep it</button>
+        <button type="button" class="danger" disabled={busy} data-testid="delete-room-confirm" onClick={() => void remove()}>Delete the room</button>
+      </div>
+    </dialog>
   );
 }
 

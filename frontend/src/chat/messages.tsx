@@ -17,7 +17,15 @@ const NEAR_TOP = 120;
 /** After this time without output, the task probably waits for a provider. */
 const THINKING_MS = 2_000;
 
-export function MessageList({ room, me, assistant }: { room: Room; me: string; assistant: string }) {
+/** What this person may do with answers that others asked for. */
+export interface Powers {
+  /** Delete the room, and stop any answer in it. */
+  manages: boolean;
+  /** Ask again for any answer. */
+  operates: boolean;
+}
+
+export function MessageList({ room, me, assistant, powers }: { room: Room; me: string; assistant: string; powers: Powers }) {
   const { messages, more, loaded } = room.state.value;
   const seen = room.seenBefore.value;
   const box = useRef<HTMLDivElement>(null);
@@ -114,7 +122,10 @@ export function MessageList({ room, me, assistant }: { room: Room; me: string; a
               <div key={message.id > 0 ? message.id : message.nonce}>
                 {newDay && <div class="day" role="separator"><span>{day(message.at)}</span></div>}
                 {unread && <div class="unread" role="separator"><span>New</span></div>}
-                <MessageView message={message} grouped={grouped} mine={message.user === me} assistant={message.user === assistant} room={room} />
+                <MessageView
+                  message={message} grouped={grouped} mine={message.user === me} assistant={message.user === assistant} room={room}
+                  mayStop={powers.manages || isMine(message, me)} mayRetry={powers.operates || isMine(message, me)}
+                />
               </div>
             );
           })}
@@ -129,15 +140,20 @@ export function MessageList({ room, me, assistant }: { room: Room; me: string; a
   );
 }
 
+/** Whether this person sent the message, or asked for the answer. An older server does not say who asked: it decides itself. */
+export const isMine = (message: Message, me: string): boolean => message.user === me || message.asker === me || message.asker === "";
+
 interface MessageProps {
   message: Message;
   grouped: boolean;
   mine: boolean;
   assistant: boolean;
   room: Room;
+  mayStop: boolean;
+  mayRetry: boolean;
 }
 
-const MessageView = memo(function MessageView({ message, grouped, mine, assistant, room }: MessageProps) {
+const MessageView = memo(function MessageView({ message, grouped, mine, assistant, room, mayStop, mayRetry }: MessageProps) {
   const streaming = message.state === "streaming";
   const state = message.state === "done" ? "sent" : message.state;
   return (
@@ -166,7 +182,7 @@ const MessageView = memo(function MessageView({ message, grouped, mine, assistan
             <Markdown text={message.text} tail={streaming ? <span class="caret" aria-hidden="true" /> : undefined} />
           )}
         </div>
-        <Footer message={message} state={state} room={room} />
+        <Footer message={message} state={state} room={room} mayStop={mayStop} mayRetry={mayRetry} />
       </div>
     </article>
   );
@@ -182,8 +198,9 @@ function Thinking() {
   return <span class="thinking"><span class="spinner" /> {long ? "Waiting for a provider…" : "Thinking…"}</span>;
 }
 
-function Footer({ message, state, room }: { message: Message; state: string; room: Room }) {
+function Footer({ message, state, room, mayStop, mayRetry }: { message: Message; state: string; room: Room; mayStop: boolean; mayRetry: boolean }) {
   if (state === "streaming") {
+    if (!mayStop) return null;
     return (
       <footer>
         <button type="button" class="small" data-testid="stop" onClick={() => room.stop(message)}><Icon name="stop" /> Stop <kbd>Esc</kbd></button>
@@ -204,7 +221,7 @@ function Footer({ message, state, room }: { message: Message; state: string; roo
   return (
     <footer class="bad">
       <span role="alert">{message.id === 0 ? "Not sent" : "The answer failed"}{message.error ? `: ${message.error}` : ""}</span>
-      <button type="button" class="small" data-testid="retry" onClick={() => room.retry(message)}><Icon name="retry" /> Retry</button>
+      {mayRetry && <button type="button" class="small" data-testid="retry" onClick={() => room.retry(message)}><Icon name="retry" /> Retry</button>}
       {message.id === 0 && <button type="button" class="ghost small" onClick={() => room.discard(message)}>Discard</button>}
     </footer>
   );

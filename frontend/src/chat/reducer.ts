@@ -13,6 +13,8 @@ export interface Message {
   at: number;
   state: MessageState;
   replyTo: number;
+  /** Of an answer: who asked for it. */
+  asker: string;
   error: string;
   /** For a streaming answer: the attempt and, in `seq`, the last delta applied; null if history did not say. */
   attempt: number;
@@ -26,10 +28,15 @@ export interface ChatState {
   loaded: boolean;
   /** Whether a delta of an answer is missing, so that the room must be reloaded. */
   gap: boolean;
+  /** Counts what the channel has said. */
+  clock: number;
+  /** When the channel last changed a message, by id. */
+  changed: ReadonlyMap<number, number>;
 }
 
 export type Action =
-  | { type: "history"; messages: Message[]; more: boolean; older: boolean }
+  /** `asked`: the clock when the history was asked for. */
+  | { type: "history"; messages: Message[]; more: boolean; older: boolean; asked: number }
   | { type: "message"; message: Message }
   | { type: "delta"; id: number; seq: number; attempt: number; text: string }
   | { type: "send"; message: Message }
@@ -37,14 +44,14 @@ export type Action =
   | { type: "outgoing"; nonce: string; state: "waiting" | "sending" | "failed"; error: string }
   | { type: "discard"; nonce: string };
 
-export const emptyChat: ChatState = { messages: [], more: false, loaded: false, gap: false };
+export const emptyChat: ChatState = { messages: [], more: false, loaded: false, gap: false, clock: 0, changed: new Map() };
 
 export function reduce(state: ChatState, action: Action): ChatState {
   switch (action.type) {
     case "history":
-      return action.older ? prepend(state, action.messages, action.more) : reload(state, action.messages, action.more);
+      return action.older ? prepend(state, action.messages, action.more) : reload(state, action);
     case "message":
-      return { ...state, messages: put(state.messages, action.message) };
+      return touch({ ...state, messages: put(state.messages, action.message) }, action.message.id);
     case "delta":
       return append(state, action);
     case "send": {
@@ -61,6 +68,11 @@ export function reduce(state: ChatState, action: Action): ChatState {
     case "discard":
       return { ...state, messages: state.messages.filter((m) => m.id > 0 || m.nonce !== action.nonce) };
   }
+}
+
+function touch(state: ChatState, id: number): ChatState {
+  const clock = state.clock + 1;
+  return { ...state, clock, changed: new Map(state.changed).set(id, clock) };
 }
 
 /** By id; ours that have none yet stay last, and the echo of one takes its place. */
@@ -93,7 +105,7 @@ function append(state: ChatState, delta: { id: number; seq: number; attempt: num
   if (seq !== null && delta.attempt === message.attempt && seq > 0 && delta.seq <= seq) return state;
   if (seq !== null && delta.seq > seq + 1) return { ...state, gap: true };
   const next: Message = { ...message, text: text + delta.text, seq: delta.seq, attempt: delta.attempt, state: "streaming" };
-  return { ...state, messages: state.messages.map((m, i) => (i === index ? next : m)) };
+  return touch({ ...state, messages: state.messages.map((m, i) => (i === index ? next : m)) }, delta.id);
 }
 
 function prepend(state: ChatState, older: Message[], more: boolean): ChatState {
@@ -101,22 +113,37 @@ function prepend(state: ChatState, older: Message[], more: boolean): ChatState {
   return { ...state, messages: [...older.filter((m) => m.id < first), ...state.messages], more };
 }
 
-function reload(state: ChatState, fresh: Message[], more: boolean): ChatState {
+function reload(state: ChatState, { messages: fresh, more, asked }: { messages: Message[]; more: boolean; asked: number }): ChatState {
   const from = fresh[0]?.id ?? Infinity;
   const last = fresh[fresh.length - 1]?.id ?? 0;
-  const known = new Set(state.messages.map((m) => m.id));
+  const known = new Map(state.messages.map((m) => [m.id, m]));
   const nonces = new Set(fresh.map((m) => m.nonce).filter((nonce) => nonce !== ""));
   // Keep older messages only if the known ones overlap with the reloaded ones; otherwise there is a gap between them.
   const joins = fresh.some((m) => known.has(m.id));
   const before = joins ? state.messages.filter((m) => m.id > 0 && m.id < from) : [];
   const after = state.messages.filter((m) => m.id > last);
   const pending = state.messages.filter((m) => m.id === 0 && !nonces.has(m.nonce));
+  const since = (id: number): boolean => (state.changed.get(id) ?? 0) > asked;
   return {
-    messages: [...before, ...fresh, ...after, ...pending],
+    ...state,
+    messages: [...before, ...fresh.map((m) => (since(m.id) ? later(known.get(m.id), m) : m)), ...after, ...pending],
     more: before.length > 0 ? state.more : more,
     loaded: true,
     gap: false,
+    // What was said before the next history is asked for is in that history.
+    changed: new Map([...state.changed].filter(([, clock]) => clock > asked)),
   };
+}
+
+/**
+ * Of a message that the channel changed while its history was on the way, the state that is further on. An answer that
+ * has ended does not stream again by a late history; one that was asked for anew does so by the channel.
+ */
+function later(held: Message | undefined, fresh: Message): Message {
+  if (!held || fresh.state !== "streaming") return fresh;
+  if (held.state !== "streaming") return held;
+  const ahead = fresh.attempt - held.attempt || (fresh.seq ?? 0) - (held.seq ?? 0);
+  return ahead > 0 ? fresh : held;
 }
 
 /** A message as the server writes it; null if it is none. */
@@ -137,6 +164,7 @@ export function readMessage(from: Json | undefined): Message | null {
     at: num(m["at"]),
     state: known,
     replyTo: num(m["reply_to"]),
+    asker: str(m["asker"]),
     error: str(m["error"]),
     attempt: num(m["attempt"]),
     seq,

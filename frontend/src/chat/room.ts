@@ -80,10 +80,12 @@ export class Room {
   async load(): Promise<void> {
     if (this.loading) return;
     this.loading = true;
+    this.flush();
+    const asked = this.state.peek().clock;
     try {
       const reply = readHistory(await this.session.rpc("chat.history", { room: this.id, limit: PAGE }));
       this.flush();
-      this.dispatch({ type: "history", ...reply, older: false });
+      this.dispatch({ type: "history", ...reply, older: false, asked });
       this.problem.value = "";
     } catch (error) {
       if (this.session.connection.connected) this.problem.value = (error as Error).message;
@@ -100,7 +102,9 @@ export class Room {
     this.loadingOlder.value = true;
     try {
       const request = { room: this.id, before: first.id, limit: PAGE };
-      this.dispatch({ type: "history", ...readHistory(await this.session.rpc("chat.history", request)), older: true });
+      const { clock } = this.state.peek();
+      const reply = readHistory(await this.session.rpc("chat.history", request));
+      this.dispatch({ type: "history", ...reply, older: true, asked: clock });
     } catch (error) {
       if (this.session.connection.connected) this.session.toast("bad", `Older messages: ${(error as Error).message}`);
     } finally {
@@ -112,7 +116,7 @@ export class Room {
     const { user, name } = this.session.me;
     this.deliver({
       id: 0, nonce: randomHex(8), user, name, text, at: Date.now(),
-      state: "sending", replyTo: 0, error: "", attempt: 0, seq: null,
+      state: "sending", replyTo: 0, asker: "", error: "", attempt: 0, seq: null,
     });
   }
 
@@ -124,6 +128,11 @@ export class Room {
 
   stop(message: Message): void {
     this.command("chat.stop", message);
+  }
+
+  /** Deletes the room on the server, for everybody. */
+  async remove(): Promise<void> {
+    await this.session.rpc("chat.delete_room", { room: this.id });
   }
 
   discard(message: Message): void {
@@ -329,4 +338,10 @@ export function roomOf(session: Session, id: string, channel: string): Room {
   let room = known.get(channel);
   if (!room) known.set(channel, (room = new Room(id, channel, session)));
   return room;
+}
+
+/** Forgets a room that was deleted: one of the same name is another room. */
+export function forgetRoom(session: Session, id: string): void {
+  const known = rooms.get(session);
+  for (const [channel, room] of known ?? []) if (room.id === id) known?.delete(channel);
 }

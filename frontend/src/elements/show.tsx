@@ -2,6 +2,7 @@
 import type { ComponentChildren } from "preact";
 import { useSession } from "../context";
 import { number } from "../format";
+import { internalHref, safeHref } from "../href";
 import { Icon, type IconName } from "../icons";
 import { list, num, records, str, type Json, type JsonObject } from "../json";
 import { CodeBlock, Markdown } from "../markdown";
@@ -94,10 +95,13 @@ function place(href: string): { testid: string; icon: IconName } {
 export function Link({ node }: ElementProps) {
   const session = useSession();
   const props = node.props.value;
-  const href = str(props["href"]);
+  const given = str(props["href"]);
+  const href = safeHref(given);
   const active = props["active"] === true;
-  const { testid, icon } = place(href);
+  const { testid, icon } = place(given);
   const label = str(props["label"]);
+  if (href === null) return <span class="link">{label}</span>;
+  if (!internalHref(href)) return <a class="link" href={href} target="_blank" rel="noopener noreferrer"><Icon name="link" /><span class="ellipsis">{label}</span></a>;
   const follow = (event: MouseEvent): void => {
     if (event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
     event.preventDefault();

@@ -1,12 +1,13 @@
 // The frame around an app: sidebar or drawer, connection state, jump dialog, banners and toasts.
 import { useEffect, useRef, useState } from "preact/hooks";
 import { signOut } from "../auth";
+import { forgetRoom } from "../chat/room";
 import type { Status } from "../connection";
 import { SessionProvider } from "../context";
 import { Avatar } from "../elements/avatar";
 import { sentence } from "../format";
 import { Icon, Logo } from "../icons";
-import { object, str } from "../json";
+import { fromBytes, object, str } from "../json";
 import { Element } from "../render";
 import type { Session } from "../session";
 import { walk, type TreeNode } from "../store";
@@ -44,9 +45,16 @@ export function Shell({ session }: { session: Session }) {
     return () => window.removeEventListener("keydown", key);
   }, [session]);
 
-  // Rerun when a room is created, so that it appears in every sidebar.
+  // Rerun when a room is created or deleted, so that every sidebar shows the rooms that exist.
   useEffect(
-    () => session.connection.subscribe("chat:lobby", { publication: () => session.rerun() }),
+    () =>
+      session.connection.subscribe("chat:lobby", {
+        publication: ({ data }) => {
+          const event = object(fromBytes(data));
+          if (event["type"] === "gone") forgetRoom(session, str(event["room"]));
+          session.rerun();
+        },
+      }),
     [session],
   );
 
@@ -56,7 +64,7 @@ export function Shell({ session }: { session: Session }) {
     if (!link || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey) return;
     if (link.target === "_blank" || link.origin !== location.origin || link.pathname.startsWith("/auth/")) return;
     event.preventDefault();
-    session.go(link.href);
+    session.go(link.pathname + link.search + link.hash);
   };
 
   return (

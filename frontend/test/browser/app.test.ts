@@ -1,5 +1,5 @@
 // Tests the whole product in real browsers: two users, the assistant, the console, and a server that is killed.
-import type { Browser, BrowserContextOptions } from "playwright-core";
+import type { Browser, BrowserContextOptions, Page } from "playwright-core";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { launch, WAIT_MS, Window } from "./browser";
 import { Server } from "./server";
@@ -210,6 +210,46 @@ describe("rooms", () => {
   });
 });
 
+describe("a room that is deleted", () => {
+  it("asks first, then leaves every sidebar, and links to it say so", async () => {
+    await ann.byId("new-room").click();
+    await ann.byId("jump-input").fill("Short lived");
+    await ann.page.keyboard.press("Enter");
+    await ann.page.getByRole("heading", { level: 1, name: "Short lived" }).waitFor();
+    await ann.send("soon gone");
+    await bob.byId("room-link").filter({ hasText: "Short lived" }).click();
+    await bob.message("soon gone").waitFor();
+    expect(await bob.byId("delete-room").count()).toBe(0);
+
+    await ann.byId("delete-room").click();
+    await ann.byId("delete-room-confirm").waitFor();
+    await ann.accessible("deleting a room");
+    await ann.page.getByRole("button", { name: "Keep it" }).click();
+    await ann.message("soon gone").waitFor();
+    await ann.byId("delete-room").click();
+    await ann.byId("delete-room-confirm").click();
+    for (const window of [ann, bob]) {
+      await window.page.getByText("This room was deleted").waitFor();
+      await expect.poll(() => window.byId("room-link").filter({ hasText: "Short lived" }).count()).toBe(0);
+      await window.byId("room-link").filter({ hasText: "general" }).click();
+      await window.message("hello from ann").waitFor();
+    }
+  });
+});
+
+it("a duplicated tab has a session of its own", async () => {
+  const kept = (page: Page): Promise<string | null> => page.evaluate(() => sessionStorage.getItem("beamline.session"));
+  // Like "duplicate tab", a window that a page opens starts with a copy of the tab's session storage.
+  const [copy] = await Promise.all([ann.page.waitForEvent("popup"), ann.page.evaluate(() => void window.open(location.href))]);
+  await copy.locator("[data-testid=connection-state][data-state=connected]").waitFor({ state: "attached" });
+  const [original, duplicate] = [await kept(ann.page), await kept(copy)];
+  expect(duplicate).not.toBe(original);
+  await copy.close();
+  await ann.page.reload();
+  await ann.connected();
+  expect(await kept(ann.page)).toBe(original);
+});
+
 it("an unknown page says so and links to the start page", async () => {
   for (const [place, text] of [["/rooms/nosuch", "There is no such room"], ["/nosuch", "There is nothing here"]] as const) {
     await ann.page.goto(server.url + place);
@@ -332,6 +372,21 @@ describe("a server that is killed", () => {
 
 it("no window recorded an error, a policy violation or a request to another host", () => {
   expect(all().flatMap((window) => window.problems)).toEqual([]);
+});
+
+it("signing out in one window signs out that browser's other windows, and no other browser", async () => {
+  const second = await Window.open(bob.page.context(), server.url, "bob, second window");
+  await second.page.goto(server.url);
+  await second.connected();
+  await bob.byId("sign-out").click();
+  for (const window of [bob, second]) await window.byId("login-name").waitFor();
+  await second.page.close();
+  await ann.send("still here");
+  await ann.message("still here").waitFor();
+  await bob.byId("login-name").fill("bob");
+  await bob.byId("login-password").fill(PASSWORD);
+  await bob.byId("login-submit").click();
+  await bob.message("still here").waitFor();
 });
 
 it("signing out leads to the sign-in page, and signing in again returns to the room", async () => {

@@ -1,7 +1,8 @@
 // Answers contain untrusted text, which must become elements whatever it says.
 import { describe, expect, it } from "vitest";
 import renderToString from "preact-render-to-string";
-import { inline, Markdown, parseBlocks, safeHref } from "../../src/markdown";
+import { safeHref } from "../../src/href";
+import { inline, Markdown, parseBlocks } from "../../src/markdown";
 
 const html = (text: string): string => renderToString(<Markdown text={text} />);
 const inner = (text: string): string => html(text).replace(/^<div class="markdown">|<\/div>$/g, "");

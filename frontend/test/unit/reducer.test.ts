@@ -3,11 +3,12 @@ import type { Json } from "../../src/json";
 import { emptyChat, readHistory, readMessage, reduce, type Action, type ChatState, type Message } from "../../src/chat/reducer";
 
 const message = (id: number, more: Partial<Message> = {}): Message => ({
-  id, nonce: "", user: "ann", name: "Ann", text: `m${id}`, at: id * 1_000, state: "done", replyTo: 0, error: "", attempt: 0, seq: null, ...more,
+  id, nonce: "", user: "ann", name: "Ann", text: `m${id}`, at: id * 1_000, state: "done", replyTo: 0, asker: "", error: "", attempt: 0, seq: null, ...more,
 });
 const streaming = (id: number, more: Partial<Message> = {}): Message => message(id, { user: "bot", text: "", state: "streaming", seq: 0, ...more });
 const said = (...messages: Message[]): Action[] => messages.map((one) => ({ type: "message", message: one }));
-const history = (messages: Message[], more = false, older = false): Action => ({ type: "history", messages, more, older });
+/** `asked`: after how many changes by the channel it was asked for; by default after all of them. */
+const history = (messages: Message[], more = false, older = false, asked = Infinity): Action => ({ type: "history", messages, more, older, asked });
 const delta = (id: number, seq: number, text: string, attempt = 1): Action => ({ type: "delta", id, seq, attempt, text });
 const sent = (nonce: string, text = nonce): Action => ({ type: "send", message: message(0, { nonce, text, state: "sending" }) });
 
@@ -141,6 +142,33 @@ describe("history", () => {
     expect(shown(run(history([message(1), message(2), message(3)]), history([message(1), message(3)])))).toEqual(["1:m1", "3:m3"]);
   });
 
+  describe("that comes late", () => {
+    const half = streaming(4, { text: "ab", seq: 2, attempt: 1 });
+    const asked = [history([half])]; // the next history is asked for here
+    const late = (fresh: Message): Action => history([fresh], false, false, 0);
+    const ended = (state: Message["state"], text: string): Message => message(4, { user: "bot", text, state, attempt: 1 });
+    const rows: [string, Action[], Message, string[]][] = [
+      ["does not undo the end of an answer", said(ended("done", "abcd")), half, ["4:abcd"]],
+      ["does not undo a failure", said(ended("failed", "ab")), half, ["4:ab!"]],
+      ["does not undo a stop", said(ended("stopped", "ab")), half, ["4:ab"]],
+      ["does not take pieces away", [delta(4, 3, "c"), delta(4, 4, "d")], half, ["4:abcd…"]],
+      ["brings pieces that are further on", [delta(4, 3, "c")], streaming(4, { text: "abcd", seq: 4, attempt: 1 }), ["4:abcd…"]],
+      ["brings a later attempt", [delta(4, 3, "c")], streaming(4, { text: "A", seq: 1, attempt: 2 }), ["4:A…"]],
+      ["brings the end", [delta(4, 3, "c")], ended("done", "whole"), ["4:whole"]],
+      ["brings a retry that the channel did not tell", [], streaming(4, { text: "again", seq: 1, attempt: 1 }), ["4:again…"]],
+      ["keeps what is new", said(message(5)), half, ["4:ab…", "5:m5"]],
+    ];
+    it.each(rows)("%s", (_name, meanwhile, fresh, expected) => {
+      expect(shown(run(...asked, ...meanwhile, late(fresh)))).toEqual(expected);
+    });
+
+    it("a retry after it streams, and the next history counts again", () => {
+      const state = run(...asked, ...said(ended("failed", "ab")), late(half), ...said(streaming(4)), delta(4, 1, "x"));
+      expect(shown(state)).toEqual(["4:x…"]);
+      expect(shown(reduce(state, history([ended("done", "xyz")])))).toEqual(["4:xyz"]);
+    });
+  });
+
   it("empties a room that was emptied on the server", () => {
     expect(shown(run(history([]), history([])))).toEqual([]);
   });
@@ -148,8 +176,8 @@ describe("history", () => {
 
 describe("reading", () => {
   it("accepts the messages of the server", () => {
-    expect(readMessage({ id: 3, room: "r", user: "u1", name: "Ann", text: "hi", at: 5, nonce: "n", state: "done", reply_to: 2 })).toEqual(
-      message(3, { user: "u1", text: "hi", at: 5, nonce: "n", replyTo: 2 }),
+    expect(readMessage({ id: 3, room: "r", user: "u1", name: "Ann", text: "hi", at: 5, nonce: "n", state: "done", reply_to: 2, asker: "bob" })).toEqual(
+      message(3, { user: "u1", text: "hi", at: 5, nonce: "n", replyTo: 2, asker: "bob" }),
     );
     expect(readMessage({ id: 3, user: "bot", text: "", state: "streaming" })).toMatchObject({ seq: 0, name: "bot" });
     expect(readMessage({ id: 3, user: "bot", text: "ab", state: "streaming" })).toMatchObject({ seq: null });

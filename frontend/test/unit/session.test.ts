@@ -225,8 +225,34 @@ describe("messages to the server", () => {
   });
 });
 
-it("the session id is 128 random bits and survives a reload", () => {
-  const id = sessionId();
-  expect(id).toMatch(/^[0-9a-f]{32}$/);
-  expect(sessionId()).toBe(id);
+describe("the session id", () => {
+  const held = new Set<string>();
+  const claim = (id: string): Promise<boolean> => Promise.resolve(!held.has(id) && Boolean(held.add(id)));
+  beforeEach(() => held.clear());
+
+  it("is 128 random bits and survives a reload", async () => {
+    const id = await sessionId(claim);
+    expect(id).toMatch(/^[0-9a-f]{32}$/);
+    held.delete(id); // the page before the reload is gone
+    expect(await sessionId(claim)).toBe(id);
+  });
+
+  it("of a duplicated tab is another one, from then on", async () => {
+    const original = await sessionId(claim);
+    // The duplicate starts with a copy of what the tab keeps, while the original is open.
+    const duplicate = await sessionId(claim);
+    expect(duplicate).not.toBe(original);
+    held.delete(duplicate);
+    expect(await sessionId(claim)).toBe(duplicate);
+  });
+});
+
+it("goes to places inside the app only", async () => {
+  const session = await started();
+  said.length = 0;
+  for (const outside of ["//evil.test/x", "/\\evil.test/x", "https://evil.test/", "javascript:alert(1)"]) session.go(outside);
+  forwards({ navigate: { path: "/\\evil.test", query: "" } });
+  await settle();
+  expect([location.href, said]).toEqual(["http://app.test/chat?room=general", []]);
+  expect(session.toasts.value.length).toBeGreaterThan(0);
 });
