@@ -321,7 +321,7 @@ async fn unsubscribe(node: &Node, client: &Client, channel: &str) {
     depart(node, client, channel, &held, info, last).await;
 }
 
-/// The end of a subscription that the hub does not know any more, told to the engine and the others on the channel.
+/// Tells the engine and the other subscribers that a client has left; the hub no longer has it.
 async fn depart(node: &Node, client: &Client, channel: &str, held: &Held, info: ClientInfo, last: bool) {
     withdraw(node, client, channel, held.presence, last).await;
     if held.join_leave {
@@ -346,8 +346,8 @@ async fn announce(node: &Node, client: &Client, channel: &str, rules: &Rules) {
     }
 }
 
-/// The connection is over: so is all it held. Nothing is delivered to it any more once this has begun, however long the
-/// engine takes for the rest.
+/// Ends everything that a closed connection held. Deliveries to it stop at once, however long the engine takes for the
+/// rest.
 pub async fn disconnected(node: &Node, client: &Client) {
     node.clients.lock().remove(&client.number);
     let departures: Vec<_> = client

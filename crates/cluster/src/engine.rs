@@ -68,7 +68,7 @@ pub trait Engine: Send + Sync {
     async fn follow(&self, channel: &str) -> Result<(), Failed>;
     async fn unfollow(&self, channel: &str);
 
-    /// What the engine does by itself, until cancelled; an earlier end is a failure of the node.
+    /// Runs the engine's own loop until cancelled. If it ends earlier, the node fails.
     async fn serve(&self, cancel: CancellationToken) {
         cancel.cancelled().await;
     }
@@ -76,7 +76,7 @@ pub trait Engine: Send + Sync {
     /// Housekeeping, now and then.
     async fn tidy(&self);
 
-    /// The last call: nothing is taken after it.
+    /// Ends the engine in good order. It refuses publications afterwards.
     async fn close(&self) -> Result<(), Failed> {
         Ok(())
     }

@@ -46,7 +46,7 @@ struct Subscriber {
     lost: bool,
 }
 
-/// What came by while a subscription's history was read.
+/// Publications that arrived while the history of a subscription was read.
 #[derive(Default)]
 struct Collected {
     publications: Vec<Publication>,
@@ -55,7 +55,7 @@ struct Collected {
 }
 
 impl Collected {
-    /// Whether there was room, and they still all count in one life.
+    /// Returns false if there is no room, or if the publication belongs to another life than those before it.
     fn take(&mut self, publication: &Publication, epoch: &str) -> bool {
         if publication.offset > 0 {
             if self.epoch.is_empty() {
@@ -73,7 +73,7 @@ impl Collected {
 }
 
 impl Channel {
-    /// From here on offsets count in another life: positions in the one before mean nothing any more.
+    /// Offsets count in another life from here on, so positions in the previous one no longer mean anything.
     fn begin(&mut self, epoch: &str, newest: u64) {
         self.epoch = epoch.into();
         self.newest = newest;
@@ -182,7 +182,7 @@ impl Hub {
 
         if !position.epoch.is_empty() && !two_lives && !subscriber.lost {
             if found.epoch != position.epoch {
-                // Its history was read after the others were told their positions: theirs are of a life that is over.
+                // This history was read after the others got their positions: they belong to a life that is over.
                 if !found.epoch.is_empty() {
                     lost(channel, &mut found);
                 }

@@ -29,8 +29,8 @@ impl Place {
         &self.client
     }
 
-    /// Returns once the client is on no channel any more; the connection counts until then, so that a node whose engine
-    /// is slow does not pile up departures.
+    /// Takes the client off its channels, then gives the place back. The connection counts until then, so that departures
+    /// cannot pile up on a node whose engine is slow.
     pub async fn leave(mut self) {
         let client = std::mem::take(&mut self.client);
         if let Some(client) = client.get() {
@@ -47,7 +47,7 @@ impl Drop for Place {
             return;
         };
 
-        // The session did not get to its end. The count goes on with the task, which a drain waits for.
+        // The session did not reach its end. The count moves to this task, which a drain waits for.
         let place = Self { node: self.node.clone(), client: Arc::default() };
         let departure = async move {
             tracing::error!(client = client.id, "a session panicked; its subscriptions and its place are given back");

@@ -190,8 +190,9 @@ impl Memory {
     }
 }
 
-/// Offsets that were given before may be given again, to other publications: an epoch must not see that. What is stored
-/// stays readable, and offsets go on from there.
+/// Begins a new epoch in every stored channel, unless the file is certain to hold every acknowledged publication. The
+/// offsets of lost publications are given again, which must not happen within one epoch. What is stored stays readable, and
+/// offsets continue from there. Returns the number of channels.
 fn renew_epochs(db: &Connection, continuity: Continuity) -> journal::rusqlite::Result<usize> {
     if continuity == Continuity::Certain {
         return Ok(0);

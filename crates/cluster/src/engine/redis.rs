@@ -74,7 +74,7 @@ redis.call('PEXPIRE', KEYS[2], ARGV[2])
     };
 }
 
-/// Fails at once where the server does not say what the scripts need.
+/// Run at the start, so that a server or user without INFO fails there and not at the first publication.
 const LIFE: &str = concat!(life!(), "return life");
 
 /// KEYS: stream, position, idempotency · ARGV: fresh epoch, position ttl ms, publication, size, ttl ms, topic, key given?,
@@ -126,7 +126,11 @@ impl Redis {
         let failed = |e: RedisError| Error::Redis { url: without_password(url), problem: e.to_string() };
         let server = Server::new(url).map_err(failed)?;
         let mut connection = server.commands().await.map_err(failed)?;
-        let _: String = redis::cmd("EVAL").arg(LIFE).arg(0).query_async(&mut connection).await.map_err(failed)?;
+        let life = redis::cmd("EVAL").arg(LIFE).arg(0).query_async::<String>(&mut connection).await;
+        life.map_err(|error| Error::Redis {
+            url: without_password(url),
+            problem: format!("a script cannot read the replication id by INFO replication: {error}"),
+        })?;
         let publish_command = server.publish_command();
         let (follows, follower) = Follower::connect(server, connection.clone(), hub).await.map_err(failed)?;
         Ok(Arc::new(Self {

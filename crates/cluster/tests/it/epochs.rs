@@ -262,9 +262,9 @@ async fn a_repeat_in_a_new_epoch_answers_the_position_that_was_given() {
     assert_eq!(read(&node.call("publish", &keyed).await), given);
 }
 
-/// The history tells the newcomer what no publication has told yet; nobody is sent round in circles.
+/// The new subscriber learns of the epoch from the history, before any publication; nobody resubscribes in a loop.
 #[tokio::test]
-async fn a_newcomer_who_finds_a_new_epoch_ends_the_subscriptions_of_the_old_one() {
+async fn new_subscriber_in_a_new_epoch_ends_the_subscriptions_of_the_old_one() {
     let redis = RedisServer::start().await;
     let node = start(&redis.url(), "n1").await;
     let mut ann = Client::connect(&node, "ann").await;
@@ -285,9 +285,9 @@ async fn a_newcomer_who_finds_a_new_epoch_ends_the_subscriptions_of_the_old_one(
     }
 }
 
-/// A channel that keeps a history and does not recover: its subscribers count nothing, and miss nothing either.
+/// In a channel with history and without recovery, subscribers have no position to compare with.
 #[tokio::test]
-async fn who_does_not_count_offsets_hears_a_new_epoch_too() {
+async fn subscribers_without_recovery_get_the_first_publications_of_a_new_epoch() {
     let redis = RedisServer::start().await;
     let node = Node::start_with(|config| {
         config.engine = cluster::EngineConfig::Redis { url: redis.url() };

@@ -210,6 +210,18 @@ async fn a_redis_that_is_not_there_is_named_without_its_password() {
     assert!(error.contains("127.0.0.1:1") && !error.contains("hunter2"), "{error}");
 }
 
+#[tokio::test]
+async fn a_redis_user_without_info_fails_the_start() {
+    let redis = RedisServer::start().await;
+    redis.command("ACL SETUSER default -info").await.unwrap();
+    let dir = tempfile::TempDir::new().unwrap();
+    let bus = bus::local::Local::open(dir.path()).await.unwrap();
+    let engine = EngineConfig::Redis { url: redis.url() };
+    let config = cluster::Config { token_secret: vec![1], engine, ..cluster::Config::default() };
+    let error = cluster::bind(config, bus).await.err().unwrap().to_string();
+    assert!(error.contains("INFO replication"), "{error}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_redis_cluster_carries_channels_as_well() {
     let redis = RedisCluster::start().await;
