@@ -7,6 +7,7 @@ pub mod dead_letter;
 pub mod local;
 pub mod nats;
 pub mod streams;
+pub mod tasks;
 
 use async_trait::async_trait;
 use bytes::Bytes;

@@ -8,6 +8,7 @@ mod connection;
 use bytes::Bytes;
 use serde_json::Value;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
@@ -57,6 +58,8 @@ fn describe(payload: &ErrorPayload) -> String {
 #[derive(Clone)]
 pub struct Client {
     requests: mpsc::Sender<connection::Call>,
+    /// Whose tasks [`Client::query`], [`Client::cancel`] and [`Client::subscribe`] are about.
+    tenant: Option<Arc<str>>,
 }
 
 impl Client {
@@ -67,7 +70,13 @@ impl Client {
             .map_err(|problem| Error::Connect { path: path.display().to_string(), problem })?;
         let (requests, queue) = mpsc::channel(QUEUE);
         tokio::spawn(connection::run(stream, queue));
-        Ok(Self { requests })
+        Ok(Self { requests, tenant: None })
+    }
+
+    /// The same connection, for the tasks of this tenant. Without one, the gateway's settings say whose tasks are meant.
+    #[must_use]
+    pub fn of_tenant(&self, tenant: &str) -> Self {
+        Self { requests: self.requests.clone(), tenant: Some(tenant.into()) }
     }
 
     pub async fn ping(&self) -> Result<(), Error> {
@@ -90,17 +99,23 @@ impl Client {
 
     /// Subscribes to the output that a running task produces from now on.
     pub async fn subscribe(&self, task_id: &str) -> Result<TaskStream, Error> {
-        self.open(FrameType::StreamSubscribe, reference(task_id)).await
+        self.open(FrameType::StreamSubscribe, self.reference(task_id)).await
     }
 
     /// The task's state, decision and, once it has ended, result.
     pub async fn query(&self, task_id: &str) -> Result<TaskAnswer, Error> {
-        decode(&self.call(FrameType::TaskQuery, reference(task_id), None).await?)
+        decode(&self.call(FrameType::TaskQuery, self.reference(task_id), None).await?)
     }
 
     /// Cancels the task; returns its state.
     pub async fn cancel(&self, task_id: &str) -> Result<TaskAnswer, Error> {
-        decode(&self.call(FrameType::TaskCancel, reference(task_id), None).await?)
+        decode(&self.call(FrameType::TaskCancel, self.reference(task_id), None).await?)
+    }
+
+    fn reference(&self, task_id: &str) -> Bytes {
+        let tenant_id = self.tenant.as_deref().map(String::from);
+        let task = TaskRef { command: None, task_id: task_id.into(), tenant_id };
+        serde_json::to_vec(&task).expect("a reference is JSON").into()
     }
 
     /// Sends one request and waits for its single response. The gateway enforces `deadline` in whole milliseconds;
@@ -171,11 +186,6 @@ impl TaskStream {
 
 fn json(value: &Value) -> Bytes {
     serde_json::to_vec(value).expect("a JSON value serializes").into()
-}
-
-fn reference(task_id: &str) -> Bytes {
-    let task = TaskRef { command: None, task_id: task_id.into() };
-    serde_json::to_vec(&task).expect("a task reference serializes to JSON").into()
 }
 
 fn decode<T: serde::de::DeserializeOwned>(payload: &[u8]) -> Result<T, Error> {

@@ -23,6 +23,11 @@ impl Failure {
         Self { in_stream: true, ..self }
     }
 
+    /// The router knows no such task, policy or extension.
+    pub fn is_not_found(&self) -> bool {
+        self.payload.error.status == Some(404)
+    }
+
     pub fn unavailable(text: &str, retry_after: Duration) -> Self {
         let mut failure = Self::new(ErrorCode::Unavailable, text);
         // Rounded up: a moment too early would be refused again.

@@ -1,6 +1,8 @@
 //! One request on its way: to the router, and for `wait` result and stream on to its end.
 
+use crate::deadline::Deadline;
 use crate::failure::Failure;
+use crate::output::OutputReader;
 use crate::session::Pieces;
 use crate::waiters::{Finished, Waiter};
 use crate::{Gateway, Peer};
@@ -10,17 +12,13 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use wire::ipc::{
-    ErrorCode, ExchangeContext, FrameType, StreamComplete, StreamData, TaskAnswer, TaskRef, TaskSubmit, Wait,
-};
+use wire::ipc::{ErrorCode, ExchangeContext, FrameType, StreamComplete, TaskAnswer, TaskRef, TaskSubmit, Wait};
 use wire::limits::{ID_MAX, IPC_FRAME_MAX};
-use wire::router::{DecideRequest, OutputChunk, RequestOptions, Task, TaskQuery, TaskState, VERSION};
+use wire::router::{
+    AnswerHead, Awaited, DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskQuery, TaskState, VERSION,
+};
 use wire::subjects;
 
-pub const DEFAULT_TENANT: &str = "default";
-
-/// An assignment may take this long at most (contract: its deadline is clamped to 60 s).
-const RESULT_MAX: Duration = Duration::from_secs(60);
 /// Between looks at a task's record while its result is awaited: a result message that was missed (a reconnect, a full
 /// queue, a task that had ended before) is found there.
 const LOOK_FIRST: Duration = Duration::from_millis(250);
@@ -61,7 +59,10 @@ impl Request {
         };
         match &request {
             Self::Submit(submit) => check(submit)?,
-            Self::Query(task) | Self::Cancel(task) | Self::Subscribe(task) => id("task_id", &task.task_id)?,
+            Self::Query(task) | Self::Cancel(task) | Self::Subscribe(task) => {
+                id("task_id", &task.task_id)?;
+                tenant(task.tenant_id.as_deref())?;
+            }
         }
         Ok(request)
     }
@@ -117,7 +118,11 @@ fn check(submit: &TaskSubmit) -> Result<(), String> {
             id(field, value)?;
         }
     }
-    match &submit.tenant_id {
+    tenant(submit.tenant_id.as_deref())
+}
+
+fn tenant(tenant_id: Option<&str>) -> Result<(), String> {
+    match tenant_id {
         Some(tenant) => wire::id::check_tenant(tenant).map_err(|error| format!("tenant_id {error}")),
         None => Ok(()),
     }
@@ -132,30 +137,26 @@ struct Exchange {
     /// W3C trace context, where the trace id has a form that fits it.
     traceparent: Option<String>,
     tenant_id: String,
-    deadline: Instant,
+    deadline: Deadline,
 }
 
 /// Carries the request out; the last frame of its answer.
-pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_ms: u32, pieces: Pieces) -> Reply {
+pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline: Deadline, pieces: Pieces) -> Reply {
     let started = Instant::now();
-    let own = (deadline_ms > 0).then(|| Duration::from_millis(deadline_ms.into()));
-    let request_timeout = gateway.config().request_timeout;
-    let new = |task: TaskRef, timeout: Duration| {
+    let about = |task: &TaskRef| {
         let trace_id = new_trace_id();
         Exchange {
             gateway: gateway.clone(),
             peer,
-            request_id: task.task_id,
+            request_id: task.task_id.clone(),
             traceparent: traceparent(&trace_id),
             trace_id,
-            tenant_id: DEFAULT_TENANT.into(),
-            deadline: started + own.unwrap_or(timeout),
+            tenant_id: task.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
+            deadline,
         }
     };
     let (exchange, outcome) = match request {
         Request::Submit(submit) => {
-            let own = own.or(submit.timeout_ms.map(Duration::from_millis));
-            let default = if submit.wait == Wait::Decision { request_timeout } else { request_timeout + RESULT_MAX };
             let trace_id = trace_of(&submit);
             let given = submit.traceparent.clone().filter(|parent| trace_of_parent(parent).is_some());
             let exchange = Exchange {
@@ -165,24 +166,26 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline_m
                 traceparent: given.or_else(|| traceparent(&trace_id)),
                 trace_id,
                 tenant_id: submit.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
-                deadline: started + own.unwrap_or(default),
+                deadline,
             };
-            let outcome = exchange.submit(submit, own, &pieces).await;
+            let outcome = exchange.submit(submit, &pieces).await;
             (exchange, outcome)
         }
         Request::Query(task) => {
-            let exchange = new(task, request_timeout);
-            let outcome = exchange.ask(subjects::GET_DECISION, None).await.and_then(|task| exchange.ok(task));
+            let mut exchange = about(&task);
+            let found = exchange.find(task.tenant_id).await;
+            let outcome = found.and_then(|task| exchange.ok(task));
             (exchange, outcome)
         }
         Request::Cancel(task) => {
-            let exchange = new(task, request_timeout);
-            let outcome = Box::pin(exchange.cancel()).await.and_then(|task| exchange.ok(task));
+            let mut exchange = about(&task);
+            let cancelled = Box::pin(exchange.cancel(task.tenant_id)).await;
+            let outcome = cancelled.and_then(|task| exchange.ok(task));
             (exchange, outcome)
         }
         Request::Subscribe(task) => {
-            let exchange = new(task, request_timeout + RESULT_MAX);
-            let outcome = Box::pin(exchange.subscribe(&pieces)).await;
+            let mut exchange = about(&task);
+            let outcome = Box::pin(exchange.subscribe(task.tenant_id, &pieces)).await;
             (exchange, outcome)
         }
     };
@@ -233,13 +236,9 @@ impl Exchange {
         (if in_stream { FrameType::StreamError } else { FrameType::ResponseError }, bytes.into())
     }
 
-    async fn submit(
-        &self,
-        submit: Box<TaskSubmit>,
-        own_deadline: Option<Duration>,
-        pieces: &Pieces,
-    ) -> Result<Reply, Failure> {
+    async fn submit(&self, submit: Box<TaskSubmit>, pieces: &Pieces) -> Result<Reply, Failure> {
         self.permit(&self.tenant_id)?;
+        self.is_in_time()?;
         let wait = submit.wait;
         tracing::info!(
             trace_id = self.trace_id,
@@ -250,27 +249,27 @@ impl Exchange {
             "taken"
         );
         // Both before the router hears of it, so that nothing comes too early.
-        let waiter = (wait != Wait::Decision).then(|| Waiter::register(&self.gateway, &self.request_id));
+        let waiter =
+            (wait != Wait::Decision).then(|| Waiter::register(&self.gateway, &self.request_id, &self.tenant_id));
         let output = match wait {
             Wait::Stream => Some(self.output().await?),
             Wait::Decision | Wait::Result => None,
         };
-        let decided = self.decide(submit, own_deadline).await?;
-        match waiter {
-            None => Ok((FrameType::ResponseOk, decided)),
-            // Boxed: most requests wait for the decision alone and need no room for this.
-            Some(waiter) => Box::pin(self.follow(waiter, &self.tenant_id, output, pieces)).await,
-        }
+        let decided = self.decide(submit).await?;
+        let Some(waiter) = waiter else { return Ok((FrameType::ResponseOk, decided)) };
+        let assignment_id = serde_json::from_slice::<AnswerHead>(&decided).ok().and_then(|head| head.assignment_id);
+        // Boxed: most requests wait for the decision alone and need no room for this.
+        Box::pin(self.follow(waiter, assignment_id, output, pieces)).await
     }
 
     /// The router's answer, byte for byte, if it is a decision.
-    async fn decide(&self, submit: Box<TaskSubmit>, own_deadline: Option<Duration>) -> Result<Bytes, Failure> {
+    async fn decide(&self, submit: Box<TaskSubmit>) -> Result<Bytes, Failure> {
         let headers = headers(Some(&self.trace_id), self.traceparent.as_deref(), Some(&self.tenant_id));
-        let request = self.request(*submit, own_deadline)?;
+        let request = self.request(*submit)?;
         self.request_router(subjects::DECIDE, headers, request).await
     }
 
-    fn request(&self, submit: TaskSubmit, own_deadline: Option<Duration>) -> Result<Vec<u8>, Failure> {
+    fn request(&self, submit: TaskSubmit) -> Result<Vec<u8>, Failure> {
         let waits = submit.wait != Wait::Decision;
         let mut payload = Map::new();
         let mut put = |name: &str, value: Option<Value>| {
@@ -294,7 +293,7 @@ impl Exchange {
             push_assignment: waits || submit.push_assignment,
             assignment_subject: None,
             // Nobody waits longer, so nobody should work longer.
-            options: own_deadline.filter(|_| waits).map(|own| RequestOptions {
+            options: self.deadline.own.filter(|_| waits).map(|own| RequestOptions {
                 deadline_ms: Some(u64::try_from(own.as_millis()).unwrap_or(u64::MAX)),
                 ..RequestOptions::default()
             }),
@@ -309,8 +308,16 @@ impl Exchange {
 
     async fn request_router(&self, subject: &str, headers: Headers, payload: Vec<u8>) -> Result<Bytes, Failure> {
         let gateway = &self.gateway;
-        let due = self.deadline.min(Instant::now() + gateway.config().request_timeout);
+        let due = self.deadline.at.min(Instant::now() + gateway.config().request_timeout);
         Ok(gateway.router.ask(&gateway.bus, subject, headers, payload.into(), due).await?)
+    }
+
+    /// What waited for its turn for too long is not begun.
+    fn is_in_time(&self) -> Result<(), Failure> {
+        if Instant::now() < self.deadline.at {
+            return Ok(());
+        }
+        Err(Failure::new(ErrorCode::Timeout, "The deadline passed before the request could begin"))
     }
 
     fn permit(&self, tenant_id: &str) -> Result<(), Failure> {
@@ -322,22 +329,45 @@ impl Exchange {
         Err(Failure::new(ErrorCode::Forbidden, text))
     }
 
-    /// Whose task it is must be known before it is stopped.
-    async fn cancel(&self) -> Result<TaskState, Failure> {
-        let task = self.ask(subjects::GET_DECISION, None).await?;
-        self.ask(subjects::CANCEL, Some(tenant_of(&task))).await
+    /// The task is looked for first: a router of the previous version stops a task by its id alone, whoever's it is.
+    async fn cancel(&mut self, tenant: Option<String>) -> Result<TaskState, Failure> {
+        self.find(tenant).await?;
+        self.ask(subjects::CANCEL).await
     }
 
-    /// Where the task stands, if the peer may know it; `tenant` where it is known already whose it is.
-    async fn ask(&self, subject: &str, tenant: Option<&str>) -> Result<TaskState, Failure> {
-        let query = TaskQuery { request_id: self.request_id.clone() };
+    /// The task of the tenant that the client names, else of the first one it speaks for that has a task of this id.
+    async fn find(&mut self, named: Option<String>) -> Result<TaskState, Failure> {
+        let tenants = match named {
+            Some(tenant) => vec![tenant],
+            None => self.gateway.config().tenants_of(self.peer.uid),
+        };
+        // Who speaks for nobody is told so, like whoever submits a task.
+        self.permit(tenants.first().map_or(DEFAULT_TENANT, String::as_str))?;
+
+        let mut found = Err(Failure::rejected(ErrorBody::unknown_task(&self.request_id)));
+        for tenant in tenants {
+            self.tenant_id = tenant;
+            found = self.ask(subjects::GET_DECISION).await;
+            if !found.as_ref().is_err_and(Failure::is_not_found) {
+                break;
+            }
+        }
+        found
+    }
+
+    /// The router's answer about this tenant's task.
+    async fn ask(&self, subject: &str) -> Result<TaskState, Failure> {
+        let query = TaskQuery { request_id: self.request_id.clone(), tenant_id: None };
         let query = serde_json::to_vec(&query).expect("a query is JSON");
-        let headers = headers(Some(&self.trace_id), self.traceparent.as_deref(), tenant);
+        let headers = headers(Some(&self.trace_id), self.traceparent.as_deref(), Some(&self.tenant_id));
         let reply = self.request_router(subject, headers, query).await?;
         let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply).map_err(|e| {
             Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {}", wire::unfit(&e)))
         })?;
-        self.permit(tenant_of(&answer.task))?;
+        // A router of the previous version answers for any tenant.
+        if answer.task.tenant() != self.tenant_id {
+            return Err(Failure::rejected(ErrorBody::unknown_task(&self.request_id)));
+        }
         Ok(answer.task)
     }
 
@@ -347,13 +377,14 @@ impl Exchange {
         Ok((FrameType::ResponseOk, serde_json::to_vec(&answer).expect("an answer is JSON").into()))
     }
 
-    async fn subscribe(&self, pieces: &Pieces) -> Result<Reply, Failure> {
-        let waiter = Waiter::register(&self.gateway, &self.request_id);
+    async fn subscribe(&mut self, tenant: Option<String>, pieces: &Pieces) -> Result<Reply, Failure> {
+        self.is_in_time()?;
+        let waiter = Waiter::register(&self.gateway, &self.request_id, &self.tenant_id);
         let output = self.output().await?;
-        let known = self.ask(subjects::GET_DECISION, None).await?;
+        let known = self.find(tenant).await?;
         match &known.result {
             Some(result) => self.complete(&Finished::from_result(result)),
-            None => self.follow(waiter, tenant_of(&known), Some(output), pieces).await,
+            None => self.follow(waiter, known.assignment_id, Some(output), pieces).await,
         }
     }
 
@@ -365,11 +396,13 @@ impl Exchange {
     async fn follow(
         &self,
         mut waiter: Waiter,
-        tenant: &str,
+        assignment_id: Option<String>,
         mut output: Option<bus::Subscription>,
         pieces: &Pieces,
     ) -> Result<Reply, Failure> {
-        let mut reader = OutputReader::default();
+        let task = Awaited { tenant_id: self.tenant_id.clone(), assignment_id };
+        waiter.decided(&task);
+        let mut reader = OutputReader::new(task);
         let mut look = Instant::now() + LOOK_FIRST;
         let streams = output.is_some();
         let fail = |failure: Failure| if streams { failure.in_stream() } else { failure };
@@ -378,7 +411,7 @@ impl Exchange {
                 biased;
                 Some(message) = next(&mut output) => {
                     if let Some(piece) = reader.take(&message.payload) {
-                        pass(piece, pieces).await.map_err(fail)?;
+                        self.pass(piece, pieces).await.map_err(fail)?;
                     }
                 }
                 finished = &mut waiter.finished => match finished {
@@ -388,12 +421,17 @@ impl Exchange {
                 () = tokio::time::sleep_until(look.into()) => {
                     look += LOOK_AGAIN;
                     // An error here is no answer: the next look or the deadline decides.
-                    let task = self.ask(subjects::GET_DECISION, Some(tenant)).await;
-                    if let Ok(TaskState { result: Some(result), .. }) = task {
-                        break Finished::from_result(&result);
+                    match self.ask(subjects::GET_DECISION).await {
+                        Ok(TaskState { result: Some(result), .. }) => break Finished::from_result(&result),
+                        // A router of the previous version does not say it with the decision.
+                        Ok(TaskState { assignment_id, .. }) if reader.task.assignment_id.is_none() => {
+                            reader.task.assignment_id = assignment_id;
+                            waiter.decided(&reader.task);
+                        }
+                        Ok(_) | Err(_) => {}
                     }
                 }
-                () = tokio::time::sleep_until(self.deadline.into()) => {
+                () = tokio::time::sleep_until(self.deadline.at.into()) => {
                     let text = "The deadline passed before the result; the task goes on and can be queried";
                     return Err(fail(Failure::new(ErrorCode::Timeout, text)));
                 }
@@ -410,13 +448,25 @@ impl Exchange {
                 biased;
                 Some(message) = next(&mut output) => {
                     if let Some(piece) = reader.take(&message.payload) {
-                        pass(piece, pieces).await.map_err(fail)?;
+                        self.pass(piece, pieces).await.map_err(fail)?;
                     }
                 }
                 () = &mut grace => break,
             }
         }
         self.complete(&finished)
+    }
+
+    /// To the session, which takes pieces as fast as its client reads them.
+    async fn pass(&self, piece: Reply, pieces: &Pieces) -> Result<(), Failure> {
+        if piece.1.len() > PAYLOAD_MAX {
+            let size = piece.1.len();
+            let text = format!("A piece of output has {size} bytes, more than a frame holds; the task goes on");
+            return Err(Failure::new(ErrorCode::FrameTooLarge, text));
+        }
+        let passed = tokio::time::timeout_at(self.deadline.at.into(), pieces.send(piece)).await;
+        passed
+            .map_err(|_| Failure::new(ErrorCode::Timeout, "The deadline passed before the client had read the output"))
     }
 
     fn complete(&self, finished: &Finished) -> Result<Reply, Failure> {
@@ -428,39 +478,10 @@ impl Exchange {
     }
 }
 
-/// To the session, which takes pieces as fast as its client does.
-async fn pass(piece: Reply, pieces: &Pieces) -> Result<(), Failure> {
-    if piece.1.len() > PAYLOAD_MAX {
-        let text = format!("A piece of output has {} bytes, more than a frame holds; the task goes on", piece.1.len());
-        return Err(Failure::new(ErrorCode::FrameTooLarge, text));
-    }
-    pieces.send(piece).await;
-    Ok(())
-}
-
 async fn next(output: &mut Option<bus::Subscription>) -> Option<bus::Message> {
     match output {
         Some(output) => output.next().await,
         None => std::future::pending().await,
-    }
-}
-
-/// Output in order, of the newest attempt: when a worker starts again, `seq` starts at 0 again.
-#[derive(Default)]
-struct OutputReader {
-    attempt: u32,
-    next: u64,
-}
-
-impl OutputReader {
-    fn take(&mut self, payload: &[u8]) -> Option<Reply> {
-        let chunk: OutputChunk = serde_json::from_slice(payload).ok()?;
-        if chunk.attempt < self.attempt || (chunk.attempt == self.attempt && chunk.seq < self.next) {
-            return None;
-        }
-        (self.attempt, self.next) = (chunk.attempt, chunk.seq + 1);
-        let data = StreamData { task_id: chunk.request_id, seq: chunk.seq, data: chunk.data };
-        Some((FrameType::StreamData, serde_json::to_vec(&data).expect("JSON").into()))
     }
 }
 
@@ -473,10 +494,6 @@ pub fn headers(trace_id: Option<&str>, traceparent: Option<&str>, tenant_id: Opt
         }
     }
     headers
-}
-
-fn tenant_of(task: &TaskState) -> &str {
-    if task.tenant_id.is_empty() { DEFAULT_TENANT } else { &task.tenant_id }
 }
 
 /// 32 hex digits.
@@ -521,6 +538,7 @@ pub fn traceparent(trace_id: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Config;
     use bus::Message;
 
     #[test]
@@ -560,8 +578,8 @@ mod tests {
 
     #[test]
     fn a_user_speaks_for_the_tenants_that_are_its_own() {
-        let mut config = crate::Config::default();
-        let may = |config: &crate::Config, uid, tenant| config.may_speak_for(uid, tenant);
+        let mut config = Config::default();
+        let may = |config: &Config, uid, tenant| config.may_speak_for(uid, tenant);
         assert!(may(&config, 0, "acme") && may(&config, 1000, "default") && !may(&config, 1000, "acme"));
         config.tenants = [(1000, vec!["acme".into(), "beta".into()]), (1001, vec!["*".into()])].into();
         assert!(may(&config, 1000, "acme") && may(&config, 1000, "beta") && !may(&config, 1000, "default"));
@@ -570,10 +588,10 @@ mod tests {
 
     /// Tests run as root, who speaks for every tenant; so the peer is made up here.
     #[tokio::test]
-    async fn a_task_of_another_tenant_is_neither_shown_nor_stopped() {
+    async fn a_task_of_another_tenant_is_answered_as_if_it_were_not_there() {
         let dir = tempfile::tempdir().unwrap();
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
-        let config = crate::Config { socket: dir.path().join("s"), ..crate::Config::default() };
+        let config = Config { socket: dir.path().join("s"), ..Config::default() };
         let gateway = crate::bind(config, bus.clone()).await.unwrap().gateway;
         let mut queries = bus.subscribe(subjects::GET_DECISION, None, 8).await.unwrap();
         let mut cancels = bus.subscribe(subjects::CANCEL, None, 8).await.unwrap();
@@ -584,35 +602,52 @@ mod tests {
                     Some(message) = cancels.next() => (message, "cancelled"),
                 };
                 let query: TaskQuery = serde_json::from_slice(&message.payload).unwrap();
+                // As a router of the previous version answers: by the id, whoever asks.
                 let task =
                     serde_json::json!({"task_id": query.request_id, "state": state, "tenant_id": query.request_id});
                 let payload = serde_json::json!({"ok": true, "task": task}).to_string().into();
                 bus.publish(Message { subject: message.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
             }
         });
-        let task = |id: &str| TaskRef { command: None, task_id: id.into() };
-        for (uid, tenant, allowed) in [(0, "acme", true), (1000, "default", true), (1000, "acme", false)] {
-            for (name, request) in [
-                ("query", Request::Query(task(tenant))),
-                ("cancel", Request::Cancel(task(tenant))),
-                ("subscribe", Request::Subscribe(task(tenant))),
-            ] {
-                if allowed && name == "subscribe" {
-                    continue;
-                }
-                let pieces = Pieces::nowhere();
-                let (kind, payload) = run(gateway.clone(), Peer { uid }, request, 0, pieces).await;
-                let answer: Value = serde_json::from_slice(&payload).unwrap();
-                match (allowed, name) {
-                    (true, "query") => assert_eq!(answer["state"], "assigned"),
-                    (true, _) => assert_eq!(answer["state"], "cancelled"),
-                    (false, _) => assert_eq!(
-                        (kind, &answer["error"]["code"]),
-                        (FrameType::ResponseError, &13.into()),
-                        "{name}: {answer}"
-                    ),
-                }
-            }
+        let answer = async |uid: u32, named: Option<&str>, owner: &str, name: &str| {
+            let task = TaskRef { command: None, task_id: owner.into(), tenant_id: named.map(String::from) };
+            let request = match name {
+                "query" => Request::Query(task),
+                "cancel" => Request::Cancel(task),
+                _ => Request::Subscribe(task),
+            };
+            let deadline = Deadline::of(&request, 0, &gateway.config());
+            let (_, payload) = run(gateway.clone(), Peer { uid }, request, deadline, Pieces::nowhere()).await;
+            let mut answer: Value = serde_json::from_slice(&payload).unwrap();
+            answer["context"] = Value::Null;
+            answer
+        };
+        for (uid, named, owner) in [(0, Some("acme"), "acme"), (0, None, "default"), (1000, None, "default")] {
+            assert_eq!(answer(uid, named, owner, "query").await["state"], "assigned", "{uid} {named:?}");
+            assert_eq!(answer(uid, named, owner, "cancel").await["state"], "cancelled", "{uid} {named:?}");
         }
+        for name in ["query", "cancel", "subscribe"] {
+            for (uid, named) in [(1000, None), (0, None), (0, Some("beta"))] {
+                let unknown = serde_json::json!({"ok": false, "context": null, "error": {"code": 12, "status": 404,
+                    "reason": "not_found", "message": "no task \"acme\" was pushed in the last day"}});
+                assert_eq!(answer(uid, named, "acme", name).await, unknown, "{name} by {uid} for {named:?}");
+            }
+            let forbidden = answer(1000, Some("acme"), "acme", name).await;
+            assert_eq!(
+                forbidden["error"]["code"], 13,
+                "{name}: what the settings say, not whether there is such a task"
+            );
+        }
+    }
+
+    #[test]
+    fn who_names_no_tenant_asks_for_those_that_are_its_own() {
+        let mut config = Config::default();
+        assert_eq!((config.tenants_of(0), config.tenants_of(1000)), (vec!["default".into()], vec!["default".into()]));
+        config.tenants = [(1000, vec!["acme".into(), "beta".into()]), (1001, vec!["acme".into(), "*".into()])].into();
+        assert_eq!(config.tenants_of(0), ["default"]);
+        assert_eq!(config.tenants_of(1000), ["acme", "beta"]);
+        assert_eq!(config.tenants_of(1001), ["acme", "default"]);
+        assert_eq!(config.tenants_of(1002), [""; 0]);
     }
 }

@@ -50,7 +50,7 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
         return Err((ErrorCode::InvalidPayload, large));
     };
     // Not before: somebody whose body is slow to come would keep it from others.
-    let Some(_place) = gateway.in_flight.take(gateway.config().max_in_flight) else {
+    let Ok(_place) = gateway.take_place(gateway.uid) else {
         let mut busy = error("backpressure", "too many requests in flight");
         busy.retry_after_seconds = Some(RETRY_AFTER);
         return Err((ErrorCode::Overloaded, busy));

@@ -4,9 +4,12 @@
 
 mod breaker;
 mod count;
+mod deadline;
 mod failure;
 mod forward;
 mod http;
+mod in_flight;
+mod output;
 mod pressure;
 mod reload;
 mod retry;
@@ -22,7 +25,8 @@ pub use reload::Control;
 use arc_swap::{ArcSwap, Guard};
 use bus::Bus;
 use count::Count;
-use std::collections::BTreeMap;
+use in_flight::{Full, Place};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +35,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::ipc::{ErrorCode, ErrorPayload, Frame, FrameType, Version};
+use wire::router::DEFAULT_TENANT;
 
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -39,6 +44,9 @@ pub struct Config {
     pub max_connections: usize,
     /// Requests in flight over all connections.
     pub max_in_flight: usize,
+    /// Of these, what one user may have over all of its connections; HTTP counts as our own user. `None`: an equal part
+    /// for each user who may connect, root aside, so that none of them can keep out another.
+    pub max_in_flight_per_user: Option<usize>,
     /// Requests in flight on one connection, by the version of their frames.
     pub max_in_flight_v1: usize,
     pub max_in_flight_v2: usize,
@@ -48,6 +56,8 @@ pub struct Config {
     pub write_timeout: Duration,
     /// A request without a deadline of its own; waiting for a result lasts as long as an assignment may, on top.
     pub request_timeout: Duration,
+    /// A longer deadline of a request counts as this.
+    pub max_deadline: Duration,
     /// Bytes of unfinished frames, all connections together.
     pub receive_budget: usize,
     /// Requests in flight when a drain begins may take this long; a quarter of it more, and whoever does not read is left.
@@ -68,11 +78,13 @@ impl Default for Config {
             socket: "/tmp/beamline-gateway.sock".into(),
             max_connections: 1024,
             max_in_flight: 1000,
+            max_in_flight_per_user: None,
             max_in_flight_v1: 10,
             max_in_flight_v2: 256,
             read_timeout: Duration::from_secs(10),
             write_timeout: Duration::from_secs(10),
             request_timeout: Duration::from_secs(5),
+            max_deadline: Duration::from_secs(600),
             receive_budget: 64 * 1024 * 1024,
             drain_timeout: Duration::from_secs(10),
             allowed_uids: Vec::new(),
@@ -107,15 +119,24 @@ struct Gateway {
     waiters: waiters::Waiters,
     stats: stats::Stats,
     connections: Arc<Count>,
-    in_flight: Arc<Count>,
+    in_flight: Arc<in_flight::Places>,
     router: router::Access,
 }
 
 /// What a reload replaces, together.
 struct Live {
     config: Config,
+    /// Requests in flight that one user may have.
+    share: usize,
     /// What is left of [`Config::receive_budget`]; permits are KiB.
     receive: Arc<Semaphore>,
+}
+
+impl Live {
+    /// `own` is the user that we run as.
+    fn new(config: Config, receive: Arc<Semaphore>, own: u32) -> Self {
+        Self { share: config.share(own), receive, config }
+    }
 }
 
 impl std::ops::Deref for Live {
@@ -141,6 +162,7 @@ pub async fn adopt(mut config: Config, given: std::os::unix::net::UnixListener, 
 async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result<Bound, Error> {
     bus::streams::declare(&bus).await?;
     let results = bus.subscribe(wire::subjects::RESULT, None, waiters::QUEUE_MAX).await?;
+    let uid = nix::unistd::geteuid().as_raw();
     let gateway = Gateway {
         connections: Arc::default(),
         in_flight: Arc::default(),
@@ -148,8 +170,8 @@ async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result
         waiters: waiters::Waiters::default(),
         stats: stats::Stats::default(),
         bus,
-        live: ArcSwap::from_pointee(Live { receive: Arc::new(config.budget()), config }),
-        uid: nix::unistd::geteuid().as_raw(),
+        live: ArcSwap::from_pointee(Live::new(config.clone(), Arc::new(config.budget()), uid)),
+        uid,
     };
     Ok(Bound { gateway: Arc::new(gateway), listener, results })
 }
@@ -232,9 +254,26 @@ impl Config {
 
     /// Root speaks for any tenant, others for those that are theirs.
     fn may_speak_for(&self, uid: u32, tenant: &str) -> bool {
-        let of_all = || tenant == forward::DEFAULT_TENANT;
+        let of_all = || tenant == DEFAULT_TENANT;
         let theirs = |tenants: &Vec<String>| tenants.iter().any(|theirs| theirs == "*" || theirs == tenant);
         uid == 0 || if self.tenants.is_empty() { of_all() } else { self.tenants.get(&uid).is_some_and(theirs) }
+    }
+
+    /// Whose tasks a user means who names no tenant: those of `default` if it speaks for any tenant, else those of its
+    /// own, in the order of the settings.
+    fn tenants_of(&self, uid: u32) -> Vec<String> {
+        if uid == 0 || self.tenants.is_empty() {
+            return vec![DEFAULT_TENANT.into()];
+        }
+        let theirs = self.tenants.get(&uid).into_iter().flatten();
+        theirs.map(|tenant| if tenant == "*" { DEFAULT_TENANT.into() } else { tenant.clone() }).collect()
+    }
+
+    /// Requests in flight that one user may have, where we run as `own`.
+    fn share(&self, own: u32) -> usize {
+        let others: BTreeSet<u32> = self.allowed_uids.iter().copied().filter(|uid| ![0, own].contains(uid)).collect();
+        let equal = (self.max_in_flight / (1 + others.len())).max(1);
+        self.max_in_flight_per_user.unwrap_or(equal).min(self.max_in_flight)
     }
 }
 
@@ -247,6 +286,12 @@ impl Gateway {
     /// Whether this user may use the gateway.
     fn admits(&self, uid: u32) -> bool {
         uid == 0 || uid == self.uid || self.config().allowed_uids.contains(&uid)
+    }
+
+    /// A place for one more request of this user.
+    fn take_place(&self, uid: u32) -> Result<Place, Full> {
+        let config = self.config();
+        self.in_flight.take(uid, config.max_in_flight, config.share)
     }
 
     fn peer(&self, stream: &UnixStream) -> Option<Peer> {
@@ -269,4 +314,79 @@ fn refuse(stream: &UnixStream, code: ErrorCode, text: &str) {
     let mut bytes = bytes::BytesMut::new();
     Frame::new(Version::V1, FrameType::ResponseError, error.encode()).encode(&mut bytes);
     let _ = stream.try_write(&bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_user_who_may_connect_has_an_equal_share() {
+        let share = |max_in_flight, allowed_uids: &[u32], set| {
+            let allowed_uids = allowed_uids.to_vec();
+            Config { max_in_flight, allowed_uids, max_in_flight_per_user: set, ..Config::default() }.share(999)
+        };
+        assert_eq!(share(1000, &[], None), 1000, "alone");
+        assert_eq!(share(1000, &[0, 999], None), 1000, "root and ourselves are let in anyway");
+        assert_eq!(share(1000, &[1000], None), 500);
+        assert_eq!(share(1000, &[1000, 1001, 1000], None), 333);
+        assert_eq!(share(2, &[1000, 1001, 1002], None), 1);
+        assert_eq!((share(1000, &[1000], Some(700)), share(10, &[], Some(700))), (700, 10));
+    }
+    /// A session of a made-up user, since tests run as one user.
+    fn connect(gateway: &Arc<Gateway>, uid: u32) -> UnixStream {
+        let (client, stream) = UnixStream::pair().unwrap();
+        tokio::spawn(session::run(gateway.clone(), stream, Peer { uid }, CancellationToken::new()));
+        client
+    }
+
+    async fn submit(client: &mut UnixStream, request_id: u64) {
+        let mut bytes = bytes::BytesMut::new();
+        let version = Version::V2 { request_id, deadline_ms: 60_000 };
+        let submit = r#"{"command":"task_submit","task_type":"t"}"#;
+        Frame::new(version, FrameType::TaskSubmit, submit).encode(&mut bytes);
+        tokio::io::AsyncWriteExt::write_all(client, &bytes).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn others_are_served_while_one_user_holds_all_of_its_share() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = bus::local::Local::open(dir.path()).await.unwrap();
+        let allowed_uids = vec![70_001, 70_002];
+        let config = Config { socket: dir.path().join("s"), max_in_flight: 6, allowed_uids, ..Config::default() };
+        let request_timeout = Duration::from_secs(60);
+        let gateway = bind(Config { request_timeout, ..config }, bus.clone()).await.unwrap().gateway;
+        // A router that never answers.
+        let mut router = bus.subscribe(wire::subjects::DECIDE, None, 64).await.unwrap();
+
+        // Over two connections: the share is the user's.
+        let mut greedy = [connect(&gateway, 70_001), connect(&gateway, 70_001)];
+        submit(&mut greedy[0], 1).await;
+        submit(&mut greedy[1], 1).await;
+        for _ in 0..2 {
+            router.next().await.unwrap();
+        }
+        submit(&mut greedy[1], 2).await;
+        let mut input = bytes::BytesMut::new();
+        let refused = loop {
+            if let Some(frame) = wire::ipc::Decoder.decode(&mut input).unwrap() {
+                break serde_json::from_slice::<serde_json::Value>(&frame.payload).unwrap();
+            }
+            assert_ne!(tokio::io::AsyncReadExt::read_buf(&mut greedy[1], &mut input).await.unwrap(), 0);
+        };
+        assert_eq!(refused["error"]["code"], ErrorCode::Overloaded as u64);
+        let text = refused["error"]["message"].as_str().unwrap();
+        assert!(text.contains("70001") && text.contains("gateway.max_in_flight_per_user"), "{text}");
+        assert!(refused["error"]["retry_after_ms"].as_u64().is_some_and(|ms| ms > 0));
+
+        // All others have theirs, also when each takes all of it.
+        for uid in [70_002, gateway.uid] {
+            let mut other = connect(&gateway, uid);
+            for id in 0..2 {
+                submit(&mut other, id).await;
+                router.next().await.unwrap();
+            }
+            drop(other);
+        }
+    }
 }

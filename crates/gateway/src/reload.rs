@@ -33,7 +33,7 @@ impl Control {
         {
             tracing::error!(%error, shared, "cannot change who may reach the gateway's socket");
         }
-        gateway.live.store(Arc::new(Live { config, receive }));
+        gateway.live.store(Arc::new(Live::new(config, receive, gateway.uid)));
     }
 }
 

@@ -3,15 +3,16 @@
 mod io;
 mod line;
 
-use crate::count::Place;
+use crate::deadline::Deadline;
 use crate::forward::{self, Reply, Request};
+use crate::in_flight::{Full, Place};
 use crate::{Gateway, Peer};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use io::{at, gone, receive};
 use line::Line;
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::io::ErrorKind;
 use std::sync::Arc;
 use tokio::net::UnixStream;
@@ -27,7 +28,8 @@ pub const RETRY_AFTER_MS: u64 = 100;
 
 /// An unfinished frame up to this size is free of the receive budget.
 const FREE_RECEIVE: usize = 16 * 1024;
-/// Answers beyond this wait in their requests until the client has read some.
+/// Bytes of answers that may wait for a client for as long as it reads at all. With more, no request of it is read, and
+/// it is cut off unless it reads as much within each [`crate::Config::write_timeout`].
 const OUTPUT_HIGH: usize = 256 * 1024;
 /// Answers of v1 requests that may stand in line, PONGs included; beyond it the socket is not read.
 const LINE_MAX: usize = 1024;
@@ -67,6 +69,9 @@ struct Session {
     input: BytesMut,
     output: BytesMut,
     requests: FuturesUnordered<BoxFuture<'static, (Slot, Reply)>>,
+    /// Last frames of requests that have ended, while `output` has no room for them.
+    ended: VecDeque<(Slot, Reply)>,
+    ended_bytes: usize,
     pieces: (mpsc::Sender<(Slot, Reply)>, mpsc::Receiver<(Slot, Reply)>),
     v1_line: Line,
     v1_open: usize,
@@ -76,6 +81,8 @@ struct Session {
     /// When the frame that has begun must be complete.
     frame_due: Option<Instant>,
     write_due: Option<Instant>,
+    /// Bytes that the client has taken since `write_due` was set.
+    taken: usize,
     /// Its share of the receive budget, while a large frame is incomplete.
     budget: Option<OwnedSemaphorePermit>,
     budget_wait: Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>,
@@ -107,7 +114,7 @@ impl Pieces {
 }
 
 enum V1Stream {
-    Waiting(Request, Place),
+    Waiting(Request, Deadline, Place),
     Running(u64),
 }
 
@@ -122,6 +129,8 @@ impl Session {
             input: BytesMut::new(),
             output: BytesMut::new(),
             requests: FuturesUnordered::new(),
+            ended: VecDeque::new(),
+            ended_bytes: 0,
             pieces: mpsc::channel(PIECES),
             v1_line: Line::default(),
             v1_open: 0,
@@ -129,6 +138,7 @@ impl Session {
             v2_open: HashSet::new(),
             frame_due: None,
             write_due: None,
+            taken: 0,
             budget: None,
             budget_wait: None,
             half_closed: false,
@@ -144,6 +154,14 @@ impl Session {
             if let Err(exit) = self.flush() {
                 return exit;
             }
+            if self.has_room()
+                && let Some((slot, reply)) = self.ended.pop_front()
+            {
+                self.ended_bytes -= reply.1.len();
+                self.finished(slot, reply);
+                continue;
+            }
+            // Whatever has ended is in `output` by now, unless that is full.
             if let Some(exit) = self.closing
                 && self.output.is_empty()
                 && self.requests.is_empty()
@@ -176,14 +194,18 @@ impl Session {
                     Err(_) => return Exit::Drained,
                 }
             }
-            let room = self.output.len() < OUTPUT_HIGH;
+            let (room, stream_due) = (self.has_room(), self.stream_due());
             let reads = takes && !self.half_closed && self.budget_wait.is_none();
             tokio::select! {
                 ready = self.writer.writable(), if !self.output.is_empty() => {
                     if ready.is_err() { return Exit::Broken; }
                 }
                 Some((slot, reply)) = self.pieces.1.recv(), if room => self.piece(slot, reply),
-                Some((slot, reply)) = self.requests.next(), if room && !self.requests.is_empty() => self.finished(slot, reply),
+                // Also while the client does not read: deadlines fire, and places are given back.
+                Some((slot, reply)) = self.requests.next(), if !self.requests.is_empty() => {
+                    self.ended_bytes += reply.1.len();
+                    self.ended.push_back((slot, reply));
+                }
                 received = receive(&mut self.reader, &mut self.input), if reads => match received {
                     Ok(0) => self.half_close(),
                     Ok(_) => self.decode(give_up.is_some()),
@@ -197,6 +219,7 @@ impl Session {
                 }
                 () = at(self.frame_due) => self.late(),
                 () = at(self.write_due) => return Exit::WriteTimeout,
+                () = at(stream_due) => self.stream_late(),
                 () = cancel.cancelled(), if give_up.is_none() => {
                     give_up = Some(Instant::now() + self.gateway.config().drain_timeout);
                     self.frame_due = None;
@@ -216,13 +239,18 @@ impl Session {
     /// Writes what the socket takes now.
     fn flush(&mut self) -> Result<(), Exit> {
         while !self.output.is_empty() {
+            let timeout = self.gateway.config().write_timeout;
             match self.writer.try_write(&self.output) {
                 Ok(written) => {
                     bytes::Buf::advance(&mut self.output, written);
-                    self.write_due = Some(Instant::now() + self.gateway.config().write_timeout);
+                    self.taken += written;
+                    let little_waits = self.output.len() + self.ended_bytes <= OUTPUT_HIGH;
+                    if little_waits || self.taken >= OUTPUT_HIGH {
+                        self.taken = 0;
+                        self.write_due = Some(Instant::now() + timeout);
+                    }
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                    let timeout = self.gateway.config().write_timeout;
                     self.write_due.get_or_insert_with(|| Instant::now() + timeout);
                     return Ok(());
                 }
@@ -230,10 +258,15 @@ impl Session {
             }
         }
         self.write_due = None;
+        self.taken = 0;
         if self.output.capacity() > OUTPUT_HIGH {
             self.output = BytesMut::new();
         }
         Ok(())
+    }
+
+    fn has_room(&self) -> bool {
+        self.output.len() < OUTPUT_HIGH
     }
 
     /// Reads what is there, `Ok(0)` if that is nothing.
@@ -257,10 +290,7 @@ impl Session {
 
     /// Whether frames are taken: not while their answers have no room, nor while a v1 stream goes on.
     fn takes(&self) -> bool {
-        self.closing.is_none()
-            && self.v1_stream.is_none()
-            && self.output.len() < OUTPUT_HIGH
-            && self.v1_line.len() < LINE_MAX
+        self.closing.is_none() && self.v1_stream.is_none() && self.has_room() && self.v1_line.len() < LINE_MAX
     }
 
     fn decode(&mut self, draining: bool) {
@@ -285,6 +315,8 @@ impl Session {
             return;
         }
         if !self.takes() {
+            // Remembered here: a flush may make room before anybody looks again.
+            self.left = true;
             return;
         }
         if self.frame_due.is_none() && !draining {
@@ -370,42 +402,67 @@ impl Session {
         if full {
             return self.overloaded(version, "Too many requests in flight on this connection");
         }
-        let Some(place) = self.gateway.in_flight.take(config.max_in_flight) else {
-            return self.overloaded(version, "Too many requests in flight");
+        let place = match self.gateway.take_place(self.peer.uid) {
+            Ok(place) => place,
+            Err(Full::All) => return self.overloaded(version, "Too many requests in flight"),
+            Err(Full::User) => {
+                let text = format!(
+                    "User {} has its share of the requests in flight; gateway.max_in_flight_per_user sets it",
+                    self.peer.uid
+                );
+                return self.overloaded(version, &text);
+            }
         };
         self.gateway.stats.taken();
         match version {
             Version::V1 => {
                 self.v1_open += 1;
+                let deadline = Deadline::of(&request, 0, &config);
                 if request.is_stream() && !self.v1_line.is_empty() {
-                    self.v1_stream = Some(V1Stream::Waiting(request, place));
+                    self.v1_stream = Some(V1Stream::Waiting(request, deadline, place));
                 } else {
-                    self.start_v1(request, place);
+                    self.start_v1(request, deadline, place);
                 }
             }
             Version::V2 { request_id, deadline_ms } => {
                 self.v2_open.insert(request_id);
-                self.spawn(Slot::V2(request_id), request, deadline_ms, place);
+                let deadline = Deadline::of(&request, deadline_ms, &config);
+                self.spawn(Slot::V2(request_id), request, deadline, place);
             }
         }
     }
 
-    fn start_v1(&mut self, request: Request, place: Place) {
+    fn start_v1(&mut self, request: Request, deadline: Deadline, place: Place) {
         let place_in_line = self.v1_line.join();
         if request.is_stream() {
             self.v1_stream = Some(V1Stream::Running(place_in_line));
         }
-        self.spawn(Slot::V1(place_in_line), request, 0, place);
+        self.spawn(Slot::V1(place_in_line), request, deadline, place);
     }
 
-    fn spawn(&mut self, slot: Slot, request: Request, deadline_ms: u32, place: Place) {
+    fn spawn(&mut self, slot: Slot, request: Request, deadline: Deadline, place: Place) {
         let (gateway, peer) = (self.gateway.clone(), self.peer);
         let pieces = Pieces { slot, out: self.pieces.0.clone() };
         self.requests.push(Box::pin(async move {
-            let reply = forward::run(gateway, peer, request, deadline_ms, pieces).await;
+            let reply = forward::run(gateway, peer, request, deadline, pieces).await;
             drop(place);
             (slot, reply)
         }));
+    }
+
+    /// When the stream that waits for its turn has no time left.
+    fn stream_due(&self) -> Option<Instant> {
+        match &self.v1_stream {
+            Some(V1Stream::Waiting(_, deadline, _)) => Some(deadline.at.into()),
+            _ => None,
+        }
+    }
+
+    /// It begins only to say that it is late: its answer stands in line, others may have its place in flight.
+    fn stream_late(&mut self) {
+        if let Some(V1Stream::Waiting(request, deadline, place)) = self.v1_stream.take() {
+            self.start_v1(request, deadline, place);
+        }
     }
 
     fn piece(&mut self, slot: Slot, reply: Reply) {
@@ -436,10 +493,10 @@ impl Session {
             }
         }
         if self.v1_line.is_empty()
-            && let Some(V1Stream::Waiting(request, permit)) =
+            && let Some(V1Stream::Waiting(request, deadline, place)) =
                 self.v1_stream.take_if(|s| matches!(s, V1Stream::Waiting(..)))
         {
-            self.start_v1(request, permit);
+            self.start_v1(request, deadline, place);
         }
     }
 
@@ -480,6 +537,10 @@ impl Session {
 
     /// The drain has lasted too long: everything in flight is answered with code 6.
     fn abandon(&mut self) {
+        self.ended_bytes = 0;
+        for (slot, reply) in std::mem::take(&mut self.ended) {
+            self.finished(slot, reply);
+        }
         let open = self.v1_open + self.v2_open.len();
         if open == 0 {
             self.closing = Some(Exit::Drained);
@@ -527,7 +588,9 @@ impl Session {
                 max_in_flight: config.max_in_flight,
                 max_in_flight_v1: config.max_in_flight_v1,
                 max_in_flight_v2: config.max_in_flight_v2,
+                max_in_flight_per_user: config.share,
                 request_timeout_ms: u64::try_from(config.request_timeout.as_millis()).unwrap_or(u64::MAX),
+                max_deadline_ms: u64::try_from(config.max_deadline.as_millis()).unwrap_or(u64::MAX),
             },
         }
     }

@@ -43,7 +43,8 @@ pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: Cancel
             {
                 Ok(Chosen { decision, .. }) => {
                     router.stats.decided(&decision, started.elapsed());
-                    router.reply(&message, &DecideResponse { ok: true, decision, context }).await;
+                    let answer = DecideResponse { ok: true, decision, context, assignment_id: None };
+                    router.reply(&message, &answer).await;
                 }
                 Err(error) => router.refuse(&message, context, error).await,
             },
@@ -59,12 +60,15 @@ pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: Cancel
                 pushes.spawn(async move {
                     router.stats.in_flight.fetch_add(1, Relaxed);
                     match crate::tasks::push(&router, &request).await {
-                        Ok(decision) => {
+                        Ok((task, decision)) => {
                             router.stats.decided(&decision, started.elapsed());
                             let (provider_id, trace_id) = (&decision.provider_id, context.trace_id.as_deref());
                             let (request_id, tenant_id) = (&request.request_id, &request.tenant_id);
                             tracing::info!(trace_id, tenant_id, request_id, provider_id, "assigned");
-                            router.reply(&message, &DecideResponse { ok: true, decision, context }).await;
+                            let assignment_id = task.assignment_id;
+                            router
+                                .reply(&message, &DecideResponse { ok: true, decision, context, assignment_id })
+                                .await;
                         }
                         Err(error) => router.refuse(&message, context, error).await,
                     }
@@ -252,24 +256,31 @@ fn unsupported(version: &str) -> ErrorBody {
 /// Headers beat the payload. A trace id that only `traceparent` carries is taken from there. A wrong header is counted
 /// and as good as none.
 fn apply_headers(request: &mut DecideRequest, headers: &Headers) {
-    let read = |name: &'static str, fits: &dyn Fn(&str) -> bool| {
-        let value = headers.get(name)?;
-        if !fits(value) {
-            metrics::counter!("beamline_router_contract_violations_total", "header" => name).increment(1);
-            return None;
-        }
-        Some(value)
-    };
-    let _counted = read("version", &|version| version == VERSION);
-    if let Some(tenant) = read("tenant_id", &id::is_tenant) {
+    let _counted = header(headers, "version", |version| version == VERSION);
+    if let Some(tenant) = tenant_header(headers) {
         request.tenant_id = tenant.into();
     }
-    let parent = read("traceparent", &|parent| trace_of_parent(parent).is_some()).and_then(trace_of_parent);
-    if let Some(trace) = read("trace_id", &id::is_valid) {
+    let parent = header(headers, "traceparent", |parent| trace_of_parent(parent).is_some()).and_then(trace_of_parent);
+    if let Some(trace) = header(headers, "trace_id", id::is_valid) {
         request.trace_id = Some(trace.into());
     } else if request.trace_id.is_none() {
         request.trace_id = parent.map(String::from);
     }
+}
+
+/// A header that fits; one that does not is counted.
+fn header<'a>(headers: &'a Headers, name: &'static str, fits: impl Fn(&str) -> bool) -> Option<&'a str> {
+    let value = headers.get(name)?;
+    if !fits(value) {
+        metrics::counter!("beamline_router_contract_violations_total", "header" => name).increment(1);
+        return None;
+    }
+    Some(value)
+}
+
+/// The tenant that the header names.
+pub fn tenant_header(headers: &Headers) -> Option<&str> {
+    header(headers, "tenant_id", id::is_tenant)
 }
 
 /// W3C: `version-trace-span-flags`, in hex.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wire::router::{ExecResult, ResultStatus, State, Usage, VERSION};
+use wire::router::{DEFAULT_TENANT, ExecResult, ResultStatus, State, Usage, VERSION};
 use wire::subjects;
 
 /// Results handled at once.
@@ -76,17 +76,16 @@ fn check(result: &ExecResult) -> Result<(), String> {
 
 /// Safe to repeat: the usage has the assignment's id, the task's record is final once.
 async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
-    let known = crate::tasks::load(&router.bus, &result.request_id).await?.map(|(task, _)| task);
-    let task = known.filter(|task| task.assignment_id.as_deref() == Some(&result.assignment_id));
+    let task = bus::tasks::of_result(&router.bus, result).await?.map(|record| record.task);
     // The record is written last: an assignment that has its result is done, however long ago that was.
     if task.as_ref().is_some_and(|task| task.result.is_some()) {
         return Ok(());
     }
     // Who pays was settled when the task was taken; a result need not name anybody.
-    let tenant_id = task.as_ref().map(|task| task.tenant_id.clone()).or_else(|| result.tenant_id.clone());
+    let tenant_id = task.as_ref().map(|task| task.tenant().to_string()).or_else(|| result.tenant_id.clone());
     let usage = Usage {
         version: VERSION.into(),
-        tenant_id: tenant_id.clone().unwrap_or_else(|| "default".into()),
+        tenant_id: tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
         provider_id: result.provider_id.clone(),
         event_type: result.job.job_type.clone(),
         latency_ms: result.latency_ms,
@@ -113,13 +112,15 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
         ResultStatus::Cancelled => State::Cancelled,
         ResultStatus::Error | ResultStatus::Timeout => State::Failed,
     };
-    crate::tasks::update(&router.bus, &result.request_id, |task| {
-        if task.result.is_none() && task.assignment_id.as_deref() == Some(&result.assignment_id) {
-            task.state = if task.state == State::Cancelled { State::Cancelled } else { state };
-            task.result = Some(result.clone());
-        }
-    })
-    .await?;
+    if let Some(task) = &task {
+        bus::tasks::update(&router.bus, task.tenant(), &task.task_id, |task| {
+            if task.result.is_none() && task.assignment_id.as_deref() == Some(&result.assignment_id) {
+                task.state = if task.state == State::Cancelled { State::Cancelled } else { state };
+                task.result = Some(result.clone());
+            }
+        })
+        .await?;
+    }
     let (trace_id, request_id) = (&result.trace_id, &result.request_id);
     tracing::info!(
         trace_id,

@@ -2,26 +2,28 @@
 
 use crate::Router;
 use crate::breakers::Place;
-use crate::decide::{Chosen, failure};
+use crate::decide::{Chosen, failure, tenant_header};
+use bus::tasks::Record;
 use bus::{Bus, Message, Subscription};
 use serde_json::json;
 use sha1::{Digest, Sha1};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use wire::router::{
-    Context, Correlation, DecideRequest, Decision, ErrorBody, ErrorResponse, ExecAssignment, ExecOptions, Executor,
-    State, TaskAnswer, TaskQuery, TaskState, VERSION,
+    CancelRun, Context, Correlation, DEFAULT_TENANT, DecideRequest, Decision, ErrorBody, ErrorResponse, ExecAssignment,
+    ExecOptions, Executor, State, TaskAnswer, TaskQuery, TaskState, VERSION,
 };
 use wire::subjects;
 
 const QUEUE_MAX: usize = 1024;
 
-/// Stores the task and appends its assignment; the decision that counts (the first one, for a repeated request).
+/// Stores the task and appends its assignment; the task as it counts (the first one, for a repeated request), and its
+/// decision.
 ///
 /// The task's record is made first, with the assignment's id: whoever repeats the request after a crash appends the same
 /// assignment, which the stream takes once.
 /// A task that is known has its answer, whatever policies and breakers say by now.
-pub async fn push(router: &Router, request: &DecideRequest) -> Result<Decision, ErrorBody> {
+pub async fn push(router: &Router, request: &DecideRequest) -> Result<(TaskState, Decision), ErrorBody> {
     let (task, place) = match known(router, request).await? {
         Some(task) => (task, None),
         None => begin(router, request).await?,
@@ -40,19 +42,24 @@ pub async fn push(router: &Router, request: &DecideRequest) -> Result<Decision, 
             place.keep(assignment.options.deadline_ms, router.uptime_ms());
         }
     }
-    Ok(decision)
+    Ok((task, decision))
 }
 
 fn unavailable(error: bus::Error) -> ErrorBody {
     failure("unavailable", format!("the assignment was not stored: {error}"))
 }
 
-/// The task of this request, if it was pushed before; a conflict if another request was.
+/// The task of this request, if it was pushed before; a conflict if another request of its tenant was.
 async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskState>, ErrorBody> {
-    let Some((task, _)) = load(&router.bus, &request.request_id).await.map_err(unavailable)? else { return Ok(None) };
-    if task.tenant_id != request.tenant_id || task.digest != digest(request) {
+    let found = bus::tasks::load(&router.bus, &request.tenant_id, &request.request_id).await.map_err(unavailable)?;
+    let Some(Record { task, .. }) = found else { return Ok(None) };
+    if task.digest != digest(request) {
         let text = "a task of this request_id with another body exists; choose another request_id";
         return Err(failure("idempotency_conflict", text));
+    }
+    if !task.state.is_final() {
+        // Whoever began it may have ended before this.
+        bus::tasks::note_assignment(&router.bus, &task).await.map_err(unavailable)?;
     }
     Ok(Some(task))
 }
@@ -71,9 +78,12 @@ async fn begin<'a>(router: &'a Router, request: &DecideRequest) -> Result<(TaskS
         digest: digest(request),
         choice: Some(choice),
     };
-    let record = serde_json::to_vec(&fresh).expect("a task is JSON").into();
-    match router.bus.kv_put(subjects::BUCKET_TASKS, &request.request_id, record, Some(0)).await {
-        Ok(_) => Ok((fresh, Some(place))),
+    // Both before the assignment leaves, since its result may come at once.
+    let bus = &router.bus;
+    let (created, noted) = tokio::join!(bus::tasks::create(bus, &fresh), bus::tasks::note_assignment(bus, &fresh));
+    noted.map_err(unavailable)?;
+    match created {
+        Ok(()) => Ok((fresh, Some(place))),
         Err(bus::Error::WrongRevision(_)) => {
             let task = known(router, request).await?;
             let task = task.ok_or_else(|| failure("unavailable", "the task expired just now; try again"))?;
@@ -111,27 +121,6 @@ fn digest(request: &DecideRequest) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-pub async fn load(bus: &Bus, request_id: &str) -> bus::Result<Option<(TaskState, u64)>> {
-    let Some((bytes, revision)) = bus.kv_get(subjects::BUCKET_TASKS, request_id).await? else { return Ok(None) };
-    let task = serde_json::from_slice(&bytes).map_err(|e| bus::Error::Storage(format!("task {request_id}: {e}")))?;
-    Ok(Some((task, revision)))
-}
-
-/// Changes a task's record; tries again where another writer came between. `None`: there is no such task.
-pub async fn update(bus: &Bus, request_id: &str, change: impl Fn(&mut TaskState)) -> bus::Result<Option<TaskState>> {
-    for _ in 0..16 {
-        let Some((mut task, revision)) = load(bus, request_id).await? else { return Ok(None) };
-        change(&mut task);
-        let record = serde_json::to_vec(&task).expect("a task is JSON").into();
-        match bus.kv_put(subjects::BUCKET_TASKS, request_id, record, Some(revision)).await {
-            Ok(_) => return Ok(Some(task)),
-            Err(bus::Error::WrongRevision(_)) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Err(bus::Error::WrongRevision(request_id.into()))
-}
-
 /// The subjects that ask about tasks and the router itself.
 pub struct Queries {
     get: Subscription,
@@ -154,15 +143,14 @@ impl Queries {
 
 pub async fn run(router: Arc<Router>, mut queries: Queries, stop: CancellationToken) {
     loop {
-        let bus = router.bus.clone();
         tokio::select! {
             () = stop.cancelled() => return,
             Some(message) = queries.get.next() => {
-                let found = ask(&message, |id| async move { Ok(load(&bus, &id).await?.map(|(task, _)| task)) }).await;
+                let found = ask(&message, |asked| get(&router.bus, asked)).await;
                 answer_with(&router, &message, found).await;
             }
             Some(message) = queries.cancel.next() => {
-                let cancelled = ask(&message, |id| cancel(&router, id)).await;
+                let cancelled = ask(&message, |asked| cancel(&router.bus, asked)).await;
                 answer_with(&router, &message, cancelled).await;
             }
             Some(message) = queries.backpressure.next() => answer(&router, &message, &crate::backpressure::measure(&router).await).await,
@@ -175,9 +163,30 @@ pub async fn run(router: Arc<Router>, mut queries: Queries, stop: CancellationTo
     }
 }
 
+/// The task that a query is about.
+struct Asked {
+    tenant_id: String,
+    request_id: String,
+}
+
+impl Asked {
+    /// The header's tenant beats the payload's, as for a decide request.
+    fn read(message: &Message) -> Result<Self, String> {
+        let query: TaskQuery =
+            serde_json::from_slice(&message.payload).map_err(|e| format!("the query does not fit: {e}"))?;
+        let tenant_id = match tenant_header(&message.headers) {
+            Some(tenant) => tenant.into(),
+            None => query.tenant_id.unwrap_or_else(|| DEFAULT_TENANT.into()),
+        };
+        wire::id::check_tenant(&tenant_id).map_err(|e| format!("tenant_id {e}"))?;
+        wire::id::check(&query.request_id).map_err(|e| format!("request_id {e}"))?;
+        Ok(Self { tenant_id, request_id: query.request_id })
+    }
+}
+
 async fn ask<F, R>(message: &Message, find: F) -> Result<TaskAnswer, ErrorResponse>
 where
-    F: FnOnce(String) -> R,
+    F: FnOnce(Asked) -> R,
     R: Future<Output = bus::Result<Option<TaskState>>>,
 {
     let refuse = |error: ErrorBody, request_id: Option<String>| ErrorResponse {
@@ -185,18 +194,16 @@ where
         error,
         context: Context { request_id, trace_id: None },
     };
-    let query: TaskQuery = serde_json::from_slice(&message.payload)
-        .map_err(|e| refuse(failure("invalid_request", format!("the query does not fit: {e}")), None))?;
-    let id = query.request_id;
-    wire::id::check(&id).map_err(|e| refuse(failure("invalid_request", format!("request_id {e}")), None))?;
-    match find(id.clone()).await {
+    let asked = Asked::read(message).map_err(|text| refuse(failure("invalid_request", text), None))?;
+    let id = asked.request_id.clone();
+    match find(asked).await {
         Ok(Some(mut task)) => {
             // Kept for the router itself.
             task.digest.clear();
             task.choice = None;
             Ok(TaskAnswer { ok: true, task })
         }
-        Ok(None) => Err(refuse(failure("not_found", format!("no task {id:?} was pushed in the last day")), Some(id))),
+        Ok(None) => Err(refuse(ErrorBody::unknown_task(&id), Some(id))),
         Err(error) => Err(refuse(failure("unavailable", error.to_string()), Some(id))),
     }
 }
@@ -215,16 +222,24 @@ async fn answer(router: &Router, message: &Message, what: &impl serde::Serialize
     }
 }
 
-async fn cancel(router: &Router, request_id: String) -> bus::Result<Option<TaskState>> {
-    let cancelled = update(&router.bus, &request_id, |task| {
+async fn get(bus: &Bus, asked: Asked) -> bus::Result<Option<TaskState>> {
+    let record = bus::tasks::load(bus, &asked.tenant_id, &asked.request_id).await?;
+    Ok(record.map(|record| record.task))
+}
+
+async fn cancel(bus: &Bus, asked: Asked) -> bus::Result<Option<TaskState>> {
+    let Asked { tenant_id, request_id } = asked;
+    let cancelled = bus::tasks::update(bus, &tenant_id, &request_id, |task| {
         if !task.state.is_final() {
             task.state = State::Cancelled;
         }
     })
     .await?;
-    if cancelled.as_ref().is_some_and(|task| task.state == State::Cancelled) {
-        let payload = serde_json::to_vec(&TaskQuery { request_id }).expect("a query is JSON").into();
-        router.bus.publish(Message { subject: subjects::CONTROL_CANCEL.into(), payload, ..Message::default() }).await?;
+    if let Some(task) = cancelled.as_ref().filter(|task| task.state == State::Cancelled) {
+        let assignment_id = task.assignment_id.clone();
+        let run = CancelRun { request_id, tenant_id: Some(tenant_id), assignment_id };
+        let payload = serde_json::to_vec(&run).expect("a cancel is JSON").into();
+        bus.publish(Message { subject: subjects::CONTROL_CANCEL.into(), payload, ..Message::default() }).await?;
     }
     Ok(cancelled)
 }

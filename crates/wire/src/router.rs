@@ -7,6 +7,8 @@ use serde_json::{Map, Value};
 mod golden;
 
 pub const VERSION: &str = "1";
+/// The tenant of whoever names none.
+pub const DEFAULT_TENANT: &str = "default";
 
 /// Asks the router which provider handles a task.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -88,6 +90,9 @@ pub struct DecideResponse {
     pub ok: bool,
     pub decision: Decision,
     pub context: Context,
+    /// Of a task that was handed over: tells its output and result from those of other tasks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assignment_id: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
@@ -161,11 +166,12 @@ pub struct ErrorBody {
     pub retry_after_seconds: Option<u64>,
 }
 
-/// The part of a reply that must be decoded to forward it: whether it is an error.
+/// The part of a reply that must be decoded to forward it: whether it is an error, and the assignment of a pushed task.
 #[derive(Debug, Deserialize)]
 pub struct AnswerHead {
     pub ok: bool,
     pub error: Option<Box<ErrorBody>>,
+    pub assignment_id: Option<String>,
 }
 
 /// The part of a request that must be decoded to answer it without the router.
@@ -221,6 +227,17 @@ pub const ERROR_CODES: &[(&str, u16)] = &[
 ];
 
 impl ErrorBody {
+    /// The answer for a task that does not exist, and for another tenant's, which must look the same.
+    pub fn unknown_task(request_id: &str) -> Self {
+        Self {
+            code: "not_found".into(),
+            message: format!("no task {request_id:?} was pushed in the last day"),
+            details: None,
+            intake_error_code: None,
+            retry_after_seconds: None,
+        }
+    }
+
     /// The HTTP status of the code: 500 if the code is unknown, and 413 if the request was too large.
     pub fn status(&self) -> u16 {
         if self.intake_error_code.as_deref() == Some("PAYLOAD_TOO_LARGE") {
@@ -271,6 +288,9 @@ pub struct Correlation {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OutputChunk {
     pub request_id: String,
+    /// A v1 worker need not name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant_id: Option<String>,
     pub assignment_id: String,
     #[serde(default)]
     pub attempt: u32,
@@ -441,13 +461,57 @@ pub struct Usage {
     pub request_id: String,
 }
 
-/// The request of `get_decision` and `cancel`.
+/// What `get_decision` and `cancel` ask about. The header `tenant_id` beats the field; without either it is a task of
+/// [`DEFAULT_TENANT`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskQuery {
     pub request_id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant_id: Option<String>,
 }
 
-/// The state of a pushed task, stored in bucket [`crate::subjects::BUCKET_TASKS`] by request id.
+/// Stop what runs of a task: router → every worker. Older routers name the request alone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CancelRun {
+    pub request_id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assignment_id: Option<String>,
+}
+
+impl CancelRun {
+    /// Whether it means this run. Without a tenant it means the default one's, never another's of the same request id.
+    pub fn is_for(&self, tenant_id: &str, request_id: &str, assignment_id: &str) -> bool {
+        self.request_id == request_id
+            && self.tenant_id.as_deref().unwrap_or(DEFAULT_TENANT) == tenant_id
+            && self.assignment_id.as_deref().is_none_or(|named| named == assignment_id)
+    }
+}
+
+/// A task as whoever waits for it knows it. Output and results travel under the request id, which tasks of several
+/// tenants may share; this tells them apart.
+#[derive(Debug, Clone)]
+pub struct Awaited {
+    pub tenant_id: String,
+    /// Known once the router has answered.
+    pub assignment_id: Option<String>,
+}
+
+impl Awaited {
+    /// Whether output or a result belongs to this task. `None`: it cannot be told yet, because the assignment is not
+    /// known and a v1 worker need not name the tenant.
+    pub fn owns(&self, assignment_id: &str, tenant_id: Option<&str>) -> Option<bool> {
+        match (&self.assignment_id, tenant_id) {
+            (Some(ours), _) => Some(ours == assignment_id),
+            (None, Some(tenant)) => Some(tenant == self.tenant_id),
+            (None, None) => None,
+        }
+    }
+}
+
+/// Where a pushed task stands; kept in bucket [`crate::subjects::BUCKET_TASKS`] under
+/// [`task_key`](crate::subjects::task_key).
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskState {
     pub task_id: String,
@@ -466,6 +530,13 @@ pub struct TaskState {
     /// For the routers only; never part of a reply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub choice: Option<Choice>,
+}
+
+impl TaskState {
+    /// Whose task it is.
+    pub fn tenant(&self) -> &str {
+        if self.tenant_id.is_empty() { DEFAULT_TENANT } else { &self.tenant_id }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
@@ -509,6 +580,39 @@ pub struct DeadLetter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_assignment_tells_more_than_a_tenant_and_a_tenant_more_than_nothing() {
+        for (known, told, tenant, expected) in [
+            (Some("a-1"), "a-1", None, Some(true)),
+            (Some("a-1"), "a-1", Some("another"), Some(true)),
+            (Some("a-1"), "a-2", Some("acme"), Some(false)),
+            (None, "a-1", Some("acme"), Some(true)),
+            (None, "a-1", Some("beta"), Some(false)),
+            (None, "a-1", None, None),
+        ] {
+            let awaited = Awaited { tenant_id: "acme".into(), assignment_id: known.map(String::from) };
+            assert_eq!(awaited.owns(told, tenant), expected, "{known:?} {told} {tenant:?}");
+        }
+    }
+
+    #[test]
+    fn a_cancel_stops_the_run_it_names_and_no_namesake() {
+        for (tenant, assignment, expected) in [
+            (Some("acme"), Some("a-1"), true),
+            (Some("acme"), None, true),
+            (Some("acme"), Some("a-2"), false),
+            (Some("beta"), Some("a-1"), false),
+            (None, None, false),
+        ] {
+            let (tenant_id, assignment_id) = (tenant.map(String::from), assignment.map(String::from));
+            let cancel = CancelRun { request_id: "r".into(), tenant_id, assignment_id };
+            assert_eq!(cancel.is_for("acme", "r", "a-1"), expected, "{cancel:?}");
+            assert!(!cancel.is_for("acme", "other", "a-1"));
+        }
+        let bare = CancelRun { request_id: "r".into(), tenant_id: None, assignment_id: None };
+        assert!(bare.is_for(DEFAULT_TENANT, "r", "a-1"), "as routers of older versions say it");
+    }
 
     #[test]
     fn result_decodes_from_current_and_legacy_formats() {

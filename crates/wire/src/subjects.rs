@@ -6,9 +6,9 @@ pub const DECIDE: &str = "beamline.router.v1.decide";
 pub const DECIDE_REPLY: &str = "beamline.router.v1.decide.reply";
 /// Queue group of the routers that answer [`DECIDE`].
 pub const DECIDE_GROUP: &str = "router-decide-group";
-/// Returns the state of a task by its request id.
+/// Returns the state of a task: [`crate::router::TaskQuery`].
 pub const GET_DECISION: &str = "beamline.router.v1.get_decision";
-/// Cancels a task by its request id.
+/// Cancels a task: [`crate::router::TaskQuery`].
 pub const CANCEL: &str = "beamline.router.v1.cancel";
 /// Returns the router's load: [`crate::router::BackpressureStatus`].
 pub const BACKPRESSURE: &str = "beamline.router.v1.status.backpressure";
@@ -19,7 +19,7 @@ pub const ADMIN_BREAKERS: &str = "beamline.router.v1.admin.get_circuit_breaker_s
 pub const ASSIGN: &str = "caf.exec.assign.v1";
 /// Results, worker → router and waiting clients (stream [`STREAM_RESULT`]).
 pub const RESULT: &str = "caf.exec.result.v1";
-/// Stops a running assignment: router → all workers, core, `{request_id}`.
+/// Stops a running assignment: router → all workers, core: [`crate::router::CancelRun`].
 pub const CONTROL_CANCEL: &str = "caf.exec.cancel.v1";
 /// Status of each router, core, every second: [`crate::status::RouterStatus`].
 pub const ROUTER_STATUS: &str = "beamline.router.v1.status.live";
@@ -49,8 +49,19 @@ pub const STREAM_RESULT: &str = "RESULT";
 pub const STREAM_USAGE: &str = "USAGE";
 pub const STREAM_DLQ: &str = "DLQ";
 
-/// Key-value bucket of task states, by request id.
+/// Key-value bucket of task states, by [`task_key`], and of their assignments, by [`assignment_key`].
 pub const BUCKET_TASKS: &str = "TASKS";
+
+/// Where a task's record is: request ids are unique within a tenant, whose name has no `/`.
+pub fn task_key(tenant_id: &str, request_id: &str) -> String {
+    format!("{tenant_id}/{request_id}")
+}
+
+/// Where the task of an assignment is named (a [`crate::router::TaskQuery`]), for results that name no tenant. No
+/// tenant begins with `@`.
+pub fn assignment_key(assignment_id: &str) -> String {
+    format!("@{assignment_id}")
+}
 
 /// Channel operations, answered by the nodes' queue group [`NODES_GROUP`].
 pub const CHANNELS_PUBLISH: &str = "beamline.channels.v1.publish";

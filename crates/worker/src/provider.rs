@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-use wire::router::{OutputChunk, ResultStatus, Task};
+use wire::router::{ExecAssignment, OutputChunk, ResultStatus, Task};
 use wire::status::Percentiles;
 
 /// Runs that the latency percentiles look back on.
@@ -131,6 +131,7 @@ pub(crate) struct Output {
     bus: Bus,
     subject: Arc<str>,
     request_id: String,
+    tenant_id: String,
     assignment_id: String,
     attempt: u32,
     next: AtomicU64,
@@ -139,12 +140,13 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    pub fn new(bus: Bus, request_id: &str, assignment_id: &str, attempt: u32) -> Self {
+    pub fn new(bus: Bus, assignment: &ExecAssignment, attempt: u32) -> Self {
         Self {
             bus,
-            subject: wire::subjects::output(request_id).into(),
-            request_id: request_id.into(),
-            assignment_id: assignment_id.into(),
+            subject: wire::subjects::output(&assignment.request_id).into(),
+            request_id: assignment.request_id.clone(),
+            tenant_id: assignment.tenant_id.clone(),
+            assignment_id: assignment.assignment_id.clone(),
             attempt,
             next: AtomicU64::new(0),
             text: Mutex::default(),
@@ -162,6 +164,7 @@ impl Output {
         self.text.lock().push_str(text);
         let chunk = OutputChunk {
             request_id: self.request_id.clone(),
+            tenant_id: Some(self.tenant_id.clone()),
             assignment_id: self.assignment_id.clone(),
             attempt: self.attempt,
             seq: self.next.fetch_add(1, Relaxed),

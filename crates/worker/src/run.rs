@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wire::router::{ExecAssignment, ExecResult, JobType, ResultStatus, State, TaskQuery, TaskState, VERSION};
+use wire::router::{CancelRun, ExecAssignment, ExecResult, JobType, ResultStatus, State, VERSION};
 use wire::subjects;
 
 /// Deliveries of one assignment (contract: assign 5); the next one becomes a dead letter and an error result.
@@ -26,7 +26,14 @@ pub struct Running(Mutex<Table>);
 #[derive(Default)]
 struct Table {
     next: u64,
-    runs: HashMap<u64, (String, CancellationToken)>,
+    runs: HashMap<u64, Entry>,
+}
+
+struct Entry {
+    tenant_id: String,
+    request_id: String,
+    assignment_id: String,
+    stop: CancellationToken,
 }
 
 /// One run; dropping it takes it off the table.
@@ -41,17 +48,25 @@ impl Running {
         self.0.lock().runs.len()
     }
 
-    fn start(&self, request_id: &str) -> Run<'_> {
+    fn start(&self, assignment: &ExecAssignment) -> Run<'_> {
         let stop = CancellationToken::new();
+        let entry = Entry {
+            tenant_id: assignment.tenant_id.clone(),
+            request_id: assignment.request_id.clone(),
+            assignment_id: assignment.assignment_id.clone(),
+            stop: stop.clone(),
+        };
         let mut table = self.0.lock();
         table.next += 1;
         let number = table.next;
-        table.runs.insert(number, (request_id.into(), stop.clone()));
+        table.runs.insert(number, entry);
         Run { running: self, number, stop }
     }
 
-    fn cancel(&self, request_id: &str) {
-        self.0.lock().runs.values().filter(|(id, _)| id == request_id).for_each(|(_, stop)| stop.cancel());
+    fn cancel(&self, cancel: &CancelRun) {
+        let table = self.0.lock();
+        let meant = |run: &&Entry| cancel.is_for(&run.tenant_id, &run.request_id, &run.assignment_id);
+        table.runs.values().filter(meant).for_each(|run| run.stop.cancel());
     }
 }
 
@@ -100,8 +115,8 @@ pub async fn cancels(worker: Arc<Worker>, mut cancels: Subscription, cancel: Can
             message = cancels.next() => message,
         };
         let Some(message) = message else { return };
-        if let Ok(query) = serde_json::from_slice::<TaskQuery>(&message.payload) {
-            worker.running.cancel(&query.request_id);
+        if let Ok(cancel) = serde_json::from_slice(&message.payload) {
+            worker.running.cancel(&cancel);
         }
     }
 }
@@ -119,7 +134,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
         return pass_on(worker, delivery, &assignment).await;
     };
     // On the table before the record is looked at: a cancel is seen there or here.
-    let run = worker.running.start(&assignment.request_id);
+    let run = worker.running.start(&assignment);
     match begin(&worker.bus, &assignment).await? {
         Begin::Run => {}
         Begin::Cancelled => {
@@ -134,7 +149,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     tracing::info!(trace_id, tenant_id, request_id, provider = provider.name, attempt, "running");
     let limit = Limit::of(provider.timeout, Duration::from_millis(assignment.options.deadline_ms.max(1)));
     let job = Job { task: &assignment.job, request_id, tenant_id, trace_id };
-    let output = Output::new(worker.bus.clone(), request_id, &assignment.assignment_id, attempt);
+    let output = Output::new(worker.bus.clone(), &assignment, attempt);
     provider.running.fetch_add(1, Relaxed);
     let started = Instant::now();
     let (outcome, given_up) = {
@@ -228,22 +243,18 @@ enum Begin {
 /// Records that the task runs, unless it has ended.
 async fn begin(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Begin> {
     loop {
-        let Some((bytes, revision)) = bus.kv_get(subjects::BUCKET_TASKS, &assignment.request_id).await? else {
-            return Ok(Begin::Run);
-        };
-        // Assignments need no record: one of another task, or that cannot be read, says nothing about this one.
-        let task = serde_json::from_slice::<TaskState>(&bytes).ok();
-        let ours = task.filter(|task| task.assignment_id.as_ref() == Some(&assignment.assignment_id));
-        let Some(mut task) = ours else { return Ok(Begin::Run) };
-        match task.state {
-            _ if task.result.is_some() => return Ok(Begin::Done),
+        // Assignments need no record: one of another assignment says nothing about this one.
+        let record = bus::tasks::load(bus, &assignment.tenant_id, &assignment.request_id).await?;
+        let ours = record.filter(|record| record.task.assignment_id.as_ref() == Some(&assignment.assignment_id));
+        let Some(mut record) = ours else { return Ok(Begin::Run) };
+        match record.task.state {
+            _ if record.task.result.is_some() => return Ok(Begin::Done),
             State::Cancelled => return Ok(Begin::Cancelled),
             State::Running => return Ok(Begin::Run),
-            State::Queued | State::Assigned | State::Completed | State::Failed => task.state = State::Running,
+            State::Queued | State::Assigned | State::Completed | State::Failed => record.task.state = State::Running,
         }
-        let record = serde_json::to_vec(&task).expect("a task is JSON").into();
-        match bus.kv_put(subjects::BUCKET_TASKS, &assignment.request_id, record, Some(revision)).await {
-            Ok(_) => return Ok(Begin::Run),
+        match record.save(bus).await {
+            Ok(()) => return Ok(Begin::Run),
             // It was cancelled or ended just now: look again.
             Err(bus::Error::WrongRevision(_)) => {}
             Err(error) => return Err(error),

@@ -69,11 +69,17 @@ pub const KEYS: &[Key] = &[
     ),
     live(key("gateway.max_connections", Count(1, 100_000), "1024", "open IPC connections")),
     live(key("gateway.max_in_flight", Count(1, 1_000_000), "1000", "requests in flight over all connections")),
+    live(unset(
+        "gateway.max_in_flight_per_user",
+        Count(1, 1_000_000),
+        "of these, what one user may have; unset: an equal part for each user who may connect",
+    )),
     live(key("gateway.max_in_flight_v1", Count(1, 100_000), "10", "requests in flight on one v1 connection")),
     live(key("gateway.max_in_flight_v2", Count(1, 100_000), "256", "requests in flight on one v2 connection")),
     live(key("gateway.read_timeout", Duration, "10s", "a frame that has begun must be complete within")),
     live(key("gateway.write_timeout", Duration, "10s", "a client must take an answer within")),
     live(key("gateway.request_timeout", Duration, "5s", "a request without its own deadline")),
+    live(key("gateway.max_deadline", Duration, "10m", "a longer deadline of a request counts as this")),
     live(key("gateway.receive_budget", Size, "64MiB", "unfinished frames, all connections together")),
     live(key("gateway.allowed_uids", List, "", "uids besides our own and root that may connect")),
     live(key(

@@ -210,11 +210,15 @@ pub fn gateway_config(settings: &Settings) -> Result<gateway::Config> {
         socket: values.path("gateway.socket"),
         max_connections: values.count("gateway.max_connections"),
         max_in_flight: values.count("gateway.max_in_flight"),
+        max_in_flight_per_user: values
+            .maybe_number("gateway.max_in_flight_per_user")
+            .map(|n| usize::try_from(n).expect("at most a million")),
         max_in_flight_v1: values.count("gateway.max_in_flight_v1"),
         max_in_flight_v2: values.count("gateway.max_in_flight_v2"),
         read_timeout: values.duration("gateway.read_timeout"),
         write_timeout: values.duration("gateway.write_timeout"),
         request_timeout: values.duration("gateway.request_timeout"),
+        max_deadline: values.duration("gateway.max_deadline"),
         receive_budget: values.count("gateway.receive_budget"),
         drain_timeout: drain_timeout(values),
         allowed_uids: uids.collect::<Result<_>>()?,

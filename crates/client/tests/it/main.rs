@@ -154,6 +154,34 @@ async fn running_task_can_be_followed_queried_and_cancelled() {
 }
 
 #[tokio::test]
+async fn each_tenant_has_its_own_task_of_the_same_id() {
+    let deployment = Deployment::start().await;
+    let client = deployment.client().await;
+    let streamed = async |tenant: &str| {
+        let mut asked = submit("r", "t", "stream");
+        (asked["tenant_id"], asked["params"]["prompt"]) = (json!(tenant), json!(format!("words of {tenant}")));
+        let (mut stream, mut text) = (client.stream(&asked).await.unwrap(), String::new());
+        while let Some(event) = stream.next().await.unwrap() {
+            if let StreamEvent::Data(piece) = event {
+                text += piece.data.as_str().unwrap();
+            }
+        }
+        text
+    };
+    let tenants = ["acme", "beta", "default"];
+    let texts = tokio::join!(streamed(tenants[0]), streamed(tenants[1]), streamed(tenants[2]));
+    assert_eq!(<[String; 3]>::from(texts), tenants.map(|tenant| format!("words of {tenant}")));
+    for tenant in tenants {
+        testkit::eventually(SOON, || async {
+            let task = client.of_tenant(tenant).query("r").await.unwrap();
+            task.result.is_some_and(|result| result.output == Some(json!({"text": format!("words of {tenant}")})))
+        })
+        .await;
+    }
+    assert_eq!(refused(client.of_tenant("gamma").cancel("r").await.unwrap_err()).2, Some(404));
+}
+
+#[tokio::test]
 async fn refusals_carry_the_routers_code_and_status() {
     let deployment = Deployment::start().await;
     let client = deployment.client().await;

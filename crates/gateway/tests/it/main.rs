@@ -5,6 +5,7 @@ mod bad_input;
 mod endings;
 mod http;
 mod injection;
+mod namesakes;
 mod old_clients;
 mod paths;
 mod pressure;
@@ -15,6 +16,7 @@ mod sequence;
 mod sequences;
 mod session;
 mod sizes;
+mod stalled;
 
 use bus::{Bus, Headers, Message};
 use bytes::BytesMut;

@@ -45,8 +45,11 @@ on_both! {
     tasks::a_pushed_task_is_stored_once_however_often_it_is_sent,
     tasks::another_body_of_the_same_id_is_a_conflict,
     tasks::a_cancelled_task_stays_cancelled,
+    tasks::the_same_id_of_two_tenants_is_two_tasks,
+    tasks::a_record_of_the_previous_version_is_found_by_its_own_tenant,
     results::a_result_is_billed_once_and_ends_the_task,
     results::a_restart_bills_nothing_twice,
+    results::a_result_settles_the_task_of_its_assignment_and_no_namesake,
     results::bad_results_become_dead_letters,
     breakers::every_router_sees_every_outcome_and_one_that_joins_late_agrees,
 }
@@ -123,7 +126,15 @@ impl Router {
     }
 
     async fn task(&self, request_id: &str) -> Value {
-        self.ask(wire::subjects::GET_DECISION, &json!({"request_id": request_id})).await
+        self.task_of("acme", request_id).await
+    }
+
+    async fn task_of(&self, tenant: &str, request_id: &str) -> Value {
+        self.ask(wire::subjects::GET_DECISION, &json!({"request_id": request_id, "tenant_id": tenant})).await
+    }
+
+    async fn cancel_of(&self, tenant: &str, request_id: &str) -> Value {
+        self.ask(wire::subjects::CANCEL, &json!({"request_id": request_id, "tenant_id": tenant})).await
     }
 
     async fn append(&self, subject: &str, payload: impl Into<bytes::Bytes>) {

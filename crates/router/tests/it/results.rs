@@ -66,6 +66,27 @@ pub async fn a_restart_bills_nothing_twice(router: Router) {
     assert_eq!(router.task("r1").await["task"]["state"], "failed");
 }
 
+pub async fn a_result_settles_the_task_of_its_assignment_and_no_namesake(router: Router) {
+    router.decide(&push("r1")).await;
+    router.decide(&crate::changed(push("r1"), json!({"tenant_id": "beta"}))).await;
+    let of_beta = router.task_of("beta", "r1").await["task"].clone();
+    let assignment = json!({"assignment_id": of_beta["assignment_id"], "request_id": "r1",
+        "executor": {"provider_id": "echo"}, "job": {"type": "t"}});
+    // A v1 worker names no tenant; what somebody makes up settles nothing.
+    let mut told = result(&assignment, "success");
+    told.as_object_mut().unwrap().remove("tenant_id");
+    let mut made_up = result(&assignment, "error");
+    made_up["assignment_id"] = json!("made up");
+    router.append(subjects::RESULT, made_up.to_string()).await;
+    router.append(subjects::RESULT, told.to_string()).await;
+    settled(&router).await;
+    assert_eq!(router.task_of("beta", "r1").await["task"]["state"], "completed");
+    assert_eq!(router.task_of("acme", "r1").await["task"]["state"], "assigned");
+    let usage = router.stored(subjects::STREAM_USAGE).await;
+    let payer = usage.iter().find(|usage| usage["assignment_id"] == of_beta["assignment_id"]).unwrap();
+    assert_eq!(payer["tenant_id"], "beta");
+}
+
 #[tokio::test]
 async fn what_came_while_no_router_ran_is_taken_at_the_start() {
     let router = Router::local().await;

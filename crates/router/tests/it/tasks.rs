@@ -41,22 +41,82 @@ pub async fn another_body_of_the_same_id_is_a_conflict(router: Router) {
     let message = "a task of this request_id with another body exists; choose another request_id";
     let conflict = json!({"ok": false, "error": {"code": "idempotency_conflict", "message": message},
         "context": {"request_id": "r1"}});
-    for other in [json!({"task": {"type": "t", "payload": {"prompt": "ho"}}}), json!({"tenant_id": "other"})] {
-        assert_eq!(router.decide(&changed(push("r1"), other)).await, conflict);
-    }
+    let other = json!({"task": {"type": "t", "payload": {"prompt": "ho"}}});
+    assert_eq!(router.decide(&changed(push("r1"), other)).await, conflict);
     assert_eq!(router.task("r1").await["task"]["decision"], first["decision"]);
     assert_eq!(router.bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages, 1);
+}
+
+pub async fn the_same_id_of_two_tenants_is_two_tasks(router: Router) {
+    let mut cancels = router.bus.subscribe(subjects::CONTROL_CANCEL, None, 8).await.unwrap();
+    let of_beta = json!({"tenant_id": "beta", "task": {"type": "t", "payload": {"prompt": "ho"}}});
+    let (acme, beta) = (router.decide(&push("r1")).await, router.decide(&changed(push("r1"), of_beta)).await);
+    assert_eq!((&acme["ok"], &beta["ok"]), (&json!(true), &json!(true)), "{beta}");
+    assert_ne!(acme["assignment_id"], beta["assignment_id"]);
+    for (tenant, answer) in [("acme", &acme), ("beta", &beta)] {
+        let task = router.task_of(tenant, "r1").await["task"].clone();
+        assert_eq!((&task["tenant_id"], &task["assignment_id"]), (&json!(tenant), &answer["assignment_id"]));
+    }
+
+    // The header beats the payload, and without either it is a task of `default`, which has none of this id.
+    let asked = br#"{"request_id":"r1","tenant_id":"beta"}"#.to_vec();
+    let headers = Headers::new().with("tenant_id", "acme");
+    let answer = router.ask_bytes(subjects::GET_DECISION, headers, asked).await;
+    assert_eq!(answer["task"]["tenant_id"], "acme");
+    for subject in [subjects::GET_DECISION, subjects::CANCEL] {
+        let unnamed = router.ask(subject, &json!({"request_id": "r1"})).await;
+        let stranger = router.ask(subject, &json!({"request_id": "r1", "tenant_id": "stranger"})).await;
+        let error = json!({"code": "not_found", "message": "no task \"r1\" was pushed in the last day"});
+        let unknown = json!({"ok": false, "error": error, "context": {"request_id": "r1"}});
+        assert_eq!((&unnamed, &stranger), (&unknown, &unknown), "{subject}");
+        let unfit = router.ask(subject, &json!({"request_id": "r1", "tenant_id": "a/b"})).await;
+        assert_eq!(unfit["error"]["code"], "invalid_request", "{unfit}");
+    }
+
+    // Whoever cancels stops its own.
+    assert_eq!(router.cancel_of("beta", "r1").await["task"]["state"], "cancelled");
+    assert_eq!(router.task_of("acme", "r1").await["task"]["state"], "assigned");
+    let told = tokio::time::timeout(SOON, cancels.next()).await.unwrap().unwrap();
+    let told: Value = serde_json::from_slice(&told.payload).unwrap();
+    assert_eq!(told["assignment_id"], beta["assignment_id"], "nobody was told to stop another's");
+}
+
+pub async fn a_record_of_the_previous_version_is_found_by_its_own_tenant(router: Router) {
+    let answer = router.decide(&push("new")).await;
+    let (bytes, _) = router.bus.kv_get("TASKS", "acme/new").await.unwrap().expect("a record by tenant and id");
+    let mut record: Value = serde_json::from_slice(&bytes).unwrap();
+    (record["task_id"], record["assignment_id"]) = (json!("old"), json!("a-old"));
+    router.bus.kv_put("TASKS", "old", record.to_string().into(), Some(0)).await.unwrap();
+
+    assert_eq!(router.task_of("acme", "old").await["task"]["decision"], answer["decision"]);
+    for tenant in ["beta", "default"] {
+        assert_eq!(router.task_of(tenant, "old").await["error"]["code"], "not_found");
+        assert_eq!(router.cancel_of(tenant, "old").await["error"]["code"], "not_found");
+    }
+    // A key of today is not taken for an id of yesterday.
+    assert_eq!(router.task_of("acme", "acme/new").await["error"]["code"], "not_found");
+
+    // Its result need not name the tenant.
+    let mut told = crate::result(
+        &json!({"assignment_id": "a-old", "request_id": "old",
+        "executor": {"provider_id": "echo"}, "job": {"type": "t"}}),
+        "success",
+    );
+    told.as_object_mut().unwrap().remove("tenant_id");
+    router.append(subjects::RESULT, told.to_string()).await;
+    testkit::eventually(SOON, || async { router.task("old").await["task"]["state"] == "completed" }).await;
 }
 
 pub async fn a_cancelled_task_stays_cancelled(router: Router) {
     let mut cancels = router.bus.subscribe(subjects::CONTROL_CANCEL, None, 8).await.unwrap();
     router.decide(&push("r1")).await;
     for _ in 0..2 {
-        let answer = router.ask(subjects::CANCEL, &json!({"request_id": "r1"})).await;
+        let answer = router.cancel_of("acme", "r1").await;
         assert_eq!((&answer["ok"], &answer["task"]["state"]), (&json!(true), &json!("cancelled")), "{answer}");
         let told = tokio::time::timeout(SOON, cancels.next()).await.unwrap().unwrap();
         let told: Value = serde_json::from_slice(&told.payload).unwrap();
-        assert_eq!(told, json!({"request_id": "r1"}));
+        let assignment_id = &answer["task"]["assignment_id"];
+        assert_eq!(told, json!({"request_id": "r1", "tenant_id": "acme", "assignment_id": assignment_id}));
     }
     // A worker was faster than the cancel: what it did is kept, the task was still cancelled.
     let assignment = router.stored(subjects::STREAM_ASSIGN).await.remove(0);
@@ -73,12 +133,13 @@ async fn an_ended_task_is_not_cancelled_any_more() {
     let assignment = router.stored(subjects::STREAM_ASSIGN).await.remove(0);
     router.append(subjects::RESULT, crate::result(&assignment, "success").to_string()).await;
     testkit::eventually(SOON, || async { router.task("r1").await["task"]["state"] == "completed" }).await;
-    let answer = router.ask(subjects::CANCEL, &json!({"request_id": "r1"})).await;
+    let answer = router.cancel_of("acme", "r1").await;
     assert_eq!(answer["task"]["state"], "completed");
     router.decide(&push("r2")).await;
-    router.ask(subjects::CANCEL, &json!({"request_id": "r2"})).await;
+    router.cancel_of("acme", "r2").await;
     let told = tokio::time::timeout(SOON, cancels.next()).await.unwrap().unwrap();
-    assert_eq!(&*told.payload, br#"{"request_id":"r2"}"#, "nobody was told to stop r1");
+    let told: Value = serde_json::from_slice(&told.payload).unwrap();
+    assert_eq!(told["request_id"], "r2", "nobody was told to stop r1");
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 //! An answer's row is committed before it is asked for, and asking again with the same request changes nothing: after a
 //! crash every answer that has not ended is asked for again.
 
-use super::store::{ANSWER_MAX_MS, Answer, REQUEST_PREFIX, Store};
+use super::store::{ANSWER_MAX_MS, Answer, REQUEST_PREFIX, Store, TENANT};
 use super::{channel, say};
 use crate::channels::Channels;
 use crate::db::{Result, now_ms};
@@ -16,7 +16,9 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::chat::{Event, Message, State};
-use wire::router::{DecideRequest, ErrorResponse, ExecResult, OutputChunk, ResultStatus, TaskQuery};
+use wire::router::{
+    AnswerHead, Awaited, DecideRequest, ErrorResponse, ExecResult, OutputChunk, ResultStatus, TaskQuery,
+};
 use wire::subjects;
 
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -47,6 +49,7 @@ pub struct Answers {
 
 #[derive(Clone)]
 struct Partial {
+    task: Awaited,
     id: i64,
     room: String,
     attempt: u32,
@@ -56,8 +59,13 @@ struct Partial {
 
 impl Partial {
     fn of(message: &Message) -> Self {
-        Self { id: message.id, room: message.room.clone(), attempt: 0, seq: 0, text: String::new() }
+        let (task, room) = (task(None), message.room.clone());
+        Self { task, id: message.id, room, attempt: 0, seq: 0, text: String::new() }
     }
+}
+
+fn task(assignment_id: Option<String>) -> Awaited {
+    Awaited { tenant_id: TENANT.into(), assignment_id }
 }
 
 pub struct Inputs {
@@ -142,6 +150,10 @@ impl Answers {
                 }
             };
             let Ok(refusal) = serde_json::from_slice::<ErrorResponse>(&reply) else {
+                let head = serde_json::from_slice::<AnswerHead>(&reply).ok();
+                if let Some(partial) = self.partial.lock().get_mut(&answer.request_id) {
+                    partial.task = task(head.and_then(|head| head.assignment_id));
+                }
                 tracing::debug!(trace_id, request_id = answer.request_id, "an answer was asked for");
                 return Ok(());
             };
@@ -185,7 +197,9 @@ impl Answers {
 
     /// Whether a router knows the task and ends it.
     async fn cancel(&self, answer: &Answer) -> bool {
-        let query = serde_json::to_vec(&TaskQuery { request_id: answer.request_id.clone() }).expect("a query is JSON");
+        let query =
+            serde_json::to_vec(&TaskQuery { request_id: answer.request_id.clone(), tenant_id: Some(TENANT.into()) })
+                .expect("a query is JSON");
         let reply = self.bus.request(subjects::CANCEL, Headers::new(), query.into(), ASK_TIMEOUT).await;
         reply.is_ok_and(|reply| serde_json::from_slice::<ErrorResponse>(&reply.payload).is_err())
     }
@@ -230,6 +244,9 @@ impl Answers {
         };
         let mut partials = self.partial.lock();
         let partial = partials.get_mut(&chunk.request_id)?;
+        if !is_of(&partial.task, &chunk.assignment_id, chunk.tenant_id.as_deref()) {
+            return None;
+        }
         let seq = chunk.seq + 1;
         if chunk.attempt > partial.attempt {
             (partial.attempt, partial.seq) = (chunk.attempt, 0);
@@ -269,6 +286,10 @@ impl Answers {
         // What cannot be read is the router's to bury.
         let Ok(result) = ExecResult::decode(&delivery.message.payload) else { return Ok(()) };
         if !result.request_id.starts_with(REQUEST_PREFIX) {
+            return Ok(());
+        }
+        let known = self.partial.lock().get(&result.request_id).map(|partial| partial.task.clone());
+        if !is_of(&known.unwrap_or_else(|| task(None)), &result.assignment_id, result.tenant_id.as_deref()) {
             return Ok(());
         }
         let error = result.error_message.clone().or(result.error_code.clone());
@@ -348,6 +369,12 @@ impl Answers {
     }
 }
 
+/// Whether output or a result is the answer's: another tenant's task may have the same request id. A v1 worker names no
+/// tenant, and nobody else is told the request ids of answers.
+fn is_of(task: &Awaited, assignment_id: &str, tenant_id: Option<&str>) -> bool {
+    task.owns(assignment_id, tenant_id).unwrap_or(true)
+}
+
 /// An output as a message: its text, or its JSON.
 fn text_of(output: &Json) -> String {
     match output {
@@ -416,6 +443,28 @@ mod tests {
         let expected =
             [(true, "a"), (false, "a"), (true, "a…d"), (false, "a…d"), (true, "A"), (false, "A"), (true, "AB")];
         assert_eq!(taken, expected.map(|(taken, text)| (taken, text.to_string())));
+    }
+
+    #[tokio::test]
+    async fn another_tenants_task_of_the_same_request_id_does_not_write_into_an_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let answers = answers(dir.path()).await;
+        let answer = asked(&answers).await;
+        assert!(answers.is_open(&answer.request_id).await);
+        let add = |assignment: &str, tenant: Option<&str>, seq: u64| {
+            let mut chunk = json!({"request_id": answer.request_id, "assignment_id": assignment, "attempt": 1,
+                "seq": seq, "data": assignment});
+            if let Some(tenant) = tenant {
+                chunk["tenant_id"] = json!(tenant);
+            }
+            answers.add(&serde_json::from_value(chunk).unwrap()).is_some()
+        };
+        assert!(!add("b", Some("acme"), 0), "its tenant is another");
+        assert!(add("a", Some(TENANT), 0));
+        answers.partial.lock().get_mut(&answer.request_id).unwrap().task.assignment_id = Some("a".into());
+        assert!(!add("b", None, 1), "its assignment is another");
+        assert!(add("a", None, 1), "a v1 worker names no tenant");
+        assert_eq!(answers.partial.lock()[&answer.request_id].text, "aa");
     }
 
     #[tokio::test]

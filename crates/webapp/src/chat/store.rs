@@ -6,10 +6,12 @@ use crate::db::{Db, Result, next_message_id, now_ms};
 use serde_json::json;
 use sqlx::FromRow;
 use wire::chat::{Message, State};
-use wire::router::{DecideRequest, RequestOptions, Task, VERSION};
+use wire::router::{DEFAULT_TENANT, DecideRequest, RequestOptions, Task, VERSION};
 
 /// Answers' request ids begin with it, so that others' tasks are told apart at a glance.
 pub const REQUEST_PREFIX: &str = "chat-";
+/// Whose tasks the answers are.
+pub const TENANT: &str = DEFAULT_TENANT;
 /// An answer may take this long, milliseconds.
 pub const ANSWER_MAX_MS: u64 = 120_000;
 /// Of what was said before, an assistant is told this many messages and bytes.
@@ -328,7 +330,7 @@ fn request(request_id: &str, message: &Message, prompt: &str, before: Vec<Row>) 
     let request = DecideRequest {
         version: VERSION.into(),
         request_id: request_id.into(),
-        tenant_id: "default".into(),
+        tenant_id: TENANT.into(),
         task: Task { task_type: "chat".into(), payload: object(payload), payload_ref: None },
         policy_id: None,
         trace_id: Some(uuid::Uuid::new_v4().simple().to_string()),

@@ -55,6 +55,9 @@ pub struct TaskRef {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command: Option<String>,
     pub task_id: String,
+    /// Whose task it is; absent: what the gateway's settings say of the user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant_id: Option<String>,
 }
 
 /// The reply to TASK_QUERY and TASK_CANCEL.
@@ -100,7 +103,13 @@ pub struct Limits {
     pub max_in_flight: usize,
     pub max_in_flight_v1: usize,
     pub max_in_flight_v2: usize,
+    /// Of one user, over all of its connections; 0 from gateways that do not say it.
+    #[serde(default)]
+    pub max_in_flight_per_user: usize,
     pub request_timeout_ms: u64,
+    /// A longer deadline counts as this; 0 from gateways that do not say it.
+    #[serde(default)]
+    pub max_deadline_ms: u64,
 }
 
 /// RESPONSE_ERROR and STREAM_ERROR.

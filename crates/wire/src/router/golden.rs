@@ -37,6 +37,7 @@ fn every_message_encodes_back_to_its_text() {
             "usage" => again::<Usage>(&case),
             "provider_outcome" => again::<ProviderOutcome>(&case),
             "task_query" => again::<TaskQuery>(&case),
+            "cancel_run" => again::<CancelRun>(&case),
             "task_answer" => again::<TaskAnswer>(&case),
             "dead_letter" => again::<DeadLetter>(&case),
             "result" => {

@@ -182,6 +182,33 @@ async fn a_result_whose_acknowledgement_was_lost_stays_the_only_one() {
 }
 
 #[tokio::test]
+async fn a_cancel_stops_the_run_it_names_and_no_namesake() {
+    let place = Place::local().await;
+    let (mut results, mut output) = (place.results().await, place.output("r").await);
+    let _worker = place.shell(WAITS, |_| {}).await;
+    for tenant in ["acme", "beta"] {
+        let mut namesake = assignment("r", "sh", json!({}));
+        (namesake["tenant_id"], namesake["assignment_id"]) = (json!(tenant), json!(format!("a-{tenant}")));
+        place.append(subjects::ASSIGN, namesake.to_string()).await;
+        let began = chunk(&mut output).await;
+        assert_eq!((began.tenant_id.as_deref(), began.assignment_id), (Some(tenant), format!("a-{tenant}")));
+    }
+    for of_nobody in [
+        json!({"request_id": "r"}),
+        json!({"request_id": "r", "tenant_id": "other"}),
+        json!({"request_id": "r", "tenant_id": "acme", "assignment_id": "a-beta"}),
+    ] {
+        place.cancel_run(of_nobody).await;
+    }
+    place.cancel_run(json!({"request_id": "r", "tenant_id": "beta", "assignment_id": "a-beta"})).await;
+    let result = results.next().await;
+    assert_eq!((result.status, &*result.assignment_id), (ResultStatus::Cancelled, "a-beta"));
+    place.file("go");
+    let result = results.next().await;
+    assert_eq!((result.status, &*result.assignment_id), (ResultStatus::Success, "a-acme"));
+}
+
+#[tokio::test]
 async fn the_tasks_record_says_whether_to_run() {
     let place = Place::local().await;
     let mut results = place.results().await;
@@ -194,7 +221,7 @@ async fn the_tasks_record_says_whether_to_run() {
         task
     };
     let put = async |task: Value| {
-        place.bus.kv_put(subjects::BUCKET_TASKS, "r", task.to_string().into(), None).await.unwrap();
+        place.bus.kv_put(subjects::BUCKET_TASKS, "acme/r", task.to_string().into(), None).await.unwrap();
     };
     put(task("cancelled", Value::Null)).await;
     let _worker = place.shell(WAITS, |_| {}).await;
@@ -210,7 +237,7 @@ async fn the_tasks_record_says_whether_to_run() {
     put(task("assigned", Value::Null)).await;
     place.assign("r", "sh", json!({})).await;
     let state = async || -> Value {
-        let (bytes, _) = place.bus.kv_get(subjects::BUCKET_TASKS, "r").await.unwrap().unwrap();
+        let (bytes, _) = place.bus.kv_get(subjects::BUCKET_TASKS, "acme/r").await.unwrap().unwrap();
         serde_json::from_slice(&bytes).unwrap()
     };
     testkit::eventually(SOON, || async { state().await["state"] == "running" }).await;

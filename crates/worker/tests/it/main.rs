@@ -111,7 +111,11 @@ impl Place {
     }
 
     async fn cancel(&self, request_id: &str) {
-        let payload = json!({"request_id": request_id}).to_string().into();
+        self.cancel_run(json!({"request_id": request_id, "tenant_id": "acme"})).await;
+    }
+
+    async fn cancel_run(&self, cancel: Value) {
+        let payload = cancel.to_string().into();
         let message = Message { subject: subjects::CONTROL_CANCEL.into(), payload, ..Message::default() };
         self.bus.publish(message).await.unwrap();
     }

@@ -1,0 +1,101 @@
+//! Records of pushed tasks in the bucket TASKS: what routers and workers know of a task by its tenant and request id.
+
+use crate::{Bus, Error, Result};
+use wire::limits::ID_MAX;
+use wire::router::{ExecResult, TaskQuery, TaskState};
+use wire::subjects::{BUCKET_TASKS, assignment_key, task_key};
+
+/// A task's record as it was read.
+#[derive(Debug)]
+pub struct Record {
+    pub task: TaskState,
+    key: String,
+    revision: u64,
+}
+
+impl Record {
+    /// Writes the record back; [`Error::WrongRevision`] if somebody else has changed it meanwhile.
+    pub async fn save(&self, bus: &Bus) -> Result<()> {
+        put(bus, &self.key, &self.task, self.revision).await
+    }
+}
+
+/// The record of a tenant's task. One that cannot be read is logged, and as good as none.
+pub async fn load(bus: &Bus, tenant_id: &str, request_id: &str) -> Result<Option<Record>> {
+    let mut record = read(bus, task_key(tenant_id, request_id)).await?;
+    if record.is_none() {
+        // The previous version kept it under the request id alone; such records live for a day.
+        record = read(bus, request_id.into()).await?;
+    }
+    Ok(record.filter(|record| record.task.tenant() == tenant_id && record.task.task_id == request_id))
+}
+
+/// The record of the task whose assignment this result is of. The assignment is the proof: what the result says of its
+/// tenant is only where to look first.
+pub async fn of_result(bus: &Bus, result: &ExecResult) -> Result<Option<Record>> {
+    let is_its = |record: &Record| record.task.assignment_id.as_ref() == Some(&result.assignment_id);
+    let request_id = &result.request_id;
+    if let Some(tenant_id) = result.tenant_id.as_deref().filter(|tenant| tenant.len() <= ID_MAX)
+        && let Some(record) = load(bus, tenant_id, request_id).await?.filter(is_its)
+    {
+        return Ok(Some(record));
+    }
+
+    let named = bus.kv_get(BUCKET_TASKS, &assignment_key(&result.assignment_id)).await?;
+    let named = named.and_then(|(bytes, _)| serde_json::from_slice::<TaskQuery>(&bytes).ok());
+    let record = match named.and_then(|named| named.tenant_id) {
+        Some(tenant_id) => load(bus, &tenant_id, request_id).await?,
+        None => read(bus, request_id.clone()).await?,
+    };
+    Ok(record.filter(is_its))
+}
+
+/// Makes the record of a new task; [`Error::WrongRevision`] if there is one.
+pub async fn create(bus: &Bus, task: &TaskState) -> Result<()> {
+    put(bus, &task_key(task.tenant(), &task.task_id), task, 0).await
+}
+
+/// Notes whose task an assignment is of, for a result that does not name its tenant.
+pub async fn note_assignment(bus: &Bus, task: &TaskState) -> Result<()> {
+    let Some(assignment_id) = &task.assignment_id else { return Ok(()) };
+    let named = TaskQuery { request_id: task.task_id.clone(), tenant_id: Some(task.tenant().into()) };
+    let named = serde_json::to_vec(&named).expect("a query is JSON").into();
+    bus.kv_put(BUCKET_TASKS, &assignment_key(assignment_id), named, None).await.map(drop)
+}
+
+/// Changes a task's record; tries again where another writer came between. `None`: there is no such task.
+pub async fn update(
+    bus: &Bus,
+    tenant_id: &str,
+    request_id: &str,
+    change: impl Fn(&mut TaskState),
+) -> Result<Option<TaskState>> {
+    for _ in 0..16 {
+        let Some(mut record) = load(bus, tenant_id, request_id).await? else { return Ok(None) };
+        change(&mut record.task);
+        match record.save(bus).await {
+            Ok(()) => return Ok(Some(record.task)),
+            Err(Error::WrongRevision(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Error::WrongRevision(request_id.into()))
+}
+
+async fn put(bus: &Bus, key: &str, task: &TaskState, expected: u64) -> Result<()> {
+    let bytes = serde_json::to_vec(task).expect("a task is JSON").into();
+    bus.kv_put(BUCKET_TASKS, key, bytes, Some(expected)).await.map(drop)
+}
+
+async fn read(bus: &Bus, key: String) -> Result<Option<Record>> {
+    let Some((bytes, revision)) = bus.kv_get(BUCKET_TASKS, &key).await? else { return Ok(None) };
+    match serde_json::from_slice(&bytes) {
+        Ok(task) => Ok(Some(Record { task, key, revision })),
+        // A request id that looks like the key of an assignment.
+        Err(_) if key.starts_with('@') => Ok(None),
+        Err(error) => {
+            tracing::error!(%error, key, "a task's record cannot be read");
+            Ok(None)
+        }
+    }
+}

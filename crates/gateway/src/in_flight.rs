@@ -1,0 +1,115 @@
+//! Places for requests in flight: so many in all, and of these so many for one user, so that others are always served.
+//! The limits are arguments, as they may be others each time.
+
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+#[derive(Debug, Default)]
+pub struct Places(Mutex<Held>);
+
+#[derive(Debug, Default)]
+struct Held {
+    all: usize,
+    /// Users who hold some.
+    by_user: HashMap<u32, usize>,
+}
+
+/// One request in flight, until it is dropped.
+#[derive(Debug)]
+pub struct Place {
+    places: Arc<Places>,
+    uid: u32,
+}
+
+/// Which limit is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Full {
+    All,
+    User,
+}
+
+impl Places {
+    /// A place if fewer than `limit` are held, and fewer than `share` by this user. Those above a limit that has come
+    /// down keep theirs, and come back first.
+    pub fn take(self: &Arc<Self>, uid: u32, limit: usize, share: usize) -> Result<Place, Full> {
+        let mut held = self.0.lock();
+        if held.all >= limit {
+            return Err(Full::All);
+        }
+        if held.by_user.get(&uid).is_some_and(|theirs| *theirs >= share) {
+            return Err(Full::User);
+        }
+        held.all += 1;
+        *held.by_user.entry(uid).or_default() += 1;
+        Ok(Place { places: self.clone(), uid })
+    }
+
+    pub fn held(&self) -> u64 {
+        self.0.lock().all as u64
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut held = self.places.0.lock();
+        held.all -= 1;
+        if let Some(theirs) = held.by_user.get_mut(&self.uid) {
+            *theirs -= 1;
+            if *theirs == 0 {
+                held.by_user.remove(&self.uid);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_at_its_share_leaves_the_rest_to_others() {
+        let places = Arc::new(Places::default());
+        let take = |uid| places.take(uid, 6, 4);
+        let mut of_one: Vec<Place> = (0..4).map(|_| take(1).unwrap()).collect();
+        assert_eq!(take(1).unwrap_err(), Full::User);
+        let of_two: Vec<Place> = (0..2).map(|_| take(2).unwrap()).collect();
+        assert_eq!(take(2).unwrap_err(), Full::All);
+        of_one.pop();
+        drop(take(2).unwrap());
+        of_one.push(take(1).unwrap());
+        assert_eq!(places.held(), 6);
+        drop((of_one, of_two));
+        assert_eq!((places.held(), places.0.lock().by_user.len()), (0, 0));
+    }
+
+    #[test]
+    fn of_many_at_once_exactly_the_limit_is_taken() {
+        let places = Arc::new(Places::default());
+        let start = std::sync::Barrier::new(8);
+        let burst = |uid: u32| {
+            start.wait();
+            (0..100).filter_map(|_| places.take(uid % 2, 123, 100).ok()).collect::<Vec<_>>()
+        };
+        let taken: Vec<Place> = std::thread::scope(|scope| {
+            let burst = &burst;
+            let threads: Vec<_> = (0..8).map(|uid| scope.spawn(move || burst(uid))).collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(taken.len(), 123);
+        assert!([0, 1].iter().all(|uid| taken.iter().filter(|place| place.uid == *uid).count() <= 100));
+    }
+
+    #[test]
+    fn the_limits_may_come_down_below_what_is_held() {
+        let places = Arc::new(Places::default());
+        let mut held: Vec<Place> = (0..4).map(|_| places.take(1, 4, 4).unwrap()).collect();
+        for expected in [Full::All, Full::All] {
+            held.pop();
+            assert_eq!(places.take(1, 2, 2).unwrap_err(), expected);
+        }
+        assert_eq!(places.take(1, 4, 2).unwrap_err(), Full::User);
+        held.pop();
+        held.push(places.take(1, 2, 2).unwrap());
+    }
+}

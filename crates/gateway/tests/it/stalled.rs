@@ -1,0 +1,200 @@
+//! Clients that ask for much time or do not read: what they hold is bounded, and others are served all through.
+
+use crate::{Fixture, Raw, decision};
+use serde_json::{Value, json};
+use std::time::Duration;
+use testkit::eventually;
+use tokio::io::AsyncReadExt;
+use wire::ipc::{ErrorCode, FrameType, Version};
+use wire::subjects;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const NEVER: Duration = Duration::from_secs(600);
+/// Requests whose answers, some megabytes, no socket takes at once.
+const FLOOD: usize = 10_000;
+
+/// A gateway with two places, whose router never answers what is called `held…`, and decides and then forgets what is
+/// waited for.
+async fn with_two_places(change: impl FnOnce(&mut gateway::Config)) -> Fixture {
+    let fixture = Fixture::start(|config| {
+        (config.max_in_flight, config.write_timeout) = (2, NEVER);
+        change(config);
+    })
+    .await;
+    let answer = |request: Value, _| async move {
+        let held = request["request_id"].as_str().unwrap().starts_with("held");
+        (!held).then(|| decision(&request))
+    };
+    fixture.router(answer).await;
+    fixture
+}
+
+impl Raw {
+    /// Asks for more than the client is going to read.
+    async fn flood(&mut self) {
+        self.send(&hex::decode("0000000601f2").unwrap().repeat(FLOOD)).await;
+    }
+}
+
+/// Another client's request is answered by the router.
+async fn another_is_served(fixture: &Fixture) {
+    eventually(PATIENCE, async || {
+        let mut raw = fixture.connect().await;
+        raw.submit_v1(json!({})).await;
+        raw.answer().await.0 == FrameType::ResponseOk
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nobody_holds_a_place_for_longer_than_the_longest_deadline() {
+    let fixture = with_two_places(|config| config.max_deadline = Duration::from_millis(300)).await;
+    let mut raw = fixture.connect().await;
+    let day = json!({"wait": "result", "timeout_ms": 86_400_000});
+    raw.submit_v1(day.clone()).await;
+    let version = Version::V2 { request_id: 1, deadline_ms: u32::MAX };
+    raw.frame(version, FrameType::TaskSubmit, &crate::task(json!({"wait": "stream"}))).await;
+    for _ in 0..2 {
+        let (_, answer) = raw.answer().await;
+        assert_eq!(answer["error"]["code"], ErrorCode::Timeout as u64, "{answer}");
+    }
+    another_is_served(&fixture).await;
+
+    raw.frame(Version::V1, FrameType::Capabilities, "").await;
+    assert_eq!(raw.answer().await.1["limits"]["max_deadline_ms"], 300);
+    fixture.control.reload(gateway::Config {
+        max_deadline: Duration::from_millis(200),
+        socket: fixture.dir.path().join("s"),
+        ..gateway::Config::default()
+    });
+    raw.submit_v1(day).await;
+    assert_eq!(raw.error_code().await, ErrorCode::Timeout as u64);
+}
+
+#[tokio::test]
+async fn requests_of_a_client_that_does_not_read_end_at_their_deadlines() {
+    let fixture = with_two_places(|_| {}).await;
+    let mut raw = fixture.connect().await;
+    let version = |request_id| Version::V2 { request_id, deadline_ms: 500 };
+    raw.frame(version(1), FrameType::TaskSubmit, &crate::task(json!({"request_id": "held"}))).await;
+    raw.frame(version(2), FrameType::TaskSubmit, &crate::task(json!({"wait": "result"}))).await;
+    raw.flood().await;
+    // Its places come back, though it has not read a byte.
+    another_is_served(&fixture).await;
+    // The answers have waited for it.
+    let mut late = 0;
+    for _ in 0..FLOOD + 2 {
+        let frame = raw.next().await.expect("still connected");
+        if frame.version != Version::V1 {
+            let answer: Value = serde_json::from_slice(&frame.payload).unwrap();
+            assert_eq!(answer["error"]["code"], ErrorCode::Timeout as u64, "{answer}");
+            late += 1;
+        }
+    }
+    assert_eq!(late, 2);
+}
+
+#[tokio::test]
+async fn a_stream_that_is_not_read_ends_at_its_deadline() {
+    let fixture = with_two_places(|config| config.max_in_flight = 1).await;
+    let mut output = fixture.bus.subscribe(subjects::DECIDE, None, 8).await.unwrap();
+    let mut raw = fixture.connect().await;
+    let asked = json!({"request_id": "s", "wait": "stream", "timeout_ms": 700});
+    raw.submit_v2(1, asked).await;
+    output.next().await.unwrap();
+    let large = "x".repeat(64 * 1024);
+    for seq in 0..64 {
+        let chunk = json!({"request_id": "s", "assignment_id": "a", "attempt": 1, "seq": seq, "data": large});
+        let subject = subjects::output("s").into();
+        let message = bus::Message { subject, payload: chunk.to_string().into(), ..bus::Message::default() };
+        fixture.bus.publish(message).await.unwrap();
+    }
+    another_is_served(&fixture).await;
+    let last = loop {
+        match raw.answer().await {
+            (FrameType::StreamData, _) => {}
+            last => break last,
+        }
+    };
+    assert_eq!((last.0, &last.1["error"]["code"]), (FrameType::StreamError, &json!(5)));
+}
+
+#[tokio::test]
+async fn a_stream_that_waits_for_its_turn_ends_at_its_deadline() {
+    let fixture = with_two_places(|_| {}).await;
+    let mut raw = fixture.connect().await;
+    raw.submit_v1(json!({"request_id": "held", "wait": "decision", "timeout_ms": 20_000})).await;
+    raw.submit_v1(json!({"wait": "stream", "timeout_ms": 100})).await;
+    another_is_served(&fixture).await;
+}
+
+#[tokio::test]
+async fn a_probe_of_a_client_that_does_not_read_is_settled() {
+    let open_for = Duration::from_millis(100);
+    let breaker = gateway::BreakerConfig { probes: 1, successes: 1, open_for, ..gateway::BreakerConfig::default() };
+    let fixture = Fixture::start(|config| (config.breaker, config.write_timeout) = (breaker, NEVER)).await;
+    let mut raw = fixture.connect().await;
+    raw.submit_v1(json!({})).await;
+    assert_eq!(raw.error_code().await, ErrorCode::Unavailable as u64, "no router is there, which opens the breaker");
+    let answer = |request: Value, _| async move { (request["request_id"] != "held").then(|| decision(&request)) };
+    fixture.router(answer).await;
+    eventually(PATIENCE, async || {
+        let mut other = fixture.connect().await;
+        other.frame(Version::V1, FrameType::Capabilities, "").await;
+        other.answer().await.1["breaker"] == "half_open"
+    })
+    .await;
+    // The only probe.
+    let version = Version::V2 { request_id: 1, deadline_ms: 600 };
+    raw.frame(version, FrameType::TaskSubmit, &crate::task(json!({"request_id": "held"}))).await;
+    raw.flood().await;
+    another_is_served(&fixture).await;
+}
+
+#[tokio::test]
+async fn a_client_that_reads_a_little_is_cut_off_once_much_waits_for_it() {
+    let fixture = Fixture::start(|config| config.write_timeout = Duration::from_millis(600)).await;
+    // Each answer is half a megabyte.
+    let answer = |request: Value, _| async move {
+        let mut answer = decision(&request);
+        answer["decision"]["metadata"] = json!({"large": "x".repeat(512 * 1024)});
+        Some(answer)
+    };
+    fixture.router(answer).await;
+    let mut raw = fixture.connect().await;
+    for id in 0..100 {
+        raw.submit_v2(id, json!({})).await;
+    }
+    // It takes some in every moment, a few hundred kilobytes a second.
+    let mut pace = tokio::time::interval(Duration::from_millis(20));
+    let (mut little, mut read) = (vec![0; 4096], 0);
+    let cut_off = async {
+        loop {
+            pace.tick().await;
+            match raw.stream.read(&mut little).await.unwrap_or(0) {
+                0 => break,
+                got => read += got,
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, cut_off).await.expect("it is cut off");
+    assert!(read < 20 * 1024 * 1024, "it was cut off before it had read all that waited: {read}");
+}
+
+#[tokio::test]
+async fn a_reader_that_keeps_up_gets_all_its_large_answers() {
+    let fixture = Fixture::start(|config| config.write_timeout = Duration::from_secs(2)).await;
+    let answer = |request: Value, _| async move {
+        let mut answer = decision(&request);
+        answer["decision"]["metadata"] = json!({"large": "x".repeat(512 * 1024)});
+        Some(answer)
+    };
+    fixture.router(answer).await;
+    let mut raw = fixture.connect().await;
+    for id in 0..64 {
+        raw.submit_v2(id, json!({})).await;
+    }
+    for _ in 0..64 {
+        assert_eq!(raw.answer().await.0, FrameType::ResponseOk);
+    }
+}
