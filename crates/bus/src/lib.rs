@@ -118,11 +118,12 @@ pub trait BusApi: Send + Sync + 'static {
     /// The size of a stream and the backlog of each of its consumers.
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo>;
 
-    /// Creates a durable key-value bucket whose entries live `max_age` after their last write. Safe to repeat.
-    async fn declare_kv(&self, bucket: &'static str, max_age: Duration) -> Result<()>;
+    /// Creates a durable key-value bucket whose entries live `max_age` after their last write, for ever if there is none.
+    /// Safe to repeat.
+    async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()>;
 
     /// Stores a value and returns its revision. With `expected`, only if the entry is at that revision (0: does not
-    /// exist), else [`Error::WrongRevision`].
+    /// exist), else [`Error::WrongRevision`]. A value is bounded as a message is, else [`Error::TooLarge`].
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64>;
     /// The value and its revision; `None` if there is no such entry.
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>>;

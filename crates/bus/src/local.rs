@@ -108,11 +108,12 @@ impl BusApi for Local {
         self.store.stream_info(stream).await
     }
 
-    async fn declare_kv(&self, bucket: &'static str, max_age: Duration) -> Result<()> {
+    async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()> {
         self.store.declare_kv(bucket, max_age).await
     }
 
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
+        check_size(value.len())?;
         self.store.kv_put(bucket, key, value, expected).await
     }
 
@@ -130,9 +131,11 @@ impl BusApi for Local {
 }
 
 fn check(message: &Message) -> Result<()> {
-    let max = wire::limits::BUS_MESSAGE_MAX;
-    if message.payload.len() > max {
-        return Err(Error::TooLarge { size: message.payload.len(), max });
-    }
+    check_size(message.payload.len())?;
     subjects::check_subject(&message.subject)
+}
+
+fn check_size(size: usize) -> Result<()> {
+    let max = wire::limits::BUS_MESSAGE_MAX;
+    if size > max { Err(Error::TooLarge { size, max }) } else { Ok(()) }
 }

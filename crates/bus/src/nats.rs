@@ -39,6 +39,9 @@ use tokio_util::task::TaskTracker;
 const APPEND_DEADLINE: Duration = Duration::from_secs(5);
 const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
 
+/// Bytes of the headers that a bucket's entry travels with, and more.
+const KV_HEADERS_MAX: usize = 128;
+
 /// Replies go here, one message a subject: no order is theirs to keep.
 const INBOXES: &str = "_INBOX.";
 
@@ -143,7 +146,7 @@ impl BusApi for Nats {
         streams::info(self.pool.mine(), stream).await
     }
 
-    async fn declare_kv(&self, bucket: &'static str, max_age: Duration) -> Result<()> {
+    async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()> {
         streams::declare_kv(self.pool.mine(), bucket, max_age).await?;
         let stores = try_join_all(self.pool.links().iter().map(|link| streams::bucket(link, bucket))).await?;
         self.buckets.write().insert(bucket.into(), stores);
@@ -151,6 +154,7 @@ impl BusApi for Nats {
     }
 
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
+        self.pool.mine().check_size(value.len() + KV_HEADERS_MAX)?;
         let store = self.bucket(bucket)?;
         let name = encode_key(key);
         let Some(expected) = expected else {

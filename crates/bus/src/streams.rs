@@ -24,5 +24,6 @@ pub async fn declare(bus: &Bus) -> Result<()> {
     bus.declare_stream(limits(subjects::STREAM_USAGE, vec![subjects::USAGE.into()], 30 * DAY, 1 << 30)).await?;
     let dead = [subjects::ASSIGN, subjects::RESULT].map(subjects::dead_letter);
     bus.declare_stream(limits(subjects::STREAM_DLQ, dead.into(), 30 * DAY, 1 << 30)).await?;
-    bus.declare_kv(subjects::BUCKET_TASKS, DAY).await
+    bus.declare_kv(subjects::BUCKET_TASKS, Some(DAY)).await?;
+    bus.declare_kv(subjects::BUCKET_POLICIES, None).await
 }

@@ -13,6 +13,7 @@ pub mod realtime;
 pub mod router;
 pub mod status;
 pub mod subjects;
+pub mod time;
 pub mod websocket;
 
 /// What is wrong with JSON, without the values that serde quotes: they may be what a person wrote, and this is for logs.

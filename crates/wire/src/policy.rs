@@ -1,4 +1,4 @@
-//! The policy file as users write it, in JSON, YAML or TOML.
+//! The policy file as users write it, in JSON, YAML or TOML, and the last good version of it that routers share.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -140,4 +140,47 @@ impl PolicyBreaker {
             success_threshold: self.success_threshold.unwrap_or(rules.success_threshold),
         }
     }
+}
+
+/// The last good version of a policy, in the bucket [`crate::subjects::BUCKET_POLICIES`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    pub format: Format,
+    /// The file, as it was.
+    pub text: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    Json,
+    Yaml,
+    Toml,
+}
+
+/// Every policy that there has ever been, by `<tenant>/<policy>`, under [`crate::subjects::POLICIES_INDEX`]. The first router that
+/// finds a policy directory makes it: from then on the built-in policy serves nobody.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Index {
+    pub policies: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// SHA-1 of format and text, in hex.
+    pub hash: String,
+    /// When a router read that version, or when the policy was deleted: milliseconds since the epoch.
+    pub at_ms: u64,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub deleted: bool,
+}
+
+/// `<tenant>/<policy>.deleted` in a policy directory: whatever was read of the policy before is deleted for good.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// Milliseconds since the epoch.
+    pub deleted_ms: u64,
+    /// Who did it, for people to read.
+    #[serde(default)]
+    pub by: String,
 }

@@ -76,8 +76,25 @@ pub struct PolicyStatus {
     pub tenant: String,
     pub policy: String,
     pub version: String,
-    /// Why the newest version of the file was refused; the router still uses `version`.
+    /// What is wrong with the policy's file. `version` still serves; if it is empty, requests are refused.
     pub error: Option<String>,
+    /// What is most likely a mistake, though it serves.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+    /// Of this version, since this router read it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rule_errors: Vec<RuleErrors>,
+}
+
+/// Evaluations of a rule's condition that failed; the rule did not match.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct RuleErrors {
+    /// From 0 on.
+    pub rule: usize,
+    pub count: u64,
+    /// Why the last one failed.
+    pub last: String,
 }
 
 /// A circuit breaker as one router sees it. Routers adopt the newer state from each other.

@@ -51,6 +51,11 @@ pub const STREAM_DLQ: &str = "DLQ";
 
 /// Key-value bucket of task states, by [`task_key`], and of their assignments, by [`assignment_key`].
 pub const BUCKET_TASKS: &str = "TASKS";
+/// Key-value bucket of policies, whose entries never expire: the last good version of each as a
+/// [`crate::policy::Stored`] under `<tenant>/<policy>`, and a [`crate::policy::Index`] of them under
+/// [`POLICIES_INDEX`].
+pub const BUCKET_POLICIES: &str = "POLICIES";
+pub const POLICIES_INDEX: &str = "index";
 
 /// Where a task's record is: request ids are unique within a tenant, whose name has no `/`.
 pub fn task_key(tenant_id: &str, request_id: &str) -> String {

@@ -52,7 +52,8 @@ INSERT OR IGNORE INTO revisions VALUES (1, 0);
 pub struct Store {
     journal: Journal,
     streams: RwLock<HashMap<&'static str, Arc<Stream>>>,
-    buckets: RwLock<HashMap<&'static str, Duration>>,
+    /// And how long their entries live, if not for ever.
+    buckets: RwLock<HashMap<&'static str, Option<Duration>>>,
     opened: Instant,
 }
 
@@ -369,18 +370,20 @@ impl Store {
         Ok(info)
     }
 
-    pub async fn declare_kv(&self, bucket: &'static str, max_age: Duration) -> Result<()> {
+    pub async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()> {
         self.buckets.write().insert(bucket, max_age);
         Ok(())
     }
 
-    fn bucket(&self, bucket: &str) -> Result<Duration> {
+    /// Entries of the bucket that were written before this time have gone.
+    fn live_since(&self, bucket: &str) -> Result<u64> {
         let missing = || Error::Storage(format!("bucket {bucket} is not declared"));
-        self.buckets.read().get(bucket).copied().ok_or_else(missing)
+        let max_age = self.buckets.read().get(bucket).copied().ok_or_else(missing)?;
+        Ok(max_age.map_or(0, |max_age| now_ms().saturating_sub(millis(max_age))))
     }
 
     pub async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
-        let since = now_ms().saturating_sub(millis(self.bucket(bucket)?));
+        let since = self.live_since(bucket)?;
         let (bucket, name) = (bucket.to_string(), key.to_string());
         let revision = self
             .journal
@@ -409,7 +412,7 @@ impl Store {
     }
 
     pub async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
-        let since = now_ms().saturating_sub(millis(self.bucket(bucket)?));
+        let since = self.live_since(bucket)?;
         let (bucket, key) = (bucket.to_string(), key.to_string());
         Ok(self.journal.read(move |c| kv_read(c, &bucket, &key, since)).await?)
     }
@@ -425,7 +428,7 @@ impl Store {
         let now = now_ms();
         loop {
             let streams: Vec<_> = self.streams.read().values().map(|stream| stream.config.clone()).collect();
-            let buckets: Vec<_> = self.buckets.read().iter().map(|(name, age)| (*name, *age)).collect();
+            let buckets: Vec<_> = self.buckets.read().iter().filter_map(|(name, age)| Some((*name, (*age)?))).collect();
             if !self.journal.write(move |c| prune::some(c, &streams, &buckets, now)).await? {
                 return Ok(());
             }
@@ -511,12 +514,14 @@ mod tests {
     #[tokio::test]
     async fn expired_and_excess_rows_are_pruned_from_every_table() {
         let (_dir, store) = open(Retention::Limits).await;
-        store.declare_kv("B", Duration::from_secs(3600)).await.unwrap();
+        store.declare_kv("B", Some(Duration::from_secs(3600))).await.unwrap();
         store.consumer(&reader("c", 10)).await.unwrap();
         for n in 0..3000_u32 {
             store.append(&message(&"x".repeat(100)), Some(&n.to_string())).await.unwrap();
         }
+        store.declare_kv("F", None).await.unwrap();
         store.kv_put("B", "key", "value".into(), None).await.unwrap();
+        store.kv_put("F", "key", "value".into(), None).await.unwrap();
         store.prune().await.unwrap();
         let info = store.stream_info("S").await.unwrap();
         assert_eq!((info.messages, info.bytes), (500, 50_000));
@@ -530,9 +535,11 @@ mod tests {
         store.prune().await.unwrap();
         let info = store.stream_info("S").await.unwrap();
         assert_eq!((info.messages, info.bytes), (0, 0));
-        for table in ["messages", "queue", "dedup", "kv"] {
+        for table in ["messages", "queue", "dedup"] {
             assert_eq!(count(&store, table).await, 0, "{table}");
         }
+        assert_eq!(count(&store, "kv").await, 1, "a bucket without an age keeps its entries");
+        assert!(store.kv_get("F", "key").await.unwrap().is_some());
     }
 
     #[tokio::test]

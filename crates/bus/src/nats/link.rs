@@ -179,13 +179,15 @@ impl Link {
         Ok(())
     }
 
-    async fn send(&self, subject: &str, reply: Option<Subject>, headers: HeaderMap, payload: Bytes) -> Result<()> {
+    /// Whether the server takes a message of so many bytes, its headers among them.
+    pub fn check_size(&self, size: usize) -> Result<()> {
         let max = self.client.max_payload().min(wire::limits::BUS_MESSAGE_MAX);
+        if size > max { Err(Error::TooLarge { size, max }) } else { Ok(()) }
+    }
+
+    async fn send(&self, subject: &str, reply: Option<Subject>, headers: HeaderMap, payload: Bytes) -> Result<()> {
         // The server counts the headers against `max_payload`, too.
-        let size = payload.len() + convert::header_bytes(&headers);
-        if size > max {
-            return Err(Error::TooLarge { size, max });
-        }
+        self.check_size(payload.len() + convert::header_bytes(&headers))?;
         let message = Outgoing { subject: subject.into(), reply, headers, payload };
         if self.outbox.put(message).await { Ok(()) } else { Err(closed()) }
     }

@@ -32,8 +32,10 @@ pub async fn declare(link: &Link, stream: StreamConfig) -> Result<()> {
     .await
 }
 
-pub async fn declare_kv(link: &Link, bucket: &str, max_age: Duration) -> Result<()> {
+pub async fn declare_kv(link: &Link, bucket: &str, max_age: Option<Duration>) -> Result<()> {
     link.connected()?;
+    // To the server, an age of zero is none.
+    let max_age = max_age.unwrap_or_default();
     let failed = |error: &dyn std::fmt::Display| Error::Storage(format!("cannot declare bucket {bucket}: {error}"));
     let stream = format!("KV_{bucket}");
 

@@ -8,8 +8,8 @@ use testkit::eventually;
 const HOUR: Duration = Duration::from_secs(3600);
 
 pub async fn values_are_returned_with_their_revision(bus: Bus) {
-    bus.declare_kv("B", HOUR).await.unwrap();
-    bus.declare_kv("B", HOUR).await.unwrap();
+    bus.declare_kv("B", Some(HOUR)).await.unwrap();
+    bus.declare_kv("B", Some(HOUR)).await.unwrap();
     assert_eq!(bus.kv_get("B", "key").await.unwrap(), None);
     let first = bus.kv_put("B", "key", "1".into(), None).await.unwrap();
     assert_eq!(bus.kv_get("B", "key").await.unwrap(), Some(("1".into(), first)));
@@ -20,7 +20,7 @@ pub async fn values_are_returned_with_their_revision(bus: Bus) {
 }
 
 pub async fn put_with_expected_revision_detects_conflicts(bus: Bus) {
-    bus.declare_kv("B", HOUR).await.unwrap();
+    bus.declare_kv("B", Some(HOUR)).await.unwrap();
     let refused = bus.kv_put("B", "key", "x".into(), Some(7)).await;
     assert!(matches!(refused, Err(Error::WrongRevision(key)) if key == "key"));
 
@@ -36,7 +36,7 @@ pub async fn put_with_expected_revision_detects_conflicts(bus: Bus) {
 }
 
 pub async fn exactly_one_concurrent_create_wins(bus: Bus) {
-    bus.declare_kv("B", HOUR).await.unwrap();
+    bus.declare_kv("B", Some(HOUR)).await.unwrap();
     let mut attempts = tokio::task::JoinSet::new();
     for n in 0..20 {
         let bus = bus.clone();
@@ -48,7 +48,7 @@ pub async fn exactly_one_concurrent_create_wins(bus: Bus) {
 }
 
 pub async fn any_key_is_accepted(bus: Bus) {
-    bus.declare_kv("B", HOUR).await.unwrap();
+    bus.declare_kv("B", Some(HOUR)).await.unwrap();
     let long = "x".repeat(256);
     let keys = ["", ".", "a.b", "a b", "*", ">", "tenant/ünïcode\r\n", "$KV", &long];
     for (n, key) in keys.iter().enumerate() {
@@ -60,11 +60,27 @@ pub async fn any_key_is_accepted(bus: Bus) {
 }
 
 pub async fn expired_entries_are_gone(bus: Bus) {
-    bus.declare_kv("B", HOUR).await.unwrap();
-    bus.declare_kv("B", Duration::from_secs(1)).await.unwrap();
+    bus.declare_kv("B", Some(HOUR)).await.unwrap();
+    bus.declare_kv("B", Some(Duration::from_secs(1))).await.unwrap();
     bus.kv_put("B", "key", "1".into(), Some(0)).await.unwrap();
     eventually(SOON, || async { bus.kv_get("B", "key").await.unwrap().is_none() }).await;
     bus.kv_put("B", "key", "2".into(), Some(0)).await.expect("an expired entry counts as missing");
+}
+
+pub async fn bucket_without_max_age_keeps_entries(bus: Bus) {
+    bus.declare_kv("B", Some(Duration::from_secs(1))).await.unwrap();
+    bus.declare_kv("F", None).await.unwrap();
+    let kept = bus.kv_put("F", "key", "1".into(), Some(0)).await.unwrap();
+    bus.kv_put("B", "key", "1".into(), Some(0)).await.unwrap();
+    eventually(SOON, || async { bus.kv_get("B", "key").await.unwrap().is_none() }).await;
+    assert_eq!(bus.kv_get("F", "key").await.unwrap(), Some(("1".into(), kept)));
+}
+
+pub async fn oversized_value_is_refused(bus: Bus) {
+    bus.declare_kv("B", Some(HOUR)).await.unwrap();
+    let huge = vec![0; wire::limits::BUS_MESSAGE_MAX + 1];
+    assert!(matches!(bus.kv_put("B", "key", huge.into(), None).await, Err(Error::TooLarge { .. })));
+    assert_eq!(bus.kv_get("B", "key").await.unwrap(), None);
 }
 
 pub async fn undeclared_bucket_is_refused(bus: Bus) {

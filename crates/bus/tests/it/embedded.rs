@@ -25,7 +25,7 @@ async fn restart_keeps_stored_state_and_redelivers_unsettled_messages() {
     let dir = tempfile::tempdir().unwrap();
     let bus = Local::open(dir.path()).await.unwrap();
     bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
-    bus.declare_kv("B", Duration::from_secs(60)).await.unwrap();
+    bus.declare_kv("B", Some(Duration::from_secs(60))).await.unwrap();
     let revision = bus.kv_put("B", "key", "value".into(), None).await.unwrap();
 
     let mut first = bus.consume(consumer("c")).await.unwrap();
@@ -39,7 +39,7 @@ async fn restart_keeps_stored_state_and_redelivers_unsettled_messages() {
 
     let bus = reopen(dir.path()).await;
     bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
-    bus.declare_kv("B", Duration::from_secs(60)).await.unwrap();
+    bus.declare_kv("B", Some(Duration::from_secs(60))).await.unwrap();
     assert_eq!(bus.kv_get("B", "key").await.unwrap(), Some(("value".into(), revision)));
     assert!(bus.append(message("s.a", "1"), Some("1")).await.unwrap().duplicate);
 

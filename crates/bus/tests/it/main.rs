@@ -81,6 +81,8 @@ conformance! {
     buckets::exactly_one_concurrent_create_wins,
     buckets::any_key_is_accepted,
     buckets::expired_entries_are_gone,
+    buckets::bucket_without_max_age_keeps_entries,
+    buckets::oversized_value_is_refused,
     buckets::undeclared_bucket_is_refused,
 }
 

@@ -11,7 +11,7 @@ async fn killed_server_loses_no_acknowledged_write() {
     let mut server = NatsServer::start().await;
     let bus = connect(&server).await;
     bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
-    bus.declare_kv("B", Duration::from_secs(60)).await.unwrap();
+    bus.declare_kv("B", Some(Duration::from_secs(60))).await.unwrap();
     let mut live = bus.subscribe("live", None, 8).await.unwrap();
     let mut consumer = bus.consume(ConsumerConfig { ack_wait: Duration::from_secs(1), ..consumer("c") }).await.unwrap();
     bus.append(message("s.a", "0"), Some("0")).await.unwrap();
