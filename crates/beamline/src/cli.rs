@@ -26,6 +26,9 @@ pub enum Command {
     /// Manage the people who may sign in
     #[command(subcommand)]
     User(User),
+    /// Check the policies, or delete one
+    #[command(subcommand)]
+    Policy(Policy),
     /// Drive a running part for a long time, and say whether it held
     #[command(subcommand)]
     Soak(Soak),
@@ -156,6 +159,24 @@ pub enum User {
         name: String,
         #[command(flatten)]
         data_dir: DataDir,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Policy {
+    /// Check all policies of a directory; fails if one cannot serve
+    Lint {
+        /// Directory of <tenant>/<policy>.{json,yaml,toml} [default: as the settings say]
+        #[arg(value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+    /// Delete a policy for good: its file, and the last good version that the routers keep
+    Delete {
+        #[arg(value_name = "TENANT/POLICY")]
+        name: String,
+        /// The policy directory [default: as the settings say]
+        #[arg(long, value_name = "DIR")]
+        policies: Option<PathBuf>,
     },
 }
 

@@ -2,7 +2,8 @@
 
 use crate::Router;
 use crate::breakers::{Place, Scope, Standing};
-use crate::policy::{Undecided, World};
+use crate::policies::{Lookup, Served};
+use crate::policy::{Stop, Undecided, World};
 use crate::stats::now_ms;
 use bus::{Headers, Message, Subscription};
 use futures_util::FutureExt;
@@ -131,14 +132,19 @@ impl Router {
         }
         let policies = self.policies.current();
         let name = request.policy_id.as_deref().unwrap_or("default");
-        let Some((owner, policy)) = policies.find(&request.tenant_id, name) else {
-            let text =
-                format!("tenant {:?} has no policy {name:?}, and neither has tenant \"default\"", request.tenant_id);
-            return Err(failure("policy_not_found", text));
+        let served = match policies.find(&request.tenant_id, name) {
+            Lookup::Serves(served) => served,
+            // Not `unavailable`: gateways would take the router for failing, for everybody.
+            Lookup::Refuses(why) => return Err(failure("decision_failed", why)),
+            Lookup::Unknown => {
+                let tenant = &request.tenant_id;
+                let text = format!("tenant {tenant:?} has no policy {name:?}, and neither has tenant \"default\"");
+                return Err(failure("policy_not_found", text));
+            }
         };
-
+        let (owner, policy) = (served.name.tenant.as_str(), &served.version.compiled);
         let scope = Scope { tenant: owner, policy: name, rules: self.rules_of(policy) };
-        let mut seen = Seen { router: self, scope, now_ms: self.uptime_ms(), taken: Vec::new() };
+        let mut seen = Seen { router: self, served, scope, now_ms: self.uptime_ms(), taken: Vec::new() };
         loop {
             let decision = policy.decide(request, &seen).map_err(|undecided| seen.refusal(&undecided))?;
             let Some(place) = self.breakers.reserve(&decision.provider_id, &scope, holder, seen.now_ms) else {
@@ -193,6 +199,7 @@ pub struct Chosen<'a> {
 /// The world as a decision sees it.
 struct Seen<'a> {
     router: &'a Router,
+    served: &'a Served,
     scope: Scope<'a>,
     now_ms: u64,
     /// Providers whose last place others have taken meanwhile.
@@ -229,6 +236,10 @@ impl World for Seen<'_> {
 
     fn latency_ms(&self, provider: &str) -> Option<f64> {
         self.router.stats.latency_ms(provider)
+    }
+
+    fn rule_failed(&self, rule: usize, why: &Stop) {
+        self.served.rule_failed(rule, why);
     }
 }
 

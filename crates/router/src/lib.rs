@@ -14,6 +14,8 @@ mod stats;
 mod tasks;
 
 use bus::Bus;
+pub use policies::files::{Name as PolicyName, delete as delete_policy};
+pub use policies::lint::{Findings, lint};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -62,6 +64,7 @@ pub struct Bound {
     queries: tasks::Queries,
     results: bus::Consumer,
     outcomes: outcomes::Inputs,
+    policies: policies::Watcher,
 }
 
 struct Router {
@@ -69,7 +72,7 @@ struct Router {
     id: String,
     bus: Bus,
     config: Config,
-    policies: policies::Policies,
+    policies: Arc<policies::Policies>,
     stats: stats::Stats,
     breakers: breakers::Breakers,
     backpressure: backpressure::Backpressure,
@@ -98,7 +101,7 @@ impl Router {
 
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     bus::streams::declare(&bus).await?;
-    let policies = policies::Policies::load(&config.policies);
+    let (policies, watcher) = policies::load(&config.policies, bus.clone()).await?;
     let results = bus
         .consume(bus::ConsumerConfig {
             stream: wire::subjects::STREAM_RESULT,
@@ -123,20 +126,20 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         backpressure: backpressure::Backpressure::default(),
         started: Instant::now(),
     };
-    Ok(Bound { router: Arc::new(router), decide, queries, results, outcomes })
+    Ok(Bound { router: Arc::new(router), decide, queries, results, outcomes, policies: watcher })
 }
 
 impl Bound {
     /// Answers until cancelled, then finishes what it has taken.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
-        let Self { router, decide, queries, results, outcomes } = self;
+        let Self { router, decide, queries, results, outcomes, policies } = self;
         let mut loops = JoinSet::new();
         loops.spawn(decide::run(router.clone(), decide, cancel.clone()));
         loops.spawn(tasks::run(router.clone(), queries, cancel.clone()));
         loops.spawn(results::run(router.clone(), results, cancel.clone()));
         loops.spawn(outcomes::run(router.clone(), outcomes, cancel.clone()));
-        loops.spawn(stats::run(router.clone(), cancel.clone()));
-        loops.spawn(policies::watch(router, cancel));
+        loops.spawn(stats::run(router, cancel.clone()));
+        loops.spawn(policies.run(cancel));
         while let Some(ended) = loops.join_next().await {
             ended?;
         }

@@ -3,7 +3,8 @@
 //! gave the result to. What a router has missed it takes from the status that the others publish every second.
 
 use crate::Router;
-use crate::policy::Set;
+use crate::policies::Set;
+use crate::policy::Compiled;
 use bus::{Bus, Message, Subscription};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -123,7 +124,7 @@ struct Served<'a> {
 impl<'a> Served<'a> {
     fn of(router: &'a Router) -> Self {
         let policies = Arc::clone(&router.policies.current());
-        let providers = policies.iter().flat_map(|(_, policy)| policy.providers()).map(String::from).collect();
+        let providers = policies.iter().flat_map(Compiled::providers).map(String::from).collect();
         Self { router, policies, providers }
     }
 

@@ -1,295 +1,420 @@
-//! The policy files: loaded, watched, and never replaced by a bad one.
+//! The policies that serve: read from their directory, watched, shared with the other routers, and never replaced by a bad file.
+//!
+//! [`resolve`] says what serves; here is everything around it.
 
-use crate::Router;
-use crate::policy::{Compiled, Set};
+pub mod files;
+pub mod lint;
+mod resolve;
+mod set;
+mod shared;
+mod source;
+
+use crate::stats::now_ms;
 use arc_swap::ArcSwap;
-use parking_lot::Mutex;
-use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use bus::Bus;
+use files::{File, Look, Name, Stamp};
+use resolve::{Disk, Good, Serving, Step};
+use set::Entry;
+pub use set::{Lookup, Served, Set};
+use shared::Shared;
+use source::Version;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-use wire::policy::Policy;
+use wire::policy::{Format, Index, Stored, Tombstone};
 use wire::status::PolicyStatus;
 
 /// Files are looked at this often. Polling sees every editor's way of saving, mounted volumes and swapped links alike.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
-/// A policy file is not larger.
-const FILE_MAX: u64 = 1024 * 1024;
+/// One look in so many is also at what other routers have stored and deleted.
+const LOOKS_PER_INDEX: u64 = 4;
+/// Policies whose metrics carry their names; the others' share one.
+const LABELLED_MAX: usize = 50;
 
-/// Serves tenant `default` until a file `default/default.*` does.
+/// Serves tenant `default` where there has never been a policy directory.
 const BUILT_IN: &str = r#"{
     "version": "built-in",
     "providers": [{"name": "echo", "weight": 100}, {"name": "ops", "weight": 0}],
     "rules": [{"when": "task.type == 'chat' || task.type == 'ops'", "to": "ops"}]
 }"#;
 
+/// What serves now.
 pub struct Policies {
-    dir: PathBuf,
     current: ArcSwap<Set>,
-    files: Mutex<BTreeMap<PathBuf, File>>,
 }
-
-struct File {
-    tenant: String,
-    policy: String,
-    stamp: Stamp,
-    /// The newest good content.
-    compiled: Option<Arc<Compiled>>,
-    error: Option<String>,
-}
-
-type Stamp = (SystemTime, u64);
-/// Tenant, policy and stamp of each file.
-type Found = BTreeMap<PathBuf, (String, String, Stamp)>;
 
 impl Policies {
-    /// Reads what is there now. A bad file is logged and left out; it does not keep the others from serving.
-    pub fn load(dir: &Path) -> Self {
-        if !dir.is_dir() {
-            tracing::info!("there is no directory {}: the built-in policy serves until there is", dir.display());
-        }
-        let policies = Self { dir: dir.into(), current: ArcSwap::default(), files: Mutex::default() };
-        policies.reload();
-        policies
-    }
-
     pub fn current(&self) -> arc_swap::Guard<Arc<Set>> {
         self.current.load()
     }
 
     pub fn status(&self) -> Vec<PolicyStatus> {
-        let files = self.files.lock();
-        let broken = files.values().filter(|file| file.error.is_some()).map(|file| PolicyStatus {
-            tenant: file.tenant.clone(),
-            policy: file.policy.clone(),
-            version: file.compiled.as_ref().map(|c| c.version.clone()).unwrap_or_default(),
-            error: file.error.clone(),
-        });
-        let mut all: Vec<_> = broken.collect();
-        for (tenant, compiled) in self.current.load().iter() {
-            if !all.iter().any(|known| known.tenant == tenant && known.policy == compiled.id) {
-                let (tenant, policy, version) = (tenant.into(), compiled.id.clone(), compiled.version.clone());
-                all.push(PolicyStatus { tenant, policy, version, error: None });
-            }
-        }
-        all.sort_by(|a, b| (&a.tenant, &a.policy).cmp(&(&b.tenant, &b.policy)));
-        all
+        self.current.load().status()
+    }
+}
+
+/// Keeps [`Policies`] up to date; the only one who does.
+pub struct Watcher {
+    dir: PathBuf,
+    shared: Shared,
+    policies: Arc<Policies>,
+    known: BTreeMap<Name, Known>,
+    /// What all routers know; `None` where there has never been a policy directory.
+    index: Option<Index>,
+    directory: Directory,
+    built_in: Arc<Served>,
+    labelled: BTreeSet<Name>,
+    /// What was last logged of the bus, so that it is logged once.
+    bus_problem: Option<String>,
+}
+
+/// What all looks at the directory have shown.
+#[derive(Default)]
+struct Directory {
+    has_existed: bool,
+    has_been_read: bool,
+    read_tenants: BTreeSet<String>,
+    /// Why it cannot be read now.
+    unreadable: Option<String>,
+    unreadable_tenants: BTreeMap<String, String>,
+}
+
+impl Directory {
+    fn note(&mut self, look: &Look) {
+        self.has_existed |= look.exists;
+        self.has_been_read |= look.exists && look.unreadable.is_none();
+        self.read_tenants.extend(look.tenants.iter().cloned());
+        self.unreadable.clone_from(&look.unreadable);
+        self.unreadable_tenants.clone_from(&look.unreadable_tenants);
     }
 
-    /// Looks at every file; true if anything changed.
-    fn reload(&self) -> bool {
-        let mut files = self.files.lock();
-        let found = policy_files(&self.dir, &files);
-        let mut changed = false;
-        files.retain(|path, file| {
-            let stays = found.contains_key(path);
-            if !stays {
-                changed = true;
-                tracing::info!(tenant = file.tenant, policy = file.policy, "policy removed");
+    /// Tenants whose policies are not known at all, and why.
+    fn unread_tenants(&self) -> BTreeMap<String, String> {
+        let mut unread = self.unreadable_tenants.clone();
+        unread.retain(|tenant, _| !self.read_tenants.contains(tenant));
+        unread
+    }
+}
+
+/// A policy that there is or was.
+struct Known {
+    disk: Disk,
+    /// The file that `disk` was read from, and when.
+    read: Option<(PathBuf, Stamp, u64)>,
+    /// What was read is not yet known to be stored.
+    fresh: bool,
+    last_good: Option<Good>,
+    tombstone: Option<Tombstone>,
+    /// Why the stored version cannot be used.
+    unusable: Option<String>,
+    /// Why the version that serves could not be stored.
+    unstored: Option<String>,
+    served: Option<Arc<Served>>,
+    /// What was last logged.
+    problem: Option<String>,
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Self {
+            disk: Disk::Absent("its file is gone".into()),
+            read: None,
+            fresh: false,
+            last_good: None,
+            tombstone: None,
+            unusable: None,
+            unstored: None,
+            served: None,
+            problem: None,
+        }
+    }
+}
+
+/// Reads what is there now, in the directory and on the bus. A bad file does not keep the others from serving.
+pub async fn load(dir: &Path, bus: Bus) -> bus::Result<(Arc<Policies>, Watcher)> {
+    let policies = Arc::new(Policies { current: ArcSwap::default() });
+    let mut watcher = Watcher {
+        dir: dir.into(),
+        shared: Shared::new(bus),
+        policies: policies.clone(),
+        known: BTreeMap::new(),
+        index: None,
+        directory: Directory::default(),
+        built_in: Arc::new(built_in()),
+        labelled: BTreeSet::new(),
+        bus_problem: None,
+    };
+    watcher.learn().await?;
+    watcher.look().await;
+    watcher.share().await?;
+    watcher.publish();
+    if watcher.serves_built_in() {
+        tracing::info!("there is no directory {}: the built-in policy serves until there is", dir.display());
+    }
+    Ok((policies, watcher))
+}
+
+impl Watcher {
+    pub async fn run(mut self, cancel: CancellationToken) {
+        let mut ticks = tokio::time::interval(LOOK_INTERVAL);
+        for looks in 1.. {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                _ = ticks.tick() => {}
             }
-            stays
-        });
-        for (path, (tenant, policy, stamp)) in found {
-            if files.get(&path).is_some_and(|known| known.stamp == stamp) {
-                continue;
+            // A turn may end anywhere: whatever it has not stored is fresh at the next start.
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = self.turn(looks) => {}
             }
-            changed = true;
-            let before = files.get(&path).and_then(|known| known.compiled.clone());
-            let (compiled, error) = match read(&path, &policy, stamp) {
-                Ok(compiled) => {
-                    tracing::info!(tenant, policy, version = compiled.version, "policy loaded");
-                    (Some(Arc::new(compiled)), None)
-                }
-                Err(error) => {
-                    let kept = if before.is_some() { "the version before it serves on" } else { "it does not serve" };
-                    tracing::error!("policy file refused, {kept}: {error}");
-                    (before, Some(error))
-                }
+        }
+    }
+
+    async fn turn(&mut self, looks: u64) {
+        self.look().await;
+        let has_news = self.known.values().any(|known| known.fresh || known.tombstone.is_some());
+        if has_news || looks.is_multiple_of(LOOKS_PER_INDEX) {
+            let shared = match self.learn().await {
+                Ok(()) => self.share().await,
+                error => error,
             };
-            files.insert(path, File { tenant, policy, stamp, compiled, error });
-        }
-        if changed || self.current.load().iter().next().is_none() {
-            let mut set = Set::default();
-            set.insert("default", Arc::new(built_in()));
-            for file in files.values() {
-                if let Some(compiled) = &file.compiled {
-                    set.insert(&file.tenant, compiled.clone());
-                }
+            let problem = shared.err().map(|error| error.to_string());
+            if let Some(problem) = problem.as_ref().filter(|_| problem != self.bus_problem) {
+                tracing::error!("policies cannot be shared, and would not outlive a restart: {problem}");
             }
-            self.current.store(Arc::new(set));
+            self.bus_problem = problem;
         }
-        changed
+        self.publish();
     }
-}
 
-fn built_in() -> Compiled {
-    let policy: Policy = serde_json::from_str(BUILT_IN).expect("the built-in policy is JSON");
-    Compiled::new("default", &policy).expect("the built-in policy is valid")
-}
+    /// Brings `known` up to date with the directory.
+    async fn look(&mut self) {
+        let dir = self.dir.clone();
+        let Some(look) = in_background(move || files::look(&dir)).await else { return };
+        self.directory.note(&look);
 
-/// What is not there is gone. What cannot be looked at now (too many open files, no permission) is as it was.
-fn policy_files(dir: &Path, known: &BTreeMap<PathBuf, File>) -> Found {
-    let mut found = Found::new();
-    let as_before = |path: &Path, error: std::io::Error| {
-        if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) {
-            return Found::new();
+        let read_ms = now_ms();
+        let mut stale = Vec::new();
+        for (name, files) in &look.files {
+            if self.known.entry(name.clone()).or_default().is_stale(files) {
+                stale.push((name.clone(), files.clone()));
+            }
         }
-        tracing::error!(%error, path = %path.display(), "cannot look at policy files; what was read of them serves on");
-        let under = known.iter().filter(|(file, _)| file.starts_with(path));
-        under.map(|(file, known)| (file.clone(), (known.tenant.clone(), known.policy.clone(), known.stamp))).collect()
-    };
-    let tenants = entries(dir).unwrap_or_else(|error| {
-        found.extend(as_before(dir, error));
-        Vec::new()
-    });
-    for tenant in tenants {
-        let files = entries(&tenant).unwrap_or_else(|error| {
-            found.extend(as_before(&tenant, error));
-            Vec::new()
+        let read = |(name, files): (Name, Vec<File>)| (files::read(&name, &files), name, files);
+        let read = in_background(move || stale.into_iter().map(read).collect::<Vec<_>>()).await;
+        for (outcome, name, files) in read.unwrap_or_default() {
+            self.known.entry(name).or_default().note_read(&files, outcome, read_ms);
+        }
+
+        let mut tombstones = Vec::new();
+        for (name, known) in self.known.iter_mut().filter(|(name, _)| !look.files.contains_key(name)) {
+            known.note_absent(look.why_absent(&name.tenant));
+            tombstones.extend(look.tombstones.get(name).map(|path| (name.clone(), path.clone())));
+        }
+        let read = |(name, path): (Name, PathBuf)| (name, files::read_tombstone(&path));
+        let read = in_background(move || tombstones.into_iter().map(read).collect::<Vec<_>>()).await;
+        for (name, tombstone) in read.unwrap_or_default() {
+            self.known.entry(name).or_default().note_tombstone(tombstone);
+        }
+    }
+
+    /// Learns which policies all routers know.
+    async fn learn(&mut self) -> bus::Result<()> {
+        self.index = self.shared.index().await?;
+        for (name, entry) in self.index.iter().flat_map(|index| &index.policies) {
+            if let Some(name) = Name::parse(name).filter(|_| !entry.deleted) {
+                self.known.entry(name).or_default();
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores what was read newly, and takes over what other routers have stored or deleted.
+    async fn share(&mut self) -> bus::Result<()> {
+        if self.index.is_none() && !self.directory.has_existed {
+            return Ok(());
+        }
+        let index = self.index.clone().unwrap_or_default();
+        let (mut changes, mut done) = (BTreeMap::new(), Ok(()));
+        for (name, known) in &mut self.known {
+            let entry = index.policies.get(&name.to_string());
+            match known.share(name, entry, &self.shared).await {
+                Ok(change) => changes.extend(change.map(|entry| (name.clone(), entry))),
+                Err(error) => done = Err(error),
+            }
+        }
+        if self.index.is_none() || !changes.is_empty() {
+            self.index = Some(self.shared.publish(&changes).await?);
+            for name in changes.keys() {
+                self.known.entry(name.clone()).or_default().fresh = false;
+            }
+        }
+        done
+    }
+
+    fn serves_built_in(&self) -> bool {
+        self.index.is_none() && !self.directory.has_existed
+    }
+
+    /// Has whatever is known now serve.
+    fn publish(&mut self) {
+        let knows_none = self.index.as_ref().is_none_or(|index| index.policies.is_empty());
+        let unread = self.directory.unreadable.clone().filter(|_| !self.directory.has_been_read && knows_none);
+        let mut set = Set::new(unread, self.directory.unread_tenants());
+        if self.serves_built_in() {
+            set.insert(
+                &self.built_in.name,
+                Entry::Serves { served: self.built_in.clone(), problem: None, unstored: None },
+            );
+        }
+        let labelled = &mut self.labelled;
+        self.known.retain(|name, known| {
+            let entry = known.entry(name, labelled);
+            let serves = entry.is_some();
+            if let Some(entry) = entry {
+                set.insert(name, entry);
+            }
+            serves
         });
-        for path in files {
-            let format = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-            let name = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default().to_string();
-            if !matches!(format, "json" | "yaml" | "yml" | "toml") || name.starts_with('.') {
-                continue;
+        metrics::gauge!("beamline_router_policies_broken").set(set.broken() as f64);
+        self.policies.current.store(Arc::new(set));
+    }
+}
+
+impl Known {
+    /// Whether the file may have changed since it was read.
+    fn is_stale(&self, files: &[File]) -> bool {
+        match (files, &self.read) {
+            ([File { path, stamp: Ok(stamp), .. }], Some((read, known, read_ms))) => {
+                path != read || stamp != known || !stamp.is_settled(*read_ms)
             }
-            match std::fs::metadata(&path) {
-                Ok(data) => {
-                    let stamp = (data.modified().unwrap_or(SystemTime::UNIX_EPOCH), data.len());
-                    let tenant = tenant.file_name().unwrap_or_default().to_string_lossy().to_string();
-                    found.insert(path, (tenant, name, stamp));
+            _ => true,
+        }
+    }
+
+    fn note_read(&mut self, files: &[File], outcome: Result<Version, String>, read_ms: u64) {
+        self.read = match files {
+            [File { path, stamp: Ok(stamp), .. }] => Some((path.clone(), *stamp, read_ms)),
+            _ => None,
+        };
+        self.tombstone = None;
+        match outcome {
+            Ok(version) if matches!(&self.disk, Disk::Good(before) if before.hash == version.hash) => {}
+            Ok(version) => {
+                let version = Arc::new(version);
+                self.last_good = Some(Good { version: version.clone(), at_ms: read_ms });
+                self.disk = Disk::Good(version);
+                (self.fresh, self.unusable, self.unstored) = (true, None, None);
+            }
+            Err(problem) => (self.disk, self.fresh) = (Disk::Broken(problem), false),
+        }
+    }
+
+    fn note_absent(&mut self, why: String) {
+        (self.disk, self.read, self.fresh, self.tombstone) = (Disk::Absent(why), None, false, None);
+    }
+
+    fn note_tombstone(&mut self, tombstone: Result<Tombstone, String>) {
+        match tombstone {
+            Ok(tombstone) => self.tombstone = Some(tombstone),
+            Err(error) => {
+                self.disk = Disk::Absent(format!("its file is gone, and its tombstone is unreadable: {error}"))
+            }
+        }
+    }
+
+    /// What is to be changed in the index, once it is stored.
+    async fn share(
+        &mut self,
+        name: &Name,
+        entry: Option<&wire::policy::Entry>,
+        shared: &Shared,
+    ) -> bus::Result<Option<wire::policy::Entry>> {
+        let step = resolve::next(&self.disk, self.fresh, self.last_good.as_ref(), entry, self.tombstone.as_ref());
+        match (step, &self.last_good) {
+            (Some(Step::Store), Some(good)) => match shared.store(name, &good.version).await {
+                Ok(()) => {
+                    let (hash, at_ms) = (good.version.hash.clone(), good.at_ms);
+                    return Ok(Some(wire::policy::Entry { hash, at_ms, deleted: false }));
                 }
-                Err(error) => found.extend(as_before(&path, error)),
+                Err(error @ bus::Error::TooLarge { .. }) => {
+                    self.fresh = false;
+                    self.unstored = Some(format!("{name}: this version would not outlive a restart: {error}"));
+                }
+                Err(error) => return Err(error),
+            },
+            (Some(Step::Fetch), _) => match shared.fetch(name).await? {
+                Ok(version) => {
+                    let at_ms = entry.map_or(0, |entry| entry.at_ms);
+                    self.last_good = Some(Good { version: Arc::new(version), at_ms });
+                    self.unusable = None;
+                }
+                Err(problem) => self.unusable = Some(problem),
+            },
+            (Some(Step::Delete), _) => {
+                let at_ms = self.tombstone.as_ref().map_or(0, |tombstone| tombstone.deleted_ms);
+                shared.erase(name).await?;
+                (self.last_good, self.unusable) = (None, None);
+                return Ok(Some(wire::policy::Entry { hash: String::new(), at_ms, deleted: true }));
             }
+            (Some(Step::Forget), _) => (self.last_good, self.unusable) = (None, None),
+            // Stored already, perhaps by another router.
+            (Some(Step::Store), None) | (None, _) => self.fresh = false,
         }
+        Ok(None)
     }
-    found
-}
 
-fn entries(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
-    std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect()
-}
-
-fn read(path: &Path, name: &str, stamp: Stamp) -> Result<Compiled, String> {
-    let at = path.display();
-    if stamp.1 > FILE_MAX {
-        return Err(format!("{at}: has {} bytes, more than a policy may ({FILE_MAX})", stamp.1));
-    }
-    let text = std::fs::read_to_string(path).map_err(|e| format!("{at}: cannot be read: {e}"))?;
-    let policy: Policy = match path.extension().and_then(|e| e.to_str()) {
-        Some("json") => serde_json::from_str(&text).map_err(|e| format!("{at}:{}: {e}", e.line()))?,
-        Some("toml") => toml::from_str(&text).map_err(|e: toml::de::Error| {
-            let line = e.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
-            format!("{at}:{line}: {}", e.message())
-        })?,
-        _ => serde_norway::from_str(&text).map_err(|e| {
-            let line = e.location().map_or(1, |location| location.line());
-            format!("{at}:{line}: {e}")
-        })?,
-    };
-    Compiled::new(name, &policy).map_err(|e| {
-        let line = line_of_field(&text, &e.field);
-        format!("{at}:{line}: {e}")
-    })
-}
-
-/// The line where a field of the checked document stands, by the last name in its path: good enough to find it.
-fn line_of_field(text: &str, field: &str) -> usize {
-    let (list, rest) = field.split_once('[').unwrap_or((field, ""));
-    let nth = rest.split(']').next().and_then(|n| n.parse::<usize>().ok()).unwrap_or(0);
-    let name = field.rsplit('.').next().unwrap_or(field);
-    let from = text.find(list).unwrap_or(0);
-    let place = text[from..].match_indices(name).nth(nth).map_or(from, |(at, _)| from + at);
-    text[..place].matches('\n').count() + 1
-}
-
-pub async fn watch(router: Arc<Router>, cancel: CancellationToken) {
-    let mut ticks = tokio::time::interval(LOOK_INTERVAL);
-    loop {
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            _ = ticks.tick() => {}
+    /// How it serves now; `None` if there is no such policy any more.
+    fn entry(&mut self, name: &Name, labelled: &mut BTreeSet<Name>) -> Option<Entry> {
+        let Name { tenant, policy } = name;
+        let (entry, problem) = match resolve::serving(name, &self.disk, self.last_good.as_ref()) {
+            Serving::Version(version, problem) => {
+                let serves = self.served.take().filter(|served| served.version.hash == version.hash);
+                let served = serves.unwrap_or_else(|| {
+                    tracing::info!(tenant, policy, version = version.compiled.version, "policy loaded");
+                    version.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+                    let has_labels = labelled.contains(name) || labelled.len() < LABELLED_MAX;
+                    if has_labels {
+                        labelled.insert(name.clone());
+                    }
+                    Arc::new(Served::new(name.clone(), version, has_labels))
+                });
+                self.served = Some(served.clone());
+                let unstored = self.unstored.clone();
+                (Some(Entry::Serves { served, problem: problem.clone(), unstored }), problem)
+            }
+            Serving::Refusal(why) => (Some(Entry::Refuses(why.clone())), Some(why)),
+            Serving::Nothing => match &self.unusable {
+                Some(why) => (Some(Entry::Refuses(why.clone())), Some(why.clone())),
+                None => {
+                    tracing::info!(tenant, policy, "policy deleted");
+                    (None, None)
+                }
+            },
+        };
+        if problem != self.problem {
+            match &problem {
+                Some(problem) if self.last_good.is_some() => tracing::error!(tenant, policy, "{problem}"),
+                Some(problem) => tracing::error!(tenant, policy, "requests are refused: {problem}"),
+                None => tracing::info!(tenant, policy, "the policy's file is good again"),
+            }
+            self.problem = problem;
         }
-        let looking = router.clone();
-        let looked = tokio::task::spawn_blocking(move || looking.policies.reload()).await;
-        if let Err(error) = looked {
-            tracing::error!(%error, "looking at the policy files failed; trying again");
-        }
+        entry
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Files are read, and policies compiled, where nobody waits. `None` if that panicked, which is logged.
+async fn in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.inspect_err(|error| tracing::error!(%error, "looking at the policy files failed; trying again")).ok()
+}
 
-    fn write(dir: &Path, name: &str, text: &str) {
-        let path = dir.join(name);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, text).unwrap();
-    }
-
-    #[test]
-    fn three_formats_mean_the_same() {
-        let dir = tempfile::tempdir().unwrap();
-        write(dir.path(), "acme/j.json", r#"{"providers":[{"name":"a","weight":1}]}"#);
-        write(dir.path(), "acme/y.yaml", "providers:\n  - {name: a, weight: 1}\n");
-        write(dir.path(), "acme/t.toml", "[[providers]]\nname = \"a\"\nweight = 1\n");
-        let set = Policies::load(dir.path());
-        for name in ["j", "y", "t"] {
-            let current = set.current();
-            let names: Vec<_> = current.get("acme", name).unwrap().providers().collect();
-            assert_eq!(names, ["a"], "{name}");
-        }
-        assert!(set.current().get("acme", "default").is_some(), "the built-in policy serves tenants without their own");
-    }
-
-    #[test]
-    fn a_bad_file_never_replaces_a_good_one_and_names_its_line() {
-        let dir = tempfile::tempdir().unwrap();
-        let good = "providers:\n  - {name: a, weight: 1}\n";
-        write(dir.path(), "default/default.yaml", good);
-        let set = Policies::load(dir.path());
-        for (bad, expected) in [
-            ("providers:\n  - {name: a, weigt: 1}\n", "default.yaml:2: "),
-            (
-                "providers:\n  - {name: a, weight: 1}\nrules:\n  - when: \"task.type ==\"\n    to: a\n",
-                "default.yaml:4: rules[0].when",
-            ),
-        ] {
-            write(dir.path(), "default/default.yaml", bad);
-            assert!(set.reload());
-            let status = set.status();
-            let error = status[0].error.as_ref().unwrap();
-            assert!(error.contains(expected), "{error}");
-            assert_eq!(set.current().get("t", "default").unwrap().providers().collect::<Vec<_>>(), ["a"]);
-        }
-        write(dir.path(), "default/default.yaml", "providers:\n  - {name: other, weight: 1}\n");
-        assert!(set.reload());
-        assert_eq!(set.current().get("t", "default").unwrap().providers().collect::<Vec<_>>(), ["other"]);
-        std::fs::remove_file(dir.path().join("default/default.yaml")).unwrap();
-        assert!(set.reload());
-        assert_eq!(set.current().get("t", "default").unwrap().version, "built-in");
-    }
-
-    #[test]
-    fn what_cannot_be_looked_at_serves_on() {
-        let root = tempfile::tempdir().unwrap();
-        let dir = root.path().join("policies");
-        write(&dir, "acme/p.json", r#"{"providers":[{"name":"a","weight":1}]}"#);
-        let set = Policies::load(&dir);
-        let served = || set.current().get("acme", "p").is_some();
-        for path in [dir.clone(), dir.join("acme"), dir.join("acme/p.json")] {
-            let aside = root.path().join("aside");
-            std::fs::rename(&path, &aside).unwrap();
-            // A link to itself: there, but not to be read.
-            std::os::unix::fs::symlink(&path, &path).unwrap();
-            assert!(!set.reload() && served(), "{}", path.display());
-            std::fs::remove_file(&path).unwrap();
-            assert!(set.reload() && !served(), "what is not there is gone");
-            std::fs::rename(&aside, &path).unwrap();
-            assert!(set.reload() && served());
-        }
-    }
+fn built_in() -> Served {
+    let name = Name { tenant: set::DEFAULT.into(), policy: "default".into() };
+    let source = Stored { format: Format::Json, text: BUILT_IN.into() };
+    let version = source::compile("the built-in policy", &name.policy, source).expect("the built-in policy is valid");
+    Served::new(name, Arc::new(version), true)
 }

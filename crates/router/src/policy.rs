@@ -3,15 +3,19 @@
 mod condition;
 mod rendezvous;
 
+pub use condition::Stop;
 use condition::{Condition, Scope};
-use std::collections::HashMap;
-use std::sync::Arc;
 use wire::policy::{CircuitBreaker, Policy, PolicyBreaker};
 use wire::router::{Constraints, DecideRequest, Decision, Reason};
 
 /// Latency that is expected of a provider nothing is known about.
 const LATENCY_UNKNOWN_MS: f64 = 1000.0;
 const BREAKER_TIMEOUT_MAX_MS: u64 = 86_400_000;
+/// Steps that all conditions of a policy together may take for one request. Each rule has an equal share, which a request cannot
+/// use up for the rules after it. The worst step takes about 40 ns, so that all take less than 5 ms, about as long as reading
+/// a request of 1 MiB.
+const STEPS_MAX: u64 = 100_000;
+const RULES_MAX: usize = 500;
 
 /// A policy whose rules are parsed and checked.
 pub struct Compiled {
@@ -20,8 +24,15 @@ pub struct Compiled {
     /// Its own rules, stricter than the operator's or of no effect.
     pub circuit_breaker: Option<PolicyBreaker>,
     providers: Vec<Candidate>,
-    rules: Vec<(Condition, Vec<usize>)>,
+    rules: Vec<Rule>,
+    lints: Vec<String>,
     session_key: Option<String>,
+}
+
+struct Rule {
+    condition: Condition,
+    /// Places among the providers.
+    to: Vec<usize>,
 }
 
 struct Candidate {
@@ -38,6 +49,8 @@ pub trait World {
     fn is_available(&self, provider: &str) -> bool;
     /// Milliseconds, as observed; `None` before the first result.
     fn latency_ms(&self, provider: &str) -> Option<f64>;
+    /// The condition of a rule, counted from 0, could not be evaluated: it does not hold.
+    fn rule_failed(&self, rule: usize, why: &Stop);
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -101,20 +114,7 @@ impl Compiled {
             return Err(invalid("providers".into(), "names no provider"));
         }
         policy.circuit_breaker.map_or(Ok(()), |own| check(&own.over(&CircuitBreaker::default())))?;
-        let mut rules = Vec::new();
-        for (n, rule) in policy.rules.iter().enumerate() {
-            let condition = Condition::compile(&rule.when).map_err(|e| invalid(format!("rules[{n}].when"), &e))?;
-            let place = |name: &String| {
-                let place = providers.iter().position(|known| known.name == *name);
-                let what = || format!("{name:?} is not among the providers; list it with weight 0");
-                place.ok_or_else(|| invalid(format!("rules[{n}].to"), &what()))
-            };
-            let to = rule.to.iter().map(place).collect::<Result<Vec<usize>, Invalid>>()?;
-            if to.is_empty() {
-                return Err(invalid(format!("rules[{n}].to"), "names no provider"));
-            }
-            rules.push((condition, to));
-        }
+        let (rules, lints) = rules(policy, &providers)?;
         let session_key =
             policy.sticky.as_ref().filter(|sticky| sticky.enabled).map(|sticky| sticky.session_key.clone());
         Ok(Self {
@@ -123,8 +123,14 @@ impl Compiled {
             circuit_breaker: policy.circuit_breaker,
             providers,
             rules,
+            lints,
             session_key,
         })
+    }
+
+    /// What is most likely a mistake, each with its field, though the policy serves.
+    pub fn lints(&self) -> &[String] {
+        &self.lints
     }
 
     pub fn providers(&self) -> impl Iterator<Item = &str> {
@@ -138,23 +144,18 @@ impl Compiled {
         let constraints = request.constraints.unwrap_or_default();
         let fits = |c: &Candidate| world.is_available(&c.name) && meets(c, &constraints, world);
 
-        if !self.rules.is_empty() {
-            let scope = Scope::new(request);
-            if let Some((n, (_, to))) =
-                self.rules.iter().enumerate().find(|(_, (condition, _))| condition.holds(&scope))
-            {
-                // Nobody but those it names: what one provider is for, others may not understand.
-                let mut reason = Reason::BestScore;
-                for named in to.iter().map(|place| &self.providers[*place]) {
-                    explanation.push(format!("rule {n} names {}", named.name));
-                    if fits(named) {
-                        return Ok(self.decision(named, reason, None, explanation, world));
-                    }
-                    explanation.push(format!("{} cannot take it now", named.name));
-                    reason = Reason::CircuitBreakerFallback;
+        if let Some((n, rule)) = self.matching_rule(request, world) {
+            // Nobody but those it names: what one provider is for, others may not understand.
+            let mut reason = Reason::BestScore;
+            for named in rule.to.iter().map(|place| &self.providers[*place]) {
+                explanation.push(format!("rule {n} names {}", named.name));
+                if fits(named) {
+                    return Ok(self.decision(named, reason, None, explanation, world));
                 }
-                return Err(why_none(to.iter().map(|place| &self.providers[*place]), world));
+                explanation.push(format!("{} cannot take it now", named.name));
+                reason = Reason::CircuitBreakerFallback;
             }
+            return Err(why_none(rule.to.iter().map(|place| &self.providers[*place]), world));
         }
         let session = self.session_key.as_ref().and_then(|key| {
             let value = request.metadata.as_ref()?.get(key)?;
@@ -168,6 +169,19 @@ impl Compiled {
         let drawn = self.draw(&request.tenant_id, &request.request_id, fits, world)?;
         explanation.push("drawn by weight".into());
         Ok(self.decision(drawn, Reason::Weighted, None, explanation, world))
+    }
+
+    /// The first rule whose condition holds.
+    fn matching_rule(&self, request: &DecideRequest, world: &dyn World) -> Option<(usize, &Rule)> {
+        let scope = Scope::new(request);
+        let share = share(self.rules.len());
+        self.rules.iter().enumerate().find(|(n, rule)| {
+            let holds = rule.condition.holds(&scope, share);
+            if let Err(why) = &holds {
+                world.rule_failed(*n, why);
+            }
+            holds == Ok(true)
+        })
     }
 
     fn draw(
@@ -205,6 +219,42 @@ impl Compiled {
             metadata: None,
         }
     }
+}
+
+/// The steps of each of so many rules.
+fn share(rules: usize) -> u64 {
+    STEPS_MAX / rules.max(1) as u64
+}
+
+/// The compiled rules, and what is most likely a mistake in them.
+fn rules(policy: &Policy, providers: &[Candidate]) -> Result<(Vec<Rule>, Vec<String>), Invalid> {
+    let invalid = |field: String, what: String| Invalid { field, what };
+    if policy.rules.len() > RULES_MAX {
+        let what = format!("has {} rules; a policy may have {RULES_MAX}", policy.rules.len());
+        return Err(invalid("rules".into(), what));
+    }
+    let share = share(policy.rules.len());
+    let (mut rules, mut lints) = (Vec::new(), Vec::new());
+    for (n, rule) in policy.rules.iter().enumerate() {
+        let condition = Condition::compile(&rule.when).map_err(|e| invalid(format!("rules[{n}].when"), e))?;
+        if condition.size() > share {
+            let what = format!("has {} parts; among so many rules, each may have {share}", condition.size());
+            return Err(invalid(format!("rules[{n}].when"), what));
+        }
+        lints.extend(condition.lints().into_iter().map(|lint| format!("rules[{n}].when: {lint}")));
+
+        let place = |name: &String| {
+            let place = providers.iter().position(|known| known.name == *name);
+            let what = || format!("{name:?} is not among the providers; list it with weight 0");
+            place.ok_or_else(|| invalid(format!("rules[{n}].to"), what()))
+        };
+        let to = rule.to.iter().map(place).collect::<Result<Vec<usize>, Invalid>>()?;
+        if to.is_empty() {
+            return Err(invalid(format!("rules[{n}].to"), "names no provider".into()));
+        }
+        rules.push(Rule { condition, to });
+    }
+    Ok((rules, lints))
 }
 
 /// Why none of these can take it.
@@ -251,47 +301,18 @@ fn meets(provider: &Candidate, constraints: &Constraints, world: &dyn World) -> 
     fast && constraints.max_cost.is_none_or(|max| provider.cost <= max)
 }
 
-/// All of a deployment's policies, by tenant and name; tenant `default` serves those without their own.
-#[derive(Default)]
-pub struct Set {
-    by_tenant: HashMap<String, HashMap<String, Arc<Compiled>>>,
-}
-
-impl Set {
-    pub fn insert(&mut self, tenant: &str, policy: Arc<Compiled>) {
-        self.by_tenant.entry(tenant.into()).or_default().insert(policy.id.clone(), policy);
-    }
-
-    pub fn get(&self, tenant: &str, policy: &str) -> Option<&Arc<Compiled>> {
-        self.own(tenant, policy).or_else(|| self.own("default", policy))
-    }
-
-    /// The policy that decides for this tenant, and whose it is.
-    pub fn find<'a>(&'a self, tenant: &'a str, policy: &str) -> Option<(&'a str, &'a Arc<Compiled>)> {
-        let of = |tenant: &'a str| Some((tenant, self.own(tenant, policy)?));
-        of(tenant).or_else(|| of("default"))
-    }
-
-    /// The tenant's own policy of this name.
-    pub fn own(&self, tenant: &str, policy: &str) -> Option<&Arc<Compiled>> {
-        self.by_tenant.get(tenant).and_then(|policies| policies.get(policy))
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Arc<Compiled>)> {
-        self.by_tenant.iter().flat_map(|(tenant, policies)| policies.values().map(move |p| (tenant.as_str(), p)))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::cell::RefCell;
     use std::collections::HashSet;
 
     #[derive(Default)]
     struct Known {
         open: HashSet<&'static str>,
         slow: HashSet<&'static str>,
+        failed: RefCell<Vec<(usize, Stop)>>,
     }
 
     impl World for Known {
@@ -300,6 +321,9 @@ mod tests {
         }
         fn latency_ms(&self, provider: &str) -> Option<f64> {
             Some(if self.slow.contains(provider) { 5000.0 } else { 10.0 })
+        }
+        fn rule_failed(&self, rule: usize, why: &Stop) {
+            self.failed.borrow_mut().push((rule, why.clone()));
         }
     }
 
@@ -390,6 +414,38 @@ mod tests {
         assert_eq!(policy.decide(&request(1, json!({})), &open), Err(Undecided::AllOpen(vec!["a".into()])));
         let none = compiled(json!({"providers": [{"name": "spare"}]}));
         assert_eq!(none.decide(&request(1, json!({})), &Known::default()), Err(Undecided::NoWeight));
+    }
+
+    #[test]
+    fn a_rule_that_fails_is_reported_and_takes_nothing_from_the_rules_after_it() {
+        let mut document = two();
+        document["rules"] = json!([
+            {"when": "metadata.lang / 2 == 1", "to": "fast"},
+            {"when": "metadata.list.all(x, metadata.list.exists(y, x == y))", "to": "fast"},
+            {"when": "metadata.absent == 1", "to": "fast"},
+            {"when": "task.type == 'code_completion'", "to": "big"},
+        ]);
+        let list: Vec<u32> = (0..10_000).collect();
+        let metadata = json!({"metadata": {"lang": "rust", "list": list}});
+        let world = Known::default();
+        let decision = compiled(document).decide(&request(1, metadata), &world).unwrap();
+        assert_eq!((decision.provider_id.as_str(), decision.reason), ("big", Reason::BestScore));
+        let failed = world.failed.take();
+        assert_eq!(failed, [(0, Stop::Failed("cannot div a string and a int".into())), (1, Stop::Spent)]);
+    }
+
+    #[test]
+    fn a_rule_without_loops_always_has_steps_enough() {
+        let rules = |count: usize, when: &str| {
+            let rules: Vec<_> = (0..count).map(|_| json!({"when": when, "to": "a"})).collect();
+            let policy = json!({"providers": [{"name": "a", "weight": 1}], "rules": rules});
+            Compiled::new("p", &serde_json::from_value(policy).unwrap()).err().map(|e| e.to_string())
+        };
+        let long = "metadata.a == 1".to_string() + &" || metadata.a == 1".repeat(60);
+        assert_eq!(rules(500, "task.type == 'chat' && metadata.lang == 'rust'"), None);
+        assert_eq!(rules(100, &long), None);
+        assert!(rules(500, &long).unwrap().starts_with("rules[0].when: has "));
+        assert_eq!(rules(501, "true").unwrap(), "rules: has 501 rules; a policy may have 500");
     }
 
     #[test]

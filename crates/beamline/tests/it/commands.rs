@@ -61,3 +61,65 @@ async fn five_impatient_clients_do_not_switch_a_provider_off() {
     let patient = process.run(&["submit", "--type", "echo", "--wait", "result", "{}"]).await.success();
     assert!(patient.contains("success"), "{patient}");
 }
+
+#[tokio::test]
+async fn policy_lint_names_file_and_line_and_fails_on_errors() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join("policies").join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    let rule =
+        |when: &str| format!("providers:\n  - {{name: a, weight: 1}}\nrules:\n  - {{when: \"{when}\", to: a}}\n");
+    write("acme/default.yaml", &rule("taks.type == 'chat'"));
+    write("default/default.yaml", &rule("task.type == 'chat'"));
+    let output = run_in(dir.path(), &["policy", "lint"]).await.success();
+    let warning = "warning: policies/acme/default.yaml:4: rules[0].when: unknown variable \"taks\"";
+    assert!(output.starts_with(warning) && output.contains("policies: 2 policies can serve"), "{output}");
+
+    write("acme/other.json", "{\n\"providers\": 7}");
+    write("acme/default.json", "{}");
+    let output = run_in(dir.path(), &["policy", "lint", "policies"]).await;
+    assert_eq!(output.code, Some(1));
+    let both = "error: policies/acme/default.json and acme/default.yaml are all policy acme/default";
+    assert!(
+        output.stdout.contains(both) && output.stdout.contains("policies/acme/other.json:2: "),
+        "{}",
+        output.stdout
+    );
+}
+
+#[tokio::test]
+async fn a_deleted_policy_stays_deleted_and_a_vanished_one_serves_on() {
+    let mut process = Process::start().await;
+    let policies = process.dir.path().join("policies");
+    let write = |name: &str| {
+        let text = format!("version: {name}\nproviders:\n  - {{name: echo, weight: 1}}\n");
+        std::fs::create_dir_all(policies.join(name).parent().unwrap()).unwrap();
+        std::fs::write(policies.join(format!("{name}.yaml")), text).unwrap();
+    };
+    write("acme/default");
+    write("default/default");
+    let version = async |process: &Process, version: &str| {
+        let decides = async || {
+            let output = process.run(&["submit", "--type", "t", "--tenant", "acme", "{}"]).await;
+            output.stdout.contains(&format!("\"policy_version\": \"{version}\""))
+        };
+        testkit::eventually(std::time::Duration::from_secs(30), decides).await;
+    };
+    version(&process, "acme/default").await;
+    std::fs::rename(&policies, process.dir.path().join("aside")).unwrap();
+    process.kill_and_restart().await;
+    version(&process, "acme/default").await;
+
+    std::fs::rename(process.dir.path().join("aside"), &policies).unwrap();
+    let output = process.run(&["policy", "delete", "acme/default"]).await.success();
+    assert!(output.starts_with("removed policies/acme/default.yaml"), "{output}");
+    version(&process, "default/default").await;
+    process.kill_and_restart().await;
+    version(&process, "default/default").await;
+
+    let output = process.run(&["policy", "delete", "../default"]).await;
+    assert!(output.stderr.contains("does not name a policy"), "{}", output.stderr);
+}

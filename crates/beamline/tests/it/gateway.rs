@@ -190,6 +190,9 @@ async fn e2e_2_errors_that_the_router_causes() {
     std::fs::create_dir_all(&weightless).unwrap();
     let policy = json!({"version": "1.0", "providers": [{"name": "echo", "weight": 0}]}).to_string();
     std::fs::write(weightless.join("weightless.json"), policy).unwrap();
+    // Where there are policy files, the built-in policy serves nobody.
+    let policy = json!({"version": "1.0", "providers": [{"name": "echo", "weight": 100}]}).to_string();
+    std::fs::write(weightless.join("default.json"), policy).unwrap();
 
     let pushed = json!({"request_id": "twice", "push_assignment": true, "params": {"n": 1}});
     eventually(PATIENCE, async || client.submit(&submit("echo", pushed.clone())).await.is_ok()).await;

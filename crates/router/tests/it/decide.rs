@@ -11,6 +11,7 @@ const TWO: &str = r#"{"version": "7", "providers": [
     {"name": "big", "weight": 20, "cost": 0.02}],
     "sticky": {"session_key": "user_id"},
     "rules": [{"when": "task.type == 'code' && metadata.lang == 'rust'", "to": "big"}]}"#;
+const DEFAULT: &str = r#"{"version": "default", "providers": [{"name": "echo", "weight": 1}]}"#;
 
 pub async fn without_policies_the_built_in_one_serves(router: Router) {
     for (task_type, provider) in [("chat", "ops"), ("ops", "ops"), ("anything", "echo")] {
@@ -88,7 +89,7 @@ async fn the_same_request_has_the_same_answer_after_a_restart() {
 
 #[tokio::test]
 async fn headers_beat_the_payload_and_wrong_ones_are_tolerated() {
-    let router = Router::with_policies(&[("acme/default.json", TWO)]).await;
+    let router = Router::with_policies(&[("acme/default.json", TWO), ("default/default.json", DEFAULT)]).await;
     let long = "x".repeat(129);
     let trace = "0af7651916cd43dd8448eb211c80319c";
     let parent = format!("00-{trace}-b7ad6b7169203331-01");
@@ -96,11 +97,11 @@ async fn headers_beat_the_payload_and_wrong_ones_are_tolerated() {
     for (name, value, version, trace_id) in [
         ("tenant_id", "acme", "7", "from-payload"),
         ("TENANT_ID", "acme", "7", "from-payload"),
-        ("tenant_id", "a b", "built-in", "from-payload"),
-        ("trace_id", "from-header", "built-in", "from-header"),
-        ("trace_id", &long, "built-in", "from-payload"),
-        ("traceparent", &parent, "built-in", "from-payload"),
-        ("version", "9", "built-in", "from-payload"),
+        ("tenant_id", "a b", "default", "from-payload"),
+        ("trace_id", "from-header", "default", "from-header"),
+        ("trace_id", &long, "default", "from-payload"),
+        ("traceparent", &parent, "default", "from-payload"),
+        ("version", "9", "default", "from-payload"),
     ] {
         let headers = Headers::new().with(name, value);
         let answer = router.ask_bytes(subjects::DECIDE, headers, payload.to_string().into()).await;

@@ -52,6 +52,9 @@ on_both! {
     results::a_result_settles_the_task_of_its_assignment_and_no_namesake,
     results::bad_results_become_dead_letters,
     breakers::every_router_sees_every_outcome_and_one_that_joins_late_agrees,
+    policies::a_broken_policy_serves_its_last_good_version_after_a_restart,
+    policies::a_vanished_directory_serves_on_after_a_restart,
+    policies::a_deleted_policy_stays_deleted_until_a_file_brings_it_back,
 }
 
 /// A running router, its bus and its policy directory.
@@ -91,21 +94,31 @@ impl Router {
             None => open(dir.path()).await,
             Some(server) => connect(server).await,
         };
+        Self { server, ..Self::beside(dir, bus, circuit_breaker).await }
+    }
+
+    /// On the bus of others, with a directory of its own.
+    async fn beside(dir: TempDir, bus: Bus, circuit_breaker: CircuitBreaker) -> Self {
         let config =
             router::Config { policies: dir.path().join("policies"), circuit_breaker, ..router::Config::default() };
         let bound = router::bind(config, bus.clone()).await.unwrap();
         let cancel = CancellationToken::new();
         let running = tokio::spawn(bound.run(cancel.clone()));
-        Self { dir, server, bus, cancel, running }
+        Self { dir, server: None, bus, cancel, running }
     }
 
     /// Ends in good order; what it stored is still there.
     async fn restart(self) -> Self {
+        let (dir, server) = self.stop().await;
+        Self::with(dir, server).await
+    }
+
+    async fn stop(self) -> (TempDir, Option<NatsServer>) {
         let Self { dir, server, bus, cancel, running } = self;
         cancel.cancel();
         running.await.unwrap().unwrap();
         drop(bus);
-        Self::with(dir, server).await
+        (dir, server)
     }
 
     fn policy(&self, name: &str, text: &str) {

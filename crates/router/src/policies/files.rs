@@ -1,0 +1,289 @@
+//! What is in the policy directory, `<tenant>/<policy>.{json,yaml,yml,toml}`, and deleting from it.
+
+use super::source::{self, Version};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io::{Error, ErrorKind, Read, Result};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use wire::policy::{Stored, Tombstone};
+
+/// A policy file is not larger.
+const FILE_MAX: u64 = 1024 * 1024;
+const TOMBSTONE_MAX: u64 = 4096;
+/// Files change within one tick of the file system's clock: one that was read this soon after a change is read again.
+const UNSETTLED_NS: i128 = 2_000_000_000;
+
+/// Which policy.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Name {
+    pub tenant: String,
+    pub policy: String,
+}
+
+impl Name {
+    /// Of `<tenant>/<policy>`; `None` if no directory could hold a policy of that name.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (tenant, policy) = text.split_once('/')?;
+        let is_tenant = tenant.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
+        let fits = |name: &str| (1..=wire::limits::ID_MAX).contains(&name.len()) && !name.starts_with('.');
+        let is_policy = !policy.contains(['/', '\0']);
+        let named = || Self { tenant: tenant.into(), policy: policy.into() };
+        (is_tenant && is_policy && fits(tenant) && fits(policy)).then(named)
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.tenant, self.policy)
+    }
+}
+
+/// One look at the directory.
+#[derive(Debug, Default)]
+pub struct Look {
+    /// There is a directory, though it may be unreadable.
+    pub exists: bool,
+    /// Why the directory cannot be read.
+    pub unreadable: Option<String>,
+    /// Tenants whose directory was read.
+    pub tenants: BTreeSet<String>,
+    /// Tenants whose directory cannot be read, and why.
+    pub unreadable_tenants: BTreeMap<String, String>,
+    pub files: BTreeMap<Name, Vec<File>>,
+    pub tombstones: BTreeMap<Name, PathBuf>,
+}
+
+#[derive(Debug, Clone)]
+pub struct File {
+    pub path: PathBuf,
+    /// `<tenant>/<file>`: what messages call it.
+    pub label: String,
+    /// Or why it cannot be looked at.
+    pub stamp: std::result::Result<Stamp, String>,
+}
+
+/// Differs whenever the content may differ: also after a swap by `rename`, and after a write that puts the time back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    device: u64,
+    inode: u64,
+    modified_ns: i128,
+    changed_ns: i128,
+    len: u64,
+}
+
+impl Stamp {
+    fn of(data: &std::fs::Metadata) -> Self {
+        let ns = |seconds: i64, ns: i64| i128::from(seconds) * 1_000_000_000 + i128::from(ns);
+        Self {
+            device: data.dev(),
+            inode: data.ino(),
+            modified_ns: ns(data.mtime(), data.mtime_nsec()),
+            changed_ns: ns(data.ctime(), data.ctime_nsec()),
+            len: data.len(),
+        }
+    }
+
+    /// Whether a change after a reading at that time would show.
+    pub fn is_settled(&self, read_ms: u64) -> bool {
+        i128::from(read_ms) * 1_000_000 > self.changed_ns + UNSETTLED_NS
+    }
+}
+
+pub fn look(dir: &Path) -> Look {
+    let mut look = Look::default();
+    let tenants = match entries(dir) {
+        Ok(tenants) => tenants,
+        Err(error) => {
+            look.exists = !is_gone(&error);
+            look.unreadable = look.exists.then(|| error.to_string());
+            return look;
+        }
+    };
+    look.exists = true;
+    for dir in tenants {
+        let Some(tenant) = visible_name(&dir) else { continue };
+        match entries(&dir) {
+            Ok(files) => {
+                files.into_iter().for_each(|path| look.note(&tenant, path));
+                look.tenants.insert(tenant);
+            }
+            // A file beside the tenants' directories, or a directory that has just gone.
+            Err(error) if is_gone(&error) => {}
+            Err(error) => _ = look.unreadable_tenants.insert(tenant, error.to_string()),
+        }
+    }
+    look
+}
+
+impl Look {
+    /// Why a policy of the tenant has no file here.
+    pub fn why_absent(&self, tenant: &str) -> String {
+        match (&self.unreadable, self.unreadable_tenants.get(tenant)) {
+            (Some(why), _) => format!("the policy directory cannot be read: {why}"),
+            (None, Some(why)) => format!("its tenant's directory cannot be read: {why}"),
+            (None, None) if !self.exists => "the policy directory is gone".into(),
+            (None, None) => "its file is gone".into(),
+        }
+    }
+
+    fn note(&mut self, tenant: &str, path: PathBuf) {
+        let Some(file) = visible_name(&path) else { return };
+        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        let name = Name { tenant: tenant.into(), policy: stem.into() };
+        if path.extension().is_some_and(|extension| extension == "deleted") {
+            self.tombstones.insert(name, path);
+        } else if source::format_of(&path).is_some() {
+            let stamp = std::fs::metadata(&path).map(|data| Stamp::of(&data)).map_err(|error| error.to_string());
+            self.files.entry(name).or_default().push(File { path, label: format!("{tenant}/{file}"), stamp });
+        }
+    }
+}
+
+/// `.git`, and the `..data` of a mounted ConfigMap, belong to tools.
+fn visible_name(path: &Path) -> Option<String> {
+    path.file_name().and_then(|name| name.to_str()).filter(|name| !name.starts_with('.')).map(String::from)
+}
+
+/// Not there, as opposed to there and unreadable.
+fn is_gone(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+/// In order.
+fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut entries: Vec<PathBuf> = std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    entries.sort();
+    Ok(entries)
+}
+
+/// Reads and compiles the files of a policy, of which there must be one.
+pub fn read(name: &Name, files: &[File]) -> std::result::Result<Version, String> {
+    let [file] = files else {
+        let labels: Vec<_> = files.iter().map(|file| file.label.as_str()).collect();
+        return Err(format!("{} are all policy {name}; remove all but one", labels.join(" and ")));
+    };
+    let at = &file.label;
+    let stamp = file.stamp.as_ref().map_err(|error| format!("{at}: cannot be read: {error}"))?;
+    if stamp.len > FILE_MAX {
+        return Err(format!("{at}: has {} bytes, more than a policy may ({FILE_MAX})", stamp.len));
+    }
+    let text = read_text(&file.path, FILE_MAX).map_err(|error| format!("{at}: cannot be read: {error}"))?;
+    let format = source::format_of(&file.path).ok_or_else(|| format!("{at}: is no policy file"))?;
+    source::compile(at, &name.policy, Stored { format, text })
+}
+
+pub fn read_tombstone(path: &Path) -> std::result::Result<Tombstone, String> {
+    let text = read_text(path, TOMBSTONE_MAX).map_err(|error| error.to_string())?;
+    serde_json::from_str(&text).map_err(|error| error.to_string())
+}
+
+/// No more than so many bytes, whatever the file has grown to.
+fn read_text(path: &Path, max: u64) -> Result<String> {
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(max).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Deletes a policy for good: leaves a tombstone for the routers, then removes its files. Whatever a router read of the policy
+/// before `tombstone.deleted_ms` serves no more. Returns the files that were removed.
+pub fn delete(dir: &Path, name: &Name, tombstone: &Tombstone) -> Result<Vec<PathBuf>> {
+    let tenant = dir.join(&name.tenant);
+    std::fs::create_dir_all(&tenant)?;
+    // The tombstone comes first: a policy without file and tombstone would look like an accident, and serve on.
+    let part = tenant.join(format!(".{}.deleted", name.policy));
+    std::fs::write(&part, serde_json::to_vec(tombstone).map_err(Error::other)?)?;
+    std::fs::rename(&part, tenant.join(format!("{}.deleted", name.policy)))?;
+
+    let extensions = ["json", "yaml", "yml", "toml"];
+    let mut removed = Vec::new();
+    for path in extensions.map(|extension| tenant.join(format!("{}.{extension}", name.policy))) {
+        match std::fs::remove_file(&path) {
+            Ok(()) => removed.push(path),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(dir: &Path, name: &str, text: &str) -> PathBuf {
+        let path = dir.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn stamp(dir: &Path) -> Stamp {
+        look(dir).files.into_values().next().unwrap()[0].stamp.clone().unwrap()
+    }
+
+    #[test]
+    fn a_swap_of_the_same_time_and_length_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(dir.path(), "acme/p.yaml", "version: a");
+        let time = std::fs::metadata(&path).unwrap().modified().unwrap();
+        let before = stamp(dir.path());
+        let other = write(dir.path(), "other", "version: b");
+        std::fs::File::options().write(true).open(&other).unwrap().set_modified(time).unwrap();
+        std::fs::rename(&other, &path).unwrap();
+        let after = stamp(dir.path());
+        assert_eq!((before.modified_ns, before.len), (after.modified_ns, after.len), "the swap keeps both");
+        assert_ne!(before, after);
+    }
+
+    #[test]
+    fn a_reading_right_after_a_change_is_not_settled() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "acme/p.yaml", "version: a");
+        let stamp = stamp(dir.path());
+        let changed_ms = u64::try_from(stamp.changed_ns / 1_000_000).unwrap();
+        assert!(!stamp.is_settled(changed_ms + 1) && stamp.is_settled(changed_ms + 3000));
+    }
+
+    #[test]
+    fn a_look_tells_gone_from_unreadable() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("policies");
+        assert!(!look(&dir).exists);
+        write(&dir, "acme/p.json", "{}");
+        write(&dir, "acme/p.deleted", "{}");
+        write(&dir, "acme/.hidden.json", "{}");
+        write(&dir, "README.md", "");
+        write(&dir, "..data/acme/p.json", "{}");
+        let seen = look(&dir);
+        assert_eq!(seen.files.keys().map(Name::to_string).collect::<Vec<_>>(), ["acme/p"]);
+        assert_eq!((seen.tenants.len(), seen.tombstones.len(), seen.unreadable), (1, 1, None));
+
+        // A link to itself is there, and cannot be read.
+        std::fs::remove_dir_all(dir.join("acme")).unwrap();
+        std::os::unix::fs::symlink(dir.join("acme"), dir.join("acme")).unwrap();
+        assert_eq!(look(&dir).unreadable_tenants.keys().collect::<Vec<_>>(), ["acme"]);
+        std::fs::rename(&dir, root.path().join("aside")).unwrap();
+        std::os::unix::fs::symlink(&dir, &dir).unwrap();
+        let seen = look(&dir);
+        assert!(seen.exists && seen.unreadable.is_some());
+    }
+
+    #[test]
+    fn a_name_is_one_that_a_directory_can_hold() {
+        for (text, fits) in [
+            ("acme/default", true),
+            ("acme/a b", true),
+            ("acme", false),
+            ("/default", false),
+            ("acme/", false),
+            ("../default", false),
+            ("acme/../x", false),
+            ("acme/.hidden", false),
+            ("a b/default", false),
+        ] {
+            assert_eq!(Name::parse(text).is_some(), fits, "{text}");
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! All of a deployment's policies by tenant and name, and which of them serves a request.
+
+use super::files::Name;
+use super::source::Version;
+use crate::policy::{Compiled, Stop};
+use metrics::counter;
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use wire::status::{PolicyStatus, RuleErrors};
+
+/// Serves tenants without a policy of their own.
+pub const DEFAULT: &str = "default";
+
+/// A version that serves, with what went wrong since it does.
+pub struct Served {
+    pub name: Name,
+    pub version: Arc<Version>,
+    /// Of its metrics: tenant and policy, or `other` where too many have labels of their own.
+    labels: (String, String),
+    /// By rule.
+    failures: Mutex<BTreeMap<usize, (u64, String)>>,
+}
+
+impl Served {
+    pub fn new(name: Name, version: Arc<Version>, has_labels: bool) -> Self {
+        let other = || "other".to_string();
+        let labels = if has_labels { (name.tenant.clone(), name.policy.clone()) } else { (other(), other()) };
+        Self { name, version, labels, failures: Mutex::default() }
+    }
+
+    /// Counts a condition that could not be evaluated; the first failure of each rule is logged.
+    pub fn rule_failed(&self, rule: usize, why: &Stop) {
+        let why = match why {
+            Stop::Undefined => return,
+            Stop::Failed(why) => why.as_str(),
+            Stop::Spent => "takes more steps than a rule may",
+        };
+        let (tenant, policy) = self.labels.clone();
+        counter!("beamline_router_rule_errors_total", "tenant" => tenant, "policy" => policy, "rule" => rule.to_string())
+            .increment(1);
+
+        let mut failures = self.failures.lock();
+        let (count, last) = failures.entry(rule).or_default();
+        *count += 1;
+        if last != why {
+            why.clone_into(last);
+        }
+        if *count == 1 {
+            let Name { tenant, policy } = &self.name;
+            tracing::warn!(tenant, policy, rule, "a condition failed and is taken as false: {why}");
+        }
+    }
+
+    fn rule_errors(&self) -> Vec<RuleErrors> {
+        let failures = self.failures.lock();
+        failures
+            .iter()
+            .map(|(rule, (count, last))| RuleErrors { rule: *rule, count: *count, last: last.clone() })
+            .collect()
+    }
+}
+
+pub enum Entry {
+    Serves {
+        served: Arc<Served>,
+        /// What is wrong with its file.
+        problem: Option<String>,
+        /// Why it is not stored for the next start.
+        unstored: Option<String>,
+    },
+    Refuses(String),
+}
+
+impl Entry {
+    fn found(&self, owner: &str, policy: &str) -> Lookup<'_> {
+        match self {
+            Self::Serves { served, .. } => Lookup::Serves(served),
+            Self::Refuses(why) => Lookup::Refuses(format!("policy \"{owner}/{policy}\" cannot be used: {why}")),
+        }
+    }
+}
+
+/// What a request gets.
+pub enum Lookup<'a> {
+    Serves(&'a Arc<Served>),
+    /// The policy is there and cannot be used: why, for the client too.
+    Refuses(String),
+    Unknown,
+}
+
+#[derive(Default)]
+pub struct Set {
+    by_tenant: BTreeMap<String, BTreeMap<String, Entry>>,
+    /// Why the directory could never be read: nobody knows which policies there are.
+    unread: Option<String>,
+    /// The same of some tenants' directories.
+    unread_tenants: BTreeMap<String, String>,
+}
+
+impl Set {
+    pub fn new(unread: Option<String>, unread_tenants: BTreeMap<String, String>) -> Self {
+        Self { unread, unread_tenants, ..Self::default() }
+    }
+
+    pub fn insert(&mut self, name: &Name, entry: Entry) {
+        self.by_tenant.entry(name.tenant.clone()).or_default().insert(name.policy.clone(), entry);
+    }
+
+    /// A tenant's own policy serves it or refuses; tenant `default` serves only where the tenant has none of that name.
+    pub fn find(&self, tenant: &str, policy: &str) -> Lookup<'_> {
+        let of = |tenant: &str| self.by_tenant.get(tenant).and_then(|policies| policies.get(policy));
+        let unread = |tenant: &str| {
+            let why = self.unread_tenants.get(tenant)?;
+            Some(format!("the policies of tenant {tenant:?} cannot be read: {why}"))
+        };
+        if let Some(own) = of(tenant) {
+            return own.found(tenant, policy);
+        }
+        let unread = unread(tenant).or_else(|| {
+            let all = self.unread.as_ref()?;
+            Some(format!("the policies cannot be read: {all}"))
+        });
+        match (unread, of(DEFAULT)) {
+            (Some(why), _) => Lookup::Refuses(why),
+            (None, Some(entry)) => entry.found(DEFAULT, policy),
+            (None, None) => match self.unread_tenants.get(DEFAULT) {
+                Some(why) => Lookup::Refuses(format!("the policies of tenant {DEFAULT:?} cannot be read: {why}")),
+                None => Lookup::Unknown,
+            },
+        }
+    }
+
+    /// The tenant's own policy of this name, if it serves.
+    pub fn own(&self, tenant: &str, policy: &str) -> Option<&Compiled> {
+        match self.by_tenant.get(tenant)?.get(policy)? {
+            Entry::Serves { served, .. } => Some(&served.version.compiled),
+            Entry::Refuses(_) => None,
+        }
+    }
+
+    /// All that serve.
+    pub fn iter(&self) -> impl Iterator<Item = &Compiled> {
+        let entries = self.by_tenant.values().flat_map(BTreeMap::values);
+        entries.filter_map(|entry| match entry {
+            Entry::Serves { served, .. } => Some(&served.version.compiled),
+            Entry::Refuses(_) => None,
+        })
+    }
+
+    pub fn status(&self) -> Vec<PolicyStatus> {
+        let all = self.by_tenant.iter().flat_map(|(tenant, policies)| {
+            policies.iter().map(move |(policy, entry)| {
+                let named = PolicyStatus { tenant: tenant.clone(), policy: policy.clone(), ..PolicyStatus::default() };
+                match entry {
+                    Entry::Refuses(why) => PolicyStatus { error: Some(why.clone()), ..named },
+                    Entry::Serves { served, problem, unstored } => PolicyStatus {
+                        version: served.version.compiled.version.clone(),
+                        error: problem.clone(),
+                        warnings: served.version.warnings.iter().chain(unstored).cloned().collect(),
+                        rule_errors: served.rule_errors(),
+                        ..named
+                    },
+                }
+            })
+        });
+        all.collect()
+    }
+
+    /// Policies with something wrong with their files.
+    pub fn broken(&self) -> usize {
+        let entries = self.by_tenant.values().flat_map(BTreeMap::values);
+        let is_broken = |entry: &&Entry| !matches!(entry, Entry::Serves { problem: None, .. });
+        entries.filter(is_broken).count() + self.unread_tenants.len() + usize::from(self.unread.is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::source;
+    use super::*;
+    use wire::policy::{Format, Stored};
+
+    #[test]
+    fn another_tenants_policy_serves_only_where_there_was_never_an_own_one() {
+        let mut set = Set::default();
+        let serve = |set: &mut Set, name: &str| {
+            let name = Name::parse(name).unwrap();
+            let text = format!("version: {name}\nproviders:\n  - {{name: a, weight: 1}}\n");
+            let version = source::compile("f", &name.policy, Stored { format: Format::Yaml, text }).unwrap();
+            let served = Arc::new(Served::new(name.clone(), Arc::new(version), true));
+            set.insert(&name, Entry::Serves { served, problem: None, unstored: None });
+        };
+        serve(&mut set, "default/default");
+        serve(&mut set, "acme/own");
+        let refuse = |set: &mut Set, name| set.insert(&Name::parse(name).unwrap(), Entry::Refuses("bad".into()));
+        refuse(&mut set, "acme/default");
+        refuse(&mut set, "default/broken");
+        set.unread_tenants.insert("locked".into(), "permission denied".into());
+
+        for (tenant, policy, expected) in [
+            ("other", "default", "default/default"),
+            ("acme", "own", "acme/own"),
+            ("acme", "default", "policy \"acme/default\" cannot be used: bad"),
+            ("other", "broken", "policy \"default/broken\" cannot be used: bad"),
+            ("locked", "default", "the policies of tenant \"locked\" cannot be read: permission denied"),
+            ("other", "own", "unknown"),
+        ] {
+            let found = match set.find(tenant, policy) {
+                Lookup::Serves(served) => served.version.compiled.version.clone(),
+                Lookup::Refuses(why) => why,
+                Lookup::Unknown => "unknown".into(),
+            };
+            assert_eq!(found, expected, "{tenant} {policy}");
+        }
+        assert_eq!(set.broken(), 3);
+        set.unread = Some("permission denied".into());
+        assert!(matches!(set.find("other", "default"), Lookup::Refuses(_)));
+        assert!(matches!(set.find("acme", "own"), Lookup::Serves(_)));
+    }
+
+    #[test]
+    fn failures_are_counted_by_rule() {
+        let name = Name::parse("acme/p").unwrap();
+        let source = Stored { format: Format::Yaml, text: "providers: [{name: a}]".into() };
+        let served = Served::new(name, Arc::new(source::compile("f", "p", source).unwrap()), true);
+        served.rule_failed(2, &Stop::Failed("no".into()));
+        served.rule_failed(2, &Stop::Spent);
+        served.rule_failed(0, &Stop::Failed("no".into()));
+        let errors = |rule, count, last: &str| RuleErrors { rule, count, last: last.into() };
+        assert_eq!(served.rule_errors(), [errors(0, 1, "no"), errors(2, 2, "takes more steps than a rule may")]);
+    }
+}
