@@ -10,7 +10,7 @@ use serde_json::{Value as Json, json};
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
-use wire::status::{BreakerStatus, GatewayStatus, Heartbeat, NodeStatus, Percentiles, RouterStatus};
+use wire::status::{BreakerStatus, GatewayStatus, Heartbeat, NodeStatus, Percentiles, PolicyStatus, RouterStatus};
 use wire::subjects;
 
 pub const CHANNEL: &str = "ops:live";
@@ -232,6 +232,7 @@ impl Said {
             "workers": self.workers.iter().collect::<Vec<_>>(),
             "providers": providers.collect::<Vec<_>>(),
             "breakers": breakers(routers()),
+            "policies": policies(routers()),
             "totals": {
                 "connections": nodes().map(|n| n.connections).sum::<u64>(),
                 "users": nodes().map(|n| n.users).sum::<u64>(),
@@ -262,6 +263,27 @@ fn breakers<'a>(routers: impl Iterator<Item = &'a RouterStatus>) -> Vec<&'a Brea
     newest.into_values().collect()
 }
 
+/// Policies with something for an operator to do, as any router sees them.
+fn policies<'a>(routers: impl Iterator<Item = &'a RouterStatus>) -> Vec<Json> {
+    let mut rows: BTreeMap<String, (&PolicyStatus, u64, Option<String>)> = BTreeMap::new();
+    for policy in routers.flat_map(|router| &router.policies) {
+        let failed = policy.rule_errors.iter().map(|rule| rule.count).sum::<u64>();
+        let rule = policy.rule_errors.first().map(|rule| format!("rule {}: {}", rule.rule, rule.last));
+        let problem = policy.error.clone().or(rule).or_else(|| policy.warnings.first().cloned());
+        if problem.is_none() {
+            continue;
+        }
+        let name = format!("{}/{}", policy.tenant, policy.policy);
+        let (_, total, known) = rows.entry(name).or_insert((policy, 0, None));
+        *total += failed;
+        *known = known.take().or(problem);
+    }
+    let rows = rows.into_iter().map(|(name, (policy, failed, problem))| {
+        json!({"policy": name, "version": policy.version, "failed": failed, "problem": problem})
+    });
+    rows.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -289,12 +311,19 @@ mod tests {
             said.nodes.put(node.into(), NodeStatus { connections, ..NodeStatus::default() }, now);
         }
         let router = RouterStatus { decisions_by_provider: [("echo".into(), 5)].into(), ..RouterStatus::default() };
+        let broken =
+            PolicyStatus { tenant: "acme".into(), policy: "p".into(), error: Some("bad".into()), ..Default::default() };
+        let fine = PolicyStatus { tenant: "acme".into(), policy: "q".into(), ..Default::default() };
+        said.routers.put("s".into(), RouterStatus { policies: vec![broken.clone()], ..Default::default() }, now);
+        let router = RouterStatus { policies: vec![broken, fine], ..router };
         said.routers.put("r".into(), router, now);
         let sample = said.sample(7, BTreeMap::new());
         assert_eq!(
             (&sample["totals"]["connections"], &sample["decisions_by_provider"]["echo"]),
             (&json!(7), &json!(5))
         );
+        let policies = json!([{"policy": "acme/p", "version": "", "failed": 0, "problem": "bad"}]);
+        assert_eq!(sample["policies"], policies, "one row, however many routers see it");
         said.forget(now + Duration::from_secs(4));
         assert_eq!(said.sample(8, BTreeMap::new())["nodes"], json!([]));
     }

@@ -40,6 +40,10 @@ fn every_message_encodes_back_to_its_text() {
             "cancel_run" => again::<CancelRun>(&case),
             "task_answer" => again::<TaskAnswer>(&case),
             "dead_letter" => again::<DeadLetter>(&case),
+            "stored_policy" => again::<crate::policy::Stored>(&case),
+            "policy_index" => again::<crate::policy::Index>(&case),
+            "policy_tombstone" => again::<crate::policy::Tombstone>(&case),
+            "policy_status" => again::<crate::status::PolicyStatus>(&case),
             "result" => {
                 let result = ExecResult::decode(case.text.as_bytes()).unwrap_or_else(|e| panic!("{}: {e}", case.name));
                 serde_json::to_string(&result).unwrap()

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use wire::channels::{Answer, Presence, PresenceResult};
-use wire::status::{GatewayStatus, Heartbeat, NodeStatus, RouterStatus};
+use wire::status::{GatewayStatus, Heartbeat, NodeStatus, PolicyStatus, RouterStatus};
 use wire::subjects;
 
 /// A part that has said nothing for this long is gone (three intervals; workers speak every 5 s).
@@ -137,6 +137,11 @@ impl Ops {
         let requests: u64 = gateways.iter().map(|g| g.requests_total).sum();
         let _ = writeln!(text, "- {} with {requests} requests from programs", count(gateways.len(), "gateway"));
         let _ = writeln!(text, "- breakers: {}", if open.is_empty() { "all closed".into() } else { open.join(", ") });
+        let policies = routers.iter().flat_map(|router| &router.policies);
+        let problems: BTreeSet<String> = policies.flat_map(policy_problems).collect();
+        for problem in problems {
+            let _ = writeln!(text, "- policy {problem}");
+        }
         text
     }
 
@@ -253,6 +258,15 @@ fn duration(seconds: u64) -> String {
         3600..86_400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
         _ => format!("{} d {} h", seconds / 86_400, seconds / 3600 % 24),
     }
+}
+
+/// What an operator should know of a policy.
+fn policy_problems(policy: &PolicyStatus) -> Vec<String> {
+    let name = format!("{}/{}", policy.tenant, policy.policy);
+    let rules = policy.rule_errors.iter().map(|rule| {
+        format!("{name}: the condition of rule {} failed {} times, the last time: {}", rule.rule, rule.count, rule.last)
+    });
+    policy.error.iter().chain(&policy.warnings).map(|problem| format!("{name}: {problem}")).chain(rules).collect()
 }
 
 #[cfg(test)]
