@@ -104,7 +104,7 @@ impl Stage {
     pub async fn post_decide(&self, key: &str, body: &str) -> (u16, Option<u64>, Value) {
         let mut stream = TcpStream::connect(self.gateway.http()).await.unwrap();
         let request = format!(
-            "POST /api/v1/routes/decide HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-API-Key: {key}\r\n\
+            "POST /api/v1/routes/decide HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-API-Key: {key}\r\n\
              Content-Length: {}\r\n\r\n{body}",
             body.len()
         );
