@@ -38,6 +38,11 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     ("beamline_router_decisions_total", true, "Decisions, by reason"),
     ("beamline_router_errors_total", true, "Requests refused, by error code"),
     ("beamline_router_results_total", true, "Results of tasks, by status"),
+    (
+        "beamline_router_rule_errors_total",
+        true,
+        "Conditions of policies that failed to evaluate, by tenant, policy and rule",
+    ),
     ("beamline_webapp_page_errors_total", false, "Runs of a page that failed"),
     ("beamline_worker_runs_total", true, "Runs of tasks, by provider and how they ended"),
 ];
@@ -53,6 +58,7 @@ const GAUGES: &[(&str, &str)] = &[
     ("beamline_gateway_held_back", "1 while the router says that it is overloaded"),
     ("beamline_gateway_in_flight", "Requests in flight"),
     ("beamline_process_resident_bytes", "Resident memory of the process"),
+    ("beamline_router_policies_broken", "Policies whose file cannot be used; their last good version serves, or none"),
     ("beamline_runtime_tasks", "Tasks of the process that have not ended"),
     ("beamline_webapp_sessions", "Sessions of pages in memory"),
 ];

@@ -220,7 +220,7 @@ async fn reload(process: &Process, settings: &str, outcome: &str, times: u32) {
 async fn decide(process: &Process, key: &str) -> u16 {
     let mut stream = tokio::net::TcpStream::connect(process.http()).await.unwrap();
     let request = format!(
-        "POST /api/v1/routes/decide HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-API-Key: {key}\r\nContent-Length: 2\r\n\r\n{{}}"
+        "POST /api/v1/routes/decide HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-API-Key: {key}\r\nContent-Length: 2\r\n\r\n{{}}"
     );
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut response = String::new();
