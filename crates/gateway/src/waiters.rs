@@ -55,8 +55,8 @@ struct Heard {
 }
 
 impl Finished {
-    /// The plain result: as it came, or taken out of its envelope.
-    fn new(payload: &Bytes) -> Option<(String, Heard)> {
+    /// The plain result, with its request id: as it came, or taken out of its envelope.
+    fn decode(payload: &Bytes) -> Option<(String, Heard)> {
         let result = ExecResult::decode(payload).ok()?;
         let enveloped = serde_json::from_slice::<Envelope>(payload).is_ok_and(|e| e.kind.is_some());
         let bytes = if enveloped { serde_json::to_vec(&result).ok()?.into() } else { payload.clone() };
@@ -162,7 +162,7 @@ pub async fn run(gateway: Arc<Gateway>, mut results: bus::Subscription, cancel: 
         if gateway.waiters.0.lock().by_request.is_empty() {
             continue;
         }
-        let Some((request_id, heard)) = Finished::new(&message.payload) else {
+        let Some((request_id, heard)) = Finished::decode(&message.payload) else {
             tracing::warn!("a result could not be read; whoever waits for it will find it by the task's state");
             continue;
         };

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::report::{Figure, Report};
-use router::policy::{Compiled, World};
+use router::policy::{Compiled, Stop, World};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 use wire::router::DecideRequest;
@@ -26,6 +26,10 @@ impl World for AllAvailable {
 
     fn latency_ms(&self, _provider: &str) -> Option<f64> {
         None
+    }
+
+    fn rule_failed(&self, rule: usize, why: &Stop) {
+        panic!("rule {rule} of the benchmark's policy does not evaluate: {why:?}");
     }
 }
 

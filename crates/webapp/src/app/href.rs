@@ -10,7 +10,7 @@ pub fn is_internal(href: &str) -> bool {
 pub fn is_safe(href: &str) -> bool {
     let outside = ["https://", "http://", "mailto:", "#"];
     let starts = |start: &&str| href.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
-    is_internal(href) || (is_plain(href) && outside.iter().any(|start| starts(&start)))
+    is_internal(href) || (is_plain(href) && outside.iter().any(starts))
 }
 
 fn is_plain(href: &str) -> bool {
