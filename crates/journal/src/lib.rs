@@ -4,8 +4,10 @@
 //! `synchronous=NORMAL` keeps every commit when the process dies; a power failure may lose the last ones.
 
 mod life;
+mod log;
 
 pub use life::Continuity;
+pub use log::{Commit, Durability, Log, Part, Place};
 pub use rusqlite;
 
 use life::Life;
@@ -32,6 +34,11 @@ pub enum Error {
     Open { path: PathBuf, source: rusqlite::Error },
     #[error("{path} is in use by another process; stop it or use another data directory", path = .0.display())]
     InUse(PathBuf),
+    #[error(
+        "{path} is damaged: {what}; restore it from a backup, or move it away to start empty (what it holds is lost then)",
+        path = path.display()
+    )]
+    Damaged { path: PathBuf, what: String },
     #[error("{0}")]
     Sqlite(#[from] rusqlite::Error),
     #[error("the journal is closed")]

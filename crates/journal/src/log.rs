@@ -1,0 +1,487 @@
+//! An append-only log of groups in one SQLite file, with a snapshot so that opening it stays short.
+//!
+//! The owner keeps its state in memory and describes each change as bytes. A *group* is what one commit adds: one row, with a
+//! checksum, numbered without gaps. A *snapshot* is the state written out in parts, a part with each of many commits, while
+//! changes go on. It is therefore not the state of one moment: its owner replays every group that came after the snapshot
+//! *began*, so changes must be absolute ("key k is now v"), and applying one again must change nothing.
+//!
+//! Rows are also where values live: the owner remembers a [`Place`] and reads it back when it needs it, and says which rows
+//! hold nothing that it still needs.
+//!
+//! SQLite brings the crash safety: a commit is whole or absent. What it cannot tell is damage to rows that were once whole;
+//! checksums and the unbroken numbering find that, and the log refuses to open.
+
+use crate::{Error, Result, lock};
+use bytes::Bytes;
+use rusqlite::{Connection, MAIN_DB, OpenFlags, OptionalExtension, params};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// After this many bytes the background thread moves the write-ahead log into the database.
+const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
+/// A write-ahead log of more pages (4 KiB each) is finished by the writer: under constant load the thread never catches up.
+const WAL_PAGES_MAX: u64 = 16 * 1024;
+/// The write-ahead log's file shrinks to this when it is restarted.
+const WAL_BYTES_KEPT: i64 = 16 * 1024 * 1024;
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+const SCHEMA: &str = "
+CREATE TABLE IF NOT EXISTS log (id INTEGER PRIMARY KEY, crc INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS snapshot (
+    generation INTEGER NOT NULL, part INTEGER NOT NULL, crc INTEGER NOT NULL, data BLOB NOT NULL,
+    PRIMARY KEY (generation, part)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+";
+
+/// What an acknowledged commit survives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Durability {
+    /// The death of the process: a commit was handed to the kernel. A power cut may take the last commits, never part of one.
+    #[default]
+    Process,
+    /// A power cut: a commit waits until the disk has it.
+    Power,
+}
+
+/// Where a value lies: bytes of one group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub row: u64,
+    pub offset: u32,
+    pub len: u32,
+}
+
+/// What one commit writes, all or nothing.
+#[derive(Debug, Default)]
+pub struct Commit<'a> {
+    /// Empty: no row is added.
+    pub group: &'a [u8],
+    /// The next part of the snapshot that is being written.
+    pub part: Option<Part<'a>>,
+    /// Rows that hold nothing of use any more. None may be newer than the last complete snapshot's beginning.
+    pub drop_rows: &'a [u64],
+}
+
+#[derive(Debug)]
+pub struct Part<'a> {
+    pub data: &'a [u8],
+    /// The snapshot is complete with it and replaces the one before.
+    pub last: bool,
+}
+
+pub struct Log {
+    writer: Connection,
+    path: PathBuf,
+    last: u64,
+    /// Groups up to this one are in the snapshot.
+    snapshot_since: u64,
+    generation: u64,
+    /// The snapshot that is being written: the group at which it began, and parts written.
+    open_snapshot: Option<(u64, u64)>,
+    wal_pages: Arc<AtomicU64>,
+    /// Bytes written since the background thread was woken.
+    since_checkpoint: usize,
+    /// `None` only while the log is dropped.
+    checkpointer: Option<Checkpointer>,
+    _lock: Arc<File>,
+}
+
+impl Log {
+    /// Opens or creates the log. Blocks. A file that another process holds is refused.
+    pub fn open(path: &Path, durability: Durability) -> Result<Self> {
+        let lock = lock(path)?;
+        let failed = |source| Error::Open { path: path.to_path_buf(), source };
+
+        let writer = Connection::open(path).map_err(failed)?;
+        writer.pragma_update(None, "auto_vacuum", "INCREMENTAL").map_err(failed)?;
+        writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
+        let synchronous = if durability == Durability::Power { "FULL" } else { "NORMAL" };
+        writer.pragma_update(None, "synchronous", synchronous).map_err(failed)?;
+        // The background thread does it, so that no commit waits for one.
+        writer.pragma_update(None, "wal_autocheckpoint", 0).map_err(failed)?;
+        writer.pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT).map_err(failed)?;
+        writer.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
+        writer.execute_batch(SCHEMA).map_err(failed)?;
+
+        let meta = |name: &str| -> rusqlite::Result<u64> {
+            let found = writer.query_row("SELECT value FROM meta WHERE name = ?1", [name], |row| row.get(0));
+            Ok(found.optional()?.unwrap_or(0))
+        };
+        let (generation, snapshot_since) =
+            (meta("generation").map_err(failed)?, meta("snapshot_since").map_err(failed)?);
+        let newest: Option<u64> = writer.query_row("SELECT max(id) FROM log", [], |row| row.get(0)).map_err(failed)?;
+        // Rows that a snapshot covers may all be gone.
+        let last = newest.unwrap_or(0).max(snapshot_since);
+
+        let wal_pages = Arc::new(AtomicU64::new(0));
+        let checkpointer = checkpointer(path, wal_pages.clone()).map_err(failed)?;
+        Ok(Self {
+            writer,
+            path: path.to_path_buf(),
+            last,
+            snapshot_since,
+            generation,
+            open_snapshot: None,
+            wal_pages,
+            since_checkpoint: 0,
+            checkpointer: Some(checkpointer),
+            _lock: lock,
+        })
+    }
+
+    /// Number of the newest group; the next commit's group is this plus one.
+    pub fn last(&self) -> u64 {
+        self.last
+    }
+
+    /// The group at which the complete snapshot began; rows up to it may be dropped.
+    pub fn snapshot_since(&self) -> u64 {
+        self.snapshot_since
+    }
+
+    pub fn snapshot_in_progress(&self) -> bool {
+        self.open_snapshot.is_some()
+    }
+
+    /// For statements on tables of an older format, within one transaction with what they are turned into.
+    pub fn connection(&self) -> &Connection {
+        &self.writer
+    }
+
+    /// Reads the snapshot's parts, then every group since it began, oldest first.
+    pub fn replay(
+        &self,
+        mut part: impl FnMut(&[u8]) -> std::result::Result<(), String>,
+        mut group: impl FnMut(u64, &[u8]) -> std::result::Result<(), String>,
+    ) -> Result<()> {
+        let damaged = |what: String| Error::Damaged { path: self.path.clone(), what };
+        let mut parts =
+            self.writer.prepare("SELECT part, crc, data FROM snapshot WHERE generation = ?1 ORDER BY part")?;
+        let mut rows = parts.query([self.generation])?;
+        let mut expected = 1;
+        while let Some(row) = rows.next()? {
+            let (number, crc): (u64, u32) = (row.get(0)?, row.get(1)?);
+            let data = row.get_ref(2)?.as_blob().map_err(|error| damaged(error.to_string()))?;
+            if number != expected || crc != crc32fast::hash(data) {
+                return Err(damaged(format!("part {number} of the snapshot is not what was written")));
+            }
+            part(data).map_err(damaged)?;
+            expected += 1;
+        }
+        if self.generation > 0 && expected == 1 {
+            return Err(damaged("the snapshot is gone".into()));
+        }
+
+        let mut groups = self.writer.prepare("SELECT id, crc, data FROM log WHERE id > ?1 ORDER BY id")?;
+        let mut rows = groups.query([self.snapshot_since])?;
+        let mut expected = self.snapshot_since + 1;
+        while let Some(row) = rows.next()? {
+            let (id, crc): (u64, u32) = (row.get(0)?, row.get(1)?);
+            let data = row.get_ref(2)?.as_blob().map_err(|error| damaged(error.to_string()))?;
+            if id != expected {
+                return Err(damaged(format!("groups {expected} to {} are missing", id - 1)));
+            }
+            if crc != crc32fast::hash(data) {
+                return Err(damaged(format!("group {id} is not what was written")));
+            }
+            group(id, data).map_err(damaged)?;
+            expected += 1;
+        }
+        Ok(())
+    }
+
+    /// Every row, with its size in bytes.
+    pub fn rows(&self) -> Result<Vec<(u64, u64)>> {
+        let mut rows = self.writer.prepare("SELECT id, length(data) FROM log ORDER BY id")?;
+        let rows = rows.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// A snapshot begins: what is committed from here on is replayed after it. One that was begun before is given up.
+    pub fn begin_snapshot(&mut self) {
+        self.open_snapshot = Some((self.last, 0));
+    }
+
+    /// Writes all of it or nothing. After an error the file is as before, but the caller's state may not be: reopen.
+    pub fn commit(&mut self, commit: &Commit<'_>) -> Result<()> {
+        let written = self.write(commit);
+        if written.is_err() && !self.writer.is_autocommit() {
+            // Its own failure changes nothing: the transaction ends with the connection at the latest.
+            let _ = self.writer.execute_batch("ROLLBACK");
+        }
+        written?;
+
+        if !commit.group.is_empty() {
+            self.last += 1;
+        }
+        if let (Some(part), Some((since, parts))) = (&commit.part, &mut self.open_snapshot) {
+            *parts += 1;
+            if part.last {
+                self.snapshot_since = *since;
+                self.generation += 1;
+                self.open_snapshot = None;
+            }
+        }
+        self.keep_wal_short(commit.group.len() + commit.part.as_ref().map_or(0, |part| part.data.len()));
+        Ok(())
+    }
+
+    fn write(&mut self, commit: &Commit<'_>) -> Result<()> {
+        let db = &self.writer;
+        db.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        if !commit.group.is_empty() {
+            db.prepare_cached("INSERT INTO log VALUES (?1, ?2, ?3)")?.execute(params![
+                self.last + 1,
+                crc32fast::hash(commit.group),
+                commit.group
+            ])?;
+        }
+        if let (Some(part), Some((since, parts))) = (&commit.part, self.open_snapshot) {
+            let generation = self.generation + 1;
+            if parts == 0 {
+                // Parts of an attempt that a crash ended.
+                db.execute("DELETE FROM snapshot WHERE generation >= ?1", [generation])?;
+            }
+            db.prepare_cached("INSERT INTO snapshot VALUES (?1, ?2, ?3, ?4)")?.execute(params![
+                generation,
+                parts + 1,
+                crc32fast::hash(part.data),
+                part.data
+            ])?;
+            if part.last {
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('generation', ?1)", [generation])?;
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('snapshot_since', ?1)", [since])?;
+                db.execute("DELETE FROM snapshot WHERE generation < ?1", [generation])?;
+            }
+        }
+        for row in commit.drop_rows {
+            debug_assert!(*row <= self.snapshot_since, "replay needs this row");
+            db.prepare_cached("DELETE FROM log WHERE id = ?1")?.execute([row])?;
+        }
+        db.prepare_cached("COMMIT")?.execute([])?;
+        Ok(())
+    }
+
+    /// The bytes at a place. Reads the pages of that value only.
+    pub fn read(&self, place: Place) -> Result<Bytes> {
+        let mut value = vec![0; place.len as usize];
+        let row = i64::try_from(place.row).expect("rows are counted from 1");
+        let blob = self.writer.blob_open(MAIN_DB, "log", "data", row, true)?;
+        blob.read_at_exact(&mut value, place.offset as usize)?;
+        Ok(value.into())
+    }
+
+    /// Gives free pages beyond `keep` back to the disk, at most `pages` at once.
+    pub fn give_back(&self, keep: u64, pages: u64) -> Result<()> {
+        let free: u64 = self.writer.query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
+        if free > keep {
+            self.writer.execute_batch(&format!("PRAGMA incremental_vacuum({pages})"))?;
+        }
+        Ok(())
+    }
+
+    /// The background thread moves the write-ahead log into the database; where it cannot keep up, the writer waits for the rest.
+    fn keep_wal_short(&mut self, written: usize) {
+        self.since_checkpoint += written;
+        if self.wal_pages.load(Relaxed) > WAL_PAGES_MAX {
+            let restarted = self.writer.query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
+            if let Err(error) = restarted {
+                tracing::warn!(%error, path = %self.path.display(), "cannot restart the write-ahead log; trying again later");
+            }
+            self.wal_pages.store(0, Relaxed);
+        } else if self.since_checkpoint > CHECKPOINT_BYTES
+            && let Some((wake, _)) = &self.checkpointer
+        {
+            self.since_checkpoint = 0;
+            // A full channel means that it is at work already.
+            let _ = wake.try_send(());
+        }
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        if let Some((wake, thread)) = self.checkpointer.take() {
+            drop(wake);
+            // It only moves pages; a panic there loses nothing.
+            let _ = thread.join();
+        }
+    }
+}
+
+type Checkpointer = (mpsc::SyncSender<()>, JoinHandle<()>);
+
+/// A thread that checkpoints whenever it is woken, over a connection of its own, without holding up the writer.
+fn checkpointer(path: &Path, wal_pages: Arc<AtomicU64>) -> rusqlite::Result<Checkpointer> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    let (wake, woken) = mpsc::sync_channel(1);
+    let run = move || {
+        while woken.recv().is_ok() {
+            match connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| row.get::<_, i64>(1)) {
+                Ok(pages) => wal_pages.store(u64::try_from(pages).unwrap_or(0), Relaxed),
+                Err(error) => tracing::warn!(%error, "cannot checkpoint the write-ahead log; trying again later"),
+            }
+        }
+    };
+    let name = format!("{}-checkpoint", path.file_stem().unwrap_or_default().to_string_lossy());
+    let thread = std::thread::Builder::new().name(name).spawn(run);
+    Ok((wake, thread.map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(dir: &Path) -> Result<Log> {
+        Log::open(&dir.join("l.db"), Durability::Process)
+    }
+
+    fn commit(log: &mut Log, group: &str) {
+        log.commit(&Commit { group: group.as_bytes(), ..Commit::default() }).unwrap();
+    }
+
+    fn replayed(log: &Log) -> Result<(Vec<String>, Vec<(u64, String)>)> {
+        let (mut parts, mut groups) = (Vec::new(), Vec::new());
+        log.replay(
+            |part| {
+                parts.push(String::from_utf8(part.into()).unwrap());
+                Ok(())
+            },
+            |row, group| {
+                groups.push((row, String::from_utf8(group.into()).unwrap()));
+                Ok(())
+            },
+        )?;
+        Ok((parts, groups))
+    }
+
+    fn snapshot(log: &mut Log, data: &str, last: bool) {
+        let part = Some(Part { data: data.as_bytes(), last });
+        log.commit(&Commit { part, ..Commit::default() }).unwrap();
+    }
+
+    #[test]
+    fn groups_come_back_in_order_and_values_by_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path()).unwrap();
+        for group in ["one", "two", "three"] {
+            commit(&mut log, group);
+        }
+        assert_eq!(log.read(Place { row: 3, offset: 1, len: 3 }).unwrap(), "hre");
+        assert!(matches!(open(dir.path()), Err(Error::InUse(_))));
+        drop(log);
+
+        let log = open(dir.path()).unwrap();
+        let (parts, groups) = replayed(&log).unwrap();
+        assert_eq!(parts, Vec::<String>::new());
+        assert_eq!(groups, [(1, "one".into()), (2, "two".into()), (3, "three".into())]);
+    }
+
+    #[test]
+    fn a_complete_snapshot_replaces_the_groups_before_it_began() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path()).unwrap();
+        commit(&mut log, "one");
+        log.begin_snapshot();
+        snapshot(&mut log, "a", false);
+        commit(&mut log, "two");
+
+        // Unfinished: opening takes the groups.
+        drop(log);
+        let mut log = open(dir.path()).unwrap();
+        assert_eq!(replayed(&log).unwrap(), (vec![], vec![(1, "one".into()), (2, "two".into())]));
+
+        log.begin_snapshot();
+        snapshot(&mut log, "b", false);
+        commit(&mut log, "three");
+        snapshot(&mut log, "c", true);
+        log.commit(&Commit { drop_rows: &[1, 2], ..Commit::default() }).unwrap();
+        drop(log);
+        let mut log = open(dir.path()).unwrap();
+        assert_eq!(replayed(&log).unwrap(), (vec!["b".into(), "c".into()], vec![(3, "three".into())]));
+        assert_eq!(log.rows().unwrap(), [(3, 5)]);
+
+        // Every row is gone: numbers go on all the same.
+        log.begin_snapshot();
+        snapshot(&mut log, "d", true);
+        log.commit(&Commit { drop_rows: &[3], ..Commit::default() }).unwrap();
+        drop(log);
+        let mut log = open(dir.path()).unwrap();
+        commit(&mut log, "four");
+        assert_eq!(replayed(&log).unwrap(), (vec!["d".into()], vec![(4, "four".into())]));
+    }
+
+    #[test]
+    fn damage_is_refused_and_named() {
+        for (damage, named) in [
+            ("UPDATE log SET data = x'00' WHERE id = 3", "group 3"),
+            ("DELETE FROM log WHERE id = 3", "groups 3 to 3"),
+            ("UPDATE snapshot SET data = x'00'", "part 1"),
+            ("DELETE FROM snapshot", "snapshot is gone"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut log = open(dir.path()).unwrap();
+            commit(&mut log, "one");
+            log.begin_snapshot();
+            snapshot(&mut log, "a", true);
+            for group in ["two", "three", "four"] {
+                commit(&mut log, group);
+            }
+            log.connection().execute_batch(damage).unwrap();
+            let error = replayed(&log).unwrap_err();
+            assert!(matches!(&error, Error::Damaged { what, .. } if what.contains(named)), "{damage}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_commit_that_a_full_disk_refuses_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path()).unwrap();
+        log.connection().execute_batch("PRAGMA max_page_count = 64").unwrap();
+        let mut stored = 0;
+        let refused = loop {
+            match log.commit(&Commit { group: &[b'x'; 10_000], ..Commit::default() }) {
+                Ok(()) => stored += 1,
+                Err(error) => break error,
+            }
+            assert!(stored < 1000, "the limit was never met");
+        };
+        assert!(refused.to_string().contains("full"), "{refused}");
+        drop(log);
+        let (_, groups) = replayed(&open(dir.path()).unwrap()).unwrap();
+        assert_eq!(groups.len(), stored);
+    }
+
+    #[test]
+    fn a_write_ahead_log_cut_at_any_byte_opens_with_whole_commits_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = open(dir.path()).unwrap();
+        for n in 0..20 {
+            commit(&mut log, &format!("{n}").repeat(1000));
+        }
+        let copy = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
+        let (database, wal) = (copy("l.db"), copy("l.db-wal"));
+        let mut seen = std::collections::BTreeSet::new();
+        for cut in (0..wal.len()).step_by(997) {
+            let torn = tempfile::tempdir().unwrap();
+            std::fs::write(torn.path().join("l.db"), &database).unwrap();
+            // Cut, and garbage behind it.
+            let mut bytes = wal[..cut].to_vec();
+            bytes.extend([0xa5; 100]);
+            std::fs::write(torn.path().join("l.db-wal"), bytes).unwrap();
+            let Ok(log) = open(torn.path()) else { continue };
+            let (_, groups) = replayed(&log).unwrap();
+            for (n, (row, group)) in groups.iter().enumerate() {
+                assert_eq!((*row, group), (n as u64 + 1, &format!("{n}").repeat(1000)));
+            }
+            seen.insert(groups.len());
+        }
+        assert!(seen.len() > 10, "the cuts met many commits: {seen:?}");
+    }
+}
