@@ -1,9 +1,11 @@
 //! The embedded bus: subjects in memory, streams and buckets in one SQLite file under the data directory.
 
 mod consumer;
-mod prune;
+mod record;
+mod state;
 mod store;
 pub(crate) mod subjects;
+mod takeover;
 
 use crate::{
     Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Message, Result, StreamConfig, StreamInfo,
@@ -11,6 +13,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use bytes::Bytes;
+pub use journal::Durability;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +24,8 @@ use tokio_util::task::TaskTracker;
 
 /// How often expired messages, message ids and bucket entries are deleted.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(10);
+/// How long the log may not know yet that a message was handed out.
+const FLUSH_INTERVAL: Duration = Duration::from_millis(100);
 
 pub struct Local {
     subjects: Arc<Subjects>,
@@ -32,18 +37,22 @@ pub struct Local {
 }
 
 impl Local {
-    /// Opens the bus in the directory `dir`. Only one process may use it at a time.
+    /// Opens the bus in the directory `dir`. Only one process may use it at a time. Acknowledged writes survive the death of
+    /// the process.
     pub async fn open(dir: &Path) -> Result<Bus> {
+        Self::open_with(dir, Durability::Process).await
+    }
+
+    pub async fn open_with(dir: &Path, durability: Durability) -> Result<Bus> {
         let path = dir.join("bus.db");
-        let store = tokio::task::spawn_blocking(move || Store::open(&path))
+        let store = tokio::task::spawn_blocking(move || Store::open(&path, durability))
             .await
             .map_err(|e| Error::Storage(e.to_string()))??;
         let store = Arc::new(store);
-        store.recover().await?;
 
         let cancel = CancellationToken::new();
         let tasks = TaskTracker::new();
-        tasks.spawn(prune(store.clone(), cancel.clone()));
+        tasks.spawn(tend(store.clone(), cancel.clone()));
         Ok(Arc::new(Self {
             subjects: Arc::new(Subjects::default()),
             store,
@@ -54,16 +63,18 @@ impl Local {
     }
 }
 
-async fn prune(store: Arc<Store>, cancel: CancellationToken) {
-    let mut ticks = tokio::time::interval(PRUNE_INTERVAL);
+/// Upkeep that no operation asks for.
+async fn tend(store: Arc<Store>, cancel: CancellationToken) {
+    let mut prune = tokio::time::interval(PRUNE_INTERVAL);
+    let mut flush = tokio::time::interval(FLUSH_INTERVAL);
     loop {
-        tokio::select! {
+        let tended = tokio::select! {
             () = cancel.cancelled() => return,
-            _ = ticks.tick() => {}
-        }
-
-        if let Err(error) = store.prune().await {
-            tracing::warn!(%error, "cannot prune the bus store; retrying");
+            _ = prune.tick() => store.prune().await,
+            _ = flush.tick() => store.flush_cursors().await,
+        };
+        if let Err(error) = tended {
+            tracing::warn!(%error, "cannot tend the streams; trying again later");
         }
     }
 }

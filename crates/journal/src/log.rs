@@ -153,6 +153,19 @@ impl Log {
         &self.writer
     }
 
+    /// Forgets everything.
+    pub fn clear(&mut self) -> Result<()> {
+        self.writer.execute_batch("BEGIN; DELETE FROM log; DELETE FROM snapshot; DELETE FROM meta; COMMIT")?;
+        (self.last, self.snapshot_since, self.generation, self.open_snapshot) = (0, 0, 0, None);
+        Ok(())
+    }
+
+    /// One row, whole.
+    pub fn read_row(&self, row: u64) -> Result<Bytes> {
+        let mut select = self.writer.prepare_cached("SELECT data FROM log WHERE id = ?1")?;
+        Ok(select.query_row([row], |row| row.get::<_, Vec<u8>>(0))?.into())
+    }
+
     /// Reads the snapshot's parts, then every group since it began, oldest first.
     pub fn replay(
         &self,

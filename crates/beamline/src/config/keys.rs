@@ -107,6 +107,12 @@ pub const KEYS: &[Key] = &[
     key("router.circuit_breaker.half_open_max_calls", Count(1, 10_000), "3", "probes at once, for each router"),
     key("router.circuit_breaker.success_threshold", Count(1, 10_000), "2", "probes that must succeed"),
     key("worker.slots", Count(1, 10_000), "16", "assignments that run at once"),
+    key(
+        "bus.durability",
+        Choice(&["process", "power"]),
+        "process",
+        "what an acknowledged write to the embedded bus survives: the death of the process, or a power failure too",
+    ),
     env(unset("nats.url", Url(url::nats), "use this NATS server in place of the embedded bus"), "NATS_URL"),
     unset("nats.connections", Count(1, 8), "connections to NATS; unset: one a core, at most 8"),
     unset("nats.user", Text, "NATS user"),

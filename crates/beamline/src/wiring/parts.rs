@@ -7,6 +7,7 @@ use crate::proxies::Proxies;
 use crate::secrets;
 use anyhow::{Context, Result, bail};
 use bus::Bus;
+use bus::local::Durability;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
@@ -16,7 +17,11 @@ use std::time::Duration;
 pub async fn bus(settings: &Settings, data_dir: &Path) -> Result<Bus> {
     let values = &settings.values;
     let Some(url) = values.maybe_text("nats.url") else {
-        return Ok(bus::local::Local::open(data_dir).await?);
+        let durability = match values.text("bus.durability").as_str() {
+            "power" => Durability::Power,
+            _ => Durability::Process,
+        };
+        return Ok(bus::local::Local::open_with(data_dir, durability).await?);
     };
     let config = bus::nats::NatsConfig {
         url,

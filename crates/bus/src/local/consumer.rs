@@ -71,7 +71,7 @@ async fn pump(
                 if more { Duration::ZERO } else { claim.next.unwrap_or(IDLE_MAX).min(IDLE_MAX) }
             }
             Err(error) => {
-                tracing::error!(%error, stream = consumer.stream, "cannot claim messages from the stream; retrying");
+                tracing::error!(%error, stream = consumer.config.stream, "cannot claim messages from the stream; retrying");
                 Duration::from_secs(1)
             }
         };

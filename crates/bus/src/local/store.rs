@@ -1,77 +1,77 @@
-//! Streams, consumers and buckets in SQLite. All state is in rows, so a crash at any point leaves it consistent.
+//! The engine of streams, consumers and buckets: one thread owns the state and the log, everybody else sends it operations.
 //!
-//! The table `queue` holds one row per consumer and unsettled message, with the time when the message is next
-//! available. A delivery moves that time ahead by `ack_wait`, and an ack deletes the row. A message that is not settled
-//! becomes available again when its time comes. These times come from the process's monotonic clock, so changes of the
-//! system time do not affect redelivery.
+//! Operations that wait while a commit runs share the next one. An answer leaves after the commit that holds the operation,
+//! and reads are operations too: nobody sees what a crash could still undo.
 
-use super::prune;
+use super::record::{Group, Stored};
+use super::state::{Cursor, State, millis};
 use super::subjects::matches;
-use crate::{Appended, ConsumerConfig, Error, Headers, Message, Outcome, Result, Retention, StreamConfig, StreamInfo};
+use super::takeover;
+use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, StreamConfig, StreamInfo};
 use bytes::Bytes;
-use journal::Journal;
-use parking_lot::RwLock;
-use rusqlite::{Connection, OptionalExtension, params};
-use std::collections::HashMap;
-use std::path::Path;
+use journal::{Commit, Durability, Log, Part, Place};
+use parking_lot::{Mutex, RwLock};
+use std::collections::{HashMap, VecDeque};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc, oneshot};
 
-const SCHEMA: &str = "
-CREATE TABLE IF NOT EXISTS messages (
-    stream TEXT NOT NULL, seq INTEGER NOT NULL, subject TEXT NOT NULL, headers TEXT NOT NULL, payload BLOB NOT NULL,
-    stored_ms INTEGER NOT NULL, PRIMARY KEY (stream, seq)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS sequences (stream TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS dedup (
-    stream TEXT NOT NULL, msg_id TEXT NOT NULL, seq INTEGER NOT NULL, at_ms INTEGER NOT NULL,
-    PRIMARY KEY (stream, msg_id)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS dedup_age ON dedup (stream, at_ms);
-CREATE TABLE IF NOT EXISTS consumers (
-    id INTEGER PRIMARY KEY, stream TEXT NOT NULL, name TEXT NOT NULL, filter TEXT, UNIQUE (stream, name));
-CREATE TABLE IF NOT EXISTS queue (
-    consumer INTEGER NOT NULL, seq INTEGER NOT NULL, available_ms INTEGER NOT NULL, delivered INTEGER NOT NULL,
-    PRIMARY KEY (consumer, seq)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS queue_available ON queue (consumer, available_ms);
-CREATE TABLE IF NOT EXISTS kv (
-    bucket TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, revision INTEGER NOT NULL, at_ms INTEGER NOT NULL,
-    PRIMARY KEY (bucket, key)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS kv_age ON kv (bucket, at_ms);
-CREATE TABLE IF NOT EXISTS sizes (stream TEXT PRIMARY KEY, messages INTEGER NOT NULL, bytes INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TRIGGER IF NOT EXISTS message_came AFTER INSERT ON messages BEGIN
-    UPDATE sizes SET messages = messages + 1, bytes = bytes + length(NEW.payload) WHERE stream = NEW.stream;
-END;
-CREATE TRIGGER IF NOT EXISTS message_left AFTER DELETE ON messages BEGIN
-    UPDATE sizes SET messages = messages - 1, bytes = bytes - length(OLD.payload) WHERE stream = OLD.stream;
-    DELETE FROM queue WHERE consumer IN (SELECT id FROM consumers WHERE stream = OLD.stream) AND seq = OLD.seq;
-END;
-CREATE TABLE IF NOT EXISTS revisions (one INTEGER PRIMARY KEY CHECK (one = 1), last INTEGER NOT NULL);
-INSERT OR IGNORE INTO revisions VALUES (1, 0);
-";
+/// Operations that wait at most; more make their callers wait.
+const QUEUE_MAX: usize = 4096;
+/// Operations that share one commit at most.
+const BATCH_MAX: usize = 512;
+/// A group that has grown this large is committed before the next operation runs.
+const GROUP_BYTES: usize = 4 * 1024 * 1024;
+/// Newest groups kept in memory: most values are read soon after they were written.
+const CACHE_BYTES: usize = 64 * 1024 * 1024;
+/// A snapshot begins after this many bytes of groups, or twice the size of the last one if that is more.
+const SNAPSHOT_BYTES_MIN: u64 = 16 * 1024 * 1024;
+/// What one commit adds to a snapshot.
+const PART_BYTES: usize = 64 * 1024;
+/// Rows that one commit drops.
+const DROPPED_ROWS_MAX: usize = 256;
+/// Dead bytes that are not worth compacting.
+const COMPACT_SLACK: u64 = 64 * 1024 * 1024;
+/// Free pages (4 KiB) that the file keeps, and how many more go back to the disk at once.
+const FREE_PAGES_KEPT: u64 = 16 * 1024;
+const PAGES_GIVEN_BACK: u64 = 2 * 1024;
+/// After a failed commit the log is opened again, this often until that works.
+const REOPEN_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Changes the state and describes that in the group; what it returns runs after the commit.
+type Operation = Box<dyn FnOnce(&mut State, &mut Group) -> Answer + Send>;
+/// Runs only if the commit went well. Else the caller learns it from the dropped end of its channel.
+type Answer = Box<dyn FnOnce(&Values) + Send>;
+
+/// A cheap handle to the engine; its thread ends with the last one.
 pub struct Store {
-    journal: Journal,
+    operations: mpsc::Sender<Operation>,
     streams: RwLock<HashMap<&'static str, Arc<Stream>>>,
-    /// And how long their entries live, if not for ever.
-    buckets: RwLock<HashMap<&'static str, Option<Duration>>>,
+    shared: Arc<Shared>,
     opened: Instant,
 }
 
 struct Stream {
-    config: StreamConfig,
-    /// Notified when a message may have become available.
+    subjects: Vec<String>,
+    /// Something became available.
     work: Arc<Notify>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Why the log refuses writes.
+    failure: Mutex<Option<String>>,
+    /// A consumer has got on and the log does not have that yet.
+    unflushed: AtomicBool,
 }
 
 /// What a pump needs to claim and settle.
 #[derive(Clone)]
 pub struct ConsumerHandle {
-    pub id: i64,
-    pub stream: &'static str,
-    pub ack_wait: Duration,
-    pub max_ack_pending: usize,
+    pub config: Arc<ConsumerConfig>,
     pub work: Arc<Notify>,
-    retention: Retention,
 }
 
 pub struct Claimed {
@@ -83,7 +83,7 @@ pub struct Claimed {
 
 pub struct Claim {
     pub messages: Vec<Claimed>,
-    /// How long until the next outstanding delivery becomes available again; `None` if there is none.
+    /// When to look again, if nothing is told before: the earliest time a delivery is due again.
     pub next: Option<Duration>,
 }
 
@@ -94,256 +94,118 @@ impl From<journal::Error> for Error {
 }
 
 impl Store {
-    pub fn open(path: &Path) -> Result<Self> {
-        let journal = Journal::open(path, SCHEMA)?;
-        Ok(Self { journal, streams: RwLock::default(), buckets: RwLock::default(), opened: Instant::now() })
+    /// Opens or creates the store. Blocks while the log is replayed.
+    pub fn open(path: &Path, durability: Durability) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let engine = Engine::open(path, durability, shared.clone())?;
+        let (operations, queue) = mpsc::channel(QUEUE_MAX);
+        let spawned = std::thread::Builder::new().name("bus".into()).spawn(move || engine.run(queue));
+        spawned.map_err(|error| Error::Storage(format!("cannot start the bus's thread: {error}")))?;
+        Ok(Self { operations, streams: RwLock::default(), shared, opened: Instant::now() })
     }
 
-    /// Milliseconds since the store was opened, starting at 1. A row at 0 is available at any time.
+    /// Milliseconds of a clock that nobody can set back, from 1 on.
     fn clock_ms(&self) -> u64 {
         millis(self.opened.elapsed()) + 1
     }
 
-    /// Makes all unsettled messages available again, because the process that held their deliveries has ended.
-    pub async fn recover(&self) -> Result<()> {
-        self.journal.write(|c| c.execute("UPDATE queue SET available_ms = 0", [])).await?;
-        Ok(())
+    /// Runs `operation` in the next commit and returns its answer once that is done. Dropping the future does not undo an
+    /// operation that was queued.
+    async fn run<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&mut State, &mut Group) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.run_then(operation, |answer, _| Ok(answer)).await
+    }
+
+    /// As [`Store::run`]; after the commit, `read` completes the answer with values from the log.
+    async fn run_then<T: Send + 'static, R: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&mut State, &mut Group) -> Result<T> + Send + 'static,
+        read: impl FnOnce(T, &Values) -> Result<R> + Send + 'static,
+    ) -> Result<R> {
+        let (answer, answered) = oneshot::channel();
+        let operation: Operation = Box::new(move |state, group| {
+            let outcome = operation(state, group);
+            Box::new(move |values| {
+                // The caller may have gone.
+                let _ = answer.send(outcome.and_then(|found| read(found, values)));
+            })
+        });
+        self.operations.send(operation).await.map_err(|_| self.refused())?;
+        answered.await.map_err(|_| self.refused())?
+    }
+
+    fn refused(&self) -> Error {
+        let failure = self.shared.failure.lock().clone();
+        Error::Storage(failure.unwrap_or_else(|| "the bus's thread has ended; see its log line".into()))
     }
 
     pub async fn declare_stream(&self, config: StreamConfig) -> Result<()> {
-        let name = config.name;
-        self.journal
-            .write(move |c| {
-                c.execute("INSERT OR IGNORE INTO sequences VALUES (?1, 0)", [name])?;
-                let counted = c.prepare("SELECT 1 FROM sizes WHERE stream = ?1")?.exists([name])?;
-                if !counted {
-                    c.execute(
-                        "INSERT INTO sizes SELECT ?1, count(*), coalesce(sum(length(payload)), 0) FROM messages
-                         WHERE stream = ?1",
-                        [name],
-                    )?;
-                }
-                Ok(())
-            })
-            .await?;
-
+        let (name, subjects) = (config.name, config.subjects.clone());
+        self.run(move |state, group| {
+            state.declare_stream(group, config);
+            Ok(())
+        })
+        .await?;
         let mut streams = self.streams.write();
-        // Consumers of an earlier declaration wait on its notification, so it is kept.
-        let work = streams.get(name).map_or_else(Default::default, |earlier| earlier.work.clone());
-        streams.insert(name, Arc::new(Stream { config, work }));
+        let work = streams.get(name).map_or_else(Default::default, |known| known.work.clone());
+        streams.insert(name, Arc::new(Stream { subjects, work }));
         Ok(())
     }
 
-    /// The stream that takes the subject.
-    fn stream_of(&self, subject: &str) -> Result<Arc<Stream>> {
-        let streams = self.streams.read();
-        let takes = |stream: &&Arc<Stream>| stream.config.subjects.iter().any(|pattern| matches(pattern, subject));
-        streams.values().find(takes).cloned().ok_or_else(|| Error::NoStream(subject.into()))
+    pub async fn append(&self, message: &Message, msg_id: Option<&str>) -> Result<Appended> {
+        let (name, work) = self.stream_of(&message.subject)?;
+        let (message, msg_id) = (message.clone(), msg_id.map(String::from));
+        let now = now_ms();
+        let appended =
+            self.run(move |state, group| state.append(group, name, &message, msg_id.as_deref(), now)).await?;
+        work.notify_waiters();
+        Ok(appended)
     }
 
-    pub async fn append(&self, message: &Message, msg_id: Option<&str>) -> Result<Appended> {
-        let stream = self.stream_of(&message.subject)?;
-        let (message, msg_id, config) = (message.clone(), msg_id.map(String::from), stream.config.clone());
-        let now = now_ms();
-
-        let appended = self
-            .journal
-            .write(move |c| {
-                if let Some(msg_id) = &msg_id {
-                    let since = now.saturating_sub(millis(config.dedup_window));
-                    let known: Option<u64> = c
-                        .prepare_cached("SELECT seq FROM dedup WHERE stream = ?1 AND msg_id = ?2 AND at_ms >= ?3")?
-                        .query_row(params![config.name, msg_id, since], |row| row.get(0))
-                        .optional()?;
-                    if let Some(sequence) = known {
-                        return Ok(Some(Appended { sequence, duplicate: true }));
-                    }
-                }
-
-                if config.retention == Retention::WorkQueue && is_full(c, &config, message.payload.len() as u64)? {
-                    return Ok(None);
-                }
-
-                let sequence: u64 = c
-                    .prepare_cached("UPDATE sequences SET last = last + 1 WHERE stream = ?1 RETURNING last")?
-                    .query_row([config.name], |row| row.get(0))?;
-                if let Some(msg_id) = &msg_id {
-                    c.prepare_cached("INSERT OR REPLACE INTO dedup VALUES (?1, ?2, ?3, ?4)")?.execute(params![
-                        config.name,
-                        msg_id,
-                        sequence,
-                        now
-                    ])?;
-                }
-                c.prepare_cached("INSERT INTO messages VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?.execute(params![
-                    config.name,
-                    sequence,
-                    &*message.subject,
-                    render_headers(&message.headers),
-                    &message.payload[..],
-                    now
-                ])?;
-
-                // Consumers are read within the write. A consumer that is created concurrently receives the message
-                // either from here or from its own start.
-                let mut consumers = c.prepare_cached("SELECT id, filter FROM consumers WHERE stream = ?1")?;
-                let mut consumers = consumers.query([config.name])?;
-                while let Some(row) = consumers.next()? {
-                    let (consumer, filter): (i64, Option<String>) = (row.get(0)?, row.get(1)?);
-                    if filter.is_none_or(|filter| matches(&filter, &message.subject)) {
-                        c.prepare_cached("INSERT INTO queue VALUES (?1, ?2, 0, 0)")?
-                            .execute(params![consumer, sequence])?;
-                    }
-                }
-                Ok(Some(Appended { sequence, duplicate: false }))
-            })
-            .await?;
-
-        let (name, max) = (stream.config.name, stream.config.max_bytes);
-        let appended = appended.ok_or_else(|| {
-            Error::Storage(format!("stream {name} is full ({max} bytes); its consumers are behind, retry later"))
-        })?;
-        stream.work.notify_waiters();
-        Ok(appended)
+    fn stream_of(&self, subject: &str) -> Result<(&'static str, Arc<Notify>)> {
+        let streams = self.streams.read();
+        let takes = |stream: &Stream| stream.subjects.iter().any(|pattern| matches(pattern, subject));
+        let found = streams.iter().find(|(_, stream)| takes(stream));
+        found.map(|(name, stream)| (*name, stream.work.clone())).ok_or_else(|| Error::NoStream(subject.into()))
     }
 
     pub async fn consumer(&self, config: &ConsumerConfig) -> Result<ConsumerHandle> {
         let missing = || Error::NoStream(config.stream.into());
-        let stream = self.streams.read().get(config.stream).cloned().ok_or_else(missing)?;
-        let (name, filter) = (config.name.clone(), config.filter.clone());
-        // A work queue holds only messages that are still to be delivered, so its consumers start with all of them.
-        let from_start = config.from_start || stream.config.retention == Retention::WorkQueue;
-        let stream_name = config.stream;
-
-        let id = self
-            .journal
-            .write(move |c| {
-                let known = c
-                    .query_row(
-                        "SELECT id FROM consumers WHERE stream = ?1 AND name = ?2",
-                        params![stream_name, name],
-                        |row| row.get::<_, i64>(0),
-                    )
-                    .optional()?;
-                if let Some(id) = known {
-                    c.execute("UPDATE consumers SET filter = ?2 WHERE id = ?1", params![id, filter])?;
-                    return Ok(id);
-                }
-
-                c.execute(
-                    "INSERT INTO consumers (stream, name, filter) VALUES (?1, ?2, ?3)",
-                    params![stream_name, name, filter],
-                )?;
-                let id = c.last_insert_rowid();
-                if from_start {
-                    let mut stored = c.prepare("SELECT seq, subject FROM messages WHERE stream = ?1")?;
-                    let mut rows = stored.query([stream_name])?;
-                    while let Some(row) = rows.next()? {
-                        let (seq, subject): (u64, String) = (row.get(0)?, row.get(1)?);
-                        if filter.as_deref().is_none_or(|f| matches(f, &subject)) {
-                            c.execute("INSERT INTO queue VALUES (?1, ?2, 0, 0)", params![id, seq])?;
-                        }
-                    }
-                }
-                Ok(id)
-            })
-            .await?;
-
-        Ok(ConsumerHandle {
-            id,
-            stream: config.stream,
-            ack_wait: config.ack_wait,
-            max_ack_pending: config.max_ack_pending,
-            work: stream.work.clone(),
-            retention: stream.config.retention,
-        })
+        let work = self.streams.read().get(config.stream).map(|stream| stream.work.clone()).ok_or_else(missing)?;
+        let config = Arc::new(config.clone());
+        let made = config.clone();
+        self.run(move |state, group| state.consumer(group, &made)).await?;
+        Ok(ConsumerHandle { config, work })
     }
 
-    /// Claims up to `max` available messages for `ack_wait`. Their delivery counts are stored before the delivery.
+    /// Takes up to `max` available messages for `ack_wait`.
     pub async fn claim(&self, consumer: &ConsumerHandle, max: usize) -> Result<Claim> {
-        let consumer = consumer.clone();
+        let config = consumer.config.clone();
         let now = self.clock_ms();
-        let claim = self
-            .journal
-            .write(move |c| {
-                // Outstanding deliveries count against `max_ack_pending`.
-                let held: usize = c
-                    .prepare_cached("SELECT count(*) FROM queue WHERE consumer = ?1 AND available_ms > ?2")?
-                    .query_row(params![consumer.id, now], |row| row.get(0))?;
-                let max = max.min(consumer.max_ack_pending.saturating_sub(held));
-
-                let mut messages = Vec::new();
-                {
-                    let mut available = c.prepare_cached(
-                        "SELECT q.seq, q.delivered, m.subject, m.headers, m.payload, m.stored_ms
-                         FROM queue q JOIN messages m ON m.stream = ?1 AND m.seq = q.seq
-                         WHERE q.consumer = ?2 AND q.available_ms <= ?3 ORDER BY q.seq LIMIT ?4",
-                    )?;
-                    let mut rows = available.query(params![consumer.stream, consumer.id, now, max])?;
-                    while let Some(row) = rows.next()? {
-                        messages.push(Claimed {
-                            sequence: row.get(0)?,
-                            delivered: row.get::<_, u32>(1)? + 1,
-                            message: Message {
-                                subject: row.get::<_, String>(2)?.into(),
-                                reply: None,
-                                headers: parse_headers(&row.get::<_, String>(3)?),
-                                payload: row.get::<_, Vec<u8>>(4)?.into(),
-                            },
-                            stored_ms: row.get(5)?,
-                        });
-                    }
-                }
-
-                let until = now + millis(consumer.ack_wait);
-                for claimed in &messages {
-                    c.prepare_cached(
-                        "UPDATE queue SET available_ms = ?3, delivered = ?4 WHERE consumer = ?1 AND seq = ?2",
-                    )?
-                    .execute(params![consumer.id, claimed.sequence, until, claimed.delivered])?;
-                }
-
-                // Only outstanding deliveries count: available messages beyond the limit wait until one is settled.
-                let next: Option<u64> = c
-                    .prepare_cached("SELECT min(available_ms) FROM queue WHERE consumer = ?1 AND available_ms > ?2")?
-                    .query_row(params![consumer.id, now], |row| row.get(0))?;
-                Ok((messages, next))
+        let claim = move |state: &mut State, group: &mut Group| state.claim(group, &config, max, now);
+        let (messages, next) = self
+            .run_then(claim, |(claimed, next), values| {
+                let messages = claimed.into_iter().map(|claimed| {
+                    Ok(Claimed {
+                        message: values.message(claimed.place)?,
+                        sequence: claimed.sequence,
+                        delivered: claimed.delivered,
+                        stored_ms: claimed.stored_ms,
+                    })
+                });
+                Ok((messages.collect::<Result<Vec<_>>>()?, next))
             })
             .await?;
-
-        let (messages, next) = claim;
+        self.shared.unflushed.fetch_or(!messages.is_empty(), Relaxed);
         Ok(Claim { messages, next: next.map(|at| Duration::from_millis(at.saturating_sub(self.clock_ms()).max(1))) })
     }
 
-    /// Settles a delivery: deletes its row or sets the time of its redelivery.
     pub async fn settle(&self, consumer: &ConsumerHandle, sequence: u64, outcome: Outcome) -> Result<()> {
-        let handle = consumer.clone();
+        let config = consumer.config.clone();
         let now = self.clock_ms();
-        self.journal
-            .write(move |c| {
-                let move_to = |at: u64| -> rusqlite::Result<()> {
-                    c.prepare_cached("UPDATE queue SET available_ms = ?3 WHERE consumer = ?1 AND seq = ?2")?
-                        .execute(params![handle.id, sequence, at])?;
-                    Ok(())
-                };
-
-                match outcome {
-                    Outcome::Nak(delay) => move_to(now.saturating_add(millis(delay))),
-                    Outcome::InProgress => move_to(now + millis(handle.ack_wait)),
-                    Outcome::Ack | Outcome::Term => {
-                        c.prepare_cached("DELETE FROM queue WHERE consumer = ?1 AND seq = ?2")?
-                            .execute(params![handle.id, sequence])?;
-                        if handle.retention == Retention::WorkQueue {
-                            c.prepare_cached("DELETE FROM messages WHERE stream = ?1 AND seq = ?2")?
-                                .execute(params![handle.stream, sequence])?;
-                        }
-                        Ok(())
-                    }
-                }
-            })
-            .await?;
-
-        // A nak without delay is available now, and any settlement may make room under `max_ack_pending`.
+        self.run(move |state, group| state.settle(group, &config, sequence, outcome, now)).await?;
         consumer.work.notify_waiters();
         Ok(())
     }
@@ -352,116 +214,264 @@ impl Store {
         if !self.streams.read().contains_key(stream) {
             return Err(Error::NoStream(stream.into()));
         }
-
         let name = stream.to_string();
-        let info = self
-            .journal
-            .read(move |c| {
-                let (messages, bytes) = c
-                    .prepare_cached("SELECT messages, bytes FROM sizes WHERE stream = ?1")?
-                    .query_row([&name], |row| Ok((row.get(0)?, row.get(1)?)))?;
-                let mut consumers = c.prepare_cached(
-                    "SELECT name, (SELECT count(*) FROM queue WHERE consumer = id) FROM consumers WHERE stream = ?1",
-                )?;
-                let consumers = consumers.query_map([&name], |row| Ok((row.get(0)?, row.get(1)?)))?;
-                Ok(StreamInfo { messages, bytes, consumers: consumers.collect::<rusqlite::Result<_>>()? })
-            })
-            .await?;
-        Ok(info)
+        self.run(move |state, _| state.info(&name)).await
     }
 
     pub async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()> {
-        self.buckets.write().insert(bucket, max_age);
-        Ok(())
-    }
-
-    /// Entries of the bucket that were written before this time have gone.
-    fn live_since(&self, bucket: &str) -> Result<u64> {
-        let missing = || Error::Storage(format!("bucket {bucket} is not declared"));
-        let max_age = self.buckets.read().get(bucket).copied().ok_or_else(missing)?;
-        Ok(max_age.map_or(0, |max_age| now_ms().saturating_sub(millis(max_age))))
+        self.run(move |state, _| {
+            state.declare_kv(bucket, max_age);
+            Ok(())
+        })
+        .await
     }
 
     pub async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
-        let since = self.live_since(bucket)?;
-        let (bucket, name) = (bucket.to_string(), key.to_string());
-        let revision = self
-            .journal
-            .write(move |c| {
-                if let Some(expected) = expected {
-                    let current = kv_read(c, &bucket, &name, since)?.map_or(0, |(_, revision)| revision);
-                    if current != expected {
-                        return Ok(None);
-                    }
-                }
-
-                let revision: u64 = c
-                    .prepare_cached("UPDATE revisions SET last = last + 1 RETURNING last")?
-                    .query_row([], |row| row.get(0))?;
-                c.prepare_cached("INSERT OR REPLACE INTO kv VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![
-                    bucket,
-                    name,
-                    &value[..],
-                    revision,
-                    now_ms()
-                ])?;
-                Ok(Some(revision))
-            })
-            .await?;
-        revision.ok_or_else(|| Error::WrongRevision(key.into()))
+        let (bucket, key) = (bucket.to_string(), key.to_string());
+        let now = now_ms();
+        self.run(move |state, group| state.kv_put(group, &bucket, &key, &value, expected, now)).await
     }
 
     pub async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
-        let since = self.live_since(bucket)?;
         let (bucket, key) = (bucket.to_string(), key.to_string());
-        Ok(self.journal.read(move |c| kv_read(c, &bucket, &key, since)).await?)
+        let now = now_ms();
+        self.run_then(
+            move |state, _| state.kv_get(&bucket, &key, now),
+            |found, values| found.map(|(place, revision)| Ok((values.get(place)?, revision))).transpose(),
+        )
+        .await
     }
 
-    /// Runs an empty write through a full commit.
+    /// Whether the engine answers and its log takes writes.
     pub async fn health(&self) -> Result<()> {
-        self.journal.write(|c| c.prepare_cached("UPDATE revisions SET last = last")?.execute([])).await?;
+        self.run(|_, _| Ok(())).await
+    }
+
+    pub async fn prune(&self) -> Result<()> {
+        let now = now_ms();
+        while self.run(move |state, group| Ok(state.prune(group, now))).await? {}
+        self.run_then(|_, _| Ok(()), |(), values| Ok(values.log.give_back(FREE_PAGES_KEPT, PAGES_GIVEN_BACK)?)).await
+    }
+
+    /// Notes in the log how far consumers have got, if that has changed: so that what a crash interrupts counts as delivered.
+    pub async fn flush_cursors(&self) -> Result<()> {
+        if !self.shared.unflushed.swap(false, Relaxed) {
+            return Ok(());
+        }
+        self.run(|state, group| {
+            state.flush_cursors(group);
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// Reads values: from memory while their group is among the newest, else from the log.
+struct Values {
+    log: Log,
+    /// Consecutive groups, the oldest first.
+    recent: VecDeque<Bytes>,
+    first: u64,
+    bytes: usize,
+}
+
+impl Values {
+    fn new(log: Log) -> Self {
+        Self { first: log.last() + 1, log, recent: VecDeque::new(), bytes: 0 }
+    }
+
+    fn committed(&mut self, group: Bytes) {
+        self.bytes += group.len();
+        self.recent.push_back(group);
+        while self.bytes > CACHE_BYTES
+            && let Some(oldest) = self.recent.pop_front()
+        {
+            self.bytes -= oldest.len();
+            self.first += 1;
+        }
+    }
+
+    fn get(&self, place: Place) -> Result<Bytes> {
+        let index = place.row.checked_sub(self.first).and_then(|index| usize::try_from(index).ok());
+        if let Some(group) = index.and_then(|index| self.recent.get(index)) {
+            let start = place.offset as usize;
+            return Ok(group.slice(start..start + place.len as usize));
+        }
+        Ok(self.log.read(place)?)
+    }
+
+    fn message(&self, place: Place) -> Result<Message> {
+        let unreadable =
+            |error: prost::DecodeError| Error::Storage(format!("a stored message cannot be read: {error}"));
+        let stored: Stored = prost::Message::decode(self.get(place)?).map_err(unreadable)?;
+        Ok(stored.into_message())
+    }
+}
+
+/// Owns the state and the log.
+struct Engine {
+    path: PathBuf,
+    durability: Durability,
+    state: State,
+    /// `None` after a failed commit, until the log is open again.
+    values: Option<Values>,
+    /// How far the snapshot that is being written has got.
+    snapshot: Option<Cursor>,
+    /// Bytes of it so far; of the complete one.
+    snapshot_bytes: u64,
+    last_snapshot_bytes: u64,
+    /// Bytes of groups since the last snapshot began.
+    since_snapshot: u64,
+    next_reopen: Instant,
+    shared: Arc<Shared>,
+}
+
+impl Engine {
+    fn open(path: &Path, durability: Durability, shared: Arc<Shared>) -> Result<Self> {
+        let (values, state) = load(path, durability)?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            durability,
+            state,
+            values: Some(values),
+            snapshot: None,
+            snapshot_bytes: 0,
+            last_snapshot_bytes: 0,
+            since_snapshot: 0,
+            next_reopen: Instant::now(),
+            shared,
+        })
+    }
+
+    fn run(mut self, mut queue: mpsc::Receiver<Operation>) {
+        let mut batch = Vec::with_capacity(BATCH_MAX);
+        while queue.blocking_recv_many(&mut batch, BATCH_MAX) > 0 {
+            if self.values.is_none() {
+                self.reopen();
+            }
+            let mut operations = batch.drain(..);
+            while operations.len() > 0 {
+                self.commit_some(&mut operations);
+            }
+        }
+        self.commit_some(&mut std::iter::once::<Operation>(Box::new(|state, group| {
+            state.flush_cursors(group);
+            Box::new(|_| {})
+        })));
+    }
+
+    /// Runs operations until their group is large, commits it, and answers them.
+    fn commit_some(&mut self, operations: &mut dyn Iterator<Item = Operation>) {
+        let Some(values) = &mut self.values else {
+            // Dropped: their callers are told why.
+            operations.for_each(drop);
+            return;
+        };
+        let mut group = Group::new(values.log.last() + 1);
+        let mut answers = Vec::new();
+        while group.len() < GROUP_BYTES
+            && let Some(operation) = operations.next()
+        {
+            answers.push(operation(&mut self.state, &mut group));
+        }
+
+        if !group.is_empty()
+            && let Err(error) = self.write(group)
+        {
+            self.fail(&error);
+            return;
+        }
+        if let Some(values) = &self.values {
+            answers.into_iter().for_each(|answer| answer(values));
+        }
+    }
+
+    /// Commits the group, and with it a part of the upkeep: a snapshot goes on, dead rows go, sparse ones are rewritten.
+    fn write(&mut self, mut group: Group) -> Result<()> {
+        let Some(values) = &mut self.values else { return Ok(()) };
+        self.state.flush_cursors(&mut group);
+        let newest = values.log.snapshot_since();
+        compact(&mut self.state, values, &mut group, newest)?;
+        let drop_rows = self.state.take_dead_rows(newest, DROPPED_ROWS_MAX);
+        let part = self.snapshot.take().map(|cursor| self.state.snapshot_part(cursor, PART_BYTES));
+
+        let (row, bytes) = (group.row(), group.into_bytes());
+        let last = part.as_ref().is_some_and(|(_, cursor)| *cursor == Cursor::Done);
+        values.log.commit(&Commit {
+            group: &bytes,
+            part: part.as_ref().map(|(data, _)| Part { data, last }),
+            drop_rows: &drop_rows,
+        })?;
+        let size = bytes.len() as u64;
+        self.state.row_added(row, size);
+        values.committed(bytes);
+
+        self.since_snapshot += size;
+        if let Some((data, cursor)) = part {
+            self.snapshot_bytes += data.len() as u64;
+            match cursor {
+                Cursor::Done => self.last_snapshot_bytes = self.snapshot_bytes,
+                unfinished => self.snapshot = Some(unfinished),
+            }
+        } else if self.since_snapshot > SNAPSHOT_BYTES_MIN.max(2 * self.last_snapshot_bytes) {
+            values.log.begin_snapshot();
+            self.snapshot = Some(Cursor::Start);
+            (self.snapshot_bytes, self.since_snapshot) = (0, 0);
+        }
         Ok(())
     }
 
-    /// Deletes what has expired, in batches, so that other writes run in between.
-    pub async fn prune(&self) -> Result<()> {
-        let now = now_ms();
-        loop {
-            let streams: Vec<_> = self.streams.read().values().map(|stream| stream.config.clone()).collect();
-            let buckets: Vec<_> = self.buckets.read().iter().filter_map(|(name, age)| Some((*name, (*age)?))).collect();
-            if !self.journal.write(move |c| prune::some(c, &streams, &buckets, now)).await? {
-                return Ok(());
+    /// The state is ahead of the log now: nothing is answered from it any more.
+    fn fail(&mut self, error: &Error) {
+        tracing::error!(%error, path = %self.path.display(), "the bus cannot write; it refuses everything until it can");
+        *self.shared.failure.lock() = Some(format!("the bus cannot write to {}: {error}", self.path.display()));
+        self.values = None;
+        self.snapshot = None;
+        self.next_reopen = Instant::now() + REOPEN_INTERVAL;
+    }
+
+    /// Takes the state back from what the disk has.
+    fn reopen(&mut self) {
+        if Instant::now() < self.next_reopen {
+            return;
+        }
+        self.next_reopen = Instant::now() + REOPEN_INTERVAL;
+        match load(&self.path, self.durability) {
+            Ok((values, mut state)) => {
+                state.adopt(&self.state);
+                self.state = state;
+                self.values = Some(values);
+                self.shared.failure.lock().take();
+                tracing::warn!(path = %self.path.display(), "the bus has opened its log again and tries to write");
             }
+            Err(error) => tracing::error!(%error, "cannot open the bus's log again; trying once more soon"),
         }
     }
 }
 
-/// Whether `more` bytes would take the stream over its limit.
-fn is_full(c: &Connection, stream: &StreamConfig, more: u64) -> rusqlite::Result<bool> {
-    let bytes: u64 =
-        c.prepare_cached("SELECT bytes FROM sizes WHERE stream = ?1")?.query_row([stream.name], |row| row.get(0))?;
-    Ok(bytes.saturating_add(more) > stream.max_bytes)
+fn load(path: &Path, durability: Durability) -> Result<(Values, State)> {
+    let mut log = Log::open(path, durability)?;
+    takeover::older_format(&mut log)?;
+    let state = std::cell::RefCell::new(State::default());
+    log.replay(|part| state.borrow_mut().apply(0, part), |row, group| state.borrow_mut().apply(row, group))?;
+    let mut state = state.into_inner();
+    let damaged = |what| journal::Error::Damaged { path: path.to_path_buf(), what };
+    state.finish_replay(&log.rows()?).map_err(damaged)?;
+    Ok((Values::new(log), state))
 }
 
-fn kv_read(c: &Connection, bucket: &str, key: &str, since: u64) -> rusqlite::Result<Option<(Bytes, u64)>> {
-    c.prepare_cached("SELECT value, revision FROM kv WHERE bucket = ?1 AND key = ?2 AND at_ms >= ?3")?
-        .query_row(params![bucket, key, since], |row| Ok((row.get::<_, Vec<u8>>(0)?.into(), row.get(1)?)))
-        .optional()
-}
-
-fn render_headers(headers: &Headers) -> String {
-    let pairs: Vec<(&str, &str)> = headers.iter().collect();
-    serde_json::to_string(&pairs).expect("strings are JSON")
-}
-
-fn parse_headers(text: &str) -> Headers {
-    let pairs: Vec<(String, String)> = serde_json::from_str(text).unwrap_or_default();
-    pairs.into_iter().fold(Headers::new(), |headers, (name, value)| headers.with(name, value))
-}
-
-/// Whole milliseconds. A duration out of range becomes `u64::MAX / 4`, which leaves room for additions.
-pub fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX / 4)
+/// Moves what lives in one sparse row to the group.
+fn compact(state: &mut State, values: &Values, group: &mut Group, newest: u64) -> Result<()> {
+    let Some(row) = state.row_to_compact(newest, COMPACT_SLACK) else { return Ok(()) };
+    let data = values.log.read_row(row)?;
+    let moved = super::record::each(row, &data, |kind, place| {
+        if let Some(place) = place {
+            let start = place.offset as usize;
+            state.relocate(group, kind, place, &data[start..start + place.len as usize]);
+        }
+        Ok(())
+    });
+    moved.map_err(Error::Storage)
 }
 
 fn now_ms() -> u64 {
@@ -471,22 +481,24 @@ fn now_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Retention;
+    use journal::rusqlite::Connection;
 
-    fn config(retention: Retention) -> StreamConfig {
+    fn stream(retention: Retention) -> StreamConfig {
         StreamConfig {
             name: "S",
             subjects: vec!["s.>".into()],
             retention,
             max_age: Duration::from_secs(3600),
-            max_bytes: 50_000,
+            max_bytes: 1 << 30,
             dedup_window: Duration::from_secs(3600),
         }
     }
 
-    fn reader(name: &str, max_ack_pending: usize) -> ConsumerConfig {
+    fn reader(max_ack_pending: usize) -> ConsumerConfig {
         ConsumerConfig {
             stream: "S",
-            name: name.into(),
+            name: "c".into(),
             filter: None,
             ack_wait: Duration::from_secs(30),
             max_ack_pending,
@@ -499,90 +511,160 @@ mod tests {
         Message { subject: "s.a".into(), payload: payload.to_string().into(), ..Message::default() }
     }
 
-    async fn open(retention: Retention) -> (tempfile::TempDir, Store) {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("bus.db")).unwrap();
-        store.declare_stream(config(retention)).await.unwrap();
-        (dir, store)
-    }
-
-    async fn count(store: &Store, table: &'static str) -> u64 {
-        let sql = format!("SELECT count(*) FROM {table}");
-        store.journal.read(move |c| c.query_row(&sql, [], |row| row.get(0))).await.unwrap()
-    }
-
-    #[tokio::test]
-    async fn expired_and_excess_rows_are_pruned_from_every_table() {
-        let (_dir, store) = open(Retention::Limits).await;
+    /// The thread of a store that was dropped lets go of the file soon.
+    async fn open(dir: &Path) -> Store {
+        let opened = Mutex::new(None);
+        testkit::eventually(Duration::from_secs(20), || async {
+            let store = Store::open(&dir.join("bus.db"), Durability::Process).ok();
+            let done = store.is_some();
+            *opened.lock() = store;
+            done
+        })
+        .await;
+        let store = opened.into_inner().expect("it was opened");
+        store.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
         store.declare_kv("B", Some(Duration::from_secs(3600))).await.unwrap();
-        store.consumer(&reader("c", 10)).await.unwrap();
-        for n in 0..3000_u32 {
-            store.append(&message(&"x".repeat(100)), Some(&n.to_string())).await.unwrap();
-        }
-        store.declare_kv("F", None).await.unwrap();
-        store.kv_put("B", "key", "value".into(), None).await.unwrap();
-        store.kv_put("F", "key", "value".into(), None).await.unwrap();
-        store.prune().await.unwrap();
-        let info = store.stream_info("S").await.unwrap();
-        assert_eq!((info.messages, info.bytes), (500, 50_000));
-        assert_eq!(info.consumers, [("c".to_string(), 500)], "deleted messages leave the backlog");
-        assert_eq!(count(&store, "dedup").await, 3000, "ids of deleted messages still deduplicate");
-
-        let aged = |c: &Connection| {
-            c.execute_batch("UPDATE messages SET stored_ms = 1; UPDATE dedup SET at_ms = 1; UPDATE kv SET at_ms = 1")
-        };
-        store.journal.write(aged).await.unwrap();
-        store.prune().await.unwrap();
-        let info = store.stream_info("S").await.unwrap();
-        assert_eq!((info.messages, info.bytes), (0, 0));
-        for table in ["messages", "queue", "dedup"] {
-            assert_eq!(count(&store, table).await, 0, "{table}");
-        }
-        assert_eq!(count(&store, "kv").await, 1, "a bucket without an age keeps its entries");
-        assert!(store.kv_get("F", "key").await.unwrap().is_some());
+        store
     }
 
     #[tokio::test]
-    async fn consumer_at_max_ack_pending_waits_for_a_settlement() {
-        let (_dir, store) = open(Retention::WorkQueue).await;
-        let handle = store.consumer(&reader("c", 2)).await.unwrap();
+    async fn a_consumer_at_its_pending_limit_waits_for_a_settlement() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path()).await;
+        let handle = store.consumer(&reader(2)).await.unwrap();
         for n in 0..5 {
             store.append(&message(&n.to_string()), None).await.unwrap();
         }
-
         assert_eq!(store.claim(&handle, 10).await.unwrap().messages.len(), 2);
         let nothing = store.claim(&handle, 10).await.unwrap();
         assert!(nothing.messages.is_empty());
-        assert!(
-            nothing.next.unwrap() > Duration::from_secs(25),
-            "the consumer does not poll again at once: {:?}",
-            nothing.next
-        );
+        assert!(nothing.next.unwrap() > Duration::from_secs(25), "it does not poll: {:?}", nothing.next);
     }
 
     #[tokio::test]
-    async fn redeclared_stream_keeps_its_consumers() {
-        let (_dir, store) = open(Retention::WorkQueue).await;
-        let handle = store.consumer(&reader("c", 10)).await.unwrap();
-        store.declare_stream(config(Retention::WorkQueue)).await.unwrap();
+    async fn a_stream_declared_again_keeps_its_consumers() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path()).await;
+        let handle = store.consumer(&reader(10)).await.unwrap();
+        store.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
         store.append(&message("1"), None).await.unwrap();
         assert_eq!(store.claim(&handle, 10).await.unwrap().messages.len(), 1);
     }
 
     #[tokio::test]
-    async fn consumer_created_during_appends_misses_no_message() {
-        let (_dir, store) = open(Retention::WorkQueue).await;
-        let store = Arc::new(store);
+    async fn a_consumer_made_among_appends_misses_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(open(dir.path()).await);
         let appends = (0..400).map(|n: u32| {
             let store = store.clone();
             tokio::spawn(async move { store.append(&message(&n.to_string()), None).await.unwrap() })
         });
         let appends: Vec<_> = appends.collect();
-        store.consumer(&reader("c", 1000)).await.unwrap();
-
+        store.consumer(&reader(1000)).await.unwrap();
         for append in appends {
             append.await.unwrap();
         }
         assert_eq!(store.stream_info("S").await.unwrap().consumers, [("c".to_string(), 400)]);
+    }
+
+    /// Enough to begin snapshots, drop rows and leave the cache.
+    #[tokio::test]
+    async fn much_traffic_keeps_the_file_small_and_old_values_readable() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path()).await;
+        let handle = store.consumer(&reader(100)).await.unwrap();
+        store.kv_put("B", "old", "kept".into(), None).await.unwrap();
+        store.append(&message("never taken"), None).await.unwrap();
+        let first = store.claim(&handle, 1).await.unwrap().messages.remove(0);
+
+        let large = "x".repeat(100_000);
+        for n in 0..1500 {
+            store.append(&message(&large), Some(&n.to_string())).await.unwrap();
+            let claimed = store.claim(&handle, 10).await.unwrap().messages;
+            assert_eq!(claimed.len(), 1);
+            store.settle(&handle, claimed[0].sequence, Outcome::Ack).await.unwrap();
+        }
+        let pages = std::fs::metadata(dir.path().join("bus.db")).unwrap().len();
+        assert!(pages < 100 << 20, "150 MB went through; the file has {pages} bytes");
+        assert_eq!(store.kv_get("B", "old").await.unwrap().unwrap().0, "kept");
+
+        drop(store);
+        let store = open(dir.path()).await;
+        assert_eq!(store.kv_get("B", "old").await.unwrap().unwrap().0, "kept");
+        let info = store.stream_info("S").await.unwrap();
+        assert_eq!((info.messages, info.consumers), (1, vec![("c".to_string(), 1)]));
+        let handle = store.consumer(&reader(100)).await.unwrap();
+        let again = store.claim(&handle, 10).await.unwrap().messages.remove(0);
+        assert_eq!((again.sequence, again.delivered), (first.sequence, 2));
+        assert_eq!(again.message.payload, "never taken");
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_refuses_and_what_was_acknowledged_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path()).await;
+        let limit = |pages: u32| {
+            let pragma = format!("PRAGMA max_page_count = {pages}");
+            store.run_then(
+                |_, _| Ok(()),
+                move |(), values| Ok(values.log.connection().execute_batch(&pragma).map_err(journal::Error::from)?),
+            )
+        };
+        limit(200).await.unwrap();
+        let mut acknowledged = 0;
+        let refused = loop {
+            match store.append(&message(&"x".repeat(10_000)), None).await {
+                Ok(_) => acknowledged += 1,
+                Err(error) => break error,
+            }
+            assert!(acknowledged < 1000, "the limit was never met");
+        };
+        assert!(refused.to_string().contains("full"), "{refused}");
+
+        // The limit is the connection's: the next one has none. Nothing that was refused has become visible.
+        testkit::eventually(Duration::from_secs(20), || async { store.health().await.is_ok() }).await;
+        assert_eq!(store.stream_info("S").await.unwrap().messages, acknowledged);
+        store.append(&message("more"), None).await.unwrap();
+        drop(store);
+        assert_eq!(open(dir.path()).await.stream_info("S").await.unwrap().messages, acknowledged + 1);
+    }
+
+    const OLDER: &str = r#"
+        CREATE TABLE messages (stream TEXT, seq INTEGER, subject TEXT, headers TEXT, payload BLOB, stored_ms INTEGER);
+        CREATE TABLE sequences (stream TEXT PRIMARY KEY, last INTEGER);
+        CREATE TABLE dedup (stream TEXT, msg_id TEXT, seq INTEGER, at_ms INTEGER);
+        CREATE TABLE consumers (id INTEGER PRIMARY KEY, stream TEXT, name TEXT, filter TEXT);
+        CREATE TABLE queue (consumer INTEGER, seq INTEGER, available_ms INTEGER, delivered INTEGER);
+        CREATE TABLE kv (bucket TEXT, key TEXT, value BLOB, revision INTEGER, at_ms INTEGER);
+        CREATE TABLE sizes (stream TEXT PRIMARY KEY, messages INTEGER, bytes INTEGER);
+        CREATE TABLE revisions (one INTEGER PRIMARY KEY, last INTEGER);
+        INSERT INTO sequences VALUES ('S', 7);
+        INSERT INTO messages VALUES ('S', 5, 's.a', '[["trace_id","t"]]', x'35', strftime('%s') * 1000),
+            ('S', 7, 's.a', '[]', x'37', strftime('%s') * 1000);
+        INSERT INTO dedup VALUES ('S', 'id-7', 7, strftime('%s') * 1000);
+        INSERT INTO consumers VALUES (1, 'S', 'c', NULL);
+        INSERT INTO queue VALUES (1, 5, 0, 2), (1, 7, 0, 0);
+        INSERT INTO revisions VALUES (1, 41);
+        INSERT INTO kv VALUES ('B', 'k', x'76', 41, strftime('%s') * 1000);
+    "#;
+
+    #[tokio::test]
+    async fn data_of_the_older_format_is_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        Connection::open(dir.path().join("bus.db")).unwrap().execute_batch(OLDER).unwrap();
+        for opened in 1..=2 {
+            let store = open(dir.path()).await;
+            assert_eq!(store.kv_get("B", "k").await.unwrap(), Some(("v".into(), 41)), "{opened}");
+            assert!(store.append(&message("7"), Some("id-7")).await.unwrap().duplicate);
+            let handle = store.consumer(&reader(10)).await.unwrap();
+            let claimed = store.claim(&handle, 10).await.unwrap().messages;
+            let seen: Vec<_> = claimed.iter().map(|c| (c.sequence, c.delivered, c.message.payload.clone())).collect();
+            let (first, second) = if opened == 1 { (3, 1) } else { (4, 2) };
+            assert_eq!(seen, [(5, first, "5".into()), (7, second, "7".into())]);
+            assert_eq!(claimed[0].message.headers.get("trace_id"), Some("t"));
+        }
+        let store = open(dir.path()).await;
+        assert_eq!(store.append(&message("8"), None).await.unwrap().sequence, 8);
+        assert_eq!(store.kv_put("B", "k", "w".into(), Some(41)).await.unwrap(), 42);
     }
 }

@@ -1,0 +1,451 @@
+//! Streams, consumers and buckets in memory; values (messages, entries) lie in the log and are known here by their place.
+//!
+//! Sans-IO: time is an argument, and every change is described in a [`Group`] for the log. [`State::apply`] takes the same
+//! records back when the log is opened.
+
+mod consumer;
+mod seen;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+
+pub use consumer::Claimed;
+pub use seen::hash as hash_id;
+pub use snapshot::Cursor;
+
+use super::record::{
+    ConsumerRecord, DroppedRecord, EntryRecord, Group, Kind, MessageRecord, RemovedRecord, Stored, StreamRecord,
+};
+use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, Retention, StreamConfig, StreamInfo};
+use bytes::Bytes;
+use consumer::Consumer;
+use journal::Place;
+use seen::Seen;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Messages or entries that one call of [`State::prune`] removes from each stream and bucket.
+const PRUNE_MAX: usize = 1000;
+
+#[derive(Default)]
+pub struct State {
+    streams: BTreeMap<String, Stream>,
+    buckets: BTreeMap<String, Bucket>,
+    /// Newest revision of any entry.
+    revision: u64,
+    rows: Rows,
+}
+
+#[derive(Default)]
+struct Stream {
+    /// `None` until this process has declared it.
+    config: Option<StreamConfig>,
+    last: u64,
+    messages: BTreeMap<u64, StoredAt>,
+    /// Of the values of its messages.
+    bytes: u64,
+    seen: Seen,
+    consumers: BTreeMap<String, Consumer>,
+}
+
+/// A message in the log.
+struct StoredAt {
+    place: Place,
+    stored_ms: u64,
+    subject: Arc<str>,
+}
+
+#[derive(Default)]
+struct Bucket {
+    /// `None` until this process has declared it.
+    declared: Option<Declared>,
+    entries: BTreeMap<Arc<str>, Entry>,
+    /// Keys by revision: the oldest write comes first.
+    order: BTreeMap<u64, Arc<str>>,
+}
+
+#[derive(Clone, Copy)]
+struct Declared {
+    max_age: Option<Duration>,
+}
+
+struct Entry {
+    place: Place,
+    revision: u64,
+    at_ms: u64,
+}
+
+/// What the rows of the log are still needed for.
+#[derive(Default)]
+struct Rows {
+    /// By row: bytes of live values in it, and its size.
+    live: BTreeMap<u64, (u64, u64)>,
+    dead: BTreeSet<u64>,
+    live_bytes: u64,
+    total_bytes: u64,
+}
+
+impl Rows {
+    fn add(&mut self, row: u64, size: u64) {
+        self.total_bytes += size;
+        if self.live.entry(row).or_insert((0, 0)).0 == 0 {
+            self.dead.insert(row);
+        }
+        self.live.entry(row).or_default().1 += size;
+    }
+
+    fn hold(&mut self, place: Place) {
+        let len = u64::from(place.len).max(1);
+        self.live.entry(place.row).or_default().0 += len;
+        self.live_bytes += len;
+        self.dead.remove(&place.row);
+    }
+
+    fn release(&mut self, place: Place) {
+        let len = u64::from(place.len).max(1);
+        self.live_bytes -= len;
+        let row = self.live.entry(place.row).or_default();
+        row.0 -= len;
+        if row.0 == 0 {
+            self.dead.insert(place.row);
+        }
+    }
+
+    fn remove(&mut self, row: u64) {
+        self.dead.remove(&row);
+        if let Some((_, size)) = self.live.remove(&row) {
+            self.total_bytes -= size;
+        }
+    }
+}
+
+impl State {
+    pub fn declare_stream(&mut self, group: &mut Group, config: StreamConfig) {
+        let name = config.name.to_string();
+        let stream = self.streams.entry(name.clone()).or_insert_with(|| {
+            group.push(Kind::Stream(StreamRecord { stream: name, last: 0 }));
+            Stream::default()
+        });
+        stream.config = Some(config);
+    }
+
+    /// Errors: the stream is full, which only a work queue can be.
+    pub fn append(
+        &mut self,
+        group: &mut Group,
+        name: &str,
+        message: &Message,
+        msg_id: Option<&str>,
+        now_ms: u64,
+    ) -> Result<Appended> {
+        let (stream, config) = self.declared(name)?;
+        let id = msg_id.map(seen::hash);
+        if let Some(sequence) = id.and_then(|id| stream.seen.get(id, now_ms, config.dedup_window)) {
+            return Ok(Appended { sequence, duplicate: true });
+        }
+        let stored = Stored::of(message);
+        let size = prost::Message::encoded_len(&stored) as u64;
+        if config.retention == Retention::WorkQueue && stream.bytes + size > config.max_bytes {
+            let max = config.max_bytes;
+            let text = format!("stream {name} holds its {max} bytes; its consumers are behind, try again later");
+            return Err(Error::Storage(text));
+        }
+
+        stream.last += 1;
+        let sequence = stream.last;
+        let record = MessageRecord {
+            stream: name.into(),
+            sequence,
+            stored_ms: now_ms,
+            subject: message.subject.to_string(),
+            id_hash: id.map(|id| Bytes::copy_from_slice(&id.to_be_bytes())).unwrap_or_default(),
+            place: None,
+        };
+        let place = group.push_with(Kind::Message(record), &stored);
+        if let Some(id) = id {
+            stream.seen.insert(id, sequence, now_ms);
+        }
+        for consumer in stream.consumers.values_mut().filter(|consumer| consumer.wants(&message.subject)) {
+            consumer.pending += 1;
+        }
+        let subject = stream.interned(&message.subject);
+        stream.bytes += u64::from(place.len);
+        stream.messages.insert(sequence, StoredAt { place, stored_ms: now_ms, subject });
+        self.rows.hold(place);
+        Ok(Appended { sequence, duplicate: false })
+    }
+
+    /// Makes the consumer, or changes the filter of a known one.
+    pub fn consumer(&mut self, group: &mut Group, config: &ConsumerConfig) -> Result<()> {
+        let (stream, declared) = self.declared(config.stream)?;
+        // A work queue keeps only what nobody has taken, so its consumers start nowhere else.
+        let from_start = config.from_start || declared.retention == Retention::WorkQueue;
+        let next = if from_start { 0 } else { stream.last + 1 };
+        let known = stream.consumers.get(&config.name);
+        if known.is_none_or(|known| known.filter != config.filter) {
+            group.push(Kind::Consumer(ConsumerRecord {
+                stream: config.stream.into(),
+                name: config.name.clone(),
+                filter: config.filter.clone(),
+                next: if known.is_none() { next } else { 0 },
+                out: Vec::new(),
+                delivered: Vec::new(),
+            }));
+        }
+        let consumer = stream.consumers.entry(config.name.clone()).or_insert_with(|| Consumer::new(next));
+        consumer.filter = config.filter.clone();
+        consumer.count_pending(&stream.messages);
+        Ok(())
+    }
+
+    /// Hands out up to `max` messages for `ack_wait`: those due for redelivery, then new ones. `clock_ms` never goes back.
+    /// With them, the time at which the next one is due, if nothing happens before.
+    pub fn claim(
+        &mut self,
+        group: &mut Group,
+        config: &ConsumerConfig,
+        max: usize,
+        clock_ms: u64,
+    ) -> Result<(Vec<Claimed>, Option<u64>)> {
+        let stream = self.streams.get_mut(config.stream).ok_or_else(|| Error::NoStream(config.stream.into()))?;
+        let consumer = stream.consumers.get_mut(&config.name).ok_or_else(|| unknown(config))?;
+        let claimed = consumer.claim(group, config, &stream.messages, stream.last, max, clock_ms);
+        Ok((claimed, consumer.next_due(clock_ms)))
+    }
+
+    pub fn settle(
+        &mut self,
+        group: &mut Group,
+        config: &ConsumerConfig,
+        sequence: u64,
+        outcome: Outcome,
+        clock_ms: u64,
+    ) -> Result<()> {
+        let (stream, declared) = self.declared(config.stream)?;
+        let consumer = stream.consumers.get_mut(&config.name).ok_or_else(|| unknown(config))?;
+        let removes = declared.retention == Retention::WorkQueue;
+        if consumer.settle(group, config, sequence, outcome, removes, clock_ms)
+            && removes
+            && let Some(message) = stream.messages.remove(&sequence)
+        {
+            stream.bytes -= u64::from(message.place.len);
+            self.rows.release(message.place);
+        }
+        Ok(())
+    }
+
+    pub fn info(&self, name: &str) -> Result<StreamInfo> {
+        let stream = self.streams.get(name).ok_or_else(|| Error::NoStream(name.into()))?;
+        Ok(StreamInfo {
+            messages: stream.messages.len() as u64,
+            bytes: stream.bytes,
+            consumers: stream.consumers.iter().map(|(name, consumer)| (name.clone(), consumer.pending)).collect(),
+        })
+    }
+
+    /// Entries live `max_age` after their last write, or until they are replaced.
+    pub fn declare_kv(&mut self, bucket: &str, max_age: Option<Duration>) {
+        self.buckets.entry(bucket.into()).or_default().declared = Some(Declared { max_age });
+    }
+
+    /// Value's place and revision.
+    pub fn kv_get(&self, bucket: &str, key: &str, now_ms: u64) -> Result<Option<(Place, u64)>> {
+        let known = self.buckets.get(bucket).filter(|bucket| bucket.declared.is_some());
+        let known = known.ok_or_else(|| Error::Storage(format!("bucket {bucket} is not declared")))?;
+        Ok(known.current(key, now_ms).map(|entry| (entry.place, entry.revision)))
+    }
+
+    /// The entry's revision. With `expected`, only if the entry is at that revision (0: does not exist).
+    pub fn kv_put(
+        &mut self,
+        group: &mut Group,
+        bucket: &str,
+        key: &str,
+        value: &[u8],
+        expected: Option<u64>,
+        now_ms: u64,
+    ) -> Result<u64> {
+        let current = self.kv_get(bucket, key, now_ms)?.map_or(0, |(_, revision)| revision);
+        if expected.is_some_and(|expected| expected != current) {
+            return Err(Error::WrongRevision(key.into()));
+        }
+        self.revision += 1;
+        let revision = self.revision;
+        let record = EntryRecord { bucket: bucket.into(), key: key.into(), revision, at_ms: now_ms, place: None };
+        let place = group.push_bytes(Kind::Entry(record), value);
+        self.rows.hold(place);
+        let entry = Entry { place, revision, at_ms: now_ms };
+        if let Some(old) = self.buckets.entry(bucket.into()).or_default().put(key, entry) {
+            self.rows.release(old.place);
+        }
+        Ok(revision)
+    }
+
+    /// Removes some of what has outlived its age or its stream's bytes; whether there may be more.
+    pub fn prune(&mut self, group: &mut Group, now_ms: u64) -> bool {
+        let mut more = false;
+        for (name, stream) in &mut self.streams {
+            let Some(config) = &stream.config else { continue };
+            stream.seen.forget(now_ms, config.dedup_window);
+            let dropped = stream.drop_old(now_ms);
+            if let Some((last, _)) = dropped.last() {
+                group.push(Kind::Dropped(DroppedRecord { stream: name.clone(), up_to: *last }));
+            }
+            more |= dropped.len() == PRUNE_MAX;
+            dropped.into_iter().for_each(|(_, place)| self.rows.release(place));
+        }
+        for (name, bucket) in &mut self.buckets {
+            let removed = bucket.drop_old(now_ms);
+            more |= removed.len() == PRUNE_MAX;
+            for (key, entry) in removed {
+                let (bucket, key, revision) = (name.clone(), key.to_string(), entry.revision);
+                group.push(Kind::Removed(RemovedRecord { bucket, key, revision }));
+                self.rows.release(entry.place);
+            }
+        }
+        self.flush_cursors(group);
+        more
+    }
+
+    /// Notes how far consumers have got since the last time.
+    pub fn flush_cursors(&mut self, group: &mut Group) {
+        for (name, stream) in &mut self.streams {
+            stream.consumers.iter_mut().for_each(|(consumer, state)| state.flush_cursor(group, name, consumer));
+        }
+    }
+
+    /// A row of the log came to be.
+    pub fn row_added(&mut self, row: u64, size: u64) {
+        self.rows.add(row, size);
+    }
+
+    /// Rows up to `newest` that hold no live value, at most `max`. They are forgotten here.
+    pub fn take_dead_rows(&mut self, newest: u64, max: usize) -> Vec<u64> {
+        let rows: Vec<u64> = self.rows.dead.range(..=newest).take(max).copied().collect();
+        rows.iter().for_each(|row| self.rows.remove(*row));
+        rows
+    }
+
+    /// The oldest row, where the log is worth compacting and may be up to `newest`: half of it or more is dead.
+    pub fn row_to_compact(&self, newest: u64, slack: u64) -> Option<u64> {
+        if self.rows.total_bytes <= 2 * self.rows.live_bytes + slack {
+            return None;
+        }
+        let half_dead = |(_, (live, size)): &(&u64, &(u64, u64))| *live > 0 && 2 * live < *size;
+        self.rows.live.range(..=newest).find(half_dead).map(|(row, _)| *row)
+    }
+
+    /// Moves a value to the group if it is live at this place.
+    pub fn relocate(&mut self, group: &mut Group, kind: Kind, place: Place, value: &[u8]) {
+        let moved = match kind {
+            Kind::Message(record) => {
+                let stream = self.streams.get_mut(&record.stream);
+                let held = stream.and_then(|stream| stream.messages.get_mut(&record.sequence));
+                held.filter(|held| held.place == place).map(|held| {
+                    // Its id was noted when it came.
+                    let record = MessageRecord { id_hash: Bytes::new(), ..record };
+                    held.place = group.push_bytes(Kind::Message(record), value);
+                    held.place
+                })
+            }
+            Kind::Entry(record) => {
+                let bucket = self.buckets.get_mut(&record.bucket);
+                let held = bucket.and_then(|bucket| bucket.entries.get_mut(&*record.key));
+                held.filter(|held| held.place == place).map(|held| {
+                    held.place = group.push_bytes(Kind::Entry(record), value);
+                    held.place
+                })
+            }
+            _ => None,
+        };
+        if let Some(moved) = moved {
+            self.rows.hold(moved);
+            self.rows.release(place);
+        }
+    }
+
+    fn declared(&mut self, name: &str) -> Result<(&mut Stream, StreamConfig)> {
+        let stream = self.streams.get_mut(name);
+        let found = stream.and_then(|stream| stream.config.clone().map(|config| (stream, config)));
+        found.ok_or_else(|| Error::NoStream(name.into()))
+    }
+}
+
+impl Stream {
+    /// Streams have few subjects: neighbours share theirs.
+    fn interned(&self, subject: &Arc<str>) -> Arc<str> {
+        let newest = self.messages.last_key_value().map(|(_, message)| &message.subject);
+        newest.filter(|newest| *newest == subject).unwrap_or(subject).clone()
+    }
+
+    /// Removes the oldest messages, by age and, where the stream may drop unread ones, by bytes.
+    fn drop_old(&mut self, now_ms: u64) -> Vec<(u64, Place)> {
+        let Some(config) = &self.config else { return Vec::new() };
+        let oldest_ms = now_ms.saturating_sub(millis(config.max_age));
+        let max_bytes = if config.retention == Retention::Limits { config.max_bytes } else { u64::MAX };
+
+        let mut dropped = Vec::new();
+        while let Some((sequence, message)) = self.messages.first_key_value()
+            && (message.stored_ms < oldest_ms || self.bytes > max_bytes)
+            && dropped.len() < PRUNE_MAX
+        {
+            let (sequence, place) = (*sequence, message.place);
+            for consumer in self.consumers.values_mut() {
+                consumer.dropped(sequence, &message.subject);
+            }
+            self.messages.remove(&sequence);
+            self.bytes -= u64::from(place.len);
+            dropped.push((sequence, place));
+        }
+        dropped
+    }
+}
+
+impl Bucket {
+    /// Entries written before are gone.
+    fn oldest_ms(&self, now_ms: u64) -> u64 {
+        let max_age = self.declared.and_then(|declared| declared.max_age);
+        max_age.map_or(0, |max_age| now_ms.saturating_sub(millis(max_age)))
+    }
+
+    fn current(&self, key: &str, now_ms: u64) -> Option<&Entry> {
+        let since = self.oldest_ms(now_ms);
+        self.entries.get(key).filter(|entry| entry.at_ms >= since)
+    }
+
+    /// The entry that was there.
+    fn put(&mut self, key: &str, entry: Entry) -> Option<Entry> {
+        let name: Arc<str> = key.into();
+        let revision = entry.revision;
+        let old = self.entries.insert(name.clone(), entry);
+        // A replay may put the same revision again.
+        if let Some(old) = &old {
+            self.order.remove(&old.revision);
+        }
+        self.order.insert(revision, name);
+        old
+    }
+
+    fn drop_old(&mut self, now_ms: u64) -> Vec<(Arc<str>, Entry)> {
+        let since = self.oldest_ms(now_ms);
+        let mut dropped = Vec::new();
+        while let Some((revision, key)) = self.order.first_key_value()
+            && self.entries.get(key).is_none_or(|entry| entry.at_ms < since)
+            && dropped.len() < PRUNE_MAX
+        {
+            let (revision, key) = (*revision, key.clone());
+            self.order.remove(&revision);
+            dropped.extend(self.entries.remove(&key).map(|entry| (key, entry)));
+        }
+        dropped
+    }
+}
+
+fn unknown(config: &ConsumerConfig) -> Error {
+    Error::Storage(format!("stream {} has no consumer {}", config.stream, config.name))
+}
+
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX / 4)
+}

@@ -1,0 +1,68 @@
+//! Message ids that a stream remembers, so that a repeated append changes nothing.
+
+use super::millis;
+use sha1::{Digest, Sha1};
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+
+/// About 64 MiB at 100 bytes each. Beyond it the oldest ids are forgotten before their time.
+const IDS_MAX: usize = 640_000;
+
+/// By 128 bits of a cryptographic hash: ids come from clients, who must not be able to make two of them collide.
+#[derive(Default)]
+pub struct Seen {
+    /// Sequence, and when it was appended.
+    known: HashMap<u128, (u64, u64)>,
+    /// Oldest first.
+    order: VecDeque<u128>,
+    /// Ids that left `order` at its front since it was made: positions stay valid while ids leave.
+    gone: u64,
+}
+
+pub fn hash(msg_id: &str) -> u128 {
+    let digest = Sha1::digest(msg_id.as_bytes());
+    let (half, _) = digest.split_first_chunk::<16>().expect("SHA-1 has 20 bytes");
+    u128::from_be_bytes(*half)
+}
+
+impl Seen {
+    pub fn get(&self, id: u128, now_ms: u64, window: Duration) -> Option<u64> {
+        let since = now_ms.saturating_sub(millis(window));
+        self.known.get(&id).filter(|(_, at_ms)| *at_ms >= since).map(|(sequence, _)| *sequence)
+    }
+
+    pub fn insert(&mut self, id: u128, sequence: u64, at_ms: u64) {
+        if self.known.insert(id, (sequence, at_ms)).is_none() {
+            self.order.push_back(id);
+        }
+        if self.order.len() > IDS_MAX {
+            metrics::counter!("beamline_bus_message_ids_forgotten_total").increment(1);
+            self.forget_first();
+        }
+    }
+
+    pub fn forget(&mut self, now_ms: u64, window: Duration) {
+        let since = now_ms.saturating_sub(millis(window));
+        while let Some(id) = self.order.front()
+            && self.known.get(id).is_none_or(|(_, at_ms)| *at_ms < since)
+        {
+            self.forget_first();
+        }
+    }
+
+    /// Ids from a position on, with the position behind each.
+    pub fn from(&self, position: u64) -> impl Iterator<Item = (u64, u128, u64, u64)> {
+        let skip = usize::try_from(position.saturating_sub(self.gone)).unwrap_or(usize::MAX);
+        self.order.iter().enumerate().skip(skip).filter_map(|(n, id)| {
+            let (sequence, at_ms) = self.known.get(id)?;
+            Some((self.gone + n as u64 + 1, *id, *sequence, *at_ms))
+        })
+    }
+
+    fn forget_first(&mut self) {
+        if let Some(id) = self.order.pop_front() {
+            self.known.remove(&id);
+            self.gone += 1;
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The state as records: written out in parts while it changes, and put together again from them and the groups behind them.
+
+use super::{Bucket, Entry, State, StoredAt, Stream};
+use crate::local::record::{ConsumerRecord, EntryRecord, Group, Kind, MessageRecord, SeenRecord, StreamRecord, each};
+use bytes::Bytes;
+use journal::Place;
+use std::collections::BTreeMap;
+use std::ops::Bound::{Excluded, Unbounded};
+use std::sync::Arc;
+
+/// How far a snapshot has got.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Cursor {
+    #[default]
+    Start,
+    /// The messages of a stream from a sequence on.
+    Messages(String, u64),
+    /// The message ids of a stream from a position on.
+    Seen(String, u64),
+    /// The entries of a bucket behind a key.
+    Entries(String, Option<Arc<str>>),
+    Done,
+}
+
+impl State {
+    /// The next part, of about `size` bytes, and where the one after it goes on.
+    pub fn snapshot_part(&self, cursor: Cursor, size: usize) -> (Bytes, Cursor) {
+        let mut part = Group::new(0);
+        let mut cursor = cursor;
+        while part.len() < size && cursor != Cursor::Done {
+            cursor = self.snapshot_step(&mut part, cursor, size);
+        }
+        (part.into_bytes(), cursor)
+    }
+
+    fn snapshot_step(&self, part: &mut Group, cursor: Cursor, size: usize) -> Cursor {
+        match cursor {
+            Cursor::Start => {
+                part.push(Kind::Revision(self.revision));
+                self.begin_stream(part, None)
+            }
+            Cursor::Messages(name, from) => {
+                let Some(stream) = self.streams.get(&name) else { return self.begin_stream(part, Some(&name)) };
+                for (sequence, message) in stream.messages.range(from..) {
+                    if part.len() >= size {
+                        return Cursor::Messages(name, *sequence);
+                    }
+                    part.push(Kind::Message(message.record(&name, *sequence)));
+                }
+                Cursor::Seen(name, 0)
+            }
+            Cursor::Seen(name, from) => {
+                let Some(stream) = self.streams.get(&name) else { return self.begin_stream(part, Some(&name)) };
+                let mut reached = from;
+                for (position, id, sequence, at_ms) in stream.seen.from(from) {
+                    if part.len() >= size {
+                        return Cursor::Seen(name, reached);
+                    }
+                    let (stream, id_hash) = (name.clone(), Bytes::copy_from_slice(&id.to_be_bytes()));
+                    part.push(Kind::Seen(SeenRecord { stream, id_hash, sequence, at_ms }));
+                    reached = position;
+                }
+                self.begin_stream(part, Some(&name))
+            }
+            Cursor::Entries(name, after) => {
+                let Some(bucket) = self.buckets.get(&name) else { return self.next_bucket(Some(&name)) };
+                let from = after.as_ref().map_or(Unbounded, |key| Excluded(key.clone()));
+                let mut reached = after.clone();
+                for (key, entry) in bucket.entries.range((from, Unbounded)) {
+                    if part.len() >= size {
+                        return Cursor::Entries(name, reached);
+                    }
+                    part.push(Kind::Entry(entry.record(&name, key)));
+                    reached = Some(key.clone());
+                }
+                self.next_bucket(Some(&name))
+            }
+            Cursor::Done => Cursor::Done,
+        }
+    }
+
+    /// A stream and its consumers at once: they are few.
+    fn begin_stream(&self, part: &mut Group, after: Option<&str>) -> Cursor {
+        let Some((name, stream)) = following(&self.streams, after) else { return self.next_bucket(None) };
+        part.push(Kind::Stream(StreamRecord { stream: name.clone(), last: stream.last }));
+        for (consumer, state) in &stream.consumers {
+            let (out, delivered) = state.out().unzip();
+            part.push(Kind::Consumer(ConsumerRecord {
+                stream: name.clone(),
+                name: consumer.clone(),
+                filter: state.filter.clone(),
+                next: state.next,
+                out,
+                delivered,
+            }));
+        }
+        Cursor::Messages(name.clone(), 0)
+    }
+
+    fn next_bucket(&self, after: Option<&str>) -> Cursor {
+        following(&self.buckets, after).map_or(Cursor::Done, |(name, _)| Cursor::Entries(name.clone(), None))
+    }
+
+    /// Takes a part of a snapshot, or a group that came after the snapshot began (`row` is its number).
+    pub fn apply(&mut self, row: u64, data: &[u8]) -> Result<(), String> {
+        each(row, data, |kind, place| {
+            self.apply_one(kind, place);
+            Ok(())
+        })
+    }
+
+    fn apply_one(&mut self, kind: Kind, place: Option<Place>) {
+        match kind {
+            Kind::Stream(record) => {
+                let stream = self.streams.entry(record.stream).or_default();
+                stream.last = stream.last.max(record.last);
+            }
+            Kind::Message(record) => {
+                let Some(place) = place.or(record.place.map(Place::from)) else { return };
+                let stream = self.streams.entry(record.stream).or_default();
+                stream.last = stream.last.max(record.sequence);
+                if let Some(id) = id_of(&record.id_hash) {
+                    stream.seen.insert(id, record.sequence, record.stored_ms);
+                }
+                let subject = stream.interned(&record.subject.into());
+                stream.messages.insert(record.sequence, StoredAt { place, stored_ms: record.stored_ms, subject });
+            }
+            Kind::Consumer(record) => {
+                let stream = self.streams.entry(record.stream).or_default();
+                let consumer = stream.consumers.entry(record.name).or_default();
+                consumer.filter = record.filter;
+                consumer.restore(record.next, record.out.into_iter().zip(record.delivered));
+            }
+            Kind::Cursor(record) => {
+                let stream = self.streams.entry(record.stream).or_default();
+                stream.consumers.entry(record.consumer).or_default().replay_cursor(record.next, &stream.messages);
+            }
+            Kind::Delivered(record) => {
+                let stream = self.streams.entry(record.stream).or_default();
+                let consumer = stream.consumers.entry(record.consumer).or_default();
+                consumer.replay_delivered(record.sequence, record.delivered);
+            }
+            Kind::Settled(record) => {
+                let stream = self.streams.entry(record.stream).or_default();
+                stream.consumers.entry(record.consumer).or_default().settled(record.sequence);
+                if record.removes {
+                    stream.messages.remove(&record.sequence);
+                }
+            }
+            Kind::Dropped(record) => {
+                let stream = self.streams.entry(record.stream).or_default();
+                stream.messages = stream.messages.split_off(&(record.up_to + 1));
+            }
+            Kind::Entry(record) => {
+                let Some(place) = place.or(record.place.map(Place::from)) else { return };
+                self.revision = self.revision.max(record.revision);
+                let bucket = self.buckets.entry(record.bucket).or_default();
+                if bucket.revision_of(&record.key) <= record.revision {
+                    bucket.put(&record.key, Entry { place, revision: record.revision, at_ms: record.at_ms });
+                }
+            }
+            Kind::Removed(record) => {
+                self.revision = self.revision.max(record.revision);
+                let bucket = self.buckets.entry(record.bucket).or_default();
+                if bucket.revision_of(&record.key) <= record.revision
+                    && let Some(entry) = bucket.entries.remove(&*record.key)
+                {
+                    bucket.order.remove(&entry.revision);
+                }
+            }
+            Kind::Revision(last) => self.revision = self.revision.max(last),
+            Kind::Seen(record) => {
+                if let Some(id) = id_of(&record.id_hash) {
+                    let stream = self.streams.entry(record.stream).or_default();
+                    stream.seen.insert(id, record.sequence, record.at_ms);
+                }
+            }
+        }
+    }
+
+    /// After a replay: counts what is there, over the rows that the log has. A live value without its row is damage.
+    pub fn finish_replay(&mut self, rows: &[(u64, u64)]) -> Result<(), String> {
+        rows.iter().for_each(|(row, size)| self.rows.add(*row, *size));
+        let missing = |place: Place| format!("group {}, which holds a live value, is missing", place.row);
+        for stream in self.streams.values_mut() {
+            stream.bytes = stream.messages.values().map(|message| u64::from(message.place.len)).sum();
+            for message in stream.messages.values() {
+                if !self.rows.live.contains_key(&message.place.row) {
+                    return Err(missing(message.place));
+                }
+                self.rows.hold(message.place);
+            }
+            let Stream { consumers, messages, .. } = stream;
+            consumers.values_mut().for_each(|consumer| consumer.retain_stored(messages));
+        }
+        for entry in self.buckets.values().flat_map(|bucket| bucket.entries.values()) {
+            if !self.rows.live.contains_key(&entry.place.row) {
+                return Err(missing(entry.place));
+            }
+            self.rows.hold(entry.place);
+        }
+        Ok(())
+    }
+
+    /// After the log was opened again within the process: declarations, and deliveries that are still held.
+    pub fn adopt(&mut self, before: &Self) {
+        for (name, old) in &before.streams {
+            let stream = self.streams.entry(name.clone()).or_default();
+            stream.config = old.config.clone();
+            for (name, consumer) in &mut stream.consumers {
+                old.consumers.get(name).into_iter().for_each(|old| consumer.adopt(old));
+            }
+        }
+        for (name, old) in &before.buckets {
+            self.buckets.entry(name.clone()).or_default().declared = old.declared;
+        }
+    }
+}
+
+impl StoredAt {
+    fn record(&self, stream: &str, sequence: u64) -> MessageRecord {
+        MessageRecord {
+            stream: stream.into(),
+            sequence,
+            stored_ms: self.stored_ms,
+            subject: self.subject.to_string(),
+            id_hash: Bytes::new(),
+            place: Some(self.place.into()),
+        }
+    }
+}
+
+impl Entry {
+    fn record(&self, bucket: &str, key: &str) -> EntryRecord {
+        EntryRecord {
+            bucket: bucket.into(),
+            key: key.into(),
+            revision: self.revision,
+            at_ms: self.at_ms,
+            place: Some(self.place.into()),
+        }
+    }
+}
+
+impl Bucket {
+    /// 0 for a key that has no value.
+    fn revision_of(&self, key: &str) -> u64 {
+        self.entries.get(key).map_or(0, |entry| entry.revision)
+    }
+}
+
+fn following<'a, T>(map: &'a BTreeMap<String, T>, after: Option<&str>) -> Option<(&'a String, &'a T)> {
+    let from = after.map_or(Unbounded, Excluded);
+    map.range::<str, _>((from, Unbounded)).next()
+}
+
+fn id_of(bytes: &[u8]) -> Option<u128> {
+    Some(u128::from_be_bytes(bytes.try_into().ok()?))
+}

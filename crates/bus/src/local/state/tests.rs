@@ -1,0 +1,223 @@
+//! The state against what the log brings back, over random lives with snapshots, upkeep and crashes.
+
+use super::*;
+use proptest::prelude::*;
+use std::collections::HashMap;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn stream(name: &'static str, retention: Retention) -> StreamConfig {
+    StreamConfig {
+        name,
+        subjects: vec![format!("{name}.>")],
+        retention,
+        max_age: HOUR,
+        max_bytes: 4_000,
+        dedup_window: HOUR,
+    }
+}
+
+fn consumer(stream: &'static str, name: &str, filter: Option<&str>) -> ConsumerConfig {
+    ConsumerConfig {
+        stream,
+        name: name.into(),
+        filter: filter.map(String::from),
+        ack_wait: Duration::from_secs(30),
+        max_ack_pending: 10,
+        max_in_hand: 10,
+        from_start: true,
+    }
+}
+
+/// A log in memory: what a crash leaves.
+#[derive(Default, Clone)]
+struct Disk {
+    groups: BTreeMap<u64, Bytes>,
+    parts: Vec<Bytes>,
+    since: u64,
+    last: u64,
+    open: Option<(u64, Vec<Bytes>, Cursor)>,
+}
+
+impl Disk {
+    /// As the engine does it: with a part of a snapshot, dead rows and a sparse one.
+    fn commit(&mut self, state: &mut State, mut group: Group) {
+        state.flush_cursors(&mut group);
+        if let Some(row) = state.row_to_compact(self.since, 0) {
+            let data = self.groups[&row].clone();
+            crate::local::record::each(row, &data, |kind, place| {
+                if let Some(place) = place {
+                    state.relocate(&mut group, kind, place, &value(&data, place));
+                }
+                Ok(())
+            })
+            .unwrap();
+        }
+        for row in state.take_dead_rows(self.since, 3) {
+            self.groups.remove(&row);
+        }
+        if group.is_empty() {
+            return;
+        }
+        self.last += 1;
+        assert_eq!(group.row(), self.last);
+        let bytes = group.into_bytes();
+        state.row_added(self.last, bytes.len() as u64);
+        self.groups.insert(self.last, bytes);
+
+        if let Some((since, mut parts, cursor)) = self.open.take() {
+            let (part, cursor) = state.snapshot_part(cursor, 200);
+            parts.push(part);
+            if cursor == Cursor::Done {
+                (self.since, self.parts) = (since, parts);
+            } else {
+                self.open = Some((since, parts, cursor));
+            }
+        }
+    }
+
+    fn recover(&self) -> State {
+        let mut state = State::default();
+        self.parts.iter().for_each(|part| state.apply(0, part).unwrap());
+        for (row, group) in self.groups.range(self.since + 1..) {
+            state.apply(*row, group).unwrap();
+        }
+        let rows: Vec<_> = self.groups.iter().map(|(row, group)| (*row, group.len() as u64)).collect();
+        state.finish_replay(&rows).unwrap();
+        state
+    }
+}
+
+fn value(group: &Bytes, place: Place) -> Bytes {
+    group.slice(place.offset as usize..(place.offset + place.len) as usize)
+}
+
+/// All that users could tell two states apart by.
+fn seen_by_users(state: &State, disk: &Disk, now: u64) -> impl PartialEq + std::fmt::Debug + use<> {
+    let read = |place: Place| value(&disk.groups[&place.row], place);
+    let mut streams = Vec::new();
+    for (name, stream) in &state.streams {
+        let messages: Vec<_> = stream.messages.iter().map(|(n, at)| (*n, at.stored_ms, read(at.place))).collect();
+        let owed = |consumer: &Consumer| {
+            let unread = stream.messages.range(consumer.next..).filter(|(_, at)| consumer.wants(&at.subject));
+            let owed: Vec<u64> = consumer.out().map(|(n, _)| n).chain(unread.map(|(n, _)| *n)).collect();
+            assert_eq!(owed.len() as u64, consumer.pending, "the count of what is owed");
+            (consumer.filter.clone(), owed)
+        };
+        let consumers: Vec<_> =
+            stream.consumers.iter().map(|(name, consumer)| (name.clone(), owed(consumer))).collect();
+        let current = stream.seen.from(0).filter(|(_, _, _, at_ms)| at_ms + millis(HOUR) >= now);
+        let ids: BTreeMap<u128, u64> = current.map(|(_, id, sequence, _)| (id, sequence)).collect();
+        streams.push((name.clone(), stream.last, stream.bytes, messages, consumers, ids));
+    }
+    let mut entries = Vec::new();
+    for (name, bucket) in &state.buckets {
+        assert_eq!(bucket.entries.len(), bucket.order.len());
+        entries.extend(bucket.entries.iter().map(|(key, e)| (name.clone(), key.clone(), e.revision, read(e.place))));
+    }
+    (streams, entries, state.revision)
+}
+
+fn declare(state: &mut State, group: &mut Group) {
+    state.declare_stream(group, stream("work", Retention::WorkQueue));
+    state.declare_stream(group, stream("log", Retention::Limits));
+    state.declare_kv("B", Some(HOUR));
+    state.consumer(group, &consumer("work", "w", None)).unwrap();
+    state.consumer(group, &consumer("log", "all", None)).unwrap();
+    state.consumer(group, &consumer("log", "some", Some("log.a"))).unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+    #[test]
+    fn a_crash_at_any_commit_brings_back_what_was_committed(
+        steps in proptest::collection::vec((0_u8..12, 0_u8..40, 0_u64..600_000), 1..250),
+    ) {
+        let (mut disk, mut state, mut now) = (Disk::default(), State::default(), 10_000_000);
+        let mut group = Group::new(1);
+        declare(&mut state, &mut group);
+        disk.commit(&mut state, group);
+        let mut taken: HashMap<&str, Vec<u64>> = HashMap::new();
+
+        for (action, which, ms) in steps {
+            now += ms;
+            let mut group = Group::new(disk.last + 1);
+            let of = [("work", "w", None), ("log", "all", None), ("log", "some", Some("log.a"))][usize::from(which) % 3];
+            let config = consumer(of.0, of.1, of.2);
+            match action {
+                0..=3 => {
+                    let subject = format!("{}.{}", of.0, if which % 2 == 0 { "a" } else { "b" });
+                    let payload = Bytes::from(vec![which; usize::from(which) * 3]);
+                    let message = Message { subject: subject.into(), payload, ..Message::default() };
+                    let id = which.to_string();
+                    // A full work queue refuses.
+                    let _ = state.append(&mut group, of.0, &message, (which > 20).then_some(id.as_str()), now);
+                }
+                4 | 5 => {
+                    let (claimed, _) = state.claim(&mut group, &config, usize::from(which) % 5 + 1, now).unwrap();
+                    taken.entry(of.1).or_default().extend(claimed.iter().map(|claimed| claimed.sequence));
+                }
+                6 | 7 => {
+                    let taken = taken.entry(of.1).or_default();
+                    if !taken.is_empty() {
+                        let sequence = taken.swap_remove(usize::from(which) % taken.len());
+                        let outcome = if which % 4 == 0 { Outcome::Nak(Duration::ZERO) } else { Outcome::Ack };
+                        state.settle(&mut group, &config, sequence, outcome, now).unwrap();
+                    }
+                }
+                8 | 9 => {
+                    let key = (which % 7).to_string();
+                    state.kv_put(&mut group, "B", &key, &vec![which; usize::from(which)], None, now).unwrap();
+                }
+                10 => while state.prune(&mut group, now) {},
+                _ if disk.open.is_none() => disk.open = Some((disk.last, Vec::new(), Cursor::Start)),
+                _ => {
+                    // A crash: deliveries are due again, and life goes on from what the disk has.
+                    state = disk.recover();
+                    declare(&mut state, &mut group);
+                    disk.open = None;
+                }
+            }
+            disk.commit(&mut state, group);
+            let recovered = disk.recover();
+            prop_assert_eq!(
+                format!("{:?}", seen_by_users(&recovered, &disk, now)),
+                format!("{:?}", seen_by_users(&state, &disk, now))
+            );
+            prop_assert_eq!(recovered.rows.live_bytes, state.rows.live_bytes);
+        }
+    }
+}
+
+#[test]
+fn bytes_and_age_bound_a_stream_and_its_ids() {
+    let mut state = State::default();
+    let mut group = Group::new(1);
+    declare(&mut state, &mut group);
+    let message = Message { subject: "log.a".into(), payload: vec![b'x'; 100].into(), ..Message::default() };
+    for n in 0..3000 {
+        state.append(&mut group, "log", &message, Some(&n.to_string()), 1000).unwrap();
+    }
+    while state.prune(&mut group, 1000) {}
+    let info = state.info("log").unwrap();
+    assert!(info.bytes <= 4_000 && info.messages > 30, "{info:?}");
+    let owed = |name: &str| info.consumers.iter().find(|(known, _)| known == name).unwrap().1;
+    assert_eq!((owed("all"), owed("some")), (info.messages, info.messages), "dropped messages are owed to nobody");
+    assert!(state.append(&mut group, "log", &message, Some("0"), 1000).unwrap().duplicate, "its id outlives a message");
+
+    let later = 1000 + 2 * 3_600_000;
+    while state.prune(&mut group, later) {}
+    assert_eq!(state.info("log").unwrap().messages, 0);
+    assert!(!state.append(&mut group, "log", &message, Some("0"), later).unwrap().duplicate);
+}
+
+#[test]
+fn a_full_work_queue_refuses_and_keeps_what_it_has() {
+    let mut state = State::default();
+    let mut group = Group::new(1);
+    declare(&mut state, &mut group);
+    let message = Message { subject: "work.a".into(), payload: vec![b'x'; 100].into(), ..Message::default() };
+    let stored = (0..100).take_while(|_| state.append(&mut group, "work", &message, None, 0).is_ok()).count();
+    assert!((30..40).contains(&stored), "{stored}");
+    assert_eq!(state.info("work").unwrap().messages, stored as u64);
+}
