@@ -30,6 +30,7 @@ audit: tools
 
 fmt: tools
 	$(CARGO) fmt --all
+	npm --prefix frontend run --silent format
 
 frontend: tools
 	./scripts/build-frontend.sh
@@ -45,5 +46,6 @@ tools:
 
 test deps: TOOLS = rust node
 frontend: TOOLS = node
-fmt audit: TOOLS = rust
+audit: TOOLS = rust
+fmt: TOOLS = rust node
 fuzz memcheck: TOOLS = rust cc

@@ -18,6 +18,7 @@ step() {
 
 step format $CARGO fmt --all --check
 step advisories ./scripts/check-advisories.sh --if-possible
+step "pages: format" npm --prefix frontend run --silent format:check
 step "pages: types" npm --prefix frontend run --silent check
 step "pages: tests" npm --prefix frontend run --silent test
 step "pages: size" npm --prefix frontend run --silent size

@@ -28,7 +28,11 @@ export async function whoami(): Promise<Whoami> {
   throw new Error(str(body["error"], `the server returned status ${status}`));
 }
 
-export async function authenticate(how: "login" | "signup", name: string, password: string): Promise<Account | { error: string }> {
+export async function authenticate(
+  how: "login" | "signup",
+  name: string,
+  password: string,
+): Promise<Account | { error: string }> {
   try {
     const { status, body } = await call(`/auth/${how}`, {
       method: "POST",
@@ -36,7 +40,13 @@ export async function authenticate(how: "login" | "signup", name: string, passwo
       body: JSON.stringify({ name, password }),
     });
     if (status === 200) return account(body);
-    return { error: str(body["error"]) || (status === 429 ? "Too many attempts. Wait a minute and try again." : `The server returned status ${status}. Try again.`) };
+    return {
+      error:
+        str(body["error"]) ||
+        (status === 429
+          ? "Too many attempts. Wait a minute and try again."
+          : `The server returned status ${status}. Try again.`),
+    };
   } catch {
     return { error: "Cannot reach the server. Try again." };
   }

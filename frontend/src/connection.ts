@@ -200,7 +200,10 @@ export class Connection {
 
     const current = (): boolean => generation === this.generation && socket === this.socket;
     // Without this limit, the browser tries for minutes to connect to a node that does not respond.
-    this.pingTimer = setTimeout(() => current() && this.lost("the server did not respond in time"), this.commandTimeout * 2);
+    this.pingTimer = setTimeout(
+      () => current() && this.lost("the server did not respond in time"),
+      this.commandTimeout * 2,
+    );
 
     socket.onopen = () => {
       if (current()) void this.handshake(token, generation);

@@ -2,7 +2,12 @@
 const hourMinute = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
 // Axis labels use the 24-hour clock: they have no room for AM and PM.
 const axisMinute = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
-const axisSecond = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
+const axisSecond = new Intl.DateTimeFormat(undefined, {
+  hour: "2-digit",
+  minute: "2-digit",
+  second: "2-digit",
+  hourCycle: "h23",
+});
 const fullTime = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 const dayMonth = new Intl.DateTimeFormat(undefined, { weekday: "long", day: "numeric", month: "long" });
 
@@ -23,7 +28,11 @@ export function day(at: number, now = Date.now()): string {
 export function number(value: number, digits?: number): string {
   const size = Math.abs(value);
   if (size >= 10_000) {
-    for (const [limit, suffix] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]] as const) {
+    for (const [limit, suffix] of [
+      [1e9, "G"],
+      [1e6, "M"],
+      [1e3, "k"],
+    ] as const) {
       if (size >= limit) return trim((value / limit).toFixed(size >= limit * 100 ? 0 : 1)) + suffix;
     }
   }
@@ -35,7 +44,8 @@ export function number(value: number, digits?: number): string {
 export function bytes(value: number): string {
   let size = value;
   for (const unit of ["B", "KiB", "MiB", "GiB"]) {
-    if (Math.abs(size) < 1024 || unit === "GiB") return `${trim(size.toFixed(size < 10 && unit !== "B" ? 1 : 0))} ${unit}`;
+    if (Math.abs(size) < 1024 || unit === "GiB")
+      return `${trim(size.toFixed(size < 10 && unit !== "B" ? 1 : 0))} ${unit}`;
     size /= 1024;
   }
   return String(value);
@@ -69,9 +79,15 @@ export function sentence(text: string): string {
 }
 
 export function initials(name: string): string {
-  const words = name.trim().split(/[\s._-]+/).filter((word) => word !== "");
+  const words = name
+    .trim()
+    .split(/[\s._-]+/)
+    .filter((word) => word !== "");
   const letters = words.length > 1 ? [words[0], words[words.length - 1]] : [words[0]];
-  return letters.map((word) => [...(word ?? "?")][0] ?? "?").join("").toUpperCase();
+  return letters
+    .map((word) => [...(word ?? "?")][0] ?? "?")
+    .join("")
+    .toUpperCase();
 }
 
 /** Hashes a name to an index below `count`. */

@@ -31,7 +31,8 @@ export const list = (value: Json | undefined): Json[] => (Array.isArray(value) ?
 export const records = (value: Json | undefined): JsonObject[] => list(value).filter(isObject);
 export const str = (value: Json | undefined, or = ""): string =>
   typeof value === "string" ? value : typeof value === "number" || typeof value === "boolean" ? String(value) : or;
-export const num = (value: Json | undefined, or = 0): number => (typeof value === "number" && isFinite(value) ? value : or);
+export const num = (value: Json | undefined, or = 0): number =>
+  typeof value === "number" && isFinite(value) ? value : or;
 
 /** Follows a dotted path (`totals.connections`, `nodes.0.users`); "" is the value itself. */
 export function at(value: Json | undefined, path: string): Json | undefined {

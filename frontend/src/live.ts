@@ -108,7 +108,12 @@ function rates(samples: Sample[], totals: (number | null)[]): (number | null)[] 
 }
 
 /** One series for each name in the object at a path: the first `most` names in alphabetical order. */
-export function breakdown(samples: Sample[], path: string, rate: boolean, most: number): { label: string; values: (number | null)[] }[] {
+export function breakdown(
+  samples: Sample[],
+  path: string,
+  rate: boolean,
+  most: number,
+): { label: string; values: (number | null)[] }[] {
   const names = new Set<string>();
   for (const sample of samples) {
     const value = at(sample.data, path);

@@ -8,7 +8,11 @@ import { Shell } from "./pages/shell";
 import { Session, sessionId } from "./session";
 import { startTheme } from "./theme";
 
-type View = { name: "loading" } | { name: "unreachable" } | { name: "login"; signup: boolean; notice: string } | { name: "app"; session: Session };
+type View =
+  | { name: "loading" }
+  | { name: "unreachable" }
+  | { name: "login"; signup: boolean; notice: string }
+  | { name: "app"; session: Session };
 
 const view = signal<View>({ name: "loading" });
 /** Asked for once: it is of the page, whoever signs in. */
@@ -73,14 +77,20 @@ function Root() {
   const now = view.value;
   switch (now.name) {
     case "loading":
-      return <div class="center-page delayed" role="status"><span class="spinner" /> Loading…</div>;
+      return (
+        <div class="center-page delayed" role="status">
+          <span class="spinner" /> Loading…
+        </div>
+      );
     case "unreachable":
       return (
         <main class="center-page">
           <div class="empty" role="alert">
             <strong>Cannot reach the server</strong>
             <p>It may be restarting, or you are offline.</p>
-            <button type="button" class="primary" onClick={() => void begin()}>Try again</button>
+            <button type="button" class="primary" onClick={() => void begin()}>
+              Try again
+            </button>
           </div>
         </main>
       );

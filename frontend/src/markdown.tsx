@@ -33,7 +33,7 @@ export function parseBlocks(source: string): Block[] {
     paragraph = [];
   };
 
-  for (let at = 0; at < lines.length; ) {
+  for (let at = 0; at < lines.length;) {
     const parsed = blockAt(lines, at);
     const line = lines[at] ?? "";
     if (parsed || line.trim() === "") flush();
@@ -125,7 +125,11 @@ function withoutEnd(heading: string): string {
 }
 
 function cells(line: string): string[] {
-  return line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
+  return line
+    .trim()
+    .replace(/^\||\|$/g, "")
+    .split("|")
+    .map((cell) => cell.trim());
 }
 
 function inlineLines(lines: string[]): Inline[] {
@@ -177,15 +181,35 @@ export function Markdown({ text, tail }: { text: string; tail?: ComponentChildre
 function BlockView({ block, tail }: { block: Block; tail?: ComponentChildren }): VNode {
   switch (block.type) {
     case "paragraph":
-      return <p>{inlines(block.children)}{tail}</p>;
+      return (
+        <p>
+          {inlines(block.children)}
+          {tail}
+        </p>
+      );
     case "quote":
-      return <blockquote>{inlines(block.children)}{tail}</blockquote>;
+      return (
+        <blockquote>
+          {inlines(block.children)}
+          {tail}
+        </blockquote>
+      );
     case "heading": {
       const Tag = `h${Math.min(6, block.level + 2)}` as "h3" | "h4" | "h5" | "h6";
-      return <Tag>{inlines(block.children)}{tail}</Tag>;
+      return (
+        <Tag>
+          {inlines(block.children)}
+          {tail}
+        </Tag>
+      );
     }
     case "code":
-      return <><CodeBlock lang={block.lang} text={block.text} />{tail}</>;
+      return (
+        <>
+          <CodeBlock lang={block.lang} text={block.text} />
+          {tail}
+        </>
+      );
     case "rule":
       return <hr />;
     case "list": {
@@ -193,7 +217,10 @@ function BlockView({ block, tail }: { block: Block; tail?: ComponentChildren }):
       return (
         <Tag {...(block.ordered ? { start: block.start } : {})}>
           {block.items.map((item, i) => (
-            <li key={i} class={`depth-${item.depth}`}>{inlines(item.children)}{i === block.items.length - 1 && tail}</li>
+            <li key={i} class={`depth-${item.depth}`}>
+              {inlines(item.children)}
+              {i === block.items.length - 1 && tail}
+            </li>
           ))}
         </Tag>
       );
@@ -203,10 +230,24 @@ function BlockView({ block, tail }: { block: Block; tail?: ComponentChildren }):
         <>
           <Sideways>
             <table>
-              <thead><tr>{block.head.map((cell, i) => <th key={i} class={`align-${block.align[i] ?? "left"}`}>{inlines(cell)}</th>)}</tr></thead>
+              <thead>
+                <tr>
+                  {block.head.map((cell, i) => (
+                    <th key={i} class={`align-${block.align[i] ?? "left"}`}>
+                      {inlines(cell)}
+                    </th>
+                  ))}
+                </tr>
+              </thead>
               <tbody>
                 {block.rows.map((row, i) => (
-                  <tr key={i}>{row.map((cell, j) => <td key={j} class={`align-${block.align[j] ?? "left"}`}>{inlines(cell)}</td>)}</tr>
+                  <tr key={i}>
+                    {row.map((cell, j) => (
+                      <td key={j} class={`align-${block.align[j] ?? "left"}`}>
+                        {inlines(cell)}
+                      </td>
+                    ))}
+                  </tr>
                 ))}
               </tbody>
             </table>
@@ -234,7 +275,11 @@ function inlines(parts: Inline[]): ComponentChildren {
         return <s key={i}>{inlines(part.children ?? [])}</s>;
       case "link":
         return (
-          <a key={i} href={part.href} {...(part.href.startsWith("/") ? {} : { target: "_blank", rel: "noopener noreferrer" })}>
+          <a
+            key={i}
+            href={part.href}
+            {...(part.href.startsWith("/") ? {} : { target: "_blank", rel: "noopener noreferrer" })}
+          >
             {inlines(part.children)}
           </a>
         );
@@ -258,7 +303,9 @@ export function CodeBlock({ text, lang }: { text: string; lang: string }) {
           <Icon name="copy" /> {copied ? "Copied" : "Copy"}
         </button>
       </div>
-      <pre tabIndex={0}><code>{text}</code></pre>
+      <pre tabIndex={0}>
+        <code>{text}</code>
+      </pre>
     </div>
   );
 }

@@ -9,7 +9,10 @@ import * as widgets from "./elements/widgets";
 import { memo } from "./memo";
 import type { TreeNode } from "./store";
 
-const KINDS: ReadonlyMap<string, ComponentType<{ node: TreeNode }>> = new Map<string, ComponentType<{ node: TreeNode }>>([
+const KINDS: ReadonlyMap<string, ComponentType<{ node: TreeNode }>> = new Map<
+  string,
+  ComponentType<{ node: TreeNode }>
+>([
   ["page", Plain],
   ["sidebar", Plain],
   ["main", Plain],
@@ -60,7 +63,13 @@ export const Element = memo(function Element({ node }: { node: TreeNode }) {
 });
 
 export function Children({ node }: { node: TreeNode }) {
-  return <>{node.children.value.map((child) => <Element key={child.id} node={child} />)}</>;
+  return (
+    <>
+      {node.children.value.map((child) => (
+        <Element key={child.id} node={child} />
+      ))}
+    </>
+  );
 }
 
 function Unknown({ node }: { node: TreeNode }) {

@@ -68,14 +68,23 @@ export function nearest(sorted: readonly number[], at: number): number {
 
   const here = sorted[low];
   const before = sorted[low - 1];
-  return here !== undefined && before !== undefined && at - before < here - at ? low - 1 : here === undefined ? -1 : low;
+  return here !== undefined && before !== undefined && at - before < here - at
+    ? low - 1
+    : here === undefined
+      ? -1
+      : low;
 }
 
 /**
  * The SVG path of a line. A missing value breaks the line. A value between two missing ones becomes an empty segment,
  * which round line caps draw as a dot.
  */
-export function linePath(x: readonly number[], values: readonly (number | null)[], toX: (x: number) => number, toY: (y: number) => number): string {
+export function linePath(
+  x: readonly number[],
+  values: readonly (number | null)[],
+  toX: (x: number) => number,
+  toY: (y: number) => number,
+): string {
   let path = "";
   let open = false;
   x.forEach((at, i) => {

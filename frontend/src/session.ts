@@ -122,7 +122,8 @@ export class Session {
   private say(message: Partially<Back>): void {
     this.busy.value = true;
     const last = this.queue[this.queue.length - 1];
-    if (message.rerun && last?.rerun) last.rerun = { ...message.rerun, reset: Boolean(message.rerun.reset || last.rerun.reset) };
+    if (message.rerun && last?.rerun)
+      last.rerun = { ...message.rerun, reset: Boolean(message.rerun.reset || last.rerun.reset) };
     else this.queue.push(message);
     if (!this.sending) void this.send();
   }

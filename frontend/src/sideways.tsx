@@ -2,7 +2,17 @@
 import type { ComponentChildren } from "preact";
 import { useLayoutEffect, useRef } from "preact/hooks";
 
-export function Sideways({ label = "Table", testid, also = "", children }: { label?: string; testid?: string | undefined; also?: string; children: ComponentChildren }) {
+export function Sideways({
+  label = "Table",
+  testid,
+  also = "",
+  children,
+}: {
+  label?: string;
+  testid?: string | undefined;
+  also?: string;
+  children: ComponentChildren;
+}) {
   const box = useRef<HTMLDivElement>(null);
   const measure = (): void => {
     const el = box.current;
@@ -20,7 +30,15 @@ export function Sideways({ label = "Table", testid, also = "", children }: { lab
     return () => observer.disconnect();
   }, []);
   return (
-    <div class={`table-scroll ${also}`} ref={box} onScroll={measure} data-testid={testid} tabIndex={0} role="group" aria-label={label}>
+    <div
+      class={`table-scroll ${also}`}
+      ref={box}
+      onScroll={measure}
+      data-testid={testid}
+      tabIndex={0}
+      role="group"
+      aria-label={label}
+    >
       {children}
     </div>
   );

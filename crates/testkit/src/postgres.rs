@@ -84,10 +84,11 @@ impl PostgresServer {
 
     fn signal_all(&self, signal: Signal) {
         let Some(process) = &self.process else { return };
-        process.signal(signal);
-
+        // Before the signal: a killed process has no children any more, and they would live on.
         let id = process.id();
         let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+
+        process.signal(signal);
         for child in children.split_ascii_whitespace().filter_map(|child| child.parse().ok()) {
             // A failure means that the process has exited meanwhile.
             let _ = signal::kill(Pid::from_raw(child), signal);

@@ -16,10 +16,27 @@ export function Chat({ node }: { node: TreeNode }) {
   const id = str(props["room"]);
   const channel = str(props["channel"], `chat:${id}`);
   const room = roomOf(session, id, channel);
-  return <RoomView key={channel} room={room} title={str(props["title"], id)} me={str(props["me"], session.me.user)} assistant={str(props["assistant"])} manages={props["manages"] === true} operates={props["operates"] === true} />;
+  return (
+    <RoomView
+      key={channel}
+      room={room}
+      title={str(props["title"], id)}
+      me={str(props["me"], session.me.user)}
+      assistant={str(props["assistant"])}
+      manages={props["manages"] === true}
+      operates={props["operates"] === true}
+    />
+  );
 }
 
-function RoomView({ room, title, me, assistant, manages, operates }: { room: Room; title: string; me: string; assistant: string } & Powers) {
+function RoomView({
+  room,
+  title,
+  me,
+  assistant,
+  manages,
+  operates,
+}: { room: Room; title: string; me: string; assistant: string } & Powers) {
   const [showPeople, setShowPeople] = useState(false);
   const [deleting, setDeleting] = useState(false);
   const people = room.people.value;
@@ -47,24 +64,41 @@ function RoomView({ room, title, me, assistant, manages, operates }: { room: Roo
   }, [room, manages, me]);
 
   const shown = title.startsWith("#") ? title : `#${title}`;
-  const names = [...new Set([...(assistant ? [assistant] : []), ...people.filter((p) => p.user !== me).map((p) => p.name)])];
+  const names = [
+    ...new Set([...(assistant ? [assistant] : []), ...people.filter((p) => p.user !== me).map((p) => p.name)]),
+  ];
   return (
     <section class="chat" aria-label={`Room ${title}`} data-room={room.id}>
       <header class="chat-head">
         <h1>{shown}</h1>
         {manages && (
-          <button type="button" class="ghost icon-button" aria-label="Delete this room" title="Delete this room" data-testid="delete-room" onClick={() => setDeleting(true)}>
+          <button
+            type="button"
+            class="ghost icon-button"
+            aria-label="Delete this room"
+            title="Delete this room"
+            data-testid="delete-room"
+            onClick={() => setDeleting(true)}
+          >
             <Icon name="trash" />
           </button>
         )}
-        <button type="button" class="ghost people-toggle" aria-expanded={showPeople} onClick={() => setShowPeople(!showPeople)} aria-label={`${people.length} people here; show them`}>
+        <button
+          type="button"
+          class="ghost people-toggle"
+          aria-expanded={showPeople}
+          onClick={() => setShowPeople(!showPeople)}
+          aria-label={`${people.length} people here; show them`}
+        >
           <Icon name="people" /> <span class="tabular">{people.length}</span>
         </button>
       </header>
       {room.problem.value && (
         <div class="alert bad" role="alert">
           <span>Cannot load this room: {room.problem.value}</span>
-          <button type="button" class="small" onClick={() => void room.load()}><Icon name="retry" /> Try again</button>
+          <button type="button" class="small" onClick={() => void room.load()}>
+            <Icon name="retry" /> Try again
+          </button>
         </div>
       )}
       <div class="chat-body">
@@ -74,12 +108,17 @@ function RoomView({ room, title, me, assistant, manages, operates }: { room: Roo
           <Composer room={room} title={shown} names={names} assistant={assistant} />
         </div>
         <aside class={`people ${showPeople ? "open" : ""}`} aria-label="Who is here">
-          <h2>Here now <span class="tabular muted">{people.length}</span></h2>
+          <h2>
+            Here now <span class="tabular muted">{people.length}</span>
+          </h2>
           <ul>
             {people.map((person: Person) => (
               <li key={person.user}>
                 <Avatar name={person.name} id={person.user} small />
-                <span class="ellipsis">{person.name}{person.user === me && <span class="muted"> (you)</span>}</span>
+                <span class="ellipsis">
+                  {person.name}
+                  {person.user === me && <span class="muted"> (you)</span>}
+                </span>
                 <span class={`dot ${online ? "ok" : ""}`} title={online ? "online" : "unknown while disconnected"} />
               </li>
             ))}
@@ -90,7 +129,12 @@ function RoomView({ room, title, me, assistant, manages, operates }: { room: Roo
               </li>
             )}
           </ul>
-          {assistant && <p class="muted hint">Start a message with <code>@{assistant}</code> to ask the assistant, for example <code>@{assistant} status</code>.</p>}
+          {assistant && (
+            <p class="muted hint">
+              Start a message with <code>@{assistant}</code> to ask the assistant, for example{" "}
+              <code>@{assistant} status</code>.
+            </p>
+          )}
         </aside>
       </div>
       {deleting && <DeleteRoom room={room} title={shown} close={() => setDeleting(false)} />}
@@ -117,12 +161,28 @@ function DeleteRoom({ room, title, close }: { room: Room; title: string; close: 
   };
   return (
     <dialog ref={dialog} class="dialog" aria-label={`Delete ${title}`} onClose={close}>
-      <header><h2>Delete {title}?</h2></header>
+      <header>
+        <h2>Delete {title}?</h2>
+      </header>
       <p>All its messages are deleted with it, for everybody. This cannot be undone.</p>
-      {problem !== "" && <div class="alert bad" role="alert"><span>{problem}</span></div>}
+      {problem !== "" && (
+        <div class="alert bad" role="alert">
+          <span>{problem}</span>
+        </div>
+      )}
       <div class="dialog-buttons">
-        <button type="button" onClick={close}>Keep it</button>
-        <button type="button" class="danger" disabled={busy} data-testid="delete-room-confirm" onClick={() => void remove()}>Delete the room</button>
+        <button type="button" onClick={close}>
+          Keep it
+        </button>
+        <button
+          type="button"
+          class="danger"
+          disabled={busy}
+          data-testid="delete-room-confirm"
+          onClick={() => void remove()}
+        >
+          Delete the room
+        </button>
       </div>
     </dialog>
   );
@@ -131,6 +191,16 @@ function DeleteRoom({ room, title, close }: { room: Room; title: string; close: 
 function TypingLine({ room }: { room: Room }) {
   const names = room.typing.value.map((person) => person.name);
   const text =
-    names.length === 0 ? "" : names.length === 1 ? `${names[0]} is typing…` : names.length === 2 ? `${names[0]} and ${names[1]} are typing…` : "Several people are typing…";
-  return <div class="typing" aria-live="polite">{text}</div>;
+    names.length === 0
+      ? ""
+      : names.length === 1
+        ? `${names[0]} is typing…`
+        : names.length === 2
+          ? `${names[0]} and ${names[1]} are typing…`
+          : "Several people are typing…";
+  return (
+    <div class="typing" aria-live="polite">
+      {text}
+    </div>
+  );
 }

@@ -6,7 +6,17 @@ import { bytesLeft, mentionsWithoutEffect } from "./text";
 
 const MAX_HEIGHT = 220;
 
-export function Composer({ room, title, names, assistant }: { room: Room; title: string; names: string[]; assistant: string }) {
+export function Composer({
+  room,
+  title,
+  names,
+  assistant,
+}: {
+  room: Room;
+  title: string;
+  names: string[];
+  assistant: string;
+}) {
   const [text, setText] = useState(room.draft);
   const [choice, setChoice] = useState(0);
   const [dismissed, setDismissed] = useState(false);
@@ -14,13 +24,19 @@ export function Composer({ room, title, names, assistant }: { room: Room; title:
 
   const partial = /(?:^|\s)@([\w.-]*)$/.exec(text)?.[1];
   const matches =
-    partial === undefined || dismissed ? [] : names.filter((name) => name.toLowerCase().startsWith(partial.toLowerCase()) && name !== partial).slice(0, 6);
+    partial === undefined || dismissed
+      ? []
+      : names.filter((name) => name.toLowerCase().startsWith(partial.toLowerCase()) && name !== partial).slice(0, 6);
   const left = bytesLeft(text);
   const tooLong = left !== null && left < 0;
   const note =
-    left !== null ? (tooLong ? `${-left} bytes too long` : `${left} bytes left`)
-    : matches.length === 0 && mentionsWithoutEffect(text, assistant) ? `Start the message with @${assistant} to ask the assistant.`
-    : "";
+    left !== null
+      ? tooLong
+        ? `${-left} bytes too long`
+        : `${left} bytes left`
+      : matches.length === 0 && mentionsWithoutEffect(text, assistant)
+        ? `Start the message with @${assistant} to ask the assistant.`
+        : "";
   const chosen = matches[Math.min(choice, matches.length - 1)];
 
   useLayoutEffect(() => {
@@ -84,24 +100,64 @@ export function Composer({ room, title, names, assistant }: { room: Room; title:
   };
 
   return (
-    <form class="composer" onSubmit={(event) => { event.preventDefault(); send(); }}>
+    <form
+      class="composer"
+      onSubmit={(event) => {
+        event.preventDefault();
+        send();
+      }}
+    >
       {matches.length > 0 && (
         <ul class="mentions" role="listbox" aria-label="People" id="mentions">
           {matches.map((name) => (
-            <li key={name} id={`mention-${name}`} role="option" aria-selected={name === chosen} onMouseDown={(event) => { event.preventDefault(); complete(name); }}>@{name}</li>
+            <li
+              key={name}
+              id={`mention-${name}`}
+              role="option"
+              aria-selected={name === chosen}
+              onMouseDown={(event) => {
+                event.preventDefault();
+                complete(name);
+              }}
+            >
+              @{name}
+            </li>
           ))}
         </ul>
       )}
       <textarea
-        ref={field} rows={1} value={text} aria-invalid={tooLong} aria-describedby="composer-note" data-testid="composer" data-focus="/"
-        placeholder={`Message ${title}`} aria-label={`Message ${title}`} aria-autocomplete="list"
+        ref={field}
+        rows={1}
+        value={text}
+        aria-invalid={tooLong}
+        aria-describedby="composer-note"
+        data-testid="composer"
+        data-focus="/"
+        placeholder={`Message ${title}`}
+        aria-label={`Message ${title}`}
+        aria-autocomplete="list"
         {...(chosen === undefined ? {} : { "aria-controls": "mentions", "aria-activedescendant": `mention-${chosen}` })}
-        onInput={(event) => change(event.currentTarget.value)} onKeyDown={key}
+        onInput={(event) => change(event.currentTarget.value)}
+        onKeyDown={key}
       />
-      <button type="submit" class="primary icon-button" data-testid="send" disabled={text.trim() === "" || tooLong} aria-label="Send" title="Send (Enter)">
+      <button
+        type="submit"
+        class="primary icon-button"
+        data-testid="send"
+        disabled={text.trim() === "" || tooLong}
+        aria-label="Send"
+        title="Send (Enter)"
+      >
         <Icon name="send" />
       </button>
-      <span id="composer-note" class={`composer-note ${tooLong ? "bad" : ""}`} role="status" data-testid="composer-note">{note}</span>
+      <span
+        id="composer-note"
+        class={`composer-note ${tooLong ? "bad" : ""}`}
+        role="status"
+        data-testid="composer-note"
+      >
+        {note}
+      </span>
     </form>
   );
 }

@@ -25,7 +25,17 @@ export interface Powers {
   operates: boolean;
 }
 
-export function MessageList({ room, me, assistant, powers }: { room: Room; me: string; assistant: string; powers: Powers }) {
+export function MessageList({
+  room,
+  me,
+  assistant,
+  powers,
+}: {
+  room: Room;
+  me: string;
+  assistant: string;
+  powers: Powers;
+}) {
   const { messages, more, loaded } = room.state.value;
   const seen = room.seenBefore.value;
   const box = useRef<HTMLDivElement>(null);
@@ -101,15 +111,37 @@ export function MessageList({ room, me, assistant, powers }: { room: Room; me: s
   let marked = false;
   return (
     <div class="messages-wrap">
-      <div class="messages" ref={box} onScroll={scrolled} tabIndex={0} role="log" aria-live="polite" aria-relevant="additions" aria-label="Messages">
+      <div
+        class="messages"
+        ref={box}
+        onScroll={scrolled}
+        tabIndex={0}
+        role="log"
+        aria-live="polite"
+        aria-relevant="additions"
+        aria-label="Messages"
+      >
         <div class="messages-content" ref={content}>
-          {more && <div class="older">{room.loadingOlder.value ? <span class="spinner" aria-label="Loading older messages" /> : <button class="ghost small" type="button" onClick={() => void room.loadOlder()}>Older messages</button>}</div>}
+          {more && (
+            <div class="older">
+              {room.loadingOlder.value ? (
+                <span class="spinner" aria-label="Loading older messages" />
+              ) : (
+                <button class="ghost small" type="button" onClick={() => void room.loadOlder()}>
+                  Older messages
+                </button>
+              )}
+            </div>
+          )}
           {!loaded && !room.problem.value && <Skeletons />}
           {loaded && messages.length === 0 && (
             <div class="empty">
               <Icon name="chat" />
               <strong>Nothing here yet</strong>
-              <p>Say hello, or write <code>{assistant ? `@${assistant} status` : "a first message"}</code> to ask the assistant.</p>
+              <p>
+                Say hello, or write <code>{assistant ? `@${assistant} status` : "a first message"}</code> to ask the
+                assistant.
+              </p>
             </div>
           )}
           {messages.map((message, i) => {
@@ -117,14 +149,28 @@ export function MessageList({ room, me, assistant, powers }: { room: Room; me: s
             const newDay = !previous || new Date(previous.at).toDateString() !== new Date(message.at).toDateString();
             const unread = !marked && seen > 0 && message.id > seen && message.user !== me && previous !== undefined;
             if (unread) marked = true;
-            const grouped = !newDay && !unread && previous?.user === message.user && message.at - previous.at < GROUP_MS;
+            const grouped =
+              !newDay && !unread && previous?.user === message.user && message.at - previous.at < GROUP_MS;
             return (
               <div key={message.id > 0 ? message.id : message.nonce}>
-                {newDay && <div class="day" role="separator"><span>{day(message.at)}</span></div>}
-                {unread && <div class="unread" role="separator"><span>New</span></div>}
+                {newDay && (
+                  <div class="day" role="separator">
+                    <span>{day(message.at)}</span>
+                  </div>
+                )}
+                {unread && (
+                  <div class="unread" role="separator">
+                    <span>New</span>
+                  </div>
+                )}
                 <MessageView
-                  message={message} grouped={grouped} mine={message.user === me} assistant={message.user === assistant} room={room}
-                  mayStop={powers.manages || isMine(message, me)} mayRetry={powers.operates || isMine(message, me)}
+                  message={message}
+                  grouped={grouped}
+                  mine={message.user === me}
+                  assistant={message.user === assistant}
+                  room={room}
+                  mayStop={powers.manages || isMine(message, me)}
+                  mayRetry={powers.operates || isMine(message, me)}
                 />
               </div>
             );
@@ -141,7 +187,8 @@ export function MessageList({ room, me, assistant, powers }: { room: Room; me: s
 }
 
 /** Whether this person sent the message, or asked for the answer. An older server does not say who asked: it decides itself. */
-export const isMine = (message: Message, me: string): boolean => message.user === me || message.asker === me || message.asker === "";
+export const isMine = (message: Message, me: string): boolean =>
+  message.user === me || message.asker === me || message.asker === "";
 
 interface MessageProps {
   message: Message;
@@ -153,17 +200,30 @@ interface MessageProps {
   mayRetry: boolean;
 }
 
-const MessageView = memo(function MessageView({ message, grouped, mine, assistant, room, mayStop, mayRetry }: MessageProps) {
+const MessageView = memo(function MessageView({
+  message,
+  grouped,
+  mine,
+  assistant,
+  room,
+  mayStop,
+  mayRetry,
+}: MessageProps) {
   const streaming = message.state === "streaming";
   const state = message.state === "done" ? "sent" : message.state;
   return (
     <article
       class={`message ${grouped ? "grouped" : ""} ${assistant ? "assistant" : ""} ${mine ? "mine" : ""} ${state}`}
-      data-testid="message" data-state={state} data-user={message.user} data-id={message.id}
+      data-testid="message"
+      data-state={state}
+      data-user={message.user}
+      data-id={message.id}
       aria-busy={streaming}
     >
       {grouped ? (
-        <time class="gutter" dateTime={new Date(message.at).toISOString()} title={moment(message.at)}>{clock(message.at)}</time>
+        <time class="gutter" dateTime={new Date(message.at).toISOString()} title={moment(message.at)}>
+          {clock(message.at)}
+        </time>
       ) : (
         <Avatar name={message.name} id={message.user} assistant={assistant} />
       )}
@@ -172,7 +232,9 @@ const MessageView = memo(function MessageView({ message, grouped, mine, assistan
           <header>
             <strong class="author">{message.name}</strong>
             {assistant && <span class="tag">assistant</span>}
-            <time dateTime={new Date(message.at).toISOString()} title={moment(message.at)}>{clock(message.at)}</time>
+            <time dateTime={new Date(message.at).toISOString()} title={moment(message.at)}>
+              {clock(message.at)}
+            </time>
           </header>
         )}
         <div class="body" data-testid="message-text">
@@ -195,24 +257,49 @@ function Thinking() {
     const timer = setTimeout(() => setLong(true), THINKING_MS);
     return () => clearTimeout(timer);
   }, []);
-  return <span class="thinking"><span class="spinner" /> {long ? "Waiting for a provider…" : "Thinking…"}</span>;
+  return (
+    <span class="thinking">
+      <span class="spinner" /> {long ? "Waiting for a provider…" : "Thinking…"}
+    </span>
+  );
 }
 
-function Footer({ message, state, room, mayStop, mayRetry }: { message: Message; state: string; room: Room; mayStop: boolean; mayRetry: boolean }) {
+function Footer({
+  message,
+  state,
+  room,
+  mayStop,
+  mayRetry,
+}: {
+  message: Message;
+  state: string;
+  room: Room;
+  mayStop: boolean;
+  mayRetry: boolean;
+}) {
   if (state === "streaming") {
     if (!mayStop) return null;
     return (
       <footer>
-        <button type="button" class="small" data-testid="stop" onClick={() => room.stop(message)}><Icon name="stop" /> Stop <kbd>Esc</kbd></button>
+        <button type="button" class="small" data-testid="stop" onClick={() => room.stop(message)}>
+          <Icon name="stop" /> Stop <kbd>Esc</kbd>
+        </button>
       </footer>
     );
   }
-  if (state === "sending") return <footer class="muted"><span role="status">Sending…</span></footer>;
+  if (state === "sending")
+    return (
+      <footer class="muted">
+        <span role="status">Sending…</span>
+      </footer>
+    );
   if (state === "waiting") {
     return (
       <footer class="muted">
         <span role="status">Waiting for the connection</span>
-        <button type="button" class="ghost small" onClick={() => room.discard(message)}>Discard</button>
+        <button type="button" class="ghost small" onClick={() => room.discard(message)}>
+          Discard
+        </button>
       </footer>
     );
   }
@@ -220,9 +307,20 @@ function Footer({ message, state, room, mayStop, mayRetry }: { message: Message;
   if (state !== "failed") return null;
   return (
     <footer class="bad">
-      <span role="alert">{message.id === 0 ? "Not sent" : "The answer failed"}{message.error ? `: ${message.error}` : ""}</span>
-      {mayRetry && <button type="button" class="small" data-testid="retry" onClick={() => room.retry(message)}><Icon name="retry" /> Retry</button>}
-      {message.id === 0 && <button type="button" class="ghost small" onClick={() => room.discard(message)}>Discard</button>}
+      <span role="alert">
+        {message.id === 0 ? "Not sent" : "The answer failed"}
+        {message.error ? `: ${message.error}` : ""}
+      </span>
+      {mayRetry && (
+        <button type="button" class="small" data-testid="retry" onClick={() => room.retry(message)}>
+          <Icon name="retry" /> Retry
+        </button>
+      )}
+      {message.id === 0 && (
+        <button type="button" class="ghost small" onClick={() => room.discard(message)}>
+          Discard
+        </button>
+      )}
     </footer>
   );
 }

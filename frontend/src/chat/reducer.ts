@@ -44,7 +44,14 @@ export type Action =
   | { type: "outgoing"; nonce: string; state: "waiting" | "sending" | "failed"; error: string }
   | { type: "discard"; nonce: string };
 
-export const emptyChat: ChatState = { messages: [], more: false, loaded: false, gap: false, clock: 0, changed: new Map() };
+export const emptyChat: ChatState = {
+  messages: [],
+  more: false,
+  loaded: false,
+  gap: false,
+  clock: 0,
+  changed: new Map(),
+};
 
 export function reduce(state: ChatState, action: Action): ChatState {
   switch (action.type) {
@@ -104,7 +111,13 @@ function append(state: ChatState, delta: { id: number; seq: number; attempt: num
   }
   if (seq !== null && delta.attempt === message.attempt && seq > 0 && delta.seq <= seq) return state;
   if (seq !== null && delta.seq > seq + 1) return { ...state, gap: true };
-  const next: Message = { ...message, text: text + delta.text, seq: delta.seq, attempt: delta.attempt, state: "streaming" };
+  const next: Message = {
+    ...message,
+    text: text + delta.text,
+    seq: delta.seq,
+    attempt: delta.attempt,
+    state: "streaming",
+  };
   return touch({ ...state, messages: state.messages.map((m, i) => (i === index ? next : m)) }, delta.id);
 }
 
@@ -113,7 +126,10 @@ function prepend(state: ChatState, older: Message[], more: boolean): ChatState {
   return { ...state, messages: [...older.filter((m) => m.id < first), ...state.messages], more };
 }
 
-function reload(state: ChatState, { messages: fresh, more, asked }: { messages: Message[]; more: boolean; asked: number }): ChatState {
+function reload(
+  state: ChatState,
+  { messages: fresh, more, asked }: { messages: Message[]; more: boolean; asked: number },
+): ChatState {
   const from = fresh[0]?.id ?? Infinity;
   const last = fresh[fresh.length - 1]?.id ?? 0;
   const known = new Map(state.messages.map((m) => [m.id, m]));

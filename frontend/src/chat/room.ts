@@ -115,8 +115,18 @@ export class Room {
   send(text: string): void {
     const { user, name } = this.session.me;
     this.deliver({
-      id: 0, nonce: randomHex(8), user, name, text, at: Date.now(),
-      state: "sending", replyTo: 0, asker: "", error: "", attempt: 0, seq: null,
+      id: 0,
+      nonce: randomHex(8),
+      user,
+      name,
+      text,
+      at: Date.now(),
+      state: "sending",
+      replyTo: 0,
+      asker: "",
+      error: "",
+      attempt: 0,
+      seq: null,
     });
   }
 
@@ -171,7 +181,10 @@ export class Room {
   }
 
   private deliver(message: Message): void {
-    this.dispatch({ type: "send", message: { ...message, state: this.session.connection.connected ? "sending" : "waiting" } });
+    this.dispatch({
+      type: "send",
+      message: { ...message, state: this.session.connection.connected ? "sending" : "waiting" },
+    });
     this.seenBefore.value = Infinity;
     this.typingSentAt = 0;
     this.outbox.push(message);
@@ -223,8 +236,11 @@ export class Room {
       }
       case "delta":
         this.queue.push({
-          type: "delta", id: num(event["id"]), seq: num(event["seq"]),
-          attempt: num(event["attempt"]), text: str(event["text"]),
+          type: "delta",
+          id: num(event["id"]),
+          seq: num(event["seq"]),
+          attempt: num(event["attempt"]),
+          text: str(event["text"]),
         });
         break;
       case "typing":
@@ -310,7 +326,8 @@ export class Room {
   }
 
   private person(info: ClientInfo): Person {
-    const named = (bytes: Uint8Array): Json | undefined => (bytes.length > 0 ? object(fromBytes(bytes))["name"] : undefined);
+    const named = (bytes: Uint8Array): Json | undefined =>
+      bytes.length > 0 ? object(fromBytes(bytes))["name"] : undefined;
     const known = this.state.peek().messages.find((message) => message.user === info.user)?.name;
     const own = info.user === this.session.me.user ? this.session.me.name : undefined;
     return { user: info.user, name: str(named(info.connInfo) ?? named(info.chanInfo) ?? own ?? known ?? info.user) };

@@ -3,10 +3,26 @@ import { bool, message, optional, present, repeated, string, strings, uint, type
 
 export const prop = message({
   name: string(1),
-  text: present<string>(2, (r) => r.readString(), (w, tag, v) => w.writeStringField(tag, v)),
-  number: present<number>(3, (r) => r.readDouble(), (w, tag, v) => w.writeDoubleField(tag, v)),
-  flag: present<boolean>(4, (r) => r.readBoolean(), (w, tag, v) => w.writeBooleanField(tag, v)),
-  json: present<string>(5, (r) => r.readString(), (w, tag, v) => w.writeStringField(tag, v)),
+  text: present<string>(
+    2,
+    (r) => r.readString(),
+    (w, tag, v) => w.writeStringField(tag, v),
+  ),
+  number: present<number>(
+    3,
+    (r) => r.readDouble(),
+    (w, tag, v) => w.writeDoubleField(tag, v),
+  ),
+  flag: present<boolean>(
+    4,
+    (r) => r.readBoolean(),
+    (w, tag, v) => w.writeBooleanField(tag, v),
+  ),
+  json: present<string>(
+    5,
+    (r) => r.readString(),
+    (w, tag, v) => w.writeStringField(tag, v),
+  ),
 });
 export type Prop = Infer<typeof prop>;
 

@@ -32,8 +32,7 @@ export type Infer<M> = M extends Message<infer T> ? T : never;
 export function message<S extends Shape>(shape: S): Message<Fields<S>> {
   const names = Object.keys(shape);
   const byTag = new Map(names.map((name) => [shape[name]?.tag ?? 0, name]));
-  const empty = (): Record<string, unknown> =>
-    Object.fromEntries(names.map((name) => [name, shape[name]?.empty()]));
+  const empty = (): Record<string, unknown> => Object.fromEntries(names.map((name) => [name, shape[name]?.empty()]));
   const readFrom = (reader: PbfReader, end: number): Record<string, unknown> => {
     // Check the end here, because the reader does not stop at the end of its bytes.
     if (end > reader.length) throw new Error("a nested message is longer than its frame");
@@ -89,10 +88,30 @@ function scalar<T>(
 }
 
 // JavaScript numbers are exact up to 2^53. Ids, offsets and times on this wire stay far below.
-export const uint = scalar(() => 0, (v) => v === 0, (r) => r.readVarint(), (w, tag, v) => w.writeVarintField(tag, v));
-export const int = scalar(() => 0, (v) => v === 0, (r) => r.readVarint(true), (w, tag, v) => w.writeVarintField(tag, v));
-export const bool = scalar(() => false, (v) => !v, (r) => r.readBoolean(), (w, tag, v) => w.writeBooleanField(tag, v));
-export const string = scalar(() => "", (v) => v === "", (r) => r.readString(), (w, tag, v) => w.writeStringField(tag, v));
+export const uint = scalar(
+  () => 0,
+  (v) => v === 0,
+  (r) => r.readVarint(),
+  (w, tag, v) => w.writeVarintField(tag, v),
+);
+export const int = scalar(
+  () => 0,
+  (v) => v === 0,
+  (r) => r.readVarint(true),
+  (w, tag, v) => w.writeVarintField(tag, v),
+);
+export const bool = scalar(
+  () => false,
+  (v) => !v,
+  (r) => r.readBoolean(),
+  (w, tag, v) => w.writeBooleanField(tag, v),
+);
+export const string = scalar(
+  () => "",
+  (v) => v === "",
+  (r) => r.readString(),
+  (w, tag, v) => w.writeStringField(tag, v),
+);
 export const bytes = scalar<Uint8Array>(
   () => new Uint8Array(0),
   (v) => v.length === 0,
@@ -167,7 +186,11 @@ export function mapOf<T>(tag: number, of: () => Message<T>): Field<Record<string
       for (const { key, value } of entries.read(reader, [])) map[key] = value ?? of().empty();
       return map;
     },
-    write: (writer, map) => entries.write(writer, Object.entries(map).map(([key, value]) => ({ key, value }))),
+    write: (writer, map) =>
+      entries.write(
+        writer,
+        Object.entries(map).map(([key, value]) => ({ key, value })),
+      ),
   };
 }
 
@@ -181,7 +204,11 @@ export function stringMap(tag: number): Field<Record<string, string>> {
       for (const { key, value } of entries.read(reader, [])) map[key] = value;
       return map;
     },
-    write: (writer, map) => entries.write(writer, Object.entries(map).map(([key, value]) => ({ key, value }))),
+    write: (writer, map) =>
+      entries.write(
+        writer,
+        Object.entries(map).map(([key, value]) => ({ key, value })),
+      ),
   };
 }
 

@@ -26,7 +26,9 @@ export function LazyPlot(props: PlotProps) {
 export function ChartCard(props: { title: string; children: preact.ComponentChildren }) {
   return (
     <section class="card chart" data-testid="chart" aria-label={props.title}>
-      <header><h2>{props.title}</h2></header>
+      <header>
+        <h2>{props.title}</h2>
+      </header>
       {props.children}
     </section>
   );
@@ -44,10 +46,15 @@ export function LineChart({ node }: ElementProps) {
   return (
     <ChartCard title={title}>
       {xs.length === 0 ? (
-        <div class="empty small"><p>No data yet.</p></div>
+        <div class="empty small">
+          <p>No data yet.</p>
+        </div>
       ) : (
         <LazyPlot
-          x={time ? xs.map((x) => x / 1000) : xs} time={time} unit={str(props["unit"])} title={title}
+          x={time ? xs.map((x) => x / 1000) : xs}
+          time={time}
+          unit={str(props["unit"])}
+          title={title}
           series={given.map((one) => ({ label: one.label, values: xs.map((x) => one.points.get(x) ?? null) }))}
         />
       )}
@@ -67,8 +74,12 @@ export function BarChart({ node }: ElementProps) {
         <tbody>
           {labels.map((label, i) => (
             <tr key={label}>
-              <th scope="row" class="ellipsis">{label}</th>
-              <td class="bar-cell" aria-hidden="true"><span class="bar" style={{ width: `${(Math.max(0, values[i] ?? 0) / most) * 100}%` }} /></td>
+              <th scope="row" class="ellipsis">
+                {label}
+              </th>
+              <td class="bar-cell" aria-hidden="true">
+                <span class="bar" style={{ width: `${(Math.max(0, values[i] ?? 0) / most) * 100}%` }} />
+              </td>
               <td class="align-right tabular">{withUnit(values[i] ?? 0, unit)}</td>
             </tr>
           ))}

@@ -11,7 +11,10 @@ export function Container({ node }: ElementProps) {
   const row = str(props["direction"]) === "row";
   const gap = num(props["gap"], -1);
   return (
-    <div class={`container ${row ? "row" : ""} ${props["wrap"] === true ? "wrap" : ""}`} style={gap >= 0 ? { gap: `${gap}px` } : undefined}>
+    <div
+      class={`container ${row ? "row" : ""} ${props["wrap"] === true ? "wrap" : ""}`}
+      style={gap >= 0 ? { gap: `${gap}px` } : undefined}
+    >
       <Children node={node} />
     </div>
   );
@@ -25,11 +28,19 @@ export function Columns({ node }: ElementProps) {
   const weights = list(node.props.value["weights"]).map((weight) => num(weight, 1));
   const count = node.children.value.length;
   const tracks = Array.from({ length: count }, (_, i) => `minmax(0, ${weights[i] ?? 1}fr)`).join(" ");
-  return <div class="columns" data-count={count} style={{ "--tracks": tracks }}><Children node={node} /></div>;
+  return (
+    <div class="columns" data-count={count} style={{ "--tracks": tracks }}>
+      <Children node={node} />
+    </div>
+  );
 }
 
 export function ColumnElement({ node }: ElementProps) {
-  return <div class="column"><Children node={node} /></div>;
+  return (
+    <div class="column">
+      <Children node={node} />
+    </div>
+  );
 }
 
 export function Card({ node }: ElementProps) {
@@ -39,7 +50,10 @@ export function Card({ node }: ElementProps) {
   return (
     <section class="card" aria-label={title || undefined}>
       {(title !== "" || hint !== "") && (
-        <header><h2>{title}</h2>{hint !== "" && <span class="muted">{hint}</span>}</header>
+        <header>
+          <h2>{title}</h2>
+          {hint !== "" && <span class="muted">{hint}</span>}
+        </header>
       )}
       <Children node={node} />
     </section>
@@ -66,10 +80,21 @@ export function Tabs({ node }: ElementProps) {
     <div class="tabs">
       <div role="tablist" class="tablist" onKeyDown={move}>
         {labels.map((label, i) => (
-          <button key={label} type="button" role="tab" aria-selected={i === value} tabIndex={i === value ? 0 : -1} onClick={() => session.event(node.key, i)}>{label}</button>
+          <button
+            key={label}
+            type="button"
+            role="tab"
+            aria-selected={i === value}
+            tabIndex={i === value ? 0 : -1}
+            onClick={() => session.event(node.key, i)}
+          >
+            {label}
+          </button>
         ))}
       </div>
-      <div role="tabpanel" class="stack">{active && <Children node={active} />}</div>
+      <div role="tabpanel" class="stack">
+        {active && <Children node={active} />}
+      </div>
     </div>
   );
 }
@@ -80,7 +105,11 @@ export function Expander({ node }: ElementProps) {
   return (
     <details class="expander" open={open} onToggle={(event) => setOpen(event.currentTarget.open)}>
       <summary>{str(props["label"])}</summary>
-      {open && <div class="stack"><Children node={node} /></div>}
+      {open && (
+        <div class="stack">
+          <Children node={node} />
+        </div>
+      )}
     </details>
   );
 }
@@ -94,7 +123,10 @@ export function Form({ node }: ElementProps) {
   const form: FormValues = {
     set: (key, value) => void values.current.set(key, value),
     submit: () => {
-      session.submit(node.key || String(node.id), [...values.current].map(([key, value]) => ({ key, value })));
+      session.submit(
+        node.key || String(node.id),
+        [...values.current].map(([key, value]) => ({ key, value })),
+      );
       values.current.clear();
     },
   };
@@ -103,9 +135,19 @@ export function Form({ node }: ElementProps) {
   if (outer) return <Children node={node} />;
   return (
     <FormContext.Provider value={form}>
-      <form class="form stack" onSubmit={(event) => { event.preventDefault(); form.submit(); }}>
+      <form
+        class="form stack"
+        onSubmit={(event) => {
+          event.preventDefault();
+          form.submit();
+        }}
+      >
         <Children node={node} />
-        <div><button type="submit" class="primary">{label}</button></div>
+        <div>
+          <button type="submit" class="primary">
+            {label}
+          </button>
+        </div>
       </form>
     </FormContext.Provider>
   );
@@ -123,11 +165,26 @@ export function Dialog({ node }: ElementProps) {
   }, [open]);
   const close = (): void => session.event(node.key, false);
   return (
-    <dialog ref={element} class="dialog" aria-label={str(props["title"])} onCancel={(event) => { event.preventDefault(); close(); }}>
+    <dialog
+      ref={element}
+      class="dialog"
+      aria-label={str(props["title"])}
+      onCancel={(event) => {
+        event.preventDefault();
+        close();
+      }}
+    >
       {open && (
         <>
-          <header><h2>{str(props["title"])}</h2><button type="button" class="ghost icon-button" aria-label="Close" onClick={close}><Icon name="close" /></button></header>
-          <div class="stack"><Children node={node} /></div>
+          <header>
+            <h2>{str(props["title"])}</h2>
+            <button type="button" class="ghost icon-button" aria-label="Close" onClick={close}>
+              <Icon name="close" />
+            </button>
+          </header>
+          <div class="stack">
+            <Children node={node} />
+          </div>
         </>
       )}
     </dialog>

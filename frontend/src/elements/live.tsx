@@ -36,10 +36,18 @@ function Spark({ values }: { values: (number | null)[] }) {
   const spread = Math.max(...known) - low || 1;
 
   const start = SPARK - values.length;
-  const points = values.flatMap((value, i) => (value === null ? [] : [`${start + i + 1},${(14.5 - ((value - low) / spread) * 13).toFixed(1)}`]));
+  const points = values.flatMap((value, i) =>
+    value === null ? [] : [`${start + i + 1},${(14.5 - ((value - low) / spread) * 13).toFixed(1)}`],
+  );
   return (
     <svg class="spark-line" viewBox="0 0 60 16" preserveAspectRatio="none" aria-hidden="true">
-      <polyline points={points.join(" ")} fill="none" stroke="currentColor" stroke-width="1.2" vector-effect="non-scaling-stroke" />
+      <polyline
+        points={points.join(" ")}
+        fill="none"
+        stroke="currentColor"
+        stroke-width="1.2"
+        vector-effect="non-scaling-stroke"
+      />
     </svg>
   );
 }
@@ -50,14 +58,24 @@ export function LiveLineChart({ node }: ElementProps) {
   return (
     <LivePlot
       node={node}
-      series={(samples) => wanted.map((one) => ({ label: str(one["label"], str(one["path"])), values: numbers(samples, str(one["path"]), one["rate"] === true) }))}
+      series={(samples) =>
+        wanted.map((one) => ({
+          label: str(one["label"], str(one["path"])),
+          values: numbers(samples, str(one["path"]), one["rate"] === true),
+        }))
+      }
     />
   );
 }
 
 export function LiveBreakdown({ node }: ElementProps) {
   const props = node.props.value;
-  return <LivePlot node={node} series={(samples) => breakdown(samples, str(props["path"]), props["rate"] === true, MOST_SERIES)} />;
+  return (
+    <LivePlot
+      node={node}
+      series={(samples) => breakdown(samples, str(props["path"]), props["rate"] === true, MOST_SERIES)}
+    />
+  );
 }
 
 function LivePlot({ node, series }: ElementProps & { series: (samples: Sample[]) => PlotSeries[] }) {
@@ -73,11 +91,22 @@ function LivePlot({ node, series }: ElementProps & { series: (samples: Sample[])
   return (
     <ChartCard title={title}>
       {problem.value !== "" ? (
-        <div class="empty small"><p>Cannot read this channel: {problem.value}</p></div>
+        <div class="empty small">
+          <p>Cannot read this channel: {problem.value}</p>
+        </div>
       ) : shown.length === 0 || lines.length === 0 ? (
-        <div class="plot-host empty small"><p>{shown.length === 0 ? "Waiting for the first sample…" : "No data yet. Send a request to see it here."}</p></div>
+        <div class="plot-host empty small">
+          <p>{shown.length === 0 ? "Waiting for the first sample…" : "No data yet. Send a request to see it here."}</p>
+        </div>
       ) : (
-        <LazyPlot x={shown.map((sample) => sample.t / 1000)} time unit={str(props["unit"])} title={title} series={lines} span={[end / 1000 - range, end / 1000]} />
+        <LazyPlot
+          x={shown.map((sample) => sample.t / 1000)}
+          time
+          unit={str(props["unit"])}
+          title={title}
+          series={lines}
+          span={[end / 1000 - range, end / 1000]}
+        />
       )}
     </ChartCard>
   );
@@ -88,7 +117,15 @@ export function LiveTable({ node }: ElementProps) {
   const { samples } = useLive(str(props["channel"]));
   const latest = samples.value[samples.value.length - 1];
   if (!latest) return <div class="skeleton block delayed" data-testid="live-table" />;
-  return <DataTable testid="live-table" columns={columnsOf(props["columns"])} rows={records(at(latest.data, str(props["path"])))} cell={cell} empty={str(props["empty"])} />;
+  return (
+    <DataTable
+      testid="live-table"
+      columns={columnsOf(props["columns"])}
+      rows={records(at(latest.data, str(props["path"])))}
+      cell={cell}
+      empty={str(props["empty"])}
+    />
+  );
 }
 
 const GOOD = ["ok", "closed", "idle", "ready", "true", "up", "serving", "done", "memory"];

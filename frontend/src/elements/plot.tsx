@@ -76,7 +76,12 @@ export default function Plot(props: PlotProps) {
   const after = x.findIndex((at) => at > xRange[1]);
   const end = after < 0 ? x.length : after + 1;
   const inside = x.slice(first, end);
-  const lines = series.map((one, i): Line => ({ ...one, values: one.values.slice(first, end), tint: `series-${i % SERIES}`, shown: !hidden.has(one.label) }));
+  const lines = series.map((one, i): Line => ({
+    ...one,
+    values: one.values.slice(first, end),
+    tint: `series-${i % SERIES}`,
+    shown: !hidden.has(one.label),
+  }));
   const visible = lines.filter((line) => line.shown);
 
   const range = yRange(visible.flatMap((line) => line.values));
@@ -119,14 +124,36 @@ export default function Plot(props: PlotProps) {
         <div class="plot-host" ref={host} onDblClick={() => setZoom(null)}>
           {width > 0 && (
             <svg
-              class="plot-box" width={width} height={HEIGHT} role="img" aria-label={label}
-              onPointerMove={(event) => setPointer(place(event))} onPointerDown={press} onPointerUp={release}
-              onPointerLeave={() => { setPointer(null); setPressed(null); }}
+              class="plot-box"
+              width={width}
+              height={HEIGHT}
+              role="img"
+              aria-label={label}
+              onPointerMove={(event) => setPointer(place(event))}
+              onPointerDown={press}
+              onPointerUp={release}
+              onPointerLeave={() => {
+                setPointer(null);
+                setPressed(null);
+              }}
             >
               <Axes xRange={xRange} range={range} scales={scales} time={time} unit={unit} />
               <svg x={LEFT} y={TOP} width={boxWidth} height={BOX_HEIGHT}>
-                <Lines x={inside} lines={visible} scales={scales} floor={series.length === 1 ? Math.max(0, range[0]) : null} />
-                {pressed !== null && pointer !== null && <rect class="selection" x={Math.min(pressed, pointer)} y={0} width={Math.abs(pointer - pressed)} height={BOX_HEIGHT} />}
+                <Lines
+                  x={inside}
+                  lines={visible}
+                  scales={scales}
+                  floor={series.length === 1 ? Math.max(0, range[0]) : null}
+                />
+                {pressed !== null && pointer !== null && (
+                  <rect
+                    class="selection"
+                    x={Math.min(pressed, pointer)}
+                    y={0}
+                    width={Math.abs(pointer - pressed)}
+                    height={BOX_HEIGHT}
+                  />
+                )}
               </svg>
               {at !== undefined && <Crosshair at={at} index={index} lines={visible} scales={scales} />}
             </svg>
@@ -135,11 +162,28 @@ export default function Plot(props: PlotProps) {
       )}
       <div class="legend">
         {lines.map((line) => (
-          <LegendItem key={line.label} line={line} value={line.values[index < 0 ? line.values.length - 1 : index]} unit={unit} onClick={() => toggle(line.label)} />
+          <LegendItem
+            key={line.label}
+            line={line}
+            value={line.values[index < 0 ? line.values.length - 1 : index]}
+            unit={unit}
+            onClick={() => toggle(line.label)}
+          />
         ))}
         <span class="legend-when muted tabular">{when}</span>
-        {zoom && <button type="button" class="small" onClick={() => setZoom(null)}>Whole range</button>}
-        <button type="button" class="ghost small icon-button" aria-pressed={asTable} aria-label={asTable ? "Show as chart" : "Show as table"} title={asTable ? "Chart" : "Table"} onClick={() => setAsTable(!asTable)}>
+        {zoom && (
+          <button type="button" class="small" onClick={() => setZoom(null)}>
+            Whole range
+          </button>
+        )}
+        <button
+          type="button"
+          class="ghost small icon-button"
+          aria-pressed={asTable}
+          aria-label={asTable ? "Show as chart" : "Show as table"}
+          title={asTable ? "Chart" : "Table"}
+          onClick={() => setAsTable(!asTable)}
+        >
           <Icon name={asTable ? "chart" : "table"} />
         </button>
       </div>
@@ -147,7 +191,19 @@ export default function Plot(props: PlotProps) {
   );
 }
 
-function Axes({ xRange, range, scales, time, unit }: { xRange: Range; range: Range; scales: Scales; time: boolean; unit: string }) {
+function Axes({
+  xRange,
+  range,
+  scales,
+  time,
+  unit,
+}: {
+  xRange: Range;
+  range: Range;
+  scales: Scales;
+  time: boolean;
+  unit: string;
+}) {
   const { boxWidth, toX, toY } = scales;
   const yTicks = ticks(range, 5, unit === "bytes" ? 1024 : 10);
   const xTicks = time ? timeTicks(xRange, boxWidth / 80) : ticks(xRange, boxWidth / 80);
@@ -157,13 +213,17 @@ function Axes({ xRange, range, scales, time, unit }: { xRange: Range; range: Ran
       {yTicks.map((tick) => (
         <g key={tick} transform={`translate(0 ${TOP + toY(tick)})`}>
           <path class="grid" d={`M${LEFT} 0h${boxWidth}`} />
-          <text x={LEFT - 8} dy="0.32em" text-anchor="end">{withUnit(tick, unit === "bytes" || unit === "us" ? unit : "")}</text>
+          <text x={LEFT - 8} dy="0.32em" text-anchor="end">
+            {withUnit(tick, unit === "bytes" || unit === "us" ? unit : "")}
+          </text>
         </g>
       ))}
       {xTicks.map((tick) => (
         <g key={tick} transform={`translate(${LEFT + toX(tick)} 0)`}>
           <path class="grid" d={`M0 ${TOP}v${BOX_HEIGHT}`} />
-          <text y={HEIGHT - 6} text-anchor={anchor(toX(tick), boxWidth)}>{time ? axisTime(tick * 1000, step) : withUnit(tick, "")}</text>
+          <text y={HEIGHT - 6} text-anchor={anchor(toX(tick), boxWidth)}>
+            {time ? axisTime(tick * 1000, step) : withUnit(tick, "")}
+          </text>
         </g>
       ))}
     </>
@@ -195,13 +255,25 @@ function Crosshair({ at, index, lines, scales }: { at: number; index: number; li
       <path class="crosshair" d={`M0 0v${BOX_HEIGHT}`} />
       {lines.map((line) => {
         const value = line.values[index] ?? null;
-        return value !== null && <circle key={line.label} class={`point ${line.tint}`} cy={scales.toY(value)} r={3.5} />;
+        return (
+          value !== null && <circle key={line.label} class={`point ${line.tint}`} cy={scales.toY(value)} r={3.5} />
+        );
       })}
     </g>
   );
 }
 
-function LegendItem({ line, value, unit, onClick }: { line: Line; value: number | null | undefined; unit: string; onClick: () => void }) {
+function LegendItem({
+  line,
+  value,
+  unit,
+  onClick,
+}: {
+  line: Line;
+  value: number | null | undefined;
+  unit: string;
+  onClick: () => void;
+}) {
   return (
     <button type="button" class="legend-item" aria-pressed={line.shown} onClick={onClick}>
       <i class={`swatch ${line.tint}`} />
@@ -212,16 +284,32 @@ function LegendItem({ line, value, unit, onClick }: { line: Line; value: number 
 }
 
 function PlotTable({ x, series, time, unit, title }: PlotProps) {
-  const rows = x.map((_, i) => i).slice(-TABLE_ROWS).reverse();
+  const rows = x
+    .map((_, i) => i)
+    .slice(-TABLE_ROWS)
+    .reverse();
   return (
     <Sideways also="plot-table" label={title}>
       <table>
-        <thead><tr><th scope="col">{time ? "Time" : "x"}</th>{series.map((one) => <th key={one.label} scope="col" class="align-right">{one.label}</th>)}</tr></thead>
+        <thead>
+          <tr>
+            <th scope="col">{time ? "Time" : "x"}</th>
+            {series.map((one) => (
+              <th key={one.label} scope="col" class="align-right">
+                {one.label}
+              </th>
+            ))}
+          </tr>
+        </thead>
         <tbody>
           {rows.map((i) => (
             <tr key={i}>
               <td class="tabular">{time ? axisTime((x[i] ?? 0) * 1000, 0) : x[i]}</td>
-              {series.map((one) => <td key={one.label} class="align-right tabular">{shown(one.values[i], unit)}</td>)}
+              {series.map((one) => (
+                <td key={one.label} class="align-right tabular">
+                  {shown(one.values[i], unit)}
+                </td>
+              ))}
             </tr>
           ))}
         </tbody>
@@ -230,7 +318,8 @@ function PlotTable({ x, series, time, unit, title }: PlotProps) {
   );
 }
 
-const shown = (value: number | null | undefined, unit: string): string => (value === null || value === undefined ? "–" : withUnit(value, unit));
+const shown = (value: number | null | undefined, unit: string): string =>
+  value === null || value === undefined ? "–" : withUnit(value, unit);
 
 /** Dashes a line that covers `below` others, so that its gaps show them. */
 function dashes(below: number): string | undefined {

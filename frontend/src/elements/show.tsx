@@ -14,7 +14,8 @@ export interface ElementProps {
 }
 
 export const TONES = ["ok", "warn", "bad", "info", "muted"] as const;
-export const tone = (value: string, or = "muted"): string => ((TONES as readonly string[]).includes(value) ? value : or);
+export const tone = (value: string, or = "muted"): string =>
+  (TONES as readonly string[]).includes(value) ? value : or;
 
 export function Heading({ node }: ElementProps) {
   const props = node.props.value;
@@ -78,7 +79,9 @@ export function Progress({ node }: ElementProps) {
   const value = Math.max(0, Math.min(1, num(props["value"])));
   return (
     <label class="field">
-      <span class="field-label">{str(props["label"])} <span class="muted tabular">{Math.round(value * 100)} %</span></span>
+      <span class="field-label">
+        {str(props["label"])} <span class="muted tabular">{Math.round(value * 100)} %</span>
+      </span>
       <progress value={value} max={1} />
     </label>
   );
@@ -88,7 +91,8 @@ export function Progress({ node }: ElementProps) {
 function place(href: string): { testid: string; icon: IconName } {
   const path = href.split("?")[0] ?? "";
   if (/^\/console\b/.test(path)) return { testid: "nav-console", icon: "gauge" };
-  if ((path === "/" || path === "/chat" || path === "/chat/") && !href.includes("?")) return { testid: "nav-chat", icon: "chat" };
+  if ((path === "/" || path === "/chat" || path === "/chat/") && !href.includes("?"))
+    return { testid: "nav-chat", icon: "chat" };
   return /room|chat|^\/r\//.test(href) ? { testid: "room-link", icon: "hash" } : { testid: "link", icon: "link" };
 }
 
@@ -101,17 +105,39 @@ export function Link({ node }: ElementProps) {
   const { testid, icon } = place(given);
   const label = str(props["label"]);
   if (href === null) return <span class="link">{label}</span>;
-  if (!internalHref(href)) return <a class="link" href={href} target="_blank" rel="noopener noreferrer"><Icon name="link" /><span class="ellipsis">{label}</span></a>;
+  if (!internalHref(href))
+    return (
+      <a class="link" href={href} target="_blank" rel="noopener noreferrer">
+        <Icon name="link" />
+        <span class="ellipsis">{label}</span>
+      </a>
+    );
   const follow = (event: MouseEvent): void => {
-    if (event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
+    if (
+      event.defaultPrevented ||
+      event.button !== 0 ||
+      event.metaKey ||
+      event.ctrlKey ||
+      event.shiftKey ||
+      event.altKey
+    )
+      return;
     event.preventDefault();
     session.go(href);
   };
   return (
-    <a class={`link ${active ? "active" : ""}`} href={href} aria-current={active ? "page" : undefined} data-testid={testid} onClick={follow}>
+    <a
+      class={`link ${active ? "active" : ""}`}
+      href={href}
+      aria-current={active ? "page" : undefined}
+      data-testid={testid}
+      onClick={follow}
+    >
       <Icon name={icon} />
       <span class="ellipsis">{icon === "hash" ? label.replace(/^#\s*/, "") : label}</span>
-      {props["hint"] !== undefined && str(props["hint"]) !== "" && <span class="count tabular">{str(props["hint"])}</span>}
+      {props["hint"] !== undefined && str(props["hint"]) !== "" && (
+        <span class="count tabular">{str(props["hint"])}</span>
+      )}
     </a>
   );
 }
@@ -119,7 +145,16 @@ export function Link({ node }: ElementProps) {
 export function NewRoom() {
   const session = useSession();
   return (
-    <button type="button" class="ghost icon-button small new-room" aria-label="New room" title="New room" data-testid="new-room" onClick={() => { session.dialog.value = "room"; }}>
+    <button
+      type="button"
+      class="ghost icon-button small new-room"
+      aria-label="New room"
+      title="New room"
+      data-testid="new-room"
+      onClick={() => {
+        session.dialog.value = "room";
+      }}
+    >
       <Icon name="plus" />
     </button>
   );
@@ -130,12 +165,20 @@ export function Metric({ node }: ElementProps) {
   const delta = str(props["delta"]);
   return (
     <MetricCard label={str(props["label"])} value={str(props["value"])} unit={str(props["unit"])}>
-      {delta !== "" && <span class={`delta ${delta.startsWith("-") || delta.startsWith("−") ? "down" : "up"} tabular`}>{delta}</span>}
+      {delta !== "" && (
+        <span class={`delta ${delta.startsWith("-") || delta.startsWith("−") ? "down" : "up"} tabular`}>{delta}</span>
+      )}
     </MetricCard>
   );
 }
 
-export function MetricCard(props: { label: string; value: string; unit: string; live?: boolean; children?: ComponentChildren }) {
+export function MetricCard(props: {
+  label: string;
+  value: string;
+  unit: string;
+  live?: boolean;
+  children?: ComponentChildren;
+}) {
   return (
     <div class="metric" {...(props.live ? { "data-testid": "live-metric", "data-label": props.label } : {})}>
       <span class="metric-label">{props.label}</span>
@@ -172,7 +215,13 @@ export function Table({ node }: ElementProps) {
 export const yesNo = (value: boolean): string => (value ? "yes" : "no");
 
 const plainCell = (value: Json | undefined): ComponentChildren =>
-  typeof value === "number" ? number(value) : typeof value === "boolean" ? yesNo(value) : typeof value === "object" && value !== null ? JSON.stringify(value) : str(value, "–");
+  typeof value === "number"
+    ? number(value)
+    : typeof value === "boolean"
+      ? yesNo(value)
+      : typeof value === "object" && value !== null
+        ? JSON.stringify(value)
+        : str(value, "–");
 
 export function DataTable(props: {
   columns: Column[];
@@ -183,19 +232,33 @@ export function DataTable(props: {
 }) {
   const { columns, rows } = props;
   const numeric = (column: Column): boolean =>
-    column.align === "right" || (column.align === "" && rows.length > 0 && rows.every((row) => typeof row[column.key] === "number"));
-  if (rows.length === 0) return <div class="empty small" data-testid={props.testid}><p>{props.empty || "Nothing to show yet."}</p></div>;
+    column.align === "right" ||
+    (column.align === "" && rows.length > 0 && rows.every((row) => typeof row[column.key] === "number"));
+  if (rows.length === 0)
+    return (
+      <div class="empty small" data-testid={props.testid}>
+        <p>{props.empty || "Nothing to show yet."}</p>
+      </div>
+    );
   return (
     <Sideways testid={props.testid}>
       <table>
         <thead>
-          <tr>{columns.map((column) => <th key={column.key} scope="col" class={numeric(column) ? "align-right" : ""}>{column.label}</th>)}</tr>
+          <tr>
+            {columns.map((column) => (
+              <th key={column.key} scope="col" class={numeric(column) ? "align-right" : ""}>
+                {column.label}
+              </th>
+            ))}
+          </tr>
         </thead>
         <tbody>
           {rows.map((row, i) => (
             <tr key={i}>
               {columns.map((column) => (
-                <td key={column.key} class={numeric(column) ? "align-right tabular" : ""}>{props.cell(row[column.key], column, row)}</td>
+                <td key={column.key} class={numeric(column) ? "align-right tabular" : ""}>
+                  {props.cell(row[column.key], column, row)}
+                </td>
               ))}
             </tr>
           ))}

@@ -10,7 +10,10 @@ import { labelsOf, type ElementProps } from "./show";
  * The value of a widget: the user's while editing, until the server sends a new one. Returns the value, a setter for
  * drafts, and one that also sends the value to the server or the form.
  */
-function useWidget<T extends Json>(node: TreeNode, read: (value: Json | undefined) => T): [T, (value: T) => void, (value: T) => void] {
+function useWidget<T extends Json>(
+  node: TreeNode,
+  read: (value: Json | undefined) => T,
+): [T, (value: T) => void, (value: T) => void] {
   const session = useSession();
   const form = useForm();
   const said = read(node.props.value["value"]);
@@ -43,7 +46,12 @@ export function Button({ node }: ElementProps) {
   const props = node.props.value;
   const kind = str(props["tone"], "plain");
   return (
-    <button type="button" class={`button ${kind}`} disabled={props["disabled"] === true} onClick={() => session.event(node.key, null)}>
+    <button
+      type="button"
+      class={`button ${kind}`}
+      disabled={props["disabled"] === true}
+      onClick={() => session.event(node.key, null)}
+    >
       {str(props["label"])}
     </button>
   );
@@ -52,7 +60,11 @@ export function Button({ node }: ElementProps) {
 function Field({ label, id, children }: { label: string; id: string; children: ComponentChildren }) {
   return (
     <div class="field">
-      {label !== "" && <label class="field-label" for={id}>{label}</label>}
+      {label !== "" && (
+        <label class="field-label" for={id}>
+          {label}
+        </label>
+      )}
       {children}
     </div>
   );
@@ -66,9 +78,16 @@ export function TextInput({ node }: ElementProps) {
   return (
     <Field label={str(props["label"])} id={id}>
       <input
-        id={id} type="text" value={value} placeholder={str(props["placeholder"])} aria-label={str(props["label"]) || str(props["placeholder"])}
-        onInput={(event) => draft(event.currentTarget.value)} onBlur={() => commit(value)}
-        onKeyDown={(event) => { if (event.key === "Enter" && !form) commit(event.currentTarget.value); }}
+        id={id}
+        type="text"
+        value={value}
+        placeholder={str(props["placeholder"])}
+        aria-label={str(props["label"]) || str(props["placeholder"])}
+        onInput={(event) => draft(event.currentTarget.value)}
+        onBlur={() => commit(value)}
+        onKeyDown={(event) => {
+          if (event.key === "Enter" && !form) commit(event.currentTarget.value);
+        }}
       />
     </Field>
   );
@@ -81,8 +100,12 @@ export function TextArea({ node }: ElementProps) {
   return (
     <Field label={str(props["label"])} id={id}>
       <textarea
-        id={id} value={value} rows={num(props["rows"], 4)} placeholder={str(props["placeholder"])}
-        onInput={(event) => draft(event.currentTarget.value)} onBlur={() => commit(value)}
+        id={id}
+        value={value}
+        rows={num(props["rows"], 4)}
+        placeholder={str(props["placeholder"])}
+        onInput={(event) => draft(event.currentTarget.value)}
+        onBlur={() => commit(value)}
       />
     </Field>
   );
@@ -96,8 +119,16 @@ export function NumberInput({ node }: ElementProps) {
   return (
     <Field label={str(props["label"])} id={id}>
       <input
-        id={id} type="number" class="tabular" value={value} min={bound("min")} max={bound("max")} step={bound("step") ?? "any"}
-        onChange={(event) => { if (!Number.isNaN(event.currentTarget.valueAsNumber)) commit(event.currentTarget.valueAsNumber); }}
+        id={id}
+        type="number"
+        class="tabular"
+        value={value}
+        min={bound("min")}
+        max={bound("max")}
+        step={bound("step") ?? "any"}
+        onChange={(event) => {
+          if (!Number.isNaN(event.currentTarget.valueAsNumber)) commit(event.currentTarget.valueAsNumber);
+        }}
       />
     </Field>
   );
@@ -148,7 +179,9 @@ export function SelectBox({ node }: ElementProps) {
     <Field label={str(props["label"])} id={id}>
       <select id={id} value={value} onChange={(event) => commit(event.currentTarget.value)}>
         {records(props["options"]).map((option) => (
-          <option key={str(option["value"])} value={str(option["value"])}>{str(option["label"])}</option>
+          <option key={str(option["value"])} value={str(option["value"])}>
+            {str(option["label"])}
+          </option>
         ))}
       </select>
     </Field>
@@ -163,10 +196,18 @@ export function Slider({ node }: ElementProps) {
     <Field label={str(props["label"])} id={id}>
       <div class="slider">
         <input
-          id={id} type="range" value={value} min={num(props["min"], 0)} max={num(props["max"], 100)} step={num(props["step"]) || "any"}
-          onInput={(event) => draft(event.currentTarget.valueAsNumber)} onChange={(event) => commit(event.currentTarget.valueAsNumber)}
+          id={id}
+          type="range"
+          value={value}
+          min={num(props["min"], 0)}
+          max={num(props["max"], 100)}
+          step={num(props["step"]) || "any"}
+          onInput={(event) => draft(event.currentTarget.valueAsNumber)}
+          onChange={(event) => commit(event.currentTarget.valueAsNumber)}
         />
-        <output class="tabular" for={id}>{Number(value.toFixed(4))}</output>
+        <output class="tabular" for={id}>
+          {Number(value.toFixed(4))}
+        </output>
       </div>
     </Field>
   );

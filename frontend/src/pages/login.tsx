@@ -8,7 +8,15 @@ import { Logo } from "../icons";
 /** The minimum length that the server accepts. */
 const PASSWORD_MIN = 8;
 
-export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; notice: string; onSignedIn: (account: Account) => void }) {
+export function LoginPage({
+  signup,
+  notice,
+  onSignedIn,
+}: {
+  signup: boolean;
+  notice: string;
+  onSignedIn: (account: Account) => void;
+}) {
   const [creating, setCreating] = useState(false);
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState("");
@@ -37,21 +45,59 @@ export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; not
   return (
     <main class="login">
       <div class="login-card">
-        <div class="brand"><Logo /><span>Beamline</span></div>
+        <div class="brand">
+          <Logo />
+          <span>Beamline</span>
+        </div>
         <h1>{creating ? "Create an account" : "Sign in"}</h1>
-        {notice !== "" && <div class="alert info" role="status"><span>{notice}</span></div>}
+        {notice !== "" && (
+          <div class="alert info" role="status">
+            <span>{notice}</span>
+          </div>
+        )}
         <form class="stack" onSubmit={(event) => void submit(event)}>
           <label class="field">
             <span class="field-label">Name</span>
-            <input name="name" type="text" autocomplete="username" autocapitalize="none" spellcheck={false} maxLength={64} required autofocus aria-describedby="name-rule" data-testid="login-name" />
-            {creating && <span id="name-rule" class="muted hint">2 to 32 letters, digits, dots, dashes or underscores</span>}
+            <input
+              name="name"
+              type="text"
+              autocomplete="username"
+              autocapitalize="none"
+              spellcheck={false}
+              maxLength={64}
+              required
+              autofocus
+              aria-describedby="name-rule"
+              data-testid="login-name"
+            />
+            {creating && (
+              <span id="name-rule" class="muted hint">
+                2 to 32 letters, digits, dots, dashes or underscores
+              </span>
+            )}
           </label>
           <label class="field">
             <span class="field-label">Password</span>
-            <input name="password" type="password" autocomplete={creating ? "new-password" : "current-password"} maxLength={256} required aria-describedby="password-rule" data-testid="login-password" />
-            {creating && <span id="password-rule" class="muted hint">At least {PASSWORD_MIN} characters</span>}
+            <input
+              name="password"
+              type="password"
+              autocomplete={creating ? "new-password" : "current-password"}
+              maxLength={256}
+              required
+              aria-describedby="password-rule"
+              data-testid="login-password"
+            />
+            {creating && (
+              <span id="password-rule" class="muted hint">
+                At least {PASSWORD_MIN} characters
+              </span>
+            )}
           </label>
-          {error !== "" && <div class="alert bad" role="alert" data-testid="login-error"><span>{error}</span></div>}
+          {error !== "" && (
+            <div class="alert bad" role="alert" data-testid="login-error">
+              <span>{error}</span>
+            </div>
+          )}
           <button type="submit" class="primary wide" disabled={busy} data-testid="login-submit">
             {busy ? "One moment…" : creating ? "Create account" : "Sign in"}
           </button>
@@ -59,7 +105,15 @@ export function LoginPage({ signup, notice, onSignedIn }: { signup: boolean; not
         {signup && (
           <p class="muted center">
             {creating ? "Already have an account?" : "New here?"}{" "}
-            <button type="button" class="text-button" data-testid="login-mode" onClick={() => { setCreating(!creating); setError(""); }}>
+            <button
+              type="button"
+              class="text-button"
+              data-testid="login-mode"
+              onClick={() => {
+                setCreating(!creating);
+                setError("");
+              }}
+            >
               {creating ? "Sign in" : "Create an account"}
             </button>
           </p>

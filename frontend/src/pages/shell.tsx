@@ -61,7 +61,8 @@ export function Shell({ session }: { session: Session }) {
   // Follow internal links in texts without leaving the page.
   const follow = (event: MouseEvent): void => {
     const link = (event.target as Element | null)?.closest?.("a");
-    if (!link || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey) return;
+    if (!link || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey)
+      return;
     if (link.target === "_blank" || link.origin !== location.origin || link.pathname.startsWith("/auth/")) return;
     event.preventDefault();
     session.go(link.pathname + link.search + link.hash);
@@ -70,18 +71,51 @@ export function Shell({ session }: { session: Session }) {
   return (
     <SessionProvider value={session}>
       <div class={`shell ${drawer ? "drawer-open" : ""}`} onClick={follow}>
-        <a class="skip" href="#main" onClick={(event) => { event.preventDefault(); document.getElementById("main")?.focus(); }}>Skip to content</a>
+        <a
+          class="skip"
+          href="#main"
+          onClick={(event) => {
+            event.preventDefault();
+            document.getElementById("main")?.focus();
+          }}
+        >
+          Skip to content
+        </a>
         <ConnectionBanner session={session} />
         <header class="topbar">
-          <button type="button" class="ghost icon-button" aria-label="Menu" aria-expanded={drawer} onClick={() => setDrawer(!drawer)}><Icon name="menu" /></button>
-          <span class="brand"><Logo /><span>Beamline</span></span>
-          <button type="button" class="ghost icon-button" aria-label="Jump to" onClick={() => setJump("place")}><Icon name="search" /></button>
+          <button
+            type="button"
+            class="ghost icon-button"
+            aria-label="Menu"
+            aria-expanded={drawer}
+            onClick={() => setDrawer(!drawer)}
+          >
+            <Icon name="menu" />
+          </button>
+          <span class="brand">
+            <Logo />
+            <span>Beamline</span>
+          </span>
+          <button type="button" class="ghost icon-button" aria-label="Jump to" onClick={() => setJump("place")}>
+            <Icon name="search" />
+          </button>
         </header>
         {drawer && <div class="scrim" onClick={() => setDrawer(false)} />}
         <nav class="sidebar" aria-label="Main">
-          <div class="brand"><Logo /><span>Beamline</span></div>
-          <button type="button" class="jump" onClick={() => setJump("place")}><Icon name="search" /><span>Jump to…</span><kbd>Ctrl K</kbd></button>
-          <div class="sidebar-tree">{sidebar.map((node) => <Element key={node.id} node={node} />)}</div>
+          <div class="brand">
+            <Logo />
+            <span>Beamline</span>
+          </div>
+          <button type="button" class="jump" onClick={() => setJump("place")}>
+            <Icon name="search" />
+            <span>Jump to…</span>
+            <kbd>Ctrl K</kbd>
+          </button>
+          <div class="sidebar-tree">
+            {sidebar.map((node) => (
+              <Element key={node.id} node={node} />
+            ))}
+          </div>
           <Foot session={session} />
         </nav>
         <main id="main" class="main" tabIndex={-1} aria-busy={session.busy.value}>
@@ -110,10 +144,17 @@ function parts(root: TreeNode): { sidebar: TreeNode[]; main: TreeNode[] } {
 }
 
 function typingIn(target: EventTarget | null): boolean {
-  return target instanceof HTMLElement && (target.isContentEditable || /^(input|textarea|select)$/i.test(target.tagName));
+  return (
+    target instanceof HTMLElement && (target.isContentEditable || /^(input|textarea|select)$/i.test(target.tagName))
+  );
 }
 
-const LABELS: Record<Status["name"], string> = { connected: "Connected", connecting: "Connecting…", waiting: "Offline", closed: "Disconnected" };
+const LABELS: Record<Status["name"], string> = {
+  connected: "Connected",
+  connecting: "Connecting…",
+  waiting: "Offline",
+  closed: "Disconnected",
+};
 const DOTS: Record<Status["name"], string> = { connected: "ok", connecting: "warn", waiting: "bad", closed: "bad" };
 const THEMES = { auto: ["auto", "System"], light: ["sun", "Light"], dark: ["moon", "Dark"] } as const;
 
@@ -127,9 +168,29 @@ function Foot({ session }: { session: Session }) {
       </div>
       <div class="foot-row">
         <Avatar name={session.me.name} id={session.me.user} small />
-        <span class="ellipsis grow" data-testid="me">{session.me.name}</span>
-        <button type="button" class="ghost icon-button" aria-label={`Theme: ${label}`} title={`Theme: ${label}`} data-testid="theme" onClick={nextTheme}><Icon name={icon} /></button>
-        <button type="button" class="ghost icon-button" aria-label="Sign out" title="Sign out" data-testid="sign-out" onClick={() => void signOut().then(() => location.assign("/"))}><Icon name="leave" /></button>
+        <span class="ellipsis grow" data-testid="me">
+          {session.me.name}
+        </span>
+        <button
+          type="button"
+          class="ghost icon-button"
+          aria-label={`Theme: ${label}`}
+          title={`Theme: ${label}`}
+          data-testid="theme"
+          onClick={nextTheme}
+        >
+          <Icon name={icon} />
+        </button>
+        <button
+          type="button"
+          class="ghost icon-button"
+          aria-label="Sign out"
+          title="Sign out"
+          data-testid="sign-out"
+          onClick={() => void signOut().then(() => location.assign("/"))}
+        >
+          <Icon name="leave" />
+        </button>
       </div>
     </div>
   );
@@ -149,8 +210,12 @@ function ConnectionBanner({ session }: { session: Session }) {
     const seconds = Math.max(0, Math.ceil((status.retryAt - now) / 1000));
     return (
       <div class="banner" role="status" data-testid="offline">
-        <span>Connection lost. Retrying in <b class="tabular">{seconds} s</b>.</span>
-        <button type="button" class="small" onClick={() => session.connection.retryNow()}>Retry now</button>
+        <span>
+          Connection lost. Retrying in <b class="tabular">{seconds} s</b>.
+        </span>
+        <button type="button" class="small" onClick={() => session.connection.retryNow()}>
+          Retry now
+        </button>
       </div>
     );
   }
@@ -158,7 +223,9 @@ function ConnectionBanner({ session }: { session: Session }) {
     return (
       <div class="banner" role="alert">
         <span>Disconnected: {status.reason}.</span>
-        <button type="button" class="small" onClick={() => session.connection.open()}>Reconnect</button>
+        <button type="button" class="small" onClick={() => session.connection.open()}>
+          Reconnect
+        </button>
       </div>
     );
   }
@@ -173,9 +240,15 @@ function FailureBox({ session }: { session: Session }) {
       <div>
         <strong>This page ran into an error</strong>
         <span>{sentence(failure.message)}</span>
-        {failure.traceId !== "" && <span class="muted">Trace <code>{failure.traceId}</code></span>}
+        {failure.traceId !== "" && (
+          <span class="muted">
+            Trace <code>{failure.traceId}</code>
+          </span>
+        )}
       </div>
-      <button type="button" class="small" onClick={() => session.rerun(true)}><Icon name="retry" /> Run again</button>
+      <button type="button" class="small" onClick={() => session.rerun(true)}>
+        <Icon name="retry" /> Run again
+      </button>
     </div>
   );
 }
@@ -196,7 +269,9 @@ function Toasts({ session }: { session: Session }) {
       {session.toasts.value.map((note) => (
         <div key={note.id} class={`toast ${note.tone}`}>
           <span>{note.text}</span>
-          <button type="button" class="ghost icon-button" aria-label="Dismiss" onClick={() => session.dismiss(note.id)}><Icon name="close" /></button>
+          <button type="button" class="ghost icon-button" aria-label="Dismiss" onClick={() => session.dismiss(note.id)}>
+            <Icon name="close" />
+          </button>
         </div>
       ))}
     </div>
@@ -236,10 +311,16 @@ function Jump({ session, fresh, close }: { session: Session; fresh: boolean; clo
 
   const wanted = query.trim().toLowerCase();
   const title = fresh ? "New room" : "Jump to";
-  const found = fresh && wanted === "" ? [] : places(session.store.root).filter((place) => place.label.toLowerCase().includes(wanted));
+  const found =
+    fresh && wanted === ""
+      ? []
+      : places(session.store.root).filter((place) => place.label.toLowerCase().includes(wanted));
   const name = query.trim().replace(/^#/, "");
   const rooms = roomsHref(session.store.root);
-  const creates = rooms !== undefined && name !== "" && !found.some((place) => place.label.toLowerCase().replace(/^#\s*/, "") === name.toLowerCase());
+  const creates =
+    rooms !== undefined &&
+    name !== "" &&
+    !found.some((place) => place.label.toLowerCase().replace(/^#\s*/, "") === name.toLowerCase());
 
   const count = found.length + (creates ? 1 : 0);
   const chosen = picked ?? (fresh && creates ? found.length : 0);
@@ -268,21 +349,64 @@ function Jump({ session, fresh, close }: { session: Session; fresh: boolean; clo
     }
   };
   return (
-    <dialog ref={dialog} class="dialog jump-dialog" aria-label={title} onClose={close} onClick={(event) => { if (event.target === dialog.current) close(); }}>
+    <dialog
+      ref={dialog}
+      class="dialog jump-dialog"
+      aria-label={title}
+      onClose={close}
+      onClick={(event) => {
+        if (event.target === dialog.current) close();
+      }}
+    >
       <div class="jump-field">
         <Icon name={fresh ? "plus" : "search"} />
-        <input type="text" value={query} placeholder={fresh ? "Name of the new room" : rooms === undefined ? "Jump to a page" : "Jump to a room or page, or name a new room"} aria-label={title} role="combobox" aria-expanded={count > 0} aria-controls="jump-list" {...(count > 0 ? { "aria-activedescendant": `place-${chosen}` } : {})} data-testid="jump-input"
-          onInput={(event) => { setQuery(event.currentTarget.value); setChosen(null); }} onKeyDown={key} />
+        <input
+          type="text"
+          value={query}
+          placeholder={
+            fresh
+              ? "Name of the new room"
+              : rooms === undefined
+                ? "Jump to a page"
+                : "Jump to a room or page, or name a new room"
+          }
+          aria-label={title}
+          role="combobox"
+          aria-expanded={count > 0}
+          aria-controls="jump-list"
+          {...(count > 0 ? { "aria-activedescendant": `place-${chosen}` } : {})}
+          data-testid="jump-input"
+          onInput={(event) => {
+            setQuery(event.currentTarget.value);
+            setChosen(null);
+          }}
+          onKeyDown={key}
+        />
       </div>
       <ul id="jump-list" role="listbox" aria-label="Pages and rooms" hidden={count === 0}>
         {found.map((place, i) => (
-          <li key={place.href} id={`place-${i}`} role="option" aria-selected={i === chosen} onMouseEnter={() => setChosen(i)} onClick={() => take(i)}>
-            <span class="ellipsis">{place.label}</span>{place.active && <span class="muted">open</span>}
+          <li
+            key={place.href}
+            id={`place-${i}`}
+            role="option"
+            aria-selected={i === chosen}
+            onMouseEnter={() => setChosen(i)}
+            onClick={() => take(i)}
+          >
+            <span class="ellipsis">{place.label}</span>
+            {place.active && <span class="muted">open</span>}
           </li>
         ))}
         {creates && (
-          <li id={`place-${found.length}`} role="option" aria-selected={chosen === found.length} onMouseEnter={() => setChosen(found.length)} onClick={() => take(found.length)}>
-            <Icon name="plus" /><span class="ellipsis">Create room “{name}”</span>
+          <li
+            id={`place-${found.length}`}
+            role="option"
+            aria-selected={chosen === found.length}
+            onMouseEnter={() => setChosen(found.length)}
+            onClick={() => take(found.length)}
+          >
+            <Icon name="plus" />
+            <span class="ellipsis">Create room “{name}”</span>
           </li>
         )}
       </ul>

@@ -17,7 +17,12 @@ const all = (): Window[] => [ann, bob, console_].filter((one) => one !== undefin
 
 const open = async (name: string, options: BrowserContextOptions = {}): Promise<Window> => {
   // Reduced motion, so that contrast is not measured during a colour transition.
-  const context = await browser.newContext({ viewport: DESKTOP, colorScheme: "light", reducedMotion: "reduce", ...options });
+  const context = await browser.newContext({
+    viewport: DESKTOP,
+    colorScheme: "light",
+    reducedMotion: "reduce",
+    ...options,
+  });
   return Window.open(context, server.url, name);
 };
 
@@ -31,7 +36,8 @@ afterAll(async () => {
 });
 afterEach(async ({ task }) => {
   if (task.result?.state === "fail") {
-    for (const [i, window] of all().entries()) await window.picture(new URL(`out/failed-${i}.png`, import.meta.url).pathname).catch(() => undefined);
+    for (const [i, window] of all().entries())
+      await window.picture(new URL(`out/failed-${i}.png`, import.meta.url).pathname).catch(() => undefined);
     console.error(server.log.slice(-40).join("\n"));
   }
 });
@@ -69,7 +75,8 @@ describe("sign in", () => {
 
     const keys = bob.page.keyboard;
     // Focus starts in the name field; the button for a new account comes after the form.
-    const focused = (): Promise<string | null> => bob.page.evaluate(() => document.activeElement?.getAttribute("data-testid") ?? null);
+    const focused = (): Promise<string | null> =>
+      bob.page.evaluate(() => document.activeElement?.getAttribute("data-testid") ?? null);
     expect(await focused()).toBe("login-name");
     for (let i = 0; i < 6 && (await focused()) !== "login-mode"; i++) await keys.press("Tab");
 
@@ -115,7 +122,8 @@ describe("chat", () => {
   });
 
   it("the assistant's answer appears in both windows", async () => {
-    const answers = (window: Window): ReturnType<Window["message"]> => window.page.locator("[data-testid=message].assistant[data-state=sent]");
+    const answers = (window: Window): ReturnType<Window["message"]> =>
+      window.page.locator("[data-testid=message].assistant[data-state=sent]");
     await ann.send("@assistant status");
     for (const window of [ann, bob]) {
       await answers(window).first().waitFor();
@@ -139,12 +147,15 @@ describe("chat", () => {
   });
 
   it("a wide table scrolls sideways and breaks no words", async () => {
-    await ann.send("| provider | what it does | where | p95 |\n|---|---|---|---|\n| local-echo-provider | says the same words again as they came | europe-west | 12 ms |");
+    await ann.send(
+      "| provider | what it does | where | p95 |\n|---|---|---|---|\n| local-echo-provider | says the same words again as they came | europe-west | 12 ms |",
+    );
     const table = ann.page.locator(".markdown .table-scroll");
     await table.waitFor();
     await ann.page.setViewportSize(PHONE);
     await ann.page.locator(".markdown .more-right").waitFor();
-    const heights = (): Promise<number[]> => table.locator("td").evaluateAll((cells) => cells.map((cell) => cell.clientHeight));
+    const heights = (): Promise<number[]> =>
+      table.locator("td").evaluateAll((cells) => cells.map((cell) => cell.clientHeight));
     expect(Math.max(...(await heights()))).toBeLessThan(34);
     await ann.fits(PHONE.width);
     await table.evaluate((element) => element.scrollTo({ left: 9_999 }));
@@ -163,7 +174,8 @@ describe("chat", () => {
   it("is accessible and fits a phone, light and dark", async () => {
     await ann.accessible("chat");
     await bob.accessible("chat, dark");
-    const background = (window: Window): Promise<string> => window.page.evaluate(() => getComputedStyle(document.documentElement).backgroundColor);
+    const background = (window: Window): Promise<string> =>
+      window.page.evaluate(() => getComputedStyle(document.documentElement).backgroundColor);
     expect(await background(ann)).not.toBe(await background(bob));
     await ann.page.setViewportSize(PHONE);
     await ann.fits(PHONE.width);
@@ -240,7 +252,10 @@ describe("a room that is deleted", () => {
 it("a duplicated tab has a session of its own", async () => {
   const kept = (page: Page): Promise<string | null> => page.evaluate(() => sessionStorage.getItem("beamline.session"));
   // Like "duplicate tab", a window that a page opens starts with a copy of the tab's session storage.
-  const [copy] = await Promise.all([ann.page.waitForEvent("popup"), ann.page.evaluate(() => void window.open(location.href))]);
+  const [copy] = await Promise.all([
+    ann.page.waitForEvent("popup"),
+    ann.page.evaluate(() => void window.open(location.href)),
+  ]);
   await copy.locator("[data-testid=connection-state][data-state=connected]").waitFor({ state: "attached" });
   const [original, duplicate] = [await kept(ann.page), await kept(copy)];
   expect(duplicate).not.toBe(original);
@@ -251,7 +266,10 @@ it("a duplicated tab has a session of its own", async () => {
 });
 
 it("an unknown page says so and links to the start page", async () => {
-  for (const [place, text] of [["/rooms/nosuch", "There is no such room"], ["/nosuch", "There is nothing here"]] as const) {
+  for (const [place, text] of [
+    ["/rooms/nosuch", "There is no such room"],
+    ["/nosuch", "There is nothing here"],
+  ] as const) {
     await ann.page.goto(server.url + place);
     await ann.page.getByText(text).waitFor();
     await ann.byId("room-link").first().waitFor();
@@ -268,7 +286,9 @@ describe("console", () => {
     await console_.connected();
     await console_.byId("chart").first().waitFor();
     await console_.page.locator(".plot-box .line").first().waitFor({ state: "attached" });
-    await expect.poll(() => console_.byId("live-metric-value").allInnerTexts(), { timeout: WAIT_MS }).toEqual(expect.arrayContaining([expect.stringMatching(/\d/)]));
+    await expect
+      .poll(() => console_.byId("live-metric-value").allInnerTexts(), { timeout: WAIT_MS })
+      .toEqual(expect.arrayContaining([expect.stringMatching(/\d/)]));
     await console_.changes(() => console_.page.locator(".plot-box .line").first().getAttribute("d"));
   });
 
@@ -288,7 +308,11 @@ describe("console", () => {
   });
 
   it("the crosshair shows values, the legend toggles lines, a drag zooms, and the data is available as a table", async () => {
-    const title = await console_.byId("chart").filter({ has: console_.page.locator(".plot-box .line") }).first().getAttribute("aria-label");
+    const title = await console_
+      .byId("chart")
+      .filter({ has: console_.page.locator(".plot-box .line") })
+      .first()
+      .getAttribute("aria-label");
     const chart = console_.page.locator(`[data-testid=chart][aria-label="${title}"]`);
     const plot = chart.locator(".plot-box").first();
     const box = await plot.boundingBox();

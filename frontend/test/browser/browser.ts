@@ -7,7 +7,10 @@ import { expect } from "vitest";
 export const WAIT_MS = 20_000;
 
 export const launch = (): Promise<Browser> =>
-  chromium.launch({ executablePath: process.env["CHROMIUM"] ?? "/usr/bin/chromium", args: ["--no-sandbox", "--disable-dev-shm-usage"] });
+  chromium.launch({
+    executablePath: process.env["CHROMIUM"] ?? "/usr/bin/chromium",
+    args: ["--no-sandbox", "--disable-dev-shm-usage"],
+  });
 
 export class Window {
   /** Unexpected console errors, exceptions, policy violations and requests to other hosts. */
@@ -34,14 +37,17 @@ export class Window {
     });
     page.on("request", (request) => {
       const url = new URL(request.url());
-      if (!/^(data|blob|about):$/.test(url.protocol) && url.host !== new URL(origin).host) problem(`request to ${url.href}`);
+      if (!/^(data|blob|about):$/.test(url.protocol) && url.host !== new URL(origin).host)
+        problem(`request to ${url.href}`);
     });
   }
 
   static async open(context: BrowserContext, origin: string, name: string): Promise<Window> {
     const window = new Window(await context.newPage(), origin, name);
     await window.page.addInitScript(() => {
-      document.addEventListener("securitypolicyviolation", (event) => console.error(`policy: ${event.violatedDirective} ${event.blockedURI} ${event.sample}`));
+      document.addEventListener("securitypolicyviolation", (event) =>
+        console.error(`policy: ${event.violatedDirective} ${event.blockedURI} ${event.sample}`),
+      );
     });
     return window;
   }
@@ -62,7 +68,9 @@ export class Window {
   /** Ids and texts of the displayed messages. */
   messages(): Promise<string[]> {
     return this.byId("message").evaluateAll((all) =>
-      all.map((one) => `${one.getAttribute("data-id")} ${one.querySelector("[data-testid=message-text]")?.textContent ?? ""}`),
+      all.map(
+        (one) => `${one.getAttribute("data-id")} ${one.querySelector("[data-testid=message-text]")?.textContent ?? ""}`,
+      ),
     );
   }
 
@@ -93,7 +101,10 @@ export class Window {
     await this.page.evaluate(axe.source);
     const found = await this.page.evaluate(async () => {
       const run = (window as unknown as { axe: typeof axe }).axe.run(document, { resultTypes: ["violations"] });
-      return (await run).violations.map(({ id, help, nodes }) => `${id}: ${help}\n${nodes.map((node) => `    ${node.html}\n    ${node.failureSummary ?? ""}`).join("\n")}`);
+      return (await run).violations.map(
+        ({ id, help, nodes }) =>
+          `${id}: ${help}\n${nodes.map((node) => `    ${node.html}\n    ${node.failureSummary ?? ""}`).join("\n")}`,
+      );
     });
     expect(found, `${where} (${this.name})`).toEqual([]);
   }
@@ -101,17 +112,26 @@ export class Window {
   /** Checks that nothing is wider than the window. */
   async fits(width: number): Promise<void> {
     const wide = await this.page.evaluate(() => {
-      const scrolls = (element: Element): boolean => /auto|scroll/.test(getComputedStyle(element).overflowX) && !element.matches(".main, main, html, body");
+      const scrolls = (element: Element): boolean =>
+        /auto|scroll/.test(getComputedStyle(element).overflowX) && !element.matches(".main, main, html, body");
       return [...document.querySelectorAll("body *")]
         .filter((element) => {
           const box = element.getBoundingClientRect();
-          if (box.width === 0 || box.right <= innerWidth + 0.5 || getComputedStyle(element).visibility === "hidden") return false;
-          for (let up = element.parentElement; up; up = up.parentElement) if (scrolls(up) || getComputedStyle(up).overflowX === "hidden" && up !== document.body) return false;
+          if (box.width === 0 || box.right <= innerWidth + 0.5 || getComputedStyle(element).visibility === "hidden")
+            return false;
+          for (let up = element.parentElement; up; up = up.parentElement)
+            if (scrolls(up) || (getComputedStyle(up).overflowX === "hidden" && up !== document.body)) return false;
           return true;
         })
-        .map((element) => `${element.tagName}.${element.getAttribute("class") ?? ""} ends at ${Math.round(element.getBoundingClientRect().right)}`);
+        .map(
+          (element) =>
+            `${element.tagName}.${element.getAttribute("class") ?? ""} ends at ${Math.round(element.getBoundingClientRect().right)}`,
+        );
     });
-    const scroll = await this.page.evaluate(() => [document.documentElement.scrollWidth, ...[...document.querySelectorAll("main")].map((main) => main.scrollWidth)]);
+    const scroll = await this.page.evaluate(() => [
+      document.documentElement.scrollWidth,
+      ...[...document.querySelectorAll("main")].map((main) => main.scrollWidth),
+    ]);
     expect({ wide, over: scroll.filter((one) => one > width) }).toEqual({ wide: [], over: [] });
   }
 

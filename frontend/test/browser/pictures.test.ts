@@ -23,19 +23,32 @@ describe.runIf(process.env["SCREENSHOTS"] === "1")("pictures", () => {
 
   it("of the chat and the console", async () => {
     const join = async (name: string): Promise<Window> => {
-      const window = await Window.open(await browser.newContext({ viewport: SIZE, colorScheme: "light" }), server.url, name);
+      const window = await Window.open(
+        await browser.newContext({ viewport: SIZE, colorScheme: "light" }),
+        server.url,
+        name,
+      );
       await window.page.goto(server.url);
       await window.signUp(name, "correct horse battery staple");
       return window;
     };
     const [ann, ben, mira] = [await join("ann"), await join("ben"), await join("mira")];
     // Run some tasks, so that the assistant's answer and the console show real numbers.
-    for (let i = 0; i < 40; i++) await Promise.all(["echo", "ops", "echo"].map((type) => server.submit(type, { prompt: "status" })));
+    for (let i = 0; i < 40; i++)
+      await Promise.all(["echo", "ops", "echo"].map((type) => server.submit(type, { prompt: "status" })));
     const say = async (who: Window, text: string): Promise<void> => {
       await who.send(text);
-      await ann.page.locator("[data-testid=message][data-state=sent]").filter({ hasText: text.slice(0, 24).replace(/[*`]/g, "") }).first().waitFor();
+      await ann.page
+        .locator("[data-testid=message][data-state=sent]")
+        .filter({ hasText: text.slice(0, 24).replace(/[*`]/g, "") })
+        .first()
+        .waitFor();
     };
-    const answered = (count: number): Promise<void> => ann.page.locator("[data-testid=message].assistant[data-state=sent]").nth(count - 1).waitFor();
+    const answered = (count: number): Promise<void> =>
+      ann.page
+        .locator("[data-testid=message].assistant[data-state=sent]")
+        .nth(count - 1)
+        .waitFor();
     await say(ben, "Morning! The new worker is in, it takes the `echo` tasks now.");
     await say(ann, "Great. Let me look at how it is doing.");
     await say(ann, "@assistant status");
@@ -44,7 +57,15 @@ describe.runIf(process.env["SCREENSHOTS"] === "1")("pictures", () => {
     await say(mira, "@assistant providers");
     await answered(2);
     await say(ben, "That is the one. I will send a minute of load and watch the console.");
-    const console_ = await Window.open(await browser.newContext({ viewport: { width: 1280, height: 900 }, colorScheme: "dark", storageState: await ann.page.context().storageState() }), server.url, "console");
+    const console_ = await Window.open(
+      await browser.newContext({
+        viewport: { width: 1280, height: 900 },
+        colorScheme: "dark",
+        storageState: await ann.page.context().storageState(),
+      }),
+      server.url,
+      "console",
+    );
     await console_.page.goto(`${server.url}/console`);
     await console_.connected();
     await ann.page.locator("main").focus();
@@ -53,7 +74,8 @@ describe.runIf(process.env["SCREENSHOTS"] === "1")("pictures", () => {
 
     const until = Date.now() + TRAFFIC_MS;
     const load = async (type: string): Promise<void> => {
-      for (let i = 0; Date.now() < until; i++) await Promise.all(Array.from({ length: 1 + (i % 4) }, () => server.submit(type, { prompt: "status" })));
+      for (let i = 0; Date.now() < until; i++)
+        await Promise.all(Array.from({ length: 1 + (i % 4) }, () => server.submit(type, { prompt: "status" })));
     };
     const talk = async (): Promise<void> => {
       for (let i = 0; Date.now() < until; i++) {

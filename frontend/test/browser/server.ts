@@ -23,11 +23,24 @@ export class Server {
   }
 
   async start(): Promise<void> {
-    if (!existsSync(this.binary)) throw new Error(`${this.binary} does not exist: run cargo build, or set BEAMLINE to the binary`);
+    if (!existsSync(this.binary))
+      throw new Error(`${this.binary} does not exist: run cargo build, or set BEAMLINE to the binary`);
 
     const child = spawn(
       this.binary,
-      ["up", "--data-dir", this.dir, "--http", this.address, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--socket", this.socket],
+      [
+        "up",
+        "--data-dir",
+        this.dir,
+        "--http",
+        this.address,
+        "--ops",
+        "127.0.0.1:0",
+        "--grpc",
+        "127.0.0.1:0",
+        "--socket",
+        this.socket,
+      ],
       { stdio: ["ignore", "pipe", "pipe"] },
     );
     this.process = child;
@@ -38,7 +51,10 @@ export class Server {
     createInterface({ input: child.stderr }).on("line", keep);
 
     const ready = await new Promise<string>((found, failed) => {
-      const late = setTimeout(() => failed(new Error(`the server was not ready in time\n${this.log.join("\n")}`)), READY_MS);
+      const late = setTimeout(
+        () => failed(new Error(`the server was not ready in time\n${this.log.join("\n")}`)),
+        READY_MS,
+      );
       createInterface({ input: child.stdout }).on("line", (line) => {
         keep(line);
         if (!line.startsWith("ready ")) return;
@@ -46,14 +62,20 @@ export class Server {
         found(line.slice("ready ".length));
       });
       child.once("error", failed);
-      child.once("exit", (code, signal) => failed(new Error(`the server exited (${signal ?? code})\n${this.log.join("\n")}`)));
+      child.once("exit", (code, signal) =>
+        failed(new Error(`the server exited (${signal ?? code})\n${this.log.join("\n")}`)),
+      );
     });
     this.address = String((JSON.parse(ready) as { http: string }).http);
   }
 
   /** Submits a task with the command line client and waits for its result. */
   async submit(type: string, payload: unknown): Promise<void> {
-    const child = spawn(this.binary, ["submit", "--socket", this.socket, "--type", type, "--wait", "result", JSON.stringify(payload)], { stdio: "ignore" });
+    const child = spawn(
+      this.binary,
+      ["submit", "--socket", this.socket, "--type", type, "--wait", "result", JSON.stringify(payload)],
+      { stdio: "ignore" },
+    );
     await once(child, "exit");
   }
 

@@ -1,6 +1,14 @@
 // Tests the connection against a fake server, with fake timers.
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
-import { backoff, CommandError, Connection, type Listener, type Options, type Position, type Subscribed } from "../../src/connection";
+import {
+  backoff,
+  CommandError,
+  Connection,
+  type Listener,
+  type Options,
+  type Position,
+  type Subscribed,
+} from "../../src/connection";
 import type { ClientInfo } from "../../src/codec/realtime";
 import { FakeServer } from "./server";
 
@@ -18,7 +26,13 @@ afterEach(() => {
 });
 
 async function connected(options: Partial<Options> = {}): Promise<Connection> {
-  const connection = new Connection({ url: "ws://test/", token: () => Promise.resolve("t1"), webSocket: server.webSocket, random: () => 0.5, ...options });
+  const connection = new Connection({
+    url: "ws://test/",
+    token: () => Promise.resolve("t1"),
+    webSocket: server.webSocket,
+    random: () => 0.5,
+    ...options,
+  });
   connection.open();
   await settle();
   return connection;
@@ -58,7 +72,9 @@ describe("connect", () => {
 
   it("retries when no token is available", async () => {
     let tries = 0;
-    const connection = await connected({ token: () => (tries++ === 0 ? Promise.reject(new Error("offline")) : Promise.resolve("t")) });
+    const connection = await connected({
+      token: () => (tries++ === 0 ? Promise.reject(new Error("offline")) : Promise.resolve("t")),
+    });
     expect(connection.status.value.name).toBe("waiting");
     await vi.advanceTimersByTimeAsync(1_000);
     expect(connection.connected).toBe(true);
@@ -93,11 +109,20 @@ describe("subscribe", () => {
     await settle();
 
     expect(heard.subscriptions).toEqual([{ recovered: false, position: { epoch: "e1", offset: 7 } }]);
-    expect(server.socket.of("subscribe")[0]).toMatchObject({ channel: "chat:general", recover: false, joinLeave: true, recoverable: true, positioned: true });
+    expect(server.socket.of("subscribe")[0]).toMatchObject({
+      channel: "chat:general",
+      recover: false,
+      joinLeave: true,
+      recoverable: true,
+      positioned: true,
+    });
 
     server.publish("chat:general", data("a"), 8);
     server.publish("chat:other", data("x"), 1);
-    server.socket.say({ push: { channel: "chat:general", join: { info: { user: "ann" } } } }, { push: { channel: "chat:general", leave: { info: { user: "ann" } } } });
+    server.socket.say(
+      { push: { channel: "chat:general", join: { info: { user: "ann" } } } },
+      { push: { channel: "chat:general", leave: { info: { user: "ann" } } } },
+    );
 
     expect(heard.publications).toEqual(["a"]);
     expect(heard.positions).toEqual([{ epoch: "e1", offset: 8 }]);
@@ -107,7 +132,9 @@ describe("subscribe", () => {
   it("ignores publications of clients where only services publish", async () => {
     const forgery = (offset: number) => ({ data: data("forged"), info: { user: "mallory", client: "c9" }, offset });
     server.subscribe = () => ({ subscribe: { epoch: "e1", offset: 0, recoverable: true, publications: [] } });
-    server.other = () => ({ history: { publications: [forgery(1), { data: data("real"), offset: 2 }], epoch: "e1", offset: 2 } });
+    server.other = () => ({
+      history: { publications: [forgery(1), { data: data("real"), offset: 2 }], epoch: "e1", offset: 2 },
+    });
     const connection = await connected();
     for (const channel of ["chat:general", "app:s1#ann", "ops:live"]) {
       const heard = new Heard();
@@ -138,12 +165,24 @@ describe("subscribe", () => {
     const heard = new Heard();
     connection.subscribe("c", heard);
     await settle();
-    for (const [what, offset] of [["a", 1], ["b", 2], ["a again", 1], ["b again", 2], ["no history", 0], ["c", 3]] as const) server.publish("c", data(what), offset);
+    for (const [what, offset] of [
+      ["a", 1],
+      ["b", 2],
+      ["a again", 1],
+      ["b again", 2],
+      ["no history", 0],
+      ["c", 3],
+    ] as const)
+      server.publish("c", data(what), offset);
     expect(heard.publications).toEqual(["a", "b", "no history", "c"]);
   });
 
   it("subscribes once connected, in the frame after connect", async () => {
-    const connection = new Connection({ url: "ws://test/", token: () => Promise.resolve("t"), webSocket: server.webSocket });
+    const connection = new Connection({
+      url: "ws://test/",
+      token: () => Promise.resolve("t"),
+      webSocket: server.webSocket,
+    });
     connection.subscribe("a", new Heard());
     connection.subscribe("b", new Heard());
     connection.open();
@@ -175,7 +214,16 @@ describe("subscribe", () => {
 
   it("recovers what a listener missed since a position", async () => {
     server.subscribe = () => ({
-      subscribe: { epoch: "e", offset: 6, wasRecovering: true, recovered: true, publications: [{ data: data("5"), offset: 5 }, { data: data("6"), offset: 6 }] },
+      subscribe: {
+        epoch: "e",
+        offset: 6,
+        wasRecovering: true,
+        recovered: true,
+        publications: [
+          { data: data("5"), offset: 5 },
+          { data: data("6"), offset: 6 },
+        ],
+      },
     });
     const connection = await connected();
     const heard = new Heard();
@@ -206,7 +254,8 @@ describe("subscribe", () => {
 
   it("backs off after temporary errors", async () => {
     let tries = 0;
-    server.subscribe = () => (++tries < 3 ? { error: { code: 100, message: "internal", temporary: true } } : { subscribe: { epoch: "e" } });
+    server.subscribe = () =>
+      ++tries < 3 ? { error: { code: 100, message: "internal", temporary: true } } : { subscribe: { epoch: "e" } };
     const connection = await connected();
     const heard = new Heard();
     connection.subscribe("c", heard);
@@ -230,11 +279,18 @@ describe("subscribe", () => {
     await settle();
 
     server.publish("lost", data("a"), 3);
-    server.socket.say({ push: { channel: "lost", unsubscribe: { code: 2500, reason: "insufficient state" } } }, { push: { channel: "ended", unsubscribe: { code: 2000, reason: "server" } } });
+    server.socket.say(
+      { push: { channel: "lost", unsubscribe: { code: 2500, reason: "insufficient state" } } },
+      { push: { channel: "ended", unsubscribe: { code: 2000, reason: "server" } } },
+    );
 
     await vi.advanceTimersByTimeAsync(1_000);
     expect(ended.failures).toEqual([2000]);
-    expect(server.socket.of("subscribe").map(({ channel, recover, offset }) => [channel, recover, offset])).toEqual([["lost", false, 0], ["ended", false, 0], ["lost", true, 3]]);
+    expect(server.socket.of("subscribe").map(({ channel, recover, offset }) => [channel, recover, offset])).toEqual([
+      ["lost", false, 0],
+      ["ended", false, 0],
+      ["lost", true, 3],
+    ]);
   });
 });
 
@@ -258,7 +314,18 @@ describe("reconnect", () => {
     await settle();
 
     server.publish("c", data("3"), 3);
-    server.subscribe = () => ({ subscribe: { epoch: "e1", offset: 5, wasRecovering: true, recovered: true, publications: [{ data: data("4"), offset: 4 }, { data: data("5"), offset: 5 }] } });
+    server.subscribe = () => ({
+      subscribe: {
+        epoch: "e1",
+        offset: 5,
+        wasRecovering: true,
+        recovered: true,
+        publications: [
+          { data: data("4"), offset: 4 },
+          { data: data("5"), offset: 5 },
+        ],
+      },
+    });
 
     server.socket.drop();
     expect(connection.status.value).toMatchObject({ name: "waiting", retryAt: Date.now() + 750 });
@@ -416,7 +483,9 @@ describe("token refresh", () => {
   it("retries without a token and stays connected", async () => {
     server.connect = { connect: { expires: true, ttl: 100 } };
     let calls = 0;
-    const connection = await connected({ token: () => (++calls === 2 ? Promise.reject(new Error("offline")) : Promise.resolve("t")) });
+    const connection = await connected({
+      token: () => (++calls === 2 ? Promise.reject(new Error("offline")) : Promise.resolve("t")),
+    });
     await vi.advanceTimersByTimeAsync(80_000);
     expect(server.socket.of("refresh")).toHaveLength(0);
     await vi.advanceTimersByTimeAsync(24_000);
@@ -435,7 +504,11 @@ describe("commands", () => {
   it("fail with the server's error", async () => {
     server.rpc = () => ({ error: { code: 111, message: "too many requests", temporary: true } });
     const connection = await connected();
-    await expect(connection.rpc("x", data(""))).rejects.toMatchObject({ code: 111, message: "too many requests", temporary: true });
+    await expect(connection.rpc("x", data(""))).rejects.toMatchObject({
+      code: 111,
+      message: "too many requests",
+      temporary: true,
+    });
   });
 
   it("fail after five seconds without a reply, and a late reply is ignored", async () => {
@@ -460,7 +533,9 @@ describe("commands", () => {
 
   it("read the replies of presence and history", async () => {
     server.other = (sent) =>
-      sent.presence ? { presence: { presence: { c1: { user: "ann", client: "c1" } } } } : { history: { epoch: "e", offset: 2, publications: [{ data: data("a"), offset: 2 }] } };
+      sent.presence
+        ? { presence: { presence: { c1: { user: "ann", client: "c1" } } } }
+        : { history: { epoch: "e", offset: 2, publications: [{ data: data("a"), offset: 2 }] } };
     const connection = await connected();
     expect(await connection.presence("c")).toMatchObject([{ user: "ann", client: "c1" }]);
     const history = await connection.history("c", -1, { epoch: "e", offset: 1 });
@@ -471,7 +546,11 @@ describe("commands", () => {
   it("of one turn share a frame", async () => {
     const connection = await connected();
     const before = server.socket.frames;
-    await Promise.all([connection.rpc("a", data("")), connection.rpc("b", data("")), connection.publish("c", data(""))]);
+    await Promise.all([
+      connection.rpc("a", data("")),
+      connection.rpc("b", data("")),
+      connection.publish("c", data("")),
+    ]);
     expect(server.socket.frames).toBe(before + 1);
   });
 });

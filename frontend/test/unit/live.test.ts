@@ -4,7 +4,8 @@ import { breakdown, merge, numbers, type Sample } from "../../src/live";
 
 const samples = (...of: [number, JsonObject][]): Sample[] => of.map(([t, data]) => ({ t, data }));
 const times = (of: Sample[]): number[] => of.map(({ t }) => t);
-const many = (count: number, from = 0): Sample[] => Array.from({ length: count }, (_, i) => ({ t: from + i, data: {} }));
+const many = (count: number, from = 0): Sample[] =>
+  Array.from({ length: count }, (_, i) => ({ t: from + i, data: {} }));
 
 describe("merge", () => {
   it("sorts by time and keeps the last of several samples with the same time", () => {
@@ -69,7 +70,13 @@ describe("breakdown", () => {
 describe("json", () => {
   it("follows dotted paths", () => {
     const value = { a: [{ b: 1 }], c: null };
-    expect([at(value, ""), at(value, "a.0.b"), at(value, "a.1.b"), at(value, "c.d"), at(value, "a.b")]).toEqual([value, 1, undefined, undefined, undefined]);
+    expect([at(value, ""), at(value, "a.0.b"), at(value, "a.1.b"), at(value, "c.d"), at(value, "a.b")]).toEqual([
+      value,
+      1,
+      undefined,
+      undefined,
+      undefined,
+    ]);
   });
 
   it("gives null for bytes that are not JSON", () => {

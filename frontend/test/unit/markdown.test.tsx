@@ -36,17 +36,30 @@ describe("renders", () => {
 
   it("tables with alignment", () => {
     const [table] = parseBlocks("| a | b |\n|:--|--:|\n| 1 | `2` |\n\nafter");
-    expect(table).toMatchObject({ type: "table", align: ["left", "right"], rows: [[[{ text: "1" }], [{ type: "code", text: "2" }]]] });
+    expect(table).toMatchObject({
+      type: "table",
+      align: ["left", "right"],
+      rows: [[[{ text: "1" }], [{ type: "code", text: "2" }]]],
+    });
     expect(html("| a | b |\n|:--|--:|\n| 1 | 2 |")).toContain('<td class="align-right">2</td>');
   });
 
   it("code blocks verbatim, also unclosed ones of a streaming answer", () => {
-    expect(parseBlocks("```rust\nlet a = \"<b>\";\n\n# no heading\n```\nafter")).toMatchObject([{ type: "code", lang: "rust", text: 'let a = "<b>";\n\n# no heading' }, { type: "paragraph" }]);
-    expect(parseBlocks("text\n```\nhalf")).toMatchObject([{ type: "paragraph" }, { type: "code", lang: "", text: "half" }]);
+    expect(parseBlocks('```rust\nlet a = "<b>";\n\n# no heading\n```\nafter')).toMatchObject([
+      { type: "code", lang: "rust", text: 'let a = "<b>";\n\n# no heading' },
+      { type: "paragraph" },
+    ]);
+    expect(parseBlocks("text\n```\nhalf")).toMatchObject([
+      { type: "paragraph" },
+      { type: "code", lang: "", text: "half" },
+    ]);
   });
 
   it("named and bare links, without the punctuation after them", () => {
-    check("[docs](https://a.test/x) see https://b.test/y.", '<p><a href="https://a.test/x" target="_blank" rel="noopener noreferrer">docs</a> see <a href="https://b.test/y" target="_blank" rel="noopener noreferrer">https://b.test/y</a>.</p>');
+    check(
+      "[docs](https://a.test/x) see https://b.test/y.",
+      '<p><a href="https://a.test/x" target="_blank" rel="noopener noreferrer">docs</a> see <a href="https://b.test/y" target="_blank" rel="noopener noreferrer">https://b.test/y</a>.</p>',
+    );
     check("[here](/console?tab=1)", '<p><a href="/console?tab=1">here</a></p>');
   });
 });
@@ -69,14 +82,26 @@ describe("never runs anything", () => {
     expect(out).not.toMatch(/<[^>]*\son(error|click|load|mouseover)=/);
   });
 
-  it.each(["javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "vbscript:x", "//evil.test/x", "file:///etc/passwd", " javascript:alert(1)", "java\tscript:alert(1)"])("does not link to %s", (href) => {
+  it.each([
+    "javascript:alert(1)",
+    "JaVaScRiPt:alert(1)",
+    "data:text/html,x",
+    "vbscript:x",
+    "//evil.test/x",
+    "file:///etc/passwd",
+    " javascript:alert(1)",
+    "java\tscript:alert(1)",
+  ])("does not link to %s", (href) => {
     expect(safeHref(href)).toBeNull();
     expect(html(`[x](${href})`)).not.toContain("<a");
   });
 
-  it.each(["https://a.test", "http://a.test/b?c=d#e", "mailto:a@b.test", "/rooms/1", "#part"])("a link to %s", (href) => {
-    expect(safeHref(href)).toBe(href);
-  });
+  it.each(["https://a.test", "http://a.test/b?c=d#e", "mailto:a@b.test", "/rooms/1", "#part"])(
+    "a link to %s",
+    (href) => {
+      expect(safeHref(href)).toBe(href);
+    },
+  );
 });
 
 describe("stays fast on input built to be slow", () => {

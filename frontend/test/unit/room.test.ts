@@ -19,15 +19,32 @@ let offset: number;
 beforeEach(async () => {
   vi.useFakeTimers();
   const kept = new Map<string, string>();
-  vi.stubGlobal("localStorage", { getItem: (k: string) => kept.get(k) ?? null, setItem: (k: string, v: string) => kept.set(k, v), removeItem: (k: string) => kept.delete(k) });
+  vi.stubGlobal("localStorage", {
+    getItem: (k: string) => kept.get(k) ?? null,
+    setItem: (k: string, v: string) => kept.set(k, v),
+    removeItem: (k: string) => kept.delete(k),
+  });
   vi.stubGlobal("requestAnimationFrame", () => 0); // like a hidden window, where only the timer applies updates
   vi.stubGlobal("location", new URL("http://app.test/"));
   server = new FakeServer();
   calls = [];
   offset = 0;
   answers = {
-    "chat.history": () => ({ messages: [{ id: 1, user: "bob", name: "Bob", text: "hi", at: 1, state: "done" }], more: false }),
-    "chat.send": (request) => ({ message: { id: 9, user: "ann", name: "Ann", text: str(request["text"]), at: 2, nonce: str(request["nonce"]), state: "done" } }),
+    "chat.history": () => ({
+      messages: [{ id: 1, user: "bob", name: "Bob", text: "hi", at: 1, state: "done" }],
+      more: false,
+    }),
+    "chat.send": (request) => ({
+      message: {
+        id: 9,
+        user: "ann",
+        name: "Ann",
+        text: str(request["text"]),
+        at: 2,
+        nonce: str(request["nonce"]),
+        state: "done",
+      },
+    }),
   };
   server.rpc = (method, data) => {
     const request = object(fromBytes(data));
@@ -35,8 +52,23 @@ beforeEach(async () => {
     const answer = answers[method];
     return answer ? { rpc: { data: toBytes(answer(request)) } } : { rpc: { data: toBytes({}) } };
   };
-  server.other = (sent) => (sent.presence ? { presence: { presence: { c1: { user: "ann", client: "c1" }, c2: { user: "bob", client: "c2", connInfo: toBytes({ name: "Bob" }) } } } } : {});
-  const connection = new Connection({ url: "ws://test/", token: () => Promise.resolve("t"), webSocket: server.webSocket, random: () => 0 });
+  server.other = (sent) =>
+    sent.presence
+      ? {
+          presence: {
+            presence: {
+              c1: { user: "ann", client: "c1" },
+              c2: { user: "bob", client: "c2", connInfo: toBytes({ name: "Bob" }) },
+            },
+          },
+        }
+      : {};
+  const connection = new Connection({
+    url: "ws://test/",
+    token: () => Promise.resolve("t"),
+    webSocket: server.webSocket,
+    random: () => 0,
+  });
   session = new Session(connection, { user: "ann", name: "Ann" }, "0123");
   connection.open();
   await vi.advanceTimersByTimeAsync(0);
@@ -61,7 +93,10 @@ describe("a room", () => {
   it("loads history and presence, then follows the channel", async () => {
     const one = await opened();
     expect(texts(one)).toEqual(["1:hi:done"]);
-    expect(one.people.value).toEqual([{ user: "ann", name: "Ann" }, { user: "bob", name: "Bob" }]);
+    expect(one.people.value).toEqual([
+      { user: "ann", name: "Ann" },
+      { user: "bob", name: "Bob" },
+    ]);
     said({ type: "message", message: { id: 2, user: "bob", name: "Bob", text: "more", at: 2, state: "done" } });
     server.socket.say({ push: { channel: CHANNEL, leave: { info: { user: "bob", client: "c2" } } } });
     await frame();
@@ -102,7 +137,10 @@ describe("a room", () => {
   });
 
   it("loads one page of older messages at a time", async () => {
-    answers["chat.history"] = (request) => (request["before"] === undefined ? { messages: [{ id: 60, text: "b" }], more: true } : { messages: [{ id: 10, text: "a" }], more: false });
+    answers["chat.history"] = (request) =>
+      request["before"] === undefined
+        ? { messages: [{ id: 60, text: "b" }], more: true }
+        : { messages: [{ id: 10, text: "a" }], more: false };
     const one = await opened();
     await Promise.all([one.loadOlder(), one.loadOlder()]);
     await one.loadOlder();
@@ -123,7 +161,9 @@ describe("sending", () => {
   it("keeps the order of messages sent in quick succession", async () => {
     const one = await opened();
     let id = 20;
-    answers["chat.send"] = (request) => ({ message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) } });
+    answers["chat.send"] = (request) => ({
+      message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) },
+    });
 
     const whole = server.rpc;
     let waiting = 0;
@@ -142,7 +182,9 @@ describe("sending", () => {
   it("holds messages while offline and sends each once, in order, after the reconnect", async () => {
     const one = await opened();
     let id = 20;
-    answers["chat.send"] = (request) => ({ message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) } });
+    answers["chat.send"] = (request) => ({
+      message: { id: ++id, user: "ann", text: str(request["text"]), nonce: str(request["nonce"]) },
+    });
 
     server.socket.drop();
     for (const text of ["a", "b", "c"]) one.send(text);
@@ -180,7 +222,10 @@ describe("sending", () => {
 
     server.rpc = whole;
     await vi.advanceTimersByTimeAsync(2_000);
-    expect(of("chat.send").map(({ text, nonce }) => [text, nonce === lost[0]?.["nonce"]])).toEqual([["a", true], ["b", false]]);
+    expect(of("chat.send").map(({ text, nonce }) => [text, nonce === lost[0]?.["nonce"]])).toEqual([
+      ["a", true],
+      ["b", false],
+    ]);
   });
 
   it("shows why a message was refused, and retries it only on request with the same nonce", async () => {
@@ -229,7 +274,8 @@ describe("an answer", () => {
     let changes = -1;
     one.state.subscribe(() => changes++);
     said(start);
-    for (const [i, text] of ["All ", "is ", "well"].entries()) said({ type: "delta", id: 2, seq: i + 1, attempt: 1, text });
+    for (const [i, text] of ["All ", "is ", "well"].entries())
+      said({ type: "delta", id: 2, seq: i + 1, attempt: 1, text });
     await frame();
     expect([texts(one)[1], changes]).toEqual(["2:All is well:streaming", 1]);
     one.stop(one.state.value.messages[1]!);
@@ -242,7 +288,10 @@ describe("an answer", () => {
     await vi.advanceTimersByTimeAsync(2_000);
     said(start);
     said({ type: "delta", id: 2, seq: 3, attempt: 1, text: "c" });
-    answers["chat.history"] = () => ({ messages: [{ id: 2, user: "assistant", text: "abc", state: "streaming", seq: 3, attempt: 1 }], more: false });
+    answers["chat.history"] = () => ({
+      messages: [{ id: 2, user: "assistant", text: "abc", state: "streaming", seq: 3, attempt: 1 }],
+      more: false,
+    });
     await frame();
     await frame();
 

@@ -40,7 +40,8 @@ describe("ticks", () => {
 
   it("are at full minutes and hours for times", () => {
     const start = new Date(2026, 10, 21, 7, 46, 13).getTime() / 1000;
-    const shown = (most: number, seconds: number): string[] => timeTicks([start, start + seconds], most).map((t) => new Date(t * 1000).toTimeString().slice(0, 8));
+    const shown = (most: number, seconds: number): string[] =>
+      timeTicks([start, start + seconds], most).map((t) => new Date(t * 1000).toTimeString().slice(0, 8));
     expect(shown(5, 60)).toEqual(["07:46:15", "07:46:30", "07:46:45", "07:47:00"]);
     expect(shown(5, 300)).toEqual(["07:47:00", "07:48:00", "07:49:00", "07:50:00", "07:51:00"]);
     expect(shown(4, 86_400)).toEqual(["12:00:00", "18:00:00", "00:00:00", "06:00:00"]);
@@ -53,12 +54,20 @@ it("nearest finds the closest sample", () => {
 });
 
 describe("paths", () => {
-  const path = (...values: (number | null)[]): string => linePath(values.map((_, i) => i), values, (x) => x * 10, (y) => y);
+  const path = (...values: (number | null)[]): string =>
+    linePath(
+      values.map((_, i) => i),
+      values,
+      (x) => x * 10,
+      (y) => y,
+    );
   it("break where a value is missing, and a lone value is a dot", () => {
     expect(path(1, 2, null, 3, null, 4, 5)).toBe("M0.0 1.0L10.0 2.0M30.0 3.0h0M50.0 4.0L60.0 5.0");
     expect([path(), path(null), path(7)]).toEqual(["", "", "M0.0 7.0h0"]);
   });
   it("an area closes each piece of the line", () => {
-    expect(areaPath(path(1, 2, null, 3, null, 4, 5), 9)).toBe("M0.0 1.0L10.0 2.0L10.0 9L0.0 9ZM50.0 4.0L60.0 5.0L60.0 9L50.0 9Z");
+    expect(areaPath(path(1, 2, null, 3, null, 4, 5), 9)).toBe(
+      "M0.0 1.0L10.0 2.0L10.0 9L0.0 9ZM50.0 4.0L60.0 5.0L60.0 9L50.0 9Z",
+    );
   });
 });

@@ -77,7 +77,9 @@ export class FakeServer {
   readonly sockets: FakeSocket[] = [];
   up = true;
   connect: Answer = { connect: { client: "c1", node: "n1", ping: 25, pong: true } };
-  subscribe: (channel: string, sent: Command) => Answer = () => ({ subscribe: { recoverable: true, epoch: "e", offset: 0 } });
+  subscribe: (channel: string, sent: Command) => Answer = () => ({
+    subscribe: { recoverable: true, epoch: "e", offset: 0 },
+  });
   rpc: (method: string, data: Uint8Array) => Answer = () => ({ rpc: {} });
   other: (sent: Command) => Answer = (sent) => {
     if (sent.presence) return { presence: {} };

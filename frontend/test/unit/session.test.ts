@@ -18,11 +18,22 @@ beforeEach(() => {
   vi.useFakeTimers();
   const place = new URL("http://app.test/chat?room=general");
   vi.stubGlobal("location", place);
-  vi.stubGlobal("history", { pushState: (_state: unknown, _title: string, url: URL) => { place.href = url.href; } });
-  vi.stubGlobal("window", { addEventListener: (name: string, listener: () => void) => { if (name === "popstate") popstate = listener; } });
+  vi.stubGlobal("history", {
+    pushState: (_state: unknown, _title: string, url: URL) => {
+      place.href = url.href;
+    },
+  });
+  vi.stubGlobal("window", {
+    addEventListener: (name: string, listener: () => void) => {
+      if (name === "popstate") popstate = listener;
+    },
+  });
   vi.stubGlobal("document", { title: "" });
   const kept = new Map<string, string>();
-  vi.stubGlobal("sessionStorage", { getItem: (key: string) => kept.get(key) ?? null, setItem: (key: string, value: string) => kept.set(key, value) });
+  vi.stubGlobal("sessionStorage", {
+    getItem: (key: string) => kept.get(key) ?? null,
+    setItem: (key: string, value: string) => kept.set(key, value),
+  });
   server = new FakeServer();
   said = [];
   offset = 0;
@@ -37,7 +48,12 @@ afterEach(() => {
 });
 
 async function started(): Promise<Session> {
-  const connection = new Connection({ url: "ws://test/", token: () => Promise.resolve("t"), webSocket: server.webSocket, random: () => 0 });
+  const connection = new Connection({
+    url: "ws://test/",
+    token: () => Promise.resolve("t"),
+    webSocket: server.webSocket,
+    random: () => 0,
+  });
   const session = new Session(connection, { user: "ann", name: "Ann" }, "0123");
   session.start();
   connection.open();
@@ -49,13 +65,20 @@ function forwards(message: Partially<Forward>): void {
   server.publish(CHANNEL, forward.encode({ version: 1, run: 1, ...message }), ++offset);
 }
 const deltas = (...delta: Partially<Delta>[]): void => forwards({ deltas: { delta } });
-const tree = (): void => deltas({ reset: { title: "Chat", children: [{ id: 1, kind: "text", props: [{ name: "text", text: "hi" }] }] } });
+const tree = (): void =>
+  deltas({ reset: { title: "Chat", children: [{ id: 1, kind: "text", props: [{ name: "text", text: "hi" }] }] } });
 
 describe("start", () => {
   it("subscribes to its own channel before it asks for the tree", async () => {
     const session = await started();
-    expect(server.socket.commands.map((c) => c.subscribe?.channel ?? c.rpc?.method ?? "connect")).toEqual(["connect", CHANNEL, "app.event"]);
-    expect(said).toMatchObject([{ version: 1, session: "0123", rerun: { path: "/chat", query: "room=general", reset: true } }]);
+    expect(server.socket.commands.map((c) => c.subscribe?.channel ?? c.rpc?.method ?? "connect")).toEqual([
+      "connect",
+      CHANNEL,
+      "app.event",
+    ]);
+    expect(said).toMatchObject([
+      { version: 1, session: "0123", rerun: { path: "/chat", query: "room=general", reset: true } },
+    ]);
     expect([session.busy.value, session.store.ready.value]).toEqual([true, false]);
     tree();
     forwards({ runFinished: {} });
@@ -79,7 +102,10 @@ describe("start", () => {
 
 describe("reconnect", () => {
   const reconnect = async (recovered: boolean, missed: Partially<Forward>[] = []): Promise<void> => {
-    const publications = missed.map((message) => ({ data: forward.encode({ version: 1, run: 1, ...message }), offset: ++offset }));
+    const publications = missed.map((message) => ({
+      data: forward.encode({ version: 1, run: 1, ...message }),
+      offset: ++offset,
+    }));
     server.subscribe = () => ({ subscribe: { epoch: "e", offset, wasRecovering: true, recovered, publications } });
     said.length = 0;
     server.socket.drop();
@@ -123,7 +149,10 @@ describe("messages from the server", () => {
   it("show an error until a run has finished", async () => {
     const session = await started();
     forwards({ error: { message: "division by zero", traceId: "abc" } });
-    expect([session.failure.value, session.busy.value]).toEqual([{ message: "division by zero", traceId: "abc" }, false]);
+    expect([session.failure.value, session.busy.value]).toEqual([
+      { message: "division by zero", traceId: "abc" },
+      false,
+    ]);
     forwards({ runFinished: {} });
     expect(session.failure.value).toBeNull();
   });
@@ -133,7 +162,11 @@ describe("messages from the server", () => {
     said.length = 0;
     forwards({ navigate: { path: "/console", query: "tab=1" } });
     await settle();
-    expect([location.pathname, location.search, session.location.value]).toEqual(["/console", "?tab=1", "/console?tab=1"]);
+    expect([location.pathname, location.search, session.location.value]).toEqual([
+      "/console",
+      "?tab=1",
+      "/console?tab=1",
+    ]);
     expect(said).toMatchObject([{ rerun: { path: "/console", query: "tab=1", reset: true } }]);
     for (let i = 0; i < 9; i++) forwards({ toast: { tone: "ok", text: `saved ${i}` } });
     expect(session.toasts.value.map(({ text }) => text)).toEqual(["saved 5", "saved 6", "saved 7", "saved 8"]);
@@ -148,11 +181,22 @@ describe("messages to the server", () => {
     said.length = 0;
     session.event("k1", { a: [1, "é"] });
     session.event("", 1); // an element without a key has no listener
-    session.submit("f", [{ key: "name", value: "Ann" }, { key: "age", value: 41 }]);
+    session.submit("f", [
+      { key: "name", value: "Ann" },
+      { key: "age", value: 41 },
+    ]);
     await settle();
     expect(said).toMatchObject([
       { session: "0123", event: { key: "k1", value: '{"a":[1,"é"]}' } },
-      { submit: { form: "f", values: [{ key: "name", value: '"Ann"' }, { key: "age", value: "41" }] } },
+      {
+        submit: {
+          form: "f",
+          values: [
+            { key: "name", value: '"Ann"' },
+            { key: "age", value: "41" },
+          ],
+        },
+      },
     ]);
   });
 
@@ -192,7 +236,11 @@ describe("messages to the server", () => {
     await settle();
     expect(said).toMatchObject([{ rerun: { path: "/chat" } }, { stop: {} }]);
 
-    const answer = (): void => server.socket.say({ id: server.socket.commands.filter((c) => c.rpc && !back.decode(c.rpc.data).stop).pop()?.id ?? 0, rpc: {} });
+    const answer = (): void =>
+      server.socket.say({
+        id: server.socket.commands.filter((c) => c.rpc && !back.decode(c.rpc.data).stop).pop()?.id ?? 0,
+        rpc: {},
+      });
     answer();
     await settle();
     answer();
@@ -250,7 +298,8 @@ describe("the session id", () => {
 it("goes to places inside the app only", async () => {
   const session = await started();
   said.length = 0;
-  for (const outside of ["//evil.test/x", "/\\evil.test/x", "https://evil.test/", "javascript:alert(1)"]) session.go(outside);
+  for (const outside of ["//evil.test/x", "/\\evil.test/x", "https://evil.test/", "javascript:alert(1)"])
+    session.go(outside);
   forwards({ navigate: { path: "/\\evil.test", query: "" } });
   await settle();
   expect([location.href, said]).toEqual(["http://app.test/chat?room=general", []]);

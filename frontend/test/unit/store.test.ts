@@ -7,7 +7,12 @@ import { OutOfStep, Store, walk, type TreeNode } from "../../src/store";
 // Goes through the codec, which fills in the fields that the wire omits.
 const delta = (from: Partially<Delta>): Delta => codec.decode(codec.encode(from));
 const text = (value: string): Partially<Prop> => ({ name: "text", text: value });
-const node = (id: number, kind: string, ...children: Partially<Node>[]): Partially<Node> => ({ id, kind, props: [text(`${kind} ${id}`)], children });
+const node = (id: number, kind: string, ...children: Partially<Node>[]): Partially<Node> => ({
+  id,
+  kind,
+  props: [text(`${kind} ${id}`)],
+  children,
+});
 
 /** The tree as one line: kinds and ids, with children in brackets. */
 const shape = (of: TreeNode): string => {
@@ -17,7 +22,9 @@ const shape = (of: TreeNode): string => {
 
 function start(): Store {
   const store = new Store();
-  store.apply([delta({ reset: { title: "Home", children: [node(1, "main", node(2, "text"), node(3, "card", node(4, "text")))] } })]);
+  store.apply([
+    delta({ reset: { title: "Home", children: [node(1, "main", node(2, "text"), node(3, "card", node(4, "text")))] } }),
+  ]);
   return store;
 }
 
@@ -39,7 +46,10 @@ describe("deltas", () => {
 
   it("insert puts a subtree at its index", () => {
     check({ insert: { parent: 1, node: node(9, "hr") } }, "root0[main1[hr9 text2 card3[text4]]]");
-    check({ insert: { parent: 1, index: 1, node: node(9, "card", node(10, "text")) } }, "root0[main1[text2 card9[text10] card3[text4]]]");
+    check(
+      { insert: { parent: 1, index: 1, node: node(9, "card", node(10, "text")) } },
+      "root0[main1[text2 card9[text10] card3[text4]]]",
+    );
     check({ insert: { parent: 1, index: 99, node: node(9, "hr") } }, "root0[main1[text2 card3[text4] hr9]]");
     check({ insert: { node: node(9, "sidebar") } }, "root0[sidebar9 main1[text2 card3[text4]]]");
   });
@@ -66,7 +76,20 @@ describe("deltas", () => {
 
   it("update sets and unsets props of every kind and leaves the others", () => {
     const store = start();
-    store.apply([delta({ update: { id: 2, set: [{ name: "n", number: 0 }, { name: "f", flag: false }, { name: "j", json: '{"a":[1]}' }, { name: "bad", json: "{" }, { name: "none" }] } })]);
+    store.apply([
+      delta({
+        update: {
+          id: 2,
+          set: [
+            { name: "n", number: 0 },
+            { name: "f", flag: false },
+            { name: "j", json: '{"a":[1]}' },
+            { name: "bad", json: "{" },
+            { name: "none" },
+          ],
+        },
+      }),
+    ]);
     expect(store.get(2)?.props.value).toEqual({ text: "text 2", n: 0, f: false, j: { a: [1] }, bad: null, none: null });
     store.apply([delta({ update: { id: 2, unset: ["text", "n", "never"], set: [{ name: "f", flag: true }] } })]);
     expect(store.get(2)?.props.value).toEqual({ f: true, j: { a: [1] }, bad: null, none: null });
@@ -74,7 +97,10 @@ describe("deltas", () => {
 
   it("append text extends a prop or creates it", () => {
     const store = start();
-    store.apply([delta({ appendText: { id: 2, prop: "text", text: " more" } }), delta({ appendText: { id: 2, prop: "tail", text: "new" } })]);
+    store.apply([
+      delta({ appendText: { id: 2, prop: "text", text: " more" } }),
+      delta({ appendText: { id: 2, prop: "tail", text: "new" } }),
+    ]);
     expect(store.get(2)?.props.value).toEqual({ text: "text 2 more", tail: "new" });
   });
 
@@ -107,7 +133,11 @@ describe("out of step", () => {
 
 it("the title follows the page element", () => {
   const store = new Store();
-  store.apply([delta({ reset: { title: "Home", children: [{ id: 1, kind: "page", props: [{ name: "title", text: "#general" }] }] } })]);
+  store.apply([
+    delta({
+      reset: { title: "Home", children: [{ id: 1, kind: "page", props: [{ name: "title", text: "#general" }] }] },
+    }),
+  ]);
   expect(store.title.value).toBe("#general");
   store.apply([delta({ update: { id: 1, set: [{ name: "title", text: "Console" }] } })]);
   expect(store.title.value).toBe("Console");
@@ -118,8 +148,12 @@ it("the title follows the page element", () => {
 it("a change notifies only its own node, and a batch notifies once", () => {
   const store = start();
   const runs = { changed: 0, other: 0 };
-  effect(() => { if (store.get(2)?.props.value) runs.changed++; });
-  effect(() => { if (store.get(4)?.props.value) runs.other++; });
+  effect(() => {
+    if (store.get(2)?.props.value) runs.changed++;
+  });
+  effect(() => {
+    if (store.get(4)?.props.value) runs.other++;
+  });
   store.apply([1, 2, 3].map((n) => delta({ update: { id: 2, set: [text(String(n))] } })));
   expect(runs).toEqual({ changed: 2, other: 1 });
   expect([...walk(store.root)].map(({ id }) => id)).toEqual([0, 1, 2, 3, 4]);
