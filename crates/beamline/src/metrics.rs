@@ -12,6 +12,11 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     ("beamline_bus_bad_headers_total", false, "Headers that the bus could not carry and left out"),
     ("beamline_bus_dropped_total", false, "Messages dropped because a subscriber's queue was full"),
     ("beamline_bus_late_replies_total", false, "Replies that came after their request had given up"),
+    (
+        "beamline_bus_message_ids_forgotten_total",
+        false,
+        "Message ids that the embedded bus forgot before their time, for want of room: a repeat is not recognized",
+    ),
     ("beamline_cluster_connects_total", false, "Connections that said who they are"),
     ("beamline_cluster_deliveries_total", false, "Publications handed to a connection"),
     ("beamline_cluster_disconnects_total", true, "Ends of connections, by close code"),
