@@ -31,7 +31,8 @@ fn judge(result: &ExecResult, client_deadline: bool) -> Verdict {
         ResultStatus::Cancelled => Verdict::Neutral,
         // The provider's own limit ran out, however long the client would have waited.
         ResultStatus::Timeout if code == "timeout" => Verdict::Failed,
-        ResultStatus::Timeout if client_deadline => Verdict::Neutral,
+        // The task's limit, which the client or the router chose: a provider that is asked for long work has not failed.
+        ResultStatus::Timeout if client_deadline || code == "deadline_exceeded" => Verdict::Neutral,
         ResultStatus::Timeout => Verdict::Failed,
         ResultStatus::Error if code == "rate_limited" || result.retry_after_seconds.is_some() => {
             Verdict::CoolDown { retry_after_seconds: result.retry_after_seconds.unwrap_or(COOL_DOWN_DEFAULT_S) }
@@ -165,7 +166,8 @@ mod tests {
             both("error", code, Verdict::Failed);
         }
         both("timeout", Some("timeout"), Verdict::Failed);
-        for code in [Some("deadline_exceeded"), Some("of a foreign worker"), None] {
+        both("timeout", Some("deadline_exceeded"), Verdict::Neutral);
+        for code in [Some("of a foreign worker"), None] {
             check("timeout", code, false, Verdict::Failed);
             check("timeout", code, true, Verdict::Neutral);
         }
