@@ -1,6 +1,6 @@
 //! Where a request comes from, when reverse proxies stand between.
 
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, HeaderValue};
 use std::net::{IpAddr, SocketAddr};
 
 /// What proxies append to. `Forwarded` is not read: most proxies pass on a client's own, and it could name anybody.
@@ -60,11 +60,10 @@ impl Proxies {
         if !self.trusts(client.ip()) {
             return client;
         }
-        let lines: Vec<&str> =
-            headers.get_all(FORWARDED_FOR).iter().map(|line| line.to_str().unwrap_or_default()).collect();
-        for hop in lines.iter().rev().flat_map(|line| line.rsplit(',')) {
-            // Behind what nobody can read there is nobody to believe.
-            let Some(address) = hop_address(hop.trim()) else { break };
+        let lines: Vec<&[u8]> = headers.get_all(FORWARDED_FOR).iter().map(HeaderValue::as_bytes).collect();
+        for hop in lines.iter().rev().flat_map(|line| line.rsplit(|byte| *byte == b',')) {
+            // What stands before an unreadable hop cannot be believed. The hops after it can: the proxies wrote them.
+            let Some(address) = std::str::from_utf8(hop).ok().and_then(|hop| hop_address(hop.trim())) else { break };
             client = SocketAddr::new(address, 0);
             if !self.trusts(address) {
                 break;
@@ -89,7 +88,7 @@ mod tests {
         let listed: Vec<String> = trusted.iter().map(ToString::to_string).collect();
         let mut headers = HeaderMap::new();
         for line in lines {
-            headers.append(FORWARDED_FOR, line.parse().unwrap());
+            headers.append(FORWARDED_FOR, HeaderValue::from_bytes(line.as_bytes()).unwrap());
         }
         let peer = SocketAddr::new(peer.parse().unwrap(), 1);
         Proxies::new(&listed).client(peer, &headers).ip().to_string()
@@ -107,6 +106,8 @@ mod tests {
             ("::ffff:127.0.0.1", &["198.51.100.1"], "198.51.100.1"),
             ("127.0.0.1", &["1.1.1.1, 198.51.100.1"], "198.51.100.1"),
             ("127.0.0.1", &["1.1.1.1, 198.51.100.1, 10.1.1.1"], "198.51.100.1"),
+            ("127.0.0.1", &["é, 198.51.100.1, 10.1.1.1"], "198.51.100.1"),
+            ("127.0.0.1", &["é", "198.51.100.1"], "198.51.100.1"),
             ("127.0.0.1", &["1.1.1.1", "198.51.100.1, 10.1.1.1", "10.2.2.2"], "198.51.100.1"),
             ("127.0.0.1", &["198.51.100.1:4711"], "198.51.100.1"),
             ("127.0.0.1", &["[2001:db8:2::1]:4711"], "2001:db8:2::1"),
