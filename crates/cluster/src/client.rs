@@ -12,8 +12,8 @@ pub struct Client {
     pub number: u64,
     pub id: String,
     pub user: String,
-    /// The sign-in that its token was made for.
-    pub login: Option<String>,
+    /// The sign-in that its newest token was made for.
+    login: Mutex<Option<String>>,
     /// JSON from the token.
     pub info: Bytes,
     pub encoding: Encoding,
@@ -44,7 +44,16 @@ impl Client {
         outbox: std::sync::Arc<Outbox>,
     ) -> Self {
         let id = uuid::Uuid::new_v4().to_string();
-        Self { number, id, user, login, info, encoding, outbox, subscriptions: Mutex::default() }
+        Self { number, id, user, login: Mutex::new(login), info, encoding, outbox, subscriptions: Mutex::default() }
+    }
+
+    pub fn is_of_login(&self, login: &str) -> bool {
+        self.login.lock().as_deref() == Some(login)
+    }
+
+    /// A refreshed token may come from another sign-in of the same user.
+    pub fn set_login(&self, login: Option<String>) {
+        *self.login.lock() = login;
     }
 
     pub fn reply(&self, reply: &Reply) {

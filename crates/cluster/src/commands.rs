@@ -118,12 +118,17 @@ async fn connect_client(
         }
     };
     let info = crate::token::json(claims.info);
+    let login = claims.sid.clone();
     let number = node.next_client.fetch_add(1, Relaxed);
     // From here on the session cleans up behind the client, even if this does not get to its end.
     let client = place
         .get_or_init(|| Arc::new(Client::new(number, claims.sub, claims.sid, info, transport.encoding, outbox)))
         .clone();
     node.clients.lock().insert(number, client.clone());
+    // A sign-in that ended since the token was read has found no client to close.
+    if login.is_some_and(|login| node.tokens.has_ended(&login)) {
+        return Err(Some(Disconnect::InvalidToken));
+    }
     if node.stopping.is_cancelled() {
         return Err(Some(Disconnect::Shutdown));
     }
@@ -175,6 +180,7 @@ fn refresh_client(node: &Node, client: &Client, id: u32, request: &RefreshReques
     if claims.sub != client.user {
         return Err(Disconnect::InvalidToken);
     }
+    client.set_login(claims.sid);
     let ttl = claims.exp.map(ttl);
     let refresh = RefreshResult {
         client: client.id.clone(),

@@ -212,6 +212,9 @@ async fn named(name: &'static str, run: impl Future<Output = ()>) -> &'static st
     name
 }
 
+/// How long the publication of a readiness check stays in its history.
+const READY_HISTORY_TTL: Duration = Duration::from_secs(10);
+
 /// Whether channels work now.
 #[derive(Clone)]
 pub struct Ready {
@@ -219,13 +222,14 @@ pub struct Ready {
 }
 
 impl Ready {
-    /// Publishes through the engine and waits for the delivery on this node.
+    /// Publishes through the engine and waits for the delivery on this node. The publication goes into a history, because a
+    /// Redis that has become a read-only replica still delivers publications that it need not store.
     pub async fn check(&self) -> Result<(), String> {
         let channel = format!("$ready:{}", self.node.config.node);
         let arrived = self.node.hub.probe(&channel);
         let engine = &self.node.engine;
         engine.follow(&channel).await.map_err(|e| e.to_string())?;
-        let rules = Rules { history_size: 0, ..Rules::default() };
+        let rules = Rules { history_size: 1, history_ttl: READY_HISTORY_TTL, durable: false, ..Rules::default() };
         engine.publish(&channel, Default::default(), &rules, None).await.map_err(|e| e.to_string())?;
         let arrived = tokio::time::timeout(Duration::from_secs(5), arrived).await;
         match arrived {
@@ -268,7 +272,7 @@ impl Node {
         let clients = self.clients.lock();
         let meant = clients
             .values()
-            .filter(|client| client.user == user && (login.is_none() || client.login.as_deref() == login));
+            .filter(|client| client.user == user && login.is_none_or(|login| client.is_of_login(login)));
         meant.for_each(|client| client.outbox.close(code));
     }
 }

@@ -95,13 +95,17 @@ impl Tokens {
         self.ended.lock().note(sid);
     }
 
+    pub fn has_ended(&self, sid: &str) -> bool {
+        self.ended.lock().known.contains(sid)
+    }
+
     /// A token for one channel opens no connection: whoever was given it may see that channel and nothing else.
     pub fn connection(&self, token: &str) -> Result<Connection, Refusal> {
         let claims: Connection = self.read(token)?;
         if claims.channel.is_some() {
             return Err(Refusal::Invalid("it has a channel: it is a subscription token".into()));
         }
-        if claims.sid.as_deref().is_some_and(|sid| self.ended.lock().known.contains(sid)) {
+        if claims.sid.as_deref().is_some_and(|sid| self.has_ended(sid)) {
             return Err(Refusal::Invalid("its user has signed out".into()));
         }
         Ok(claims)

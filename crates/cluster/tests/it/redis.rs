@@ -179,6 +179,18 @@ async fn a_redis_that_forgot_everything_is_a_new_epoch() {
 }
 
 #[tokio::test]
+async fn a_node_on_a_redis_that_became_a_replica_is_not_ready() {
+    let redis = RedisServer::start().await;
+    let node = start(&redis.url(), "n1").await;
+    node.ready.check().await.unwrap();
+    // Of a primary that is not there: it stays read-only, and still delivers what is published.
+    redis.command("REPLICAOF 127.0.0.1 1").await.unwrap();
+    assert!(node.ready.check().await.is_err());
+    redis.command("REPLICAOF NO ONE").await.unwrap();
+    eventually(DEADLINE, || async { node.ready.check().await.is_ok() }).await;
+}
+
+#[tokio::test]
 async fn a_redis_that_hangs_is_an_error_in_time() {
     let redis = RedisServer::start().await;
     let node = start(&redis.url(), "n1").await;

@@ -239,6 +239,20 @@ async fn end_of_a_sign_in_closes_its_connections_and_no_others() {
 }
 
 #[tokio::test]
+async fn a_refresh_moves_the_connection_to_the_sign_in_of_its_token() {
+    let node = Node::start().await;
+    let of = |sid: &str| token(&json!({"sub": "ann", "sid": sid, "exp": now_s() + 3600}));
+    let mut client = Client::connect_with(&node, Encoding::Json, &of("laptop")).await;
+    let refresh = Some(RefreshRequest { token: of("phone") });
+    assert!(client.ask(Command { refresh, ..Command::default() }).await.refresh.is_some());
+
+    node.call("disconnect", &json!({"user": "ann", "session": "laptop"})).await;
+    client.nothing_pushed().await;
+    node.call("disconnect", &json!({"user": "ann", "session": "phone"})).await;
+    assert_eq!(client.closed().await, 3503);
+}
+
+#[tokio::test]
 async fn a_token_may_bring_channels() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
