@@ -84,9 +84,10 @@ async fn login(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, bo
     };
     let device = auth.device(&headers, &guesses::account(&name));
     let by = Try { address: address(&peer), name, device };
-    if let Err(wait) = auth.guesses.begin(&by, Instant::now()) {
-        return too_many("too many tries", wait);
-    }
+    let trying = match auth.guesses.trying(&by, Instant::now()) {
+        Ok(trying) => trying,
+        Err(wait) => return too_many("too many tries", wait),
+    };
     let verified = auth.accounts.verify(&by.name, &password).await;
 
     let ended = match &verified {
@@ -94,7 +95,7 @@ async fn login(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, bo
         Err(accounts::Error::Wrong) => Ended::Wrong,
         Err(_) => Ended::NotTried,
     };
-    auth.guesses.ended(&by, ended);
+    trying.ended(ended);
     match verified {
         Ok(user) => enter(&auth, &headers, &user).await,
         Err(error) => {
@@ -280,7 +281,6 @@ fn problem(status: StatusCode, text: impl Into<String>) -> Response {
     (status, Json(json!({"error": text.into()}))).into_response()
 }
 
-/// Tries at passwords within the running minute.
 #[cfg(test)]
 mod tests {
     use super::*;

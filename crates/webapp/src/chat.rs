@@ -99,9 +99,12 @@ impl Chat {
         if text.contains('\0') || request.nonce.contains('\0') {
             return Err(Refusal::bad("a message holds no NUL characters"));
         }
-        self.minute.message(&caller.user, Instant::now())?;
-        if store::asked(text).is_some() {
-            self.minute.run(&caller.user, Instant::now())?;
+        // A message that is sent again was counted the first time.
+        if !self.store.has(&caller.user, &request.nonce).await.map_err(internal)? {
+            self.minute.message(&caller.user, Instant::now())?;
+            if store::asked(text).is_some() {
+                self.minute.run(&caller.user, Instant::now())?;
+            }
         }
 
         let name = self.accounts.name(&caller.user).await;

@@ -1,8 +1,8 @@
 //! Slows down whoever guesses passwords, and nobody else.
 //!
-//! A wrong password delays the next try for the same name: soon for the address that it came from, later (when many
-//! addresses guess together) for all browsers where the account has never signed in. A browser where it has signed in
-//! before is counted for itself, so that strangers cannot lock the owner out.
+//! A few wrong passwords delay further tries from that address; many, from any addresses, delay all browsers in which the
+//! account has never signed in. A browser in which it has signed in is counted separately, so strangers cannot lock the
+//! owner out.
 
 use crate::limits::{Backoff, Rate, Wait};
 use parking_lot::Mutex;
@@ -45,6 +45,25 @@ pub enum Ended {
     NotTried,
 }
 
+/// A try that was let through. Dropping it reports how it ended; a client that hangs up before is [`Ended::NotTried`].
+pub struct Trying<'a> {
+    guesses: &'a Guesses,
+    by: &'a Try,
+    how: Ended,
+}
+
+impl Trying<'_> {
+    pub fn ended(mut self, how: Ended) {
+        self.how = how;
+    }
+}
+
+impl Drop for Trying<'_> {
+    fn drop(&mut self) {
+        self.guesses.ended(self.by, self.how);
+    }
+}
+
 pub struct Guesses(Mutex<Counts>);
 
 struct Counts {
@@ -73,9 +92,15 @@ impl Default for Guesses {
 }
 
 impl Guesses {
+    /// Like [`Self::begin`], for a caller that may be dropped while it looks at the password.
+    pub fn trying<'a>(&'a self, by: &'a Try, now: Instant) -> Result<Trying<'a>, Wait> {
+        self.begin(by, now)?;
+        Ok(Trying { guesses: self, by, how: Ended::NotTried })
+    }
+
     /// Whether the password may be looked at. It counts as wrong until [`Self::ended`] says otherwise, so that tries
     /// beside each other get no further than tries after each other.
-    pub fn begin(&self, by: &Try, now: Instant) -> Result<(), Wait> {
+    fn begin(&self, by: &Try, now: Instant) -> Result<(), Wait> {
         let counts = &mut *self.0.lock();
         if let Some(device) = &by.device {
             counts.known.check(device, now)?;
@@ -95,7 +120,7 @@ impl Guesses {
         Ok(())
     }
 
-    pub fn ended(&self, by: &Try, how: Ended) {
+    fn ended(&self, by: &Try, how: Ended) {
         let counts = &mut *self.0.lock();
         let here = (by.address, account(&by.name));
         match (how, &by.device) {

@@ -1,4 +1,4 @@
-//! What one user may do in the chat: so much at once, a minute and a day.
+//! Limits on what one user may do in the chat: concurrently, per minute and per day.
 //!
 //! A minute is counted in memory, by each web app for itself. A day is counted in the database, in the transaction that
 //! spends it, so that neither a restart nor a second web app lifts it.
@@ -92,28 +92,30 @@ const ASK: &str = "ask the assistant";
 const SEND: &str = "send a message";
 
 impl Quotas {
-    /// Spends `more` of a user's day, in the transaction of what it is spent on; nothing, if that were too much.
+    /// Charges `more` to the user's daily quota in the caller's transaction; charges nothing and fails if that would exceed
+    /// it. On an error the caller rolls back.
     pub async fn spend(&self, tx: &mut AnyConnection, user: &str, more: Spent, now_ms: i64) -> Result<(), Refused> {
         let hour = now_ms / HOUR_MS;
+        // Written before it is summed: the row's lock makes parallel transactions of a user take turns.
+        let insert = "INSERT INTO quota_spent (user_id, hour, messages, runs, rooms) VALUES ($1, $2, $3, $4, $5)
+            ON CONFLICT (user_id, hour) DO UPDATE SET messages = quota_spent.messages + excluded.messages,
+            runs = quota_spent.runs + excluded.runs, rooms = quota_spent.rooms + excluded.rooms";
+        let insert = sqlx::query(insert).bind(user).bind(hour);
+        insert.bind(more.messages).bind(more.runs).bind(more.rooms).execute(&mut *tx).await?;
+
         let select = "SELECT CAST(COALESCE(SUM(messages), 0) AS BIGINT), CAST(COALESCE(SUM(runs), 0) AS BIGINT),
             CAST(COALESCE(SUM(rooms), 0) AS BIGINT) FROM quota_spent WHERE user_id = $1 AND hour > $2";
         let select = sqlx::query_as(select).bind(user).bind(hour - HOURS);
-        let (messages, runs, rooms): (i64, i64, i64) = select.fetch_one(&mut *tx).await?;
+        let (messages, runs, rooms): (i64, i64, i64) = select.fetch_one(tx).await?;
         for (spent, more, most, what) in [
             (messages, more.messages, self.messages_per_day, SEND),
             (runs, more.runs, self.runs_per_day, ASK),
             (rooms, more.rooms, self.rooms_per_day, "make a room"),
         ] {
-            if more > 0 && spent + more > i64::from(most) {
+            if more > 0 && spent > i64::from(most) {
                 return Err(Over::Day { what, most }.into());
             }
         }
-
-        let insert = "INSERT INTO quota_spent (user_id, hour, messages, runs, rooms) VALUES ($1, $2, $3, $4, $5)
-            ON CONFLICT (user_id, hour) DO UPDATE SET messages = quota_spent.messages + excluded.messages,
-            runs = quota_spent.runs + excluded.runs, rooms = quota_spent.rooms + excluded.rooms";
-        let insert = sqlx::query(insert).bind(user).bind(hour);
-        insert.bind(more.messages).bind(more.runs).bind(more.rooms).execute(tx).await?;
         Ok(())
     }
 

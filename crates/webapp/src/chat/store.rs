@@ -94,6 +94,12 @@ impl Store {
         Self { db, quotas }
     }
 
+    /// Whether a user's message with this nonce is stored.
+    pub async fn has(&self, user: &str, nonce: &str) -> Result<bool> {
+        let select = sqlx::query("SELECT 1 FROM messages WHERE user_id = $1 AND nonce = $2").bind(user).bind(nonce);
+        Ok(select.fetch_optional(self.db.read()).await?.is_some())
+    }
+
     /// Keeps a message, and in the same commit the answer that it asks for. Sent again, it is the one that is there.
     pub async fn send(&self, new: &New<'_>) -> Result<(Message, Option<Answer>), Refused> {
         let mut tx = self.db.begin().await?;

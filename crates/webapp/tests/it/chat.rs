@@ -394,6 +394,50 @@ async fn quotas_bound_one_user_and_no_other_and_outlive_a_restart(#[case] kind: 
 }
 
 #[tokio::test]
+async fn rooms_made_in_parallel_cannot_exceed_the_daily_quota() {
+    const CALLS: i64 = 4;
+    let home = Home::new(Kind::Postgres).await;
+    let rig = start_with(&home, webapp::Quotas { rooms_per_day: 1, ..webapp::Quotas::default() }).await;
+    // Quotas can be read and not written until all calls are there.
+    let mut holder = sqlx::AnyConnection::connect(&home.postgres.as_ref().unwrap().url()).await.unwrap();
+    let mut held = holder.begin().await.unwrap();
+    held.execute("LOCK TABLE quota_spent IN SHARE MODE").await.unwrap();
+    let release = async {
+        let mut waiting = 0;
+        while waiting < CALLS {
+            let count = sqlx::query_as("SELECT COUNT(*) FROM pg_locks WHERE NOT granted");
+            (waiting,) = count.fetch_one(&mut *held).await.unwrap();
+        }
+        held.commit().await.unwrap();
+    };
+
+    let name = |n: i64| json!({"name": format!("room {n}")});
+    let calls = futures_util::future::join_all((0..CALLS).map(|n| rig.chat("ann", "chat.create_room", name(n))));
+    let (made, released) = tokio::join!(calls, tokio::time::timeout(PATIENCE, release));
+    released.expect("all calls wait for the quota");
+    assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 1, "{made:?}");
+    assert!(made.iter().filter_map(|made| made.as_ref().err()).all(|(code, _)| *code == 106), "{made:?}");
+    let rooms = rig.chat("ann", "chat.rooms", json!({})).await.unwrap();
+    assert_eq!(rooms["rooms"].as_array().unwrap().len(), 3, "two that nobody made, and one");
+}
+
+#[tokio::test]
+async fn stored_message_is_acknowledged_again_when_the_minute_is_used_up() {
+    let home = Home::new(Kind::Sqlite).await;
+    let quotas = webapp::Quotas { messages_per_minute: 2, runs_per_minute: 1, ..webapp::Quotas::default() };
+    let rig = start_with(&home, quotas).await;
+    let (_router, _) = router(&rig.bus, decided).await;
+    let ask = |nonce: &str| send("@assistant hi", nonce);
+    let first = rig.chat("ann", "chat.send", ask("n")).await.unwrap();
+    for _ in 0..3 {
+        let again = rig.chat("ann", "chat.send", ask("n")).await.unwrap();
+        assert_eq!(again["message"], first["message"]);
+    }
+    rig.chat("ann", "chat.send", send("hi", "n2")).await.expect("the repeats have used up nothing");
+    assert_eq!(rig.chat("ann", "chat.send", send("hi", "n3")).await.unwrap_err().0, 111);
+}
+
+#[tokio::test]
 async fn messages_of_a_minute_are_bounded() {
     let home = Home::new(Kind::Sqlite).await;
     let rig = start_with(&home, webapp::Quotas { messages_per_minute: 3, ..webapp::Quotas::default() }).await;
