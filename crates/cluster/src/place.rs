@@ -5,7 +5,7 @@ use crate::{Node, commands};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 
-/// One of the node's `max_connections`, and the client that the connection says it is. A session that ends gives both back
+/// A connection slot of the node, and the client that was authenticated on it. A session that ends gives both back
 /// with [`Place::leave`]; dropping it does the same for one that panicked.
 pub struct Place {
     node: Arc<Node>,

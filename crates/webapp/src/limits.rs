@@ -1,7 +1,7 @@
 //! How often somebody may do something, counted by key. Time is an argument.
 //!
-//! Each key is counted for itself, and no moment resets them all. Memory is bounded: keys that are back at nothing go
-//! first, then those with the least to remember, so that somebody who invents keys does not flush out his own.
+//! Each key is counted for itself, and no moment resets them all. Memory is bounded. Expired keys are evicted first, then
+//! those with the smallest count, so an attacker who invents keys cannot evict the entry that slows him down.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -25,7 +25,7 @@ impl Wait {
 pub struct Rate<K> {
     burst: u32,
     every: Duration,
-    /// When each key will be back at nothing.
+    /// When each key's count returns to zero.
     keys: HashMap<K, Instant>,
 }
 
@@ -39,7 +39,7 @@ impl<K: Eq + Hash + Clone> Rate<K> {
         Self::new(n, Duration::from_secs(60) / n.max(1))
     }
 
-    /// Counts one, if it is not too many.
+    /// Counts one event, or returns how long to wait.
     pub fn take(&mut self, key: &K, now: Instant) -> Result<(), Wait> {
         let free_at = self.keys.get(key).copied().unwrap_or(now).max(now);
         let ahead = free_at - now;
@@ -98,7 +98,7 @@ impl<K: Eq + Hash + Clone> Backoff<K> {
         self.keys.insert(key.clone(), Failures { count, last: now, until: now + wait });
     }
 
-    /// Takes back a failure that was none.
+    /// Undoes a failure that was counted by mistake.
     pub fn give_back(&mut self, key: &K) {
         if let Some(failures) = self.keys.get_mut(key) {
             failures.count = failures.count.saturating_sub(1);

@@ -31,7 +31,7 @@ impl Refusal {
         Self(ErrorCode::BadRequest, text.into())
     }
 
-    /// What came between is over when it is tried again.
+    /// A temporary conflict: a retry succeeds.
     pub fn again(text: &str) -> Self {
         Self(ErrorCode::Internal, text.into())
     }

@@ -136,7 +136,9 @@ fn pass_on(environment: &BTreeMap<String, String>, settings: &mut Settings) {
                 Some(value) => _ = settings.passed.insert(name.into(), value.clone()),
                 None => {
                     let provider = provider.maybe_text("name").unwrap_or_default();
-                    let told = format!("worker.providers: {provider} is to get ${name}, which is not set here");
+                    let told = format!(
+                        "provider {provider} lists ${name} in env, but it is not set in the server's environment"
+                    );
                     settings.warnings.push(told);
                 }
             }

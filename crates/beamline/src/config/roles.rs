@@ -8,11 +8,11 @@ pub const ROLES: [&str; 5] = ["gateway", "router", "worker", "cluster", "webapp"
 /// What a part does not work without: one of these.
 const NEEDS: &[(&str, &[&str], &str)] = &[
     ("gateway", &["router"], "finds no router to ask"),
-    ("router", &["gateway", "webapp"], "is asked by nobody"),
+    ("router", &["gateway", "webapp"], "receives no requests"),
     ("worker", &["router"], "gets no task"),
     ("webapp", &["cluster"], "has no node for its pages to connect to"),
 ];
-/// What a part works without, though hardly as it was meant.
+/// Optional companions: the role runs without them, with reduced function.
 const WANTS: &[(&str, &str, &str)] = &[
     ("router", "worker", "assignments wait in the stream until a worker runs on this data directory"),
     ("webapp", "router", "in rooms nobody answers the assistant's questions"),
@@ -84,7 +84,7 @@ mod tests {
         check("cluster,webapp", false, Ok(1));
         check("router,cluster,webapp", false, Ok(1));
         check("gateway", false, Err(&["the gateway finds no router"]));
-        check("router", false, Err(&["the router is asked by nobody"]));
+        check("router", false, Err(&["the router receives no requests"]));
         check("worker", false, Err(&["the worker gets no task"]));
         check("router,worker", false, Err(&["add gateway or webapp to roles"]));
         check("gateway,worker", false, Err(&["the gateway finds no router", "the worker gets no task"]));

@@ -20,7 +20,7 @@ pub fn endpoint(text: &str) -> Result<(), String> {
         return Err("has a ? or # in it, behind which no path can be added".into());
     }
     if url.path().trim_end_matches('/').ends_with("/chat/completions") {
-        return Err("ends with /chat/completions, which is added to it; leave that away".into());
+        return Err("ends with /chat/completions; remove it, Beamline appends that path".into());
     }
     Ok(())
 }
@@ -105,7 +105,7 @@ mod tests {
             ("https://user:geheim@host/v1", "set api_key"),
             ("https://host/v1?key=geheim", "? or #"),
             ("https://host/v1#geheim", "? or #"),
-            ("https://host/v1/chat/completions", "leave that away"),
+            ("https://host/v1/chat/completions", "remove it"),
         ];
         check(endpoint, &good, &bad);
     }

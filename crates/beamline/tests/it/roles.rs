@@ -78,7 +78,7 @@ async fn parts_that_would_find_nobody_are_told_at_the_start() {
     for (roles, expected) in [
         ("gateway", "the gateway finds no router to ask"),
         ("worker", "the worker gets no task"),
-        ("router,worker", "the router is asked by nobody"),
+        ("router,worker", "the router receives no requests"),
         ("webapp", "the webapp has no node"),
     ] {
         let dir = tempfile::tempdir().unwrap();

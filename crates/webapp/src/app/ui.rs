@@ -160,7 +160,9 @@ impl<'a> Ui<'a> {
         if href::is_internal(&path) {
             self.effects.navigate = Some(path);
         } else {
-            self.problem.get_or_insert(format!("{path:?} is no place inside the app; a place begins with one slash"));
+            self.problem.get_or_insert(format!(
+                "cannot navigate to {path:?}: a path inside the app starts with exactly one slash"
+            ));
         }
     }
 
