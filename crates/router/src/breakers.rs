@@ -278,7 +278,7 @@ fn told(provider: &str, policy: Option<&str>, breaker: &mut Breaker, step: impl 
     }
 }
 
-/// Leave to call a provider. Dropped, it gives its places in half-open breakers back: the call was not made.
+/// Permission to call a provider. Dropping it before the call returns its places in half-open breakers.
 #[derive(Debug)]
 #[must_use]
 pub struct Place<'a> {
@@ -300,8 +300,8 @@ struct Held<'a> {
 }
 
 impl Place<'_> {
-    /// The call was made: the place is its holder's until the outcome, the deadline, or the breaker's timeout. A probe
-    /// that has said nothing for as long as the breaker stays open has said enough, whatever deadline a client chose.
+    /// The call was made: the place is its holder's until the outcome, the deadline, or the breaker's timeout.
+    /// A probe without a result loses its place after the breaker's timeout, however long the client's deadline is.
     pub fn keep(mut self, deadline_ms: u64, now_ms: u64) {
         if let Some(held) = self.held.take() {
             let due_ms = now_ms + deadline_ms.min(held.timeout_ms);

@@ -14,7 +14,7 @@ mod stats;
 mod tasks;
 
 use bus::Bus;
-pub use policies::files::{Name as PolicyName, delete as delete_policy};
+pub use policies::files::{Name as PolicyName, delete as delete_policy, names as policy_names};
 pub use policies::lint::{Findings, lint};
 use std::path::PathBuf;
 use std::sync::Arc;

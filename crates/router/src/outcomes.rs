@@ -42,8 +42,8 @@ fn judge(result: &ExecResult, client_deadline: bool) -> Verdict {
     }
 }
 
-/// Tells every router what the result says of the provider that was decided on; anybody may write results, with any name
-/// in them.
+/// Tells every router what the result says of the provider that was decided on. The provider comes from the decision,
+/// because the name in a result cannot be trusted.
 pub async fn publish(router: &Router, task: &TaskState, result: &ExecResult) {
     let Some(decision) = &task.decision else { return };
     let choice = task.choice.clone().unwrap_or_default();

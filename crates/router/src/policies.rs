@@ -12,7 +12,7 @@ mod source;
 use crate::stats::now_ms;
 use arc_swap::ArcSwap;
 use bus::Bus;
-use files::{File, Look, Name, Stamp};
+use files::{File, Look, Name, Stamp, Unread};
 use resolve::{Disk, Good, Serving, Step};
 use set::Entry;
 pub use set::{Lookup, Served, Set};
@@ -22,6 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 use wire::policy::{Format, Index, Stored, Tombstone};
 use wire::status::PolicyStatus;
@@ -50,12 +51,13 @@ impl Policies {
         self.current.load()
     }
 
-    pub fn status(&self) -> Vec<PolicyStatus> {
+    /// The rows that fit into a status, and how many policies there are.
+    pub fn status(&self) -> (Vec<PolicyStatus>, u64) {
         self.current.load().status()
     }
 }
 
-/// Keeps [`Policies`] up to date; the only one who does.
+/// Keeps [`Policies`] up to date; nothing else writes to it.
 pub struct Watcher {
     dir: PathBuf,
     shared: Shared,
@@ -133,7 +135,9 @@ impl Default for Known {
 }
 
 /// Reads what is there now, in the directory and on the bus. A bad file does not keep the others from serving.
-pub async fn load(dir: &Path, bus: Bus) -> bus::Result<(Arc<Policies>, Watcher)> {
+///
+/// Fails if the bus does not answer, or if looking at the directory panicked: nobody knows then which policies there are.
+pub async fn load(dir: &Path, bus: Bus) -> Result<(Arc<Policies>, Watcher), crate::Error> {
     let policies = Arc::new(Policies { current: ArcSwap::default() });
     let mut watcher = Watcher {
         dir: dir.into(),
@@ -147,7 +151,7 @@ pub async fn load(dir: &Path, bus: Bus) -> bus::Result<(Arc<Policies>, Watcher)>
         bus_problem: None,
     };
     watcher.learn().await?;
-    watcher.look().await;
+    watcher.look().await?;
     watcher.share().await?;
     watcher.publish();
     if watcher.serves_built_in() {
@@ -173,7 +177,9 @@ impl Watcher {
     }
 
     async fn turn(&mut self, looks: u64) {
-        self.look().await;
+        if let Err(error) = self.look().await {
+            tracing::error!(%error, "looking at the policy files failed; trying again");
+        }
         let has_news = self.known.values().any(|known| known.fresh || known.tombstone.is_some());
         if has_news || looks.is_multiple_of(LOOKS_PER_INDEX) {
             let shared = match self.learn().await {
@@ -189,22 +195,22 @@ impl Watcher {
         self.publish();
     }
 
-    /// Brings `known` up to date with the directory.
-    async fn look(&mut self) {
+    /// Brings `known` up to date with the directory. Fails if that panicked.
+    async fn look(&mut self) -> Result<(), JoinError> {
         let dir = self.dir.clone();
-        let Some(look) = in_background(move || files::look(&dir)).await else { return };
+        let look = tokio::task::spawn_blocking(move || files::look(&dir)).await?;
         self.directory.note(&look);
 
         let read_ms = now_ms();
         let mut stale = Vec::new();
         for (name, files) in &look.files {
-            if self.known.entry(name.clone()).or_default().is_stale(files) {
+            if self.known.entry(name.clone()).or_insert_with(Known::unread).is_stale(files) {
                 stale.push((name.clone(), files.clone()));
             }
         }
         let read = |(name, files): (Name, Vec<File>)| (files::read(&name, &files), name, files);
-        let read = in_background(move || stale.into_iter().map(read).collect::<Vec<_>>()).await;
-        for (outcome, name, files) in read.unwrap_or_default() {
+        let read = tokio::task::spawn_blocking(move || stale.into_iter().map(read).collect::<Vec<_>>()).await?;
+        for (outcome, name, files) in read {
             self.known.entry(name).or_default().note_read(&files, outcome, read_ms);
         }
 
@@ -214,18 +220,22 @@ impl Watcher {
             tombstones.extend(look.tombstones.get(name).map(|path| (name.clone(), path.clone())));
         }
         let read = |(name, path): (Name, PathBuf)| (name, files::read_tombstone(&path));
-        let read = in_background(move || tombstones.into_iter().map(read).collect::<Vec<_>>()).await;
-        for (name, tombstone) in read.unwrap_or_default() {
+        let read = tokio::task::spawn_blocking(move || tombstones.into_iter().map(read).collect::<Vec<_>>()).await?;
+        for (name, tombstone) in read {
             self.known.entry(name).or_default().note_tombstone(tombstone);
         }
+        Ok(())
     }
 
     /// Learns which policies all routers know.
     async fn learn(&mut self) -> bus::Result<()> {
         self.index = self.shared.index().await?;
         for (name, entry) in self.index.iter().flat_map(|index| &index.policies) {
-            if let Some(name) = Name::parse(name).filter(|_| !entry.deleted) {
-                self.known.entry(name).or_default();
+            let Some(name) = Name::parse(name) else { continue };
+            if !entry.deleted {
+                self.known.entry(name).or_default().note_stored();
+            } else if let Some(known) = self.known.get_mut(&name) {
+                known.note_erased();
             }
         }
         Ok(())
@@ -258,7 +268,7 @@ impl Watcher {
         self.index.is_none() && !self.directory.has_existed
     }
 
-    /// Has whatever is known now serve.
+    /// Publishes the current policies to request handling.
     fn publish(&mut self) {
         let knows_none = self.index.as_ref().is_none_or(|index| index.policies.is_empty());
         let unread = self.directory.unreadable.clone().filter(|_| !self.directory.has_been_read && knows_none);
@@ -284,6 +294,25 @@ impl Watcher {
 }
 
 impl Known {
+    /// There is a file, which is refused until it has been read.
+    fn unread() -> Self {
+        Self { disk: Disk::Broken("its file has not been read yet".into()), ..Self::default() }
+    }
+
+    /// All routers know a version, which is refused until it has been fetched: nothing else may serve for it.
+    fn note_stored(&mut self) {
+        if self.last_good.is_none() {
+            self.unusable.get_or_insert_with(|| "its stored version has not been fetched yet".into());
+        }
+    }
+
+    /// The stored version was deleted.
+    fn note_erased(&mut self) {
+        if self.last_good.is_none() {
+            self.unusable = None;
+        }
+    }
+
     /// Whether the file may have changed since it was read.
     fn is_stale(&self, files: &[File]) -> bool {
         match (files, &self.read) {
@@ -294,13 +323,20 @@ impl Known {
         }
     }
 
-    fn note_read(&mut self, files: &[File], outcome: Result<Version, String>, read_ms: u64) {
+    fn note_read(&mut self, files: &[File], outcome: Result<Version, Unread>, read_ms: u64) {
         self.read = match files {
             [File { path, stamp: Ok(stamp), .. }] => Some((path.clone(), *stamp, read_ms)),
             _ => None,
         };
         self.tombstone = None;
         match outcome {
+            // The next look shows what it has become.
+            Err(Unread::Changed(why)) => {
+                self.read = None;
+                if matches!(self.disk, Disk::Absent(_)) {
+                    self.disk = Disk::Broken(why);
+                }
+            }
             Ok(version) if matches!(&self.disk, Disk::Good(before) if before.hash == version.hash) => {}
             Ok(version) => {
                 let version = Arc::new(version);
@@ -308,7 +344,7 @@ impl Known {
                 self.disk = Disk::Good(version);
                 (self.fresh, self.unusable, self.unstored) = (true, None, None);
             }
-            Err(problem) => (self.disk, self.fresh) = (Disk::Broken(problem), false),
+            Err(Unread::Broken(problem)) => (self.disk, self.fresh) = (Disk::Broken(problem), false),
         }
     }
 
@@ -406,15 +442,55 @@ impl Known {
     }
 }
 
-/// Files are read, and policies compiled, where nobody waits. `None` if that panicked, which is logged.
-async fn in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.inspect_err(|error| tracing::error!(%error, "looking at the policy files failed; trying again")).ok()
-}
-
 fn built_in() -> Served {
     let name = Name { tenant: set::DEFAULT.into(), policy: "default".into() };
     let source = Stored { format: Format::Json, text: BUILT_IN.into() };
     let version = source::compile("the built-in policy", &name.policy, source).expect("the built-in policy is valid");
     Served::new(name, Arc::new(version), true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wire::policy::Entry;
+
+    #[tokio::test]
+    async fn a_stored_policy_that_was_never_fetched_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("policies");
+        std::fs::create_dir_all(dir.join("default")).unwrap();
+        std::fs::write(dir.join("default/p.yaml"), "version: all\nproviders: [{name: a}]").unwrap();
+        let bus = bus::local::Local::open(root.path()).await.unwrap();
+        bus::streams::declare(&bus).await.unwrap();
+        let (policies, mut watcher) = load(&dir, bus).await.unwrap();
+        let found = || match policies.current().find("acme", "p") {
+            Lookup::Serves(served) => served.version.compiled.version.clone(),
+            Lookup::Refuses(why) => why,
+            Lookup::Unknown => "unknown".into(),
+        };
+        assert_eq!(found(), "all");
+
+        for (deleted, expected) in
+            [(false, "policy \"acme/p\" cannot be used: its stored version has not been fetched yet"), (true, "all")]
+        {
+            let entry = Entry { hash: "other".into(), at_ms: 5, deleted };
+            let change = BTreeMap::from([(Name::parse("acme/p").unwrap(), entry)]);
+            watcher.shared.publish(&change).await.unwrap();
+            watcher.learn().await.unwrap();
+            // No fetch has succeeded since.
+            watcher.publish();
+            assert_eq!(found(), expected);
+        }
+    }
+
+    #[test]
+    fn a_new_file_is_refused_until_it_has_been_read() {
+        let name = Name::parse("acme/p").unwrap();
+        let mut unread = Known::unread();
+        assert!(matches!(unread.entry(&name, &mut BTreeSet::new()), Some(super::Entry::Refuses(_))));
+
+        let mut changing = Known::default();
+        changing.note_read(&[], Err(Unread::Changed("acme/p.yaml: changed".into())), 1);
+        assert!(matches!(changing.entry(&name, &mut BTreeSet::new()), Some(super::Entry::Refuses(_))));
+    }
 }

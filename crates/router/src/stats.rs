@@ -105,19 +105,21 @@ pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
             _ = ticks.tick() => {}
         }
         crate::outcomes::forget(&router);
+        let (policies, policies_total) = router.policies.status();
         let status = RouterStatus {
             router: router.id.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_s: started.elapsed().as_secs(),
             decide_us: router.stats.decide_us(),
-            policies: router.policies.status(),
+            policies,
+            policies_total,
             breakers: router.breakers.status(router.uptime_ms()),
             ..router.stats.totals()
         };
         let payload = serde_json::to_vec(&status).expect("a status is JSON").into();
         let message = Message { subject: wire::subjects::ROUTER_STATUS.into(), payload, ..Message::default() };
         if let Err(error) = router.bus.publish(message).await {
-            tracing::debug!(%error, "the router's status was not published");
+            tracing::warn!(%error, "the router's status was not published; other routers do not learn of its breakers");
         }
         crate::backpressure::measure(&router).await;
     }

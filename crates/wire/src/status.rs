@@ -45,7 +45,10 @@ pub struct RouterStatus {
     pub in_flight: u64,
     /// Time of the decisions of the last minute, in µs.
     pub decide_us: Percentiles,
+    /// The first 200 at most, those with a problem first; their texts are cut short.
     pub policies: Vec<PolicyStatus>,
+    /// How many policies the router knows.
+    pub policies_total: u64,
     pub breakers: Vec<BreakerStatus>,
 }
 

@@ -135,7 +135,7 @@ impl Look {
         if path.extension().is_some_and(|extension| extension == "deleted") {
             self.tombstones.insert(name, path);
         } else if source::format_of(&path).is_some() {
-            let stamp = std::fs::metadata(&path).map(|data| Stamp::of(&data)).map_err(|error| error.to_string());
+            let stamp = stamp(&path).map_err(|error| error.to_string());
             self.files.entry(name).or_default().push(File { path, label: format!("{tenant}/{file}"), stamp });
         }
     }
@@ -158,20 +158,54 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-/// Reads and compiles the files of a policy, of which there must be one.
-pub fn read(name: &Name, files: &[File]) -> std::result::Result<Version, String> {
+/// Why a policy file was not taken.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// It changed while it was read, and may be half written.
+    Changed(String),
+    Broken(String),
+}
+
+impl From<String> for Unread {
+    fn from(problem: String) -> Self {
+        Self::Broken(problem)
+    }
+}
+
+impl fmt::Display for Unread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Changed(why) | Self::Broken(why)) = self;
+        f.write_str(why)
+    }
+}
+
+/// Reads and compiles the files of a policy, of which there must be one. A panic is an error of this policy alone.
+pub fn read(name: &Name, files: &[File]) -> std::result::Result<Version, Unread> {
     let [file] = files else {
         let labels: Vec<_> = files.iter().map(|file| file.label.as_str()).collect();
-        return Err(format!("{} are all policy {name}; remove all but one", labels.join(" and ")));
+        return Err(format!("policy {name} has several files ({}); keep one", labels.join(", ")).into());
     };
+    contained(&file.label, || read_one(name, file))
+}
+
+fn contained<T>(at: &str, read: impl FnOnce() -> std::result::Result<T, Unread>) -> std::result::Result<T, Unread> {
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+    done.unwrap_or_else(|_| Err(format!("{at}: reading it panicked").into()))
+}
+
+fn read_one(name: &Name, file: &File) -> std::result::Result<Version, Unread> {
     let at = &file.label;
     let stamp = file.stamp.as_ref().map_err(|error| format!("{at}: cannot be read: {error}"))?;
     if stamp.len > FILE_MAX {
-        return Err(format!("{at}: has {} bytes, more than a policy may ({FILE_MAX})", stamp.len));
+        return Err(format!("{at}: has {} bytes, more than a policy may ({FILE_MAX})", stamp.len).into());
     }
-    let text = read_text(&file.path, FILE_MAX).map_err(|error| format!("{at}: cannot be read: {error}"))?;
+    let text = read_text(&file.path, FILE_MAX);
+    if self::stamp(&file.path).ok().as_ref() != Some(stamp) {
+        return Err(Unread::Changed(format!("{at}: changed while it was read")));
+    }
+    let text = text.map_err(|error| format!("{at}: cannot be read: {error}"))?;
     let format = source::format_of(&file.path).ok_or_else(|| format!("{at}: is no policy file"))?;
-    source::compile(at, &name.policy, Stored { format, text })
+    Ok(source::compile(at, &name.policy, Stored { format, text })?)
 }
 
 pub fn read_tombstone(path: &Path) -> std::result::Result<Tombstone, String> {
@@ -179,11 +213,27 @@ pub fn read_tombstone(path: &Path) -> std::result::Result<Tombstone, String> {
     serde_json::from_str(&text).map_err(|error| error.to_string())
 }
 
-/// No more than so many bytes, whatever the file has grown to.
+/// Opening a pipe or a device can block for good, so only regular files are looked at.
+fn stamp(path: &Path) -> Result<Stamp> {
+    let data = std::fs::metadata(path)?;
+    if data.is_file() { Ok(Stamp::of(&data)) } else { Err(Error::other("it is not a regular file")) }
+}
+
+/// Refuses a file that has more than `max` bytes, also when it grew since it was looked at.
 fn read_text(path: &Path, max: u64) -> Result<String> {
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(max).read_to_string(&mut text)?;
-    Ok(text)
+    stamp(path)?;
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(max + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max {
+        return Err(Error::other(format!("it has more than {max} bytes")));
+    }
+    String::from_utf8(bytes).map_err(|error| Error::new(ErrorKind::InvalidData, error))
+}
+
+/// The policies that have a file or a tombstone in the directory.
+pub fn names(dir: &Path) -> BTreeSet<Name> {
+    let look = look(dir);
+    look.files.into_keys().chain(look.tombstones.into_keys()).collect()
 }
 
 /// Deletes a policy for good: leaves a tombstone for the routers, then removes its files. Whatever a router read of the policy
@@ -244,6 +294,45 @@ mod tests {
         let stamp = stamp(dir.path());
         let changed_ms = u64::try_from(stamp.changed_ns / 1_000_000).unwrap();
         assert!(!stamp.is_settled(changed_ms + 1) && stamp.is_settled(changed_ms + 3000));
+    }
+
+    #[test]
+    fn a_pipe_is_refused_and_does_not_block() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "acme/other.yaml", "");
+        for name in ["acme/p.yaml", "acme/p.deleted"] {
+            let path = dir.path().join(name);
+            assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+        }
+        let (done, outcomes) = std::sync::mpsc::channel();
+        let root = dir.path().to_path_buf();
+        std::thread::spawn(move || {
+            let name = Name::parse("acme/p").unwrap();
+            done.send(read(&name, &look(&root).files[&name]).map(drop).unwrap_err().to_string()).unwrap();
+            done.send(read_tombstone(&root.join("acme/p.deleted")).unwrap_err()).unwrap();
+        });
+        for _ in 0..2 {
+            let error = outcomes.recv_timeout(std::time::Duration::from_secs(10)).expect("reading a pipe blocks");
+            assert!(error.ends_with("it is not a regular file"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_changes_while_it_is_read_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(dir.path(), "acme/p.yaml", "providers: [{name: a}]");
+        let name = Name::parse("acme/p").unwrap();
+        let files = look(dir.path()).files.remove(&name).unwrap();
+        assert!(read(&name, &files).is_ok());
+        write(dir.path(), "acme/p.yaml", "providers: [{name: a}]\nrules: [{when: ");
+        assert!(matches!(read(&name, &files), Err(Unread::Changed(_))));
+        assert!(read_text(&path, 4).is_err_and(|error| error.to_string() == "it has more than 4 bytes"));
+    }
+
+    #[test]
+    fn a_panic_breaks_one_policy() {
+        let outcome = contained("acme/p.yaml", || -> std::result::Result<(), Unread> { panic!("a bug") });
+        assert_eq!(outcome, Err(Unread::Broken("acme/p.yaml: reading it panicked".into())));
     }
 
     #[test]

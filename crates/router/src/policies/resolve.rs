@@ -82,9 +82,10 @@ pub fn serving(name: &Name, disk: &Disk, last_good: Option<&Good>) -> Serving {
     let (problem, cure) = match disk {
         Disk::Good(version) => return Serving::Version(version.clone(), None),
         Disk::Broken(problem) => (problem.clone(), String::new()),
-        Disk::Absent(why) => {
-            (format!("{name}: {why}"), format!("; to delete the policy for good: beamline policy delete {name}"))
-        }
+        Disk::Absent(why) => (
+            format!("{name}: {why}"),
+            format!("; to delete the policy for good: beamline policy delete --vanished {name}"),
+        ),
     };
     match (last_good, disk) {
         (Some(good), _) => {
@@ -166,7 +167,7 @@ mod tests {
         let absent = Disk::Absent("its file is gone".into());
         let last = good("a", 1_767_225_599_000);
         let at = "the last good version, \"a\" of 2025-12-31T23:59:59Z, serves on";
-        let how = "to delete the policy for good: beamline policy delete acme/p";
+        let how = "to delete the policy for good: beamline policy delete --vanished acme/p";
         for (disk, last_good, expected) in [
             (Disk::Good(version("b")), Some(&last), "b serves".into()),
             (broken.clone(), Some(&last), format!("a serves: acme/p.yaml:2: unknown field; {at}")),

@@ -12,7 +12,14 @@ use wire::status::{PolicyStatus, RuleErrors};
 /// Serves tenants without a policy of their own.
 pub const DEFAULT: &str = "default";
 
-/// A version that serves, with what went wrong since it does.
+/// A status must fit into one message of the bus (1 MiB on NATS) with room for the breakers, however much is wrong.
+const STATUS_ROWS_MAX: usize = 200;
+const STATUS_BYTES_MAX: usize = 512 * 1024;
+/// Warnings of a policy, and rules of it that failed.
+const STATUS_NOTES_MAX: usize = 10;
+const STATUS_TEXT_MAX: usize = 256;
+
+/// The active version of a policy, and the errors of its rules since activation.
 pub struct Served {
     pub name: Name,
     pub version: Arc<Version>,
@@ -148,7 +155,8 @@ impl Set {
         })
     }
 
-    pub fn status(&self) -> Vec<PolicyStatus> {
+    /// What fits into a status, policies with a problem first, and how many policies there are.
+    pub fn status(&self) -> (Vec<PolicyStatus>, u64) {
         let all = self.by_tenant.iter().flat_map(|(tenant, policies)| {
             policies.iter().map(move |(policy, entry)| {
                 let named = PolicyStatus { tenant: tenant.clone(), policy: policy.clone(), ..PolicyStatus::default() };
@@ -164,7 +172,21 @@ impl Set {
                 }
             })
         });
-        all.collect()
+        let mut rows: Vec<_> = all.collect();
+        let total = rows.len() as u64;
+        rows.sort_by_key(|row| match row {
+            PolicyStatus { error: Some(_), .. } => 0,
+            row => 1 + u8::from(row.rule_errors.is_empty()) + u8::from(row.warnings.is_empty()),
+        });
+        rows.truncate(STATUS_ROWS_MAX);
+        rows.iter_mut().for_each(shorten);
+        let mut left = STATUS_BYTES_MAX;
+        rows.retain(|row| {
+            let len = serde_json::to_vec(row).map_or(usize::MAX, |row| row.len());
+            left = left.saturating_sub(len);
+            left > 0
+        });
+        (rows, total)
     }
 
     /// Policies with something wrong with their files.
@@ -172,6 +194,15 @@ impl Set {
         let entries = self.by_tenant.values().flat_map(BTreeMap::values);
         let is_broken = |entry: &&Entry| !matches!(entry, Entry::Serves { problem: None, .. });
         entries.filter(is_broken).count() + self.unread_tenants.len() + usize::from(self.unread.is_some())
+    }
+}
+
+fn shorten(row: &mut PolicyStatus) {
+    row.warnings.truncate(STATUS_NOTES_MAX);
+    row.rule_errors.truncate(STATUS_NOTES_MAX);
+    let lasts = row.rule_errors.iter_mut().map(|rule| &mut rule.last);
+    for text in row.error.iter_mut().chain(&mut row.warnings).chain(lasts).chain([&mut row.version]) {
+        text.truncate(text.floor_char_boundary(STATUS_TEXT_MAX));
     }
 }
 
@@ -217,6 +248,32 @@ mod tests {
         set.unread = Some("permission denied".into());
         assert!(matches!(set.find("other", "default"), Lookup::Refuses(_)));
         assert!(matches!(set.find("acme", "own"), Lookup::Serves(_)));
+    }
+
+    #[test]
+    fn a_status_is_bounded_and_shows_problems_first() {
+        let mut set = Set::default();
+        let rules: String =
+            (0..20).map(|n| format!("  - {{when: \"unknown{n} == '{}'\", to: a}}\n", "\u{e9}".repeat(200))).collect();
+        let text = format!("providers: [{{name: a}}]\nrules:\n{rules}");
+        let source = Stored { format: Format::Yaml, text };
+        let version = Arc::new(source::compile("f", "p", source).unwrap());
+        assert!(version.warnings.len() > STATUS_NOTES_MAX);
+        for n in 0..500 {
+            let name = Name::parse(&format!("acme/p{n:03}")).unwrap();
+            let served = Arc::new(Served::new(name.clone(), version.clone(), false));
+            for rule in 0..20 {
+                served.rule_failed(rule, &Stop::Failed("\u{e9}".repeat(1000)));
+            }
+            set.insert(&name, Entry::Serves { served, problem: None, unstored: None });
+        }
+        set.insert(&Name::parse("zulu/p").unwrap(), Entry::Refuses("x".repeat(100_000)));
+
+        let (rows, total) = set.status();
+        assert_eq!((total, rows[0].tenant.as_str(), rows[0].error.as_ref().unwrap().len()), (501, "zulu", 256));
+        assert!(rows.len() > 50 && rows.len() <= STATUS_ROWS_MAX, "{}", rows.len());
+        assert!(rows.iter().all(|row| row.warnings.len() <= 10 && row.rule_errors.len() <= 10));
+        assert!(serde_json::to_vec(&rows).unwrap().len() <= STATUS_BYTES_MAX + STATUS_ROWS_MAX);
     }
 
     #[test]

@@ -70,7 +70,10 @@ async fn a_policy_that_was_never_good_is_refused_by_name() {
     assert_eq!(answer(&router, "other", "default").await, "a");
     for (tenant, expected) in [
         ("acme", "policy \"acme/default\" cannot be used: acme/default.toml:1: "),
-        ("twice", "policy \"twice/default\" cannot be used: twice/default.json and twice/default.yaml are all policy"),
+        (
+            "twice",
+            "policy \"twice/default\" cannot be used: policy twice/default has several files (twice/default.json, ",
+        ),
     ] {
         let refused = router.decide(&asking(tenant, "default")).await;
         assert_eq!(refused["error"]["code"], "decision_failed", "{refused}");
