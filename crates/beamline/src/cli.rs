@@ -177,6 +177,9 @@ pub enum Policy {
         /// The policy directory [default: as the settings say]
         #[arg(long, value_name = "DIR")]
         policies: Option<PathBuf>,
+        /// Delete it although the directory has no file of that name, because the file was lost
+        #[arg(long)]
+        vanished: bool,
     },
 }
 

@@ -39,7 +39,9 @@ fn main() -> ExitCode {
         cli::Command::ApiKey(args) => commands::keys::api_key(args),
         cli::Command::User(cli::User::Add { name, data_dir }) => in_runtime(commands::user::add(name, data_dir)),
         cli::Command::Policy(cli::Policy::Lint { dir }) => commands::policy::lint(dir),
-        cli::Command::Policy(cli::Policy::Delete { name, policies }) => commands::policy::delete(&name, policies),
+        cli::Command::Policy(cli::Policy::Delete { name, policies, vanished }) => {
+            commands::policy::delete(&name, policies, vanished)
+        }
         cli::Command::Soak(cli::Soak::Gateway(args)) => in_runtime(commands::soak::gateway(args)),
         cli::Command::Config(cli::Config::Show(setting)) => show(setting),
         cli::Command::Config(cli::Config::Check(setting)) => check(setting),

@@ -3,7 +3,8 @@
 use crate::config::{Layers, load};
 use anyhow::{Context, Result, bail};
 use router::PolicyName;
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 use wire::policy::Tombstone;
 
@@ -22,17 +23,22 @@ pub fn lint(dir: Option<PathBuf>) -> Result<()> {
             println!("{}: {} policies can serve", dir.display(), findings.policies);
             Ok(())
         }
-        _ => bail!("{}: {errors} of the policies cannot serve", dir.display()),
+        _ => bail!("{}: {errors} problems found; policies with an error will be refused", dir.display()),
     }
 }
 
-pub fn delete(name: &str, dir: Option<PathBuf>) -> Result<()> {
+/// With `vanished`, also a policy that the directory knows nothing of (any more).
+pub fn delete(name: &str, dir: Option<PathBuf>, vanished: bool) -> Result<()> {
     let Some(name) = PolicyName::parse(name) else {
         bail!("{name:?} does not name a policy; write it as TENANT/POLICY, for example acme/default");
     };
     let dir = directory(dir)?;
     if !dir.is_dir() {
         bail!("there is no policy directory {}; name it by --policies", dir.display());
+    }
+    let known = router::policy_names(&dir);
+    if !vanished && !known.contains(&name) {
+        bail!("{}", unknown(&dir, &name, &known));
     }
     let user = nix::unistd::getuid();
     let by = nix::unistd::User::from_uid(user).ok().flatten().map_or_else(|| user.to_string(), |user| user.name);
@@ -44,6 +50,17 @@ pub fn delete(name: &str, dir: Option<PathBuf>) -> Result<()> {
     }
     println!("the routers that watch {} stop serving {name} within seconds", dir.display());
     Ok(())
+}
+
+fn unknown(dir: &Path, name: &PolicyName, known: &BTreeSet<PolicyName>) -> String {
+    let own = known.iter().filter(|other| other.tenant == name.tenant);
+    let own: Vec<_> = own.map(PolicyName::to_string).collect();
+    let own = match own.is_empty() {
+        true => format!("tenant {:?} has no policies there", name.tenant),
+        false => format!("tenant {:?} has {}", name.tenant, own.join(", ")),
+    };
+    let dir = dir.display();
+    format!("there is no policy {name} in {dir}; {own}; if its file was lost, delete it with --vanished")
 }
 
 fn directory(given: Option<PathBuf>) -> Result<PathBuf> {

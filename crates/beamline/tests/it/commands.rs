@@ -120,6 +120,13 @@ async fn a_deleted_policy_stays_deleted_and_a_vanished_one_serves_on() {
     process.kill_and_restart().await;
     version(&process, "default/default").await;
 
+    let output = process.run(&["policy", "delete", "acmee/default"]).await;
+    assert_eq!(output.code, Some(1), "{}", output.stderr);
+    assert!(output.stderr.contains("there is no policy acmee/default in policies; tenant"), "{}", output.stderr);
+    assert!(!policies.join("acmee").exists(), "a mistyped name leaves nothing behind");
+    process.run(&["policy", "delete", "--vanished", "acme/lost"]).await.success();
+    assert!(policies.join("acme/lost.deleted").exists());
+
     let output = process.run(&["policy", "delete", "../default"]).await;
     assert!(output.stderr.contains("does not name a policy"), "{}", output.stderr);
 }
