@@ -82,7 +82,8 @@ async fn policy_lint_names_file_and_line_and_fails_on_errors() {
     write("acme/default.json", "{}");
     let output = run_in(dir.path(), &["policy", "lint", "policies"]).await;
     assert_eq!(output.code, Some(1));
-    let both = "error: policies/acme/default.json and acme/default.yaml are all policy acme/default";
+    let both =
+        "error: policies: policy acme/default has several files (acme/default.json, acme/default.yaml); keep one";
     assert!(
         output.stdout.contains(both) && output.stdout.contains("policies/acme/other.json:2: "),
         "{}",

@@ -28,6 +28,7 @@ pub fn lint(dir: &Path) -> Findings {
                 findings.policies += 1;
                 findings.warnings.extend(version.warnings.iter().map(|warning| format!("{at}/{warning}")));
             }
+            Err(error) if files.len() > 1 => findings.errors.push(format!("{at}: {error}")),
             Err(error) => findings.errors.push(format!("{at}/{error}")),
         }
     }
