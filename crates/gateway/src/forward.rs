@@ -647,7 +647,9 @@ mod tests {
         config.tenants = [(1000, vec!["acme".into(), "beta".into()]), (1001, vec!["acme".into(), "*".into()])].into();
         assert_eq!(config.tenants_of(0), ["default"]);
         assert_eq!(config.tenants_of(1000), ["acme", "beta"]);
-        assert_eq!(config.tenants_of(1001), ["acme", "default"]);
+        assert_eq!(config.tenants_of(1001), ["default", "acme"]);
         assert_eq!(config.tenants_of(1002), [""; 0]);
+        config.tenants.insert(1003, vec!["acme".into(), "default".into()]);
+        assert_eq!(config.tenants_of(1003), ["default", "acme"], "where its submits go");
     }
 }

@@ -1,4 +1,4 @@
-//! Places for requests in flight: so many in all, and of these so many for one user, so that others are always served.
+//! Limits requests in flight: a global limit, and a share of it for each user. Connections are limited the same way.
 //! The limits are arguments, as they may be others each time.
 
 use parking_lot::Mutex;
@@ -15,7 +15,7 @@ struct Held {
     by_user: HashMap<u32, usize>,
 }
 
-/// One request in flight, until it is dropped.
+/// One request in flight, or one connection, until it is dropped.
 #[derive(Debug)]
 pub struct Place {
     places: Arc<Places>,
@@ -30,8 +30,8 @@ pub enum Full {
 }
 
 impl Places {
-    /// A place if fewer than `limit` are held, and fewer than `share` by this user. Those above a limit that has come
-    /// down keep theirs, and come back first.
+    /// A place if fewer than `limit` are held, and fewer than `share` by this user. After a limit is
+    /// lowered, places above it stay valid; no new place is given until enough are returned.
     pub fn take(self: &Arc<Self>, uid: u32, limit: usize, share: usize) -> Result<Place, Full> {
         let mut held = self.0.lock();
         if held.all >= limit {

@@ -3,7 +3,6 @@
 //! A connection is one task ([`session`]); its requests run inside it, so whatever a client left behind ends with it.
 
 mod breaker;
-mod count;
 mod deadline;
 mod failure;
 mod forward;
@@ -24,7 +23,6 @@ pub use reload::Control;
 
 use arc_swap::{ArcSwap, Guard};
 use bus::Bus;
-use count::Count;
 use in_flight::{Full, Place};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -42,6 +40,8 @@ pub struct Config {
     /// At most 107 bytes.
     pub socket: PathBuf,
     pub max_connections: usize,
+    /// Of these, what one user may have. `None`: an equal part, as of [`Self::max_in_flight`].
+    pub max_connections_per_user: Option<usize>,
     /// Requests in flight over all connections.
     pub max_in_flight: usize,
     /// Of these, what one user may have over all of its connections; HTTP counts as our own user. `None`: an equal part
@@ -60,6 +60,8 @@ pub struct Config {
     pub max_deadline: Duration,
     /// Bytes of unfinished frames, all connections together.
     pub receive_budget: usize,
+    /// Bytes of finished answers that wait for their readers, all connections together.
+    pub reply_budget: usize,
     /// Requests in flight when a drain begins may take this long; a quarter of it more, and whoever does not read is left.
     pub drain_timeout: Duration,
     /// Who may connect besides our own user and root. Others can only reach the socket if this is not empty.
@@ -77,6 +79,7 @@ impl Default for Config {
         Self {
             socket: "/tmp/beamline-gateway.sock".into(),
             max_connections: 1024,
+            max_connections_per_user: None,
             max_in_flight: 1000,
             max_in_flight_per_user: None,
             max_in_flight_v1: 10,
@@ -86,6 +89,7 @@ impl Default for Config {
             request_timeout: Duration::from_secs(5),
             max_deadline: Duration::from_secs(600),
             receive_budget: 64 * 1024 * 1024,
+            reply_budget: 64 * 1024 * 1024,
             drain_timeout: Duration::from_secs(10),
             allowed_uids: Vec::new(),
             tenants: BTreeMap::new(),
@@ -118,7 +122,7 @@ struct Gateway {
     bus: Bus,
     waiters: waiters::Waiters,
     stats: stats::Stats,
-    connections: Arc<Count>,
+    connections: Arc<in_flight::Places>,
     in_flight: Arc<in_flight::Places>,
     router: router::Access,
 }
@@ -128,14 +132,29 @@ struct Live {
     config: Config,
     /// Requests in flight that one user may have.
     share: usize,
+    /// Connections that one user may have.
+    connection_share: usize,
     /// What is left of [`Config::receive_budget`]; permits are KiB.
     receive: Arc<Semaphore>,
+    /// What is left of [`Config::reply_budget`]; permits are KiB.
+    replies: Arc<Semaphore>,
 }
 
 impl Live {
     /// `own` is the user that we run as.
-    fn new(config: Config, receive: Arc<Semaphore>, own: u32) -> Self {
-        Self { share: config.share(own), receive, config }
+    /// `before` keeps the budgets that stay as they are.
+    fn new(config: Config, before: Option<&Self>, own: u32) -> Self {
+        let budget = |bytes, kept: Option<(usize, &Arc<Semaphore>)>| match kept {
+            Some((before, semaphore)) if before == bytes => semaphore.clone(),
+            _ => Arc::new(Semaphore::new(bytes / 1024)),
+        };
+        Self {
+            share: config.share(config.max_in_flight, config.max_in_flight_per_user, own),
+            connection_share: config.share(config.max_connections, config.max_connections_per_user, own),
+            receive: budget(config.receive_budget, before.map(|live| (live.receive_budget, &live.receive))),
+            replies: budget(config.reply_budget, before.map(|live| (live.reply_budget, &live.replies))),
+            config,
+        }
     }
 }
 
@@ -170,7 +189,7 @@ async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result
         waiters: waiters::Waiters::default(),
         stats: stats::Stats::default(),
         bus,
-        live: ArcSwap::from_pointee(Live::new(config.clone(), Arc::new(config.budget()), uid)),
+        live: ArcSwap::from_pointee(Live::new(config.clone(), None, uid)),
         uid,
     };
     Ok(Bound { gateway: Arc::new(gateway), listener, results })
@@ -218,10 +237,18 @@ impl Bound {
                 refuse(&stream, ErrorCode::Forbidden, NOT_ADMITTED);
                 continue;
             };
-            let Some(place) = gateway.connections.take(gateway.config().max_connections) else {
-                gateway.stats.failed(ErrorCode::Overloaded);
-                refuse(&stream, ErrorCode::Overloaded, "Too many connections; gateway.max_connections is the limit");
-                continue;
+            let place = match gateway.take_connection(peer.uid) {
+                Ok(place) => place,
+                Err(full) => {
+                    let limit = match full {
+                        Full::All => "gateway.max_connections",
+                        Full::User => "gateway.max_connections_per_user",
+                    };
+                    gateway.stats.failed(ErrorCode::Overloaded);
+                    let text = format!("Too many connections; {limit} is the limit");
+                    refuse(&stream, ErrorCode::Overloaded, &text);
+                    continue;
+                }
             };
             let session = session::run(gateway.clone(), stream, peer, cancel.clone());
             sessions.spawn(async move {
@@ -248,10 +275,6 @@ struct Peer {
 }
 
 impl Config {
-    fn budget(&self) -> Semaphore {
-        Semaphore::new(self.receive_budget / 1024)
-    }
-
     /// Root speaks for any tenant, others for those that are theirs.
     fn may_speak_for(&self, uid: u32, tenant: &str) -> bool {
         let of_all = || tenant == DEFAULT_TENANT;
@@ -259,21 +282,23 @@ impl Config {
         uid == 0 || if self.tenants.is_empty() { of_all() } else { self.tenants.get(&uid).is_some_and(theirs) }
     }
 
-    /// Whose tasks a user means who names no tenant: those of `default` if it speaks for any tenant, else those of its
-    /// own, in the order of the settings.
+    /// Whose tasks a user means who names no tenant: those of `default` first if it may speak for it, as its submits
+    /// without a tenant go there; then those of its own tenants, in the order of the settings.
     fn tenants_of(&self, uid: u32) -> Vec<String> {
         if uid == 0 || self.tenants.is_empty() {
             return vec![DEFAULT_TENANT.into()];
         }
         let theirs = self.tenants.get(&uid).into_iter().flatten();
-        theirs.map(|tenant| if tenant == "*" { DEFAULT_TENANT.into() } else { tenant.clone() }).collect()
+        let named = theirs.filter(|tenant| !["*", DEFAULT_TENANT].contains(&tenant.as_str())).cloned();
+        let default = self.may_speak_for(uid, DEFAULT_TENANT).then(|| DEFAULT_TENANT.to_string());
+        default.into_iter().chain(named).collect()
     }
 
-    /// Requests in flight that one user may have, where we run as `own`.
-    fn share(&self, own: u32) -> usize {
+    /// What one user may have of `all`, where we run as `own`.
+    fn share(&self, all: usize, set: Option<usize>, own: u32) -> usize {
         let others: BTreeSet<u32> = self.allowed_uids.iter().copied().filter(|uid| ![0, own].contains(uid)).collect();
-        let equal = (self.max_in_flight / (1 + others.len())).max(1);
-        self.max_in_flight_per_user.unwrap_or(equal).min(self.max_in_flight)
+        let equal = (all / (1 + others.len())).max(1);
+        set.unwrap_or(equal).min(all)
     }
 }
 
@@ -292,6 +317,12 @@ impl Gateway {
     fn take_place(&self, uid: u32) -> Result<Place, Full> {
         let config = self.config();
         self.in_flight.take(uid, config.max_in_flight, config.share)
+    }
+
+    /// A place for one more connection of this user.
+    fn take_connection(&self, uid: u32) -> Result<Place, Full> {
+        let config = self.config();
+        self.connections.take(uid, config.max_connections, config.connection_share)
     }
 
     fn peer(&self, stream: &UnixStream) -> Option<Peer> {
@@ -322,9 +353,8 @@ mod tests {
 
     #[test]
     fn each_user_who_may_connect_has_an_equal_share() {
-        let share = |max_in_flight, allowed_uids: &[u32], set| {
-            let allowed_uids = allowed_uids.to_vec();
-            Config { max_in_flight, allowed_uids, max_in_flight_per_user: set, ..Config::default() }.share(999)
+        let share = |all, allowed_uids: &[u32], set| {
+            Config { allowed_uids: allowed_uids.to_vec(), ..Config::default() }.share(all, set, 999)
         };
         assert_eq!(share(1000, &[], None), 1000, "alone");
         assert_eq!(share(1000, &[0, 999], None), 1000, "root and ourselves are let in anyway");
@@ -333,6 +363,25 @@ mod tests {
         assert_eq!(share(2, &[1000, 1001, 1002], None), 1);
         assert_eq!((share(1000, &[1000], Some(700)), share(10, &[], Some(700))), (700, 10));
     }
+
+    #[tokio::test]
+    async fn a_user_at_its_share_of_connections_leaves_the_rest_to_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = bus::local::Local::open(dir.path()).await.unwrap();
+        let config = Config { socket: dir.path().join("s"), max_connections: 4, ..Config::default() };
+        let config = Config { allowed_uids: vec![70_001], ..config };
+        let bound = bind(config.clone(), bus).await.unwrap();
+        let gateway = &bound.gateway;
+        let greedy = [(); 2].map(|()| gateway.take_connection(70_001).unwrap());
+        assert_eq!(gateway.take_connection(70_001).unwrap_err(), Full::User);
+        let ours = [(); 2].map(|()| gateway.take_connection(gateway.uid).unwrap());
+        assert_eq!(gateway.take_connection(70_001).unwrap_err(), Full::All);
+        drop((greedy, ours));
+        bound.control().reload(Config { max_connections_per_user: Some(1), ..config });
+        let _one = gateway.take_connection(70_001).unwrap();
+        assert_eq!(gateway.take_connection(70_001).unwrap_err(), Full::User);
+    }
+
     /// A session of a made-up user, since tests run as one user.
     fn connect(gateway: &Arc<Gateway>, uid: u32) -> UnixStream {
         let (client, stream) = UnixStream::pair().unwrap();
@@ -346,6 +395,34 @@ mod tests {
         let submit = r#"{"command":"task_submit","task_type":"t"}"#;
         Frame::new(version, FrameType::TaskSubmit, submit).encode(&mut bytes);
         tokio::io::AsyncWriteExt::write_all(client, &bytes).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_cancel_without_a_tenant_stops_the_task_that_a_submit_without_one_began() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = bus::local::Local::open(dir.path()).await.unwrap();
+        let config = Config { socket: dir.path().join("s"), allowed_uids: vec![70_001], ..Config::default() };
+        let tenants = [(70_001, vec!["acme".into(), "default".into()])].into();
+        let gateway = bind(Config { tenants, ..config }, bus.clone()).await.unwrap().gateway;
+        let mut submits = bus.subscribe(wire::subjects::DECIDE, None, 8).await.unwrap();
+        let mut queries = bus.subscribe(wire::subjects::GET_DECISION, None, 8).await.unwrap();
+        let mut cancels = bus.subscribe(wire::subjects::CANCEL, None, 8).await.unwrap();
+        let mut client = connect(&gateway, 70_001);
+        submit(&mut client, 1).await;
+        let submitted_to = submits.next().await.unwrap().headers.get("tenant_id").unwrap().to_string();
+
+        let mut bytes = bytes::BytesMut::new();
+        let version = Version::V2 { request_id: 2, deadline_ms: 60_000 };
+        Frame::new(version, FrameType::TaskCancel, r#"{"task_id":"same"}"#).encode(&mut bytes);
+        tokio::io::AsyncWriteExt::write_all(&mut client, &bytes).await.unwrap();
+        // Each tenant has a task of this id.
+        let asked = queries.next().await.unwrap();
+        let tenant = asked.headers.get("tenant_id").unwrap();
+        let task = serde_json::json!({"task_id": "same", "state": "queued", "tenant_id": tenant});
+        let payload = serde_json::json!({"ok": true, "task": task}).to_string().into();
+        let subject = asked.reply.unwrap();
+        bus.publish(bus::Message { subject, payload, ..bus::Message::default() }).await.unwrap();
+        assert_eq!(cancels.next().await.unwrap().headers.get("tenant_id"), Some(submitted_to.as_str()));
     }
 
     #[tokio::test]

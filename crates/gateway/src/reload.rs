@@ -21,9 +21,6 @@ impl Control {
         let gateway = &self.gateway;
         let before = gateway.live.load_full();
         config.socket = before.socket.clone();
-        // Frames that have begun stay on the old budget until they end, which is soon.
-        let same = config.receive_budget == before.receive_budget;
-        let receive = if same { before.receive.clone() } else { Arc::new(config.budget()) };
         if (config.breaker, config.request_timeout) != (before.breaker, before.request_timeout) {
             gateway.router.configure(config.breaker, config.request_timeout);
         }
@@ -33,7 +30,8 @@ impl Control {
         {
             tracing::error!(%error, shared, "cannot change who may reach the gateway's socket");
         }
-        gateway.live.store(Arc::new(Live::new(config, receive, gateway.uid)));
+        // What holds a part of an old budget keeps it until it ends, which is soon.
+        gateway.live.store(Arc::new(Live::new(config, Some(&before), gateway.uid)));
     }
 }
 

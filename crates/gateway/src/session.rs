@@ -1,5 +1,6 @@
 //! One connection: reads frames, runs its requests, writes answers. Everything happens in its one task.
 
+mod held;
 mod io;
 mod line;
 
@@ -10,6 +11,7 @@ use crate::{Gateway, Peer};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use held::Held;
 use io::{at, gone, receive};
 use line::Line;
 use std::collections::{HashSet, VecDeque};
@@ -70,7 +72,7 @@ struct Session {
     output: BytesMut,
     requests: FuturesUnordered<BoxFuture<'static, (Slot, Reply)>>,
     /// Last frames of requests that have ended, while `output` has no room for them.
-    ended: VecDeque<(Slot, Reply)>,
+    ended: VecDeque<(Slot, Held)>,
     ended_bytes: usize,
     pieces: (mpsc::Sender<(Slot, Reply)>, mpsc::Receiver<(Slot, Reply)>),
     v1_line: Line,
@@ -154,11 +156,12 @@ impl Session {
             if let Err(exit) = self.flush() {
                 return exit;
             }
+            self.advance();
             if self.has_room()
-                && let Some((slot, reply)) = self.ended.pop_front()
+                && let Some((slot, held)) = self.ended.pop_front()
             {
-                self.ended_bytes -= reply.1.len();
-                self.finished(slot, reply);
+                self.ended_bytes -= held.reply.1.len();
+                self.finished(slot, held);
                 continue;
             }
             // Whatever has ended is in `output` by now, unless that is full.
@@ -202,10 +205,7 @@ impl Session {
                 }
                 Some((slot, reply)) = self.pieces.1.recv(), if room => self.piece(slot, reply),
                 // Also while the client does not read: deadlines fire, and places are given back.
-                Some((slot, reply)) = self.requests.next(), if !self.requests.is_empty() => {
-                    self.ended_bytes += reply.1.len();
-                    self.ended.push_back((slot, reply));
-                }
+                Some((slot, reply)) = self.requests.next(), if !self.requests.is_empty() => self.keep(slot, reply),
                 received = receive(&mut self.reader, &mut self.input), if reads => match received {
                     Ok(0) => self.half_close(),
                     Ok(_) => self.decode(give_up.is_some()),
@@ -458,7 +458,7 @@ impl Session {
         }
     }
 
-    /// It begins only to say that it is late: its answer stands in line, others may have its place in flight.
+    /// Starts the request after its deadline only to answer it with a timeout, so that its place in flight is released.
     fn stream_late(&mut self) {
         if let Some(V1Stream::Waiting(request, deadline, place)) = self.v1_stream.take() {
             self.start_v1(request, deadline, place);
@@ -473,7 +473,20 @@ impl Session {
         }
     }
 
-    fn finished(&mut self, slot: Slot, reply: Reply) {
+    /// Keeps the last frame of a request until `output` has room for it. What can leave at once is free of the budget,
+    /// so that clients that read are served whatever others leave unread.
+    fn keep(&mut self, slot: Slot, reply: Reply) {
+        let its_turn = match slot {
+            Slot::V1(place) => self.v1_line.is_first(place),
+            Slot::V2(_) => true,
+        };
+        let leaves = its_turn && self.ended.is_empty() && self.has_room();
+        let held = if leaves { reply.into() } else { Held::within_budget(&self.gateway, reply) };
+        self.ended_bytes += held.reply.1.len();
+        self.ended.push_back((slot, held));
+    }
+
+    fn finished(&mut self, slot: Slot, held: Held) {
         // Its pieces were sent before.
         while let Ok((slot, piece)) = self.pieces.1.try_recv() {
             self.piece(slot, piece);
@@ -484,19 +497,13 @@ impl Session {
                 if matches!(self.v1_stream, Some(V1Stream::Running(running)) if running == place) {
                     self.v1_stream = None;
                 }
-                self.v1_line.answer(place, reply);
+                self.v1_line.answer(place, held);
                 self.advance();
             }
             Slot::V2(request_id) => {
                 self.v2_open.remove(&request_id);
-                self.put(Version::V2 { request_id, deadline_ms: 0 }, reply);
+                self.put(Version::V2 { request_id, deadline_ms: 0 }, held.reply);
             }
-        }
-        if self.v1_line.is_empty()
-            && let Some(V1Stream::Waiting(request, deadline, place)) =
-                self.v1_stream.take_if(|s| matches!(s, V1Stream::Waiting(..)))
-        {
-            self.start_v1(request, deadline, place);
         }
     }
 
@@ -512,9 +519,18 @@ impl Session {
         }
     }
 
+    /// Puts the answers whose turn has come, while there is room for them; then a stream that waits for its turn starts.
     fn advance(&mut self) {
-        while let Some(reply) = self.v1_line.leave() {
+        while self.has_room()
+            && let Some(reply) = self.v1_line.leave()
+        {
             self.put(Version::V1, reply);
+        }
+        if self.v1_line.is_empty()
+            && let Some(V1Stream::Waiting(request, deadline, place)) =
+                self.v1_stream.take_if(|s| matches!(s, V1Stream::Waiting(..)))
+        {
+            self.start_v1(request, deadline, place);
         }
     }
 
@@ -538,8 +554,8 @@ impl Session {
     /// The drain has lasted too long: everything in flight is answered with code 6.
     fn abandon(&mut self) {
         self.ended_bytes = 0;
-        for (slot, reply) in std::mem::take(&mut self.ended) {
-            self.finished(slot, reply);
+        for (slot, held) in std::mem::take(&mut self.ended) {
+            self.finished(slot, held);
         }
         let open = self.v1_open + self.v2_open.len();
         if open == 0 {

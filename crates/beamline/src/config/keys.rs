@@ -68,6 +68,11 @@ pub const KEYS: &[Key] = &[
         "IPC_SOCKET_PATH",
     ),
     live(key("gateway.max_connections", Count(1, 100_000), "1024", "open IPC connections")),
+    live(unset(
+        "gateway.max_connections_per_user",
+        Count(1, 100_000),
+        "of these, what one user may have; unset: an equal part for each user who may connect",
+    )),
     live(key("gateway.max_in_flight", Count(1, 1_000_000), "1000", "requests in flight over all connections")),
     live(unset(
         "gateway.max_in_flight_per_user",
@@ -81,6 +86,7 @@ pub const KEYS: &[Key] = &[
     live(key("gateway.request_timeout", Duration, "5s", "a request without its own deadline")),
     live(key("gateway.max_deadline", Duration, "10m", "a longer deadline of a request counts as this")),
     live(key("gateway.receive_budget", Size, "64MiB", "unfinished frames, all connections together")),
+    live(key("gateway.reply_budget", Size, "64MiB", "finished answers that wait for their readers, all connections")),
     live(key("gateway.allowed_uids", List, "", "uids besides our own and root that may connect")),
     live(key(
         "gateway.tenants",

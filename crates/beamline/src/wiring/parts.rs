@@ -214,6 +214,9 @@ pub fn gateway_config(settings: &Settings) -> Result<gateway::Config> {
         tenants,
         socket: values.path("gateway.socket"),
         max_connections: values.count("gateway.max_connections"),
+        max_connections_per_user: values
+            .maybe_number("gateway.max_connections_per_user")
+            .map(|n| usize::try_from(n).expect("at most a hundred thousand")),
         max_in_flight: values.count("gateway.max_in_flight"),
         max_in_flight_per_user: values
             .maybe_number("gateway.max_in_flight_per_user")
@@ -225,6 +228,7 @@ pub fn gateway_config(settings: &Settings) -> Result<gateway::Config> {
         request_timeout: values.duration("gateway.request_timeout"),
         max_deadline: values.duration("gateway.max_deadline"),
         receive_budget: values.count("gateway.receive_budget"),
+        reply_budget: values.count("gateway.reply_budget"),
         drain_timeout: drain_timeout(values),
         allowed_uids: uids.collect::<Result<_>>()?,
         api_key: secrets::load_or_create(&values.path("data_dir"), secrets::API_KEY)?,

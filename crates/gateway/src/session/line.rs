@@ -1,5 +1,6 @@
 //! The answers to v1 requests, which have no id: they leave in the order of their requests.
 
+use super::held::Held;
 use crate::forward::Reply;
 use std::collections::BTreeMap;
 
@@ -9,7 +10,7 @@ pub struct Line {
     next: u64,
     head: u64,
     /// Answers that wait for those before them.
-    waiting: BTreeMap<u64, Reply>,
+    waiting: BTreeMap<u64, Held>,
 }
 
 impl Line {
@@ -28,22 +29,27 @@ impl Line {
         self.next - 1
     }
 
-    pub fn answer(&mut self, place: u64, reply: Reply) {
-        self.waiting.insert(place, reply);
+    /// Everything before this place has left.
+    pub fn is_first(&self, place: u64) -> bool {
+        place == self.head
+    }
+
+    pub fn answer(&mut self, place: u64, reply: impl Into<Held>) {
+        self.waiting.insert(place, reply.into());
     }
 
     /// Answers whoever has no answer yet.
     pub fn answer_all(&mut self, reply: impl Fn() -> Reply) {
         for place in self.head..self.next {
-            self.waiting.entry(place).or_insert_with(&reply);
+            self.waiting.entry(place).or_insert_with(|| reply().into());
         }
     }
 
     /// The first answer in the line, once it is there.
     pub fn leave(&mut self) -> Option<Reply> {
-        let reply = self.waiting.remove(&self.head)?;
+        let held = self.waiting.remove(&self.head)?;
         self.head += 1;
-        Some(reply)
+        Some(held.reply)
     }
 }
 
