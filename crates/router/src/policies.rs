@@ -381,6 +381,15 @@ impl Known {
                 }
                 Err(error) => return Err(error),
             },
+            (Some(Step::Note), _) => {
+                let at_ms = self.read.as_ref().map_or(0, |(_, _, read_ms)| *read_ms);
+                return Ok(Some(wire::policy::Entry { hash: String::new(), at_ms, deleted: false }));
+            }
+            (Some(Step::Fetch), _) if entry.is_some_and(|entry| entry.hash.is_empty()) => {
+                let text =
+                    "it has never had a version that could be used; put a good file in its place, or delete the policy";
+                self.unusable = Some(format!("{name}: {text}"));
+            }
             (Some(Step::Fetch), _) => match shared.fetch(name).await? {
                 Ok(version) => {
                     let at_ms = entry.map_or(0, |entry| entry.at_ms);

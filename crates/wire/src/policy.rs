@@ -167,7 +167,7 @@ pub struct Index {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// SHA-1 of format and text, in hex.
+    /// SHA-1 of format and text, in hex. Empty: no version could be used yet, and none is stored.
     pub hash: String,
     /// When a router read that version, or when the policy was deleted: milliseconds since the epoch.
     pub at_ms: u64,

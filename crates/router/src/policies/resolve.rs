@@ -36,6 +36,8 @@ pub enum Step {
     Delete,
     /// The policy was deleted elsewhere.
     Forget,
+    /// There is a policy, of which no version could be used yet: the others must know, so that nothing else serves for it.
+    Note,
 }
 
 /// `fresh`: what is on disk was read just now, and is not yet known to be stored. `entry` is what all routers know.
@@ -58,6 +60,7 @@ pub fn next(
         return Some(Step::Delete);
     }
     match (entry, last_good) {
+        (None, None) if matches!(disk, Disk::Broken(_)) => Some(Step::Note),
         (Some(entry), Some(good)) if entry.deleted => (entry.at_ms >= good.at_ms).then_some(Step::Forget),
         (Some(entry), None) if !entry.deleted => Some(Step::Fetch),
         (Some(entry), Some(good)) => {
@@ -123,6 +126,7 @@ mod tests {
         let broken = || Disk::Broken("acme/p.yaml:1: bad".into());
         let absent = || Disk::Absent("its file is gone".into());
         let deleted = |at_ms| Some(Entry { hash: String::new(), at_ms, deleted: true });
+        let noted = |at_ms| Some(Entry { hash: String::new(), at_ms, deleted: false });
         let tombstone = |deleted_ms| Some(Tombstone { deleted_ms, by: String::new() });
         let cases = [
             ("a new file is stored", on_disk(), true, None, None, None, Some(Step::Store)),
@@ -136,7 +140,18 @@ mod tests {
             ("another router mended it", broken(), false, Some(good("a", 5)), stored("b", 9), None, Some(Step::Fetch)),
             ("ours is newer", broken(), false, Some(good("b", 9)), stored("a", 5), None, None),
             ("both are the same", broken(), false, Some(good("a", 5)), stored("a", 9), None, None),
-            ("nothing was ever good", broken(), false, None, None, None, None),
+            ("nothing was ever good", broken(), false, None, None, None, Some(Step::Note)),
+            ("nothing was ever good, and is gone", absent(), false, None, noted(5), None, Some(Step::Fetch)),
+            (
+                "nothing was ever good, and is deleted",
+                absent(),
+                false,
+                None,
+                noted(5),
+                tombstone(9),
+                Some(Step::Delete),
+            ),
+            ("good at last", on_disk(), true, None, noted(5), None, Some(Step::Store)),
             ("deleted", absent(), false, Some(good("a", 5)), stored("a", 5), tombstone(9), Some(Step::Delete)),
             ("deleted while no router ran", absent(), false, None, stored("a", 5), tombstone(9), Some(Step::Delete)),
             ("deleted, and never stored", absent(), false, Some(good("a", 5)), None, tombstone(9), Some(Step::Delete)),

@@ -85,6 +85,14 @@ async fn a_policy_that_was_never_good_is_refused_by_name() {
 
     std::fs::remove_file(router.dir.path().join("policies/twice/default.json")).unwrap();
     testkit::eventually(SOON, async || answer(&router, "twice", "default").await == "b").await;
+
+    // Its only file vanishes: nothing serves in its place.
+    std::fs::remove_file(router.dir.path().join("policies/acme/default.toml")).unwrap();
+    let gone = |status: &serde_json::Value| {
+        status["policies"][0]["error"].as_str().is_some_and(|text| text.contains("never had"))
+    };
+    router.status(gone).await;
+    assert_eq!(answer(&router, "acme", "default").await, "decision_failed");
 }
 
 #[tokio::test]
