@@ -304,7 +304,7 @@ mod tests {
             let path = dir.path().join(name);
             assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
         }
-        let (done, outcomes) = std::sync::mpsc::channel();
+        let (done, outcomes) = std::sync::mpsc::sync_channel(8);
         let root = dir.path().to_path_buf();
         std::thread::spawn(move || {
             let name = Name::parse("acme/p").unwrap();
