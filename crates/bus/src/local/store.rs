@@ -242,7 +242,8 @@ impl Store {
         .await
     }
 
-    /// Whether the engine answers and its log takes writes.
+    /// Whether the engine answers. After a failed commit it does not, until the log is open again; a disk that fills up is
+    /// noticed by the next write.
     pub async fn health(&self) -> Result<()> {
         self.run(|_, _| Ok(())).await
     }
