@@ -5,11 +5,17 @@ use std::path::Path;
 
 fn main() -> std::io::Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
-    let [_, fixtures, corpus] = &arguments[..] else { panic!("usage: seeds FIXTURES CORPUS") };
+    let [_, fixtures, corpus] = &arguments[..] else {
+        panic!("usage: seeds FIXTURES CORPUS")
+    };
     for (target, file) in [("ipc", "ipc.json"), ("realtime", "realtime.json"), ("app", "app.json"), ("websocket", "")] {
         let folder = Path::new(corpus).join(target);
         std::fs::create_dir_all(&folder)?;
-        let text = if file.is_empty() { "[]".into() } else { std::fs::read_to_string(Path::new(fixtures).join(file))? };
+        let text = if file.is_empty() {
+            "[]".into()
+        } else {
+            std::fs::read_to_string(Path::new(fixtures).join(file))?
+        };
         let golden: Value = serde_json::from_str(&text)?;
 
         let mut inputs = Vec::new();
@@ -50,7 +56,10 @@ fn hex(text: &str) -> Option<Vec<u8>> {
     if text.len() < 4 || text.len() % 2 != 0 || !text.is_ascii() {
         return None;
     }
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok())
+        .collect()
 }
 
 /// One frame of each kind and a fragmented message, masked with zeros.

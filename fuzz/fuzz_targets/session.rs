@@ -33,7 +33,9 @@ thread_local! {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let Ok((sequence, drains)) = sequence(&mut Unstructured::new(input)) else { return };
+    let Ok((sequence, drains)) = sequence(&mut Unstructured::new(input)) else {
+        return;
+    };
     STAGE.with_borrow_mut(|stage| {
         let Stage { runtime, world, served } = stage;
         runtime.block_on(async {

@@ -47,7 +47,9 @@ impl Given {
             }
         };
         ensure!(place.is_none(), "there is one of that name already");
-        let Some(listener) = sockets.take_tcp_listener(index)? else { bail!("it was taken before") };
+        let Some(listener) = sockets.take_tcp_listener(index)? else {
+            bail!("it was taken before")
+        };
         ensure!(SockRef::from(&listener).is_listener()?, "it does not listen");
         listener.set_nonblocking(true)?;
         *place = Some(listener);

@@ -21,7 +21,9 @@ impl Door {
     pub async fn answers(&self) -> Result<(), String> {
         match self {
             Self::Gateway(path) => gateway(path).await.map_err(|e| format!("the gateway's socket: {e}")),
-            Self::Operations(address) => operations(*address).await.map_err(|e| format!("the operations port: {e}")),
+            Self::Operations(address) => operations(*address)
+                .await
+                .map_err(|e| format!("the operations port: {e}")),
         }
     }
 }
@@ -46,7 +48,9 @@ async fn gateway(path: &PathBuf) -> std::io::Result<()> {
 
 async fn operations(address: SocketAddr) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(address).await?;
-    stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await?;
+    stream
+        .write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        .await?;
     let mut answer = Vec::new();
     stream.take(64 * 1024).read_to_end(&mut answer).await?;
     if answer.starts_with(b"HTTP/1.1 200 ") {

@@ -91,7 +91,10 @@ impl Setting {
             ("database.url", self.database_url),
             ("log.format", self.log_format),
         ];
-        layers.flags = flags.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
+        layers.flags = flags
+            .into_iter()
+            .filter_map(|(name, value)| Some((name, value?)))
+            .collect();
         layers
     }
 }

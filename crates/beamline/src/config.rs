@@ -76,7 +76,8 @@ macro_rules! getter {
 
         #[allow(dead_code)]
         pub fn $name(&self, key: &str) -> $type {
-            self.$maybe(key).unwrap_or_else(|| panic!("setting {key} has a default"))
+            self.$maybe(key)
+                .unwrap_or_else(|| panic!("setting {key} has a default"))
         }
     };
 }

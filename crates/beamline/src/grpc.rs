@@ -14,11 +14,15 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// Serves until cancelled; says from the beginning of the drain on that this process does not serve.
 pub async fn serve(listener: TcpListener, draining: CancellationToken, cancel: CancellationToken) -> Result<()> {
     let (mut reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+    reporter
+        .set_service_status("", tonic_health::ServingStatus::Serving)
+        .await;
     let ended = cancel.clone();
     let tell = async move {
         draining.cancelled().await;
-        reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        reporter
+            .set_service_status("", tonic_health::ServingStatus::NotServing)
+            .await;
         cancel.cancelled().await;
         // Ends the streams of those who watch, which the server would wait for.
         reporter.clear_service_status("").await;
@@ -36,7 +40,9 @@ pub async fn serve(listener: TcpListener, draining: CancellationToken, cancel: C
         }
     })
     .boxed();
-    let server = tonic::transport::Server::builder().add_service(health).serve_with_incoming_shutdown(incoming, tell);
+    let server = tonic::transport::Server::builder()
+        .add_service(health)
+        .serve_with_incoming_shutdown(incoming, tell);
     let overdue = async {
         ended.cancelled().await;
         tokio::time::sleep(GOODBYE).await;

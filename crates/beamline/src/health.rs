@@ -78,7 +78,11 @@ async fn report(health: &Health, tell: fn(String) -> String) -> Response {
         failed = true;
         report.insert("process".into(), json!("draining"));
     }
-    let status = if failed { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    let status = if failed {
+        StatusCode::SERVICE_UNAVAILABLE
+    } else {
+        StatusCode::OK
+    };
     (status, Json(json!({"ready": !failed, "checks": report}))).into_response()
 }
 
@@ -98,7 +102,10 @@ async fn metrics_on_http(
     if (peer.ip().to_canonical().is_loopback() && !handed_on) || health.metrics_public {
         return metrics(health).await;
     }
-    (StatusCode::FORBIDDEN, "metrics are served to this machine only; ops.metrics_public = true serves them to all\n")
+    (
+        StatusCode::FORBIDDEN,
+        "metrics are served to this machine only; ops.metrics_public = true serves them to all\n",
+    )
         .into_response()
 }
 
@@ -110,7 +117,9 @@ mod tests {
     use tower::ServiceExt;
 
     async fn status(peer: &str, forwarded: Option<&str>) -> StatusCode {
-        let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
+        let metrics = metrics_exporter_prometheus::PrometheusBuilder::new()
+            .build_recorder()
+            .handle();
         let draining = tokio_util::sync::CancellationToken::new();
         let health = Health { checks: Vec::new(), metrics, metrics_public: false, draining };
         let mut request = Request::get("/metrics");
@@ -124,15 +133,25 @@ mod tests {
 
     #[tokio::test]
     async fn http_port_says_what_fails_and_the_operations_port_why() {
-        let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
+        let metrics = metrics_exporter_prometheus::PrometheusBuilder::new()
+            .build_recorder()
+            .handle();
         let draining = tokio_util::sync::CancellationToken::new();
         let away: Check = Box::new(|| Box::pin(async { Err("no route to db.internal".into()) }));
-        let health = Arc::new(Health { checks: vec![("database", away)], metrics, metrics_public: false, draining });
+        let health = Arc::new(Health {
+            checks: vec![("database", away)],
+            metrics,
+            metrics_public: false,
+            draining,
+        });
         for (routes, path, told) in [
             (http_routes(health.clone()), "/ready", "failed"),
             (ops_routes(health.clone()), "/readyz", "no route to db.internal"),
         ] {
-            let answer = routes.oneshot(Request::get(path).body(Body::empty()).unwrap()).await.unwrap();
+            let answer = routes
+                .oneshot(Request::get(path).body(Body::empty()).unwrap())
+                .await
+                .unwrap();
             assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
             let body = axum::body::to_bytes(answer.into_body(), 1 << 16).await.unwrap();
             let body: Value = serde_json::from_slice(&body).unwrap();

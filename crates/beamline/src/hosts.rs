@@ -33,8 +33,16 @@ pub enum Refusal {
 impl Hosts {
     /// `listed` as in `http.hosts`; `origins` as in `http.origins`, whose hosts are ours too (a proxy's public name).
     pub fn new(listed: &[String], origins: &[String]) -> Self {
-        let of_origins = origins.iter().filter_map(|origin| origin.split_once("://")).map(|(_, host)| host);
-        let names = listed.iter().map(String::as_str).chain(of_origins).filter_map(name_of).collect();
+        let of_origins = origins
+            .iter()
+            .filter_map(|origin| origin.split_once("://"))
+            .map(|(_, host)| host);
+        let names = listed
+            .iter()
+            .map(String::as_str)
+            .chain(of_origins)
+            .filter_map(name_of)
+            .collect();
         Self { names, any: listed.iter().any(|host| host == "*") }
     }
 
@@ -49,7 +57,10 @@ impl Hosts {
             return Ok(());
         }
         // A proxy's form of a request names the host in its target as well; both must be ours.
-        for named in [Some(host_header(&request.headers)?), authority(&request.uri)].into_iter().flatten() {
+        for named in [Some(host_header(&request.headers)?), authority(&request.uri)]
+            .into_iter()
+            .flatten()
+        {
             let host = name_of(named).ok_or(Refusal::Unreadable)?;
             if !self.is_ours(&host, local) {
                 return Err(Refusal::Foreign(host));
@@ -88,7 +99,8 @@ pub fn is_host(text: &str) -> bool {
 }
 
 fn has_port(text: &str) -> bool {
-    text.parse::<Authority>().is_ok_and(|authority| authority.port().is_some())
+    text.parse::<Authority>()
+        .is_ok_and(|authority| authority.port().is_some())
 }
 
 fn host_header(headers: &HeaderMap) -> Result<&str, Refusal> {
@@ -113,7 +125,10 @@ fn name_of(text: &str) -> Option<String> {
 }
 
 fn address(host: &str) -> Option<IpAddr> {
-    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let bare = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+        .unwrap_or(host);
     bare.parse::<IpAddr>().ok().map(|ip| ip.to_canonical())
 }
 
@@ -137,9 +152,15 @@ mod tests {
     #[test]
     fn loopback_names_and_addresses_are_ours_by_default() {
         let check = |host: &str| check_with(&Hosts::default(), "127.0.0.1", "/", &[host]);
-        for host in
-            ["localhost", "LocalHost.:8000", "127.0.0.1", "127.9.9.9:1", "[::1]", "[::1]:8000", "[::ffff:127.0.0.1]:80"]
-        {
+        for host in [
+            "localhost",
+            "LocalHost.:8000",
+            "127.0.0.1",
+            "127.9.9.9:1",
+            "[::1]",
+            "[::1]:8000",
+            "[::ffff:127.0.0.1]:80",
+        ] {
             assert_eq!(check(host), Ok(()), "{host}");
         }
         for (host, named) in [

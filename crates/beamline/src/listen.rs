@@ -11,17 +11,21 @@ pub fn bind(
     address: SocketAddr,
     given: Option<std::net::TcpListener>,
 ) -> Result<(TcpListener, SocketAddr)> {
-    let listener = given.map_or_else(|| try_bind(address), TcpListener::from_std).map_err(|e| match e.kind() {
-        std::io::ErrorKind::AddrInUse => {
-            let by = holder(address.port()).unwrap_or_else(|| "a process that this user cannot see".into());
-            anyhow!("{setting}: {address} is taken by {by}; stop it or set another address")
-        }
-        std::io::ErrorKind::PermissionDenied => {
-            anyhow!("{setting}: no permission to listen on {address}; ports below 1024 need CAP_NET_BIND_SERVICE")
-        }
-        _ => anyhow!("{setting}: cannot listen on {address}: {e}"),
-    })?;
-    let address = listener.local_addr().with_context(|| format!("{setting}: no local address"))?;
+    let listener = given
+        .map_or_else(|| try_bind(address), TcpListener::from_std)
+        .map_err(|e| match e.kind() {
+            std::io::ErrorKind::AddrInUse => {
+                let by = holder(address.port()).unwrap_or_else(|| "a process that this user cannot see".into());
+                anyhow!("{setting}: {address} is taken by {by}; stop it or set another address")
+            }
+            std::io::ErrorKind::PermissionDenied => {
+                anyhow!("{setting}: no permission to listen on {address}; ports below 1024 need CAP_NET_BIND_SERVICE")
+            }
+            _ => anyhow!("{setting}: cannot listen on {address}: {e}"),
+        })?;
+    let address = listener
+        .local_addr()
+        .with_context(|| format!("{setting}: no local address"))?;
     Ok((listener, address))
 }
 
@@ -47,7 +51,9 @@ fn holder(port: u16) -> Option<String> {
         if !pid.to_string_lossy().bytes().all(|b| b.is_ascii_digit()) {
             continue;
         }
-        let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else { continue };
+        let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else {
+            continue;
+        };
         let holds = |fd: std::fs::DirEntry| std::fs::read_link(fd.path()).is_ok_and(|to| to == Path::new(&target));
         if descriptors.flatten().any(holds) {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();

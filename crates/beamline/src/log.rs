@@ -13,7 +13,12 @@ pub fn init(settings: &Settings) -> anyhow::Result<Filter> {
     let (filter, handle) = reload::Layer::new(filter(settings)?);
     let lines = fmt::layer().with_writer(std::io::stderr);
     let lines = if settings.values.text("log.format") == "json" {
-        lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
+        lines
+            .json()
+            .flatten_event(true)
+            .with_current_span(true)
+            .with_span_list(false)
+            .boxed()
     } else {
         lines.with_ansi(std::io::stderr().is_terminal()).boxed()
     };

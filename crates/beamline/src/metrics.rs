@@ -23,7 +23,11 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     ("beamline_cluster_messages_in_total", false, "Commands from clients"),
     ("beamline_cluster_publications_total", false, "Publications taken"),
     ("beamline_cluster_refused_total", false, "Connections refused because the node was full"),
-    ("beamline_dead_letters_total", false, "Messages that nobody could handle; they are in the stream DLQ"),
+    (
+        "beamline_dead_letters_total",
+        false,
+        "Messages that nobody could handle; they are in the stream DLQ",
+    ),
     (
         "beamline_gateway_breaker_transitions_total",
         true,
@@ -37,9 +41,17 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     ),
     ("beamline_gateway_requests_total", false, "Requests taken"),
     ("beamline_gateway_retries_total", false, "Requests sent to the router a second time"),
-    ("beamline_gateway_status_failures_total", false, "Questions about the router's load that got no answer"),
+    (
+        "beamline_gateway_status_failures_total",
+        false,
+        "Questions about the router's load that got no answer",
+    ),
     ("beamline_reloads_total", true, "Reloads by SIGHUP, by outcome: done or refused"),
-    ("beamline_router_contract_violations_total", true, "Headers of requests that were wrong and ignored, by name"),
+    (
+        "beamline_router_contract_violations_total",
+        true,
+        "Headers of requests that were wrong and ignored, by name",
+    ),
     ("beamline_router_decisions_total", true, "Decisions, by reason"),
     ("beamline_router_errors_total", true, "Requests refused, by error code"),
     ("beamline_router_results_total", true, "Results of tasks, by status"),
@@ -63,15 +75,24 @@ const GAUGES: &[(&str, &str)] = &[
     ("beamline_gateway_held_back", "1 while the router says that it is overloaded"),
     ("beamline_gateway_in_flight", "Requests in flight"),
     ("beamline_process_resident_bytes", "Resident memory of the process"),
-    ("beamline_router_policies_broken", "Policies whose file cannot be used; their last good version serves, or none"),
+    (
+        "beamline_router_policies_broken",
+        "Policies whose file cannot be used; their last good version serves, or none",
+    ),
     ("beamline_runtime_tasks", "Tasks of the process that have not ended"),
     ("beamline_webapp_sessions", "Sessions of pages in memory"),
 ];
 
 const HISTOGRAMS: &[(&str, &str)] = &[
-    ("beamline_cluster_publish_duration_seconds", "From a publication's arrival to the engine's acknowledgement"),
+    (
+        "beamline_cluster_publish_duration_seconds",
+        "From a publication's arrival to the engine's acknowledgement",
+    ),
     ("beamline_gateway_request_duration_seconds", "From a request to its last answer"),
-    ("beamline_router_decide_duration_seconds", "From a decide request to its answer, the stored assignment included"),
+    (
+        "beamline_router_decide_duration_seconds",
+        "From a decide request to its answer, the stored assignment included",
+    ),
     ("beamline_webapp_run_duration_seconds", "One run of a page"),
     ("beamline_worker_run_duration_seconds", "One run of a task, by provider"),
 ];
@@ -119,7 +140,9 @@ mod tests {
         }
         used.retain(|name| name.starts_with("beamline_"));
         let names = COUNTERS.iter().map(|(name, _, _)| *name);
-        let names = names.chain(GAUGES.iter().map(|(name, _)| *name)).chain(HISTOGRAMS.iter().map(|(name, _)| *name));
+        let names = names
+            .chain(GAUGES.iter().map(|(name, _)| *name))
+            .chain(HISTOGRAMS.iter().map(|(name, _)| *name));
         let described: std::collections::BTreeSet<String> = names.map(String::from).collect();
         assert_eq!(used, described);
     }

@@ -42,7 +42,10 @@ async fn beat<F: Future<Output = Result<(), String>>>(
     mut tell: impl FnMut(),
 ) -> Infallible {
     loop {
-        match tokio::time::timeout(CHECK_MAX.min(patience / 4), alive()).await.unwrap_or(Err("no answer".into())) {
+        match tokio::time::timeout(CHECK_MAX.min(patience / 4), alive())
+            .await
+            .unwrap_or(Err("no answer".into()))
+        {
             Ok(()) => {
                 tell();
                 tokio::time::sleep(patience / 2).await;

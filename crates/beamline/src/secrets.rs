@@ -24,7 +24,12 @@ pub fn data_dir(dir: &Path) -> Result<()> {
 
 /// The secret of this name, made now if it does not exist.
 pub fn load_or_create(dir: &Path, name: &str) -> Result<String> {
-    let random = || rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
+    let random = || {
+        rand::random::<[u8; 32]>()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
+    };
     let secret = load_or_make(dir, name, random)?;
     if secret.len() < 32 {
         bail!("{} is too short for a secret; remove it and a new one is made", dir.join(name).display());
@@ -62,7 +67,12 @@ pub fn read(dir: &Path, name: &str) -> Result<String> {
 /// A reader sees the whole secret or no file: it is written beside and linked into place.
 fn write_new(dir: &Path, name: &str, secret: &str) -> std::io::Result<()> {
     let partial = dir.join(format!(".{name}.{}", std::process::id()));
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&partial)?;
     file.write_all(secret.as_bytes())?;
     file.write_all(b"\n")?;
     file.sync_all()?;
@@ -95,6 +105,11 @@ mod tests {
     fn an_emptied_secret_is_not_accepted() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(API_KEY), "\n").unwrap();
-        assert!(load_or_create(dir.path(), API_KEY).unwrap_err().to_string().contains("too short"));
+        assert!(
+            load_or_create(dir.path(), API_KEY)
+                .unwrap_err()
+                .to_string()
+                .contains("too short")
+        );
     }
 }

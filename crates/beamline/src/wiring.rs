@@ -158,7 +158,11 @@ pub async fn up(start: Start) -> Result<()> {
     if clean {
         tracing::info!("drained and stopped");
     }
-    if clean { Ok(()) } else { Err(anyhow!("a stage was not drained in time")) }
+    if clean {
+        Ok(())
+    } else {
+        Err(anyhow!("a stage was not drained in time"))
+    }
 }
 
 /// What those who look after a running process need.
@@ -210,22 +214,32 @@ async fn parts_up(
                 Box::pin(async move { ready.check().await })
             }),
         ));
-        stages.nodes.run("cluster node", |cancel| async move { Ok(node.run(cancel).await?) });
+        stages
+            .nodes
+            .run("cluster node", |cancel| async move { Ok(node.run(cancel).await?) });
     }
     if settings.has_role("worker") {
         let worker = parts::worker(settings, bus.clone()).await?;
-        stages.work.run("worker", |cancel| async move { Ok(worker.run(cancel).await?) });
+        stages
+            .work
+            .run("worker", |cancel| async move { Ok(worker.run(cancel).await?) });
     }
     if settings.has_role("router") {
         let router = parts::router(settings, bus.clone()).await?;
-        stages.work.run("router", |cancel| async move { Ok(router.run(cancel).await?) });
+        stages
+            .work
+            .run("router", |cancel| async move { Ok(router.run(cancel).await?) });
     }
     if settings.has_role("webapp") {
         let webapp = parts::webapp(settings, &data_dir, bus.clone()).await?;
         if webapp.is_new().await? {
             // Noted before there is an account: a crash between the two must not leave one that nobody can open.
             let password = secrets::load_or_make(&data_dir, secrets::ADMIN_PASSWORD, webapp::generate_password)?;
-            if !webapp.create_admin(&password).await.context("the first account cannot be made")? {
+            if !webapp
+                .create_admin(&password)
+                .await
+                .context("the first account cannot be made")?
+            {
                 secrets::remove(&data_dir, secrets::ADMIN_PASSWORD)?;
             }
         }
@@ -239,14 +253,18 @@ async fn parts_up(
             }),
         ));
         routes = routes.merge(webapp.routes());
-        stages.pages.run("web app", |cancel| async move { Ok(webapp.run(cancel).await?) });
+        stages
+            .pages
+            .run("web app", |cancel| async move { Ok(webapp.run(cancel).await?) });
     }
     if settings.has_role("gateway") {
         let gateway = parts::gateway(settings, given.gateway, bus.clone()).await?;
         routes = routes.merge(gateway.routes());
         socket = Some(gateway.socket().to_path_buf());
         control = Some(gateway.control());
-        stages.intake.run("gateway", |cancel| async move { Ok(gateway.run(cancel).await?) });
+        stages
+            .intake
+            .run("gateway", |cancel| async move { Ok(gateway.run(cancel).await?) });
     }
 
     let health = Arc::new(Health {
@@ -267,8 +285,12 @@ async fn parts_up(
         http::serve(ops_listener, health::ops_routes(health), front, 64, drain, cancel).await;
         Ok(())
     });
-    stages.operations.run("gRPC listener", |cancel| grpc::serve(grpc_listener, draining, cancel));
-    stages.operations.run("metrics upkeep", |cancel| upkeep(metrics, cancel));
+    stages
+        .operations
+        .run("gRPC listener", |cancel| grpc::serve(grpc_listener, draining, cancel));
+    stages
+        .operations
+        .run("metrics upkeep", |cancel| upkeep(metrics, cancel));
 
     let ready = serde_json::json!({
         "http": http_address.to_string(), "ops": ops_address.to_string(), "grpc": grpc_address.to_string(),
@@ -290,7 +312,10 @@ struct Signals {
 
 impl Signals {
     fn new() -> Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
     }
 
     async fn next(&mut self) -> &'static str {

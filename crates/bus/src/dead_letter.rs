@@ -20,7 +20,9 @@ pub async fn bury(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
         reason: reason.into(),
         delivered: delivery.delivered,
         first_seen_ms: delivery.stored_ms,
-        last_seen_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
+        last_seen_ms: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_millis() as u64),
         headers: message.headers.iter().map(|(k, v)| (k.into(), v.into())).collect(),
         payload,
         base64,
@@ -49,6 +51,10 @@ pub async fn bury(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
 
 async fn append(bus: &Bus, letter: &DeadLetter, msg_id: &str) -> Result<()> {
     let subject = wire::subjects::dead_letter(&letter.original_subject).into();
-    let payload = serde_json::to_vec(letter).expect("a dead letter serializes to JSON").into();
-    bus.append(Message { subject, payload, ..Message::default() }, Some(msg_id)).await.map(drop)
+    let payload = serde_json::to_vec(letter)
+        .expect("a dead letter serializes to JSON")
+        .into();
+    bus.append(Message { subject, payload, ..Message::default() }, Some(msg_id))
+        .await
+        .map(drop)
 }

@@ -148,5 +148,9 @@ fn check(message: &Message) -> Result<()> {
 
 fn check_size(size: usize) -> Result<()> {
     let max = wire::limits::BUS_MESSAGE_MAX;
-    if size > max { Err(Error::TooLarge { size, max }) } else { Ok(()) }
+    if size > max {
+        Err(Error::TooLarge { size, max })
+    } else {
+        Ok(())
+    }
 }

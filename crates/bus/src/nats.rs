@@ -97,7 +97,11 @@ impl Nats {
         let link = self.pool.mine();
         link.connected()?;
         let missing = || Error::Storage(format!("bucket {bucket} is not declared"));
-        self.buckets.read().get(bucket).map(|stores| stores[link.number].clone()).ok_or_else(missing)
+        self.buckets
+            .read()
+            .get(bucket)
+            .map(|stores| stores[link.number].clone())
+            .ok_or_else(missing)
     }
 }
 
@@ -125,7 +129,11 @@ impl BusApi for Nats {
     async fn request(&self, subject: &str, headers: Headers, payload: Bytes, deadline: Duration) -> Result<Message> {
         check_subject(subject)?;
         let headers = convert::to_nats(&headers);
-        let reply = self.pool.mine().ask(subject, headers, payload, Awaited::Reply, deadline).await?;
+        let reply = self
+            .pool
+            .mine()
+            .ask(subject, headers, payload, Awaited::Reply, deadline)
+            .await?;
         Ok(convert::from_nats(reply))
     }
 
@@ -161,14 +169,21 @@ impl BusApi for Nats {
             return store.put(name, value).await.map_err(|e| Error::Storage(e.to_string()));
         };
         // The last sequence of a missing key is 0, so `update` with 0 creates it.
-        store.update(name, value, expected).await.map_err(|error| match error.kind() {
-            kv::UpdateErrorKind::WrongLastRevision => Error::WrongRevision(key.into()),
-            _ => Error::Storage(error.to_string()),
-        })
+        store
+            .update(name, value, expected)
+            .await
+            .map_err(|error| match error.kind() {
+                kv::UpdateErrorKind::WrongLastRevision => Error::WrongRevision(key.into()),
+                _ => Error::Storage(error.to_string()),
+            })
     }
 
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
-        let entry = self.bucket(bucket)?.entry(encode_key(key)).await.map_err(|e| Error::Storage(e.to_string()))?;
+        let entry = self
+            .bucket(bucket)?
+            .entry(encode_key(key))
+            .await
+            .map_err(|e| Error::Storage(e.to_string()))?;
         let held = entry.filter(|entry| entry.operation == kv::Operation::Put);
         Ok(held.map(|entry| (entry.value, entry.revision)))
     }
@@ -181,7 +196,10 @@ impl BusApi for Nats {
     async fn reload(&self) -> Result<()> {
         // A trial connection first: if it fails, the existing connections stay as they are.
         let trial = self.access.connect(drop).await?;
-        trial.flush().await.map_err(|error| Error::Disconnected(error.to_string()))?;
+        trial
+            .flush()
+            .await
+            .map_err(|error| Error::Disconnected(error.to_string()))?;
         self.pool.renew().await
     }
 

@@ -19,11 +19,15 @@ pub async fn declare(bus: &Bus) -> Result<()> {
     };
 
     let assign = limits(subjects::STREAM_ASSIGN, vec![subjects::ASSIGN.into()], 7 * DAY, 1 << 30);
-    bus.declare_stream(StreamConfig { retention: Retention::WorkQueue, ..assign }).await?;
-    bus.declare_stream(limits(subjects::STREAM_RESULT, vec![subjects::RESULT.into()], DAY, 1 << 30)).await?;
-    bus.declare_stream(limits(subjects::STREAM_USAGE, vec![subjects::USAGE.into()], 30 * DAY, 1 << 30)).await?;
+    bus.declare_stream(StreamConfig { retention: Retention::WorkQueue, ..assign })
+        .await?;
+    bus.declare_stream(limits(subjects::STREAM_RESULT, vec![subjects::RESULT.into()], DAY, 1 << 30))
+        .await?;
+    bus.declare_stream(limits(subjects::STREAM_USAGE, vec![subjects::USAGE.into()], 30 * DAY, 1 << 30))
+        .await?;
     let dead = [subjects::ASSIGN, subjects::RESULT].map(subjects::dead_letter);
-    bus.declare_stream(limits(subjects::STREAM_DLQ, dead.into(), 30 * DAY, 1 << 30)).await?;
+    bus.declare_stream(limits(subjects::STREAM_DLQ, dead.into(), 30 * DAY, 1 << 30))
+        .await?;
     bus.declare_kv(subjects::BUCKET_TASKS, Some(DAY)).await?;
     bus.declare_kv(subjects::BUCKET_POLICIES, None).await
 }

@@ -57,10 +57,14 @@ pub async fn create(bus: &Bus, task: &TaskState) -> Result<()> {
 
 /// Notes whose task an assignment is of, for a result that does not name its tenant.
 pub async fn note_assignment(bus: &Bus, task: &TaskState) -> Result<()> {
-    let Some(assignment_id) = &task.assignment_id else { return Ok(()) };
+    let Some(assignment_id) = &task.assignment_id else {
+        return Ok(());
+    };
     let named = TaskQuery { request_id: task.task_id.clone(), tenant_id: Some(task.tenant().into()) };
     let named = serde_json::to_vec(&named).expect("a query is JSON").into();
-    bus.kv_put(BUCKET_TASKS, &assignment_key(assignment_id), named, None).await.map(drop)
+    bus.kv_put(BUCKET_TASKS, &assignment_key(assignment_id), named, None)
+        .await
+        .map(drop)
 }
 
 /// Changes a task's record; tries again where another writer came between. `None`: there is no such task.
@@ -71,7 +75,9 @@ pub async fn update(
     change: impl Fn(&mut TaskState),
 ) -> Result<Option<TaskState>> {
     for _ in 0..16 {
-        let Some(mut record) = load(bus, tenant_id, request_id).await? else { return Ok(None) };
+        let Some(mut record) = load(bus, tenant_id, request_id).await? else {
+            return Ok(None);
+        };
         change(&mut record.task);
         match record.save(bus).await {
             Ok(()) => return Ok(Some(record.task)),
@@ -88,7 +94,9 @@ async fn put(bus: &Bus, key: &str, task: &TaskState, expected: u64) -> Result<()
 }
 
 async fn read(bus: &Bus, key: String) -> Result<Option<Record>> {
-    let Some((bytes, revision)) = bus.kv_get(BUCKET_TASKS, &key).await? else { return Ok(None) };
+    let Some((bytes, revision)) = bus.kv_get(BUCKET_TASKS, &key).await? else {
+        return Ok(None);
+    };
     match serde_json::from_slice(&bytes) {
         Ok(task) => Ok(Some(Record { task, key, revision })),
         // A request id that looks like the key of an assignment.

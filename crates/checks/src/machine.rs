@@ -22,14 +22,25 @@ impl Machine {
             value.map(|(_, value)| value.trim().to_string()).unwrap_or_default()
         };
 
-        let kib: u64 = field("/proc/meminfo", "MemTotal").trim_end_matches(" kB").parse().unwrap_or(0);
+        let kib: u64 = field("/proc/meminfo", "MemTotal")
+            .trim_end_matches(" kB")
+            .parse()
+            .unwrap_or(0);
 
         Self {
             cores: std::thread::available_parallelism().map_or(0, usize::from),
             model: field("/proc/cpuinfo", "model name"),
             memory_bytes: kib * 1024,
-            kernel: read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().into(),
-            load: read_to_string("/proc/loadavg").unwrap_or_default().split(' ').take(3).collect::<Vec<_>>().join(" "),
+            kernel: read_to_string("/proc/sys/kernel/osrelease")
+                .unwrap_or_default()
+                .trim()
+                .into(),
+            load: read_to_string("/proc/loadavg")
+                .unwrap_or_default()
+                .split(' ')
+                .take(3)
+                .collect::<Vec<_>>()
+                .join(" "),
         }
     }
 }

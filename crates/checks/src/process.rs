@@ -15,7 +15,11 @@ pub fn look(pid: u32) -> Option<Holds> {
     let statm = std::fs::read_to_string(of("statm")).ok()?;
     let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;
     let count = |name: &str| Some(std::fs::read_dir(of(name)).ok()?.count() as u64);
-    Some(Holds { rss_bytes: pages * 4096, descriptors: count("fd")?, threads: count("task")? })
+    Some(Holds {
+        rss_bytes: pages * 4096,
+        descriptors: count("fd")?,
+        threads: count("task")?,
+    })
 }
 
 #[cfg(test)]

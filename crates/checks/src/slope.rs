@@ -9,7 +9,12 @@ pub fn theil_sen(samples: &[(f64, f64)]) -> Option<f64> {
 
     let mut slopes = Vec::new();
     for (i, (x0, y0)) in samples.iter().enumerate() {
-        slopes.extend(samples[i + 1..].iter().filter(|(x1, _)| x1 > x0).map(|(x1, y1)| (y1 - y0) / (x1 - x0)));
+        slopes.extend(
+            samples[i + 1..]
+                .iter()
+                .filter(|(x1, _)| x1 > x0)
+                .map(|(x1, y1)| (y1 - y0) / (x1 - x0)),
+        );
     }
     median(&mut slopes)
 }

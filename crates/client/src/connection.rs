@@ -135,7 +135,9 @@ async fn deliver(input: &mut BytesMut, open: &mut HashMap<u64, Reader>) -> Resul
             continue;
         }
 
-        let Some(reader) = open.remove(&request_id) else { continue };
+        let Some(reader) = open.remove(&request_id) else {
+            continue;
+        };
         let outcome = match kind {
             FrameType::ResponseError | FrameType::StreamError => Err(refusal(&frame.payload)),
             _ => Ok((kind, frame.payload)),

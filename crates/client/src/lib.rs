@@ -122,7 +122,8 @@ impl Client {
     /// `None` means the gateway's default.
     pub async fn call(&self, kind: FrameType, payload: Bytes, deadline: Option<Duration>) -> Result<Bytes, Error> {
         let (answer, answered) = oneshot::channel();
-        self.send(kind, payload, deadline, connection::Reader::One(answer)).await?;
+        self.send(kind, payload, deadline, connection::Reader::One(answer))
+            .await?;
         answered.await.map_err(|_| Error::Closed)?
     }
 

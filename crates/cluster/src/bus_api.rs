@@ -55,7 +55,11 @@ pub async fn run(node: Arc<Node>, mut operations: Operations, cancel: Cancellati
     let places = Arc::new(Semaphore::new(CONCURRENT_MAX));
     let tracker = TaskTracker::new();
     loop {
-        let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let place = places
+            .clone()
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
         let (kind, message) = tokio::select! {
             () = cancel.cancelled() => break,
             Some(message) = operations.publish.next() => ("publish", message),
@@ -80,7 +84,11 @@ pub async fn run(node: Arc<Node>, mut operations: Operations, cancel: Cancellati
                     Err((code, text)) => Answer::failure(code as u32, text),
                 };
                 let payload = serde_json::to_vec(&answer).expect("an answer is JSON").into();
-                if let Err(error) = node.bus.publish(Message { subject: reply, payload, ..Message::default() }).await {
+                if let Err(error) = node
+                    .bus
+                    .publish(Message { subject: reply, payload, ..Message::default() })
+                    .await
+                {
                     tracing::debug!(%error, "an answer was not published");
                 }
             }
@@ -106,7 +114,10 @@ impl Node {
                 let data = data(request.data, request.b64)?;
                 let publication = Publication { data, tags: request.tags, ..Publication::default() };
                 let key = request.idempotency_key;
-                result(self.put(&request.channel, publication, request.skip_history, key).await?)
+                result(
+                    self.put(&request.channel, publication, request.skip_history, key)
+                        .await?,
+                )
             }
             "broadcast" => {
                 let request: Broadcast = read(payload)?;
@@ -121,7 +132,10 @@ impl Node {
             "history" => {
                 let request: History = read(payload)?;
                 let rules = self.rules(&request.channel)?;
-                result(self.history(&request.channel, rules, request.limit, request.since, request.reverse).await?)
+                result(
+                    self.history(&request.channel, rules, request.limit, request.since, request.reverse)
+                        .await?,
+                )
             }
             "presence" => {
                 let request: Presence = read(payload)?;
@@ -137,12 +151,15 @@ impl Node {
                 let request: Disconnect = read(payload)?;
                 let payload = serde_json::to_vec(&request).expect("a request is JSON").into();
                 let message = Message { subject: NODE_DISCONNECT.into(), payload, ..Message::default() };
-                self.bus.publish(message).await.map_err(|e| (ErrorCode::Internal, e.to_string()))?;
+                self.bus
+                    .publish(message)
+                    .await
+                    .map_err(|e| (ErrorCode::Internal, e.to_string()))?;
                 result(Done {})
             }
-            "channels" => {
-                result(Channels { channels: self.hub.followed().iter().map(|name| name.to_string()).collect() })
-            }
+            "channels" => result(Channels {
+                channels: self.hub.followed().iter().map(|name| name.to_string()).collect(),
+            }),
             "info" => result(Info {
                 nodes: vec![NodeInfo {
                     name: self.config.node.clone(),

@@ -44,7 +44,16 @@ impl Client {
         outbox: std::sync::Arc<Outbox>,
     ) -> Self {
         let id = uuid::Uuid::new_v4().to_string();
-        Self { number, id, user, login: Mutex::new(login), info, encoding, outbox, subscriptions: Mutex::default() }
+        Self {
+            number,
+            id,
+            user,
+            login: Mutex::new(login),
+            info,
+            encoding,
+            outbox,
+            subscriptions: Mutex::default(),
+        }
     }
 
     pub fn is_of_login(&self, login: &str) -> bool {
@@ -62,8 +71,18 @@ impl Client {
 
     /// Who it is on a channel: with what its subscription token says of it there.
     pub fn info_on(&self, channel: &str) -> ClientInfo {
-        let chan_info = self.subscriptions.lock().get(channel).map(|held| held.info.clone()).unwrap_or_default();
-        ClientInfo { user: self.user.clone(), client: self.id.clone(), conn_info: self.info.clone(), chan_info }
+        let chan_info = self
+            .subscriptions
+            .lock()
+            .get(channel)
+            .map(|held| held.info.clone())
+            .unwrap_or_default();
+        ClientInfo {
+            user: self.user.clone(),
+            client: self.id.clone(),
+            conn_info: self.info.clone(),
+            chan_info,
+        }
     }
 
     pub fn is_subscribed(&self, channel: &str) -> bool {
@@ -110,7 +129,11 @@ impl Client {
     }
 
     pub fn subscriptions(&self) -> Vec<(String, Held)> {
-        self.subscriptions.lock().iter().map(|(channel, held)| (channel.clone(), held.clone())).collect()
+        self.subscriptions
+            .lock()
+            .iter()
+            .map(|(channel, held)| (channel.clone(), held.clone()))
+            .collect()
     }
 }
 
@@ -151,7 +174,12 @@ struct Queue {
 
 impl Outbox {
     pub fn new(limit: usize) -> Self {
-        Self { queue: Mutex::default(), limit, changed: Notify::new(), sent: Notify::new() }
+        Self {
+            queue: Mutex::default(),
+            limit,
+            changed: Notify::new(),
+            sent: Notify::new(),
+        }
     }
 
     /// What the client did not ask for: a client that does not take it in time is closed as slow.

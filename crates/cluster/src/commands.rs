@@ -156,7 +156,11 @@ async fn connect_client(
         expires: ttl.is_some(),
         ttl: ttl.unwrap_or(0),
         subs,
-        ping: if transport.frame_pings { 0 } else { config.ping_interval.as_secs().clamp(1, 3600) as u32 },
+        ping: if transport.frame_pings {
+            0
+        } else {
+            config.ping_interval.as_secs().clamp(1, 3600) as u32
+        },
         pong: !transport.frame_pings,
         time: i64::try_from(now_s() * 1000).unwrap_or(0),
         session: client.id.clone(),
@@ -165,7 +169,8 @@ async fn connect_client(
     };
     client.reply(&Reply { id, connect: Some(connect), ..Reply::default() });
     for (channel, ready) in live {
-        node.hub.go_live(&channel, &client, None, &ready.position, ready.result.positioned);
+        node.hub
+            .go_live(&channel, &client, None, &ready.position, ready.result.positioned);
         announce(node, &client, &channel, &ready.rules).await;
     }
     Ok(TokenEnd::of(ttl))
@@ -241,7 +246,8 @@ async fn subscribe(node: &Arc<Node>, client: &Arc<Client>, id: u32, request: Sub
     (result.expires, result.ttl) = (ttl.is_some(), ttl.unwrap_or(0));
     let positioned = result.positioned;
     let reply = crate::client::frame(client.encoding, &Reply { id, subscribe: Some(result), ..Reply::default() });
-    node.hub.go_live(&request.channel, client, Some(reply), &position, positioned);
+    node.hub
+        .go_live(&request.channel, client, Some(reply), &position, positioned);
     announce(node, client, &request.channel, &rules).await;
     Ok(())
 }
@@ -266,12 +272,23 @@ async fn prepare(
         false => node.subscription_token(client, channel, &request.token)?,
     };
     let ttl = expires.map(ttl);
-    client.hold(channel, Held { presence: rules.presence, join_leave: rules.join_leave, expires, info, lost: false });
+    client.hold(
+        channel,
+        Held {
+            presence: rules.presence,
+            join_leave: rules.join_leave,
+            expires,
+            info,
+            lost: false,
+        },
+    );
     node.hub.join(channel, client);
     let prepared = async {
         node.engine.follow(channel).await?;
         if rules.presence {
-            node.engine.present(channel, &client.id, Some(client.info_on(channel))).await?;
+            node.engine
+                .present(channel, &client.id, Some(client.info_on(channel)))
+                .await?;
         }
         recover(node, request, &rules).await
     };
@@ -299,7 +316,10 @@ async fn recover(
     }
     let since = Position { offset: request.offset, epoch: request.epoch.clone() };
     let wanted = request.recover && rules.recovers();
-    let page = node.engine.history(&request.channel, rules, wanted.then_some(&since)).await?;
+    let page = node
+        .engine
+        .history(&request.channel, rules, wanted.then_some(&since))
+        .await?;
     // Whole: the epoch is the same and the first that was missed is still there.
     let same = request.epoch.is_empty() || request.epoch == page.position.epoch;
     let whole = page
@@ -332,7 +352,9 @@ async fn depart(node: &Node, client: &Client, channel: &str, held: &Held, info: 
     withdraw(node, client, channel, held.presence, last).await;
     if held.join_leave {
         let leave = Leave { info: Some(info) };
-        node.engine.event(channel, Push { leave: Some(leave), ..Push::default() }).await;
+        node.engine
+            .event(channel, Push { leave: Some(leave), ..Push::default() })
+            .await;
     }
 }
 
@@ -348,7 +370,9 @@ async fn withdraw(node: &Node, client: &Client, channel: &str, presence: bool, l
 async fn announce(node: &Node, client: &Client, channel: &str, rules: &Rules) {
     if rules.join_leave {
         let join = Join { info: Some(client.info_on(channel)) };
-        node.engine.event(channel, Push { join: Some(join), ..Push::default() }).await;
+        node.engine
+            .event(channel, Push { join: Some(join), ..Push::default() })
+            .await;
     }
 }
 
@@ -416,8 +440,11 @@ async fn present(
 
 async fn history(node: &Node, client: &Client, request: HistoryRequest) -> Result<HistoryResult, Denied> {
     let rules = node.may_read(client, &request.channel)?;
-    let since = request.since.map(|since| Position { offset: since.offset, epoch: since.epoch });
-    node.history(&request.channel, &rules, request.limit, since, request.reverse).await
+    let since = request
+        .since
+        .map(|since| Position { offset: since.offset, epoch: since.epoch });
+    node.history(&request.channel, &rules, request.limit, since, request.reverse)
+        .await
 }
 
 impl Node {
@@ -442,7 +469,13 @@ impl Node {
                 let text = "the history began anew; read it without since";
                 return Err((ErrorCode::UnrecoverablePosition, text.into()));
             }
-            publications.retain(|p| if reverse { p.offset < since.offset } else { p.offset > since.offset });
+            publications.retain(|p| {
+                if reverse {
+                    p.offset < since.offset
+                } else {
+                    p.offset > since.offset
+                }
+            });
         }
         if reverse {
             publications.reverse();
@@ -503,13 +536,17 @@ async fn answer(node: &Node, client: &Client, request: RpcRequest) -> Result<Byt
         .with(channels::RPC_USER, &client.user)
         .with(channels::RPC_CLIENT, &client.id)
         .with(channels::RPC_ENCODING, client.encoding.as_str());
-    let reply = node.bus.request(&subject, headers, request.data, RPC_TIMEOUT).await.map_err(|error| match error {
-        bus::Error::NoResponders(_) => {
-            (ErrorCode::MethodNotFound as u32, format!("nobody answers {:?}", request.method))
-        }
-        bus::Error::Timeout(_) => (ErrorCode::Internal as u32, format!("{:?} took too long", request.method)),
-        other => (ErrorCode::Internal as u32, other.to_string()),
-    })?;
+    let reply = node
+        .bus
+        .request(&subject, headers, request.data, RPC_TIMEOUT)
+        .await
+        .map_err(|error| match error {
+            bus::Error::NoResponders(_) => {
+                (ErrorCode::MethodNotFound as u32, format!("nobody answers {:?}", request.method))
+            }
+            bus::Error::Timeout(_) => (ErrorCode::Internal as u32, format!("{:?} took too long", request.method)),
+            other => (ErrorCode::Internal as u32, other.to_string()),
+        })?;
     match reply.headers.get(channels::RPC_ERROR_CODE) {
         None => Ok(reply.payload),
         Some(code) => {

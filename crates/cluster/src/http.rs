@@ -37,9 +37,21 @@ async fn websocket(State(node): State<Arc<Node>>, mut request: Request) -> Respo
     if node.stopping.is_cancelled() {
         return refuse(StatusCode::SERVICE_UNAVAILABLE, "the node is shutting down");
     }
-    let offered = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|value| value.to_str().ok());
-    let subprotocol = offered.flat_map(|value| value.split(',')).any(|name| name.trim() == "centrifuge-protobuf");
-    let asks = |wanted: &str| request.uri().query().unwrap_or("").split('&').any(|pair| pair == wanted);
+    let offered = headers
+        .get_all(header::SEC_WEBSOCKET_PROTOCOL)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    let subprotocol = offered
+        .flat_map(|value| value.split(','))
+        .any(|name| name.trim() == "centrifuge-protobuf");
+    let asks = |wanted: &str| {
+        request
+            .uri()
+            .query()
+            .unwrap_or("")
+            .split('&')
+            .any(|pair| pair == wanted)
+    };
     let protobuf = subprotocol || asks("cf_protocol=protobuf");
     let transport = Transport {
         encoding: if protobuf { Encoding::Protobuf } else { Encoding::Json },
@@ -69,7 +81,9 @@ async fn websocket(State(node): State<Arc<Node>>, mut request: Request) -> Respo
     if subprotocol {
         response = response.header(header::SEC_WEBSOCKET_PROTOCOL, "centrifuge-protobuf");
     }
-    response.body(Body::empty()).unwrap_or_else(|_| StatusCode::BAD_REQUEST.into_response())
+    response
+        .body(Body::empty())
+        .unwrap_or_else(|_| StatusCode::BAD_REQUEST.into_response())
 }
 
 /// The socket itself and what was read from it already: behind hyper's own reader each connection would cost more.
@@ -77,20 +91,28 @@ fn tcp_stream(upgraded: Upgraded) -> Option<(TcpStream, Bytes)> {
     // axum serves through hyper-util's `auto`, which wraps the stream once more.
     match auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded) {
         Ok(parts) => Some((parts.io.into_inner(), parts.read_buf)),
-        Err(upgraded) => {
-            upgraded.downcast::<TokioIo<TcpStream>>().ok().map(|parts| (parts.io.into_inner(), parts.read_buf))
-        }
+        Err(upgraded) => upgraded
+            .downcast::<TokioIo<TcpStream>>()
+            .ok()
+            .map(|parts| (parts.io.into_inner(), parts.read_buf)),
     }
 }
 
 fn upgrade_key(headers: &HeaderMap) -> Option<String> {
     let has = |name: header::HeaderName, token: &str| {
-        let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
-        values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(token))
+        let values = headers
+            .get_all(name)
+            .into_iter()
+            .filter_map(|value| value.to_str().ok());
+        values
+            .flat_map(|value| value.split(','))
+            .any(|part| part.trim().eq_ignore_ascii_case(token))
     };
     let fits = has(header::UPGRADE, "websocket")
         && has(header::CONNECTION, "upgrade")
-        && headers.get(header::SEC_WEBSOCKET_VERSION).is_some_and(|version| version == "13");
+        && headers
+            .get(header::SEC_WEBSOCKET_VERSION)
+            .is_some_and(|version| version == "13");
     let key = headers.get(header::SEC_WEBSOCKET_KEY)?.to_str().ok()?;
     (fits && !key.is_empty()).then(|| key.to_string())
 }
@@ -98,11 +120,17 @@ fn upgrade_key(headers: &HeaderMap) -> Option<String> {
 impl Node {
     /// Programs send no origin. A page's must be our own host or one of the settings.
     fn origin_allowed(&self, headers: &HeaderMap) -> bool {
-        let Some(origin) = headers.get(header::ORIGIN) else { return true };
+        let Some(origin) = headers.get(header::ORIGIN) else {
+            return true;
+        };
         let Ok(origin) = origin.to_str() else { return false };
         let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
         let own = origin.split_once("://").is_some_and(|(_, of)| Some(of) == host);
-        own || self.config.origins.iter().any(|allowed| allowed == origin || allowed == "*")
+        own || self
+            .config
+            .origins
+            .iter()
+            .any(|allowed| allowed == origin || allowed == "*")
     }
 }
 

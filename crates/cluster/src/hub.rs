@@ -77,7 +77,11 @@ impl Channel {
     fn begin(&mut self, epoch: &str, newest: u64) {
         self.epoch = epoch.into();
         self.newest = newest;
-        for subscriber in self.subscribers.values_mut().filter(|subscriber| subscriber.collected.is_none()) {
+        for subscriber in self
+            .subscribers
+            .values_mut()
+            .filter(|subscriber| subscriber.collected.is_none())
+        {
             subscriber.position = 0;
         }
     }
@@ -111,7 +115,8 @@ impl<'a> Encoded<'a> {
             Encoding::Json => &mut self.json,
             Encoding::Protobuf => &mut self.protobuf,
         };
-        slot.get_or_insert_with(|| crate::client::frame(encoding, &(self.reply)())).clone()
+        slot.get_or_insert_with(|| crate::client::frame(encoding, &(self.reply)()))
+            .clone()
     }
 }
 
@@ -126,7 +131,10 @@ impl Hub {
 
     /// The followed channels now.
     pub fn followed(&self) -> Vec<Arc<str>> {
-        self.shards.iter().flat_map(|shard| shard.lock().keys().cloned().collect::<Vec<_>>()).collect()
+        self.shards
+            .iter()
+            .flat_map(|shard| shard.lock().keys().cloned().collect::<Vec<_>>())
+            .collect()
     }
 
     /// Whether anybody here is on the channel.
@@ -137,7 +145,9 @@ impl Hub {
     /// Puts a client on a channel, collecting.
     pub fn join(&self, channel: &str, client: &Arc<Client>) {
         let mut shard = self.shard(channel).lock();
-        let name = shard.get_key_value(channel).map_or_else(|| Arc::from(channel), |(name, _)| name.clone());
+        let name = shard
+            .get_key_value(channel)
+            .map_or_else(|| Arc::from(channel), |(name, _)| name.clone());
         let subscriber = Subscriber {
             client: client.clone(),
             position: 0,
@@ -145,7 +155,12 @@ impl Hub {
             collected: Some(Collected::default()),
             lost: false,
         };
-        shard.entry(name).or_default().lock().subscribers.insert(client.number, subscriber);
+        shard
+            .entry(name)
+            .or_default()
+            .lock()
+            .subscribers
+            .insert(client.number, subscriber);
     }
 
     /// Takes a client off a channel; whether it was the last one there.
@@ -172,7 +187,9 @@ impl Hub {
         if let Some(reply) = reply {
             client.outbox.push_reply(reply);
         }
-        let Some(mut subscriber) = found.subscribers.remove(&client.number) else { return };
+        let Some(mut subscriber) = found.subscribers.remove(&client.number) else {
+            return;
+        };
         let collected = subscriber.collected.take().unwrap_or_default();
         let two_lives = !collected.epoch.is_empty() && !position.epoch.is_empty() && collected.epoch != position.epoch;
         if positioned && (subscriber.lost || two_lives) {
@@ -197,7 +214,9 @@ impl Hub {
             if publication.offset == 0 || publication.offset > subscriber.position {
                 subscriber.position = subscriber.position.max(publication.offset);
                 let push = Push { r#pub: Some(publication), ..Push::default() };
-                client.outbox.push(crate::client::frame(client.encoding, &Reply::push(channel, push)));
+                client
+                    .outbox
+                    .push(crate::client::frame(client.encoding, &Reply::push(channel, push)));
                 self.deliveries.fetch_add(1, Relaxed);
             }
         }
@@ -256,7 +275,12 @@ impl Hub {
         let Some(found) = found else { return };
         let reply = || Reply::push(channel, push.clone());
         let mut encoded = Encoded::new(&reply);
-        for subscriber in found.lock().subscribers.values().filter(|subscriber| subscriber.collected.is_none()) {
+        for subscriber in found
+            .lock()
+            .subscribers
+            .values()
+            .filter(|subscriber| subscriber.collected.is_none())
+        {
             subscriber.client.outbox.push(encoded.frame(subscriber.client.encoding));
         }
     }

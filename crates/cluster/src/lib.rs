@@ -229,8 +229,16 @@ impl Ready {
         let arrived = self.node.hub.probe(&channel);
         let engine = &self.node.engine;
         engine.follow(&channel).await.map_err(|e| e.to_string())?;
-        let rules = Rules { history_size: 1, history_ttl: READY_HISTORY_TTL, durable: false, ..Rules::default() };
-        engine.publish(&channel, Default::default(), &rules, None).await.map_err(|e| e.to_string())?;
+        let rules = Rules {
+            history_size: 1,
+            history_ttl: READY_HISTORY_TTL,
+            durable: false,
+            ..Rules::default()
+        };
+        engine
+            .publish(&channel, Default::default(), &rules, None)
+            .await
+            .map_err(|e| e.to_string())?;
         let arrived = tokio::time::timeout(Duration::from_secs(5), arrived).await;
         match arrived {
             Ok(Ok(())) => Ok(()),
@@ -258,7 +266,10 @@ impl Node {
             }
         }
         self.sessions.close();
-        if tokio::time::timeout(Duration::from_secs(5), self.sessions.wait()).await.is_err() {
+        if tokio::time::timeout(Duration::from_secs(5), self.sessions.wait())
+            .await
+            .is_err()
+        {
             tracing::warn!("some clients did not take their goodbye; their sockets are closed");
         }
     }

@@ -116,8 +116,14 @@ pub fn built_in() -> Vec<Namespace> {
 
 /// The rules of a channel; `None` if its namespace is not known.
 pub fn of<'a>(channel: &str, namespaces: &'a [Namespace], defaults: &'a Rules) -> Option<&'a Rules> {
-    let Some(name) = namespace_of(channel) else { return Some(defaults) };
-    namespaces.iter().rev().find(|known| known.name == name).map(|namespace| &namespace.rules)
+    let Some(name) = namespace_of(channel) else {
+        return Some(defaults);
+    };
+    namespaces
+        .iter()
+        .rev()
+        .find(|known| known.name == name)
+        .map(|namespace| &namespace.rules)
 }
 
 /// The namespace in a channel's name, if it has one.

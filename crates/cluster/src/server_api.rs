@@ -19,7 +19,11 @@ pub async fn handle(State(node): State<Arc<Node>>, Path(method): Path<String>, r
         Ok(body) => body,
         Err(response) => return response,
     };
-    let body = if body.is_empty() { bytes::Bytes::from_static(b"{}") } else { body };
+    let body = if body.is_empty() {
+        bytes::Bytes::from_static(b"{}")
+    } else {
+        body
+    };
     match node.operate(&method, &body).await {
         Ok(result) => Json(ApiAnswer::Result(result)).into_response(),
         Err((code, message)) => Json(failure(code, message)).into_response(),

@@ -261,8 +261,12 @@ impl Session {
 
     fn write(&mut self) -> Result<(), Exit> {
         while !self.output.is_empty() {
-            let slices: Vec<IoSlice<'_>> =
-                self.output.iter().take(WRITE_SLICES).map(|frame| IoSlice::new(frame)).collect();
+            let slices: Vec<IoSlice<'_>> = self
+                .output
+                .iter()
+                .take(WRITE_SLICES)
+                .map(|frame| IoSlice::new(frame))
+                .collect();
             match self.stream.try_write_vectored(&slices) {
                 Ok(written) => {
                     self.written(written);
@@ -296,7 +300,10 @@ impl Session {
     }
 
     fn due(&self) -> Instant {
-        [self.pong_due, self.write_due, self.expires].into_iter().flatten().fold(self.next_ping, Instant::min)
+        [self.pong_due, self.write_due, self.expires]
+            .into_iter()
+            .flatten()
+            .fold(self.next_ping, Instant::min)
     }
 
     fn timer(&mut self) -> Result<(), Exit> {

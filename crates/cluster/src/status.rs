@@ -63,7 +63,11 @@ pub async fn run(node: Arc<Node>, cancel: CancellationToken) {
         }
         let users = {
             let clients = node.clients.lock();
-            clients.values().map(|client| &*client.user).collect::<HashSet<_>>().len()
+            clients
+                .values()
+                .map(|client| &*client.user)
+                .collect::<HashSet<_>>()
+                .len()
         };
         let status = NodeStatus {
             node: node.config.node.clone(),
@@ -91,7 +95,11 @@ pub async fn run(node: Arc<Node>, cancel: CancellationToken) {
         metrics::counter!("beamline_cluster_messages_in_total").absolute(status.messages_in_total);
         metrics::gauge!("beamline_process_resident_bytes").set(status.rss_bytes as f64);
         let payload = serde_json::to_vec(&status).expect("a status is JSON").into();
-        let message = Message { subject: wire::subjects::NODE_STATUS.into(), payload, ..Message::default() };
+        let message = Message {
+            subject: wire::subjects::NODE_STATUS.into(),
+            payload,
+            ..Message::default()
+        };
         if let Err(error) = node.bus.publish(message).await {
             tracing::debug!(%error, "the node's status was not published");
         }
@@ -101,7 +109,12 @@ pub async fn run(node: Arc<Node>, cancel: CancellationToken) {
 /// Second field of statm, in pages of 4 KiB.
 fn rss_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096
+    statm
+        .split(' ')
+        .nth(1)
+        .and_then(|pages| pages.parse::<u64>().ok())
+        .unwrap_or(0)
+        * 4096
 }
 
 /// Share of one core between two looks.

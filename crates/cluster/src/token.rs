@@ -78,7 +78,9 @@ pub struct Subscription {
 
 /// A claim as it stands in the token.
 pub fn json(claim: Option<Box<RawValue>>) -> Bytes {
-    claim.map(|json| Bytes::from(String::from(Box::<str>::from(json)))).unwrap_or_default()
+    claim
+        .map(|json| Bytes::from(String::from(Box::<str>::from(json))))
+        .unwrap_or_default()
 }
 
 impl Tokens {
@@ -87,7 +89,11 @@ impl Tokens {
         validation.required_spec_claims.clear();
         validation.validate_aud = false;
         validation.leeway = 0;
-        Self { key: DecodingKey::from_secret(secret), validation, ended: Mutex::default() }
+        Self {
+            key: DecodingKey::from_secret(secret),
+            validation,
+            ended: Mutex::default(),
+        }
     }
 
     /// Refuses the tokens of a sign-in from now on.

@@ -215,7 +215,9 @@ impl Window {
 
     fn sum(&mut self, now: Instant) -> (u32, u32) {
         self.turn(now);
-        self.buckets.iter().fold((0, 0), |(calls, failed), bucket| (calls + bucket.0, failed + bucket.1))
+        self.buckets
+            .iter()
+            .fold((0, 0), |(calls, failed), bucket| (calls + bucket.0, failed + bucket.1))
     }
 
     fn turn(&mut self, now: Instant) {

@@ -29,8 +29,15 @@ impl Deadline {
             Request::Subscribe(_) => (of_frame, true),
         };
         let own = own.map(|own| own.min(config.max_deadline));
-        let default = if waits { config.request_timeout + RESULT_MAX } else { config.request_timeout };
-        Self { at: Instant::now() + own.unwrap_or(default.min(config.max_deadline)), own }
+        let default = if waits {
+            config.request_timeout + RESULT_MAX
+        } else {
+            config.request_timeout
+        };
+        Self {
+            at: Instant::now() + own.unwrap_or(default.min(config.max_deadline)),
+            own,
+        }
     }
 }
 
@@ -46,7 +53,9 @@ mod tests {
             let payload = format!(r#"{{"command":"task_submit","task_type":"t"{fields}}}"#);
             Request::parse(FrameType::TaskSubmit, payload.as_bytes()).ok().unwrap()
         };
-        let subscribe = Request::parse(FrameType::StreamSubscribe, br#"{"task_id":"t"}"#).ok().unwrap();
+        let subscribe = Request::parse(FrameType::StreamSubscribe, br#"{"task_id":"t"}"#)
+            .ok()
+            .unwrap();
         for (request, frame_ms, expected_s) in [
             (submit(""), 0, 5),
             (submit(""), 7000, 7),

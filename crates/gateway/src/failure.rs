@@ -31,7 +31,9 @@ impl Failure {
     pub fn unavailable(text: &str, retry_after: Duration) -> Self {
         let mut failure = Self::new(ErrorCode::Unavailable, text);
         // Rounded up: a moment too early would be refused again.
-        let ms = u64::try_from(retry_after.as_millis()).unwrap_or(u64::MAX).saturating_add(1);
+        let ms = u64::try_from(retry_after.as_millis())
+            .unwrap_or(u64::MAX)
+            .saturating_add(1);
         failure.payload.error.retry_after_ms = Some(ms);
         failure
     }

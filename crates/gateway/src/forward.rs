@@ -158,11 +158,17 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline: 
     let (exchange, outcome) = match request {
         Request::Submit(submit) => {
             let trace_id = trace_of(&submit);
-            let given = submit.traceparent.clone().filter(|parent| trace_of_parent(parent).is_some());
+            let given = submit
+                .traceparent
+                .clone()
+                .filter(|parent| trace_of_parent(parent).is_some());
             let exchange = Exchange {
                 gateway: gateway.clone(),
                 peer,
-                request_id: submit.request_id.clone().unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
+                request_id: submit
+                    .request_id
+                    .clone()
+                    .unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
                 traceparent: given.or_else(|| traceparent(&trace_id)),
                 trace_id,
                 tenant_id: submit.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
@@ -218,8 +224,10 @@ impl Exchange {
         self.gateway.stats.failed(code);
         let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
         let error_code = code.name();
-        payload.context =
-            Some(ExchangeContext { request_id: Some(self.request_id.clone()), trace_id: Some(self.trace_id.clone()) });
+        payload.context = Some(ExchangeContext {
+            request_id: Some(self.request_id.clone()),
+            trace_id: Some(self.trace_id.clone()),
+        });
         let mut bytes = payload.encode();
         if bytes.len() > PAYLOAD_MAX {
             // The router's: what it is called matters more than what it says.
@@ -231,9 +239,20 @@ impl Exchange {
         }
         // What is wrong with a request repeats parts of it: that is for whoever sent it, not for the log.
         let reason = payload.error.reason.as_deref();
-        let why = if reason == Some("invalid_request") { "the request is not valid" } else { &payload.error.message };
+        let why = if reason == Some("invalid_request") {
+            "the request is not valid"
+        } else {
+            &payload.error.message
+        };
         tracing::info!(trace_id, request_id, tenant_id, error_code, reason, took_us, "refused: {why}");
-        (if in_stream { FrameType::StreamError } else { FrameType::ResponseError }, bytes.into())
+        (
+            if in_stream {
+                FrameType::StreamError
+            } else {
+                FrameType::ResponseError
+            },
+            bytes.into(),
+        )
     }
 
     async fn submit(&self, submit: Box<TaskSubmit>, pieces: &Pieces) -> Result<Reply, Failure> {
@@ -256,8 +275,12 @@ impl Exchange {
             Wait::Decision | Wait::Result => None,
         };
         let decided = self.decide(submit).await?;
-        let Some(waiter) = waiter else { return Ok((FrameType::ResponseOk, decided)) };
-        let assignment_id = serde_json::from_slice::<AnswerHead>(&decided).ok().and_then(|head| head.assignment_id);
+        let Some(waiter) = waiter else {
+            return Ok((FrameType::ResponseOk, decided));
+        };
+        let assignment_id = serde_json::from_slice::<AnswerHead>(&decided)
+            .ok()
+            .and_then(|head| head.assignment_id);
         // Boxed: most requests wait for the decision alone and need no room for this.
         Box::pin(self.follow(waiter, assignment_id, output, pieces)).await
     }
@@ -309,7 +332,10 @@ impl Exchange {
     async fn request_router(&self, subject: &str, headers: Headers, payload: Vec<u8>) -> Result<Bytes, Failure> {
         let gateway = &self.gateway;
         let due = self.deadline.at.min(Instant::now() + gateway.config().request_timeout);
-        Ok(gateway.router.ask(&gateway.bus, subject, headers, payload.into(), due).await?)
+        Ok(gateway
+            .router
+            .ask(&gateway.bus, subject, headers, payload.into(), due)
+            .await?)
     }
 
     /// What waited for its turn for too long is not begun.
@@ -372,8 +398,12 @@ impl Exchange {
     }
 
     fn ok(&self, task: TaskState) -> Result<Reply, Failure> {
-        let answer =
-            TaskAnswer { task_id: task.task_id, state: task.state, decision: task.decision, result: task.result };
+        let answer = TaskAnswer {
+            task_id: task.task_id,
+            state: task.state,
+            decision: task.decision,
+            result: task.result,
+        };
         Ok((FrameType::ResponseOk, serde_json::to_vec(&answer).expect("an answer is JSON").into()))
     }
 
@@ -389,7 +419,11 @@ impl Exchange {
     }
 
     async fn output(&self) -> Result<bus::Subscription, Failure> {
-        Ok(self.gateway.bus.subscribe(&subjects::output(&self.request_id), None, OUTPUT_QUEUE).await?)
+        Ok(self
+            .gateway
+            .bus
+            .subscribe(&subjects::output(&self.request_id), None, OUTPUT_QUEUE)
+            .await?)
     }
 
     /// Passes the output on, if it is wanted, until the result is there.
@@ -504,7 +538,10 @@ pub fn new_trace_id() -> String {
 /// That of a well-formed `traceparent`, else `trace_id`, else a new one.
 fn trace_of(submit: &TaskSubmit) -> String {
     let from_parent = submit.traceparent.as_deref().and_then(trace_of_parent);
-    from_parent.map(String::from).or_else(|| submit.trace_id.clone()).unwrap_or_else(new_trace_id)
+    from_parent
+        .map(String::from)
+        .or_else(|| submit.trace_id.clone())
+        .unwrap_or_else(new_trace_id)
 }
 
 /// W3C: `version-trace-span-flags`, in hex; later versions may add fields. Any other is as good as none.
@@ -606,7 +643,9 @@ mod tests {
                 let task =
                     serde_json::json!({"task_id": query.request_id, "state": state, "tenant_id": query.request_id});
                 let payload = serde_json::json!({"ok": true, "task": task}).to_string().into();
-                bus.publish(Message { subject: message.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
+                bus.publish(Message { subject: message.reply.unwrap(), payload, ..Message::default() })
+                    .await
+                    .unwrap();
             }
         });
         let answer = async |uid: u32, named: Option<&str>, owner: &str, name: &str| {

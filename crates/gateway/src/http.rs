@@ -23,7 +23,9 @@ use wire::subjects;
 const RETRY_AFTER: u64 = 1;
 
 pub fn routes(gateway: Arc<Gateway>) -> axum::Router {
-    axum::Router::new().route("/api/v1/routes/decide", post(decide)).with_state(gateway)
+    axum::Router::new()
+        .route("/api/v1/routes/decide", post(decide))
+        .with_state(gateway)
 }
 
 async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
@@ -60,7 +62,10 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
     *asked = serde_json::from_slice(&body).unwrap_or_default();
     let headers = headers(&parts.headers, asked);
     let due = started + gateway.config().request_timeout;
-    let answer = gateway.router.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
+    let answer = gateway
+        .router
+        .ask(&gateway.bus, subjects::DECIDE, headers, body, due)
+        .await;
     gateway.stats.forwarded(started.elapsed());
     answer.map_err(|refused| (refused.code(), translate(refused)))
 }
@@ -75,7 +80,9 @@ fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
         (None, Some(trace)) => Some(trace).filter(|trace| id::is_valid(trace)),
         (None, None) => Some(forward::new_trace_id()),
     };
-    let parent = parent.map(String::from).or_else(|| forward::traceparent(trace_id.as_deref()?));
+    let parent = parent
+        .map(String::from)
+        .or_else(|| forward::traceparent(trace_id.as_deref()?));
     let tenant_id = asked.tenant_id.as_deref().filter(|tenant| id::is_tenant(tenant));
     let headers = forward::headers(trace_id.as_deref(), parent.as_deref(), tenant_id);
     asked.trace_id = trace_id;
@@ -103,7 +110,13 @@ fn translate(refused: Refused) -> ErrorBody {
 
 fn error(code: &str, message: &str) -> ErrorBody {
     let (code, message) = (code.into(), message.into());
-    ErrorBody { code, message, details: None, intake_error_code: None, retry_after_seconds: None }
+    ErrorBody {
+        code,
+        message,
+        details: None,
+        intake_error_code: None,
+        retry_after_seconds: None,
+    }
 }
 
 fn refuse(error: ErrorBody, asked: RequestHead) -> Response {
@@ -117,7 +130,9 @@ fn refuse(error: ErrorBody, asked: RequestHead) -> Response {
 fn respond(status: StatusCode, body: Body, retry_after: Option<u64>) -> Response {
     let mut response = Response::new(body);
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     if let Some(seconds) = retry_after {
         response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
     }
@@ -127,6 +142,9 @@ fn respond(status: StatusCode, body: Body, retry_after: Option<u64>) -> Response
 /// In a time that does not tell how much of the key is right.
 fn authorized(headers: &HeaderMap, key: &str) -> bool {
     let given = headers.get("x-api-key").map_or(&[][..], HeaderValue::as_bytes);
-    let differs = given.iter().zip(key.as_bytes()).fold(0, |differs, (a, b)| differs | (a ^ b));
+    let differs = given
+        .iter()
+        .zip(key.as_bytes())
+        .fold(0, |differs, (a, b)| differs | (a ^ b));
     !key.is_empty() && given.len() == key.len() && differs == 0
 }

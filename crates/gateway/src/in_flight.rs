@@ -89,7 +89,9 @@ mod tests {
         let start = std::sync::Barrier::new(8);
         let burst = |uid: u32| {
             start.wait();
-            (0..100).filter_map(|_| places.take(uid % 2, 123, 100).ok()).collect::<Vec<_>>()
+            (0..100)
+                .filter_map(|_| places.take(uid % 2, 123, 100).ok())
+                .collect::<Vec<_>>()
         };
         let taken: Vec<Place> = std::thread::scope(|scope| {
             let burst = &burst;
@@ -97,7 +99,11 @@ mod tests {
             threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
         });
         assert_eq!(taken.len(), 123);
-        assert!([0, 1].iter().all(|uid| taken.iter().filter(|place| place.uid == *uid).count() <= 100));
+        assert!(
+            [0, 1]
+                .iter()
+                .all(|uid| taken.iter().filter(|place| place.uid == *uid).count() <= 100)
+        );
     }
 
     #[test]

@@ -279,7 +279,12 @@ impl Config {
     fn may_speak_for(&self, uid: u32, tenant: &str) -> bool {
         let of_all = || tenant == DEFAULT_TENANT;
         let theirs = |tenants: &Vec<String>| tenants.iter().any(|theirs| theirs == "*" || theirs == tenant);
-        uid == 0 || if self.tenants.is_empty() { of_all() } else { self.tenants.get(&uid).is_some_and(theirs) }
+        uid == 0
+            || if self.tenants.is_empty() {
+                of_all()
+            } else {
+                self.tenants.get(&uid).is_some_and(theirs)
+            }
     }
 
     /// Whose tasks a user means who names no tenant: those of `default` first if it may speak for it, as its submits
@@ -289,14 +294,23 @@ impl Config {
             return vec![DEFAULT_TENANT.into()];
         }
         let theirs = self.tenants.get(&uid).into_iter().flatten();
-        let named = theirs.filter(|tenant| !["*", DEFAULT_TENANT].contains(&tenant.as_str())).cloned();
-        let default = self.may_speak_for(uid, DEFAULT_TENANT).then(|| DEFAULT_TENANT.to_string());
+        let named = theirs
+            .filter(|tenant| !["*", DEFAULT_TENANT].contains(&tenant.as_str()))
+            .cloned();
+        let default = self
+            .may_speak_for(uid, DEFAULT_TENANT)
+            .then(|| DEFAULT_TENANT.to_string());
         default.into_iter().chain(named).collect()
     }
 
     /// What one user may have of `all`, where we run as `own`.
     fn share(&self, all: usize, set: Option<usize>, own: u32) -> usize {
-        let others: BTreeSet<u32> = self.allowed_uids.iter().copied().filter(|uid| ![0, own].contains(uid)).collect();
+        let others: BTreeSet<u32> = self
+            .allowed_uids
+            .iter()
+            .copied()
+            .filter(|uid| ![0, own].contains(uid))
+            .collect();
         let equal = (all / (1 + others.len())).max(1);
         set.unwrap_or(equal).min(all)
     }
@@ -322,7 +336,8 @@ impl Gateway {
     /// A place for one more connection of this user.
     fn take_connection(&self, uid: u32) -> Result<Place, Full> {
         let config = self.config();
-        self.connections.take(uid, config.max_connections, config.connection_share)
+        self.connections
+            .take(uid, config.max_connections, config.connection_share)
     }
 
     fn peer(&self, stream: &UnixStream) -> Option<Peer> {
@@ -377,7 +392,9 @@ mod tests {
         let ours = [(); 2].map(|()| gateway.take_connection(gateway.uid).unwrap());
         assert_eq!(gateway.take_connection(70_001).unwrap_err(), Full::All);
         drop((greedy, ours));
-        bound.control().reload(Config { max_connections_per_user: Some(1), ..config });
+        bound
+            .control()
+            .reload(Config { max_connections_per_user: Some(1), ..config });
         let _one = gateway.take_connection(70_001).unwrap();
         assert_eq!(gateway.take_connection(70_001).unwrap_err(), Full::User);
     }
@@ -401,7 +418,11 @@ mod tests {
     async fn a_cancel_without_a_tenant_stops_the_task_that_a_submit_without_one_began() {
         let dir = tempfile::tempdir().unwrap();
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
-        let config = Config { socket: dir.path().join("s"), allowed_uids: vec![70_001], ..Config::default() };
+        let config = Config {
+            socket: dir.path().join("s"),
+            allowed_uids: vec![70_001],
+            ..Config::default()
+        };
         let tenants = [(70_001, vec!["acme".into(), "default".into()])].into();
         let gateway = bind(Config { tenants, ..config }, bus.clone()).await.unwrap().gateway;
         let mut submits = bus.subscribe(wire::subjects::DECIDE, None, 8).await.unwrap();
@@ -409,7 +430,14 @@ mod tests {
         let mut cancels = bus.subscribe(wire::subjects::CANCEL, None, 8).await.unwrap();
         let mut client = connect(&gateway, 70_001);
         submit(&mut client, 1).await;
-        let submitted_to = submits.next().await.unwrap().headers.get("tenant_id").unwrap().to_string();
+        let submitted_to = submits
+            .next()
+            .await
+            .unwrap()
+            .headers
+            .get("tenant_id")
+            .unwrap()
+            .to_string();
 
         let mut bytes = bytes::BytesMut::new();
         let version = Version::V2 { request_id: 2, deadline_ms: 60_000 };
@@ -421,7 +449,9 @@ mod tests {
         let task = serde_json::json!({"task_id": "same", "state": "queued", "tenant_id": tenant});
         let payload = serde_json::json!({"ok": true, "task": task}).to_string().into();
         let subject = asked.reply.unwrap();
-        bus.publish(bus::Message { subject, payload, ..bus::Message::default() }).await.unwrap();
+        bus.publish(bus::Message { subject, payload, ..bus::Message::default() })
+            .await
+            .unwrap();
         assert_eq!(cancels.next().await.unwrap().headers.get("tenant_id"), Some(submitted_to.as_str()));
     }
 
@@ -430,9 +460,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
         let allowed_uids = vec![70_001, 70_002];
-        let config = Config { socket: dir.path().join("s"), max_in_flight: 6, allowed_uids, ..Config::default() };
+        let config = Config {
+            socket: dir.path().join("s"),
+            max_in_flight: 6,
+            allowed_uids,
+            ..Config::default()
+        };
         let request_timeout = Duration::from_secs(60);
-        let gateway = bind(Config { request_timeout, ..config }, bus.clone()).await.unwrap().gateway;
+        let gateway = bind(Config { request_timeout, ..config }, bus.clone())
+            .await
+            .unwrap()
+            .gateway;
         // A router that never answers.
         let mut router = bus.subscribe(wire::subjects::DECIDE, None, 64).await.unwrap();
 
@@ -450,7 +488,9 @@ mod tests {
                 break serde_json::from_slice::<serde_json::Value>(&frame.payload).unwrap();
             }
             let read = tokio::io::AsyncReadExt::read_buf(&mut greedy[1], &mut input);
-            let read = tokio::time::timeout(Duration::from_secs(20), read).await.expect("a refusal in time");
+            let read = tokio::time::timeout(Duration::from_secs(20), read)
+                .await
+                .expect("a refusal in time");
             assert_ne!(read.unwrap(), 0);
         };
         assert_eq!(refused["error"]["code"], ErrorCode::Overloaded as u64);

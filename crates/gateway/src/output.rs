@@ -21,7 +21,11 @@ impl OutputReader {
     pub fn take(&mut self, payload: &[u8]) -> Option<Reply> {
         let chunk: OutputChunk = serde_json::from_slice(payload).ok()?;
         // A router that does not say the assignment knows one task of an id, whoever's it is.
-        if !self.task.owns(&chunk.assignment_id, chunk.tenant_id.as_deref()).unwrap_or(true) {
+        if !self
+            .task
+            .owns(&chunk.assignment_id, chunk.tenant_id.as_deref())
+            .unwrap_or(true)
+        {
             return None;
         }
         if chunk.attempt < self.attempt || (chunk.attempt == self.attempt && chunk.seq < self.next) {

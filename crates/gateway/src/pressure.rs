@@ -42,7 +42,9 @@ impl Pressure {
         if !self.wanted.load(Relaxed) {
             self.wanted.store(true, Relaxed);
         }
-        let Some(retry_after) = self.word.refuses(Instant::now()) else { return Ok(()) };
+        let Some(retry_after) = self.word.refuses(Instant::now()) else {
+            return Ok(());
+        };
         metrics::counter!("beamline_gateway_held_back_total").increment(1);
         Err(Box::new(ErrorBody {
             code: "backpressure".into(),
@@ -61,7 +63,8 @@ impl Pressure {
     fn heard(&self, data: &BackpressureData, now: Instant) {
         let before = self.word.refuses(now).is_some();
         let active = data.status == "active";
-        self.word.is(active.then(|| data.policy.retry_after_seconds.unwrap_or(RETRY_AFTER)), now);
+        self.word
+            .is(active.then(|| data.policy.retry_after_seconds.unwrap_or(RETRY_AFTER)), now);
         if before != active {
             tracing::warn!(status = data.status, "the router's load");
         }
@@ -126,7 +129,10 @@ impl Word {
         if !self.any.load(Relaxed) {
             return None;
         }
-        self.refusal.lock().filter(|(_, until)| now < *until).map(|(retry_after, _)| retry_after)
+        self.refusal
+            .lock()
+            .filter(|(_, until)| now < *until)
+            .map(|(retry_after, _)| retry_after)
     }
 }
 

@@ -31,7 +31,9 @@ impl Control {
             tracing::error!(%error, shared, "cannot change who may reach the gateway's socket");
         }
         // What holds a part of an old budget keeps it until it ends, which is soon.
-        gateway.live.store(Arc::new(Live::new(config, Some(&before), gateway.uid)));
+        gateway
+            .live
+            .store(Arc::new(Live::new(config, Some(&before), gateway.uid)));
     }
 }
 
@@ -48,7 +50,11 @@ mod tests {
     async fn a_user_who_is_shut_out_gets_no_more_on_an_open_connection() {
         let dir = tempfile::tempdir().unwrap();
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
-        let with = |uid: u32| Config { socket: dir.path().join("s"), allowed_uids: vec![uid], ..Config::default() };
+        let with = |uid: u32| Config {
+            socket: dir.path().join("s"),
+            allowed_uids: vec![uid],
+            ..Config::default()
+        };
         let bound = bind(with(12345), bus).await.unwrap();
         let (control, (mut client, stream)) = (bound.control(), tokio::net::UnixStream::pair().unwrap());
         let session = session::run(bound.gateway.clone(), stream, Peer { uid: 12345 }, CancellationToken::new());

@@ -34,7 +34,9 @@ impl Budget {
     }
 
     fn pass_time(&mut self, now: Instant) {
-        let passed = self.at.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
+        let passed = self
+            .at
+            .map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
         self.saved = (self.saved + passed * PER_SECOND).min(SAVED_MAX);
         self.at = Some(now);
     }

@@ -202,7 +202,8 @@ impl Call<'_> {
 
     fn tell(&mut self, outcome: Outcome) {
         if let Some(pass) = self.pass.take() {
-            self.access.observed(|breaker| breaker.settle(pass, outcome, Instant::now()));
+            self.access
+                .observed(|breaker| breaker.settle(pass, outcome, Instant::now()));
         }
     }
 }

@@ -481,7 +481,11 @@ impl Session {
             Slot::V2(_) => true,
         };
         let leaves = its_turn && self.ended.is_empty() && self.has_room();
-        let held = if leaves { reply.into() } else { Held::within_budget(&self.gateway, reply) };
+        let held = if leaves {
+            reply.into()
+        } else {
+            Held::within_budget(&self.gateway, reply)
+        };
         self.ended_bytes += held.reply.1.len();
         self.ended.push_back((slot, held));
     }

@@ -44,14 +44,24 @@ impl Listener {
         alone(&directory).await.map_err(problem)?;
         make_way(path).await.map_err(problem)?;
         let listener = bind_private(path, mode(shared)).map_err(|e| problem(cannot(e)))?;
-        let inode = std::fs::symlink_metadata(path).map_err(|e| problem(e.to_string()))?.ino();
-        Ok(Self { listener, path: path.into(), file: Some(File { path: path.into(), inode }) })
+        let inode = std::fs::symlink_metadata(path)
+            .map_err(|e| problem(e.to_string()))?
+            .ino();
+        Ok(Self {
+            listener,
+            path: path.into(),
+            file: Some(File { path: path.into(), inode }),
+        })
     }
 
     /// Listens on what somebody else has bound; its file, and who may reach it, stay theirs.
     pub fn adopt(given: std::os::unix::net::UnixListener) -> Result<Self, Error> {
         let address = given.local_addr().ok();
-        let path = address.as_ref().and_then(|address| address.as_pathname()).unwrap_or(Path::new("")).to_path_buf();
+        let path = address
+            .as_ref()
+            .and_then(|address| address.as_pathname())
+            .unwrap_or(Path::new(""))
+            .to_path_buf();
         let problem = |problem: String| Error::Socket { path: path.display().to_string(), problem };
         let socket = socket2::SockRef::from(&given);
         let ours = |e: std::io::Error| problem(format!("what was handed over is no socket that works: {e}"));
@@ -111,7 +121,9 @@ fn mode(shared: bool) -> u32 {
 }
 
 fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    path.parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
 }
 
 /// One gateway at a time looks whether a path is free and takes it; those that start together would all find it free.
@@ -144,7 +156,12 @@ async fn make_way(path: &Path) -> Result<(), String> {
     }
     match UnixStream::connect(path).await {
         Ok(stream) => {
-            let by = stream.peer_cred().ok().and_then(|cred| cred.pid()).map(holder).unwrap_or_default();
+            let by = stream
+                .peer_cred()
+                .ok()
+                .and_then(|cred| cred.pid())
+                .map(holder)
+                .unwrap_or_default();
             Err(format!("another gateway is listening{by}; stop it or set another path"))
         }
         Err(e) if e.kind() == ErrorKind::ConnectionRefused => Ok(()),
@@ -218,7 +235,10 @@ mod tests {
             if listens {
                 socket.listen(1).unwrap();
             }
-            Listener::adopt(std::os::fd::OwnedFd::from(socket).into()).err().expect("refused").to_string()
+            Listener::adopt(std::os::fd::OwnedFd::from(socket).into())
+                .err()
+                .expect("refused")
+                .to_string()
         };
         let path = |name| SockAddr::unix(dir.path().join(name)).unwrap();
         let tcp: std::net::SocketAddr = "127.0.0.1:0".parse().unwrap();
@@ -278,7 +298,15 @@ mod tests {
         let listener = Listener::bind(&full, false).await.unwrap();
         UnixStream::connect(&full).await.unwrap();
         drop(listener);
-        assert!(refused(&dir.path().join("x".repeat(room + 1))).await.contains("108 bytes"));
-        assert!(refused(&dir.path().join("missing/s")).await.contains("does its directory exist"));
+        assert!(
+            refused(&dir.path().join("x".repeat(room + 1)))
+                .await
+                .contains("108 bytes")
+        );
+        assert!(
+            refused(&dir.path().join("missing/s"))
+                .await
+                .contains("does its directory exist")
+        );
     }
 }

@@ -42,7 +42,9 @@ impl Stats {
         if inner.forward_us.len() == WINDOW {
             inner.forward_us.pop_front();
         }
-        inner.forward_us.push_back(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
+        inner
+            .forward_us
+            .push_back(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
         drop(inner);
         metrics::histogram!("beamline_gateway_request_duration_seconds").record(took.as_secs_f64());
     }
@@ -82,7 +84,11 @@ pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
         metrics::gauge!("beamline_gateway_in_flight").set(status.in_flight as f64);
         metrics::counter!("beamline_gateway_requests_total").absolute(status.requests_total);
         let payload = serde_json::to_vec(&status).expect("a status is JSON").into();
-        let message = Message { subject: wire::subjects::GATEWAY_STATUS.into(), payload, ..Message::default() };
+        let message = Message {
+            subject: wire::subjects::GATEWAY_STATUS.into(),
+            payload,
+            ..Message::default()
+        };
         if let Err(error) = gateway.bus.publish(message).await {
             tracing::debug!(%error, "the gateway's status was not published");
         }

@@ -59,7 +59,11 @@ impl Finished {
     fn decode(payload: &Bytes) -> Option<(String, Heard)> {
         let result = ExecResult::decode(payload).ok()?;
         let enveloped = serde_json::from_slice::<Envelope>(payload).is_ok_and(|e| e.kind.is_some());
-        let bytes = if enveloped { serde_json::to_vec(&result).ok()?.into() } else { payload.clone() };
+        let bytes = if enveloped {
+            serde_json::to_vec(&result).ok()?.into()
+        } else {
+            payload.clone()
+        };
         let finished = Self { result: bytes, chunks: result.chunks };
         let ExecResult { request_id, assignment_id, tenant_id, .. } = result;
         Some((request_id, Heard { assignment_id, tenant_id, finished }))
@@ -125,9 +129,18 @@ impl Waiter {
         table.next += 1;
         let number = table.next;
         let phase = Phase::Undecided { early: None, finished: sender };
-        table.by_request.entry(request_id.into()).or_default().push(Waiting { number, task, phase });
+        table
+            .by_request
+            .entry(request_id.into())
+            .or_default()
+            .push(Waiting { number, task, phase });
         drop(table);
-        Self { gateway: gateway.clone(), request_id: request_id.into(), number, finished }
+        Self {
+            gateway: gateway.clone(),
+            request_id: request_id.into(),
+            number,
+            finished,
+        }
     }
 
     /// The router has answered, so it is known which result ends this wait.
@@ -180,12 +193,23 @@ mod tests {
     fn waiting() -> (Waiting, oneshot::Receiver<Finished>) {
         let (sender, finished) = oneshot::channel();
         let task = Awaited { tenant_id: "acme".into(), assignment_id: None };
-        (Waiting { number: 1, task, phase: Phase::Undecided { early: None, finished: sender } }, finished)
+        (
+            Waiting {
+                number: 1,
+                task,
+                phase: Phase::Undecided { early: None, finished: sender },
+            },
+            finished,
+        )
     }
 
     fn heard(assignment_id: &str, tenant_id: Option<&str>) -> Heard {
         let finished = Finished { result: Bytes::copy_from_slice(assignment_id.as_bytes()), chunks: None };
-        Heard { assignment_id: assignment_id.into(), tenant_id: tenant_id.map(String::from), finished }
+        Heard {
+            assignment_id: assignment_id.into(),
+            tenant_id: tenant_id.map(String::from),
+            finished,
+        }
     }
 
     fn decided(waiting: &mut Waiting, assignment_id: Option<&str>) {
@@ -202,10 +226,14 @@ mod tests {
         expected: Option<&str>,
     ) {
         let (mut waiting, mut finished) = waiting();
-        before.iter().for_each(|(assignment, tenant)| waiting.hear(&heard(assignment, *tenant)));
+        before
+            .iter()
+            .for_each(|(assignment, tenant)| waiting.hear(&heard(assignment, *tenant)));
         assert!(finished.try_recv().is_err(), "nothing ends it before the router's answer");
         decided(&mut waiting, answer);
-        after.iter().for_each(|(assignment, tenant)| waiting.hear(&heard(assignment, *tenant)));
+        after
+            .iter()
+            .for_each(|(assignment, tenant)| waiting.hear(&heard(assignment, *tenant)));
         let ended = finished.try_recv().ok().map(|finished| finished.result);
         assert_eq!(ended.as_deref(), expected.map(str::as_bytes));
     }

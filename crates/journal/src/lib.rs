@@ -161,7 +161,11 @@ impl Journal {
 
 /// Locks the file beside the database, which only one journal can hold. The lock ends with the process.
 fn lock(path: &Path) -> Result<Arc<File>> {
-    let lock = File::options().write(true).create(true).truncate(false).open(path.with_extension("lock"));
+    let lock = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path.with_extension("lock"));
     let lock = lock.map_err(|error| open_error(path, error))?;
     match lock.try_lock() {
         Ok(()) => Ok(Arc::new(lock)),
@@ -175,10 +179,14 @@ fn connect(path: &Path, schema: &str) -> Result<Connection> {
     let failed = |source| Error::Open { path: path.to_path_buf(), source };
     let writer = Connection::open(path).map_err(failed)?;
     // Lets `PRAGMA incremental_vacuum` return free pages to the file system. It takes effect only in a new file.
-    writer.pragma_update(None, "auto_vacuum", "INCREMENTAL").map_err(failed)?;
+    writer
+        .pragma_update(None, "auto_vacuum", "INCREMENTAL")
+        .map_err(failed)?;
     writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
     writer.pragma_update(None, "synchronous", "NORMAL").map_err(failed)?;
-    writer.pragma_update(None, "journal_size_limit", LOG_BYTES_KEPT).map_err(failed)?;
+    writer
+        .pragma_update(None, "journal_size_limit", LOG_BYTES_KEPT)
+        .map_err(failed)?;
     writer.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
     writer.set_prepared_statement_cache_capacity(64);
     writer.execute_batch(schema).map_err(failed)?;
@@ -186,7 +194,10 @@ fn connect(path: &Path, schema: &str) -> Result<Connection> {
 }
 
 fn open_error(path: &Path, error: std::io::Error) -> Error {
-    Error::Open { path: path.with_extension("lock"), source: rusqlite::Error::ToSqlConversionFailure(Box::new(error)) }
+    Error::Open {
+        path: path.with_extension("lock"),
+        source: rusqlite::Error::ToSqlConversionFailure(Box::new(error)),
+    }
 }
 
 /// Runs one write of the batch in a savepoint, so that a failing write does not fail the others.
@@ -267,7 +278,11 @@ mod tests {
 
         let writes = (0..100).map(|n| {
             let journal = journal.clone();
-            tokio::spawn(async move { journal.write(move |c| c.execute("INSERT INTO t VALUES (?1)", [n])).await })
+            tokio::spawn(async move {
+                journal
+                    .write(move |c| c.execute("INSERT INTO t VALUES (?1)", [n]))
+                    .await
+            })
         });
         for write in writes.collect::<Vec<_>>() {
             write.await.unwrap().unwrap();
@@ -277,7 +292,10 @@ mod tests {
 
         // Dropping the last handle has released the lock, as the end of a process would.
         let journal = Journal::open(&path, SCHEMA).unwrap();
-        let count: i64 = journal.read(|c| c.query_row("SELECT count(*) FROM t", [], |row| row.get(0))).await.unwrap();
+        let count: i64 = journal
+            .read(|c| c.query_row("SELECT count(*) FROM t", [], |row| row.get(0)))
+            .await
+            .unwrap();
         assert_eq!(count, 100);
     }
 
@@ -321,7 +339,9 @@ mod tests {
         drop(journal);
         let open = || {
             let files = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
-            files.filter_map(|file| std::fs::read_link(file.path()).ok()).any(|file| file == path)
+            files
+                .filter_map(|file| std::fs::read_link(file.path()).ok())
+                .any(|file| file == path)
         };
         let end = std::time::Instant::now() + Duration::from_secs(10);
         while open() {
@@ -336,10 +356,16 @@ mod tests {
         let (path, copy) = (dir.path().join("j.db"), dir.path().join("copy"));
         for (in_place, copied_in_use) in [(false, false), (true, false), (false, true), (true, true)] {
             let (journal, _) = resumed(&path, "a").await;
-            journal.write(|db| db.execute("INSERT INTO t DEFAULT VALUES", [])).await.unwrap();
+            journal
+                .write(|db| db.execute("INSERT INTO t DEFAULT VALUES", []))
+                .await
+                .unwrap();
             if copied_in_use {
                 let to = copy.clone();
-                journal.read(move |db| db.execute("VACUUM INTO ?1", [to.to_str()])).await.unwrap();
+                journal
+                    .read(move |db| db.execute("VACUUM INTO ?1", [to.to_str()]))
+                    .await
+                    .unwrap();
             }
             journal.close().await.unwrap();
             released(journal, &path).await;
@@ -378,7 +404,11 @@ mod tests {
                 journal
                     .write(move |c| {
                         c.execute("INSERT INTO t VALUES (?1)", [n])?;
-                        if twice { c.execute("INSERT INTO t VALUES (?1)", [n]) } else { Ok(1) }
+                        if twice {
+                            c.execute("INSERT INTO t VALUES (?1)", [n])
+                        } else {
+                            Ok(1)
+                        }
                     })
                     .await
             })
@@ -389,7 +419,10 @@ mod tests {
         assert!(matches!(bad.await.unwrap(), Err(Error::Sqlite(_))));
         other.await.unwrap().unwrap();
 
-        let sum: i64 = journal.read(|c| c.query_row("SELECT sum(n) FROM t", [], |row| row.get(0))).await.unwrap();
+        let sum: i64 = journal
+            .read(|c| c.query_row("SELECT sum(n) FROM t", [], |row| row.get(0)))
+            .await
+            .unwrap();
         assert_eq!(sum, 4);
     }
 
@@ -412,8 +445,9 @@ mod tests {
         let mut acknowledged = Vec::new();
         let mut refusals = Vec::new();
         for round in 0..20 {
-            let writes: Vec<_> =
-                (0..50).map(|n| insert(round * 50 + n, if n % 7 == 3 { 60_000 } else { 10 })).collect();
+            let writes: Vec<_> = (0..50)
+                .map(|n| insert(round * 50 + n, if n % 7 == 3 { 60_000 } else { 10 }))
+                .collect();
             for write in writes {
                 match write.await.unwrap() {
                     (n, Ok(_)) => acknowledged.push(n),
@@ -427,7 +461,11 @@ mod tests {
 
         let journal = Journal::open(&path, schema).unwrap();
         let stored: Vec<u32> = journal
-            .read(|c| c.prepare("SELECT n FROM t ORDER BY n")?.query_map([], |row| row.get(0))?.collect())
+            .read(|c| {
+                c.prepare("SELECT n FROM t ORDER BY n")?
+                    .query_map([], |row| row.get(0))?
+                    .collect()
+            })
             .await
             .unwrap();
         acknowledged.sort_unstable();

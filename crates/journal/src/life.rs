@@ -83,14 +83,25 @@ impl Life {
             let same_boot = !boot.is_empty() && recorded_boot == boot;
             recorded_marks == marks && (same_boot || ended)
         });
-        Ok(if certain { Continuity::Certain } else { Continuity::Doubtful })
+        Ok(if certain {
+            Continuity::Certain
+        } else {
+            Continuity::Doubtful
+        })
     }
 
     /// Inode and creation time of the database, inode and change time of the lock file. No program can set these two
     /// times, so a copy gets new ones. Device numbers are left out because they may differ after a reboot.
     fn marks(&self) -> io::Result<String> {
         let (database, lock) = (std::fs::metadata(&self.database)?, self.lock.metadata()?);
-        Ok(format!("{}-{}-{}-{}.{:09}", database.ino(), born(&database), lock.ino(), lock.ctime(), lock.ctime_nsec()))
+        Ok(format!(
+            "{}-{}-{}-{}.{:09}",
+            database.ino(),
+            born(&database),
+            lock.ino(),
+            lock.ctime(),
+            lock.ctime_nsec()
+        ))
     }
 
     /// Rewrites the lock file, which changes its change time, and returns the new marks.

@@ -98,13 +98,21 @@ impl Log {
         let failed = |source| Error::Open { path: path.to_path_buf(), source };
 
         let writer = Connection::open(path).map_err(failed)?;
-        writer.pragma_update(None, "auto_vacuum", "INCREMENTAL").map_err(failed)?;
+        writer
+            .pragma_update(None, "auto_vacuum", "INCREMENTAL")
+            .map_err(failed)?;
         writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
-        let synchronous = if durability == Durability::Power { "FULL" } else { "NORMAL" };
+        let synchronous = if durability == Durability::Power {
+            "FULL"
+        } else {
+            "NORMAL"
+        };
         writer.pragma_update(None, "synchronous", synchronous).map_err(failed)?;
         // The background thread does it, so that no commit waits for one.
         writer.pragma_update(None, "wal_autocheckpoint", 0).map_err(failed)?;
-        writer.pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT).map_err(failed)?;
+        writer
+            .pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT)
+            .map_err(failed)?;
         writer.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
         writer.execute_batch(SCHEMA).map_err(failed)?;
 
@@ -114,7 +122,9 @@ impl Log {
         };
         let (generation, snapshot_since) =
             (meta("generation").map_err(failed)?, meta("snapshot_since").map_err(failed)?);
-        let newest: Option<u64> = writer.query_row("SELECT max(id) FROM log", [], |row| row.get(0)).map_err(failed)?;
+        let newest: Option<u64> = writer
+            .query_row("SELECT max(id) FROM log", [], |row| row.get(0))
+            .map_err(failed)?;
         // Rows that a snapshot covers may all be gone.
         let last = newest.unwrap_or(0).max(snapshot_since);
 
@@ -155,7 +165,8 @@ impl Log {
 
     /// Forgets everything.
     pub fn clear(&mut self) -> Result<()> {
-        self.writer.execute_batch("BEGIN; DELETE FROM log; DELETE FROM snapshot; DELETE FROM meta; COMMIT")?;
+        self.writer
+            .execute_batch("BEGIN; DELETE FROM log; DELETE FROM snapshot; DELETE FROM meta; COMMIT")?;
         (self.last, self.snapshot_since, self.generation, self.open_snapshot) = (0, 0, 0, None);
         Ok(())
     }
@@ -173,8 +184,9 @@ impl Log {
         mut group: impl FnMut(u64, &[u8]) -> std::result::Result<(), String>,
     ) -> Result<()> {
         let damaged = |what: String| Error::Damaged { path: self.path.clone(), what };
-        let mut parts =
-            self.writer.prepare("SELECT part, crc, data FROM snapshot WHERE generation = ?1 ORDER BY part")?;
+        let mut parts = self
+            .writer
+            .prepare("SELECT part, crc, data FROM snapshot WHERE generation = ?1 ORDER BY part")?;
         let mut rows = parts.query([self.generation])?;
         let mut expected = 1;
         while let Some(row) = rows.next()? {
@@ -190,7 +202,9 @@ impl Log {
             return Err(damaged("the snapshot is gone".into()));
         }
 
-        let mut groups = self.writer.prepare("SELECT id, crc, data FROM log WHERE id > ?1 ORDER BY id")?;
+        let mut groups = self
+            .writer
+            .prepare("SELECT id, crc, data FROM log WHERE id > ?1 ORDER BY id")?;
         let mut rows = groups.query([self.snapshot_since])?;
         let mut expected = self.snapshot_since + 1;
         while let Some(row) = rows.next()? {
@@ -248,11 +262,8 @@ impl Log {
         let db = &self.writer;
         db.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
         if !commit.group.is_empty() {
-            db.prepare_cached("INSERT INTO log VALUES (?1, ?2, ?3)")?.execute(params![
-                self.last + 1,
-                crc32fast::hash(commit.group),
-                commit.group
-            ])?;
+            db.prepare_cached("INSERT INTO log VALUES (?1, ?2, ?3)")?
+                .execute(params![self.last + 1, crc32fast::hash(commit.group), commit.group])?;
         }
         if let (Some(part), Some((since, parts))) = (&commit.part, self.open_snapshot) {
             let generation = self.generation + 1;
@@ -260,12 +271,8 @@ impl Log {
                 // Parts of an attempt that a crash ended.
                 db.execute("DELETE FROM snapshot WHERE generation >= ?1", [generation])?;
             }
-            db.prepare_cached("INSERT INTO snapshot VALUES (?1, ?2, ?3, ?4)")?.execute(params![
-                generation,
-                parts + 1,
-                crc32fast::hash(part.data),
-                part.data
-            ])?;
+            db.prepare_cached("INSERT INTO snapshot VALUES (?1, ?2, ?3, ?4)")?
+                .execute(params![generation, parts + 1, crc32fast::hash(part.data), part.data])?;
             if part.last {
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('generation', ?1)", [generation])?;
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('snapshot_since', ?1)", [since])?;
@@ -293,7 +300,8 @@ impl Log {
     pub fn give_back(&self, keep: u64, pages: u64) -> Result<()> {
         let free: u64 = self.writer.query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
         if free > keep {
-            self.writer.execute_batch(&format!("PRAGMA incremental_vacuum({pages})"))?;
+            self.writer
+                .execute_batch(&format!("PRAGMA incremental_vacuum({pages})"))?;
         }
         Ok(())
     }
@@ -302,7 +310,9 @@ impl Log {
     fn keep_wal_short(&mut self, written: usize) {
         self.since_checkpoint += written;
         if self.wal_pages.load(Relaxed) > WAL_PAGES_MAX {
-            let restarted = self.writer.query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
+            let restarted = self
+                .writer
+                .query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
             if let Err(error) = restarted {
                 tracing::warn!(%error, path = %self.path.display(), "cannot restart the write-ahead log; trying again later");
             }
@@ -356,7 +366,8 @@ mod tests {
     }
 
     fn commit(log: &mut Log, group: &str) {
-        log.commit(&Commit { group: group.as_bytes(), ..Commit::default() }).unwrap();
+        log.commit(&Commit { group: group.as_bytes(), ..Commit::default() })
+            .unwrap();
     }
 
     fn replayed(log: &Log) -> Result<(Vec<String>, Vec<(u64, String)>)> {

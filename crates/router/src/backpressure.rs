@@ -43,7 +43,11 @@ impl Backpressure {
         let mut over = self.over.lock();
         for (over, (value, threshold)) in over.iter_mut().zip(measures) {
             let threshold = threshold as f64;
-            *over = if *over { value > threshold / 2.0 } else { value >= threshold };
+            *over = if *over {
+                value > threshold / 2.0
+            } else {
+                value >= threshold
+            };
         }
         let count = over.iter().filter(|over| **over).count();
         self.refuses.store(count >= 2, Relaxed);

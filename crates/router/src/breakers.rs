@@ -82,7 +82,10 @@ impl Table {
         let shared = self.providers.get(provider);
         let closed = shared.is_none_or(|known| known.breaker.lets_through(rules, now_ms));
         let allowed = scope.rules.is_none_or(|rules| {
-            let own = self.policies.get(&scope.key()).and_then(|providers| providers.get(provider));
+            let own = self
+                .policies
+                .get(&scope.key())
+                .and_then(|providers| providers.get(provider));
             own.is_none_or(|breaker| breaker.lets_through(&rules, now_ms))
         });
         match shared.map_or(0, |known| known.cool_down.left_ms(now_ms)) {
@@ -118,12 +121,17 @@ impl Breakers {
             timeout_ms = (known.breaker.state() == State::HalfOpen).then_some(self.rules.timeout_ms);
         }
         let policy = scope.rules.map(|_| scope.key());
-        let own = policy.as_ref().and_then(|key| table.policies.get_mut(key)?.get_mut(provider));
+        let own = policy
+            .as_ref()
+            .and_then(|key| table.policies.get_mut(key)?.get_mut(provider));
         if let (Some(breaker), Some(rules)) = (own, &scope.rules) {
             breaker.enter(holder, rules, now_ms);
             policy_generation = Some(breaker.generation());
             let half_open = breaker.state() == State::HalfOpen;
-            timeout_ms = timeout_ms.into_iter().chain(half_open.then_some(rules.timeout_ms)).min();
+            timeout_ms = timeout_ms
+                .into_iter()
+                .chain(half_open.then_some(rules.timeout_ms))
+                .min();
         }
 
         let held = timeout_ms.map(|timeout_ms| Held {
@@ -159,7 +167,12 @@ impl Breakers {
 
         if let (Some(rules), Some(generation)) = (policy_rules, choice.policy_generation) {
             let key = scope_of(choice).key();
-            let breaker = table.policies.entry(key.clone()).or_default().entry(provider.clone()).or_default();
+            let breaker = table
+                .policies
+                .entry(key.clone())
+                .or_default()
+                .entry(provider.clone())
+                .or_default();
             told(provider, Some(&key), breaker, |breaker| {
                 breaker.ended(holder, generation, outcome, rules, now_ms);
             });
@@ -176,7 +189,9 @@ impl Breakers {
     ) {
         let mut table = self.table.lock();
         for status in theirs {
-            let (Some(rules), Some(view)) = (rules(status), view_of(status)) else { continue };
+            let (Some(rules), Some(view)) = (rules(status), view_of(status)) else {
+                continue;
+            };
             let provider = &status.provider;
             let Some((tenant, policy)) = status.tenant.as_ref().zip(status.policy.as_ref()) else {
                 let known = table.providers.entry(provider.clone()).or_default();
@@ -189,7 +204,12 @@ impl Breakers {
                 continue;
             };
             let key = Scope { tenant, policy, rules: None }.key();
-            let breaker = table.policies.entry(key.clone()).or_default().entry(provider.clone()).or_default();
+            let breaker = table
+                .policies
+                .entry(key.clone())
+                .or_default()
+                .entry(provider.clone())
+                .or_default();
             told(provider, Some(&key), breaker, |breaker| breaker.adopt(&view, &rules, now_ms));
         }
     }
@@ -323,7 +343,10 @@ impl Held<'_> {
         let mut table = self.breakers.table.lock();
         let Table { providers, policies } = &mut *table;
         let shared = providers.get_mut(&self.provider).map(|known| &mut known.breaker);
-        let own = self.policy.as_ref().and_then(|key| policies.get_mut(key)?.get_mut(&self.provider));
+        let own = self
+            .policy
+            .as_ref()
+            .and_then(|key| policies.get_mut(key)?.get_mut(&self.provider));
         shared.into_iter().chain(own).for_each(step);
     }
 }
@@ -379,7 +402,10 @@ mod tests {
         end(&breakers, &ACME, Verdict::Failed, 0);
         assert_eq!(breakers.standing("m", &ACME, 0), Standing::Out);
         assert_eq!(breakers.standing("m", &OTHER, 0), Standing::Eligible);
-        let lax = Scope { rules: Some(CircuitBreaker { failure_threshold: 1000, ..RULES }), ..OTHER };
+        let lax = Scope {
+            rules: Some(CircuitBreaker { failure_threshold: 1000, ..RULES }),
+            ..OTHER
+        };
         (0..2).for_each(|_| end(&breakers, &lax, Verdict::Failed, 0));
         assert_eq!(breakers.standing("m", &lax, 0), Standing::Out, "the operator's rules hold for everybody");
     }

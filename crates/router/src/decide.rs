@@ -93,7 +93,10 @@ pub fn failure(code: &str, message: impl Into<String>) -> ErrorBody {
 }
 
 fn invalid(intake: &str, message: impl Into<String>) -> ErrorBody {
-    ErrorBody { intake_error_code: Some(intake.into()), ..failure("invalid_request", message) }
+    ErrorBody {
+        intake_error_code: Some(intake.into()),
+        ..failure("invalid_request", message)
+    }
 }
 
 impl Router {
@@ -110,7 +113,12 @@ impl Router {
             return (Context::default(), Err(invalid("PAYLOAD_TOO_LARGE", text)));
         }
         // An array would fit a struct too.
-        if message.payload.trim_ascii_start().first().is_some_and(|byte| *byte != b'{') {
+        if message
+            .payload
+            .trim_ascii_start()
+            .first()
+            .is_some_and(|byte| *byte != b'{')
+        {
             let error = invalid("SCHEMA_VALIDATION_FAILED", "the request is not a JSON object");
             return (Context::default(), Err(error));
         }
@@ -119,7 +127,10 @@ impl Router {
             Err(error) => return undecodable(&message.payload, &error),
         };
         apply_headers(&mut request, &message.headers);
-        let context = Context { request_id: Some(request.request_id.clone()), trace_id: request.trace_id.clone() };
+        let context = Context {
+            request_id: Some(request.request_id.clone()),
+            trace_id: request.trace_id.clone(),
+        };
         let outcome = check(&request).map(|()| request);
         (context, outcome)
     }
@@ -146,8 +157,13 @@ impl Router {
         let scope = Scope { tenant: owner, policy: name, rules: self.rules_of(policy) };
         let mut seen = Seen { router: self, served, scope, now_ms: self.uptime_ms(), taken: Vec::new() };
         loop {
-            let decision = policy.decide(request, &seen).map_err(|undecided| seen.refusal(&undecided))?;
-            let Some(place) = self.breakers.reserve(&decision.provider_id, &scope, holder, seen.now_ms) else {
+            let decision = policy
+                .decide(request, &seen)
+                .map_err(|undecided| seen.refusal(&undecided))?;
+            let Some(place) = self
+                .breakers
+                .reserve(&decision.provider_id, &scope, holder, seen.now_ms)
+            else {
                 // Another decision took its last place since we looked.
                 seen.taken.push(decision.provider_id);
                 continue;
@@ -157,7 +173,10 @@ impl Router {
                 policy_tenant: owner.into(),
                 policy_id: name.into(),
                 policy_generation: place.policy_generation,
-                client_deadline: request.options.as_ref().is_some_and(|options| options.deadline_ms.is_some()),
+                client_deadline: request
+                    .options
+                    .as_ref()
+                    .is_some_and(|options| options.deadline_ms.is_some()),
             };
             return Ok(Chosen { decision, choice, place });
         }
@@ -166,7 +185,11 @@ impl Router {
     async fn refuse(&self, message: &Message, context: Context, error: ErrorBody) {
         self.stats.refused(&error);
         // What is wrong with a request repeats parts of it: that is for whoever sent it, not for the log.
-        let why = if error.code == "invalid_request" { "the request is not valid" } else { error.message.as_str() };
+        let why = if error.code == "invalid_request" {
+            "the request is not valid"
+        } else {
+            error.message.as_str()
+        };
         tracing::info!(
             trace_id = context.trace_id,
             request_id = context.request_id,
@@ -178,12 +201,17 @@ impl Router {
     }
 
     async fn reply(&self, message: &Message, answer: &impl serde::Serialize) {
-        self.send(message.reply.clone().unwrap_or_else(|| subjects::DECIDE_REPLY.into()), answer).await;
+        self.send(message.reply.clone().unwrap_or_else(|| subjects::DECIDE_REPLY.into()), answer)
+            .await;
     }
 
     pub async fn send(&self, subject: Arc<str>, answer: &impl serde::Serialize) {
         let payload = serde_json::to_vec(answer).expect("an answer is JSON").into();
-        if let Err(error) = self.bus.publish(Message { subject, payload, ..Message::default() }).await {
+        if let Err(error) = self
+            .bus
+            .publish(Message { subject, payload, ..Message::default() })
+            .await
+        {
             tracing::warn!(%error, "an answer was not sent");
         }
     }
@@ -222,7 +250,9 @@ impl Seen<'_> {
             Standing::Eligible | Standing::Out => None,
         });
         // Whoever waits for the first of them is served.
-        let Some(ms) = cooling.min() else { return failure("no_provider_available", undecided.to_string()) };
+        let Some(ms) = cooling.min() else {
+            return failure("no_provider_available", undecided.to_string());
+        };
         let seconds = ms.div_ceil(1000).max(1);
         let text = format!("out of service for now: {}; try again in {seconds} s", out.join(", "));
         ErrorBody { retry_after_seconds: Some(seconds), ..failure("rate_limited", text) }
@@ -320,7 +350,8 @@ fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
         ("policy_id", request.policy_id.as_ref()),
         ("task.type", Some(&request.task.task_type)),
     ] {
-        id.map_or(Ok(()), |id| id::check(id)).map_err(|error| unfit(format!("{name} {error}")))?;
+        id.map_or(Ok(()), |id| id::check(id))
+            .map_err(|error| unfit(format!("{name} {error}")))?;
     }
     if let Some(key) = &request.idempotency_key {
         id::check_idempotency_key(key).map_err(|error| unfit(format!("idempotency_key {error}")))?;

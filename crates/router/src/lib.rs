@@ -93,7 +93,10 @@ impl Router {
     /// Lets what was taken end, for as long as a drain may last; what the bus holds up longer comes again.
     async fn drain(&self, taken: TaskTracker) {
         taken.close();
-        if tokio::time::timeout(self.config.drain_timeout, taken.wait()).await.is_err() {
+        if tokio::time::timeout(self.config.drain_timeout, taken.wait())
+            .await
+            .is_err()
+        {
             tracing::warn!(left = taken.len(), "not all that was taken ended in time");
         }
     }
@@ -113,7 +116,9 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
             from_start: true,
         })
         .await?;
-    let decide = bus.subscribe(wire::subjects::DECIDE, Some(wire::subjects::DECIDE_GROUP), QUEUE_MAX).await?;
+    let decide = bus
+        .subscribe(wire::subjects::DECIDE, Some(wire::subjects::DECIDE_GROUP), QUEUE_MAX)
+        .await?;
     let queries = tasks::Queries::subscribe(&bus).await?;
     let outcomes = outcomes::Inputs::subscribe(&bus).await?;
     let router = Router {
@@ -126,7 +131,14 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         backpressure: backpressure::Backpressure::default(),
         started: Instant::now(),
     };
-    Ok(Bound { router: Arc::new(router), decide, queries, results, outcomes, policies: watcher })
+    Ok(Bound {
+        router: Arc::new(router),
+        decide,
+        queries,
+        results,
+        outcomes,
+        policies: watcher,
+    })
 }
 
 impl Bound {

@@ -34,9 +34,9 @@ fn judge(result: &ExecResult, client_deadline: bool) -> Verdict {
         // The task's limit, which the client or the router chose: a provider that is asked for long work has not failed.
         ResultStatus::Timeout if client_deadline || code == "deadline_exceeded" => Verdict::Neutral,
         ResultStatus::Timeout => Verdict::Failed,
-        ResultStatus::Error if code == "rate_limited" || result.retry_after_seconds.is_some() => {
-            Verdict::CoolDown { retry_after_seconds: result.retry_after_seconds.unwrap_or(COOL_DOWN_DEFAULT_S) }
-        }
+        ResultStatus::Error if code == "rate_limited" || result.retry_after_seconds.is_some() => Verdict::CoolDown {
+            retry_after_seconds: result.retry_after_seconds.unwrap_or(COOL_DOWN_DEFAULT_S),
+        },
         ResultStatus::Error if OF_THE_TASK.contains(&code) || NOT_STARTED.contains(&code) => Verdict::Neutral,
         ResultStatus::Error => Verdict::Failed,
     }
@@ -91,7 +91,9 @@ pub async fn run(router: Arc<Router>, mut inputs: Inputs, cancel: CancellationTo
 
 fn learn(router: &Router, message: &Message) {
     // A verdict that only newer routers know is theirs alone to count.
-    let Ok(outcome) = serde_json::from_slice::<ProviderOutcome>(&message.payload) else { return };
+    let Ok(outcome) = serde_json::from_slice::<ProviderOutcome>(&message.payload) else {
+        return;
+    };
     let policies = router.policies.current();
     let policy = policies.own(&outcome.choice.policy_tenant, &outcome.choice.policy_id);
     let rules = policy.and_then(|policy| router.rules_of(policy));
@@ -102,10 +104,14 @@ fn learn(router: &Router, message: &Message) {
 }
 
 fn adopt(router: &Router, message: &Message) {
-    let Ok(status) = serde_json::from_slice::<RouterStatus>(&message.payload) else { return };
+    let Ok(status) = serde_json::from_slice::<RouterStatus>(&message.payload) else {
+        return;
+    };
     if status.router != router.id {
         let served = Served::of(router);
-        router.breakers.adopt(&status.breakers, router.uptime_ms(), |breaker| served.rules(breaker));
+        router
+            .breakers
+            .adopt(&status.breakers, router.uptime_ms(), |breaker| served.rules(breaker));
     }
 }
 
@@ -125,14 +131,21 @@ struct Served<'a> {
 impl<'a> Served<'a> {
     fn of(router: &'a Router) -> Self {
         let policies = Arc::clone(&router.policies.current());
-        let providers = policies.iter().flat_map(Compiled::providers).map(String::from).collect();
+        let providers = policies
+            .iter()
+            .flat_map(Compiled::providers)
+            .map(String::from)
+            .collect();
         Self { router, policies, providers }
     }
 
     /// The rules of a breaker that may exist.
     fn rules(&self, breaker: &BreakerStatus) -> Option<CircuitBreaker> {
         let Some((tenant, policy)) = breaker.tenant.as_ref().zip(breaker.policy.as_ref()) else {
-            return self.providers.contains(&breaker.provider).then_some(self.router.config.circuit_breaker);
+            return self
+                .providers
+                .contains(&breaker.provider)
+                .then_some(self.router.config.circuit_breaker);
         };
         let policy = self.policies.own(tenant, policy)?;
         let named = policy.providers().any(|provider| provider == breaker.provider);

@@ -180,7 +180,10 @@ impl Watcher {
         if let Err(error) = self.look().await {
             tracing::error!(%error, "looking at the policy files failed; trying again");
         }
-        let has_news = self.known.values().any(|known| known.fresh || known.tombstone.is_some());
+        let has_news = self
+            .known
+            .values()
+            .any(|known| known.fresh || known.tombstone.is_some());
         if has_news || looks.is_multiple_of(LOOKS_PER_INDEX) {
             let shared = match self.learn().await {
                 Ok(()) => self.share().await,
@@ -204,7 +207,12 @@ impl Watcher {
         let read_ms = now_ms();
         let mut stale = Vec::new();
         for (name, files) in &look.files {
-            if self.known.entry(name.clone()).or_insert_with(Known::unread).is_stale(files) {
+            if self
+                .known
+                .entry(name.clone())
+                .or_insert_with(Known::unread)
+                .is_stale(files)
+            {
                 stale.push((name.clone(), files.clone()));
             }
         }
@@ -271,7 +279,11 @@ impl Watcher {
     /// Publishes the current policies to request handling.
     fn publish(&mut self) {
         let knows_none = self.index.as_ref().is_none_or(|index| index.policies.is_empty());
-        let unread = self.directory.unreadable.clone().filter(|_| !self.directory.has_been_read && knows_none);
+        let unread = self
+            .directory
+            .unreadable
+            .clone()
+            .filter(|_| !self.directory.has_been_read && knows_none);
         let mut set = Set::new(unread, self.directory.unread_tenants());
         if self.serves_built_in() {
             set.insert(
@@ -296,13 +308,17 @@ impl Watcher {
 impl Known {
     /// There is a file, which is refused until it has been read.
     fn unread() -> Self {
-        Self { disk: Disk::Broken("its file has not been read yet".into()), ..Self::default() }
+        Self {
+            disk: Disk::Broken("its file has not been read yet".into()),
+            ..Self::default()
+        }
     }
 
     /// All routers know a version, which is refused until it has been fetched: nothing else may serve for it.
     fn note_stored(&mut self) {
         if self.last_good.is_none() {
-            self.unusable.get_or_insert_with(|| "its stored version has not been fetched yet".into());
+            self.unusable
+                .get_or_insert_with(|| "its stored version has not been fetched yet".into());
         }
     }
 
@@ -479,9 +495,10 @@ mod tests {
         };
         assert_eq!(found(), "all");
 
-        for (deleted, expected) in
-            [(false, "policy \"acme/p\" cannot be used: its stored version has not been fetched yet"), (true, "all")]
-        {
+        for (deleted, expected) in [
+            (false, "policy \"acme/p\" cannot be used: its stored version has not been fetched yet"),
+            (true, "all"),
+        ] {
             let entry = Entry { hash: "other".into(), at_ms: 5, deleted };
             let change = BTreeMap::from([(Name::parse("acme/p").unwrap(), entry)]);
             watcher.shared.publish(&change).await.unwrap();

@@ -113,10 +113,15 @@ impl Compiled {
         if providers.is_empty() {
             return Err(invalid("providers".into(), "names no provider"));
         }
-        policy.circuit_breaker.map_or(Ok(()), |own| check(&own.over(&CircuitBreaker::default())))?;
+        policy
+            .circuit_breaker
+            .map_or(Ok(()), |own| check(&own.over(&CircuitBreaker::default())))?;
         let (rules, lints) = rules(policy, &providers)?;
-        let session_key =
-            policy.sticky.as_ref().filter(|sticky| sticky.enabled).map(|sticky| sticky.session_key.clone());
+        let session_key = policy
+            .sticky
+            .as_ref()
+            .filter(|sticky| sticky.enabled)
+            .map(|sticky| sticky.session_key.clone());
         Ok(Self {
             id: id.into(),
             version: policy.version.clone(),
@@ -241,7 +246,12 @@ fn rules(policy: &Policy, providers: &[Candidate]) -> Result<(Vec<Rule>, Vec<Str
             let what = format!("has {} parts; among so many rules, each may have {share}", condition.size());
             return Err(invalid(format!("rules[{n}].when"), what));
         }
-        lints.extend(condition.lints().into_iter().map(|lint| format!("rules[{n}].when: {lint}")));
+        lints.extend(
+            condition
+                .lints()
+                .into_iter()
+                .map(|lint| format!("rules[{n}].when: {lint}")),
+        );
 
         let place = |name: &String| {
             let place = providers.iter().position(|known| known.name == *name);
@@ -290,14 +300,20 @@ fn check(breaker: &CircuitBreaker) -> Result<(), Invalid> {
 
 fn expected_latency(provider: &Candidate, world: &dyn World) -> f64 {
     // What the policy says is the least: a provider that was quick so far may still have a long task.
-    let observed = world.latency_ms(&provider.name).into_iter().chain(provider.latency_ms).reduce(f64::max);
+    let observed = world
+        .latency_ms(&provider.name)
+        .into_iter()
+        .chain(provider.latency_ms)
+        .reduce(f64::max);
     observed.unwrap_or(LATENCY_UNKNOWN_MS)
 }
 
 fn meets(provider: &Candidate, constraints: &Constraints, world: &dyn World) -> bool {
     // A provider nothing is known about may be fast: it is not excluded by a latency it never showed.
     let known = world.latency_ms(&provider.name).or(provider.latency_ms);
-    let fast = constraints.max_latency_ms.is_none_or(|max| known.is_none_or(|latency| latency <= max));
+    let fast = constraints
+        .max_latency_ms
+        .is_none_or(|max| known.is_none_or(|latency| latency <= max));
     fast && constraints.max_cost.is_none_or(|max| provider.cost <= max)
 }
 
@@ -334,7 +350,10 @@ mod tests {
     fn request(id: usize, extra: serde_json::Value) -> DecideRequest {
         let mut request = json!({"version": "1", "request_id": format!("r{id}"), "tenant_id": "t",
             "task": {"type": "code_completion", "payload": {}}});
-        request.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        request
+            .as_object_mut()
+            .unwrap()
+            .extend(extra.as_object().unwrap().clone());
         serde_json::from_value(request).unwrap()
     }
 
@@ -346,7 +365,13 @@ mod tests {
     fn weights_share_the_requests() {
         let policy = compiled(two());
         let fast = (0..10_000)
-            .filter(|n| policy.decide(&request(*n, json!({})), &Known::default()).unwrap().provider_id == "fast")
+            .filter(|n| {
+                policy
+                    .decide(&request(*n, json!({})), &Known::default())
+                    .unwrap()
+                    .provider_id
+                    == "fast"
+            })
             .count();
         assert!((7_800..8_200).contains(&fast), "{fast}");
     }
@@ -361,9 +386,18 @@ mod tests {
             let first = policy.decide(&request(1, extra.clone()), &Known::default()).unwrap();
             assert_eq!(first.reason, Reason::Sticky);
             let other = if first.provider_id == "fast" { "big" } else { "fast" };
-            let out = Known { open: HashSet::from([if other == "big" { "fast" } else { "big" }]), ..Known::default() };
+            let out = Known {
+                open: HashSet::from([if other == "big" { "fast" } else { "big" }]),
+                ..Known::default()
+            };
             assert_eq!(policy.decide(&request(2, extra.clone()), &out).unwrap().provider_id, other);
-            assert_eq!(policy.decide(&request(3, extra), &Known::default()).unwrap().provider_id, first.provider_id);
+            assert_eq!(
+                policy
+                    .decide(&request(3, extra), &Known::default())
+                    .unwrap()
+                    .provider_id,
+                first.provider_id
+            );
         }
     }
 
@@ -377,7 +411,9 @@ mod tests {
         ]);
         let policy = compiled(document);
         for (lang, expected) in [("rust", Some("big")), ("zig", Some("big")), ("c", Some("big")), ("perl", None)] {
-            let decision = policy.decide(&request(1, json!({"metadata": {"lang": lang}})), &Known::default()).unwrap();
+            let decision = policy
+                .decide(&request(1, json!({"metadata": {"lang": lang}})), &Known::default())
+                .unwrap();
             match expected {
                 Some(provider) => assert_eq!(decision.provider_id, provider, "{lang}"),
                 None => assert_eq!(decision.reason, Reason::Weighted, "{lang}"),
@@ -385,7 +421,13 @@ mod tests {
         }
         let cheap = json!({"constraints": {"max_cost": 0.01}});
         for n in 0..100 {
-            assert_eq!(policy.decide(&request(n, cheap.clone()), &Known::default()).unwrap().provider_id, "fast");
+            assert_eq!(
+                policy
+                    .decide(&request(n, cheap.clone()), &Known::default())
+                    .unwrap()
+                    .provider_id,
+                "fast"
+            );
         }
         let all_open = Known { open: HashSet::from(["fast", "big"]), ..Known::default() };
         assert_eq!(
@@ -439,7 +481,9 @@ mod tests {
         let rules = |count: usize, when: &str| {
             let rules: Vec<_> = (0..count).map(|_| json!({"when": when, "to": "a"})).collect();
             let policy = json!({"providers": [{"name": "a", "weight": 1}], "rules": rules});
-            Compiled::new("p", &serde_json::from_value(policy).unwrap()).err().map(|e| e.to_string())
+            Compiled::new("p", &serde_json::from_value(policy).unwrap())
+                .err()
+                .map(|e| e.to_string())
         };
         let long = "metadata.a == 1".to_string() + &" || metadata.a == 1".repeat(60);
         assert_eq!(rules(500, "task.type == 'chat' && metadata.lang == 'rust'"), None);
@@ -462,7 +506,10 @@ mod tests {
             (breaker(json!({"min_calls": 4_000_000_000_u32})), "circuit_breaker.min_calls"),
             (breaker(json!({"error_rate_threshold": 0})), "circuit_breaker.error_rate_threshold"),
             (breaker(json!({"timeout_ms": u64::MAX})), "circuit_breaker.timeout_ms"),
-            (json!({"providers": [{"name": "a"}], "rules": [{"when": "task.type ==", "to": "a"}]}), "rules[0].when"),
+            (
+                json!({"providers": [{"name": "a"}], "rules": [{"when": "task.type ==", "to": "a"}]}),
+                "rules[0].when",
+            ),
             (json!({"providers": [{"name": "a"}], "rules": [{"when": "true", "to": "b"}]}), "rules[0].to"),
             (json!({"providers": [{"name": "a"}], "rules": [{"when": "true", "to": []}]}), "rules[0].to"),
             (

@@ -27,7 +27,9 @@ pub async fn run(router: Arc<Router>, mut results: Consumer, cancel: Cancellatio
             delivery = results.next() => delivery,
         };
         let Some(delivery) = delivery else { break };
-        let Ok(place) = places.clone().acquire_owned().await else { break };
+        let Ok(place) = places.clone().acquire_owned().await else {
+            break;
+        };
         let router = router.clone();
         handlers.spawn(async move {
             handle(&router, &delivery).await;
@@ -67,7 +69,9 @@ fn check(result: &ExecResult) -> Result<(), String> {
         ("tenant_id", result.tenant_id.as_ref()),
     ];
     // An empty one is as good as none where none is needed.
-    let others = others.into_iter().filter_map(|(name, id)| Some((name, id.filter(|id| !id.is_empty())?)));
+    let others = others
+        .into_iter()
+        .filter_map(|(name, id)| Some((name, id.filter(|id| !id.is_empty())?)));
     for (name, id) in needed.into_iter().chain(others) {
         wire::id::check(id).map_err(|error| format!("the result's {name} {error}"))?;
     }
@@ -76,13 +80,18 @@ fn check(result: &ExecResult) -> Result<(), String> {
 
 /// Safe to repeat: the usage has the assignment's id, the task's record is final once.
 async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
-    let task = bus::tasks::of_result(&router.bus, result).await?.map(|record| record.task);
+    let task = bus::tasks::of_result(&router.bus, result)
+        .await?
+        .map(|record| record.task);
     // The record is written last: an assignment that has its result is done, however long ago that was.
     if task.as_ref().is_some_and(|task| task.result.is_some()) {
         return Ok(());
     }
     // Who pays was settled when the task was taken; a result need not name anybody.
-    let tenant_id = task.as_ref().map(|task| task.tenant().to_string()).or_else(|| result.tenant_id.clone());
+    let tenant_id = task
+        .as_ref()
+        .map(|task| task.tenant().to_string())
+        .or_else(|| result.tenant_id.clone());
     let usage = Usage {
         version: VERSION.into(),
         tenant_id: tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
@@ -98,7 +107,10 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
     };
     let payload = serde_json::to_vec(&usage).expect("usage is JSON").into();
     let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
-    let usage = router.bus.append(message, Some(&format!("usage-{}", result.assignment_id))).await?;
+    let usage = router
+        .bus
+        .append(message, Some(&format!("usage-{}", result.assignment_id)))
+        .await?;
     // Here, not at the end: should the record fail, the next try finds the usage there already.
     if !usage.duplicate {
         router.stats.ended(result);
@@ -115,7 +127,11 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
     if let Some(task) = &task {
         bus::tasks::update(&router.bus, task.tenant(), &task.task_id, |task| {
             if task.result.is_none() && task.assignment_id.as_deref() == Some(&result.assignment_id) {
-                task.state = if task.state == State::Cancelled { State::Cancelled } else { state };
+                task.state = if task.state == State::Cancelled {
+                    State::Cancelled
+                } else {
+                    state
+                };
                 task.result = Some(result.clone());
             }
         })

@@ -42,7 +42,9 @@ impl Stats {
         if inner.decide_us.len() == WINDOW {
             inner.decide_us.pop_front();
         }
-        inner.decide_us.push_back(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
+        inner
+            .decide_us
+            .push_back(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
         drop(inner);
         metrics::counter!("beamline_router_decisions_total", "reason" => decision.reason.as_str()).increment(1);
         metrics::histogram!("beamline_router_decide_duration_seconds").record(took.as_secs_f64());
@@ -117,7 +119,11 @@ pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
             ..router.stats.totals()
         };
         let payload = serde_json::to_vec(&status).expect("a status is JSON").into();
-        let message = Message { subject: wire::subjects::ROUTER_STATUS.into(), payload, ..Message::default() };
+        let message = Message {
+            subject: wire::subjects::ROUTER_STATUS.into(),
+            payload,
+            ..Message::default()
+        };
         if let Err(error) = router.bus.publish(message).await {
             tracing::warn!(%error, "the router's status was not published; other routers do not learn of its breakers");
         }
@@ -126,5 +132,7 @@ pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
 }
 
 pub fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_millis() as u64)
 }

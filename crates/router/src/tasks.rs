@@ -28,16 +28,25 @@ pub async fn push(router: &Router, request: &DecideRequest) -> Result<(TaskState
         Some(task) => (task, None),
         None => begin(router, request).await?,
     };
-    let decision = task.decision.clone().ok_or_else(|| failure("internal", "the task's record has no decision"))?;
+    let decision = task
+        .decision
+        .clone()
+        .ok_or_else(|| failure("internal", "the task's record has no decision"))?;
     if !task.state.is_final() {
         let assignment = assignment(request, &task, decision.clone());
-        let mut headers = bus::Headers::new().with("tenant_id", &request.tenant_id).with("version", VERSION);
+        let mut headers = bus::Headers::new()
+            .with("tenant_id", &request.tenant_id)
+            .with("version", VERSION);
         if let Some(trace) = &request.trace_id {
             headers.insert("trace_id", trace);
         }
         let payload = serde_json::to_vec(&assignment).expect("an assignment is JSON").into();
         let message = Message { subject: subjects::ASSIGN.into(), reply: None, headers, payload };
-        let appended = router.bus.append(message, Some(&assignment.assignment_id)).await.map_err(unavailable)?;
+        let appended = router
+            .bus
+            .append(message, Some(&assignment.assignment_id))
+            .await
+            .map_err(unavailable)?;
         if let Some(place) = place.filter(|_| !appended.duplicate) {
             place.keep(assignment.options.deadline_ms, router.uptime_ms());
         }
@@ -51,15 +60,21 @@ fn unavailable(error: bus::Error) -> ErrorBody {
 
 /// The task of this request, if it was pushed before; a conflict if another request of its tenant was.
 async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskState>, ErrorBody> {
-    let found = bus::tasks::load(&router.bus, &request.tenant_id, &request.request_id).await.map_err(unavailable)?;
-    let Some(Record { task, .. }) = found else { return Ok(None) };
+    let found = bus::tasks::load(&router.bus, &request.tenant_id, &request.request_id)
+        .await
+        .map_err(unavailable)?;
+    let Some(Record { task, .. }) = found else {
+        return Ok(None);
+    };
     if task.digest != digest(request) {
         let text = "a task of this request_id with another body exists; choose another request_id";
         return Err(failure("idempotency_conflict", text));
     }
     if !task.state.is_final() {
         // Whoever began it may have ended before this.
-        bus::tasks::note_assignment(&router.bus, &task).await.map_err(unavailable)?;
+        bus::tasks::note_assignment(&router.bus, &task)
+            .await
+            .map_err(unavailable)?;
     }
     Ok(Some(task))
 }
@@ -239,7 +254,8 @@ async fn cancel(bus: &Bus, asked: Asked) -> bus::Result<Option<TaskState>> {
         let assignment_id = task.assignment_id.clone();
         let run = CancelRun { request_id, tenant_id: Some(tenant_id), assignment_id };
         let payload = serde_json::to_vec(&run).expect("a cancel is JSON").into();
-        bus.publish(Message { subject: subjects::CONTROL_CANCEL.into(), payload, ..Message::default() }).await?;
+        bus.publish(Message { subject: subjects::CONTROL_CANCEL.into(), payload, ..Message::default() })
+            .await?;
     }
     Ok(cancelled)
 }

@@ -18,7 +18,9 @@ impl Authority {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "test authority");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let certificate = params.self_signed(&key).expect("cannot sign the authority's certificate");
+        let certificate = params
+            .self_signed(&key)
+            .expect("cannot sign the authority's certificate");
         write(&dir.path().join("ca.pem"), &certificate.pem());
         Self { dir, issuer: Issuer::new(params, key) }
     }
@@ -35,7 +37,9 @@ impl Authority {
         let mut params = CertificateParams::new([host.to_string()]).expect("the host is not a valid name");
         params.distinguished_name.push(DnType::CommonName, host);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = params.signed_by(&key, &self.issuer).expect("cannot sign the certificate");
+        let certificate = params
+            .signed_by(&key, &self.issuer)
+            .expect("cannot sign the certificate");
 
         let path = |kind: &str| self.dir.path().join(format!("{host}.{kind}.pem"));
         write(&path("certificate"), &certificate.pem());

@@ -13,8 +13,13 @@ pub struct Forwarder {
 impl Forwarder {
     /// Starts a forwarder to a port on loopback.
     pub async fn start(target: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("cannot bind a loopback port");
-        let port = listener.local_addr().expect("cannot read the listener's address").port();
+        let listener = TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("cannot bind a loopback port");
+        let port = listener
+            .local_addr()
+            .expect("cannot read the listener's address")
+            .port();
         let (sender, receiver) = watch::channel(target);
         tokio::spawn(accept(listener, receiver));
         Self { port, target: sender }
@@ -52,7 +57,9 @@ async fn accept(listener: TcpListener, target: watch::Receiver<u16>) {
 
 async fn forward(mut client: TcpStream, mut target: watch::Receiver<u16>) {
     let port = *target.borrow_and_update();
-    let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+    let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)).await else {
+        return;
+    };
 
     tokio::select! {
         _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}

@@ -72,7 +72,11 @@ mod tests {
         let mut nats = NatsServer::start().await;
         let url = nats.url();
         nats.stop().await;
-        assert!(tokio::net::TcpStream::connect(("127.0.0.1", nats.port())).await.is_err());
+        assert!(
+            tokio::net::TcpStream::connect(("127.0.0.1", nats.port()))
+                .await
+                .is_err()
+        );
         nats.restart().await;
         assert_eq!(nats.url(), url);
     }
@@ -81,7 +85,11 @@ mod tests {
     async fn postgres_restarts_on_the_same_port() {
         let mut postgres = PostgresServer::start().await;
         let url = postgres.url();
-        let address = url.split(['@', '/']).find(|part| part.starts_with("127.")).unwrap().to_string();
+        let address = url
+            .split(['@', '/'])
+            .find(|part| part.starts_with("127."))
+            .unwrap()
+            .to_string();
         tokio::net::TcpStream::connect(&address).await.unwrap();
 
         postgres.kill();

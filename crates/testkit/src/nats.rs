@@ -144,14 +144,20 @@ impl NatsServer {
     /// Reads the port from the server's ports file on the first start, then checks for the greeting.
     async fn ready(&mut self) -> bool {
         if self.port == 0 {
-            let Some(port) = ports_file(self.dir.path()) else { return false };
+            let Some(port) = ports_file(self.dir.path()) else {
+                return false;
+            };
             self.port = port;
         }
         // With `handshake_first`, the greeting comes only after the TLS handshake.
         if self.settings.contains("handshake_first: true") {
             return TcpStream::connect(("127.0.0.1", self.port)).await.is_ok();
         }
-        self.greeting().await.contains(if self.jetstream { "\"jetstream\":true" } else { "\"server_id\"" })
+        self.greeting().await.contains(if self.jetstream {
+            "\"jetstream\":true"
+        } else {
+            "\"server_id\""
+        })
     }
 
     /// The INFO line that a new connection receives; empty if there is none.
@@ -167,7 +173,10 @@ impl NatsServer {
 
 fn ports_file(dir: &Path) -> Option<u16> {
     let files = std::fs::read_dir(dir).ok()?;
-    let file = files.flatten().map(|entry| entry.path()).find(|path| path.extension().is_some_and(|e| e == "ports"))?;
+    let file = files
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|e| e == "ports"))?;
     let ports: serde_json::Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
     ports["nats"][0].as_str()?.rsplit(':').next()?.parse().ok()
 }
@@ -175,15 +184,19 @@ fn ports_file(dir: &Path) -> Option<u16> {
 /// Finds the program itself. A pyenv shim on PATH is a script, and killing it would leave the server running.
 fn binary() -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found: Vec<PathBuf> =
-        std::env::split_paths(&path).map(|dir| dir.join("nats-server")).filter(|file| file.is_file()).collect();
+    let found: Vec<PathBuf> = std::env::split_paths(&path)
+        .map(|dir| dir.join("nats-server"))
+        .filter(|file| file.is_file())
+        .collect();
     if let Some(program) = found.iter().find(|file| !is_script(file)) {
         return program.clone();
     }
 
     let which = Command::new("pyenv").args(["which", "nats-server"]).output();
-    let resolved =
-        which.ok().filter(|out| out.status.success()).map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
+    let resolved = which
+        .ok()
+        .filter(|out| out.status.success())
+        .map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
     resolved
         .map(|text| PathBuf::from(text.trim()))
         .filter(|file| file.is_file() && !is_script(file))
@@ -192,5 +205,8 @@ fn binary() -> PathBuf {
 
 fn is_script(file: &Path) -> bool {
     let mut start = [0; 2];
-    std::fs::File::open(file).and_then(|mut f| f.read_exact(&mut start)).is_ok() && &start == b"#!"
+    std::fs::File::open(file)
+        .and_then(|mut f| f.read_exact(&mut start))
+        .is_ok()
+        && &start == b"#!"
 }

@@ -62,7 +62,9 @@ struct State {
 impl OpenAi {
     /// Starts an endpoint that echoes until [`Self::reply`] scripts something else.
     pub async fn start() -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("cannot bind a loopback port");
+        let listener = TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .expect("cannot bind a loopback port");
         let address = listener.local_addr().expect("cannot read the listener's address");
         let state = Arc::new(State::default());
         let end = CancellationToken::new();
@@ -140,7 +142,9 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> io::Result<Request> 
     loop {
         line.clear();
         stream.read_line(&mut line).await?;
-        let Some((name, value)) = line.trim_end().split_once(':') else { break };
+        let Some((name, value)) = line.trim_end().split_once(':') else {
+            break;
+        };
         match name.to_ascii_lowercase().as_str() {
             "content-length" => length = value.trim().parse().unwrap_or(0),
             "authorization" => authorization = Some(value.trim().to_string()),
@@ -153,7 +157,11 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> io::Result<Request> 
     }
     let mut body = vec![0; length];
     stream.read_exact(&mut body).await?;
-    Ok(Request { path, authorization, body: serde_json::from_slice(&body).unwrap_or_default() })
+    Ok(Request {
+        path,
+        authorization,
+        body: serde_json::from_slice(&body).unwrap_or_default(),
+    })
 }
 
 async fn words(stream: &mut BufReader<TcpStream>, streamed: bool, words: &[String], delay: Duration) -> io::Result<()> {
@@ -186,7 +194,9 @@ async fn begin(stream: &mut BufReader<TcpStream>, words: &[String], delay: Durat
 /// Sends one event as one chunk of the body.
 async fn event(stream: &mut BufReader<TcpStream>, data: &str) -> io::Result<()> {
     let event = format!("data: {data}\n\n");
-    stream.write_all(format!("{:x}\r\n{event}\r\n", event.len()).as_bytes()).await?;
+    stream
+        .write_all(format!("{:x}\r\n{event}\r\n", event.len()).as_bytes())
+        .await?;
     stream.flush().await
 }
 
@@ -209,7 +219,9 @@ async fn whole(stream: &mut BufReader<TcpStream>, status: &str, body: &Value) ->
 fn last_user_text(body: &Value) -> String {
     let messages = body["messages"].as_array().map(Vec::as_slice).unwrap_or_default();
     let last = messages.iter().rev().find(|message| message["role"] == "user");
-    last.and_then(|message| message["content"].as_str()).unwrap_or_default().into()
+    last.and_then(|message| message["content"].as_str())
+        .unwrap_or_default()
+        .into()
 }
 
 fn split(text: &str) -> Vec<String> {
@@ -248,7 +260,11 @@ mod tests {
         assert!(post(&endpoint, ask).await.starts_with("HTTP/1.1 429"));
         let broken = post(&endpoint, ask).await;
         assert!(broken.contains("half") && !broken.contains("[DONE]"));
-        assert!(post(&endpoint, &ask.replace("true", "false")).await.contains(r#""content":"say hello""#));
+        assert!(
+            post(&endpoint, &ask.replace("true", "false"))
+                .await
+                .contains(r#""content":"say hello""#)
+        );
         assert_eq!(endpoint.requests().len(), 4);
         assert_eq!(endpoint.requests()[0].authorization.as_deref(), Some("Bearer k"));
     }

@@ -39,7 +39,10 @@ impl PostgresServer {
         let mut server = Self { dir, owner, port: 0, process: None };
         let mut init = server.command("initdb");
         init.args(["--username=beamline", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--pgdata"]);
-        let made = init.arg(server.data()).output().unwrap_or_else(|e| panic!("cannot start initdb: {e}; {INSTALL}"));
+        let made = init
+            .arg(server.data())
+            .output()
+            .unwrap_or_else(|e| panic!("cannot start initdb: {e}; {INSTALL}"));
         assert!(made.status.success(), "initdb failed:\n{}", String::from_utf8_lossy(&made.stderr));
 
         let mut log = String::new();

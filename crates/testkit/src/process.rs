@@ -19,7 +19,11 @@ pub struct Process {
 impl Process {
     /// Starts `command` with its output appended to `log`. Panics with `install` when the program does not exist.
     pub fn spawn(command: &mut Command, log: &Path, install: &str) -> Self {
-        let file = File::options().create(true).append(true).open(log).expect("cannot write to the test's directory");
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .expect("cannot write to the test's directory");
         let errors = file.try_clone().expect("cannot clone the log's file handle");
 
         let program = command.get_program().to_owned();
@@ -66,7 +70,10 @@ impl Drop for Process {
 /// Returns a port that was free a moment ago. Another process may take it, so be prepared to try again.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("cannot bind a loopback port");
-    listener.local_addr().expect("cannot read the listener's address").port()
+    listener
+        .local_addr()
+        .expect("cannot read the listener's address")
+        .port()
 }
 
 pub fn is_free(port: u16) -> bool {

@@ -114,13 +114,19 @@ impl RedisServer {
             }
         };
 
-        timeout(COMMAND_DEADLINE, exchange).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+        timeout(COMMAND_DEADLINE, exchange)
+            .await
+            .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
     }
 
     async fn run(&mut self) -> Result<(), String> {
         let mut command = Command::new("redis-server");
         command.args(["--bind", "127.0.0.1", "--save", "", "--daemonize", "no"]);
-        command.arg("--port").arg(self.port.to_string()).arg("--dir").arg(self.dir.path());
+        command
+            .arg("--port")
+            .arg(self.port.to_string())
+            .arg("--dir")
+            .arg(self.dir.path());
         command.args(&self.arguments);
 
         let mut process = Process::spawn(&mut command, &self.dir.path().join("log"), INSTALL);
@@ -154,10 +160,15 @@ impl RedisCluster {
         }
 
         let mut create = tokio::process::Command::new("redis-cli");
-        create.args(["--cluster", "create"]).args(nodes.iter().map(|node| format!("127.0.0.1:{}", node.port())));
-        create.args(["--cluster-replicas", "1", "--cluster-yes"]).kill_on_drop(true);
-        let made =
-            timeout(CLUSTER_DEADLINE, create.output()).await.expect("redis-cli did not create the cluster in time");
+        create
+            .args(["--cluster", "create"])
+            .args(nodes.iter().map(|node| format!("127.0.0.1:{}", node.port())));
+        create
+            .args(["--cluster-replicas", "1", "--cluster-yes"])
+            .kill_on_drop(true);
+        let made = timeout(CLUSTER_DEADLINE, create.output())
+            .await
+            .expect("redis-cli did not create the cluster in time");
         let made = made.unwrap_or_else(|e| panic!("cannot start redis-cli: {e}; {INSTALL}"));
         assert!(
             made.status.success(),
@@ -182,7 +193,11 @@ impl RedisCluster {
     pub async fn primaries(&self) -> Vec<usize> {
         let mut found = Vec::new();
         for (index, node) in self.nodes.iter().enumerate() {
-            let role = if node.is_running() { node.command("INFO replication").await } else { continue };
+            let role = if node.is_running() {
+                node.command("INFO replication").await
+            } else {
+                continue;
+            };
             if role.is_ok_and(|text| text.contains("role:master")) {
                 found.push(index);
             }
@@ -192,7 +207,11 @@ impl RedisCluster {
 
     /// Kills a primary with SIGKILL and returns its index.
     pub async fn kill_primary(&mut self) -> usize {
-        let index = *self.primaries().await.first().expect("the cluster has no running primary");
+        let index = *self
+            .primaries()
+            .await
+            .first()
+            .expect("the cluster has no running primary");
         self.nodes[index].kill();
         index
     }

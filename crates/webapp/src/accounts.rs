@@ -71,7 +71,11 @@ impl Accounts {
         let hash = self.hash(password.to_string()).await?;
         let insert =
             "INSERT INTO users (id, name, password, created_at) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO NOTHING";
-        let insert = sqlx::query(insert).bind(&user.id).bind(&user.name).bind(hash).bind(now_ms());
+        let insert = sqlx::query(insert)
+            .bind(&user.id)
+            .bind(&user.name)
+            .bind(hash)
+            .bind(now_ms());
         if insert.execute(self.db.write()).await?.rows_affected() == 0 {
             return Err(Error::Taken(user.name));
         }
@@ -92,7 +96,11 @@ impl Accounts {
             self.hash(password).await?;
             return Err(Error::Wrong);
         };
-        if self.matches(password, hash).await? { Ok(user) } else { Err(Error::Wrong) }
+        if self.matches(password, hash).await? {
+            Ok(user)
+        } else {
+            Err(Error::Wrong)
+        }
     }
 
     /// A secret for the browser's cookie.
@@ -101,9 +109,15 @@ impl Accounts {
         let token = hex(&token);
         let now = now_ms();
         let expires_at = now + i64::try_from(LOGIN_TTL.as_millis()).unwrap_or(i64::MAX);
-        sqlx::query("DELETE FROM logins WHERE expires_at < $1").bind(now).execute(self.db.write()).await?;
+        sqlx::query("DELETE FROM logins WHERE expires_at < $1")
+            .bind(now)
+            .execute(self.db.write())
+            .await?;
         let insert = "INSERT INTO logins (token_hash, user_id, expires_at) VALUES ($1, $2, $3)";
-        let insert = sqlx::query(insert).bind(token_hash(&token)).bind(&user.id).bind(expires_at);
+        let insert = sqlx::query(insert)
+            .bind(token_hash(&token))
+            .bind(&user.id)
+            .bind(expires_at);
         insert.execute(self.db.write()).await?;
         Ok(token)
     }
@@ -134,7 +148,9 @@ impl Accounts {
 
     /// Whether nobody has an account yet.
     pub async fn is_empty(&self) -> Result<bool> {
-        let (count,): (i64,) = sqlx::query_as("SELECT COUNT(*) FROM users").fetch_one(self.db.read()).await?;
+        let (count,): (i64,) = sqlx::query_as("SELECT COUNT(*) FROM users")
+            .fetch_one(self.db.read())
+            .await?;
         Ok(count == 0)
     }
 
@@ -147,7 +163,8 @@ impl Accounts {
     async fn hash(&self, password: String) -> Result<String> {
         self.in_turn(move || {
             let hash: Result<PasswordHash, _> = Argon2::default().hash_password(password.as_bytes());
-            hash.map(|hash| hash.to_string()).map_err(|e| Error::Hash(e.to_string()))
+            hash.map(|hash| hash.to_string())
+                .map_err(|e| Error::Hash(e.to_string()))
         })
         .await
     }
@@ -180,7 +197,9 @@ impl Accounts {
 fn user_id(name: &str) -> Result<String> {
     let name = name.trim();
     let fits = (2..=NAME_MAX).contains(&name.len())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
         && name.starts_with(|c: char| c.is_ascii_alphanumeric());
     if !fits {
         let text = format!(
@@ -224,7 +243,11 @@ pub fn generate_password() -> String {
     // Without those that look alike.
     const LETTERS: &[u8] = b"abcdefghjkmnpqrstuvwxyz23456789";
     let mut random = rand::rng();
-    let mut group = || -> String { (0..4).map(|_| LETTERS[random.random_range(0..LETTERS.len())] as char).collect() };
+    let mut group = || -> String {
+        (0..4)
+            .map(|_| LETTERS[random.random_range(0..LETTERS.len())] as char)
+            .collect()
+    };
     [group(), group(), group(), group(), group()].join("-")
 }
 

@@ -57,7 +57,10 @@ impl App {
     }
 
     fn find(&self, path: &str) -> Option<(&Arc<PageFn>, Vec<(String, String)>)> {
-        let found = self.pages.iter().find_map(|(pattern, page)| Some((page, pattern.matches(path)?)));
+        let found = self
+            .pages
+            .iter()
+            .find_map(|(pattern, page)| Some((page, pattern.matches(path)?)));
         found.or_else(|| Some((self.fallback.as_ref()?, Vec::new())))
     }
 }

@@ -55,7 +55,9 @@ async fn same_origin(State(auth): State<Arc<Auth>>, request: Request, next: Next
         return problem(StatusCode::FORBIDDEN, text);
     }
     let mut response = next.run(request).await;
-    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+        .headers_mut()
+        .insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
 
@@ -168,7 +170,9 @@ async fn enter(auth: &Auth, headers: &HeaderMap, user: &User) -> Response {
     };
 
     // Behind TLS the cookies must not leave it.
-    let tls = headers.get(header::ORIGIN).is_some_and(|origin| origin.as_bytes().starts_with(b"https://"));
+    let tls = headers
+        .get(header::ORIGIN)
+        .is_some_and(|origin| origin.as_bytes().starts_with(b"https://"));
     let secure = if tls { "; Secure" } else { "" };
     let set = |name: &str, value: &str, path: &str, ttl: Duration| {
         let cookie = format!("{name}={value}; HttpOnly; SameSite=Lax; Path={path}; Max-Age={}{secure}", ttl.as_secs());
@@ -202,7 +206,9 @@ impl Auth {
 
     /// Ends a sign-in and the connections that it opened; those of other browsers stay.
     async fn end(&self, login: &str) -> accounts::Result<()> {
-        let Some(user) = self.accounts.sign_out(login).await? else { return Ok(()) };
+        let Some(user) = self.accounts.sign_out(login).await? else {
+            return Ok(());
+        };
         let closed = self.channels.disconnect(&user, &accounts::session(login)).await;
         if let Err(error) = closed {
             tracing::warn!(
@@ -236,11 +242,16 @@ impl Auth {
 }
 
 fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 fn cookie<'a>(headers: &'a HeaderMap, wanted: &str) -> Option<&'a str> {
-    let cookies = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
+    let cookies = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
     cookies.flat_map(|line| line.split(';')).find_map(|pair| {
         let (name, value) = pair.trim().split_once('=')?;
         (name == wanted && !value.is_empty()).then_some(value)
@@ -256,7 +267,9 @@ fn too_many(what: &str, wait: Wait) -> Response {
 
 /// Of whoever asks. An IPv6 network of 64 bits is one household, or one attacker.
 fn address(peer: &Peer) -> IpAddr {
-    let Some(Extension(ConnectInfo(peer))) = peer else { return IpAddr::from([0, 0, 0, 0]) };
+    let Some(Extension(ConnectInfo(peer))) = peer else {
+        return IpAddr::from([0, 0, 0, 0]);
+    };
     match peer.ip().to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
         address => address,

@@ -108,7 +108,13 @@ impl Chat {
         }
 
         let name = self.accounts.name(&caller.user).await;
-        let fresh = store::New { room: &room.id, user: &caller.user, name: &name, text, nonce: &request.nonce };
+        let fresh = store::New {
+            room: &room.id,
+            user: &caller.user,
+            name: &name,
+            text,
+            nonce: &request.nonce,
+        };
         let (message, answer) = self.store.send(&fresh).await.map_err(refused)?;
         // From here on it is kept, whatever happens to us; and what it asks for is asked, whether or not the room hears.
         let mut told = self.announce(&message).await;
@@ -123,14 +129,23 @@ impl Chat {
     /// Says it to the room; once, however often it is sent.
     async fn announce(&self, message: &Message) -> Result<(), Refusal> {
         let told = "the message is kept, but the room has not heard it; send it again";
-        say(&self.channels, message).await.map_err(|error| Refusal::failed(told, "a room was not told", error))
+        say(&self.channels, message)
+            .await
+            .map_err(|error| Refusal::failed(told, "a room was not told", error))
     }
 
     async fn history(&self, request: History) -> Result<Messages, Refusal> {
         let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
         let limit = request.limit.unwrap_or(PAGE).clamp(1, PAGE_MAX);
-        let mut messages = self.store.page(&room.id, request.before, limit + 1).await.map_err(internal)?;
-        messages.iter_mut().filter(|m| m.state == State::Streaming).for_each(|m| self.answers.fill(m));
+        let mut messages = self
+            .store
+            .page(&room.id, request.before, limit + 1)
+            .await
+            .map_err(internal)?;
+        messages
+            .iter_mut()
+            .filter(|m| m.state == State::Streaming)
+            .for_each(|m| self.answers.fill(m));
         let limit = usize::try_from(limit).unwrap_or_default();
         let fitting = newest(messages.iter().map(|message| message.text.len()), limit);
         let older = messages.len() - fitting;
@@ -164,7 +179,12 @@ impl Chat {
     }
 
     async fn stop(&self, caller: &Caller, request: OfMessage) -> Result<(), Refusal> {
-        let answer = self.store.answer(request.message).await.map_err(internal)?.ok_or_else(no_answer)?;
+        let answer = self
+            .store
+            .answer(request.message)
+            .await
+            .map_err(internal)?
+            .ok_or_else(no_answer)?;
         if !is_asker(caller, &answer.message) && !self.rooms.manages(&caller.user, &answer.message.room) {
             return Err(denied("an answer is stopped by whoever asked, whoever made the room, or an operator"));
         }
@@ -175,7 +195,12 @@ impl Chat {
     }
 
     async fn retry(&self, caller: &Caller, request: OfMessage) -> Result<(), Refusal> {
-        let answer = self.store.answer(request.message).await.map_err(internal)?.ok_or_else(no_answer)?;
+        let answer = self
+            .store
+            .answer(request.message)
+            .await
+            .map_err(internal)?
+            .ok_or_else(no_answer)?;
         if !is_asker(caller, &answer.message) && !self.rooms.is_operator(&caller.user) {
             return Err(denied("an answer is asked for again by whoever asked first, or by an operator"));
         }
@@ -247,7 +272,9 @@ fn read<T: DeserializeOwned>(payload: &[u8]) -> Result<T, Refusal> {
 }
 
 fn reply(answer: &impl Serialize) -> Result<Bytes, Refusal> {
-    serde_json::to_vec(answer).map(Bytes::from).map_err(|error| Refusal::internal("an answer is no JSON", error))
+    serde_json::to_vec(answer)
+        .map(Bytes::from)
+        .map_err(|error| Refusal::internal("an answer is no JSON", error))
 }
 
 fn done() -> Result<Bytes, Refusal> {

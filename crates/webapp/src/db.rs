@@ -64,7 +64,10 @@ impl Db {
             let pool = AnyPoolOptions::new().max_connections(size).acquire_timeout(ACQUIRE_MAX);
             pool.after_connect(move |connection, _| {
                 Box::pin(async move {
-                    connection.execute(if sqlite { SQLITE_SETUP } else { POSTGRES_SETUP }).await.map(|_| ())
+                    connection
+                        .execute(if sqlite { SQLITE_SETUP } else { POSTGRES_SETUP })
+                        .await
+                        .map(|_| ())
                 })
             })
         };
@@ -73,8 +76,15 @@ impl Db {
         let mut connection = connection.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map_err(failed)?;
         sqlx::migrate!().run(&mut connection).await?;
         connection.close().await?;
-        let writer = pool(if sqlite { 1 } else { 8 }).connect_with(options.clone()).await.map_err(failed)?;
-        let reader = if sqlite { pool(4).connect_with(options).await.map_err(failed)? } else { writer.clone() };
+        let writer = pool(if sqlite { 1 } else { 8 })
+            .connect_with(options.clone())
+            .await
+            .map_err(failed)?;
+        let reader = if sqlite {
+            pool(4).connect_with(options).await.map_err(failed)?
+        } else {
+            writer.clone()
+        };
         Ok(Self { writer, reader })
     }
 
@@ -83,7 +93,9 @@ impl Db {
         let fresh = uuid::Uuid::new_v4().simple().to_string();
         let insert = "INSERT INTO deployment (one, id) VALUES (1, $1) ON CONFLICT (one) DO NOTHING";
         sqlx::query(insert).bind(fresh).execute(&self.writer).await?;
-        let (id,): (String,) = sqlx::query_as("SELECT id FROM deployment").fetch_one(&self.writer).await?;
+        let (id,): (String,) = sqlx::query_as("SELECT id FROM deployment")
+            .fetch_one(&self.writer)
+            .await?;
         Ok(id)
     }
 
@@ -120,32 +132,48 @@ fn prepare(path: &Path, parameters: &str) -> std::io::Result<String> {
     const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'_').remove(b'-');
     // As a URL's path it may have no `..` in it, so the directory's own name is used.
     let name = path.file_name().ok_or(ErrorKind::InvalidFilename)?;
-    let parent = path.parent().filter(|parent| *parent != OsStr::new("")).unwrap_or(Path::new("."));
+    let parent = path
+        .parent()
+        .filter(|parent| *parent != OsStr::new(""))
+        .unwrap_or(Path::new("."));
     let path = std::fs::canonicalize(parent)?.join(name);
 
-    let given = parameters.split('&').find_map(|parameter| parameter.strip_prefix("mode="));
+    let given = parameters
+        .split('&')
+        .find_map(|parameter| parameter.strip_prefix("mode="));
     if given.is_none_or(|mode| mode == "rwc") {
         OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
     }
-    let path = path.to_str().ok_or_else(|| IoError::new(ErrorKind::InvalidFilename, "its path is not UTF-8"))?;
+    let path = path
+        .to_str()
+        .ok_or_else(|| IoError::new(ErrorKind::InvalidFilename, "its path is not UTF-8"))?;
     let path = utf8_percent_encode(path, KEPT);
-    Ok(if parameters.is_empty() { format!("sqlite://{path}") } else { format!("sqlite://{path}?{parameters}") })
+    Ok(if parameters.is_empty() {
+        format!("sqlite://{path}")
+    } else {
+        format!("sqlite://{path}?{parameters}")
+    })
 }
 
 /// The next message's id, in the order of commits.
 pub async fn next_message_id(connection: &mut AnyConnection) -> Result<i64> {
-    let (id,): (i64,) =
-        sqlx::query_as("UPDATE message_ids SET last = last + 1 RETURNING last").fetch_one(connection).await?;
+    let (id,): (i64,) = sqlx::query_as("UPDATE message_ids SET last = last + 1 RETURNING last")
+        .fetch_one(connection)
+        .await?;
     Ok(id)
 }
 
 /// Milliseconds since the epoch.
 pub fn now_ms() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
 }
 
 fn without_password(url: &str) -> String {
-    let Some((scheme @ ("postgres" | "postgresql"), rest)) = url.split_once("://") else { return url.to_string() };
+    let Some((scheme @ ("postgres" | "postgresql"), rest)) = url.split_once("://") else {
+        return url.to_string();
+    };
     // A password may also be among the parameters.
     let rest = rest.split('?').next().unwrap_or_default();
     match rest.rsplit_once('@') {
@@ -161,7 +189,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_directory_that_is_not_there_is_named() {
-        let error = Db::open(None, Path::new("/nowhere/at/all")).await.err().expect("refused").to_string();
+        let error = Db::open(None, Path::new("/nowhere/at/all"))
+            .await
+            .err()
+            .expect("refused")
+            .to_string();
         assert!(error.contains("/nowhere/at/all/webapp.db"), "{error}");
     }
 
@@ -173,15 +205,24 @@ mod tests {
             let path = dir.path().join(name);
             let encoded = name.replace('%', "%25").replace('?', "%3F");
             for url in ["sqlite://", "sqlite:"].map(|scheme| format!("{scheme}{}/{encoded}", dir.path().display())) {
-                let db = Db::open(Some(&url), Path::new("/nowhere")).await.unwrap_or_else(|e| panic!("{url}: {e}"));
+                let db = Db::open(Some(&url), Path::new("/nowhere"))
+                    .await
+                    .unwrap_or_else(|e| panic!("{url}: {e}"));
                 db.id().await.unwrap();
                 db.close().await;
-                let mode = std::fs::metadata(&path).unwrap_or_else(|e| panic!("{url}: {e}")).permissions().mode();
+                let mode = std::fs::metadata(&path)
+                    .unwrap_or_else(|e| panic!("{url}: {e}"))
+                    .permissions()
+                    .mode();
                 assert_eq!(mode & 0o777, 0o600, "{url}");
             }
         }
         let missing = format!("sqlite://{}/missing/x.db", dir.path().display());
-        let error = Db::open(Some(&missing), dir.path()).await.err().expect("refused").to_string();
+        let error = Db::open(Some(&missing), dir.path())
+            .await
+            .err()
+            .expect("refused")
+            .to_string();
         assert!(error.contains("missing/x.db") && error.contains("its directory must exist"), "{error}");
         let only_there = format!("sqlite://{}/other.db?mode=rw", dir.path().display());
         assert!(Db::open(Some(&only_there), dir.path()).await.is_err());

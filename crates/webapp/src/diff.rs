@@ -57,9 +57,16 @@ fn children(parent: u64, old: Vec<Node>, new: Vec<Element>, ids: &mut Ids, delta
     // For each new sibling, which old one it is.
     let matched: Vec<Option<usize>> = {
         let known = identities(&old, |node| (node.kind, &node.key, &node.widget));
-        let known: HashMap<_, _> = known.into_iter().enumerate().map(|(i, identity)| (identity, i)).collect();
+        let known: HashMap<_, _> = known
+            .into_iter()
+            .enumerate()
+            .map(|(i, identity)| (identity, i))
+            .collect();
         let wanted = identities(&new, |element| (element.kind, &element.key, &element.widget));
-        wanted.into_iter().map(|identity| known.get(&identity).copied()).collect()
+        wanted
+            .into_iter()
+            .map(|identity| known.get(&identity).copied())
+            .collect()
     };
     let mut kept = vec![false; old.len()];
     matched.iter().flatten().for_each(|&i| kept[i] = true);
@@ -119,7 +126,9 @@ fn props(id: u64, old: &Props, new: &Props, deltas: &mut Vec<Delta>) {
             _ => set.push(value.to_wire(name)),
         }
     }
-    let gone = old.iter().filter(|(name, _)| !new.iter().any(|(known, _)| known == name));
+    let gone = old
+        .iter()
+        .filter(|(name, _)| !new.iter().any(|(known, _)| known == name));
     let unset: Vec<String> = gone.map(|(name, _)| (*name).to_string()).collect();
     if !set.is_empty() || !unset.is_empty() {
         deltas.push(op(Op::Update(Update { id, set, unset })));
@@ -151,7 +160,10 @@ fn longest_increasing(places: &[Option<usize>]) -> Vec<bool> {
 }
 
 fn position(shown: &[u64], id: u64) -> usize {
-    shown.iter().position(|&other| other == id).expect("a placed node is shown")
+    shown
+        .iter()
+        .position(|&other| other == id)
+        .expect("a placed node is shown")
 }
 
 fn op(op: Op) -> Delta {
@@ -174,7 +186,10 @@ mod tests {
 
     impl Page {
         fn of(nodes: &[Node]) -> Self {
-            Self(app::Node { children: nodes.iter().map(Node::to_wire).collect(), ..app::Node::default() })
+            Self(app::Node {
+                children: nodes.iter().map(Node::to_wire).collect(),
+                ..app::Node::default()
+            })
         }
 
         fn apply(&mut self, deltas: &[Delta]) {
@@ -187,7 +202,10 @@ mod tests {
                     Op::Remove(remove) => drop(Self::take(&mut self.0, remove.id).unwrap()),
                     Op::Move(step) => {
                         let node = Self::take(&mut self.0, step.id).unwrap();
-                        Self::get(&mut self.0, step.parent).unwrap().children.insert(step.index as usize, node);
+                        Self::get(&mut self.0, step.parent)
+                            .unwrap()
+                            .children
+                            .insert(step.index as usize, node);
                     }
                     Op::Update(update) => {
                         let node = Self::get(&mut self.0, update.id).unwrap();
@@ -200,7 +218,9 @@ mod tests {
                     Op::AppendText(append) => {
                         let node = Self::get(&mut self.0, append.id).unwrap();
                         let prop = node.props.iter_mut().find(|prop| prop.name == append.prop).unwrap();
-                        let Some(app::Value::Text(text)) = &mut prop.value else { panic!("not a text") };
+                        let Some(app::Value::Text(text)) = &mut prop.value else {
+                            panic!("not a text")
+                        };
                         text.push_str(&append.text);
                     }
                     Op::Reset(_) => panic!("a diff never resets"),
@@ -264,7 +284,11 @@ mod tests {
             && node.key == element.key
             && node.props == element.props
             && node.children.len() == element.children.len()
-            && node.children.iter().zip(&element.children).all(|(node, element)| same_shape(node, element))
+            && node
+                .children
+                .iter()
+                .zip(&element.children)
+                .all(|(node, element)| same_shape(node, element))
     }
 
     proptest! {
@@ -293,7 +317,9 @@ mod tests {
     }
 
     fn keyed(keys: &[&str]) -> Vec<Element> {
-        keys.iter().map(|key| Element { key: (*key).into(), ..Element::new("card") }).collect()
+        keys.iter()
+            .map(|key| Element { key: (*key).into(), ..Element::new("card") })
+            .collect()
     }
 
     #[test]

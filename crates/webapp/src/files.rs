@@ -44,19 +44,34 @@ async fn serve(method: Method, uri: Uri, headers: HeaderMap) -> Response {
 
 /// In the best encoding that the browser takes; compressed when built, not now.
 fn file(name: &str, headers: &HeaderMap) -> Option<Response> {
-    let accepted = headers.get(header::ACCEPT_ENCODING).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let accepts =
-        |encoding: &str| accepted.split(',').any(|one| one.split(';').next().is_some_and(|one| one.trim() == encoding));
+    let accepted = headers
+        .get(header::ACCEPT_ENCODING)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let accepts = |encoding: &str| {
+        accepted
+            .split(',')
+            .any(|one| one.split(';').next().is_some_and(|one| one.trim() == encoding))
+    };
     let kind = mime_guess::from_path(name).first_or_octet_stream();
-    let encoded = [("br", "br"), ("gzip", "gz")].into_iter().find_map(|(encoding, extension)| {
-        accepts(encoding).then(|| Files::get(&format!("{name}.{extension}"))).flatten().map(|file| (file, encoding))
-    });
+    let encoded = [("br", "br"), ("gzip", "gz")]
+        .into_iter()
+        .find_map(|(encoding, extension)| {
+            accepts(encoding)
+                .then(|| Files::get(&format!("{name}.{extension}")))
+                .flatten()
+                .map(|file| (file, encoding))
+        });
     let (file, encoding) = match encoded {
         Some((file, encoding)) => (file, Some(encoding)),
         None => (Files::get(name)?, None),
     };
     // Names under assets/ change with their contents.
-    let caching = if name.starts_with("assets/") { "public, max-age=31536000, immutable" } else { "no-cache" };
+    let caching = if name.starts_with("assets/") {
+        "public, max-age=31536000, immutable"
+    } else {
+        "no-cache"
+    };
     let mut response = file.data.into_response();
     let out = response.headers_mut();
     out.insert(header::CONTENT_TYPE, HeaderValue::from_str(kind.as_ref()).ok()?);

@@ -156,7 +156,11 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn stranger(address: u32, name: &str) -> Try {
-        Try { address: IpAddr::from(address.to_be_bytes()), name: name.into(), device: None }
+        Try {
+            address: IpAddr::from(address.to_be_bytes()),
+            name: name.into(),
+            device: None,
+        }
     }
 
     /// How many of so many tries, all at once, are let through to fail.
@@ -222,17 +226,22 @@ mod tests {
     #[test]
     fn address_is_counted_over_all_names() {
         let (guesses, now) = (Guesses::default(), Instant::now());
-        let names = (0..200).filter(|n| guesses.begin(&stranger(1, &format!("n{n}")), now).is_ok()).count();
+        let names = (0..200)
+            .filter(|n| guesses.begin(&stranger(1, &format!("n{n}")), now).is_ok())
+            .count();
         assert_eq!(names, PER_ADDRESS as usize);
         assert_eq!(guesses.begin(&stranger(2, "n1"), now), Ok(()));
         // No moment lets everything through again.
         for second in 1..120 {
             let later = now + second * SECOND;
-            let names =
-                (0..10).filter(|n| guesses.begin(&stranger(1, &format!("{second}.{n}")), later).is_ok()).count();
+            let names = (0..10)
+                .filter(|n| guesses.begin(&stranger(1, &format!("{second}.{n}")), later).is_ok())
+                .count();
             assert!(names <= 2, "second {second}: {names}");
         }
-        let signups = (0..200).filter(|_| guesses.signup(IpAddr::from([1; 4]), now).is_ok()).count();
+        let signups = (0..200)
+            .filter(|_| guesses.signup(IpAddr::from([1; 4]), now).is_ok())
+            .count();
         assert_eq!(signups, SIGNUPS as usize);
     }
 }

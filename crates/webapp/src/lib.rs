@@ -214,7 +214,11 @@ pub struct Ready(Db);
 
 impl Ready {
     pub async fn check(&self) -> Result<(), String> {
-        sqlx::query("SELECT 1").execute(self.0.read()).await.map(|_| ()).map_err(|e| e.to_string())
+        sqlx::query("SELECT 1")
+            .execute(self.0.read())
+            .await
+            .map(|_| ())
+            .map_err(|e| e.to_string())
     }
 }
 
@@ -222,6 +226,8 @@ struct Events(Arc<Sessions>);
 
 impl Handler for Events {
     async fn call(&self, method: &'static str, caller: Caller, payload: Bytes) -> Result<Bytes, Refusal> {
-        self.0.handle(&caller, payload, method == app::sessions::HANDED_ON).await
+        self.0
+            .handle(&caller, payload, method == app::sessions::HANDED_ON)
+            .await
     }
 }

@@ -90,12 +90,18 @@ impl<K: Eq + Hash + Clone> Backoff<K> {
         if self.keys.len() >= KEYS_MAX && !self.keys.contains_key(key) {
             evict(&mut self.keys, |failures| lives(failures).then_some((failures.count, failures.last)));
         }
-        let count = self.keys.get(key).filter(|failures| lives(failures)).map_or(0, |failures| failures.count) + 1;
+        let count = self
+            .keys
+            .get(key)
+            .filter(|failures| lives(failures))
+            .map_or(0, |failures| failures.count)
+            + 1;
         let wait = match count.checked_sub(self.free + 1) {
             None => Duration::ZERO,
             Some(doublings) => self.longest.min(self.first.saturating_mul(1 << doublings.min(20))),
         };
-        self.keys.insert(key.clone(), Failures { count, last: now, until: now + wait });
+        self.keys
+            .insert(key.clone(), Failures { count, last: now, until: now + wait });
     }
 
     /// Undoes a failure that was counted by mistake.

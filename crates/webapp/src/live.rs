@@ -135,7 +135,10 @@ impl Live {
     async fn tick(&mut self) {
         let alive = Alive { webapp: self.id.clone(), same: Some(self.same.clone()) };
         let payload = serde_json::to_vec(&alive).expect("a name is JSON").into();
-        let alive = self.bus.publish(Message { subject: ALIVE.into(), payload, ..Message::default() }).await;
+        let alive = self
+            .bus
+            .publish(Message { subject: ALIVE.into(), payload, ..Message::default() })
+            .await;
         if let Err(error) = alive {
             tracing::debug!(%error, "the bus does not take what the console shows");
             return;
@@ -167,8 +170,14 @@ impl Live {
         for stream in [subjects::STREAM_ASSIGN, subjects::STREAM_RESULT, subjects::STREAM_DLQ] {
             if let Ok(info) = self.bus.stream_info(stream).await {
                 let behind = info.consumers.iter().map(|(_, pending)| *pending).max();
-                waiting
-                    .insert(stream, if stream == subjects::STREAM_DLQ { info.messages } else { behind.unwrap_or(0) });
+                waiting.insert(
+                    stream,
+                    if stream == subjects::STREAM_DLQ {
+                        info.messages
+                    } else {
+                        behind.unwrap_or(0)
+                    },
+                );
             }
         }
         waiting
@@ -255,7 +264,9 @@ impl Said {
 fn breakers<'a>(routers: impl Iterator<Item = &'a RouterStatus>) -> Vec<&'a BreakerStatus> {
     let mut newest = BTreeMap::new();
     for breaker in routers.flat_map(|router| &router.breakers) {
-        let known = newest.entry((&breaker.tenant, &breaker.policy, &breaker.provider)).or_insert(breaker);
+        let known = newest
+            .entry((&breaker.tenant, &breaker.policy, &breaker.provider))
+            .or_insert(breaker);
         if (breaker.generation, breaker.calls) > (known.generation, known.calls) {
             *known = breaker;
         }
@@ -268,8 +279,15 @@ fn policies<'a>(routers: impl Iterator<Item = &'a RouterStatus>) -> Vec<Json> {
     let mut rows: BTreeMap<String, (&PolicyStatus, u64, Option<String>)> = BTreeMap::new();
     for policy in routers.flat_map(|router| &router.policies) {
         let failed = policy.rule_errors.iter().map(|rule| rule.count).sum::<u64>();
-        let rule = policy.rule_errors.first().map(|rule| format!("rule {}: {}", rule.rule, rule.last));
-        let problem = policy.error.clone().or(rule).or_else(|| policy.warnings.first().cloned());
+        let rule = policy
+            .rule_errors
+            .first()
+            .map(|rule| format!("rule {}: {}", rule.rule, rule.last));
+        let problem = policy
+            .error
+            .clone()
+            .or(rule)
+            .or_else(|| policy.warnings.first().cloned());
         if problem.is_none() {
             continue;
         }
@@ -308,13 +326,22 @@ mod tests {
         let mut said = Said::default();
         let now = Instant::now();
         for (node, connections) in [("a", 3), ("b", 4)] {
-            said.nodes.put(node.into(), NodeStatus { connections, ..NodeStatus::default() }, now);
+            said.nodes
+                .put(node.into(), NodeStatus { connections, ..NodeStatus::default() }, now);
         }
-        let router = RouterStatus { decisions_by_provider: [("echo".into(), 5)].into(), ..RouterStatus::default() };
-        let broken =
-            PolicyStatus { tenant: "acme".into(), policy: "p".into(), error: Some("bad".into()), ..Default::default() };
+        let router = RouterStatus {
+            decisions_by_provider: [("echo".into(), 5)].into(),
+            ..RouterStatus::default()
+        };
+        let broken = PolicyStatus {
+            tenant: "acme".into(),
+            policy: "p".into(),
+            error: Some("bad".into()),
+            ..Default::default()
+        };
         let fine = PolicyStatus { tenant: "acme".into(), policy: "q".into(), ..Default::default() };
-        said.routers.put("s".into(), RouterStatus { policies: vec![broken.clone()], ..Default::default() }, now);
+        said.routers
+            .put("s".into(), RouterStatus { policies: vec![broken.clone()], ..Default::default() }, now);
         let router = RouterStatus { policies: vec![broken, fine], ..router };
         said.routers.put("r".into(), router, now);
         let sample = said.sample(7, BTreeMap::new());
@@ -332,8 +359,18 @@ mod tests {
     fn web_apps_that_do_not_belong_together_are_told_why() {
         let same = |database: &str, secret: &str| Same { database: database.into(), secret: secret.into() };
         assert_eq!(same("d", "s").differs(&same("d", "s")), None);
-        assert!(same("d", "s").differs(&same("e", "s")).unwrap().contains("database.url"));
-        assert!(same("d", "s").differs(&same("d", "t")).unwrap().contains("token-secret"));
+        assert!(
+            same("d", "s")
+                .differs(&same("e", "s"))
+                .unwrap()
+                .contains("database.url")
+        );
+        assert!(
+            same("d", "s")
+                .differs(&same("d", "t"))
+                .unwrap()
+                .contains("token-secret")
+        );
         let older: Alive = serde_json::from_str(r#"{"webapp":"w"}"#).unwrap();
         assert_eq!(older.same, None);
     }

@@ -77,7 +77,10 @@ impl Methods {
 
     /// One method for us alone.
     pub async fn subscribe_alone(bus: &Bus, name: &'static str, subject: &str) -> bus::Result<Self> {
-        Ok(Self { bus: bus.clone(), methods: vec![(name, bus.subscribe(subject, None, QUEUE_MAX).await?)] })
+        Ok(Self {
+            bus: bus.clone(),
+            methods: vec![(name, bus.subscribe(subject, None, QUEUE_MAX).await?)],
+        })
     }
 
     pub async fn serve(self, handler: Arc<impl Handler>, cancel: CancellationToken) {
@@ -94,7 +97,11 @@ impl Methods {
                     while let Some(call) =
                         tokio::select! { () = cancel.cancelled() => None, call = calls.next() => call }
                     {
-                        let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
+                        let place = places
+                            .clone()
+                            .acquire_owned()
+                            .await
+                            .expect("the semaphore is never closed");
                         let (bus, handler) = (bus.clone(), handler.clone());
                         tracker.spawn(async move {
                             answer(&bus, &*handler, method, call).await;
@@ -120,10 +127,19 @@ pub async fn hand_on(
 ) -> bus::Result<Result<Bytes, Refusal>> {
     let headers = Headers::new().with(RPC_USER, &caller.user);
     let reply = bus.request(subject, headers, payload, deadline).await?;
-    let Some(code) = reply.headers.get(RPC_ERROR_CODE) else { return Ok(Ok(reply.payload)) };
-    let known =
-        [ErrorCode::BadRequest, ErrorCode::PermissionDenied, ErrorCode::TooManyRequests, ErrorCode::LimitExceeded];
-    let code = known.into_iter().find(|known| code.parse() == Ok(*known as u32)).unwrap_or(ErrorCode::Internal);
+    let Some(code) = reply.headers.get(RPC_ERROR_CODE) else {
+        return Ok(Ok(reply.payload));
+    };
+    let known = [
+        ErrorCode::BadRequest,
+        ErrorCode::PermissionDenied,
+        ErrorCode::TooManyRequests,
+        ErrorCode::LimitExceeded,
+    ];
+    let code = known
+        .into_iter()
+        .find(|known| code.parse() == Ok(*known as u32))
+        .unwrap_or(ErrorCode::Internal);
     Ok(Err(Refusal(code, String::from_utf8_lossy(&reply.payload).into_owned())))
 }
 

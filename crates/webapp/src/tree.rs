@@ -75,7 +75,10 @@ impl Element {
 
 impl Node {
     pub fn prop(&self, name: &str) -> Option<&Prop> {
-        self.props.iter().find(|(known, _)| *known == name).map(|(_, value)| value)
+        self.props
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, value)| value)
     }
 
     pub fn to_wire(&self) -> app::Node {
@@ -103,5 +106,11 @@ impl Prop {
 
 /// The widget of this name, anywhere in the tree.
 pub fn find<'a>(nodes: &'a [Node], widget: &str) -> Option<&'a Node> {
-    nodes.iter().find_map(|node| if node.widget == widget { Some(node) } else { find(&node.children, widget) })
+    nodes.iter().find_map(|node| {
+        if node.widget == widget {
+            Some(node)
+        } else {
+            find(&node.children, widget)
+        }
+    })
 }

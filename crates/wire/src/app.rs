@@ -274,7 +274,9 @@ mod tests {
     fn forward(v: &Json) -> Forward {
         let body = one(v, "deltas", |v| Body::Deltas(Deltas { delta: list(v, "delta", delta) }))
             .or(one(v, "runFinished", |v| Body::RunFinished(RunFinished { duration_us: small(v, "durationUs") })))
-            .or(one(v, "error", |v| Body::Error(Failure { message: text(v, "message"), trace_id: text(v, "traceId") })))
+            .or(one(v, "error", |v| {
+                Body::Error(Failure { message: text(v, "message"), trace_id: text(v, "traceId") })
+            }))
             .or(one(v, "navigate", |v| Body::Navigate(Navigate { path: text(v, "path"), query: text(v, "query") })))
             .or(one(v, "toast", |v| Body::Toast(Toast { tone: text(v, "tone"), text: text(v, "text") })));
         Forward { version: small(v, "version"), run: number(v, "run"), body }
@@ -282,7 +284,11 @@ mod tests {
 
     fn delta(v: &Json) -> Delta {
         let op = one(v, "insert", |v| {
-            Op::Insert(Insert { parent: number(v, "parent"), index: small(v, "index"), node: one(v, "node", node) })
+            Op::Insert(Insert {
+                parent: number(v, "parent"),
+                index: small(v, "index"),
+                node: one(v, "node", node),
+            })
         })
         .or(one(v, "update", |v| {
             let unset = list(v, "unset", |name| name.as_str().unwrap().to_string());
@@ -290,12 +296,18 @@ mod tests {
         }))
         .or(one(v, "remove", |v| Op::Remove(Remove { id: number(v, "id") })))
         .or(one(v, "move", |v| {
-            Op::Move(Move { id: number(v, "id"), parent: number(v, "parent"), index: small(v, "index") })
+            Op::Move(Move {
+                id: number(v, "id"),
+                parent: number(v, "parent"),
+                index: small(v, "index"),
+            })
         }))
         .or(one(v, "appendText", |v| {
             Op::AppendText(AppendText { id: number(v, "id"), prop: text(v, "prop"), text: text(v, "text") })
         }))
-        .or(one(v, "reset", |v| Op::Reset(Reset { children: list(v, "children", node), title: text(v, "title") })));
+        .or(one(v, "reset", |v| {
+            Op::Reset(Reset { children: list(v, "children", node), title: text(v, "title") })
+        }));
         Delta { op }
     }
 
@@ -323,7 +335,9 @@ mod tests {
                 let reset = v["reset"].as_bool().unwrap_or_default();
                 Said::Rerun(Rerun { path: text(v, "path"), query: text(v, "query"), reset })
             }))
-            .or(one(v, "submit", |v| Said::Submit(Submit { form: text(v, "form"), values: list(v, "values", event) })))
+            .or(one(v, "submit", |v| {
+                Said::Submit(Submit { form: text(v, "form"), values: list(v, "values", event) })
+            }))
             .or(one(v, "stop", |_| Said::Stop(Stop {})));
         Back { version: small(v, "version"), session: text(v, "session"), body }
     }

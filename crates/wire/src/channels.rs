@@ -147,7 +147,11 @@ impl<T> Answer<T> {
     }
 
     pub fn failure(code: u32, message: impl Into<String>) -> Self {
-        Self { ok: false, result: None, error: Some(Failure { code, message: message.into() }) }
+        Self {
+            ok: false,
+            result: None,
+            error: Some(Failure { code, message: message.into() }),
+        }
     }
 
     /// Returns the result or the failure. An answer with neither counts as a failure with code 100.
@@ -155,7 +159,10 @@ impl<T> Answer<T> {
         match (self.result, self.error) {
             (Some(result), None) if self.ok => Ok(result),
             (_, Some(failure)) => Err(failure),
-            _ => Err(Failure { code: 100, message: "the answer has neither a result nor an error".into() }),
+            _ => Err(Failure {
+                code: 100,
+                message: "the answer has neither a result nor an error".into(),
+            }),
         }
     }
 }

@@ -31,7 +31,11 @@ pub fn check(id: &str) -> Result<(), InvalidId> {
 /// Checks a tenant's id: 1 to [`ID_MAX`] of the characters `A-Z a-z 0-9 _ . -`.
 pub fn check_tenant(id: &str) -> Result<(), InvalidId> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
-    if is_valid(id) && id.bytes().all(plain) { Ok(()) } else { Err(InvalidId::Tenant) }
+    if is_valid(id) && id.bytes().all(plain) {
+        Ok(())
+    } else {
+        Err(InvalidId::Tenant)
+    }
 }
 
 /// Checks a caller's idempotency key: at most [`IDEMPOTENCY_KEY_MAX`] bytes without control characters.

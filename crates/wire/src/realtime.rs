@@ -263,7 +263,11 @@ messages! {
 
 impl Reply {
     pub fn failed(id: u32, code: ErrorCode, message: impl Into<String>) -> Self {
-        let error = Error { code: code as u32, message: message.into(), temporary: code.is_temporary() };
+        let error = Error {
+            code: code as u32,
+            message: message.into(),
+            temporary: code.is_temporary(),
+        };
         Self { id, error: Some(error), ..Self::default() }
     }
 

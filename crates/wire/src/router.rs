@@ -243,7 +243,10 @@ impl ErrorBody {
         if self.intake_error_code.as_deref() == Some("PAYLOAD_TOO_LARGE") {
             return 413;
         }
-        ERROR_CODES.iter().find(|(name, _)| *name == self.code).map_or(500, |(_, status)| *status)
+        ERROR_CODES
+            .iter()
+            .find(|(name, _)| *name == self.code)
+            .map_or(500, |(_, status)| *status)
     }
 }
 
@@ -535,7 +538,11 @@ pub struct TaskState {
 impl TaskState {
     /// Whose task it is.
     pub fn tenant(&self) -> &str {
-        if self.tenant_id.is_empty() { DEFAULT_TENANT } else { &self.tenant_id }
+        if self.tenant_id.is_empty() {
+            DEFAULT_TENANT
+        } else {
+            &self.tenant_id
+        }
     }
 }
 

@@ -67,7 +67,9 @@ impl Percentiles {
         sorted.sort_unstable();
         let at = |share: f64| {
             let index = (sorted.len() as f64 * share) as usize;
-            sorted.get(index.min(sorted.len().saturating_sub(1))).map_or(0.0, |value| number(*value))
+            sorted
+                .get(index.min(sorted.len().saturating_sub(1)))
+                .map_or(0.0, |value| number(*value))
         };
         Self { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
     }

@@ -87,9 +87,12 @@ pub const RPC_PREFIX: &str = "beamline.rpc.v1.";
 pub fn rpc(method: &str) -> Option<String> {
     let fits = !method.is_empty()
         && method.len() <= 128
-        && method
-            .split('.')
-            .all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-'));
+        && method.split('.').all(|part| {
+            !part.is_empty()
+                && part
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+        });
     fits.then(|| format!("{RPC_PREFIX}{method}"))
 }
 

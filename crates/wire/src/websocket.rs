@@ -89,7 +89,9 @@ impl Decoder {
     /// Returns the next event and removes its bytes from the front; `None` while it is incomplete.
     pub fn decode(&mut self, bytes: &mut BytesMut) -> Result<Option<Event>, Violation> {
         loop {
-            let Some(head) = self.header(bytes)? else { return Ok(None) };
+            let Some(head) = self.header(bytes)? else {
+                return Ok(None);
+            };
             if bytes.len() < head.header + head.payload {
                 return Ok(None);
             }
@@ -129,7 +131,9 @@ impl Decoder {
 
     /// Parses the frame's header and refuses a violation as soon as its bytes have arrived.
     fn header(&self, bytes: &[u8]) -> Result<Option<Header>, Violation> {
-        let Some(&[first, second]) = bytes.first_chunk::<2>() else { return Ok(None) };
+        let Some(&[first, second]) = bytes.first_chunk::<2>() else {
+            return Ok(None);
+        };
         if first & 0x70 != 0 {
             return Err(Violation::ReservedBits);
         }
@@ -168,9 +172,13 @@ impl Decoder {
 
         // The limit applies to the whole message, including the fragments received before.
         let begun = self.partial.as_ref().map_or(0, |(_, message)| message.len());
-        let payload = usize::try_from(length).ok().filter(|payload| begun.saturating_add(*payload) <= self.message_max);
+        let payload = usize::try_from(length)
+            .ok()
+            .filter(|payload| begun.saturating_add(*payload) <= self.message_max);
         let payload = payload.ok_or(Violation::TooLarge(self.message_max))?;
-        let Some(mask) = bytes[at..].first_chunk::<4>() else { return Ok(None) };
+        let Some(mask) = bytes[at..].first_chunk::<4>() else {
+            return Ok(None);
+        };
         Ok(Some(Header { fin, opcode, mask: *mask, header: at + 4, payload }))
     }
 }

@@ -57,6 +57,8 @@ async fn beat(worker: &Worker, leaving: Option<&str>) {
 }
 
 fn timestamp() -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
     wire::time::rfc3339(now.as_secs())
 }

@@ -57,9 +57,19 @@ pub enum Kind {
     Echo,
     /// Runs a program: the task on its standard input, its standard output streamed. Its environment is `env` and the
     /// ids of the task, nothing of this process's own. `output_max` is in bytes.
-    Command { program: PathBuf, args: Vec<String>, env: BTreeMap<String, String>, output_max: usize },
+    Command {
+        program: PathBuf,
+        args: Vec<String>,
+        env: BTreeMap<String, String>,
+        output_max: usize,
+    },
     /// Any endpoint that speaks OpenAI's chat completions, streamed.
-    OpenAi { base_url: String, api_key: Option<String>, model: String, system: Option<String> },
+    OpenAi {
+        base_url: String,
+        api_key: Option<String>,
+        model: String,
+        system: Option<String>,
+    },
     /// Answers questions about this deployment.
     Ops,
 }

@@ -69,7 +69,11 @@ pub(crate) enum Limit {
 
 impl Limit {
     pub fn of(provider: Duration, assignment: Duration) -> Self {
-        if assignment < provider { Self::Assignment(assignment) } else { Self::Provider(provider) }
+        if assignment < provider {
+            Self::Assignment(assignment)
+        } else {
+            Self::Provider(provider)
+        }
     }
 
     pub fn duration(self) -> Duration {
@@ -92,7 +96,13 @@ pub(crate) struct Outcome {
 impl Outcome {
     pub fn success(output: Value) -> Self {
         let (error_code, error, retry_after_seconds) = (None, None, None);
-        Self { status: ResultStatus::Success, output: Some(output), error_code, error, retry_after_seconds }
+        Self {
+            status: ResultStatus::Success,
+            output: Some(output),
+            error_code,
+            error,
+            retry_after_seconds,
+        }
     }
 
     pub fn text(text: impl Into<String>) -> Self {
@@ -109,7 +119,10 @@ impl Outcome {
 
     /// The provider's endpoint has too much to do, and said when to come back, or should have.
     pub fn rate_limited(seconds: u64, message: impl Into<String>) -> Self {
-        Self { retry_after_seconds: Some(seconds), ..Self::failed("rate_limited", message) }
+        Self {
+            retry_after_seconds: Some(seconds),
+            ..Self::failed("rate_limited", message)
+        }
     }
 
     fn timed_out(limit: Limit) -> Self {

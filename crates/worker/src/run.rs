@@ -269,7 +269,9 @@ struct Ran {
 }
 
 async fn store(worker: &Worker, assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -> bus::Result<()> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_millis() as u64);
     let result = ExecResult {
         version: VERSION.into(),
         assignment_id: assignment.assignment_id.clone(),
@@ -307,5 +309,7 @@ async fn append(bus: &Bus, result: &ExecResult) -> bus::Result<()> {
         headers.insert("trace_id", trace);
     }
     let message = Message { subject: subjects::RESULT.into(), reply: None, headers, payload };
-    bus.append(message, Some(&format!("result-{}", result.assignment_id))).await.map(drop)
+    bus.append(message, Some(&format!("result-{}", result.assignment_id)))
+        .await
+        .map(drop)
 }

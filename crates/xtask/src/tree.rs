@@ -25,7 +25,11 @@ pub struct File {
 /// checkouts share target directories.
 pub fn root() -> PathBuf {
     let manifest = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-    Path::new(&manifest).ancestors().nth(2).expect("xtask is a folder of crates/").into()
+    Path::new(&manifest)
+        .ancestors()
+        .nth(2)
+        .expect("xtask is a folder of crates/")
+        .into()
 }
 
 impl Tree {
@@ -43,7 +47,11 @@ impl Tree {
     /// Files below `folder` (which ends with `/`) that have this extension.
     pub fn under<'a>(&'a self, folder: &'a str, extension: &'a str) -> impl Iterator<Item = &'a File> {
         self.files.iter().filter(move |file| {
-            file.path.starts_with(folder) && file.path.rsplit_once('.').is_some_and(|(_, of_file)| of_file == extension)
+            file.path.starts_with(folder)
+                && file
+                    .path
+                    .rsplit_once('.')
+                    .is_some_and(|(_, of_file)| of_file == extension)
         })
     }
 }
@@ -76,7 +84,11 @@ fn is_text(name: &str) -> bool {
 impl File {
     /// Lines of code, numbered from 1, without comments and test code.
     pub fn code(&self) -> impl Iterator<Item = (usize, &str)> {
-        let mut tests = if is_test(&self.path) { Tests::Whole } else { Tests::Outside };
+        let mut tests = if is_test(&self.path) {
+            Tests::Whole
+        } else {
+            Tests::Outside
+        };
         self.text.lines().enumerate().filter_map(move |(index, line)| {
             // Test code is recognized by layout: rustfmt puts `#[cfg(test)]` and the closing brace in the first column.
             tests = match tests {

@@ -41,7 +41,10 @@ pub fn delete(name: &str, dir: Option<PathBuf>, vanished: bool) -> Result<()> {
         bail!("{}", unknown(&dir, &name, &known));
     }
     let user = nix::unistd::getuid();
-    let by = nix::unistd::User::from_uid(user).ok().flatten().map_or_else(|| user.to_string(), |user| user.name);
+    let by = nix::unistd::User::from_uid(user)
+        .ok()
+        .flatten()
+        .map_or_else(|| user.to_string(), |user| user.name);
     let deleted_ms = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis())?;
     let removed = router::delete_policy(&dir, &name, &Tombstone { deleted_ms, by })
         .with_context(|| format!("cannot delete {name} from {}", dir.display()))?;

@@ -43,7 +43,9 @@ fn request(args: &cli::Submit, timeout: Option<Duration>) -> Result<Value> {
     let mut text = args.params.clone();
     if text == "-" {
         text.clear();
-        std::io::stdin().read_to_string(&mut text).context("cannot read the parameters from standard input")?;
+        std::io::stdin()
+            .read_to_string(&mut text)
+            .context("cannot read the parameters from standard input")?;
     }
     let params: Value =
         serde_json::from_str(&text).with_context(|| format!("the parameters are not JSON: {text:.60}"))?;
@@ -100,12 +102,17 @@ async fn stream(client: &Client, request: &Value) -> Result<()> {
 
 /// A task that failed makes the command fail too.
 fn failed_result(answer: &Value) -> Result<()> {
-    let result = ["result", "exec_result"].iter().find_map(|name| answer.get(name)).unwrap_or(answer);
+    let result = ["result", "exec_result"]
+        .iter()
+        .find_map(|name| answer.get(name))
+        .unwrap_or(answer);
     match result["status"].as_str() {
         None | Some("success" | "completed" | "ok" | "accepted") => Ok(()),
         Some(status) => {
-            let reason =
-                result["error_message"].as_str().or(result["error_code"].as_str()).unwrap_or("no reason was given");
+            let reason = result["error_message"]
+                .as_str()
+                .or(result["error_code"].as_str())
+                .unwrap_or("no reason was given");
             bail!("the task ended with status {status}: {reason}")
         }
     }

@@ -53,7 +53,12 @@ pub const KEYS: &[Key] = &[
         "",
         "names this server answers to, besides localhost, its addresses and the hosts of http.origins; *: any",
     ),
-    key("http.trusted_proxies", List, "", "addresses or networks of reverse proxies whose X-Forwarded-For counts"),
+    key(
+        "http.trusted_proxies",
+        List,
+        "",
+        "addresses or networks of reverse proxies whose X-Forwarded-For counts",
+    ),
     key(
         "http.max_connections",
         Count(1, 1_000_000),
@@ -64,7 +69,12 @@ pub const KEYS: &[Key] = &[
     key("ops.metrics_public", Bool, "false", "serve /metrics on http.listen to other than loopback peers"),
     key("grpc.listen", Address, "127.0.0.1:9000", "gRPC"),
     env(
-        key("gateway.socket", Path, "/tmp/beamline-gateway.sock", "Unix socket of the gateway, at most 107 bytes"),
+        key(
+            "gateway.socket",
+            Path,
+            "/tmp/beamline-gateway.sock",
+            "Unix socket of the gateway, at most 107 bytes",
+        ),
         "IPC_SOCKET_PATH",
     ),
     live(key("gateway.max_connections", Count(1, 100_000), "1024", "open IPC connections")),
@@ -86,7 +96,12 @@ pub const KEYS: &[Key] = &[
     live(key("gateway.request_timeout", Duration, "5s", "a request without its own deadline")),
     live(key("gateway.max_deadline", Duration, "10m", "a longer deadline of a request counts as this")),
     live(key("gateway.receive_budget", Size, "64MiB", "unfinished frames, all connections together")),
-    live(key("gateway.reply_budget", Size, "64MiB", "finished answers that wait for their readers, all connections")),
+    live(key(
+        "gateway.reply_budget",
+        Size,
+        "64MiB",
+        "finished answers that wait for their readers, all connections",
+    )),
     live(key("gateway.allowed_uids", List, "", "uids besides our own and root that may connect")),
     live(key(
         "gateway.tenants",
@@ -109,8 +124,18 @@ pub const KEYS: &[Key] = &[
         "share of failures among the last 50 calls (or min_calls, if that is more) that does so too",
     ),
     key("router.circuit_breaker.min_calls", Count(1, 10_000), "10", "calls from which on that share counts"),
-    key("router.circuit_breaker.timeout", Duration, "60s", "a provider is left alone for this long, then probed"),
-    key("router.circuit_breaker.half_open_max_calls", Count(1, 10_000), "3", "probes at once, for each router"),
+    key(
+        "router.circuit_breaker.timeout",
+        Duration,
+        "60s",
+        "a provider is left alone for this long, then probed",
+    ),
+    key(
+        "router.circuit_breaker.half_open_max_calls",
+        Count(1, 10_000),
+        "3",
+        "probes at once, for each router",
+    ),
     key("router.circuit_breaker.success_threshold", Count(1, 10_000), "2", "probes that must succeed"),
     key("worker.slots", Count(1, 10_000), "16", "assignments that run at once"),
     key(
@@ -126,12 +151,21 @@ pub const KEYS: &[Key] = &[
     unset("nats.token", Secret, "NATS token"),
     unset("nats.nkey", Path, "file with an nkey's seed"),
     unset("nats.credentials", Path, "NATS .creds file"),
-    unset("nats.tls_ca", Path, "PEM file of who may sign the server's certificate; unset: whom the system trusts"),
+    unset(
+        "nats.tls_ca",
+        Path,
+        "PEM file of who may sign the server's certificate; unset: whom the system trusts",
+    ),
     unset("nats.tls_certificate", Path, "PEM file of our certificate, for a server that asks for one"),
     unset("nats.tls_key", Path, "PEM file of its private key"),
     key("nats.tls_first", Bool, "false", "the server speaks only after the TLS handshake (handshake_first)"),
     env(
-        key("redis.urls", Urls(url::redis), "", "use this Redis in place of the memory engine; several make a cluster"),
+        key(
+            "redis.urls",
+            Urls(url::redis),
+            "",
+            "use this Redis in place of the memory engine; several make a cluster",
+        ),
         "REDIS_URL",
     ),
     env(
@@ -147,7 +181,12 @@ pub const KEYS: &[Key] = &[
     key("auth.token_ttl", Duration, "15m", "life of a connection token"),
     key("auth.signup", Bool, "true", "people may create an account themselves"),
     key("auth.operators", List, "admin", "accounts that may stop any answer and delete any room"),
-    key("webapp.runs_at_once", Count(1, 1_000), "3", "answers of the assistant that come to one user at the same time"),
+    key(
+        "webapp.runs_at_once",
+        Count(1, 1_000),
+        "3",
+        "answers of the assistant that come to one user at the same time",
+    ),
     key("webapp.runs_per_minute", Count(1, 100_000), "10", "answers that one user may ask for"),
     key("webapp.runs_per_day", Count(1, 10_000_000), "300", "answers that one user may ask for"),
     key("webapp.messages_per_minute", Count(1, 100_000), "60", "messages that one user may send"),
@@ -155,7 +194,12 @@ pub const KEYS: &[Key] = &[
     key("webapp.rooms_per_day", Count(1, 1_000), "20", "rooms that one user may make"),
     key("shutdown.deadline", Duration, "10s", "each stage of the drain"),
     key("log.format", Choice(&["human", "json"]), "human", "form of the log lines on stderr"),
-    live(key("log.level", Text, "info", "error, warn, info, debug, trace, or a filter such as info,cluster=debug")),
+    live(key(
+        "log.level",
+        Text,
+        "info",
+        "error, warn, info, debug, trace, or a filter such as info,cluster=debug",
+    )),
 ];
 
 /// Keys of each `[[worker.providers]]`.

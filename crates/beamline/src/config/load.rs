@@ -47,7 +47,11 @@ pub struct Problems(pub Vec<Problem>);
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let many = if self.0.len() == 1 { "1 problem".to_string() } else { format!("{} problems", self.0.len()) };
+        let many = if self.0.len() == 1 {
+            "1 problem".to_string()
+        } else {
+            format!("{} problems", self.0.len())
+        };
         writeln!(f, "the settings have {many}; nothing was started:")?;
         for problem in &self.0 {
             writeln!(f, "  {}: {}", problem.at, problem.what)?;
@@ -86,7 +90,11 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
         for name in key.env.into_iter().chain([ours.as_str()]) {
             if let Some(text) = layers.environment.get(name).filter(|text| !text.is_empty()) {
                 match parse(key.kind, text) {
-                    Ok(value) => _ = values.0.insert(key.name, (value, Source::Environment(name.to_string()))),
+                    Ok(value) => {
+                        _ = values
+                            .0
+                            .insert(key.name, (value, Source::Environment(name.to_string())))
+                    }
                     Err(what) => reader.problem(format_args!("${name}"), what),
                 }
             }
@@ -96,7 +104,10 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
     pass_on(&layers.environment, &mut settings);
     let values = &mut settings.values;
     for (name, text) in &layers.flags {
-        let key = KEYS.iter().find(|key| key.name == *name).expect("flags name keys of the table");
+        let key = KEYS
+            .iter()
+            .find(|key| key.name == *name)
+            .expect("flags name keys of the table");
         match parse(key.kind, text) {
             Ok(value) => _ = values.0.insert(key.name, (value, Source::Flag)),
             Err(what) => reader.problem(format_args!("flag for {name}"), what),
@@ -112,7 +123,11 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
             problem.at = format!("{}:{line}: {}", file.display(), problem.at);
         }
     }
-    if reader.problems.0.is_empty() { Ok(settings) } else { Err(reader.problems) }
+    if reader.problems.0.is_empty() {
+        Ok(settings)
+    } else {
+        Err(reader.problems)
+    }
 }
 
 fn variable(key: &Key) -> String {
@@ -122,7 +137,9 @@ fn variable(key: &Key) -> String {
 /// Variables that look like ours and set nothing. No error: an orchestrator may put `BEAMLINE_PORT` there by itself.
 fn strangers(environment: &BTreeMap<String, String>) -> Vec<String> {
     let known: Vec<String> = KEYS.iter().map(variable).collect();
-    let ours = environment.keys().filter(|name| name.starts_with("BEAMLINE_") && !known.contains(name));
+    let ours = environment
+        .keys()
+        .filter(|name| name.starts_with("BEAMLINE_") && !known.contains(name));
     ours.map(|name| format!("${name} is not a setting{}", did_you_mean(known.iter().map(String::as_str), name)))
         .collect()
 }
@@ -281,8 +298,10 @@ impl Reader {
             DeValue::Float(number) => number.as_str().to_string(),
             DeValue::Boolean(flag) => flag.to_string(),
             DeValue::Array(items) if matches!(key.kind, Kind::List | Kind::Urls(_) | Kind::Variables) => {
-                let texts: Option<Vec<_>> =
-                    items.iter().map(|item| item.get_ref().as_str().map(String::from)).collect();
+                let texts: Option<Vec<_>> = items
+                    .iter()
+                    .map(|item| item.get_ref().as_str().map(String::from))
+                    .collect();
                 let texts = texts.ok_or_else(|| "is not a list of strings".to_string());
                 match texts.and_then(|texts| list(key.kind, texts)) {
                     Ok(value) => _ = values.0.insert(key.name, (value, Source::File { line })),
@@ -313,7 +332,11 @@ impl Reader {
             }
         }
         let set = |key: &&str| settings.values.source(key).is_some();
-        if let [one] = ["nats.tls_certificate", "nats.tls_key"].iter().filter(|key| set(key)).collect::<Vec<_>>()[..] {
+        if let [one] = ["nats.tls_certificate", "nats.tls_key"]
+            .iter()
+            .filter(|key| set(key))
+            .collect::<Vec<_>>()[..]
+        {
             self.problem(one, "is of no use alone: set nats.tls_certificate and nats.tls_key");
         }
         let ways = ["nats.user", "nats.token", "nats.nkey", "nats.credentials"];
@@ -326,7 +349,12 @@ impl Reader {
         if settings.values.duration("router.circuit_breaker.timeout") > BREAKER_TIMEOUT_MAX {
             self.problem("router.circuit_breaker.timeout", "must be at most 1d");
         }
-        for origin in settings.values.list("http.origins").iter().filter(|origin| !is_origin(origin)) {
+        for origin in settings
+            .values
+            .list("http.origins")
+            .iter()
+            .filter(|origin| !is_origin(origin))
+        {
             self.problem("http.origins", format!("holds {origin:?}; an origin is https://host or https://host:port"));
         }
         for host in settings.values.list("http.hosts").iter().filter(|host| !is_host(host)) {
@@ -335,7 +363,11 @@ impl Reader {
                 format!("holds {host:?}; a host is a name or an address, without https:// or port"),
             );
         }
-        for proxy in settings.values.list("http.trusted_proxies").iter().filter(|proxy| Network::parse(proxy).is_none())
+        for proxy in settings
+            .values
+            .list("http.trusted_proxies")
+            .iter()
+            .filter(|proxy| Network::parse(proxy).is_none())
         {
             self.problem(
                 "http.trusted_proxies",
@@ -348,7 +380,10 @@ impl Reader {
         for (what, tables) in [("worker.providers", &settings.providers), ("cluster.namespaces", &settings.namespaces)]
         {
             let mut seen = BTreeSet::new();
-            for (values, name) in tables.iter().filter_map(|values| Some((values, values.maybe_text("name")?))) {
+            for (values, name) in tables
+                .iter()
+                .filter_map(|values| Some((values, values.maybe_text("name")?)))
+            {
                 if !seen.insert(name.clone()) {
                     self.problem(place(settings, what, values), format!("{name} is there twice"));
                 }
@@ -362,15 +397,23 @@ impl Reader {
                 self.problem(place(settings, "worker.providers", provider), text);
             }
         }
-        for entry in
-            settings.values.list("gateway.tenants").iter().filter(|entry| super::uid_and_tenant(entry).is_none())
+        for entry in settings
+            .values
+            .list("gateway.tenants")
+            .iter()
+            .filter(|entry| super::uid_and_tenant(entry).is_none())
         {
             self.problem(
                 "gateway.tenants",
                 format!("{entry:?} is not a numeric uid, = and a tenant, such as 1000=acme"),
             );
         }
-        for name in settings.values.list("gateway.allowed_uids").iter().filter(|uid| uid.parse::<u32>().is_err()) {
+        for name in settings
+            .values
+            .list("gateway.allowed_uids")
+            .iter()
+            .filter(|uid| uid.parse::<u32>().is_err())
+        {
             self.problem("gateway.allowed_uids", format!("{name:?} is not a numeric uid"));
         }
     }
@@ -385,7 +428,11 @@ impl Reader {
     /// Built-in namespaces that clients may publish to: a page takes what is said there for the server's word.
     fn open_namespaces(&mut self, settings: &mut Settings) {
         let mut warnings = Vec::new();
-        for values in settings.namespaces.iter().filter(|values| values.maybe_flag("publish") == Some(true)) {
+        for values in settings
+            .namespaces
+            .iter()
+            .filter(|values| values.maybe_flag("publish") == Some(true))
+        {
             let name = values.maybe_text("name").unwrap_or_default();
             match name.as_str() {
                 "app" => self.problem(
@@ -452,7 +499,11 @@ fn is_origin(text: &str) -> bool {
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
-    text.as_bytes()[..offset.min(text.len())].iter().filter(|b| **b == b'\n').count() + 1
+    text.as_bytes()[..offset.min(text.len())]
+        .iter()
+        .filter(|b| **b == b'\n')
+        .count()
+        + 1
 }
 
 #[cfg(test)]
@@ -469,7 +520,10 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         load(&Layers {
             file: Some(path),
-            environment: environment.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+            environment: environment
+                .iter()
+                .map(|(k, v)| (k.to_string(), v.to_string()))
+                .collect(),
             flags: flags.iter().map(|(k, v)| (*k, v.to_string())).collect(),
         })
     }
@@ -477,8 +531,14 @@ mod tests {
     #[test]
     fn settings_of_nats_that_do_not_fit_together_are_told() {
         let check = |file: &str, at: Option<&str>| {
-            let problems = with_file(&format!("[nats]\n{file}"), &[], &[]).err().unwrap_or_default();
-            let told: Vec<&str> = problems.0.iter().map(|problem| problem.at.rsplit(": ").next().unwrap()).collect();
+            let problems = with_file(&format!("[nats]\n{file}"), &[], &[])
+                .err()
+                .unwrap_or_default();
+            let told: Vec<&str> = problems
+                .0
+                .iter()
+                .map(|problem| problem.at.rsplit(": ").next().unwrap())
+                .collect();
             assert_eq!(told, at.into_iter().collect::<Vec<_>>(), "{file}");
         };
         check("user = \"a\"\npassword = \"b\"", None);
@@ -567,7 +627,9 @@ mod tests {
             ("timeout = \"2d\"", "router.circuit_breaker.timeout: must be at most 1d"),
             ("treshold = 1", "router.circuit_breaker.treshold is not a setting"),
         ] {
-            let text = with_file(&format!("[router.circuit_breaker]\n{line}\n"), &[], &[]).unwrap_err().to_string();
+            let text = with_file(&format!("[router.circuit_breaker]\n{line}\n"), &[], &[])
+                .unwrap_err()
+                .to_string();
             assert!(text.contains(&format!("beamline.toml:2: {expected}")), "{text}");
         }
     }
@@ -578,7 +640,9 @@ mod tests {
                     timeout = \"0s\"\napi_key = \"geheim\\nkey\"\n[[worker.providers]]\nname = \"b\"\n\
                     kind = \"command\"\nprogram = \"/bin/x\"\noutput_max = \"0\"\nenv = [\"A\", \"A=geheim\"]\n\
                     [nats]\nurl = \"http://n\"\n[redis]\nurls = [\"redis://a\", \"rediss://:geheim@b\"]\n";
-        let text = with_file(file, &[("DATABASE_URL", "postgres://u:geheim@h:x/d")], &[]).unwrap_err().to_string();
+        let text = with_file(file, &[("DATABASE_URL", "postgres://u:geheim@h:x/d")], &[])
+            .unwrap_err()
+            .to_string();
         for expected in [
             "beamline.toml:4: base_url is not a URL",
             "beamline.toml:5: timeout is \"0s\"",
@@ -609,7 +673,12 @@ mod tests {
 
     #[test]
     fn listener_for_other_machines_without_a_name_is_warned_about() {
-        let warned = |file: &str| with_file(&format!("[http]\n{file}"), &[], &[]).unwrap().warnings.concat();
+        let warned = |file: &str| {
+            with_file(&format!("[http]\n{file}"), &[], &[])
+                .unwrap()
+                .warnings
+                .concat()
+        };
         assert!(warned("listen = \"0.0.0.0:8000\"").contains("http.hosts"));
         assert!(warned("listen = \"0.0.0.0:8000\"\norigins = \"*\"").contains("http.hosts"));
         for named in ["hosts = \"chat.example\"", "origins = \"https://chat.example\""] {
@@ -671,7 +740,12 @@ mod tests {
         for name in ["chat", "ops"] {
             let settings = open(name).unwrap();
             assert_eq!(settings.warnings.len(), 1, "{name}: {:?}", settings.warnings);
-            assert!(settings.channel_namespaces().iter().any(|known| known.name == name && known.rules.publish));
+            assert!(
+                settings
+                    .channel_namespaces()
+                    .iter()
+                    .any(|known| known.name == name && known.rules.publish)
+            );
         }
         assert!(open("news").unwrap().warnings.is_empty());
         let text = open("app").unwrap_err().to_string();

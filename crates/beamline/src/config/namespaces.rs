@@ -9,12 +9,19 @@ use std::fmt::Write;
 impl Settings {
     /// Of channels without a namespace.
     pub fn channel_defaults(&self) -> Rules {
-        self.namespace_defaults.as_ref().map(overrides).unwrap_or_default().over(&Rules::default())
+        self.namespace_defaults
+            .as_ref()
+            .map(overrides)
+            .unwrap_or_default()
+            .over(&Rules::default())
     }
 
     /// The built-in namespaces with what the settings change of them, then the settings' own.
     pub fn channel_namespaces(&self) -> Vec<Namespace> {
-        let entries = self.namespaces.iter().filter_map(|values| Some((values.maybe_text("name")?, overrides(values))));
+        let entries = self
+            .namespaces
+            .iter()
+            .filter_map(|values| Some((values.maybe_text("name")?, overrides(values))));
         cluster::namespaces(&entries.collect::<Vec<_>>(), &self.channel_defaults())
     }
 
@@ -22,7 +29,10 @@ impl Settings {
     pub(super) fn show_channels(&self, out: &mut String) {
         show(out, "[cluster.defaults]", None, &self.channel_defaults(), self.namespace_defaults.as_ref());
         for Namespace { name, rules } in self.channel_namespaces() {
-            let given = self.namespaces.iter().find(|values| values.maybe_text("name").as_ref() == Some(&name));
+            let given = self
+                .namespaces
+                .iter()
+                .find(|values| values.maybe_text("name").as_ref() == Some(&name));
             show(out, "[[cluster.namespaces]]", Some(&name), &rules, given);
         }
     }
@@ -31,7 +41,9 @@ impl Settings {
 /// Only the keys that are given.
 fn overrides(values: &Values) -> Overrides {
     Overrides {
-        history_size: values.maybe_number("history_size").map(|n| usize::try_from(n).expect("a 64-bit machine")),
+        history_size: values
+            .maybe_number("history_size")
+            .map(|n| usize::try_from(n).expect("a 64-bit machine")),
         history_ttl: values.maybe_duration("history_ttl"),
         presence: values.maybe_flag("presence"),
         join_leave: values.maybe_flag("join_leave"),

@@ -32,14 +32,18 @@ impl Settings {
             ("cluster.namespaces", plain(&self.namespaces).eq(plain(&fresh.namespaces))),
             ("cluster.defaults", plain(&self.namespace_defaults).eq(plain(&fresh.namespace_defaults))),
         ];
-        changes.waiting.extend(tables.iter().filter(|(_, same)| !same).map(|(name, _)| *name));
+        changes
+            .waiting
+            .extend(tables.iter().filter(|(_, same)| !same).map(|(name, _)| *name));
         changes
     }
 }
 
 /// Without the lines that they stand on.
 fn plain<'a>(tables: impl IntoIterator<Item = &'a Values>) -> impl Iterator<Item = Vec<(&'a str, &'a Value)>> {
-    tables.into_iter().map(|table| table.0.iter().map(|(name, (value, _))| (*name, value)).collect())
+    tables
+        .into_iter()
+        .map(|table| table.0.iter().map(|(name, (value, _))| (*name, value)).collect())
 }
 
 #[cfg(test)]

@@ -25,8 +25,9 @@ pub fn problems(settings: &Settings) -> Vec<String> {
         return vec![format!("names no role; there are {}", ROLES.join(", "))];
     }
     let strange = roles.iter().filter(|role| !ROLES.contains(&role.as_str()));
-    let mut problems: Vec<String> =
-        strange.map(|role| format!("{role:?} is not a role; there are {}", ROLES.join(", "))).collect();
+    let mut problems: Vec<String> = strange
+        .map(|role| format!("{role:?} is not a role; there are {}", ROLES.join(", ")))
+        .collect();
     if !is_embedded(settings) {
         return problems;
     }
@@ -44,11 +45,17 @@ pub fn problems(settings: &Settings) -> Vec<String> {
 
 /// What the roles leave undone.
 pub fn warnings(settings: &Settings) -> Vec<String> {
-    let lacks = WANTS.iter().filter(|(role, want, _)| settings.has_role(role) && !settings.has_role(want));
+    let lacks = WANTS
+        .iter()
+        .filter(|(role, want, _)| settings.has_role(role) && !settings.has_role(want));
     let warning = |(role, want, lack): &(&str, &str, &str)| {
         format!("roles has {role} without {want}, and the embedded bus reaches no other process: {lack}")
     };
-    if is_embedded(settings) { lacks.map(warning).collect() } else { Vec::new() }
+    if is_embedded(settings) {
+        lacks.map(warning).collect()
+    } else {
+        Vec::new()
+    }
 }
 
 fn is_embedded(settings: &Settings) -> bool {
@@ -63,7 +70,9 @@ mod tests {
     fn roles_that_find_each_other_start_without_nats() {
         let check = |roles: &str, nats: bool, expected: Result<usize, &[&str]>| {
             let mut layers = Layers { flags: vec![("roles", roles.into())], ..Layers::default() };
-            layers.flags.extend(nats.then(|| ("nats.url", "nats://127.0.0.1:4222".into())));
+            layers
+                .flags
+                .extend(nats.then(|| ("nats.url", "nats://127.0.0.1:4222".into())));
             match (load(&layers), expected) {
                 (Ok(settings), Ok(warnings)) => assert_eq!(settings.warnings.len(), warnings, "{roles}"),
                 (Err(problems), Err(parts)) => {

@@ -29,7 +29,11 @@ pub fn endpoint(text: &str) -> Result<(), String> {
 pub fn nats(text: &str) -> Result<(), String> {
     const LIKE: &str = "a server such as \"nats://10.0.0.10:4222\"";
     for text in text.split(',').map(str::trim) {
-        let url = if text.contains("://") { parse(text, LIKE)? } else { parse(&format!("nats://{text}"), LIKE)? };
+        let url = if text.contains("://") {
+            parse(text, LIKE)?
+        } else {
+            parse(&format!("nats://{text}"), LIKE)?
+        };
         if !matches!(url.scheme(), "nats" | "tls") {
             return Err(format!("begins neither with nats:// nor with tls://; write {LIKE}"));
         }
@@ -113,7 +117,11 @@ mod tests {
     #[test]
     fn servers_have_a_scheme_of_theirs_and_a_host() {
         let good = ["nats://10.0.0.1:4222", "tls://a, nats://b:1", "host:4222", "host", "nats://u:p@h"];
-        check(nats, &good, &[("http://h:4222", "nats://"), ("nats://", "no host"), ("nats://h:geheim", "not a URL")]);
+        check(
+            nats,
+            &good,
+            &[("http://h:4222", "nats://"), ("nats://", "no host"), ("nats://h:geheim", "not a URL")],
+        );
         let good = ["redis://127.0.0.1:6379", "redis://:p@h:6379/1", "unix:///run/redis.sock"];
         let bad = [
             ("127.0.0.1:6379", "not a URL"),

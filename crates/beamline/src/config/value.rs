@@ -72,7 +72,11 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
         Kind::Duration | Kind::Pause => {
             let duration = duration(text)
                 .ok_or_else(|| format!("is {text:?}, not a duration such as \"250ms\", \"5s\", \"15m\" or \"2h\""))?;
-            let least = if matches!(kind, Kind::Pause) { Duration::ZERO } else { Duration::from_millis(1) };
+            let least = if matches!(kind, Kind::Pause) {
+                Duration::ZERO
+            } else {
+                Duration::from_millis(1)
+            };
             if !(least..=DURATION_MAX).contains(&duration) {
                 let days = DURATION_MAX.as_secs() / 86_400;
                 return Err(format!("is {text:?}, and must be from {least:?} to {days} days"));
@@ -200,7 +204,9 @@ pub fn render(kind: Kind, value: &Value) -> String {
 
 /// A URL without whom it signs in as and with what.
 fn without_password(text: &str) -> Cow<'_, str> {
-    let Some((scheme, rest)) = text.split_once("://") else { return text.into() };
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return text.into();
+    };
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     match rest[..end].rsplit_once('@') {
         Some((_, host)) => format!("{scheme}://[REDACTED]@{host}{}", &rest[end..]).into(),

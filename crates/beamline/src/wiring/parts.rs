@@ -35,7 +35,9 @@ pub async fn bus(settings: &Settings, data_dir: &Path) -> Result<Bus> {
         tls_certificate: values.maybe_path("nats.tls_certificate"),
         tls_key: values.maybe_path("nats.tls_key"),
         tls_first: values.flag("nats.tls_first"),
-        connections: values.maybe_number("nats.connections").map(|n| usize::try_from(n).expect("at most 8")),
+        connections: values
+            .maybe_number("nats.connections")
+            .map(|n| usize::try_from(n).expect("at most 8")),
     };
     Ok(bus::nats::Nats::connect(config).await?)
 }
@@ -51,7 +53,11 @@ pub fn http_front(values: &Values) -> Front {
 /// Elsewhere those who ask are monitors, under names that only they know.
 pub fn ops_front(values: &Values, listen: SocketAddr) -> Front {
     let front = http_front(values);
-    if listen.ip().is_loopback() { front } else { Front { hosts: Hosts::any(), ..front } }
+    if listen.ip().is_loopback() {
+        front
+    } else {
+        Front { hosts: Hosts::any(), ..front }
+    }
 }
 
 pub async fn cluster(settings: &Settings, data_dir: &Path, http: SocketAddr, bus: Bus) -> Result<cluster::Bound> {
@@ -79,12 +85,17 @@ pub async fn cluster(settings: &Settings, data_dir: &Path, http: SocketAddr, bus
         engine,
         ..cluster::Config::default()
     };
-    cluster::bind(config, bus).await.context("the cluster node cannot start")
+    cluster::bind(config, bus)
+        .await
+        .context("the cluster node cannot start")
 }
 
 /// Of the machine since it was last started; empty where the kernel does not tell.
 fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into()
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .unwrap_or_default()
+        .trim()
+        .into()
 }
 
 pub async fn worker(settings: &Settings, bus: Bus) -> Result<worker::Bound> {
@@ -166,7 +177,11 @@ pub fn webapp_config(settings: &Settings, data_dir: &Path) -> Result<webapp::Con
         token_ttl: values.duration("auth.token_ttl"),
         signup: values.flag("auth.signup"),
         origins: values.list("http.origins"),
-        operators: values.list("auth.operators").iter().map(|name| name.to_lowercase()).collect(),
+        operators: values
+            .list("auth.operators")
+            .iter()
+            .map(|name| name.to_lowercase())
+            .collect(),
         quotas: quotas(values),
     })
 }
@@ -201,10 +216,10 @@ pub async fn gateway(settings: &Settings, given: Option<UnixListener>, bus: Bus)
 /// The API key is read again, too.
 pub fn gateway_config(settings: &Settings) -> Result<gateway::Config> {
     let values = &settings.values;
-    let uids = values
-        .list("gateway.allowed_uids")
-        .into_iter()
-        .map(|uid| uid.parse::<u32>().with_context(|| format!("gateway.allowed_uids holds {uid:?}, which is no uid")));
+    let uids = values.list("gateway.allowed_uids").into_iter().map(|uid| {
+        uid.parse::<u32>()
+            .with_context(|| format!("gateway.allowed_uids holds {uid:?}, which is no uid"))
+    });
     let mut tenants = BTreeMap::<u32, Vec<String>>::new();
     for entry in values.list("gateway.tenants") {
         let (uid, tenant) = uid_and_tenant(&entry).with_context(|| format!("gateway.tenants holds {entry:?}"))?;

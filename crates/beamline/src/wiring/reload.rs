@@ -27,7 +27,11 @@ impl Reload {
             let done = self.once().await;
             let outcome = if done { "done" } else { "refused" };
             metrics::counter!("beamline_reloads_total", "outcome" => outcome).increment(1);
-            let status = if done { self.status.clone() } else { format!("{}; not reloaded, see the log", self.status) };
+            let status = if done {
+                self.status.clone()
+            } else {
+                format!("{}; not reloaded, see the log", self.status)
+            };
             notify::ready(&status);
         }
         std::future::pending().await
@@ -49,7 +53,11 @@ impl Reload {
         }
         match self.take(fresh) {
             Ok(Changes { taken, waiting }) => {
-                let settings = if taken.is_empty() { "none has changed".into() } else { taken.join(", ") };
+                let settings = if taken.is_empty() {
+                    "none has changed".into()
+                } else {
+                    taken.join(", ")
+                };
                 tracing::info!(settings, "reloaded");
                 if !waiting.is_empty() {
                     tracing::warn!(settings = waiting.join(", "), "changed, and needs a restart");

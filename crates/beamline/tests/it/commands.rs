@@ -8,7 +8,13 @@ async fn a_token_is_not_made_where_nothing_has_run() {
     for command in [&["token", "--user", "ann"][..], &["api-key"]] {
         let output = run_in(dir.path(), command).await;
         assert_eq!(output.code, Some(1));
-        assert!(output.stderr.contains("no beamline has run with the data directory data"), "{}", output.stderr);
+        assert!(
+            output
+                .stderr
+                .contains("no beamline has run with the data directory data"),
+            "{}",
+            output.stderr
+        );
     }
     assert!(!dir.path().join("data").exists(), "and nothing was made");
 }
@@ -31,7 +37,9 @@ async fn a_deadline_of_the_command_is_the_tasks() {
     let settings =
         "[[worker.providers]]\nname = \"echo\"\nkind = \"command\"\nprogram = \"/bin/sleep\"\nargs = [\"60\"]\n";
     let process = Process::start_with_settings(settings).await;
-    let output = process.run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "1s", "{}"]).await;
+    let output = process
+        .run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "1s", "{}"])
+        .await;
     assert_eq!(output.code, Some(1));
     // Either the wait ends by the gateway's word, or the run by the worker's: both know the deadline.
     let told = output.stderr.contains("deadline") || output.stderr.contains("timeout");
@@ -45,20 +53,27 @@ async fn five_impatient_clients_do_not_switch_a_provider_off() {
                     args = [\"-c\", \"while [ ! -e go ]; do sleep 0.02; done; echo done\"]\n";
     let process = Process::start_with_settings(settings).await;
     let metric = |body: &str| {
-        let line = body.lines().find(|line| line.starts_with("beamline_router_results_total{status=\"timeout\"}"));
+        let line = body
+            .lines()
+            .find(|line| line.starts_with("beamline_router_results_total{status=\"timeout\"}"));
         line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
     };
     let url = format!("http://{}/metrics", process.ops());
     // Until the router has taken five such results; on a busy machine a request may run out of time on its way there.
     testkit::eventually(std::time::Duration::from_secs(60), || async {
-        let output = process.run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "50ms", "{}"]).await;
+        let output = process
+            .run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "50ms", "{}"])
+            .await;
         assert_eq!(output.code, Some(1), "{}", output.stdout);
         metric(&crate::journey::get(&url).await.1) >= Some(5.0)
     })
     .await;
 
     std::fs::write(process.dir.path().join("go"), "").unwrap();
-    let patient = process.run(&["submit", "--type", "echo", "--wait", "result", "{}"]).await.success();
+    let patient = process
+        .run(&["submit", "--type", "echo", "--wait", "result", "{}"])
+        .await
+        .success();
     assert!(patient.contains("success"), "{patient}");
 }
 
@@ -123,9 +138,18 @@ async fn a_deleted_policy_stays_deleted_and_a_vanished_one_serves_on() {
 
     let output = process.run(&["policy", "delete", "acmee/default"]).await;
     assert_eq!(output.code, Some(1), "{}", output.stderr);
-    assert!(output.stderr.contains("there is no policy acmee/default in policies; tenant"), "{}", output.stderr);
+    assert!(
+        output
+            .stderr
+            .contains("there is no policy acmee/default in policies; tenant"),
+        "{}",
+        output.stderr
+    );
     assert!(!policies.join("acmee").exists(), "a mistyped name leaves nothing behind");
-    process.run(&["policy", "delete", "--vanished", "acme/lost"]).await.success();
+    process
+        .run(&["policy", "delete", "--vanished", "acme/lost"])
+        .await
+        .success();
     assert!(policies.join("acme/lost.deleted").exists());
 
     let output = process.run(&["policy", "delete", "../default"]).await;

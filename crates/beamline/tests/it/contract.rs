@@ -28,7 +28,9 @@ impl Parts {
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
         let cancel = CancellationToken::new();
         let policies = dir.path().join("policies");
-        let router = router::bind(router::Config { policies, ..router::Config::default() }, bus.clone()).await.unwrap();
+        let router = router::bind(router::Config { policies, ..router::Config::default() }, bus.clone())
+            .await
+            .unwrap();
         let worker = worker::bind(worker::Config::default(), bus.clone()).await.unwrap();
         let config = gateway::Config { socket: dir.path().join("s"), ..gateway::Config::default() };
         let gateway = gateway::bind(config, bus.clone()).await.unwrap();
@@ -42,7 +44,10 @@ impl Parts {
     }
 
     async fn connect(&self) -> Raw {
-        Raw { stream: UnixStream::connect(self.dir.path().join("s")).await.unwrap(), input: BytesMut::new() }
+        Raw {
+            stream: UnixStream::connect(self.dir.path().join("s")).await.unwrap(),
+            input: BytesMut::new(),
+        }
     }
 
     async fn end(self) {
@@ -90,7 +95,10 @@ impl Raw {
 
 /// What is on the wire is what the router reads: nothing of it is lost or added, and the headers say the same.
 async fn sent(wire: &mut Subscription) -> DecideRequest {
-    let message = tokio::time::timeout(PATIENCE, wire.next()).await.expect("a request on the wire").unwrap();
+    let message = tokio::time::timeout(PATIENCE, wire.next())
+        .await
+        .expect("a request on the wire")
+        .unwrap();
     let request: DecideRequest = serde_json::from_slice(&message.payload).unwrap();
     let payload: Value = serde_json::from_slice(&message.payload).unwrap();
     assert_eq!(serde_json::to_value(&request).unwrap(), payload);
@@ -110,7 +118,9 @@ async fn accepted(raw: &mut Raw, wire: &mut Subscription, version: Version, payl
     assert_eq!(request.task.task_type, submit["task_type"]);
     let task = Value::Object(request.task.payload.unwrap());
     let of_task = ["file", "line", "context", "params"];
-    let given = of_task.iter().filter_map(|name| Some((name.to_string(), submit.get(name)?.clone())));
+    let given = of_task
+        .iter()
+        .filter_map(|name| Some((name.to_string(), submit.get(name)?.clone())));
     assert_eq!(task, Value::Object(given.filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>()), "{payload}");
     for (name, value) in [
         ("tenant_id", Some(request.tenant_id.as_str())),
@@ -118,7 +128,12 @@ async fn accepted(raw: &mut Raw, wire: &mut Subscription, version: Version, payl
         ("policy_id", request.policy_id.as_deref()),
         ("idempotency_key", request.idempotency_key.as_deref()),
     ] {
-        assert!(submit.get(name).is_none_or(|given| Some(given.as_str().unwrap()) == value), "{name} of {payload}");
+        assert!(
+            submit
+                .get(name)
+                .is_none_or(|given| Some(given.as_str().unwrap()) == value),
+            "{name} of {payload}"
+        );
     }
     match submit["wait"].as_str() {
         None | Some("decision") => {
@@ -149,7 +164,8 @@ async fn every_golden_message_of_a_client_is_understood_by_the_router() {
     accepted(&mut raw, &mut wire, Version::V1, &task.to_string()).await;
     testkit::eventually(PATIENCE, async || {
         let mut raw = parts.connect().await;
-        raw.send(Version::V1, FrameType::TaskQuery, r#"{"task_id":"t-1"}"#).await;
+        raw.send(Version::V1, FrameType::TaskQuery, r#"{"task_id":"t-1"}"#)
+            .await;
         raw.last().await.1["state"] == "completed"
     })
     .await;
@@ -159,10 +175,12 @@ async fn every_golden_message_of_a_client_is_understood_by_the_router() {
     for case in &golden {
         let payload = case["payload"].as_str().unwrap();
         let kind = FrameType::from_byte(u8::try_from(case["type"].as_u64().unwrap()).unwrap()).unwrap();
-        let version = case["request_id"].as_u64().map_or(Version::V1, |request_id| Version::V2 {
-            request_id,
-            deadline_ms: u32::try_from(case["deadline_ms"].as_u64().unwrap()).unwrap(),
-        });
+        let version = case["request_id"]
+            .as_u64()
+            .map_or(Version::V1, |request_id| Version::V2 {
+                request_id,
+                deadline_ms: u32::try_from(case["deadline_ms"].as_u64().unwrap()).unwrap(),
+            });
         let mut raw = parts.connect().await;
         if kind == FrameType::TaskSubmit {
             accepted(&mut raw, &mut wire, version, payload).await;

@@ -98,7 +98,11 @@ async fn enter(process: &Process, how: &str) -> (String, String) {
     let head = format!("POST /auth/{how} HTTP/1.1\r\nHost: localhost\r\n");
     let answer = send(process.http(), &head, &account("ann")).await;
     assert_eq!(answer.status, 200, "{}", answer.body);
-    let cookie = answer.head.lines().find_map(|line| line.strip_prefix("set-cookie: beamline=")).unwrap();
+    let cookie = answer
+        .head
+        .lines()
+        .find_map(|line| line.strip_prefix("set-cookie: beamline="))
+        .unwrap();
     let token: Value = serde_json::from_str(&answer.body).unwrap();
     let cookie = cookie.split(';').next().unwrap();
     (format!("beamline={cookie}"), token["token"].as_str().unwrap().to_string())
@@ -116,7 +120,10 @@ async fn signing_out_closes_that_browsers_connections_for_good() {
     assert_eq!(send(process.http(), &head, "").await.status, 200);
     let end = leaves.push(|_| false).await.unwrap_err();
     assert!(end.0.contains("3503"), "a code after which no client comes back: {end:?}");
-    let again = Client::connect(process.http(), &laptop).await.err().expect("its token is worth nothing now");
+    let again = Client::connect(process.http(), &laptop)
+        .await
+        .err()
+        .expect("its token is worth nothing now");
     assert!(again.0.contains("3500"), "{again:?}");
     stays.rpc("chat.rooms", json!({})).await.unwrap();
 }

@@ -27,8 +27,16 @@ async fn ends_in_time(mut process: Process) {
 async fn who_watches_the_health_is_told_of_the_drain_and_does_not_hold_it_up() {
     let process = Process::start().await;
     let address = format!("http://{}", process.ready["grpc"].as_str().unwrap());
-    let channel = tonic::transport::Endpoint::from_shared(address).unwrap().connect().await.unwrap();
-    let mut watch = HealthClient::new(channel).watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+    let channel = tonic::transport::Endpoint::from_shared(address)
+        .unwrap()
+        .connect()
+        .await
+        .unwrap();
+    let mut watch = HealthClient::new(channel)
+        .watch(HealthCheckRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
     let mut next = async || watch.message().await.unwrap().map(|message| message.status());
     assert_eq!(next().await, Some(ServingStatus::Serving));
 
@@ -60,7 +68,10 @@ async fn clients_that_neither_send_nor_read_do_not_hold_up_the_drain() {
     // More answers than the buffers of both ends hold: the server waits for a reader.
     let mut deaf = tcp(ops, b"").await;
     let questions = get("/metrics").repeat(1000);
-    while tokio::time::timeout(QUIET, deaf.write_all(questions.as_bytes())).await.is_ok() {}
+    while tokio::time::timeout(QUIET, deaf.write_all(questions.as_bytes()))
+        .await
+        .is_ok()
+    {}
 
     process.signal(Signal::SIGTERM);
     ends_in_time(process).await;
@@ -82,7 +93,12 @@ async fn a_request_that_is_being_answered_ends_well() {
     let ready = format!("http://{}/healthz", process.ops());
     // Whoever connected before has been accepted when a later one is answered.
     assert_eq!(crate::journey::get(&ready).await.0, 200);
-    assert_eq!(crate::journey::get(&format!("http://{}/health", process.http())).await.0, 200);
+    assert_eq!(
+        crate::journey::get(&format!("http://{}/health", process.http()))
+            .await
+            .0,
+        200
+    );
 
     process.signal(Signal::SIGTERM);
     testkit::eventually(Duration::from_secs(10), async || TcpStream::connect(process.http()).await.is_err()).await;

@@ -28,8 +28,14 @@ async fn nothing_acknowledged_is_lost_to_sigkill(#[case] on_postgres: bool) {
     let seed: u64 = std::env::var("BEAMLINE_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
     println!("seed {seed} (BEAMLINE_SEED={seed} repeats it)");
     let mut random = splitmix(seed);
-    let postgres = if on_postgres { Some(testkit::PostgresServer::start().await) } else { None };
-    let database = postgres.iter().flat_map(|postgres| ["--database-url".into(), postgres.url()]);
+    let postgres = if on_postgres {
+        Some(testkit::PostgresServer::start().await)
+    } else {
+        None
+    };
+    let database = postgres
+        .iter()
+        .flat_map(|postgres| ["--database-url".into(), postgres.url()]);
     let arguments: Vec<String> = database.collect();
     let mut process = Process::start_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let mut acknowledged = Acknowledged::default();
@@ -73,7 +79,10 @@ async fn channels_recover_over_a_sigkill_in_the_same_epoch() {
     let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
     let before = client.call("subscribe", json!({"channel": "news"})).await.unwrap();
     for n in 1..=3 {
-        client.call("publish", json!({"channel": "news", "data": n})).await.unwrap();
+        client
+            .call("publish", json!({"channel": "news", "data": n}))
+            .await
+            .unwrap();
     }
     process.kill_and_restart().await;
 
@@ -81,7 +90,12 @@ async fn channels_recover_over_a_sigkill_in_the_same_epoch() {
     let position = json!({"channel": "news", "recover": true, "epoch": before["epoch"], "offset": 1});
     let after = client.call("subscribe", position).await.unwrap();
     assert_eq!((&after["recovered"], &after["epoch"]), (&json!(true), &before["epoch"]), "{after}");
-    let data: Vec<&Value> = after["publications"].as_array().unwrap().iter().map(|one| &one["data"]).collect();
+    let data: Vec<&Value> = after["publications"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| &one["data"])
+        .collect();
     assert_eq!(data, [2, 3]);
 }
 
@@ -90,7 +104,9 @@ async fn chat_until_cut(client: &mut Client, round: usize, sent: &mut BTreeMap<u
     for n in 0.. {
         let text = format!("round {round} message {n}");
         let nonce = format!("{round}-{n}");
-        let answer = client.rpc("chat.send", json!({"room": "general", "text": text, "nonce": nonce})).await?;
+        let answer = client
+            .rpc("chat.send", json!({"room": "general", "text": text, "nonce": nonce}))
+            .await?;
         sent.insert(answer["message"]["id"].as_u64().unwrap(), text);
     }
     Ok(())

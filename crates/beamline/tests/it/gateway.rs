@@ -39,7 +39,10 @@ const TOO_LARGE: &str = "PAYLOAD_TOO_LARGE";
 
 fn submit(task_type: &str, fields: Value) -> Value {
     let mut submit = json!({"command": "task_submit", "task_type": task_type});
-    submit.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    submit
+        .as_object_mut()
+        .unwrap()
+        .extend(fields.as_object().unwrap().clone());
     submit
 }
 
@@ -146,12 +149,17 @@ async fn e2e_1_what_the_gateway_sends_the_router_accepts() {
     let _parts = stage.part("router,worker").await;
 
     let golden: Vec<Value> = serde_json::from_str(include_str!("../../../../fixtures/wire/ipc.json")).unwrap();
-    let submits: Vec<&Value> = golden.iter().filter(|case| case["type"] == FrameType::TaskSubmit as u8).collect();
+    let submits: Vec<&Value> = golden
+        .iter()
+        .filter(|case| case["type"] == FrameType::TaskSubmit as u8)
+        .collect();
     assert!(submits.len() >= 2);
     for case in submits {
         let hex = case["hex"].as_str().unwrap();
-        let bytes: Vec<u8> =
-            (0..hex.len()).step_by(2).map(|n| u8::from_str_radix(&hex[n..n + 2], 16).unwrap()).collect();
+        let bytes: Vec<u8> = (0..hex.len())
+            .step_by(2)
+            .map(|n| u8::from_str_radix(&hex[n..n + 2], 16).unwrap())
+            .collect();
         let mut raw = Raw::connect(&stage).await;
         raw.send(&bytes).await;
         let frame = raw.next().await;
@@ -175,8 +183,14 @@ async fn e2e_1_what_the_gateway_sends_the_router_accepts() {
         let (message, _) = captured(&mut wire).await;
         assert_eq!(&message.payload[..], text.as_bytes(), "{case}");
     }
-    let (status, _, answer) = stage.post_decide(&key, r#"{"version":"1","request_id":"r","tenant_id":"t"}"#).await;
-    assert_eq!((status, &answer["error"]["code"]), (400, &json!("invalid_request")), "the router does look: {answer}");
+    let (status, _, answer) = stage
+        .post_decide(&key, r#"{"version":"1","request_id":"r","tenant_id":"t"}"#)
+        .await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (400, &json!("invalid_request")),
+        "the router does look: {answer}"
+    );
 }
 
 #[tokio::test]
@@ -202,7 +216,12 @@ async fn e2e_2_errors_that_the_router_causes() {
     })
     .await;
     for (fields, status, reason, intake) in [
-        (json!({"idempotency_key": "k".repeat(257)}), 400, "invalid_request", Some("SCHEMA_VALIDATION_FAILED")),
+        (
+            json!({"idempotency_key": "k".repeat(257)}),
+            400,
+            "invalid_request",
+            Some("SCHEMA_VALIDATION_FAILED"),
+        ),
         (json!({"policy_id": "none"}), 404, "policy_not_found", None),
         (
             json!({"request_id": "twice", "push_assignment": true, "params": {"n": 2}}),
@@ -226,7 +245,10 @@ async fn e2e_2_errors_that_the_router_causes() {
     let request = |fields: Value| {
         let mut request = json!({"version": "1", "request_id": "r", "tenant_id": "default",
             "task": {"type": "echo", "payload": {}}});
-        request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        request
+            .as_object_mut()
+            .unwrap()
+            .extend(fields.as_object().unwrap().clone());
         request.to_string()
     };
     for (key, fields, expected, code) in [
@@ -235,7 +257,12 @@ async fn e2e_2_errors_that_the_router_causes() {
         ("wrong", json!({}), 401, Some("unauthorized")),
         (&*key, json!({"policy_id": "none"}), 404, Some("policy_not_found")),
         (&*key, json!({"policy_id": "weightless"}), 500, Some("decision_failed")),
-        (&*key, json!({"constraints": {"max_latency_ms": 0.0, "max_cost": -1.0}}), 503, Some("no_provider_available")),
+        (
+            &*key,
+            json!({"constraints": {"max_latency_ms": 0.0, "max_cost": -1.0}}),
+            503,
+            Some("no_provider_available"),
+        ),
         (&*key, json!({"deadline": 1}), 504, Some("deadline_exceeded")),
     ] {
         let (status, _, answer) = stage.post_decide(key, &request(fields)).await;
@@ -245,12 +272,22 @@ async fn e2e_2_errors_that_the_router_causes() {
     }
 
     // Last, as it speaks against the router: nowhere to put an assignment.
-    let deleted = stage.bus.request("$JS.API.STREAM.DELETE.ASSIGN", Headers::new(), Bytes::new(), PATIENCE).await;
+    let deleted = stage
+        .bus
+        .request("$JS.API.STREAM.DELETE.ASSIGN", Headers::new(), Bytes::new(), PATIENCE)
+        .await;
     assert!(deleted.unwrap().payload.ends_with(b"\"success\":true}"));
     let error = refused(client.submit(&submit("echo", json!({"push_assignment": true}))).await);
-    assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(503), Some("unavailable")), "{error:?}");
+    assert_eq!(
+        (error.code, error.status, error.reason.as_deref()),
+        (12, Some(503), Some("unavailable")),
+        "{error:?}"
+    );
     seen.extend(error.reason);
-    assert_eq!(seen.iter().map(String::as_str).collect::<BTreeSet<_>>(), rows::BY_THE_ROUTER.iter().copied().collect());
+    assert_eq!(
+        seen.iter().map(String::as_str).collect::<BTreeSet<_>>(),
+        rows::BY_THE_ROUTER.iter().copied().collect()
+    );
 }
 
 /// A router that stores one assignment at a time refuses others meanwhile: the reason.
@@ -303,7 +340,9 @@ async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
     rows.sort_by_key(|(code, _)| *code == "unavailable");
 
     for (code, status) in rows.clone() {
-        let outcome = client.submit(&submit(code, json!({"request_id": format!("r-{code}")}))).await;
+        let outcome = client
+            .submit(&submit(code, json!({"request_id": format!("r-{code}")})))
+            .await;
         let error = refused(outcome);
         assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(status), Some(code)), "{error:?}");
         assert_eq!(error.message, format!("because {code}"));
@@ -350,7 +389,9 @@ async fn e2e_3_timeouts_and_late_replies() {
         let outcomes = raw.outcomes(ids).await;
         assert_eq!(outcomes.len() as u64, TIMEOUTS_AT_ONCE);
         for (id, outcome) in outcomes {
-            let [(FrameType::ResponseError, answer)] = &outcome[..] else { panic!("{id}: {outcome:?}") };
+            let [(FrameType::ResponseError, answer)] = &outcome[..] else {
+                panic!("{id}: {outcome:?}")
+            };
             assert_eq!(answer["error"]["code"], 5, "{answer}");
         }
     }
@@ -369,7 +410,9 @@ async fn e2e_3_timeouts_and_late_replies() {
     let outcomes = raw.outcomes(ids.clone()).await;
     let mut timeouts = 0.0;
     for (id, delay) in ids.zip(&delays) {
-        let [(kind, answer)] = &outcomes[&id][..] else { panic!("{delay} ms: {:?}", outcomes[&id]) };
+        let [(kind, answer)] = &outcomes[&id][..] else {
+            panic!("{delay} ms: {:?}", outcomes[&id])
+        };
         let answered = *kind == FrameType::ResponseOk;
         assert!(answered || answer["error"]["code"] == 5, "{delay} ms: {answer}");
         assert!(answered || !in_time.contains(delay), "{delay} ms: a reply in time is no timeout");
@@ -390,8 +433,11 @@ async fn e2e_3_timeouts_and_late_replies() {
 
 #[tokio::test]
 async fn e2e_4_happy_path() {
-    let number =
-        |text: std::ffi::OsString| text.to_str().and_then(|text| text.parse().ok()).expect("HAPPY is a number");
+    let number = |text: std::ffi::OsString| {
+        text.to_str()
+            .and_then(|text| text.parse().ok())
+            .expect("HAPPY is a number")
+    };
     let happy_ones: usize = std::env::var_os("HAPPY").map_or(HAPPY, number);
     let stage = Stage::start().await;
     let (_router, _worker) = (stage.part("router").await, stage.part("worker").await);
@@ -401,7 +447,10 @@ async fn e2e_4_happy_path() {
         clients.spawn(async move {
             let share = (0..happy_ones).skip(number).step_by(HAPPY_CLIENTS);
             let requests = share.map(|n| happy(client.clone(), format!("happy-{n}"), n / HAPPY_CLIENTS));
-            futures_util::stream::iter(requests).buffer_unordered(HAPPY_AT_ONCE).collect::<Vec<String>>().await
+            futures_util::stream::iter(requests)
+                .buffer_unordered(HAPPY_AT_ONCE)
+                .collect::<Vec<String>>()
+                .await
         });
     }
     let answered: Vec<String> = clients.join_all().await.into_iter().flatten().collect();
@@ -459,7 +508,10 @@ async fn e2e_5_reconnect_storm() {
             continue;
         }
         seen = answers;
-        let ok = outcomes.values().filter(|outcome| outcome[0].0 == FrameType::ResponseOk).count();
+        let ok = outcomes
+            .values()
+            .filter(|outcome| outcome[0].0 == FrameType::ResponseOk)
+            .count();
         let now = if down { outcomes.len() - ok } else { ok };
         in_this_state = if in_this_state == 0 { now } else { in_this_state };
         // Enough of them that the state is felt.
@@ -485,7 +537,9 @@ async fn e2e_5_reconnect_storm() {
     }
     let mut refused = 0;
     for (id, outcome) in &outcomes {
-        let [(kind, answer)] = &outcome[..] else { panic!("request {id} has {} outcomes: {outcome:?}", outcome.len()) };
+        let [(kind, answer)] = &outcome[..] else {
+            panic!("request {id} has {} outcomes: {outcome:?}", outcome.len())
+        };
         let explicit = matches!(answer["error"]["code"].as_u64(), Some(5 | 10 | 11));
         assert!(*kind == FrameType::ResponseOk || explicit, "request {id}: {answer}");
         refused += u64::from(explicit);

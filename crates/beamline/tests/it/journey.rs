@@ -9,20 +9,30 @@ async fn a_program_hands_over_a_task_and_gets_the_answer_in_every_form() {
     let process = Process::start().await;
     assert_eq!(process.run(&["ping"]).await.success().trim(), "pong");
 
-    let decision = process.run(&["submit", "--type", "echo", r#"{"prompt":"hi"}"#]).await.success();
+    let decision = process
+        .run(&["submit", "--type", "echo", r#"{"prompt":"hi"}"#])
+        .await
+        .success();
     let decision: Value = serde_json::from_str(&decision).unwrap();
     assert_eq!(decision["decision"]["provider_id"], "echo", "{decision}");
 
-    let result =
-        process.run(&["submit", "--type", "echo", "--wait", "result", r#"{"prompt":"one two three"}"#]).await.success();
+    let result = process
+        .run(&["submit", "--type", "echo", "--wait", "result", r#"{"prompt":"one two three"}"#])
+        .await
+        .success();
     let result: Value = serde_json::from_str(&result).unwrap();
     assert_eq!(result["status"], "success", "{result}");
 
-    let streamed =
-        process.run(&["submit", "--type", "ops", "--wait", "stream", r#"{"prompt":"help"}"#]).await.success();
+    let streamed = process
+        .run(&["submit", "--type", "ops", "--wait", "stream", r#"{"prompt":"help"}"#])
+        .await
+        .success();
     assert!(streamed.contains("status") && streamed.contains("nodes"), "{streamed}");
 
-    let whole = process.run(&["submit", "--type", "echo", "--wait", "stream", r#"{"number":7}"#]).await.success();
+    let whole = process
+        .run(&["submit", "--type", "echo", "--wait", "stream", r#"{"number":7}"#])
+        .await
+        .success();
     let whole: Value = serde_json::from_str(&whole).expect("a provider that streams nothing has an output");
     assert_eq!(whole["params"]["number"], 7, "{whole}");
 
@@ -43,11 +53,15 @@ async fn an_answer_streams_to_everyone_in_the_room() {
         people.push(client);
     }
     let room = first_room(&mut people[0]).await;
-    let sent =
-        people[0].rpc("chat.send", json!({"room": room, "text": "@assistant help", "nonce": "n1"})).await.unwrap();
+    let sent = people[0]
+        .rpc("chat.send", json!({"room": room, "text": "@assistant help", "nonce": "n1"}))
+        .await
+        .unwrap();
     assert_eq!(sent["message"]["user"], "ann", "{sent}");
-    let again =
-        people[0].rpc("chat.send", json!({"room": room, "text": "@assistant help", "nonce": "n1"})).await.unwrap();
+    let again = people[0]
+        .rpc("chat.send", json!({"room": room, "text": "@assistant help", "nonce": "n1"}))
+        .await
+        .unwrap();
     assert_eq!(again["message"]["id"], sent["message"]["id"], "the same nonce is the same message");
 
     for client in &mut people {
@@ -63,7 +77,12 @@ async fn an_answer_streams_to_everyone_in_the_room() {
         assert!(text.contains("status"), "{text}");
     }
     let history = people[1].rpc("chat.history", json!({"room": room})).await.unwrap();
-    let texts: Vec<_> = history["messages"].as_array().unwrap().iter().map(|m| m["user"].as_str().unwrap()).collect();
+    let texts: Vec<_> = history["messages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["user"].as_str().unwrap())
+        .collect();
     assert_eq!(texts, ["ann", "assistant"]);
 }
 
@@ -79,7 +98,10 @@ async fn health_readiness_and_metrics_tell_the_truth() {
         let (status, body) = get(&url).await;
         assert_eq!(status, 200, "{url}: {body}");
     }
-    process.run(&["submit", "--type", "echo", "--wait", "result", "{}"]).await.success();
+    process
+        .run(&["submit", "--type", "echo", "--wait", "result", "{}"])
+        .await
+        .success();
     for url in [format!("http://{}/metrics", process.http()), format!("http://{}/metrics", process.ops())] {
         let (_, body) = get(&url).await;
         for name in ["beamline_gateway_", "beamline_router_", "beamline_worker_", "beamline_cluster_"] {
@@ -91,9 +113,15 @@ async fn health_readiness_and_metrics_tell_the_truth() {
 #[tokio::test]
 async fn one_trace_id_joins_the_lines_of_gateway_router_and_worker() {
     let process = Process::start_with(&["--log-format", "json"]).await;
-    process.run(&["submit", "--type", "echo", "--wait", "result", "{}"]).await.success();
+    process
+        .run(&["submit", "--type", "echo", "--wait", "result", "{}"])
+        .await
+        .success();
     let log = std::fs::read_to_string(process.dir.path().join("log")).unwrap();
-    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).expect("every line is JSON")).collect();
+    let lines: Vec<Value> = log
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("every line is JSON"))
+        .collect();
     let of = |part: &str| {
         let line = lines
             .iter()

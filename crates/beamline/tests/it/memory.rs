@@ -31,7 +31,9 @@ impl Stage {
     /// The gateway with these settings of its own, and a router that gives large decisions to who asks for them.
     async fn start(settings: &str) -> Self {
         let nats = NatsServer::start().await;
-        let bus = Nats::connect(NatsConfig { url: nats.url(), ..NatsConfig::default() }).await.unwrap();
+        let bus = Nats::connect(NatsConfig { url: nats.url(), ..NatsConfig::default() })
+            .await
+            .unwrap();
         let responder = responder(bus).await;
         let url = nats.url();
         let settings = format!("roles = \"gateway\"\n[nats]\nurl = \"{url}\"\n[gateway]\n{settings}");
@@ -58,8 +60,13 @@ impl Stage {
     async fn metric(&self, name: &str) -> f64 {
         let (status, metrics) = crate::journey::get(&format!("http://{}/metrics", self.gateway.ops())).await;
         assert_eq!(status, 200);
-        let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        value.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
+        let value = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value
+            .unwrap_or_else(|| panic!("no {name} in {metrics}"))
+            .parse()
+            .unwrap()
     }
 }
 
@@ -73,10 +80,16 @@ async fn responder(bus: Bus) -> JoinSet<()> {
             if request["task"]["type"] == "never" {
                 continue;
             }
-            let blob = if request["task"]["type"] == "large" { "x".repeat(LARGE) } else { String::new() };
+            let blob = if request["task"]["type"] == "large" {
+                "x".repeat(LARGE)
+            } else {
+                String::new()
+            };
             let answer = json!({"ok": true, "decision": {"blob": blob}, "context": {}});
             let subject = message.reply.unwrap();
-            bus.publish(Message { subject, payload: answer.to_string().into(), ..Message::default() }).await.unwrap();
+            bus.publish(Message { subject, payload: answer.to_string().into(), ..Message::default() })
+                .await
+                .unwrap();
         }
     });
     running

@@ -83,7 +83,11 @@ impl Process {
 
     /// Its exit code.
     pub async fn ended(&mut self) -> Option<i32> {
-        tokio::time::timeout(PATIENCE, self.child.wait()).await.expect("the process ends").unwrap().code()
+        tokio::time::timeout(PATIENCE, self.child.wait())
+            .await
+            .expect("the process ends")
+            .unwrap()
+            .code()
     }
 
     /// Runs another subcommand on this process's data directory and socket.
@@ -109,7 +113,10 @@ impl Output {
 /// Runs the binary to its end in `dir`.
 pub async fn run_in(dir: &Path, args: &[&str]) -> Output {
     let output = command(dir).args(args).output();
-    let output = tokio::time::timeout(PATIENCE, output).await.expect("the command ends").unwrap();
+    let output = tokio::time::timeout(PATIENCE, output)
+        .await
+        .expect("the command ends")
+        .unwrap();
     Output {
         code: output.status.code(),
         stdout: String::from_utf8(output.stdout).unwrap(),
@@ -130,12 +137,17 @@ impl Manager {
     pub fn spawn(self, dir: &Path) -> Child {
         const SHELL: &str = "exec 3<&0 </dev/null; export LISTEN_PID=$$; exec \"$@\"";
         let Some((name, given)) = self.given else {
-            return up(command(dir), dir, "127.0.0.1:0", &[]).envs(self.environment).spawn().unwrap();
+            return up(command(dir), dir, "127.0.0.1:0", &[])
+                .envs(self.environment)
+                .spawn()
+                .unwrap();
         };
         let mut shell = surroundings(Command::new("/bin/sh"), dir);
         shell.args(["-c", SHELL, "sh", env!("CARGO_BIN_EXE_beamline")]);
         let mut up = up(shell, dir, "127.0.0.1:0", &[]);
-        up.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", name).envs(self.environment);
+        up.env("LISTEN_FDS", "1")
+            .env("LISTEN_FDNAMES", name)
+            .envs(self.environment);
         up.stdin(Stdio::from(given)).spawn().unwrap()
     }
 }
@@ -159,9 +171,18 @@ fn command(dir: &Path) -> Command {
 }
 
 fn surroundings(mut command: Command, dir: &Path) -> Command {
-    command.current_dir(dir).env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin");
-    command.env("BEAMLINE_DATA_DIR", "data").env("IPC_SOCKET_PATH", dir.join("s"));
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    command
+        .current_dir(dir)
+        .env_clear()
+        .env("PATH", "/usr/local/bin:/usr/bin:/bin");
+    command
+        .env("BEAMLINE_DATA_DIR", "data")
+        .env("IPC_SOCKET_PATH", dir.join("s"));
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
     command
 }
 
@@ -171,8 +192,15 @@ pub fn spawn(dir: &Path, http: &str, extra: &[String]) -> Child {
 }
 
 fn up(mut command: Command, dir: &Path, http: &str, extra: &[String]) -> Command {
-    let log = std::fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
-    command.args(["up", "--http", http, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]).args(extra).stderr(log);
+    let log = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(dir.join("log"))
+        .unwrap();
+    command
+        .args(["up", "--http", http, "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"])
+        .args(extra)
+        .stderr(log);
     command
 }
 

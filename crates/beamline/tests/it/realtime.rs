@@ -38,7 +38,10 @@ impl Client {
         self.next_id += 1;
         let id = self.next_id;
         let text = json!({"id": id, command: body}).to_string();
-        self.socket.send(Message::text(text)).await.map_err(|e| Failed(e.to_string()))?;
+        self.socket
+            .send(Message::text(text))
+            .await
+            .map_err(|e| Failed(e.to_string()))?;
         loop {
             let reply = self.receive().await?;
             if reply["id"] == id {
@@ -81,7 +84,10 @@ impl Client {
                     let first: Value = replies.next().unwrap();
                     let rest: Vec<Value> = replies.collect();
                     if first == json!({}) && rest.is_empty() {
-                        self.socket.send(Message::text("{}")).await.map_err(|e| Failed(e.to_string()))?;
+                        self.socket
+                            .send(Message::text("{}"))
+                            .await
+                            .map_err(|e| Failed(e.to_string()))?;
                         continue;
                     }
                     self.unread.extend(rest);

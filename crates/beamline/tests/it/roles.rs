@@ -46,7 +46,10 @@ async fn a_cluster_alone_is_a_real_time_server() {
 async fn gateway_router_and_worker_alone_do_tasks() {
     let process = Process::start_with(&["--roles", "gateway,router,worker"]).await;
     assert_eq!(get(&format!("http://{}/ready", process.http())).await.0, 200);
-    let result = process.run(&["submit", "--type", "echo", "--wait", "result", r#"{"prompt":"hi"}"#]).await.success();
+    let result = process
+        .run(&["submit", "--type", "echo", "--wait", "result", r#"{"prompt":"hi"}"#])
+        .await
+        .success();
     assert_eq!(serde_json::from_str::<Value>(&result).unwrap()["output"]["text"], "hi", "{result}");
     let key = process.run(&["api-key"]).await.success();
     let decide = json!({"version": "1", "request_id": "r-1", "tenant_id": "default",
@@ -64,8 +67,14 @@ async fn people_are_answered_without_a_gateway() {
     let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
     let rooms = client.rpc("chat.rooms", json!({})).await.unwrap();
     let room = rooms["rooms"][0]["id"].as_str().unwrap().to_string();
-    client.call("subscribe", json!({"channel": format!("chat:{room}")})).await.unwrap();
-    client.rpc("chat.send", json!({"room": room, "text": "@assistant help", "nonce": "n1"})).await.unwrap();
+    client
+        .call("subscribe", json!({"channel": format!("chat:{room}")}))
+        .await
+        .unwrap();
+    client
+        .rpc("chat.send", json!({"room": room, "text": "@assistant help", "nonce": "n1"}))
+        .await
+        .unwrap();
     let answered = |push: &Value| {
         push["pub"]["data"]["message"]["state"] == "done" && push["pub"]["data"]["message"]["user"] == "assistant"
     };

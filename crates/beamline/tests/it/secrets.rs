@@ -30,7 +30,10 @@ async fn a_program_sees_only_the_variables_that_the_settings_list() {
         variable("AWS_SECRET_ACCESS_KEY", "another"),
     ];
     let process = start(settings, environment).await;
-    let result = process.run(&["submit", "--type", "echo", "--wait", "result", "{}"]).await.success();
+    let result = process
+        .run(&["submit", "--type", "echo", "--wait", "result", "{}"])
+        .await
+        .success();
     let result: Value = serde_json::from_str(&result).unwrap();
     let seen: BTreeSet<&str> = result["output"]["text"].as_str().unwrap().lines().collect();
     let request = format!("BEAMLINE_REQUEST_ID={}", result["request_id"].as_str().unwrap());
@@ -97,7 +100,10 @@ async fn what_users_write_stays_out_of_the_log() {
     let decide = json!({"version": "1", "request_id": "r", "tenant_id": "default", "task": {"type": "x", "payload": {}},
         "deadline": SECRET});
     let answer = crate::process::post(process.http(), "/api/v1/routes/decide", key.trim(), &decide.to_string()).await;
-    assert!(answer.contains("SCHEMA_VALIDATION_FAILED") && answer.contains(SECRET), "who asked is told: {answer}");
+    assert!(
+        answer.contains("SCHEMA_VALIDATION_FAILED") && answer.contains(SECRET),
+        "who asked is told: {answer}"
+    );
 
     let log = process.log();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains(SECRET)).collect();

@@ -34,7 +34,9 @@ async fn a_connection_made_before_the_start_is_served_and_the_socket_stays() {
     process.signal(Signal::SIGTERM);
     assert_eq!(process.ended().await, Some(0));
     assert_eq!(std::fs::metadata(&path).unwrap().ino(), inode, "its file is the service manager's");
-    UnixStream::connect(&path).await.expect("who comes now waits for the next start");
+    UnixStream::connect(&path)
+        .await
+        .expect("who comes now waits for the next start");
 }
 
 #[tokio::test]
@@ -49,11 +51,18 @@ async fn the_http_port_is_taken_over_by_its_name() {
 
 #[tokio::test]
 async fn a_socket_of_another_kind_is_refused() {
-    let unix = |dir: &Path| -> OwnedFd { std::os::unix::net::UnixListener::bind(dir.join("given")).unwrap().into() };
+    let unix = |dir: &Path| -> OwnedFd {
+        std::os::unix::net::UnixListener::bind(dir.join("given"))
+            .unwrap()
+            .into()
+    };
     let tcp = |_: &Path| -> OwnedFd { std::net::TcpListener::bind("127.0.0.1:0").unwrap().into() };
     let file = |dir: &Path| -> OwnedFd { std::fs::File::create(dir.join("given")).unwrap().into() };
-    let datagrams =
-        |dir: &Path| -> OwnedFd { std::os::unix::net::UnixDatagram::bind(dir.join("given")).unwrap().into() };
+    let datagrams = |dir: &Path| -> OwnedFd {
+        std::os::unix::net::UnixDatagram::bind(dir.join("given"))
+            .unwrap()
+            .into()
+    };
     let connected = |_: &Path| -> OwnedFd { std::os::unix::net::UnixStream::pair().unwrap().0.into() };
     let cases: [(&str, &dyn Fn(&Path) -> OwnedFd, &str); 6] = [
         ("gateway", &tcp, "not a valid unix stream socket"),
@@ -66,7 +75,10 @@ async fn a_socket_of_another_kind_is_refused() {
     for (name, make, expected) in cases {
         let dir = tempfile::tempdir().unwrap();
         let mut child = Manager { given: Some((name, make(dir.path()))), ..Manager::default() }.spawn(dir.path());
-        let ended = tokio::time::timeout(PATIENCE, child.wait()).await.expect("it ends").unwrap();
+        let ended = tokio::time::timeout(PATIENCE, child.wait())
+            .await
+            .expect("it ends")
+            .unwrap();
         let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
         assert_eq!(ended.code(), Some(1), "{name}: {log}");
         assert!(log.contains(expected) && log.contains(name), "{name}: {log}");
@@ -94,7 +106,9 @@ impl Ear {
                 }
             }
         };
-        tokio::time::timeout(PATIENCE, heard).await.unwrap_or_else(|_| panic!("{expected} was not said"))
+        tokio::time::timeout(PATIENCE, heard)
+            .await
+            .unwrap_or_else(|_| panic!("{expected} was not said"))
     }
 
     /// What is there to be heard now.
@@ -139,7 +153,13 @@ async fn the_watchdog_is_told_only_while_the_gateway_answers() {
     let [socket, aside] = [process.socket(), process.dir.path().join("aside")];
     std::fs::rename(&socket, &aside).unwrap();
     let deaf = UnixListener::bind(&socket).unwrap();
-    let asked = async || tokio::time::timeout(PATIENCE, deaf.accept()).await.expect("it asks").unwrap().0;
+    let asked = async || {
+        tokio::time::timeout(PATIENCE, deaf.accept())
+            .await
+            .expect("it asks")
+            .unwrap()
+            .0
+    };
     let mut questions = vec![asked().await];
     // Said before it asked the deaf one.
     ear.now();
@@ -170,7 +190,10 @@ async fn sighup_changes_limits_while_connections_are_open() {
     assert!(matches!(second.ping().await, Err(client::Error::Refused(_) | client::Error::Closed)));
     client.ping().await.unwrap();
     let log = process.log();
-    let named = log.lines().find(|line| line.contains("needs a restart")).unwrap_or_else(|| panic!("{log}"));
+    let named = log
+        .lines()
+        .find(|line| line.contains("needs a restart"))
+        .unwrap_or_else(|| panic!("{log}"));
     // The address is a flag of this process, which the file does not change.
     assert!(
         named.contains("worker.slots") && !named.contains("http.listen") && !named.contains("max_in_flight"),
@@ -189,7 +212,12 @@ async fn sighup_changes_limits_while_connections_are_open() {
 
     reload(&process, "[gateway]\nmax_connections = 3\n[log]\nlevel = \"debug\"\n", "done", 2).await;
     assert_eq!(limits().await.max_in_flight, 1000, "what is no longer set has its default");
-    client::Client::connect(&process.socket()).await.unwrap().ping().await.unwrap();
+    client::Client::connect(&process.socket())
+        .await
+        .unwrap()
+        .ping()
+        .await
+        .unwrap();
     assert_eq!(mode(&process), 0o600);
     eventually(PATIENCE, async || process.log().contains("IPC connection ended")).await;
 }
@@ -214,7 +242,13 @@ async fn reload(process: &Process, settings: &str, outcome: &str, times: u32) {
     std::fs::write(process.dir.path().join("beamline.toml"), settings).unwrap();
     process.signal(Signal::SIGHUP);
     let line = format!("beamline_reloads_total{{outcome=\"{outcome}\"}} {times}");
-    eventually(PATIENCE, async || get(&format!("http://{}/metrics", process.ops())).await.1.contains(&line)).await;
+    eventually(PATIENCE, async || {
+        get(&format!("http://{}/metrics", process.ops()))
+            .await
+            .1
+            .contains(&line)
+    })
+    .await;
 }
 
 async fn decide(process: &Process, key: &str) -> u16 {

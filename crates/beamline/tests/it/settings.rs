@@ -70,7 +70,9 @@ async fn sigterm_and_ctrl_c_drain_and_exit_0() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let mut process = Process::start().await;
         let token = process.run(&["token", "--user", "ann"]).await.success();
-        let mut client = crate::realtime::Client::connect(process.http(), token.trim()).await.unwrap();
+        let mut client = crate::realtime::Client::connect(process.http(), token.trim())
+            .await
+            .unwrap();
         process.signal(signal);
         let end = client.push(|_| false).await.unwrap_err();
         assert!(end.0.contains("3001"), "a client is told of the shutdown: {end:?}");
@@ -97,7 +99,10 @@ async fn a_start_that_waits_for_a_server_can_be_ended() {
     let (_connection, _) = silent.accept().await.unwrap();
     let pid = nix::unistd::Pid::from_raw(starting.id().unwrap().cast_signed());
     nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
-    let ended = tokio::time::timeout(Duration::from_secs(10), starting.wait()).await.expect("it ends").unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(10), starting.wait())
+        .await
+        .expect("it ends")
+        .unwrap();
     assert_eq!(ended.code(), Some(0));
     assert!(!dir.path().join("s").exists(), "nothing is left behind");
 }
@@ -114,7 +119,11 @@ async fn a_sqlite_url_is_relative_to_the_working_directory_and_makes_its_file() 
     let args = ["up", "--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
     let output = run_in(dir.path(), &[&args[..], &["--database-url", "sqlite://no/such/people.db"]].concat()).await;
     assert_eq!(output.code, Some(1));
-    assert!(output.stderr.contains("no/such/people.db") && output.stderr.contains("directory"), "{}", output.stderr);
+    assert!(
+        output.stderr.contains("no/such/people.db") && output.stderr.contains("directory"),
+        "{}",
+        output.stderr
+    );
     assert!(!dir.path().join("no").exists(), "a directory is not made");
 }
 

@@ -70,7 +70,10 @@ async fn a_gateway_that_dies_fails_the_soak() {
     let kill = async {
         let requests = || async {
             let (_, metrics) = crate::journey::get(&format!("http://{}/metrics", process.ops())).await;
-            let line = metrics.lines().find(|line| line.starts_with("beamline_gateway_requests_total")).unwrap_or("0");
+            let line = metrics
+                .lines()
+                .find(|line| line.starts_with("beamline_gateway_requests_total"))
+                .unwrap_or("0");
             line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() > 0.0
         };
         testkit::eventually(std::time::Duration::from_secs(10), requests).await;

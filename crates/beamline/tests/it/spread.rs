@@ -14,7 +14,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 async fn follow(process: &Process, user: &str) -> Client {
     let token = process.run(&["token", "--user", user]).await.success();
     let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
-    client.call("subscribe", json!({"channel": "chat:general"})).await.unwrap();
+    client
+        .call("subscribe", json!({"channel": "chat:general"}))
+        .await
+        .unwrap();
     client
 }
 
@@ -36,7 +39,10 @@ async fn parts_on_their_own_meet_on_nats_and_redis() {
     let near = part("cluster,webapp").await;
     let far = part("cluster").await;
 
-    let result = gateway.run(&["submit", "--type", "echo", "--wait", "result", r#"{"n":1}"#]).await.success();
+    let result = gateway
+        .run(&["submit", "--type", "echo", "--wait", "result", r#"{"n":1}"#])
+        .await
+        .success();
     assert_eq!(serde_json::from_str::<Value>(&result).unwrap()["status"], "success");
 
     let (mut ann, mut bob) = (follow(&near, "ann").await, follow(&far, "bob").await);
@@ -47,12 +53,18 @@ async fn parts_on_their_own_meet_on_nats_and_redis() {
     }
 
     nats.kill();
-    let down = gateway.run(&["submit", "--type", "echo", "--timeout", "20s", "{}"]).await;
+    let down = gateway
+        .run(&["submit", "--type", "echo", "--timeout", "20s", "{}"])
+        .await;
     assert_eq!(down.code, Some(1), "an error, not silence: {}", down.stdout);
     eventually(PATIENCE, async || crate::journey::get(&format!("http://{}/ready", near.http())).await.0 == 503).await;
     nats.restart().await;
     eventually(PATIENCE, async || {
-        gateway.run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "10s", "{}"]).await.code == Some(0)
+        gateway
+            .run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "10s", "{}"])
+            .await
+            .code
+            == Some(0)
     })
     .await;
     eventually(PATIENCE, async || crate::journey::get(&format!("http://{}/ready", near.http())).await.0 == 200).await;
@@ -78,7 +90,11 @@ async fn certificates_for_nats_come_from_settings_and_anew_at_sighup() {
         authority.certificate()
     ))
     .await;
-    let metrics = async || crate::journey::get(&format!("http://{}/metrics", process.ops())).await.1;
+    let metrics = async || {
+        crate::journey::get(&format!("http://{}/metrics", process.ops()))
+            .await
+            .1
+    };
     let reloaded = async |outcome: &str| {
         process.signal(Signal::SIGHUP);
         let line = format!("beamline_reloads_total{{outcome=\"{outcome}\"}} 1");
@@ -101,7 +117,9 @@ async fn certificates_for_nats_come_from_settings_and_anew_at_sighup() {
 async fn a_drain_tells_who_waits_in_vain_and_waits_for_nobody_who_does_not_read() {
     let nats = NatsServer::start().await;
     let url = nats.url();
-    let bus = Nats::connect(NatsConfig { url: url.clone(), ..NatsConfig::default() }).await.unwrap();
+    let bus = Nats::connect(NatsConfig { url: url.clone(), ..NatsConfig::default() })
+        .await
+        .unwrap();
     // It is there, and never answers.
     let mut router = bus.subscribe(wire::subjects::DECIDE, None, 8).await.unwrap();
     let settings = format!("roles = \"gateway\"\n[nats]\nurl = \"{url}\"\n[shutdown]\ndeadline = \"2s\"\n");
@@ -113,10 +131,15 @@ async fn a_drain_tells_who_waits_in_vain_and_waits_for_nobody_who_does_not_read(
     // Asks for more than the socket holds, and reads nothing of it.
     let mut deaf = tokio::net::UnixStream::connect(process.socket()).await.unwrap();
     let question = [0, 0, 0, 6, 1, 0xf2].repeat(1000);
-    while tokio::time::timeout(Duration::from_millis(500), deaf.write_all(&question)).await.is_ok() {}
+    while tokio::time::timeout(Duration::from_millis(500), deaf.write_all(&question))
+        .await
+        .is_ok()
+    {}
 
     process.signal(Signal::SIGTERM);
-    let client::Error::Refused(told) = waiting.await.unwrap().unwrap_err() else { panic!("it is told") };
+    let client::Error::Refused(told) = waiting.await.unwrap().unwrap_err() else {
+        panic!("it is told")
+    };
     assert_eq!(told.error.code, 6, "{told:?}");
     assert_eq!(process.ended().await, Some(0), "{}", process.log());
 }

@@ -42,7 +42,9 @@ async fn pump(
         tokio::pin!(notified);
         notified.as_mut().enable();
 
-        let Some(mut permits) = reserve(&sender, &in_hand, &cancel).await else { return };
+        let Some(mut permits) = reserve(&sender, &in_hand, &cancel).await else {
+            return;
+        };
         let room = permits.num_permits();
         let idle = match store.claim(&consumer, room).await {
             Ok(claim) => {
@@ -59,7 +61,9 @@ async fn pump(
                         sequence: claimed.sequence,
                         stored_ms: claimed.stored_ms,
                         acker,
-                        _place: permits.split(1).expect("the claim is no larger than the number of permits"),
+                        _place: permits
+                            .split(1)
+                            .expect("the claim is no larger than the number of permits"),
                     };
 
                     // The consumer was dropped: release the rest of the claim to other consumers at once.
@@ -68,7 +72,11 @@ async fn pump(
                     }
                 }
                 // A full claim means that more messages may be available.
-                if more { Duration::ZERO } else { claim.next.unwrap_or(IDLE_MAX).min(IDLE_MAX) }
+                if more {
+                    Duration::ZERO
+                } else {
+                    claim.next.unwrap_or(IDLE_MAX).min(IDLE_MAX)
+                }
             }
             Err(error) => {
                 tracing::error!(%error, stream = consumer.config.stream, "cannot claim messages from the stream; retrying");
@@ -103,7 +111,10 @@ async fn reserve(
 
     let more = in_hand.available_permits().min(sender.capacity().saturating_sub(1));
     // Only this pump acquires permits, so those that were available still are.
-    if let Ok(rest) = in_hand.clone().try_acquire_many_owned(u32::try_from(more).unwrap_or(u32::MAX)) {
+    if let Ok(rest) = in_hand
+        .clone()
+        .try_acquire_many_owned(u32::try_from(more).unwrap_or(u32::MAX))
+    {
         permits.merge(rest);
     }
     Some(permits)

@@ -212,8 +212,15 @@ impl From<PlaceRecord> for Place {
 
 impl Stored {
     pub fn of(message: &Message) -> Self {
-        let headers = message.headers.iter().flat_map(|(name, value)| [name.to_string(), value.to_string()]);
-        Self { subject: message.subject.to_string(), headers: headers.collect(), payload: message.payload.clone() }
+        let headers = message
+            .headers
+            .iter()
+            .flat_map(|(name, value)| [name.to_string(), value.to_string()]);
+        Self {
+            subject: message.subject.to_string(),
+            headers: headers.collect(),
+            payload: message.payload.clone(),
+        }
     }
 
     pub fn into_message(self) -> Message {
@@ -222,7 +229,12 @@ impl Stored {
         while let (Some(name), Some(value)) = (texts.next(), texts.next()) {
             headers.insert(name, value);
         }
-        Message { subject: self.subject.into(), reply: None, headers, payload: self.payload }
+        Message {
+            subject: self.subject.into(),
+            reply: None,
+            headers,
+            payload: self.payload,
+        }
     }
 }
 

@@ -159,19 +159,27 @@ impl State {
             sequence,
             stored_ms: now_ms,
             subject: message.subject.to_string(),
-            id_hash: id.map(|id| Bytes::copy_from_slice(&id.to_be_bytes())).unwrap_or_default(),
+            id_hash: id
+                .map(|id| Bytes::copy_from_slice(&id.to_be_bytes()))
+                .unwrap_or_default(),
             place: None,
         };
         let place = group.push_with(Kind::Message(record), &stored);
         if let Some(id) = id {
             stream.seen.insert(id, sequence, now_ms);
         }
-        for consumer in stream.consumers.values_mut().filter(|consumer| consumer.wants(&message.subject)) {
+        for consumer in stream
+            .consumers
+            .values_mut()
+            .filter(|consumer| consumer.wants(&message.subject))
+        {
             consumer.pending += 1;
         }
         let subject = stream.interned(&message.subject);
         stream.bytes += u64::from(place.len);
-        stream.messages.insert(sequence, StoredAt { place, stored_ms: now_ms, subject });
+        stream
+            .messages
+            .insert(sequence, StoredAt { place, stored_ms: now_ms, subject });
         self.rows.hold(place);
         Ok(Appended { sequence, duplicate: false })
     }
@@ -193,7 +201,10 @@ impl State {
                 delivered: Vec::new(),
             }));
         }
-        let consumer = stream.consumers.entry(config.name.clone()).or_insert_with(|| Consumer::new(next));
+        let consumer = stream
+            .consumers
+            .entry(config.name.clone())
+            .or_insert_with(|| Consumer::new(next));
         consumer.filter = config.filter.clone();
         consumer.count_pending(&stream.messages);
         Ok(())
@@ -208,7 +219,10 @@ impl State {
         max: usize,
         clock_ms: u64,
     ) -> Result<(Vec<Claimed>, Option<u64>)> {
-        let stream = self.streams.get_mut(config.stream).ok_or_else(|| Error::NoStream(config.stream.into()))?;
+        let stream = self
+            .streams
+            .get_mut(config.stream)
+            .ok_or_else(|| Error::NoStream(config.stream.into()))?;
         let consumer = stream.consumers.get_mut(&config.name).ok_or_else(|| unknown(config))?;
         let claimed = consumer.claim(group, config, &stream.messages, stream.last, max, clock_ms);
         Ok((claimed, consumer.next_due(clock_ms)))
@@ -240,7 +254,11 @@ impl State {
         Ok(StreamInfo {
             messages: stream.messages.len() as u64,
             bytes: stream.bytes,
-            consumers: stream.consumers.iter().map(|(name, consumer)| (name.clone(), consumer.pending)).collect(),
+            consumers: stream
+                .consumers
+                .iter()
+                .map(|(name, consumer)| (name.clone(), consumer.pending))
+                .collect(),
         })
     }
 
@@ -272,7 +290,13 @@ impl State {
         }
         self.revision += 1;
         let revision = self.revision;
-        let record = EntryRecord { bucket: bucket.into(), key: key.into(), revision, at_ms: now_ms, place: None };
+        let record = EntryRecord {
+            bucket: bucket.into(),
+            key: key.into(),
+            revision,
+            at_ms: now_ms,
+            place: None,
+        };
         let place = group.push_bytes(Kind::Entry(record), value);
         self.rows.hold(place);
         let entry = Entry { place, revision, at_ms: now_ms };
@@ -311,7 +335,10 @@ impl State {
     /// Notes how far consumers have got since the last time.
     pub fn flush_cursors(&mut self, group: &mut Group) {
         for (name, stream) in &mut self.streams {
-            stream.consumers.iter_mut().for_each(|(consumer, state)| state.flush_cursor(group, name, consumer));
+            stream
+                .consumers
+                .iter_mut()
+                .for_each(|(consumer, state)| state.flush_cursor(group, name, consumer));
         }
     }
 
@@ -383,7 +410,11 @@ impl Stream {
     fn drop_old(&mut self, now_ms: u64) -> Vec<(u64, Place)> {
         let Some(config) = &self.config else { return Vec::new() };
         let oldest_ms = now_ms.saturating_sub(millis(config.max_age));
-        let max_bytes = if config.retention == Retention::Limits { config.max_bytes } else { u64::MAX };
+        let max_bytes = if config.retention == Retention::Limits {
+            config.max_bytes
+        } else {
+            u64::MAX
+        };
 
         let mut dropped = Vec::new();
         while let Some((sequence, message)) = self.messages.first_key_value()

@@ -99,7 +99,9 @@ impl Store {
         let shared = Arc::new(Shared::default());
         let engine = Engine::open(path, durability, shared.clone())?;
         let (operations, queue) = mpsc::channel(QUEUE_MAX);
-        let spawned = std::thread::Builder::new().name("bus".into()).spawn(move || engine.run(queue));
+        let spawned = std::thread::Builder::new()
+            .name("bus".into())
+            .spawn(move || engine.run(queue));
         spawned.map_err(|error| Error::Storage(format!("cannot start the bus's thread: {error}")))?;
         Ok(Self { operations, streams: RwLock::default(), shared, opened: Instant::now() })
     }
@@ -149,7 +151,9 @@ impl Store {
         })
         .await?;
         let mut streams = self.streams.write();
-        let work = streams.get(name).map_or_else(Default::default, |known| known.work.clone());
+        let work = streams
+            .get(name)
+            .map_or_else(Default::default, |known| known.work.clone());
         streams.insert(name, Arc::new(Stream { subjects, work }));
         Ok(())
     }
@@ -158,8 +162,9 @@ impl Store {
         let (name, work) = self.stream_of(&message.subject)?;
         let (message, msg_id) = (message.clone(), msg_id.map(String::from));
         let now = now_ms();
-        let appended =
-            self.run(move |state, group| state.append(group, name, &message, msg_id.as_deref(), now)).await?;
+        let appended = self
+            .run(move |state, group| state.append(group, name, &message, msg_id.as_deref(), now))
+            .await?;
         work.notify_waiters();
         Ok(appended)
     }
@@ -168,12 +173,19 @@ impl Store {
         let streams = self.streams.read();
         let takes = |stream: &Stream| stream.subjects.iter().any(|pattern| matches(pattern, subject));
         let found = streams.iter().find(|(_, stream)| takes(stream));
-        found.map(|(name, stream)| (*name, stream.work.clone())).ok_or_else(|| Error::NoStream(subject.into()))
+        found
+            .map(|(name, stream)| (*name, stream.work.clone()))
+            .ok_or_else(|| Error::NoStream(subject.into()))
     }
 
     pub async fn consumer(&self, config: &ConsumerConfig) -> Result<ConsumerHandle> {
         let missing = || Error::NoStream(config.stream.into());
-        let work = self.streams.read().get(config.stream).map(|stream| stream.work.clone()).ok_or_else(missing)?;
+        let work = self
+            .streams
+            .read()
+            .get(config.stream)
+            .map(|stream| stream.work.clone())
+            .ok_or_else(missing)?;
         let config = Arc::new(config.clone());
         let made = config.clone();
         self.run(move |state, group| state.consumer(group, &made)).await?;
@@ -199,13 +211,17 @@ impl Store {
             })
             .await?;
         self.shared.unflushed.fetch_or(!messages.is_empty(), Relaxed);
-        Ok(Claim { messages, next: next.map(|at| Duration::from_millis(at.saturating_sub(self.clock_ms()).max(1))) })
+        Ok(Claim {
+            messages,
+            next: next.map(|at| Duration::from_millis(at.saturating_sub(self.clock_ms()).max(1))),
+        })
     }
 
     pub async fn settle(&self, consumer: &ConsumerHandle, sequence: u64, outcome: Outcome) -> Result<()> {
         let config = consumer.config.clone();
         let now = self.clock_ms();
-        self.run(move |state, group| state.settle(group, &config, sequence, outcome, now)).await?;
+        self.run(move |state, group| state.settle(group, &config, sequence, outcome, now))
+            .await?;
         consumer.work.notify_waiters();
         Ok(())
     }
@@ -229,7 +245,8 @@ impl Store {
     pub async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
         let (bucket, key) = (bucket.to_string(), key.to_string());
         let now = now_ms();
-        self.run(move |state, group| state.kv_put(group, &bucket, &key, &value, expected, now)).await
+        self.run(move |state, group| state.kv_put(group, &bucket, &key, &value, expected, now))
+            .await
     }
 
     pub async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
@@ -237,7 +254,11 @@ impl Store {
         let now = now_ms();
         self.run_then(
             move |state, _| state.kv_get(&bucket, &key, now),
-            |found, values| found.map(|(place, revision)| Ok((values.get(place)?, revision))).transpose(),
+            |found, values| {
+                found
+                    .map(|(place, revision)| Ok((values.get(place)?, revision)))
+                    .transpose()
+            },
         )
         .await
     }
@@ -251,7 +272,8 @@ impl Store {
     pub async fn prune(&self) -> Result<()> {
         let now = now_ms();
         while self.run(move |state, group| Ok(state.prune(group, now))).await? {}
-        self.run_then(|_, _| Ok(()), |(), values| Ok(values.log.give_back(FREE_PAGES_KEPT, PAGES_GIVEN_BACK)?)).await
+        self.run_then(|_, _| Ok(()), |(), values| Ok(values.log.give_back(FREE_PAGES_KEPT, PAGES_GIVEN_BACK)?))
+            .await
     }
 
     /// Notes in the log how far consumers have got, if that has changed: so that what a crash interrupts counts as delivered.
@@ -293,7 +315,10 @@ impl Values {
     }
 
     fn get(&self, place: Place) -> Result<Bytes> {
-        let index = place.row.checked_sub(self.first).and_then(|index| usize::try_from(index).ok());
+        let index = place
+            .row
+            .checked_sub(self.first)
+            .and_then(|index| usize::try_from(index).ok());
         if let Some(group) = index.and_then(|index| self.recent.get(index)) {
             let start = place.offset as usize;
             return Ok(group.slice(start..start + place.len as usize));
@@ -394,7 +419,10 @@ impl Engine {
         let newest = values.log.snapshot_since();
         compact(&mut self.state, values, &mut group, newest)?;
         let drop_rows = self.state.take_dead_rows(newest, DROPPED_ROWS_MAX);
-        let part = self.snapshot.take().map(|cursor| self.state.snapshot_part(cursor, PART_BYTES));
+        let part = self
+            .snapshot
+            .take()
+            .map(|cursor| self.state.snapshot_part(cursor, PART_BYTES));
 
         let (row, bytes) = (group.row(), group.into_bytes());
         let last = part.as_ref().is_some_and(|(_, cursor)| *cursor == Cursor::Done);
@@ -463,7 +491,9 @@ fn load(path: &Path, durability: Durability) -> Result<(Values, State)> {
 
 /// Moves what lives in one sparse row to the group.
 fn compact(state: &mut State, values: &Values, group: &mut Group, newest: u64) -> Result<()> {
-    let Some(row) = state.row_to_compact(newest, COMPACT_SLACK) else { return Ok(()) };
+    let Some(row) = state.row_to_compact(newest, COMPACT_SLACK) else {
+        return Ok(());
+    };
     let data = values.log.read_row(row)?;
     let moved = super::record::each(row, &data, |kind, place| {
         if let Some(place) = place {
@@ -509,7 +539,11 @@ mod tests {
     }
 
     fn message(payload: &str) -> Message {
-        Message { subject: "s.a".into(), payload: payload.to_string().into(), ..Message::default() }
+        Message {
+            subject: "s.a".into(),
+            payload: payload.to_string().into(),
+            ..Message::default()
+        }
     }
 
     /// The thread of a store that was dropped lets go of the file soon.
@@ -608,7 +642,13 @@ mod tests {
             let pragma = format!("PRAGMA max_page_count = {pages}");
             store.run_then(
                 |_, _| Ok(()),
-                move |(), values| Ok(values.log.connection().execute_batch(&pragma).map_err(journal::Error::from)?),
+                move |(), values| {
+                    Ok(values
+                        .log
+                        .connection()
+                        .execute_batch(&pragma)
+                        .map_err(journal::Error::from)?)
+                },
             )
         };
         limit(200).await.unwrap();
@@ -652,14 +692,20 @@ mod tests {
     #[tokio::test]
     async fn data_of_the_older_format_is_taken_over() {
         let dir = tempfile::tempdir().unwrap();
-        Connection::open(dir.path().join("bus.db")).unwrap().execute_batch(OLDER).unwrap();
+        Connection::open(dir.path().join("bus.db"))
+            .unwrap()
+            .execute_batch(OLDER)
+            .unwrap();
         for opened in 1..=2 {
             let store = open(dir.path()).await;
             assert_eq!(store.kv_get("B", "k").await.unwrap(), Some(("v".into(), 41)), "{opened}");
             assert!(store.append(&message("7"), Some("id-7")).await.unwrap().duplicate);
             let handle = store.consumer(&reader(10)).await.unwrap();
             let claimed = store.claim(&handle, 10).await.unwrap().messages;
-            let seen: Vec<_> = claimed.iter().map(|c| (c.sequence, c.delivered, c.message.payload.clone())).collect();
+            let seen: Vec<_> = claimed
+                .iter()
+                .map(|c| (c.sequence, c.delivered, c.message.payload.clone()))
+                .collect();
             let (first, second) = if opened == 1 { (3, 1) } else { (4, 2) };
             assert_eq!(seen, [(5, first, "5".into()), (7, second, "7".into())]);
             assert_eq!(claimed[0].message.headers.get("trace_id"), Some("t"));

@@ -63,12 +63,19 @@ impl Subjects {
 
         // Fast path: one exact subscriber receives the message without a clone.
         let table = self.table.read();
-        let exact = table.exact.get(&*message.subject).map(Vec::as_slice).unwrap_or_default();
+        let exact = table
+            .exact
+            .get(&*message.subject)
+            .map(Vec::as_slice)
+            .unwrap_or_default();
         if table.wildcards.is_empty() && exact.len() == 1 {
             return usize::from(deliver(&exact[0], message));
         }
 
-        let wild = table.wildcards.iter().filter(|(pattern, _)| matches(pattern, &message.subject));
+        let wild = table
+            .wildcards
+            .iter()
+            .filter(|(pattern, _)| matches(pattern, &message.subject));
         let entries: Vec<&Entry> = exact.iter().chain(wild.map(|(_, entry)| entry)).collect();
         let mut accepted = 0;
         let mut groups: Vec<(&str, Vec<&Entry>)> = Vec::new();
@@ -124,7 +131,10 @@ impl Subjects {
         };
 
         let mut requests = self.requests.lock();
-        if requests.get(slot).is_some_and(|waiting| waiting.generation == generation) {
+        if requests
+            .get(slot)
+            .is_some_and(|waiting| waiting.generation == generation)
+        {
             return requests.remove(slot).answer.send(message).is_ok();
         }
         metrics::counter!("beamline_bus_late_replies_total").increment(1);
@@ -163,7 +173,10 @@ struct FreeSlot<'a> {
 impl Drop for FreeSlot<'_> {
     fn drop(&mut self) {
         let mut requests = self.subjects.requests.lock();
-        if requests.get(self.slot).is_some_and(|waiting| waiting.generation == self.generation) {
+        if requests
+            .get(self.slot)
+            .is_some_and(|waiting| waiting.generation == self.generation)
+        {
             requests.remove(self.slot);
         }
     }

@@ -12,7 +12,10 @@ const TABLES: [&str; 9] =
 
 /// Turns the tables into groups and drops them. A crash in between begins anew: the tables go last, together.
 pub fn older_format(log: &mut Log) -> journal::Result<()> {
-    let found = log.connection().prepare("SELECT 1 FROM sqlite_master WHERE name = 'queue'")?.exists([])?;
+    let found = log
+        .connection()
+        .prepare("SELECT 1 FROM sqlite_master WHERE name = 'queue'")?
+        .exists([])?;
     if !found {
         return Ok(());
     }
@@ -35,7 +38,10 @@ pub fn older_format(log: &mut Log) -> journal::Result<()> {
             log.commit(&Commit { group: &group.into_bytes(), ..Commit::default() })?;
         }
     }
-    let drops: String = TABLES.iter().map(|table| format!("DROP TABLE IF EXISTS {table};")).collect();
+    let drops: String = TABLES
+        .iter()
+        .map(|table| format!("DROP TABLE IF EXISTS {table};"))
+        .collect();
     log.connection().execute_batch(&format!("BEGIN; {drops} COMMIT"))?;
     Ok(())
 }
@@ -47,7 +53,8 @@ fn streams(db: &Connection) -> Sqlite<Records> {
     let rows =
         rows.query_map([], |row| Ok((Kind::Stream(StreamRecord { stream: row.get(0)?, last: row.get(1)? }), None)))?;
     let revision: u64 = db.query_row("SELECT last FROM revisions", [], |row| row.get(0))?;
-    rows.chain(std::iter::once(Ok((Kind::Revision(revision), None)))).collect()
+    rows.chain(std::iter::once(Ok((Kind::Revision(revision), None))))
+        .collect()
 }
 
 fn messages(db: &Connection) -> Sqlite<Records> {
@@ -78,7 +85,10 @@ fn seen(db: &Connection) -> Sqlite<Records> {
     let rows = rows.query_map([], |row| {
         let id = hash_id(&row.get::<_, String>(1)?);
         let id_hash = Bytes::copy_from_slice(&id.to_be_bytes());
-        Ok((Kind::Seen(SeenRecord { stream: row.get(0)?, id_hash, sequence: row.get(2)?, at_ms: row.get(3)? }), None))
+        Ok((
+            Kind::Seen(SeenRecord { stream: row.get(0)?, id_hash, sequence: row.get(2)?, at_ms: row.get(3)? }),
+            None,
+        ))
     })?;
     rows.collect()
 }

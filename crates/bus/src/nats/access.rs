@@ -45,7 +45,11 @@ impl Access {
         let access = self.clone();
         let mut options = ConnectOptions::with_auth_callback(move |nonce| {
             let access = access.clone();
-            async move { credentials::sign_in(&access.config, &nonce).await.map_err(async_nats::AuthError::new) }
+            async move {
+                credentials::sign_in(&access.config, &nonce)
+                    .await
+                    .map_err(async_nats::AuthError::new)
+            }
         })
         .name(&config.name)
         .subscription_capacity(CLIENT_QUEUE)
@@ -70,7 +74,10 @@ impl Access {
             options = options.tls_first();
         }
 
-        options.connect(&self.servers).await.map_err(|error| self.explain(&error))
+        options
+            .connect(&self.servers)
+            .await
+            .map_err(|error| self.explain(&error))
     }
 
     /// Hosts and ports only, because a URL may hold a password.
@@ -149,7 +156,9 @@ fn tls_error(error: &ConnectError) -> Option<&rustls::Error> {
     while let Some(error) = next {
         // `io::Error::source` skips the error that it wraps; `get_ref` returns that one.
         let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        let found = error.downcast_ref().or_else(|| inner.and_then(|inner| inner.downcast_ref()));
+        let found = error
+            .downcast_ref()
+            .or_else(|| inner.and_then(|inner| inner.downcast_ref()));
         if found.is_some() {
             return found;
         }
@@ -196,7 +205,10 @@ mod tests {
 
     #[test]
     fn url_credentials_are_used_but_never_shown() {
-        let config = NatsConfig { url: "nats://me:s%40cret@one:4222, tls://two:4443".into(), ..NatsConfig::default() };
+        let config = NatsConfig {
+            url: "nats://me:s%40cret@one:4222, tls://two:4443".into(),
+            ..NatsConfig::default()
+        };
         let access = Access::new(config).unwrap();
         assert_eq!(access.describe(), "one:4222, two:4443");
         assert_eq!(access.config.user.as_deref(), Some("me"));

@@ -61,7 +61,9 @@ async fn ensure(link: &Link, config: &ConsumerConfig) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| {
         Error::Storage(format!("cannot declare consumer {} of stream {}: {error}", config.name, config.stream))
     };
-    let stream = streams::get(link, config.stream).await?.ok_or_else(|| Error::NoStream(config.stream.into()))?;
+    let stream = streams::get(link, config.stream)
+        .await?
+        .ok_or_else(|| Error::NoStream(config.stream.into()))?;
     let existing = stream.get_consumer::<pull::Config>(&config.name).await.ok();
     // A work queue's consumers always start with the stored messages; the server accepts nothing else.
     let all = config.from_start || stream.cached_info().config.retention == RetentionPolicy::WorkQueue;
@@ -81,7 +83,11 @@ async fn ensure(link: &Link, config: &ConsumerConfig) -> Result<()> {
         filter_subject: config.filter.clone().unwrap_or_default(),
         ..Default::default()
     };
-    stream.create_consumer(wanted).await.map(drop).map_err(|error| failed(&error))
+    stream
+        .create_consumer(wanted)
+        .await
+        .map(drop)
+        .map_err(|error| failed(&error))
 }
 
 struct Pump {
@@ -98,7 +104,9 @@ impl Pump {
         // `start` has just declared the consumer.
         let mut declared = true;
         loop {
-            let Err(reason) = self.serve(declared).await else { return };
+            let Err(reason) = self.serve(declared).await else {
+                return;
+            };
 
             let (stream, consumer) = (self.config.stream, &self.config.name);
             tracing::warn!(reason, stream, consumer, "consumer lost its stream; resubscribing");
@@ -145,7 +153,10 @@ impl Pump {
     /// first; otherwise it would redeliver them here.
     async fn leave(&self, mut incoming: Subscriber) {
         let unsubscribed = async {
-            incoming.unsubscribe().await.map_err(|error| Error::Disconnected(error.to_string()))?;
+            incoming
+                .unsubscribe()
+                .await
+                .map_err(|error| Error::Disconnected(error.to_string()))?;
             self.link.round_trip(LEAVE_DEADLINE).await
         };
         if let Err(error) = unsubscribed.await {
@@ -172,12 +183,18 @@ impl Pump {
         let least = if self.config.max_in_hand > PULL_MAX { half } else { 1 };
 
         for number in 0_u64.. {
-            let Ok(room) = self.sender.reserve_many(least).await else { return Ok(()) };
+            let Ok(room) = self.sender.reserve_many(least).await else {
+                return Ok(());
+            };
             drop(room);
-            let Some(permits) = self.permits(least).await else { return Ok(()) };
+            let Some(permits) = self.permits(least).await else {
+                return Ok(());
+            };
 
             let reply = format!("{inbox}.{number}");
-            self.request(&reply, permits.num_permits()).await.map_err(|error| error.to_string())?;
+            self.request(&reply, permits.num_permits())
+                .await
+                .map_err(|error| error.to_string())?;
             if self.receive(incoming, &reply, permits).await?.is_none() {
                 return Ok(());
             }
@@ -189,7 +206,10 @@ impl Pump {
     async fn permits(&self, least: usize) -> Option<OwnedSemaphorePermit> {
         let count = |permits: usize| u32::try_from(permits).unwrap_or(u32::MAX);
         let mut permits = self.in_hand.clone().acquire_many_owned(count(least)).await.ok()?;
-        let more = self.in_hand.available_permits().min(self.sender.capacity().saturating_sub(least));
+        let more = self
+            .in_hand
+            .available_permits()
+            .min(self.sender.capacity().saturating_sub(least));
         if let Ok(rest) = self.in_hand.clone().try_acquire_many_owned(count(more)) {
             permits.merge(rest);
         }
@@ -227,7 +247,9 @@ impl Pump {
 
             // Messages carry no status; status messages report on the pull itself.
             let Some(status) = message.status else {
-                let Some(permit) = permits.split(1) else { return Ok(Some(())) };
+                let Some(permit) = permits.split(1) else {
+                    return Ok(Some(()));
+                };
                 let Some(delivery) = self.delivery(message, permit) else {
                     tracing::error!(stream = self.config.stream, "message without JetStream metadata ignored");
                     continue;
@@ -266,7 +288,14 @@ impl Pump {
         // The reply subject is the address for acknowledgements, not a request to answer.
         converted.reply = None;
         let acker = Arc::new(Settle { link: self.link.clone(), reply });
-        Some(Delivery { message: converted, delivered, sequence, stored_ms, acker, _place: permit })
+        Some(Delivery {
+            message: converted,
+            delivered,
+            sequence,
+            stored_ms,
+            acker,
+            _place: permit,
+        })
     }
 }
 
@@ -288,10 +317,18 @@ impl Acker for Settle {
         let payload: Bytes = kind.into();
 
         if matches!(outcome, Outcome::Ack | Outcome::Term) {
-            return self.link.ask(&self.reply, HeaderMap::new(), payload, Awaited::Reply, ACK_DEADLINE).await.map(drop);
+            return self
+                .link
+                .ask(&self.reply, HeaderMap::new(), payload, Awaited::Reply, ACK_DEADLINE)
+                .await
+                .map(drop);
         }
 
-        let message = crate::Message { subject: self.reply.as_str().into(), payload, ..crate::Message::default() };
+        let message = crate::Message {
+            subject: self.reply.as_str().into(),
+            payload,
+            ..crate::Message::default()
+        };
         self.link.publish(message).await
     }
 }

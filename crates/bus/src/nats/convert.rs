@@ -13,7 +13,14 @@ pub fn to_nats(headers: &Headers) -> HeaderMap {
             continue;
         };
         let has_breaks = value.contains(['\r', '\n']);
-        map.append(name, if has_breaks { value.replace(['\r', '\n'], " ") } else { value.clone() });
+        map.append(
+            name,
+            if has_breaks {
+                value.replace(['\r', '\n'], " ")
+            } else {
+                value.clone()
+            },
+        );
     }
     map
 }
@@ -21,8 +28,14 @@ pub fn to_nats(headers: &Headers) -> HeaderMap {
 /// Size of the headers on the wire, in bytes. The server counts them against `max_payload`.
 pub fn header_bytes(headers: &HeaderMap) -> usize {
     let line = |name: &HeaderName, value: &HeaderValue| AsRef::<str>::as_ref(name).len() + value.as_str().len() + 4;
-    let lines = headers.iter().flat_map(|(name, values)| values.iter().map(move |value| line(name, value)));
-    if headers.is_empty() { 0 } else { "NATS/1.0\r\n\r\n".len() + lines.sum::<usize>() }
+    let lines = headers
+        .iter()
+        .flat_map(|(name, values)| values.iter().map(move |value| line(name, value)));
+    if headers.is_empty() {
+        0
+    } else {
+        "NATS/1.0\r\n\r\n".len() + lines.sum::<usize>()
+    }
 }
 
 /// `None` if NATS cannot carry the name. Static names are not copied.
@@ -57,7 +70,11 @@ mod tests {
 
     #[test]
     fn unsafe_headers_are_dropped_or_escaped() {
-        let headers = Headers::new().with("a", "1\r\nb: 2").with("bad name", "x").with("", "y").with("a", "3");
+        let headers = Headers::new()
+            .with("a", "1\r\nb: 2")
+            .with("bad name", "x")
+            .with("", "y")
+            .with("a", "3");
 
         let map = to_nats(&headers);
 

@@ -14,7 +14,10 @@ pub async fn check(config: &NatsConfig) -> Result<(), String> {
         let Some(path) = path else { continue };
         let text = read(setting, path).await?;
         let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
-        if certificates.map_err(|error| format!("cannot read {setting} {}: {error}", path.display()))?.is_empty() {
+        if certificates
+            .map_err(|error| format!("cannot read {setting} {}: {error}", path.display()))?
+            .is_empty()
+        {
             return Err(format!("{setting} {} holds no certificate; expected a PEM file", path.display()));
         }
     }
@@ -58,7 +61,9 @@ pub async fn sign_in(config: &NatsConfig, nonce: &[u8]) -> Result<Auth, String> 
 /// Credentials in settings take precedence.
 pub fn from_url(config: &mut NatsConfig, servers: &[ServerAddr]) {
     let set = [config.user.is_some(), config.token.is_some(), config.nkey.is_some(), config.credentials.is_some()];
-    let Some((server, user)) = servers.iter().find_map(|server| Some((server, server.username()?))) else { return };
+    let Some((server, user)) = servers.iter().find_map(|server| Some((server, server.username()?))) else {
+        return;
+    };
     if set.contains(&true) {
         return;
     }
@@ -89,7 +94,9 @@ pub fn describe(config: &NatsConfig) -> String {
 }
 
 async fn read(setting: &str, path: &Path) -> Result<String, String> {
-    tokio::fs::read_to_string(path).await.map_err(|error| format!("cannot read {setting} {}: {error}", path.display()))
+    tokio::fs::read_to_string(path)
+        .await
+        .map_err(|error| format!("cannot read {setting} {}: {error}", path.display()))
 }
 
 fn key(setting: &str, path: &Path, seed: &str) -> Result<KeyPair, String> {
@@ -99,7 +106,8 @@ fn key(setting: &str, path: &Path, seed: &str) -> Result<KeyPair, String> {
 }
 
 fn sign(key: &KeyPair, nonce: &[u8]) -> Result<Vec<u8>, String> {
-    key.sign(nonce).map_err(|error| format!("cannot sign the nonce of the NATS server: {error}"))
+    key.sign(nonce)
+        .map_err(|error| format!("cannot sign the nonce of the NATS server: {error}"))
 }
 
 /// The line that follows the first line containing `title`; `None` if it is missing or empty.

@@ -82,7 +82,9 @@ impl Inbox {
 
     /// Delivers a reply to the request that its subject names.
     pub fn answer(&self, message: Message) -> Disposition {
-        let Some((slot, generation)) = parse(&message.subject) else { return Disposition::Ignored };
+        let Some((slot, generation)) = parse(&message.subject) else {
+            return Disposition::Ignored;
+        };
         let mut waiters = self.waiters.lock();
         match waiters.slots.get(slot) {
             Some(waiting) if waiting.generation == generation => {
@@ -124,7 +126,11 @@ impl Slot<'_> {
 impl Drop for Slot<'_> {
     fn drop(&mut self) {
         let mut waiters = self.inbox.waiters.lock();
-        if waiters.slots.get(self.slot).is_some_and(|waiting| waiting.generation == self.generation) {
+        if waiters
+            .slots
+            .get(self.slot)
+            .is_some_and(|waiting| waiting.generation == self.generation)
+        {
             waiters.slots.remove(self.slot);
         }
     }

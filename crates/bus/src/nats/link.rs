@@ -59,7 +59,10 @@ impl Link {
         // The first `Connected` event may arrive after the client is returned. Consumers would take it for a reconnect.
         connects.wait_for(|count| *count > 0).await.map_err(|_| closed())?;
 
-        let replies = client.subscribe(inbox.pattern()).await.map_err(|e| Error::Disconnected(e.to_string()))?;
+        let replies = client
+            .subscribe(inbox.pattern())
+            .await
+            .map_err(|e| Error::Disconnected(e.to_string()))?;
         tasks.spawn(dispatch_replies(replies, inbox.clone(), cancel.clone()));
         let jetstream = jetstream::new(client.clone());
         let outbox = Outbox::open(client.clone(), tasks, cancel);
@@ -112,15 +115,23 @@ impl Link {
         self.connected()?;
         let (slot, answered) = self.inbox.reserve(awaited).ok_or_else(closed)?;
         let exchange = async {
-            self.send(subject, Some(slot.subject().into()), headers, payload).await?;
+            self.send(subject, Some(slot.subject().into()), headers, payload)
+                .await?;
             answered.await.map_err(|_| lost())
         };
         let late = |_| Error::Timeout(subject.into());
         let reply = tokio::time::timeout(deadline, exchange).await.map_err(late)??;
 
         let refused = reply.status == Some(StatusCode::NO_RESPONDERS)
-            || reply.headers.as_ref().is_some_and(|headers| headers.get(DROPPED_HEADER).is_some());
-        if refused { Err(Error::NoResponders(subject.into())) } else { Ok(reply) }
+            || reply
+                .headers
+                .as_ref()
+                .is_some_and(|headers| headers.get(DROPPED_HEADER).is_some());
+        if refused {
+            Err(Error::NoResponders(subject.into()))
+        } else {
+            Ok(reply)
+        }
     }
 
     /// Returns once the server has processed everything sent before.
@@ -162,7 +173,8 @@ impl Link {
         let connects = || self.client.statistics().connects.load(Ordering::Relaxed);
         let before = connects();
         self.client.force_reconnect().await.map_err(|_| closed())?;
-        self.until(RENEW_DEADLINE, || connects() > before && self.connected().is_ok()).await?;
+        self.until(RENEW_DEADLINE, || connects() > before && self.connected().is_ok())
+            .await?;
         self.round_trip(RENEW_DEADLINE).await
     }
 
@@ -182,14 +194,22 @@ impl Link {
     /// Whether the server takes a message of so many bytes, its headers among them.
     pub fn check_size(&self, size: usize) -> Result<()> {
         let max = self.client.max_payload().min(wire::limits::BUS_MESSAGE_MAX);
-        if size > max { Err(Error::TooLarge { size, max }) } else { Ok(()) }
+        if size > max {
+            Err(Error::TooLarge { size, max })
+        } else {
+            Ok(())
+        }
     }
 
     async fn send(&self, subject: &str, reply: Option<Subject>, headers: HeaderMap, payload: Bytes) -> Result<()> {
         // The server counts the headers against `max_payload`, too.
         self.check_size(payload.len() + convert::header_bytes(&headers))?;
         let message = Outgoing { subject: subject.into(), reply, headers, payload };
-        if self.outbox.put(message).await { Ok(()) } else { Err(closed()) }
+        if self.outbox.put(message).await {
+            Ok(())
+        } else {
+            Err(closed())
+        }
     }
 }
 

@@ -70,6 +70,10 @@ async fn publish(client: &Client, message: Outgoing) -> Result<(), PublishError>
         (None, true) => client.publish(subject, payload).await,
         (None, false) => client.publish_with_headers(subject, headers, payload).await,
         (Some(reply), true) => client.publish_with_reply(subject, reply, payload).await,
-        (Some(reply), false) => client.publish_with_reply_and_headers(subject, reply, headers, payload).await,
+        (Some(reply), false) => {
+            client
+                .publish_with_reply_and_headers(subject, reply, headers, payload)
+                .await
+        }
     }
 }

@@ -33,7 +33,10 @@ impl Pool {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let size = size.unwrap_or_else(cores).clamp(1, LINKS_MAX);
         let links = try_join_all((0..size).map(|number| Link::open(number, access, tasks, cancel))).await?;
-        Ok(Self { links: links.into_iter().map(Arc::new).collect(), turn: AtomicUsize::new(0) })
+        Ok(Self {
+            links: links.into_iter().map(Arc::new).collect(),
+            turn: AtomicUsize::new(0),
+        })
     }
 
     /// The calling thread's connection, so that the threads of a runtime do not contend. A connection that is lost or

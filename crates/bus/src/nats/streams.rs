@@ -40,7 +40,12 @@ pub async fn declare_kv(link: &Link, bucket: &str, max_age: Option<Duration>) ->
     let stream = format!("KV_{bucket}");
 
     if get(link, &stream).await?.is_none() {
-        let config = kv::Config { bucket: bucket.into(), max_age, storage: StorageType::File, ..Default::default() };
+        let config = kv::Config {
+            bucket: bucket.into(),
+            max_age,
+            storage: StorageType::File,
+            ..Default::default()
+        };
         // Another process may create the bucket first, with other settings; it is updated to ours below.
         if let Err(error) = link.jetstream.create_key_value(config).await
             && get(link, &stream).await?.is_none()
@@ -94,7 +99,10 @@ async fn create_or_update(link: &Link, name: &str, adjust: impl Fn(&mut Config))
     let mut config = current.clone();
     adjust(&mut config);
     if config != *current {
-        link.jetstream.update_stream(config).await.map_err(|error| failed(&error))?;
+        link.jetstream
+            .update_stream(config)
+            .await
+            .map_err(|error| failed(&error))?;
     }
     Ok(())
 }
@@ -119,7 +127,10 @@ pub async fn append(link: &Link, message: Message, msg_id: Option<&str>, deadlin
     }
 
     let subject = &*message.subject;
-    match link.ask(subject, headers, message.payload, Awaited::PubAck, deadline).await {
+    match link
+        .ask(subject, headers, message.payload, Awaited::PubAck, deadline)
+        .await
+    {
         Ok(ack) => stored(subject, &ack.payload),
         Err(Error::NoResponders(_)) => Err(Error::NoStream(subject.into())),
         // With a live subscriber on the subject, the server does not report a missing stream: look for it.
@@ -139,7 +150,9 @@ fn stored(subject: &str, ack: &[u8]) -> Result<Appended> {
             Ok(Appended { sequence, duplicate: ack["duplicate"].as_bool().unwrap_or(false) })
         }
         _ => {
-            let why = ack["error"]["description"].as_str().unwrap_or("the reply is not an acknowledgement");
+            let why = ack["error"]["description"]
+                .as_str()
+                .unwrap_or("the reply is not an acknowledgement");
             Err(Error::Storage(format!("cannot append to {subject}: {why}")))
         }
     }

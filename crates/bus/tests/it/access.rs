@@ -11,7 +11,12 @@ use std::path::PathBuf;
 use testkit::{Authority, NatsServer, eventually};
 
 fn config(server: &NatsServer) -> NatsConfig {
-    NatsConfig { url: server.url(), name: "test".into(), connections: Some(2), ..NatsConfig::default() }
+    NatsConfig {
+        url: server.url(),
+        name: "test".into(),
+        connections: Some(2),
+        ..NatsConfig::default()
+    }
 }
 
 fn tls(server: &NatsServer, authority: &Authority) -> NatsConfig {
@@ -27,7 +32,11 @@ async fn connect(config: NatsConfig) -> Bus {
 
 /// Asserts that the connection is refused with an error that names each of `causes`.
 async fn assert_refused(config: NatsConfig, causes: &[&str]) {
-    let error = soon(Nats::connect(config)).await.err().expect("the connection is refused").to_string();
+    let error = soon(Nats::connect(config))
+        .await
+        .err()
+        .expect("the connection is refused")
+        .to_string();
     assert!(causes.iter().all(|cause| error.contains(cause)), "{causes:?}: {error}");
 }
 
@@ -119,7 +128,10 @@ async fn user_and_token_are_read_from_settings_or_url() {
     assert_refused(user("me", "wrong"), &["nats.user", "\"me\"", "nats.password"]).await;
     assert_refused(config(&users), &["nats.user", "nats.nkey"]).await;
 
-    let in_url = |who: &str| NatsConfig { url: format!("nats://{who}@127.0.0.1:{}", users.port()), ..config(&users) };
+    let in_url = |who: &str| NatsConfig {
+        url: format!("nats://{who}@127.0.0.1:{}", users.port()),
+        ..config(&users)
+    };
     connect(in_url("me:s%40cret")).await;
     assert_refused(in_url("me:wrong"), &["nats.user"]).await;
 
@@ -233,7 +245,10 @@ async fn reload_applies_new_files_and_rejects_bad_ones() {
 
     for bad in ["", &KeyPair::new_user().seed().unwrap()] {
         std::fs::write(&seed, bad).unwrap();
-        let error = soon(bus.reload()).await.expect_err("the server does not know this key").to_string();
+        let error = soon(bus.reload())
+            .await
+            .expect_err("the server does not know this key")
+            .to_string();
         assert!(error.contains("nats.nkey"), "{error}");
         assert_eq!(publish("still").await, "any.word", "a failed reload keeps the existing connections");
     }
@@ -268,7 +283,10 @@ async fn reload_applies_new_certificates_without_losing_requests() {
         eventually(SOON, || async { traffic.now().answered > 50 }).await;
 
         copy(foreign.issue("client.example"));
-        let error = soon(bus.reload()).await.expect_err("the authority is unknown to the server").to_string();
+        let error = soon(bus.reload())
+            .await
+            .expect_err("the authority is unknown to the server")
+            .to_string();
         assert!(error.contains("nats.tls_certificate"), "{error}");
 
         copy(ours.issue("next.example"));

@@ -44,7 +44,12 @@ pub async fn exactly_one_concurrent_create_wins(bus: Bus) {
     }
     let outcomes = attempts.join_all().await;
     assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1);
-    assert!(outcomes.iter().flat_map(|o| o.as_ref().err()).all(|error| matches!(error, Error::WrongRevision(_))));
+    assert!(
+        outcomes
+            .iter()
+            .flat_map(|o| o.as_ref().err())
+            .all(|error| matches!(error, Error::WrongRevision(_)))
+    );
 }
 
 pub async fn any_key_is_accepted(bus: Bus) {
@@ -52,7 +57,9 @@ pub async fn any_key_is_accepted(bus: Bus) {
     let long = "x".repeat(256);
     let keys = ["", ".", "a.b", "a b", "*", ">", "tenant/ünïcode\r\n", "$KV", &long];
     for (n, key) in keys.iter().enumerate() {
-        bus.kv_put("B", key, n.to_string().into(), Some(0)).await.unwrap_or_else(|e| panic!("{key:?}: {e}"));
+        bus.kv_put("B", key, n.to_string().into(), Some(0))
+            .await
+            .unwrap_or_else(|e| panic!("{key:?}: {e}"));
     }
     for (n, key) in keys.iter().enumerate() {
         assert_eq!(bus.kv_get("B", key).await.unwrap().unwrap().0, n.to_string(), "{key:?}");
@@ -64,7 +71,9 @@ pub async fn expired_entries_are_gone(bus: Bus) {
     bus.declare_kv("B", Some(Duration::from_secs(1))).await.unwrap();
     bus.kv_put("B", "key", "1".into(), Some(0)).await.unwrap();
     eventually(SOON, || async { bus.kv_get("B", "key").await.unwrap().is_none() }).await;
-    bus.kv_put("B", "key", "2".into(), Some(0)).await.expect("an expired entry counts as missing");
+    bus.kv_put("B", "key", "2".into(), Some(0))
+        .await
+        .expect("an expired entry counts as missing");
 }
 
 pub async fn bucket_without_max_age_keeps_entries(bus: Bus) {

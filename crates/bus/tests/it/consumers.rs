@@ -152,7 +152,10 @@ pub async fn consumer_can_start_with_new_messages(bus: Bus) {
     // The start position is set when the consumer is created: the second handle receives what was appended meanwhile,
     // whatever its own `from_start` says.
     bus.append(message("s.a", "meanwhile"), None).await.unwrap();
-    let mut second = bus.consume(ConsumerConfig { from_start: true, ack_wait: QUIET, ..late }).await.unwrap();
+    let mut second = bus
+        .consume(ConsumerConfig { from_start: true, ack_wait: QUIET, ..late })
+        .await
+        .unwrap();
     assert_eq!(text(&next(&mut second).await.message), "meanwhile");
 }
 
@@ -219,7 +222,9 @@ pub async fn closed_consumer_returns_undelivered_messages(bus: Bus) {
             // On a starved machine the close gives up on its naks, and the messages come after their ack wait: in that time
             // the one that was taken must not come, too.
             taken.in_progress().await.unwrap();
-            let Ok(delivery) = timeout(Duration::from_secs(2), second.next()).await else { continue };
+            let Ok(delivery) = timeout(Duration::from_secs(2), second.next()).await else {
+                continue;
+            };
             let delivery = delivery.expect("the bus is open");
             others.insert(text(&delivery.message).to_string());
             delivery.ack().await.unwrap();

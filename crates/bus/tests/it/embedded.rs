@@ -30,7 +30,9 @@ async fn restart_keeps_stored_state_and_redelivers_unsettled_messages() {
 
     let mut first = bus.consume(consumer("c")).await.unwrap();
     for n in 0..3 {
-        bus.append(message("s.a", &n.to_string()), Some(&n.to_string())).await.unwrap();
+        bus.append(message("s.a", &n.to_string()), Some(&n.to_string()))
+            .await
+            .unwrap();
     }
     soon(first.next()).await.unwrap().ack().await.unwrap();
     let held = soon(first.next()).await.unwrap();

@@ -92,17 +92,28 @@ async fn connect(server: &NatsServer) -> Bus {
 
 async fn connect_with(server: &NatsServer, connections: usize) -> Bus {
     let connections = Some(connections);
-    let config = NatsConfig { url: server.url(), name: "test".into(), connections, ..NatsConfig::default() };
+    let config = NatsConfig {
+        url: server.url(),
+        name: "test".into(),
+        connections,
+        ..NatsConfig::default()
+    };
     Nats::connect(config).await.unwrap()
 }
 
 /// Awaits `future`; panics if it takes longer than [`SOON`].
 async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(SOON, future).await.expect("finished before the test deadline")
+    tokio::time::timeout(SOON, future)
+        .await
+        .expect("finished before the test deadline")
 }
 
 fn message(subject: &str, payload: &str) -> Message {
-    Message { subject: subject.into(), payload: payload.to_string().into(), ..Message::default() }
+    Message {
+        subject: subject.into(),
+        payload: payload.to_string().into(),
+        ..Message::default()
+    }
 }
 
 fn text(message: &Message) -> &str {

@@ -29,8 +29,11 @@ async fn lost_connection_fails_requests_in_flight_at_once() {
 #[tokio::test]
 async fn pool_opens_the_configured_number_of_connections() {
     let server = NatsServer::start_with("max_connections: 3").await;
-    let config =
-        |connections| NatsConfig { url: server.url(), connections: Some(connections), ..NatsConfig::default() };
+    let config = |connections| NatsConfig {
+        url: server.url(),
+        connections: Some(connections),
+        ..NatsConfig::default()
+    };
     let bus = Nats::connect(config(3)).await.unwrap();
     bus.health().await.unwrap();
     assert!(Nats::connect(config(1)).await.is_err(), "the server allows three connections");

@@ -13,7 +13,10 @@ async fn killed_server_loses_no_acknowledged_write() {
     bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
     bus.declare_kv("B", Some(Duration::from_secs(60))).await.unwrap();
     let mut live = bus.subscribe("live", None, 8).await.unwrap();
-    let mut consumer = bus.consume(ConsumerConfig { ack_wait: Duration::from_secs(1), ..consumer("c") }).await.unwrap();
+    let mut consumer = bus
+        .consume(ConsumerConfig { ack_wait: Duration::from_secs(1), ..consumer("c") })
+        .await
+        .unwrap();
     bus.append(message("s.a", "0"), Some("0")).await.unwrap();
     let held = soon(consumer.next()).await.unwrap();
     bus.append(message("s.a", "1"), Some("1")).await.unwrap();
@@ -22,7 +25,10 @@ async fn killed_server_loses_no_acknowledged_write() {
     server.kill();
     eventually(SOON, || async { bus.health().await.is_err() }).await;
     let outcome = soon(bus.request("live", Headers::new(), "x".into(), Duration::from_secs(60))).await;
-    assert!(matches!(outcome, Err(Error::Disconnected(_))), "fails without waiting for the deadline: {outcome:?}");
+    assert!(
+        matches!(outcome, Err(Error::Disconnected(_))),
+        "fails without waiting for the deadline: {outcome:?}"
+    );
     assert!(matches!(bus.append(message("s.a", "x"), None).await, Err(Error::Disconnected(_))));
     assert!(held.ack().await.is_err());
 
@@ -108,7 +114,9 @@ async fn requests_cross_between_buses_until_the_responder_is_dropped() {
 
     drop((one, served));
     eventually(SOON, || async {
-        let outcome = two.request("s", Headers::new(), "ping".into(), Duration::from_millis(200)).await;
+        let outcome = two
+            .request("s", Headers::new(), "ping".into(), Duration::from_millis(200))
+            .await;
         matches!(outcome, Err(Error::NoResponders(_)))
     })
     .await;
@@ -120,11 +128,20 @@ async fn server_address_is_shown_without_credentials() {
     assert_eq!(connect(&server).await.describe(), format!("nats 127.0.0.1:{}", server.port()));
 
     let nowhere = NatsConfig { url: "nats://me:secret@127.0.0.1:1".into(), ..NatsConfig::default() };
-    let error = Nats::connect(nowhere).await.err().expect("no server listens on that port").to_string();
+    let error = Nats::connect(nowhere)
+        .await
+        .err()
+        .expect("no server listens on that port")
+        .to_string();
     assert!(error.contains("127.0.0.1:1") && !error.contains("secret"), "{error}");
 
     for bad in ["", "http//", "nats://a:b:c"] {
-        assert!(Nats::connect(NatsConfig { url: bad.into(), ..NatsConfig::default() }).await.is_err(), "{bad:?}");
+        assert!(
+            Nats::connect(NatsConfig { url: bad.into(), ..NatsConfig::default() })
+                .await
+                .is_err(),
+            "{bad:?}"
+        );
     }
 }
 

@@ -77,16 +77,26 @@ pub async fn request_receives_its_reply(bus: Bus) {
             let request = next(&mut server).await;
             let headers = request.headers.clone();
             let subject = request.reply.clone().expect("a request has a reply subject");
-            bus.publish(Message { subject, headers, payload: request.payload, reply: None }).await.unwrap();
+            bus.publish(Message { subject, headers, payload: request.payload, reply: None })
+                .await
+                .unwrap();
         }
     };
     let requests = async {
         for n in 0..32 {
-            let headers = Headers::new().with("trace_id", format!("t{n}")).with("list", "1").with("list", "2");
+            let headers = Headers::new()
+                .with("trace_id", format!("t{n}"))
+                .with("list", "1")
+                .with("list", "2");
             let reply = bus.request("echo", headers, n.to_string().into(), LONG).await.unwrap();
             assert_eq!(text(&reply), n.to_string());
             assert_eq!(reply.headers.get("TRACE_ID"), Some(format!("t{n}").as_str()));
-            let list: Vec<&str> = reply.headers.iter().filter(|(name, _)| *name == "list").map(|(_, v)| v).collect();
+            let list: Vec<&str> = reply
+                .headers
+                .iter()
+                .filter(|(name, _)| *name == "list")
+                .map(|(_, v)| v)
+                .collect();
             assert_eq!(list, ["1", "2"]);
         }
     };
@@ -100,7 +110,9 @@ pub async fn request_without_responders_fails_at_once(bus: Bus) {
 
 pub async fn late_reply_does_not_reach_the_next_request(bus: Bus) {
     let mut server = bus.subscribe("slow", None, 64).await.unwrap();
-    let timed_out = bus.request("slow", Headers::new(), "first".into(), Duration::from_millis(50)).await;
+    let timed_out = bus
+        .request("slow", Headers::new(), "first".into(), Duration::from_millis(50))
+        .await;
     assert!(matches!(timed_out, Err(Error::Timeout(_))), "{timed_out:?}");
     let late = next(&mut server).await.reply.unwrap();
 
@@ -134,7 +146,9 @@ pub async fn full_queue_refuses_requests(bus: Bus) {
 pub async fn dropped_subscription_no_longer_responds(bus: Bus) {
     drop(bus.subscribe("gone", None, 4).await.unwrap());
     eventually(crate::SOON, || async {
-        let outcome = bus.request("gone", Headers::new(), "x".into(), Duration::from_millis(100)).await;
+        let outcome = bus
+            .request("gone", Headers::new(), "x".into(), Duration::from_millis(100))
+            .await;
         matches!(outcome, Err(Error::NoResponders(_)))
     })
     .await;
@@ -153,7 +167,12 @@ pub async fn invalid_subjects_and_oversized_messages_are_refused(bus: Bus) {
         assert!(matches!(bus.subscribe(bad, None, 1).await, Err(Error::InvalidSubject(_))), "{bad:?}");
     }
 
-    let huge = Message { payload: vec![0; wire::limits::BUS_MESSAGE_MAX + 1].into(), ..message("a", "") };
+    let huge = Message {
+        payload: vec![0; wire::limits::BUS_MESSAGE_MAX + 1].into(),
+        ..message("a", "")
+    };
     assert!(matches!(bus.publish(huge).await, Err(Error::TooLarge { .. })));
-    bus.health().await.expect("the bus stays healthy after refusing messages");
+    bus.health()
+        .await
+        .expect("the bus stays healthy after refusing messages");
 }

@@ -82,7 +82,9 @@ impl Traffic {
             pace.tick().await;
             self.0.borrow_mut().sent += 1;
             let payload = format!("{lane}-{number}");
-            let outcome = asker.request(SUBJECT, Headers::new(), payload.clone().into(), DEADLINE).await;
+            let outcome = asker
+                .request(SUBJECT, Headers::new(), payload.clone().into(), DEADLINE)
+                .await;
 
             let mut outcomes = self.0.borrow_mut();
             match outcome {

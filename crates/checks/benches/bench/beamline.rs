@@ -27,7 +27,11 @@ impl Beamline {
     fn start_in(dir: tempfile::TempDir) -> Result<Self> {
         let mut command = command(dir.path())?;
         let addresses = ["--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
-        command.arg("up").args(addresses).stdout(Stdio::piped()).stderr(Stdio::null());
+        command
+            .arg("up")
+            .args(addresses)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
 
         let mut child = Running(command.spawn()?);
         let stdout = child.0.stdout.take().ok_or("the process has no standard output")?;
@@ -43,7 +47,9 @@ impl Beamline {
     }
 
     pub fn token(&self, user: &str) -> Result<String> {
-        let output = command(self.dir.path())?.args(["token", "--user", user, "--ttl", "1h"]).output()?;
+        let output = command(self.dir.path())?
+            .args(["token", "--user", user, "--ttl", "1h"])
+            .output()?;
         Ok(String::from_utf8(output.stdout)?.trim().to_string())
     }
 
@@ -68,19 +74,31 @@ impl Drop for Running {
 
 /// The binary that `make bench` built beforehand, with its data and socket in `dir`.
 fn command(dir: &Path) -> Result<Command> {
-    let target = std::env::current_exe()?.ancestors().nth(2).map(PathBuf::from).ok_or("no target directory")?;
+    let target = std::env::current_exe()?
+        .ancestors()
+        .nth(2)
+        .map(PathBuf::from)
+        .ok_or("no target directory")?;
     let binary = target.join("beamline");
     if !binary.exists() {
         return Err(format!("{} does not exist; run make bench, which builds it", binary.display()).into());
     }
 
     let mut command = Command::new(binary);
-    command.current_dir(dir).env("BEAMLINE_DATA_DIR", "data").env("IPC_SOCKET_PATH", dir.join("s"));
+    command
+        .current_dir(dir)
+        .env("BEAMLINE_DATA_DIR", "data")
+        .env("IPC_SOCKET_PATH", dir.join("s"));
     Ok(command)
 }
 
 /// Resident memory of a process in bytes; 0 if it cannot be read.
 pub fn rss(pid: u32) -> u64 {
     let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
-    statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096
+    statm
+        .split(' ')
+        .nth(1)
+        .and_then(|pages| pages.parse::<u64>().ok())
+        .unwrap_or(0)
+        * 4096
 }

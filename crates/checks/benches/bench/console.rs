@@ -52,11 +52,13 @@ impl Page {
         let mut page = Self { socket, replies: VecDeque::new(), next_id: 0, tabs: String::new() };
 
         let connect = ConnectRequest { token: server.token("bench")?, ..ConnectRequest::default() };
-        page.send(Command { connect: Some(connect), ..Command::default() }).await?;
+        page.send(Command { connect: Some(connect), ..Command::default() })
+            .await?;
 
         let channel = format!("app:{SESSION}#bench");
         let subscribe = SubscribeRequest { channel, ..SubscribeRequest::default() };
-        page.send(Command { subscribe: Some(subscribe), ..Command::default() }).await?;
+        page.send(Command { subscribe: Some(subscribe), ..Command::default() })
+            .await?;
         Ok(page)
     }
 
@@ -64,13 +66,20 @@ impl Page {
     async fn rerun(&mut self) -> Result<String> {
         let rerun = Rerun { path: "/console".into(), query: String::new(), reset: true };
         self.interact(Said::Rerun(rerun)).await?;
-        if self.tabs.is_empty() { Err("the console shows no tabs".into()) } else { Ok(self.tabs.clone()) }
+        if self.tabs.is_empty() {
+            Err("the console shows no tabs".into())
+        } else {
+            Ok(self.tabs.clone())
+        }
     }
 
     /// Sends a message and waits for the run to finish; returns the server's own time for it, in µs.
     async fn interact(&mut self, said: Said) -> Result<u32> {
         let back = Back { version: 1, session: SESSION.into(), body: Some(said) };
-        let rpc = RpcRequest { method: wire::app::EVENT_METHOD.into(), data: back.encode_to_vec().into() };
+        let rpc = RpcRequest {
+            method: wire::app::EVENT_METHOD.into(),
+            data: back.encode_to_vec().into(),
+        };
         self.send(Command { rpc: Some(rpc), ..Command::default() }).await?;
 
         loop {
@@ -78,7 +87,9 @@ impl Page {
             if let Some(error) = reply.error {
                 return Err(error.message.into());
             }
-            let Some(publication) = reply.push.and_then(|push| push.r#pub) else { continue };
+            let Some(publication) = reply.push.and_then(|push| push.r#pub) else {
+                continue;
+            };
             match Forward::decode(publication.data)?.body {
                 Some(Body::RunFinished(finished)) => return Ok(finished.duration_us),
                 Some(Body::Error(failure)) => return Err(failure.message.into()),
@@ -118,5 +129,11 @@ impl Page {
 }
 
 fn find_tabs(nodes: &[wire::app::Node]) -> Option<String> {
-    nodes.iter().find_map(|node| if node.kind == "tabs" { Some(node.key.clone()) } else { find_tabs(&node.children) })
+    nodes.iter().find_map(|node| {
+        if node.kind == "tabs" {
+            Some(node.key.clone())
+        } else {
+            find_tabs(&node.children)
+        }
+    })
 }

@@ -42,7 +42,11 @@ pub fn run(report: &mut Report) -> Result {
     let began = Instant::now();
     while began.elapsed() < ROUND {
         let start = Instant::now();
-        black_box(policy.decide(black_box(&request), &AllAvailable).map_err(|e| e.to_string())?);
+        black_box(
+            policy
+                .decide(black_box(&request), &AllAvailable)
+                .map_err(|e| e.to_string())?,
+        );
         times.record(u64::try_from(start.elapsed().as_nanos())?)?;
     }
 

@@ -71,7 +71,9 @@ async fn on_local_bus(report: &mut Report) -> Result {
 
     let mut tasks = JoinSet::new();
     let responder = bus.clone();
-    let mut requests = bus.subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), 8192).await?;
+    let mut requests = bus
+        .subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), 8192)
+        .await?;
     tasks.spawn(async move {
         while let Some(request) = requests.next().await {
             let Some(subject) = request.reply else { continue };
@@ -85,7 +87,10 @@ async fn on_local_bus(report: &mut Report) -> Result {
     let asker = bus.clone();
     let direct: Ask = Arc::new(move |_| {
         let bus = asker.clone();
-        let answer = async move { bus.request(subjects::DECIDE, bus_headers(), decide_request(), TIMEOUT).await };
+        let answer = async move {
+            bus.request(subjects::DECIDE, bus_headers(), decide_request(), TIMEOUT)
+                .await
+        };
         answer.map(|answer| answer.map(drop).map_err(|e| e.to_string())).boxed()
     });
 
@@ -113,7 +118,9 @@ async fn through_nats(report: &mut Report) -> Result {
 
     let mut tasks = JoinSet::new();
     let responder = async_nats::connect(server.url()).await?;
-    let mut requests = responder.queue_subscribe(subjects::DECIDE, subjects::DECIDE_GROUP.into()).await?;
+    let mut requests = responder
+        .queue_subscribe(subjects::DECIDE, subjects::DECIDE_GROUP.into())
+        .await?;
     responder.flush().await?;
     tasks.spawn(async move {
         while let Some(request) = requests.next().await {
@@ -130,7 +137,11 @@ async fn through_nats(report: &mut Report) -> Result {
     bare::relay(&bare, asker.clone(), &mut tasks)?;
     let direct: Ask = Arc::new(move |_| {
         let client = asker.clone();
-        let answer = async move { client.request_with_headers(subjects::DECIDE, headers(), decide_request()).await };
+        let answer = async move {
+            client
+                .request_with_headers(subjects::DECIDE, headers(), decide_request())
+                .await
+        };
         answer.map(|answer| answer.map(drop).map_err(|e| e.to_string())).boxed()
     });
 

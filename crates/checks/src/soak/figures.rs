@@ -29,15 +29,26 @@ impl Source {
 
     pub async fn read(&self) -> Result<Figures, Error> {
         let failed = |problem: String| Error::Metrics { url: self.url.clone(), problem };
-        let answer = self.http.get(&self.url).send().await.and_then(reqwest::Response::error_for_status);
-        let text = answer.map_err(|e| failed(e.to_string()))?.text().await.map_err(|e| failed(e.to_string()))?;
+        let answer = self
+            .http
+            .get(&self.url)
+            .send()
+            .await
+            .and_then(reqwest::Response::error_for_status);
+        let text = answer
+            .map_err(|e| failed(e.to_string()))?
+            .text()
+            .await
+            .map_err(|e| failed(e.to_string()))?;
         parse(&text).ok_or_else(|| failed("the response lacks the gateway's metrics".into()))
     }
 }
 
 fn parse(text: &str) -> Option<Figures> {
     let figure = |name: &str| {
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
         Some(value.trim().parse::<f64>().ok()? as u64)
     };
     Some(Figures {

@@ -30,13 +30,18 @@ impl LateRouter {
         let config = NatsConfig { url: url.into(), name: "late-router".into(), ..NatsConfig::default() };
         let bus = Nats::connect(config).await?;
 
-        match bus.request(subjects::BACKPRESSURE, Headers::new(), Bytes::new(), PROBE_TIMEOUT).await {
+        match bus
+            .request(subjects::BACKPRESSURE, Headers::new(), Bytes::new(), PROBE_TIMEOUT)
+            .await
+        {
             Err(bus::Error::NoResponders(_)) => {}
             Err(bus::Error::Timeout(_)) | Ok(_) => return Err(Error::RouterThere),
             Err(error) => return Err(error.into()),
         }
 
-        let requests = bus.subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), QUEUE).await?;
+        let requests = bus
+            .subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), QUEUE)
+            .await?;
         bus.health().await?;
         Ok(Self { bus, requests, delay: deadline + AFTER })
     }

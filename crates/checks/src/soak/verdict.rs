@@ -23,13 +23,21 @@ pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evi
     let seconds = took.as_secs_f64();
     let accounted = tally.answered + tally.refused();
 
-    let late_replies = seen.after.or(seen.samples.last().and_then(|sample| sample.figures)).map(|figures| {
-        let before = seen.before.map_or(0, |before| before.late_replies);
-        figures.late_replies.saturating_sub(before)
-    });
+    let late_replies = seen
+        .after
+        .or(seen.samples.last().and_then(|sample| sample.figures))
+        .map(|figures| {
+            let before = seen.before.map_or(0, |before| before.late_replies);
+            figures.late_replies.saturating_sub(before)
+        });
 
     let from = seconds * WARM_UP;
-    let settled: Vec<Sample> = seen.samples.iter().copied().filter(|sample| sample.second >= from).collect();
+    let settled: Vec<Sample> = seen
+        .samples
+        .iter()
+        .copied()
+        .filter(|sample| sample.second >= from)
+        .collect();
     let rss: Vec<(f64, f64)> = settled.iter().map(|s| (s.second, s.holds.rss_bytes as f64)).collect();
     let slope = theil_sen(&rss).unwrap_or(0.0);
 
@@ -51,7 +59,11 @@ pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evi
 
     let typical = median(&mut rss.iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>()).unwrap_or(0.0);
     let grown = slope * (seconds - from);
-    let noise = if seconds < SHORT_SECONDS { NOISE_BYTES_SHORT } else { NOISE_BYTES.max(typical * NOISE_SHARE) };
+    let noise = if seconds < SHORT_SECONDS {
+        NOISE_BYTES_SHORT
+    } else {
+        NOISE_BYTES.max(typical * NOISE_SHARE)
+    };
     if grown > noise {
         problems.push(format!("resident memory grew by {grown:.0} bytes after the warm-up"));
     }
@@ -140,7 +152,9 @@ fn counts(settled: &[Sample]) -> Vec<String> {
         problems.push(format!("only {few} samples after the warm-up: the process ended, or the soak is too short"));
     }
 
-    let (Some(first), Some(last)) = (settled.first(), settled.last()) else { return problems };
+    let (Some(first), Some(last)) = (settled.first(), settled.last()) else {
+        return problems;
+    };
     let mut compare = |what: &str, first: u64, last: u64, most: u64| {
         if last > most {
             problems.push(format!("{what} grew from {first} to {last}"));
@@ -183,7 +197,11 @@ mod tests {
     fn seen(rss: impl Fn(u64) -> u64, descriptors: impl Fn(u64) -> u64) -> Seen {
         let holds = |n| Holds { rss_bytes: rss(n), descriptors: descriptors(n), threads: 4 };
         let samples = (0..100).map(|n| Sample { second: n as f64, holds: holds(n), figures: Some(figures(9, 0)) });
-        Seen { samples: samples.collect(), ended: true, ..Seen::new(1, Some(figures(9, 0))) }
+        Seen {
+            samples: samples.collect(),
+            ended: true,
+            ..Seen::new(1, Some(figures(9, 0)))
+        }
     }
 
     fn figures(tasks: u64, in_flight: u64) -> Figures {
@@ -229,14 +247,23 @@ mod tests {
         };
 
         let paced = Config { per_second: Some(2.0), ..config() };
-        let late = Config { late_router: Some("nats://x".into()), deadline: Some(Duration::ZERO), ..config() };
+        let late = Config {
+            late_router: Some("nats://x".into()),
+            deadline: Some(Duration::ZERO),
+            ..config()
+        };
         for (config, seen, tally, expected) in [
             (config(), flat(), tally(106, 100), "1 of 106 requests"),
             (config(), flat(), tally(5, 0), "no request was answered"),
             (config(), flat(), Tally::default(), "no request was sent"),
             (config(), seen(|n| 50_000_000 + n * 100_000, |_| 20), tally(105, 100), "resident memory grew"),
             (config(), seen(|_| 50_000_000, |n| 20 + n), tally(105, 100), "descriptors grew"),
-            (config(), with(|s| s.samples.drain(..98).for_each(drop)), tally(105, 100), "samples after the warm-up"),
+            (
+                config(),
+                with(|s| s.samples.drain(..98).for_each(drop)),
+                tally(105, 100),
+                "samples after the warm-up",
+            ),
             (config(), with(|s| s.samples[99].figures = Some(figures(90, 0))), tally(105, 100), "tasks grew"),
             (config(), with(|s| s.after = Some(figures(9, 3))), tally(105, 100), "3 requests are still in flight"),
             (config(), with(|s| s.ended = false), tally(105, 100), "has not ended"),

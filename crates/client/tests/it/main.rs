@@ -117,10 +117,14 @@ async fn submit_returns_a_decision_a_result_or_a_stream() {
 
     let mut stream = client.stream(&submit("s", "t", "stream")).await.unwrap();
     for (seq, word) in ["say ", "it ", "again"].into_iter().enumerate() {
-        let Some(StreamEvent::Data(data)) = stream.next().await.unwrap() else { panic!("expected output") };
+        let Some(StreamEvent::Data(data)) = stream.next().await.unwrap() else {
+            panic!("expected output")
+        };
         assert_eq!((data.task_id.as_str(), data.seq, data.data), ("s", seq as u64, json!(word)));
     }
-    let Some(StreamEvent::Complete(last)) = stream.next().await.unwrap() else { panic!("expected the result") };
+    let Some(StreamEvent::Complete(last)) = stream.next().await.unwrap() else {
+        panic!("expected the result")
+    };
     let last: Value = serde_json::from_str(last.result.get()).unwrap();
     assert_eq!((&last["output"]["text"], &last["chunks"]), (&json!("say it again"), &json!(3)));
     assert!(stream.next().await.unwrap().is_none());
@@ -135,7 +139,9 @@ async fn running_task_can_be_followed_queried_and_cancelled() {
     let client = deployment.client().await;
 
     let mut stream = client.stream(&submit("r", "program", "stream")).await.unwrap();
-    let Some(StreamEvent::Data(first)) = stream.next().await.unwrap() else { panic!("expected output") };
+    let Some(StreamEvent::Data(first)) = stream.next().await.unwrap() else {
+        panic!("expected output")
+    };
     assert_eq!(first.data, "one\n");
     let task = client.query("r").await.unwrap();
     assert_eq!((task.state, task.decision.unwrap().provider_id.as_str()), (State::Running, "sh"));
@@ -144,7 +150,9 @@ async fn running_task_can_be_followed_queried_and_cancelled() {
     let mut other = client.subscribe("r").await.unwrap();
     assert_eq!(client.cancel("r").await.unwrap().state, State::Cancelled);
     for stream in [&mut stream, &mut other] {
-        let Some(StreamEvent::Complete(last)) = stream.next().await.unwrap() else { panic!("expected the result") };
+        let Some(StreamEvent::Complete(last)) = stream.next().await.unwrap() else {
+            panic!("expected the result")
+        };
         let last: Value = serde_json::from_str(last.result.get()).unwrap();
         assert_eq!((&last["status"], &last["output"]["text"]), (&json!("cancelled"), &json!("one\n")));
     }
@@ -174,7 +182,8 @@ async fn each_tenant_has_its_own_task_of_the_same_id() {
     for tenant in tenants {
         testkit::eventually(SOON, || async {
             let task = client.of_tenant(tenant).query("r").await.unwrap();
-            task.result.is_some_and(|result| result.output == Some(json!({"text": format!("words of {tenant}")})))
+            task.result
+                .is_some_and(|result| result.output == Some(json!({"text": format!("words of {tenant}")})))
         })
         .await;
     }
@@ -193,11 +202,17 @@ async fn refusals_carry_the_routers_code_and_status() {
 
     let policy = client.submit(&with("policy_id", json!("none"))).await.unwrap_err();
     assert_eq!(refused(policy), (12, Some("policy_not_found".into()), Some(404)));
-    let key = client.submit(&with("idempotency_key", json!("k".repeat(257)))).await.unwrap_err();
+    let key = client
+        .submit(&with("idempotency_key", json!("k".repeat(257))))
+        .await
+        .unwrap_err();
     assert_eq!(refused(key), (12, Some("invalid_request".into()), Some(400)));
     let control = client.submit(&with("request_id", json!("a\0b"))).await.unwrap_err();
     assert_eq!(refused(control).0, 4, "a request id must not hold control characters");
-    let large = client.submit(&with("context", json!("x".repeat(1 << 20)))).await.unwrap_err();
+    let large = client
+        .submit(&with("context", json!("x".repeat(1 << 20))))
+        .await
+        .unwrap_err();
     assert_eq!(refused(large), (12, Some("invalid_request".into()), Some(413)));
 
     client.submit(&submit("x", "t", "result")).await.unwrap();
@@ -252,7 +267,9 @@ async fn disconnecting_does_not_cancel_tasks() {
     let mut raw = UnixStream::connect(deployment.dir.path().join("s")).await.unwrap();
     for n in 0..5_u8 {
         let payload = submit(&format!("q{n}"), "program", "result").to_string();
-        raw.write_all(&u32::to_be_bytes(payload.len() as u32 + 6)).await.unwrap();
+        raw.write_all(&u32::to_be_bytes(payload.len() as u32 + 6))
+            .await
+            .unwrap();
         raw.write_all(&[1, 1]).await.unwrap();
         raw.write_all(payload.as_bytes()).await.unwrap();
     }
@@ -287,7 +304,9 @@ async fn concurrent_requests_receive_their_own_results() {
             assert_eq!(client.submit(&task).await.unwrap()["output"]["text"], format!("p{n}"));
         }
     });
-    tokio::time::timeout(SOON, futures_util::future::join_all(many)).await.unwrap();
+    tokio::time::timeout(SOON, futures_util::future::join_all(many))
+        .await
+        .unwrap();
     testkit::eventually(SOON, || async { deployment.count(subjects::STREAM_USAGE).await == 100 }).await;
 }
 
@@ -307,7 +326,11 @@ async fn draining_gateway_finishes_streams_and_refuses_new_requests() {
     }
     assert_eq!(ends, 1);
 
-    tokio::time::timeout(SOON, deployment.parts.join_next()).await.unwrap().unwrap().unwrap();
+    tokio::time::timeout(SOON, deployment.parts.join_next())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
     deployment.others.cancel();
     while let Some(part) = tokio::time::timeout(SOON, deployment.parts.join_next()).await.unwrap() {
         part.unwrap();

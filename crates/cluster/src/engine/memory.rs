@@ -77,7 +77,9 @@ impl Stream {
 
     /// Offset of the oldest publication that is kept, or of the next one.
     fn oldest(&self) -> u64 {
-        self.history.front().map_or(self.position.offset + 1, |kept| kept.publication.offset)
+        self.history
+            .front()
+            .map_or(self.position.offset + 1, |kept| kept.publication.offset)
     }
 
     fn forget_after(&self) -> Duration {
@@ -131,7 +133,9 @@ impl Memory {
     /// Drops the stream, unless somebody has taken hold of it: the map's handle and the caller's are not counted.
     fn forget(&self, channel: &str) -> bool {
         let mut streams = self.streams.lock();
-        let idle = streams.get(channel).is_some_and(|stream| Arc::strong_count(stream) <= 2);
+        let idle = streams
+            .get(channel)
+            .is_some_and(|stream| Arc::strong_count(stream) <= 2);
         if idle {
             streams.remove(channel);
         }
@@ -198,7 +202,9 @@ fn renew_epochs(db: &Connection, continuity: Continuity) -> journal::rusqlite::R
         return Ok(0);
     }
     let mut statement = db.prepare("SELECT channel FROM channels")?;
-    let channels = statement.query_map([], |row| row.get(0))?.collect::<Result<Vec<String>, _>>()?;
+    let channels = statement
+        .query_map([], |row| row.get(0))?
+        .collect::<Result<Vec<String>, _>>()?;
     let mut update = db.prepare("UPDATE channels SET epoch = ?2 WHERE channel = ?1")?;
     for channel in &channels {
         update.execute([channel, &fresh_epoch()])?;
@@ -225,7 +231,9 @@ async fn load(journal: &Journal) -> Result<HashMap<String, Stream>, journal::Err
             let data: Vec<u8> = row.get(1)?;
             if let (Some(stream), Ok(publication)) = (streams.get_mut(&channel), Publication::decode(&data[..])) {
                 stream.touched_ms = row.get(2)?;
-                stream.history.push_back(Kept { publication, at_ms: row.get(2)?, key: row.get(3)? });
+                stream
+                    .history
+                    .push_back(Kept { publication, at_ms: row.get(2)?, key: row.get(3)? });
             }
         }
         Ok(streams)
@@ -260,7 +268,9 @@ impl Engine for Memory {
         publication.offset = offset;
         let kept = Kept { publication, at_ms, key: idempotency_key };
         if rules.durable {
-            let oldest = (offset + 1).saturating_sub(rules.history_size as u64).max(stream.oldest());
+            let oldest = (offset + 1)
+                .saturating_sub(rules.history_size as u64)
+                .max(stream.oldest());
             self.store(channel, &kept, &stream.position.epoch, oldest).await?;
             stream.stored_from = oldest;
         }
@@ -284,7 +294,10 @@ impl Engine for Memory {
         stream.expire(rules.history_ttl, now_ms());
         let after = since.map_or(0, |since| since.offset);
         let publications = stream.history.iter().map(|kept| &kept.publication);
-        let publications = publications.filter(|publication| publication.offset > after).cloned().collect();
+        let publications = publications
+            .filter(|publication| publication.offset > after)
+            .cloned()
+            .collect();
         Ok(Page { publications, position: stream.position.clone() })
     }
 
@@ -316,7 +329,12 @@ impl Engine for Memory {
 
     async fn tidy(&self) {
         let now = now_ms();
-        let streams: Vec<_> = self.streams.lock().iter().map(|(name, stream)| (name.clone(), stream.clone())).collect();
+        let streams: Vec<_> = self
+            .streams
+            .lock()
+            .iter()
+            .map(|(name, stream)| (name.clone(), stream.clone()))
+            .collect();
         for (channel, stream) in streams {
             let mut stream = stream.lock().await;
             let ttl = stream.ttl;
@@ -349,7 +367,9 @@ impl Engine for Memory {
 }
 
 fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_millis() as u64)
 }
 
 #[cfg(test)]
@@ -413,7 +433,12 @@ mod tests {
         age(&memory, Duration::from_secs(61)).await;
         drop(memory);
         let memory = open(dir.path(), &rules).await;
-        let kept: usize = memory.streams.lock().values().map(|stream| stream.try_lock().unwrap().history.len()).sum();
+        let kept: usize = memory
+            .streams
+            .lock()
+            .values()
+            .map(|stream| stream.try_lock().unwrap().history.len())
+            .sum();
         assert_eq!(kept, 0, "a restart brings nothing back that was over");
         let page = memory.history("a", &rules, None).await.unwrap();
         assert_eq!(page.position, Position { offset: 3, ..position }, "but the position stays");

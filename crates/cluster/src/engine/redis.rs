@@ -126,13 +126,19 @@ impl Redis {
         let failed = |e: RedisError| Error::Redis { url: without_password(url), problem: e.to_string() };
         let server = Server::new(url).map_err(failed)?;
         let mut connection = server.commands().await.map_err(failed)?;
-        let life = redis::cmd("EVAL").arg(LIFE).arg(0).query_async::<String>(&mut connection).await;
+        let life = redis::cmd("EVAL")
+            .arg(LIFE)
+            .arg(0)
+            .query_async::<String>(&mut connection)
+            .await;
         life.map_err(|error| Error::Redis {
             url: without_password(url),
             problem: format!("a script cannot read the replication id by INFO replication: {error}"),
         })?;
         let publish_command = server.publish_command();
-        let (follows, follower) = Follower::connect(server, connection.clone(), hub).await.map_err(failed)?;
+        let (follows, follower) = Follower::connect(server, connection.clone(), hub)
+            .await
+            .map_err(failed)?;
         Ok(Arc::new(Self {
             publish_command,
             order: (0..LANES).map(|_| tokio::sync::Mutex::default()).collect(),
@@ -149,7 +155,9 @@ impl Redis {
 impl Redis {
     /// Of a client that is still there, and does not leave meanwhile.
     async fn renew(&self, entry: &(String, String)) -> Result<(), RedisError> {
-        let Some(info) = self.present.lock().get(entry).cloned() else { return Ok(()) };
+        let Some(info) = self.present.lock().get(entry).cloned() else {
+            return Ok(());
+        };
         let (channel, client) = entry;
         self.write_presence(channel, client, &info).await?;
         if !self.present.lock().contains_key(entry) {
@@ -161,7 +169,11 @@ impl Redis {
     async fn write_presence(&self, channel: &str, client: &str, info: &ClientInfo) -> Result<(), RedisError> {
         let key = key(channel, "presence");
         let mut write = redis::pipe();
-        write.hset(&key, client, presence_value(info)).ignore().pexpire(&key, PRESENCE_TTL_MS as i64).ignore();
+        write
+            .hset(&key, client, presence_value(info))
+            .ignore()
+            .pexpire(&key, PRESENCE_TTL_MS as i64)
+            .ignore();
         write.query_async(&mut self.connection.clone()).await
     }
 
@@ -170,7 +182,11 @@ impl Redis {
         channel: &str,
         clients: &[impl redis::ToRedisArgs + Sync],
     ) -> Result<(), RedisError> {
-        redis::cmd("HDEL").arg(key(channel, "presence")).arg(clients).query_async(&mut self.connection.clone()).await
+        redis::cmd("HDEL")
+            .arg(key(channel, "presence"))
+            .arg(clients)
+            .query_async(&mut self.connection.clone())
+            .await
     }
 }
 
@@ -239,8 +255,11 @@ impl Engine for Redis {
         let mut connection = self.connection.clone();
         let mut payload = vec![b'e'];
         payload.extend(push.encode_to_vec());
-        let sent: Result<i64, _> =
-            redis::cmd(self.publish_command).arg(topic(channel)).arg(payload).query_async(&mut connection).await;
+        let sent: Result<i64, _> = redis::cmd(self.publish_command)
+            .arg(topic(channel))
+            .arg(payload)
+            .query_async(&mut connection)
+            .await;
         if let Err(error) = sent {
             tracing::debug!(channel, %error, "a join or leave was not published");
         }
@@ -263,7 +282,10 @@ impl Engine for Redis {
             let publication = Publication::decode(Bytes::from(fields.into_iter().next()?.1)).ok()?;
             Some(Publication { offset, ..publication })
         });
-        Ok(Page { publications: publications.collect(), position: Position { offset, epoch } })
+        Ok(Page {
+            publications: publications.collect(),
+            position: Position { offset, epoch },
+        })
     }
 
     async fn present(&self, channel: &str, client: &str, info: Option<ClientInfo>) -> Result<(), Failed> {
@@ -283,12 +305,16 @@ impl Engine for Redis {
 
     async fn presence(&self, channel: &str) -> Result<BTreeMap<String, ClientInfo>, Failed> {
         let mut connection = self.connection.clone();
-        let entries: HashMap<String, Vec<u8>> =
-            redis::cmd("HGETALL").arg(key(channel, "presence")).query_async(&mut connection).await?;
+        let entries: HashMap<String, Vec<u8>> = redis::cmd("HGETALL")
+            .arg(key(channel, "presence"))
+            .query_async(&mut connection)
+            .await?;
         let now = now_ms();
         let (mut alive, mut dead) = (BTreeMap::new(), Vec::new());
         for (client, value) in entries {
-            let Some((until, info)) = value.split_first_chunk::<8>() else { continue };
+            let Some((until, info)) = value.split_first_chunk::<8>() else {
+                continue;
+            };
             let until = u64::from_be_bytes(*until);
             if until > now {
                 alive.extend(ClientInfo::decode(info).ok().map(|info| (client, info)));
@@ -323,7 +349,9 @@ impl Engine for Redis {
     async fn tidy(&self) {
         let mine: Vec<_> = self.present.lock().keys().cloned().collect();
         let renewals = futures_util::stream::iter(mine.iter().map(Ok));
-        let renewed = renewals.try_for_each_concurrent(RENEWALS_MAX, |entry| self.renew(entry)).await;
+        let renewed = renewals
+            .try_for_each_concurrent(RENEWALS_MAX, |entry| self.renew(entry))
+            .await;
         if let Err(error) = renewed {
             tracing::warn!(%error, "presence was not renewed; it ends within a minute");
         }
@@ -342,7 +370,9 @@ fn presence_value(info: &ClientInfo) -> Vec<u8> {
 }
 
 fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_millis() as u64)
 }
 
 #[cfg(test)]
@@ -377,7 +407,11 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(redis.presence("c").await.unwrap().len(), 1);
-        let fields: i64 = redis::cmd("HLEN").arg(&key).query_async(&mut redis.connection.clone()).await.unwrap();
+        let fields: i64 = redis::cmd("HLEN")
+            .arg(&key)
+            .query_async(&mut redis.connection.clone())
+            .await
+            .unwrap();
         assert_eq!(fields, 1, "it is removed");
     }
 }

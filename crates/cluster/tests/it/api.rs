@@ -55,13 +55,18 @@ async fn programs_publish_and_look() {
     // The second one's join.
     clients[0].push().await;
 
-    let first = node.call("publish", &json!({"channel": "news", "data": 1, "tags": {"k": "v"}})).await;
+    let first = node
+        .call("publish", &json!({"channel": "news", "data": 1, "tags": {"k": "v"}}))
+        .await;
     assert_eq!(first["result"]["offset"], 1);
     let keyed = json!({"channel": "news", "data": 2, "idempotency_key": "once"});
     assert_eq!(node.call("publish", &keyed).await["result"]["offset"], 2);
     assert_eq!(node.call("publish", &keyed).await["result"]["offset"], 2, "acknowledged, not repeated");
-    node.call("publish", &json!({"channel": "news", "data": 3, "skip_history": true})).await;
-    let positions = node.call("broadcast", &json!({"channels": ["news", "chat:lobby"], "data": 4})).await;
+    node.call("publish", &json!({"channel": "news", "data": 3, "skip_history": true}))
+        .await;
+    let positions = node
+        .call("broadcast", &json!({"channels": ["news", "chat:lobby"], "data": 4}))
+        .await;
     assert_eq!(positions["result"]["positions"][0]["offset"], 3);
     for client in &mut clients {
         let got = client.publication().await;
@@ -73,7 +78,12 @@ async fn programs_publish_and_look() {
         client.nothing_pushed().await;
     }
     let history = node.call("history", &json!({"channel": "news", "limit": -1})).await;
-    let data: Vec<&Value> = history["result"]["publications"].as_array().unwrap().iter().map(|p| &p["data"]).collect();
+    let data: Vec<&Value> = history["result"]["publications"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| &p["data"])
+        .collect();
     assert_eq!(data, [1, 2, 4]);
     let presence = node.call("presence", &json!({"channel": "chat:lobby"})).await;
     assert_eq!(presence["result"]["presence"].as_object().unwrap().len(), 2);
@@ -90,7 +100,11 @@ async fn programs_publish_and_look() {
 
 async fn ask(node: &Node, subject: &str, request: Value) -> Value {
     let payload = serde_json::to_vec(&request).unwrap().into();
-    let answer = node.bus.request(subject, Headers::new(), payload, DEADLINE).await.unwrap();
+    let answer = node
+        .bus
+        .request(subject, Headers::new(), payload, DEADLINE)
+        .await
+        .unwrap();
     serde_json::from_slice(&answer.payload).unwrap()
 }
 
@@ -154,7 +168,10 @@ pub async fn keeps_order(node: &Node) {
     for number in 0..2000 {
         let payload = json!({"channel": "news", "data": number}).to_string().into();
         let subject = subjects::CHANNELS_PUBLISH.into();
-        node.bus.publish(Message { subject, payload, ..Message::default() }).await.unwrap();
+        node.bus
+            .publish(Message { subject, payload, ..Message::default() })
+            .await
+            .unwrap();
     }
     for expected in 0..2000 {
         assert_eq!(number(&ann.publication().await), expected);

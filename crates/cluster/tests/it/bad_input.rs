@@ -98,7 +98,9 @@ async fn frames_that_break_the_protocol() {
         let mut stream = raw(&node).await;
         stream.write_all(bytes).await.unwrap();
         let mut answer = Vec::new();
-        let _ = timeout(DEADLINE, stream.read_to_end(&mut answer)).await.expect("the connection is closed");
+        let _ = timeout(DEADLINE, stream.read_to_end(&mut answer))
+            .await
+            .expect("the connection is closed");
         assert_eq!(answer.first(), Some(&0x88), "{name}: {answer:?}");
         assert_eq!(u16::from_be_bytes([answer[2], answer[3]]), expected, "{name}");
     }
@@ -110,11 +112,15 @@ async fn frames_that_break_the_protocol() {
 async fn gone(node: &Node, expected: u64) {
     let mut statuses = node.bus.subscribe(wire::subjects::NODE_STATUS, None, 16).await.unwrap();
     let counted = async {
-        while serde_json::from_slice::<NodeStatus>(&statuses.next().await.unwrap().payload).unwrap().connections
+        while serde_json::from_slice::<NodeStatus>(&statuses.next().await.unwrap().payload)
+            .unwrap()
+            .connections
             != expected
         {}
     };
-    timeout(DEADLINE, counted).await.expect("the connections are counted out");
+    timeout(DEADLINE, counted)
+        .await
+        .expect("the connections are counted out");
 }
 
 /// A message in pieces of a byte, with a ping between its fragments, is a message.

@@ -45,7 +45,11 @@ async fn presence_shows_who_is_there() {
         let info = &there[&ann.connected.client];
         assert_eq!((info.user.as_str(), &info.conn_info[..]), ("ann", &br#"{"name":"Ann"}"#[..]));
         let presence_stats = Some(PresenceStatsRequest { channel: channel.clone() });
-        let stats = ann.ask(Command { presence_stats, ..Command::default() }).await.presence_stats.unwrap();
+        let stats = ann
+            .ask(Command { presence_stats, ..Command::default() })
+            .await
+            .presence_stats
+            .unwrap();
         assert_eq!((stats.num_clients, stats.num_users), (3, 2));
 
         bob_again.cut();
@@ -108,7 +112,11 @@ async fn a_subscription_token_opens_a_private_channel_and_says_who_one_is_there(
     assert!(ann.subscribe(opens(now_s() + 1)).await.expires);
     assert!(bob.subscribe(opens(now_s() + 1)).await.expires);
     let fresh = SubRefreshRequest { channel: "$vip".into(), token: opens(now_s() + 500).token };
-    let refreshed = bob.ask(Command { sub_refresh: Some(fresh), ..Command::default() }).await.sub_refresh.unwrap();
+    let refreshed = bob
+        .ask(Command { sub_refresh: Some(fresh), ..Command::default() })
+        .await
+        .sub_refresh
+        .unwrap();
     assert!(refreshed.expires && refreshed.ttl > 400);
     let ended = loop {
         if let Some(unsubscribe) = ann.push().await.unsubscribe {

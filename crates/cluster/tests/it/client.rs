@@ -48,9 +48,13 @@ impl Client {
     pub async fn open_at(node: &Node, encoding: Encoding, query: &str) -> Self {
         let stream = TcpStream::connect(node.address).await.unwrap();
         stream.set_nodelay(true).unwrap();
-        let mut request = format!("ws://{}/connection/websocket{query}", node.address).into_client_request().unwrap();
+        let mut request = format!("ws://{}/connection/websocket{query}", node.address)
+            .into_client_request()
+            .unwrap();
         if encoding == Encoding::Protobuf {
-            request.headers_mut().insert("sec-websocket-protocol", "centrifuge-protobuf".parse().unwrap());
+            request
+                .headers_mut()
+                .insert("sec-websocket-protocol", "centrifuge-protobuf".parse().unwrap());
         }
         let (socket, _) = tokio_tungstenite::client_async(request, stream).await.unwrap();
         Self {
@@ -130,7 +134,9 @@ impl Client {
                     self.send(&[Command::default()]).await;
                 }
             }
-            let message = timeout(DEADLINE, self.socket.next()).await.expect("something is heard in time");
+            let message = timeout(DEADLINE, self.socket.next())
+                .await
+                .expect("something is heard in time");
             let bytes = match message {
                 Some(Ok(Message::Text(text))) => Bytes::from(text),
                 Some(Ok(Message::Binary(bytes))) => bytes,
@@ -159,7 +165,9 @@ impl Client {
 
     pub async fn publication(&mut self) -> Publication {
         let push = self.push().await;
-        push.r#pub.clone().unwrap_or_else(|| panic!("no publication but {push:?}"))
+        push.r#pub
+            .clone()
+            .unwrap_or_else(|| panic!("no publication but {push:?}"))
     }
 
     /// Reads to the end; the close code.
@@ -179,7 +187,8 @@ impl Client {
     }
 
     pub async fn try_subscribe(&mut self, request: SubscribeRequest) -> Reply {
-        self.ask(Command { subscribe: Some(request), ..Command::default() }).await
+        self.ask(Command { subscribe: Some(request), ..Command::default() })
+            .await
     }
 
     pub async fn subscribe(&mut self, request: SubscribeRequest) -> SubscribeResult {
@@ -219,7 +228,11 @@ impl Client {
 
 /// The code of an error reply.
 pub fn code(reply: &Reply) -> u32 {
-    reply.error.as_ref().unwrap_or_else(|| panic!("no error but {reply:?}")).code
+    reply
+        .error
+        .as_ref()
+        .unwrap_or_else(|| panic!("no error but {reply:?}"))
+        .code
 }
 
 /// The data of publications, each read as a JSON number.

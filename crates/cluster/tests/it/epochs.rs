@@ -152,8 +152,12 @@ async fn holds_through(node: &Node, keep: impl AsyncFnOnce(), go_back: impl Asyn
         reader.was_told_the_truth(&publisher.acknowledged);
     }
     let history = node.call("history", &json!({"channel": CHANNEL, "limit": -1})).await;
-    let kept: Vec<u64> =
-        history["result"]["publications"].as_array().unwrap().iter().map(|one| one["data"].as_u64().unwrap()).collect();
+    let kept: Vec<u64> = history["result"]["publications"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one["data"].as_u64().unwrap())
+        .collect();
     assert_eq!(kept, [1, 2, 3, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], "late joiners see what is there");
 }
 
@@ -180,9 +184,15 @@ async fn pair() -> (RedisServer, RedisServer) {
 }
 
 async fn follow(replica: &RedisServer, primary: &RedisServer) {
-    replica.command(&format!("REPLICAOF 127.0.0.1 {}", primary.port())).await.unwrap();
+    replica
+        .command(&format!("REPLICAOF 127.0.0.1 {}", primary.port()))
+        .await
+        .unwrap();
     eventually(DEADLINE, || async {
-        replica.command("INFO replication").await.is_ok_and(|text| text.contains("master_link_status:up"))
+        replica
+            .command("INFO replication")
+            .await
+            .is_ok_and(|text| text.contains("master_link_status:up"))
     })
     .await;
 }
@@ -191,7 +201,8 @@ async fn follow(replica: &RedisServer, primary: &RedisServer) {
 async fn promote_in_sync(primary: &RedisServer, replica: &RedisServer) {
     eventually(DEADLINE, || async {
         let offset = |text: String, name: &str| {
-            text.lines().find_map(|line| line.trim().strip_prefix(name)?.parse::<u64>().ok())
+            text.lines()
+                .find_map(|line| line.trim().strip_prefix(name)?.parse::<u64>().ok())
         };
         let [sent, taken] = [primary, replica].map(|server| server.command("INFO replication"));
         let (sent, taken) = (sent.await.unwrap(), taken.await.unwrap());

@@ -53,7 +53,9 @@ async fn a_session_that_panics_gives_everything_back() {
     assert_eq!(bob.push().await.join.unwrap().info.unwrap().user, "ann");
 
     let _fault = tracing::subscriber::set_default(PanicAt("a client's message cannot be read"));
-    futures_util::SinkExt::send(&mut ann.socket, Message::text("{")).await.unwrap();
+    futures_util::SinkExt::send(&mut ann.socket, Message::text("{"))
+        .await
+        .unwrap();
     assert_eq!(ann.closed().await, 1006, "the session ends without a goodbye");
 
     assert_eq!(bob.push().await.leave.unwrap().info.unwrap().user, "ann", "the others are told");
@@ -67,7 +69,9 @@ async fn a_session_that_panics_gives_everything_back() {
             }
         }
     };
-    tokio::time::timeout(DEADLINE, empty).await.expect("the hub and the map of clients have bob only");
+    tokio::time::timeout(DEADLINE, empty)
+        .await
+        .expect("the hub and the map of clients have bob only");
     let there = node.call("presence", &json!({"channel": "news"})).await;
     assert_eq!(there["result"]["presence"], json!({}));
     let there = bob.presence("chat:lobby").await.presence.unwrap().presence;

@@ -63,7 +63,9 @@ async fn null_is_data_and_invalid_json_is_refused() {
     ann.subscribe(to("news")).await;
     let publish = async |data: &str| {
         let body = format!(r#"{{"channel":"news",{data}}}"#);
-        node.call_with_key(API_KEY, "publish", &body).await.1["error"]["code"].as_u64().unwrap_or(0)
+        node.call_with_key(API_KEY, "publish", &body).await.1["error"]["code"]
+            .as_u64()
+            .unwrap_or(0)
     };
     assert_eq!(publish(r#""data":null"#).await, 0);
     assert_eq!(ann.publication().await.data, "null");
@@ -79,7 +81,11 @@ async fn null_is_data_and_invalid_json_is_refused() {
 #[tokio::test]
 async fn calls_pass_byte_for_byte() {
     let node = Node::start().await;
-    let mut calls = node.bus.subscribe(&subjects::rpc("odd").unwrap(), None, 8).await.unwrap();
+    let mut calls = node
+        .bus
+        .subscribe(&subjects::rpc("odd").unwrap(), None, 8)
+        .await
+        .unwrap();
     for encoding in ENCODINGS {
         let mut ann = Client::connect_in(&node, encoding, "ann").await;
         let asked = expected(encoding);

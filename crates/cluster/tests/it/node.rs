@@ -65,7 +65,10 @@ impl Node {
         let node = tokio::spawn(bound.run(cancel.clone()));
         let stop = cancel.clone().cancelled_owned();
         let server = tokio::spawn(async move {
-            axum::serve(listener, routes).with_graceful_shutdown(stop).await.unwrap();
+            axum::serve(listener, routes)
+                .with_graceful_shutdown(stop)
+                .await
+                .unwrap();
         });
         Self { address, bus, ready, cancel, node, server, _dirs: [Some(bus_dir), None] }
     }
@@ -76,8 +79,15 @@ impl Node {
     }
 
     pub async fn stopped(self) {
-        timeout(DEADLINE, self.node).await.expect("the node stops in time").unwrap().unwrap();
-        timeout(DEADLINE, self.server).await.expect("the server stops in time").unwrap();
+        timeout(DEADLINE, self.node)
+            .await
+            .expect("the node stops in time")
+            .unwrap()
+            .unwrap();
+        timeout(DEADLINE, self.server)
+            .await
+            .expect("the server stops in time")
+            .unwrap();
     }
 
     pub async fn stop(self) {
@@ -87,7 +97,9 @@ impl Node {
 
     /// Waits for a node that ends without being asked to, and says why.
     pub async fn failed(self) -> cluster::Error {
-        let ended = timeout(DEADLINE, self.node).await.expect("the node ends by itself in time");
+        let ended = timeout(DEADLINE, self.node)
+            .await
+            .expect("the node ends by itself in time");
         self.cancel.cancel();
         ended.unwrap().expect_err("a failure")
     }
@@ -126,12 +138,18 @@ pub async fn exchange(address: SocketAddr, request: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(request).await.unwrap();
     let mut answer = Vec::new();
-    timeout(DEADLINE, stream.read_to_end(&mut answer)).await.expect("an answer in time").unwrap();
+    timeout(DEADLINE, stream.read_to_end(&mut answer))
+        .await
+        .expect("an answer in time")
+        .unwrap();
     String::from_utf8_lossy(&answer).into_owned()
 }
 
 pub fn status(head: &str) -> u16 {
-    head.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or_else(|| panic!("no status in {head:?}"))
+    head.split(' ')
+        .nth(1)
+        .and_then(|code| code.parse().ok())
+        .unwrap_or_else(|| panic!("no status in {head:?}"))
 }
 
 fn install_crypto() {

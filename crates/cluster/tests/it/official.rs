@@ -17,14 +17,25 @@ fn folder() -> PathBuf {
 }
 
 async fn run(command: &mut Command) {
-    let child = command.current_dir(folder()).stdin(Stdio::null()).kill_on_drop(true).output();
-    let output = timeout(DEADLINE, child).await.expect("ends in time").expect("node and npm are installed");
+    let child = command
+        .current_dir(folder())
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = timeout(DEADLINE, child)
+        .await
+        .expect("ends in time")
+        .expect("node and npm are installed");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{command:?}\n{}\n{}", text(&output.stdout), text(&output.stderr));
 }
 
 async fn drive(name: &str, node: &Node) {
-    let mut calls = node.bus.subscribe(&wire::subjects::rpc("echo").unwrap(), None, 100).await.unwrap();
+    let mut calls = node
+        .bus
+        .subscribe(&wire::subjects::rpc("echo").unwrap(), None, 100)
+        .await
+        .unwrap();
     let bus = node.bus.clone();
     let done = CancellationToken::new();
     let end = done.clone();
@@ -35,7 +46,9 @@ async fn drive(name: &str, node: &Node) {
                 b"\"fail\"" => Headers::new().with(wire::channels::RPC_ERROR_CODE, "418"),
                 _ => Headers::new(),
             };
-            let _ = bus.publish(Message { subject, headers, payload: call.payload, ..Message::default() }).await;
+            let _ = bus
+                .publish(Message { subject, headers, payload: call.payload, ..Message::default() })
+                .await;
         }
     });
     if !folder().join("node_modules").is_dir() {

@@ -134,11 +134,13 @@ async fn more_is_recovered_than_a_queue_holds() {
             commands.push(Command { id, subscribe, ..Command::default() });
         }
         for _ in 0..50 {
-            node.call("broadcast", &json!({"channels": channels, "data": text})).await;
+            node.call("broadcast", &json!({"channels": channels, "data": text}))
+                .await;
         }
         ann.send(&commands).await;
         // They arrive while the answers are on their way.
-        node.call("broadcast", &json!({"channels": channels, "data": "live"})).await;
+        node.call("broadcast", &json!({"channels": channels, "data": "live"}))
+            .await;
         for command in commands {
             let result = ann.reply(command.id).await.subscribe.unwrap();
             assert!(result.recovered && result.publications.len() >= 50, "{}", result.publications.len());
@@ -177,7 +179,11 @@ impl Random {
 /// Publishers do not pause while clients come, go, are cut and recover: each sees every number once, in order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn no_gap_and_no_double_however_they_meet() {
-    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_nanos() as u64
+        | 1;
     println!("seed {seed}");
     let node = Arc::new(Node::start_with(|config| config.defaults.history_size = 100_000).await);
     meet(&node, &node, seed).await;
@@ -208,7 +214,9 @@ pub async fn meet(writing: &Arc<Node>, reading: &Arc<Node>, seed: u64) {
         done.unwrap();
     }
     stop.store(true, SeqCst);
-    let last = writing.call("history", &json!({"channel": channel})).await["result"]["offset"].as_u64().unwrap();
+    let last = writing.call("history", &json!({"channel": channel})).await["result"]["offset"]
+        .as_u64()
+        .unwrap();
     assert_eq!(last, PUBLICATIONS);
     while let Some(seen) = readers.join_next().await {
         let (first, offsets) = seen.unwrap();
@@ -247,7 +255,12 @@ async fn read(
             0 => {
                 client.unsubscribe(channel).await;
                 // What was pushed before the unsubscribe took effect counts as well.
-                seen.extend(client.kept().iter().filter_map(|push| Some(push.r#pub.as_ref()?.offset)));
+                seen.extend(
+                    client
+                        .kept()
+                        .iter()
+                        .filter_map(|push| Some(push.r#pub.as_ref()?.offset)),
+                );
             }
             _ => {
                 client.cut();

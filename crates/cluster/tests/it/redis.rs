@@ -69,7 +69,12 @@ pub async fn two_nodes_share(url: &str) {
         let after = ann.subscribe(again(&channel, &before, 1)).await;
         assert!(after.recovered);
         assert_eq!(numbers(&after.publications), [2, 3, 4]);
-        let ask = HistoryRequest { channel: channel.clone(), limit: 2, reverse: true, ..HistoryRequest::default() };
+        let ask = HistoryRequest {
+            channel: channel.clone(),
+            limit: 2,
+            reverse: true,
+            ..HistoryRequest::default()
+        };
         assert_eq!(numbers(&ann.history(ask).await.publications), [4, 3]);
 
         // Channels without history cross as well.
@@ -90,7 +95,11 @@ async fn no_gap_and_no_double_across_nodes() {
 }
 
 pub async fn meet_across(url: &str) {
-    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_nanos() as u64
+        | 1;
     println!("seed {seed}");
     let (one, two) = (Arc::new(start(url, "n1").await), Arc::new(start(url, "n2").await));
     meet(&one, &two, seed).await;
@@ -216,8 +225,11 @@ async fn a_redis_that_is_not_there_is_named_without_its_password() {
     let dir = tempfile::TempDir::new().unwrap();
     let bus = bus::local::Local::open(dir.path()).await.unwrap();
     let url = "redis://user:hunter2@127.0.0.1:1/".to_string();
-    let config =
-        cluster::Config { token_secret: vec![1], engine: EngineConfig::Redis { url }, ..cluster::Config::default() };
+    let config = cluster::Config {
+        token_secret: vec![1],
+        engine: EngineConfig::Redis { url },
+        ..cluster::Config::default()
+    };
     let error = cluster::bind(config, bus).await.err().unwrap().to_string();
     assert!(error.contains("127.0.0.1:1") && !error.contains("hunter2"), "{error}");
 }

@@ -8,17 +8,27 @@ use wire::channels::{RPC_CLIENT, RPC_ENCODING, RPC_ERROR_CODE, RPC_USER};
 use wire::realtime::{Command, Encoding, Reply, RpcRequest};
 
 async fn serve(bus: &Bus, method: &str) -> Subscription {
-    bus.subscribe(&wire::subjects::rpc(method).unwrap(), None, 100).await.unwrap()
+    bus.subscribe(&wire::subjects::rpc(method).unwrap(), None, 100)
+        .await
+        .unwrap()
 }
 
 async fn answer(bus: &Bus, to: &Message, headers: Headers, payload: impl Into<Bytes>) {
-    let message =
-        Message { subject: to.reply.clone().unwrap(), headers, payload: payload.into(), ..Message::default() };
+    let message = Message {
+        subject: to.reply.clone().unwrap(),
+        headers,
+        payload: payload.into(),
+        ..Message::default()
+    };
     bus.publish(message).await.unwrap();
 }
 
 fn call(id: u32, method: &str, data: impl Into<Bytes>) -> Command {
-    Command { id, rpc: Some(RpcRequest { method: method.into(), data: data.into() }), ..Command::default() }
+    Command {
+        id,
+        rpc: Some(RpcRequest { method: method.into(), data: data.into() }),
+        ..Command::default()
+    }
 }
 
 #[tokio::test]
@@ -65,7 +75,9 @@ async fn calls_run_beside_each_other() {
     ann.send(&many).await;
     let mut refused = 0;
     for _ in 0..40 - 32 {
-        let Reply { error: Some(error), .. } = ann.next().await.unwrap() else { panic!("no error") };
+        let Reply { error: Some(error), .. } = ann.next().await.unwrap() else {
+            panic!("no error")
+        };
         assert_eq!((error.code, error.temporary), (111, true));
         refused += 1;
     }

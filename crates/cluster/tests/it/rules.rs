@@ -9,7 +9,9 @@ use wire::realtime::{Encoding, SubscribeRequest};
 
 /// The error code of ann's attempt to subscribe; 0: she may.
 async fn check(client: &mut Client, channel: &str, token: &str, expected: u32) {
-    let reply = client.try_subscribe(SubscribeRequest { token: token.into(), ..to(channel) }).await;
+    let reply = client
+        .try_subscribe(SubscribeRequest { token: token.into(), ..to(channel) })
+        .await;
     let got = reply.error.as_ref().map_or(0, |error| error.code);
     assert_eq!(got, expected, "{channel:?}: {reply:?}");
 }

@@ -152,7 +152,10 @@ async fn pings_may_be_frames() {
     let connected = client.present_token(&user("ann")).await.connect.unwrap();
     assert_eq!((connected.ping, connected.pong), (0, false));
     for _ in 0..3 {
-        let message = futures_util::StreamExt::next(&mut client.socket).await.unwrap().unwrap();
+        let message = futures_util::StreamExt::next(&mut client.socket)
+            .await
+            .unwrap()
+            .unwrap();
         assert!(matches!(message, Message::Ping(_)), "{message:?}");
     }
     client.nothing_pushed().await;
@@ -187,7 +190,11 @@ async fn refresh_to_a_token_without_exp_lifts_the_old_end() {
         let mut stays = Client::connect_with(&node, encoding, &short()).await;
         let mut leaves = Client::connect_with(&node, encoding, &short()).await;
         let refresh = Some(RefreshRequest { token: token(&json!({"sub": "ann"})) });
-        let refreshed = stays.ask(Command { refresh, ..Command::default() }).await.refresh.unwrap();
+        let refreshed = stays
+            .ask(Command { refresh, ..Command::default() })
+            .await
+            .refresh
+            .unwrap();
         assert!(!refreshed.expires && refreshed.ttl == 0, "{refreshed:?}");
         // The other connection shows that the old end has passed.
         assert_eq!(leaves.closed().await, 3005);
@@ -210,7 +217,11 @@ async fn subscription_token_opens_no_connection() {
         assert_eq!(client.closed().await, 3500, "{claims}");
     }
     // And a connection token is no subscription token.
-    let to_vip = SubscribeRequest { channel: "$vip".into(), token: user("ann"), ..SubscribeRequest::default() };
+    let to_vip = SubscribeRequest {
+        channel: "$vip".into(),
+        token: user("ann"),
+        ..SubscribeRequest::default()
+    };
     assert_eq!(code(&ann.try_subscribe(to_vip).await), 103);
     let mut other = Client::connect(&node, "ann").await;
     let refresh = Some(RefreshRequest { token: token(&json!({"sub": "ann", "channel": "$vip"})) });
@@ -226,7 +237,8 @@ async fn end_of_a_sign_in_closes_its_connections_and_no_others() {
     let mut laptop = Client::connect_with(&node, Encoding::Protobuf, &of("laptop")).await;
     let mut second_tab = Client::connect_with(&node, Encoding::Json, &of("laptop")).await;
     let mut program = Client::connect(&node, "ann").await;
-    node.call("disconnect", &json!({"user": "ann", "session": "laptop"})).await;
+    node.call("disconnect", &json!({"user": "ann", "session": "laptop"}))
+        .await;
     assert_eq!((laptop.closed().await, second_tab.closed().await), (3503, 3503));
 
     // The token has not run out, but its sign-in is over.
@@ -244,11 +256,19 @@ async fn a_refresh_moves_the_connection_to_the_sign_in_of_its_token() {
     let of = |sid: &str| token(&json!({"sub": "ann", "sid": sid, "exp": now_s() + 3600}));
     let mut client = Client::connect_with(&node, Encoding::Json, &of("laptop")).await;
     let refresh = Some(RefreshRequest { token: of("phone") });
-    assert!(client.ask(Command { refresh, ..Command::default() }).await.refresh.is_some());
+    assert!(
+        client
+            .ask(Command { refresh, ..Command::default() })
+            .await
+            .refresh
+            .is_some()
+    );
 
-    node.call("disconnect", &json!({"user": "ann", "session": "laptop"})).await;
+    node.call("disconnect", &json!({"user": "ann", "session": "laptop"}))
+        .await;
     client.nothing_pushed().await;
-    node.call("disconnect", &json!({"user": "ann", "session": "phone"})).await;
+    node.call("disconnect", &json!({"user": "ann", "session": "phone"}))
+        .await;
     assert_eq!(client.closed().await, 3503);
 }
 
@@ -278,7 +298,11 @@ async fn a_token_may_bring_channels() {
         };
         let subs = [("app:a1#bob".to_string(), position)].into();
         let connect = Some(ConnectRequest { token: token.clone(), subs, ..ConnectRequest::default() });
-        let connected = client.ask(Command { connect, ..Command::default() }).await.connect.unwrap();
+        let connected = client
+            .ask(Command { connect, ..Command::default() })
+            .await
+            .connect
+            .unwrap();
         let sub = &connected.subs["app:a1#bob"];
         assert!(sub.recovered, "{sub:?}");
         assert_eq!(crate::client::numbers(&sub.publications), [2]);
@@ -333,7 +357,9 @@ async fn exchange_closing(node: &Node, request: &[u8]) -> String {
     stream.write_all(request).await.unwrap();
     stream.shutdown().await.unwrap();
     let mut answer = Vec::new();
-    let _ = tokio::time::timeout(DEADLINE, stream.read_to_end(&mut answer)).await.expect("an answer in time");
+    let _ = tokio::time::timeout(DEADLINE, stream.read_to_end(&mut answer))
+        .await
+        .expect("an answer in time");
     String::from_utf8_lossy(&answer).into_owned()
 }
 

@@ -46,7 +46,14 @@ fn overloaded(gateway: &Gateway, kind: FrameType) -> Reply {
     let mut error = ErrorPayload::new(ErrorCode::Overloaded, text);
     error.error.retry_after_ms = Some(RETRY_AFTER_MS);
     let in_stream = matches!(kind, FrameType::StreamComplete | FrameType::StreamError);
-    (if in_stream { FrameType::StreamError } else { FrameType::ResponseError }, error.encode().into())
+    (
+        if in_stream {
+            FrameType::StreamError
+        } else {
+            FrameType::ResponseError
+        },
+        error.encode().into(),
+    )
 }
 
 #[cfg(test)]
@@ -70,8 +77,15 @@ mod tests {
         let bus = bus::local::Local::open(dir).await.unwrap();
         let minute = Duration::from_secs(60);
         let (write_timeout, request_timeout) = (minute, minute);
-        let config = Config { socket: dir.join("s"), reply_budget: BUDGET, max_in_flight, ..Config::default() };
-        let bound = bind(Config { write_timeout, request_timeout, ..config }, bus.clone()).await.unwrap();
+        let config = Config {
+            socket: dir.join("s"),
+            reply_budget: BUDGET,
+            max_in_flight,
+            ..Config::default()
+        };
+        let bound = bind(Config { write_timeout, request_timeout, ..config }, bus.clone())
+            .await
+            .unwrap();
         (bound.gateway, bus)
     }
 
@@ -97,7 +111,9 @@ mod tests {
         let metadata = json!({"large": "x".repeat(LARGE)});
         let answer = json!({"ok": true, "decision": {"metadata": metadata}, "context": {"request_id": id}});
         let payload = answer.to_string().into();
-        bus.publish(Message { subject, payload, ..Message::default() }).await.unwrap();
+        bus.publish(Message { subject, payload, ..Message::default() })
+            .await
+            .unwrap();
     }
 
     fn connect(gateway: &Arc<Gateway>) -> UnixStream {
@@ -119,7 +135,9 @@ mod tests {
             if let Some(frame) = Decoder.decode(input).unwrap() {
                 return (frame.frame_type().unwrap(), serde_json::from_slice(&frame.payload).unwrap());
             }
-            let read = tokio::time::timeout(PATIENCE, client.read_buf(input)).await.expect("an answer in time");
+            let read = tokio::time::timeout(PATIENCE, client.read_buf(input))
+                .await
+                .expect("an answer in time");
             assert_ne!(read.unwrap(), 0);
         }
     }
@@ -189,7 +207,13 @@ mod tests {
         for _ in 0..BEHIND {
             let next = answer(&mut client, &mut input).await;
             if !is_overload(&next) {
-                whole.push(next.1["context"]["request_id"].as_str().unwrap().parse::<usize>().unwrap());
+                whole.push(
+                    next.1["context"]["request_id"]
+                        .as_str()
+                        .unwrap()
+                        .parse::<usize>()
+                        .unwrap(),
+                );
             }
         }
         assert!(whole.is_sorted() && (1..=BUDGET / LARGE).contains(&whole.len()), "{whole:?}");

@@ -71,7 +71,9 @@ mod tests {
         line.answer(second, reply("2"));
         assert_eq!((line.leave(), line.len()), (None, 3));
         line.answer(first, reply("1"));
-        let left: Vec<Bytes> = std::iter::from_fn(|| line.leave()).map(|(_, payload)| payload).collect();
+        let left: Vec<Bytes> = std::iter::from_fn(|| line.leave())
+            .map(|(_, payload)| payload)
+            .collect();
         assert_eq!(left, ["1", "2", "3"]);
         assert!(line.is_empty());
     }
@@ -82,7 +84,9 @@ mod tests {
         let [_, second, _] = [line.join(), line.join(), line.join()];
         line.answer(second, reply("2"));
         line.answer_all(|| reply("closed"));
-        let left: Vec<Bytes> = std::iter::from_fn(|| line.leave()).map(|(_, payload)| payload).collect();
+        let left: Vec<Bytes> = std::iter::from_fn(|| line.leave())
+            .map(|(_, payload)| payload)
+            .collect();
         assert_eq!(left, ["closed", "2", "closed"]);
     }
 }

@@ -143,7 +143,11 @@ async fn backpressure_refuses_the_limit_plus_first_and_accepts_again() {
         // The fourth and the sixth.
         let places = if one { [3, 5] } else { [0, 2] };
         for (place, answer) in answers.into_iter().enumerate() {
-            if places.contains(&place) { is_overloaded(answer) } else { is_ok(answer) }
+            if places.contains(&place) {
+                is_overloaded(answer)
+            } else {
+                is_ok(answer)
+            }
         }
         held.arrived(4).await;
     }
@@ -174,7 +178,10 @@ async fn backpressure_global_limit_over_several_connections() {
         submit(&mut raw, version).await;
         is_overloaded(raw.answer().await);
     }
-    let request = Request::post("/api/v1/routes/decide").header("x-api-key", "key").body(Body::from("{}")).unwrap();
+    let request = Request::post("/api/v1/routes/decide")
+        .header("x-api-key", "key")
+        .body(Body::from("{}"))
+        .unwrap();
     let response = held.fixture.routes.clone().oneshot(request).await.unwrap();
     assert_eq!((response.status().as_u16(), &response.headers()["retry-after"]), (429, &"1".parse().unwrap()));
     let body = to_bytes(response.into_body(), 4096).await.unwrap();

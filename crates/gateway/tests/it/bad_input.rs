@@ -46,7 +46,8 @@ async fn lengths_and_versions_are_checked_before_all_else_and_close() {
     }
     // What was asked before it is still answered, in order.
     let mut raw = fixture.connect().await;
-    raw.send(&hex::decode("0000000601f00000000601f00000000609f0").unwrap()).await;
+    raw.send(&hex::decode("0000000601f00000000601f00000000609f0").unwrap())
+        .await;
     for _ in 0..2 {
         assert_eq!(raw.answer().await.0, FrameType::Pong);
     }
@@ -134,17 +135,31 @@ async fn a_request_cannot_smuggle_anything_past_the_gateway() {
     assert_eq!((request.get("metadata"), request.get("constraints")), (None, None), "not fields of a submit");
     assert_eq!(request["request_id"], "r tenant_id: evil", "opaque");
     assert_eq!(request["task"]["payload"]["params"]["a"], "\",\"tenant_id\":\"evil");
-    let tenants: Vec<&Value> =
-        value["headers"].as_array().unwrap().iter().filter(|pair| pair[0] == "tenant_id").collect();
+    let tenants: Vec<&Value> = value["headers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|pair| pair[0] == "tenant_id")
+        .collect();
     assert_eq!(tenants, [&json!(["tenant_id", "default"])]);
-    let parent = value["headers"].as_array().unwrap().iter().find(|pair| pair[0] == "traceparent").unwrap();
-    assert!(parent[1].as_str().unwrap().starts_with("00-") && !parent[1].as_str().unwrap().contains("zz"), "{parent}");
+    let parent = value["headers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|pair| pair[0] == "traceparent")
+        .unwrap();
+    assert!(
+        parent[1].as_str().unwrap().starts_with("00-") && !parent[1].as_str().unwrap().contains("zz"),
+        "{parent}"
+    );
 }
 
 #[tokio::test]
 async fn deadlines_of_nothing_and_of_everything() {
     let fixture = Fixture::start(|config| config.request_timeout = Duration::from_millis(300)).await;
-    fixture.router(|request, _| async move { (request["request_id"] != "never").then(|| decision(&request)) }).await;
+    fixture
+        .router(|request, _| async move { (request["request_id"] != "never").then(|| decision(&request)) })
+        .await;
     let mut raw = fixture.connect().await;
     for (n, (deadline_ms, fields)) in [
         (0, json!({})),
@@ -160,7 +175,8 @@ async fn deadlines_of_nothing_and_of_everything() {
     }
     // The router's own deadline holds however long the client would wait.
     for (n, deadline_ms) in [(7, 0), (8, u32::MAX), (9, 1)] {
-        raw.send(&v2(n, deadline_ms, &task(json!({"request_id": "never"})))).await;
+        raw.send(&v2(n, deadline_ms, &task(json!({"request_id": "never"}))))
+            .await;
         assert_eq!(raw.error_code().await, 5, "{deadline_ms}");
     }
 }
@@ -186,7 +202,9 @@ async fn an_answer_larger_than_a_frame_is_an_error() {
 #[tokio::test]
 async fn a_router_that_talks_nonsense() {
     let fixture = Fixture::start(|config| config.breaker.consecutive_failures = 1000).await;
-    fixture.router(|request, _| async move { Some(request["task"]["payload"]["params"]["answer"].clone()) }).await;
+    fixture
+        .router(|request, _| async move { Some(request["task"]["payload"]["params"]["answer"].clone()) })
+        .await;
     let mut raw = fixture.connect().await;
     for (answer, code) in [
         (json!("text"), 99),
@@ -237,7 +255,11 @@ async fn thousands_of_clients_that_leave_with_answers_pending_leave_nothing_behi
         let _ = raw.stream.write_all(&v1(1, slow.as_bytes())).await;
     }
     assert!(asked.load(SeqCst) > 0);
-    let mut statuses = fixture.bus.subscribe(wire::subjects::GATEWAY_STATUS, None, 64).await.unwrap();
+    let mut statuses = fixture
+        .bus
+        .subscribe(wire::subjects::GATEWAY_STATUS, None, 64)
+        .await
+        .unwrap();
     let idle = async {
         loop {
             let status: Value = serde_json::from_slice(&statuses.next().await.unwrap().payload).unwrap();
@@ -246,7 +268,9 @@ async fn thousands_of_clients_that_leave_with_answers_pending_leave_nothing_behi
             }
         }
     };
-    tokio::time::timeout(SOON, idle).await.expect("nobody is connected and nothing is in flight");
+    tokio::time::timeout(SOON, idle)
+        .await
+        .expect("nobody is connected and nothing is in flight");
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({})).await;
     assert_eq!(raw.answer().await.0, FrameType::ResponseOk);

@@ -30,7 +30,8 @@ async fn held(change: impl FnOnce(&mut gateway::Config)) -> (Fixture, Arc<Semaph
 
 /// The gateway has read what was sent before.
 async fn seen(raw: &mut Raw) {
-    raw.frame(Version::V2 { request_id: 99, deadline_ms: 0 }, FrameType::Ping, "").await;
+    raw.frame(Version::V2 { request_id: 99, deadline_ms: 0 }, FrameType::Ping, "")
+        .await;
     assert_eq!(raw.answer().await.0, FrameType::Pong);
 }
 
@@ -121,7 +122,11 @@ async fn a_drain_that_lasts_too_long_answers_all_that_stands_in_line() {
     let (mut in_line, mut others) = (Vec::new(), Vec::new());
     while let Some(frame) = raw.next().await {
         let code = serde_json::from_slice::<Value>(&frame.payload).map_or(0, |v| v["error"]["code"].as_u64().unwrap());
-        if frame.version == Version::V1 { in_line.push(code) } else { others.push((frame.version, code)) }
+        if frame.version == Version::V1 {
+            in_line.push(code)
+        } else {
+            others.push((frame.version, code))
+        }
     }
     assert_eq!(in_line, [6, 0, 6, 6]);
     others.sort_by_key(|(version, _)| format!("{version:?}"));
@@ -165,7 +170,13 @@ async fn who_waits_for_the_receive_budget_is_not_called_slow() {
             if let Some(frame) = wire::ipc::Decoder.decode(&mut input).unwrap() {
                 break frame;
             }
-            assert!(tokio::io::AsyncReadExt::read_buf(&mut reader, &mut input).await.unwrap() > 0, "closed unanswered");
+            assert!(
+                tokio::io::AsyncReadExt::read_buf(&mut reader, &mut input)
+                    .await
+                    .unwrap()
+                    > 0,
+                "closed unanswered"
+            );
         }
     };
     // It does send all of its frame, as far as the gateway takes it.

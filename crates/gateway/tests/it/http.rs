@@ -14,7 +14,10 @@ async fn fixture() -> Fixture {
 }
 
 fn request(body: impl Into<Body>) -> Request<Body> {
-    Request::post("/api/v1/routes/decide").header("x-api-key", KEY).body(body.into()).unwrap()
+    Request::post("/api/v1/routes/decide")
+        .header("x-api-key", KEY)
+        .body(body.into())
+        .unwrap()
 }
 
 async fn ask(fixture: &Fixture, request: Request<Body>) -> (Response<()>, Value) {
@@ -101,7 +104,10 @@ async fn every_error_has_its_status_and_says_when_to_come_back() {
             Some(json!({"ok": false, "error": error, "context": {}}))
         })
         .await;
-    for (code, status) in ERROR_CODES.iter().filter(|(code, _)| !matches!(*code, "internal" | "unavailable")) {
+    for (code, status) in ERROR_CODES
+        .iter()
+        .filter(|(code, _)| !matches!(*code, "internal" | "unavailable"))
+    {
         let (head, body) = ask(&fixture, request(task(code))).await;
         assert_eq!((head.status().as_u16(), &body["error"]["code"]), (*status, &json!(code)));
         let retry_after = head.headers().get("retry-after").map(|value| value.to_str().unwrap());
@@ -114,7 +120,10 @@ async fn without_a_router_or_a_key_or_with_too_much_it_says_so() {
     let fixture = fixture().await;
     let (head, body) = ask(&fixture, request(task("t"))).await;
     assert_eq!((head.status(), &body["error"]["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("unavailable")));
-    assert_eq!((head.headers()["retry-after"].to_str().unwrap(), &body["context"]["request_id"]), ("1", &json!("r")));
+    assert_eq!(
+        (head.headers()["retry-after"].to_str().unwrap(), &body["context"]["request_id"]),
+        ("1", &json!("r"))
+    );
 
     for key in ["", "the kez", "the key and more"] {
         let mut request = request(task("t"));

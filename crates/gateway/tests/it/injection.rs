@@ -23,8 +23,12 @@ async fn check(cases: &[(&str, String, Result<&str, u64>)]) {
                     let message = wire.next().await.unwrap();
                     // It refuses a field that is there twice, so there is one way to read it.
                     let request: DecideRequest = serde_json::from_slice(&message.payload).unwrap();
-                    let tenants: Vec<&str> =
-                        message.headers.iter().filter(|(key, _)| *key == "tenant_id").map(|(_, value)| value).collect();
+                    let tenants: Vec<&str> = message
+                        .headers
+                        .iter()
+                        .filter(|(key, _)| *key == "tenant_id")
+                        .map(|(_, value)| value)
+                        .collect();
                     assert_eq!((&*request.tenant_id, &tenants[..]), (*tenant, &[*tenant][..]), "{name}");
                     let fields: Value = serde_json::from_slice(&message.payload).unwrap();
                     let known = ["version", "request_id", "tenant_id", "task", "trace_id"];
@@ -68,7 +72,8 @@ async fn a_field_that_is_there_twice_is_refused() {
     let fixture = Fixture::start(|_| {}).await;
     let mut raw = fixture.connect().await;
     for kind in [FrameType::TaskQuery, FrameType::TaskCancel, FrameType::StreamSubscribe] {
-        raw.frame(Version::V1, kind, r#"{"task_id":"mine","task\u005fid":"theirs"}"#).await;
+        raw.frame(Version::V1, kind, r#"{"task_id":"mine","task\u005fid":"theirs"}"#)
+            .await;
         assert_eq!(raw.error_code().await, 4, "{kind:?}");
     }
 }
@@ -95,14 +100,21 @@ async fn what_only_looks_like_a_field_is_none() {
             r#""version":"9","task":{"type":"u","payload_ref":"x"},"metadata":{"tenant_id":"evil"},"payload":{}"#,
             "default",
         ),
-        ("an envelope around it", r#""kind":"task","data":{"command":"task_submit","tenant_id":"evil"}"#, "default"),
+        (
+            "an envelope around it",
+            r#""kind":"task","data":{"command":"task_submit","tenant_id":"evil"}"#,
+            "default",
+        ),
         ("an answer", r#""ok":true,"decision":{"provider_id":"p"},"error":{"code":"none"}"#, "default"),
         ("fields of the other requests", r#""task_id":"theirs","state":"completed","seq":0"#, "default"),
     ] {
         cases.push((name, submit(fields), Ok(tenant)));
     }
     for (name, payload) in [
-        ("an envelope", json!({"kind": "task", "data": {"command": "task_submit", "task_type": "t"}}).to_string()),
+        (
+            "an envelope",
+            json!({"kind": "task", "data": {"command": "task_submit", "task_type": "t"}}).to_string(),
+        ),
         ("a text", json!(submit("")).to_string()),
         ("two objects", submit("").repeat(2)),
         ("an object and a bracket", format!("{}}}", submit(""))),
@@ -149,7 +161,10 @@ async fn numbers_and_depths_beyond_all_bounds() {
         ("deeper", nested(128)),
         ("deeper objects", objects(128)),
         ("as deep as a frame allows", submit(&format!(r#""context":{}"#, "[".repeat(1_000_000)))),
-        ("as deep as a frame allows, objects", submit(&format!(r#""context":{}"#, r#"{"a":"#.repeat(500_000)))),
+        (
+            "as deep as a frame allows, objects",
+            submit(&format!(r#""context":{}"#, r#"{"a":"#.repeat(500_000))),
+        ),
     ];
     let accepted = accepted.map(|(name, payload)| (name, payload, Ok("default")));
     let refused = refused.map(|(name, payload)| (name, payload, Err(4)));

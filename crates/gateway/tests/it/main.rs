@@ -72,7 +72,9 @@ impl Fixture {
                     if let Some(reply) = answer(request, message.headers).await {
                         let payload = reply.to_string().into();
                         let subject = message.reply.unwrap();
-                        bus.publish(Message { subject, payload, ..Message::default() }).await.unwrap();
+                        bus.publish(Message { subject, payload, ..Message::default() })
+                            .await
+                            .unwrap();
                     }
                 });
             }
@@ -106,7 +108,8 @@ impl Raw {
     }
 
     async fn submit_v2(&mut self, request_id: u64, fields: Value) {
-        self.frame(Version::V2 { request_id, deadline_ms: 0 }, FrameType::TaskSubmit, &task(fields)).await;
+        self.frame(Version::V2 { request_id, deadline_ms: 0 }, FrameType::TaskSubmit, &task(fields))
+            .await;
     }
 
     async fn frame(&mut self, version: Version, kind: FrameType, payload: &str) {
@@ -133,8 +136,11 @@ impl Raw {
 
     async fn answer(&mut self) -> (FrameType, Value) {
         let frame = self.next().await.expect("an answer");
-        let value =
-            if frame.payload.is_empty() { Value::Null } else { serde_json::from_slice(&frame.payload).unwrap() };
+        let value = if frame.payload.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_slice(&frame.payload).unwrap()
+        };
         (frame.frame_type().unwrap(), value)
     }
 

@@ -8,7 +8,9 @@ use wire::subjects;
 
 async fn publish(bus: &Bus, subject: &str, what: Value) {
     let payload = what.to_string().into();
-    bus.publish(Message { subject: subject.into(), payload, ..Message::default() }).await.unwrap();
+    bus.publish(Message { subject: subject.into(), payload, ..Message::default() })
+        .await
+        .unwrap();
 }
 
 /// One piece of output and the result of this tenant's task `same`; a worker may name the tenant or not.
@@ -63,13 +65,16 @@ async fn another_tenants_task_of_the_same_id_neither_feeds_nor_ends_a_wait() {
         for (id, tenant, wait) in
             [(1, "acme", "stream"), (2, "beta", "stream"), (3, "acme", "result"), (4, "beta", "result")]
         {
-            raw.submit_v2(id, json!({"request_id": "same", "tenant_id": tenant, "wait": wait})).await;
+            raw.submit_v2(id, json!({"request_id": "same", "tenant_id": tenant, "wait": wait}))
+                .await;
         }
         let mut streamed = [Vec::new(), Vec::new()];
         let mut ended = [Value::Null, Value::Null, Value::Null, Value::Null];
         while ended.iter().any(Value::is_null) {
             let frame = raw.next().await.unwrap();
-            let Version::V2 { request_id, .. } = frame.version else { panic!("{frame:?}") };
+            let Version::V2 { request_id, .. } = frame.version else {
+                panic!("{frame:?}")
+            };
             let answer: Value = serde_json::from_slice(&frame.payload).unwrap();
             let place = usize::try_from(request_id).unwrap() - 1;
             match frame.frame_type().unwrap() {
@@ -95,7 +100,8 @@ async fn a_reference_to_a_task_names_its_tenant() {
         if let Some(tenant) = tenant {
             reference["tenant_id"] = json!(tenant);
         }
-        raw.frame(Version::V1, FrameType::TaskQuery, &reference.to_string()).await;
+        raw.frame(Version::V1, FrameType::TaskQuery, &reference.to_string())
+            .await;
         let asked = queries.next().await.unwrap();
         assert_eq!(asked.headers.get("tenant_id"), Some(expected));
         // As a router of the previous version answers: by the id, whoever asks.
@@ -108,8 +114,10 @@ async fn a_reference_to_a_task_names_its_tenant() {
         }
         assert!(!answer.to_string().contains("acme"), "{answer}");
     }
-    raw.frame(Version::V1, FrameType::TaskQuery, r#"{"task_id":"t","tenant_id":"a/b"}"#).await;
+    raw.frame(Version::V1, FrameType::TaskQuery, r#"{"task_id":"t","tenant_id":"a/b"}"#)
+        .await;
     assert_eq!(raw.error_code().await, 4);
-    raw.frame(Version::V1, FrameType::TaskSubmit, &task(json!({"tenant_id": "a/b"}))).await;
+    raw.frame(Version::V1, FrameType::TaskSubmit, &task(json!({"tenant_id": "a/b"})))
+        .await;
     assert_eq!(raw.error_code().await, 4);
 }

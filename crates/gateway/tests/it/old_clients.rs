@@ -93,7 +93,9 @@ async fn the_same_bytes_come_back_however_theirs_were_cut() {
     let ids: Vec<String> = kinds
         .iter()
         .filter_map(|(_, payload)| {
-            serde_json::from_slice::<Value>(payload).ok()?["context"]["request_id"].as_str().map(String::from)
+            serde_json::from_slice::<Value>(payload).ok()?["context"]["request_id"]
+                .as_str()
+                .map(String::from)
         })
         .collect();
     assert_eq!(ids, ["one", "two", "three", "five", "six"]);

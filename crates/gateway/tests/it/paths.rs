@@ -12,7 +12,9 @@ async fn bus(dir: &Path) -> Bus {
 
 async fn bind(path: &Path, bus: &Bus) -> Result<gateway::Bound, String> {
     let config = gateway::Config { socket: path.into(), ..gateway::Config::default() };
-    gateway::bind(config, bus.clone()).await.map_err(|error| error.to_string())
+    gateway::bind(config, bus.clone())
+        .await
+        .map_err(|error| error.to_string())
 }
 
 #[tokio::test]
@@ -51,7 +53,10 @@ async fn what_is_in_the_way_stays_as_it_is() {
         ("nowhere/s", "does its directory exist"),
         ("", "no socket"),
     ] {
-        let error = bind(&at(name), &bus).await.err().unwrap_or_else(|| panic!("{name} is taken"));
+        let error = bind(&at(name), &bus)
+            .await
+            .err()
+            .unwrap_or_else(|| panic!("{name} is taken"));
         assert!(error.contains(says) && error.contains(name), "{name}: {error}");
     }
     assert_eq!(std::fs::read_to_string(at("to_file")).unwrap(), "precious");
@@ -60,9 +65,14 @@ async fn what_is_in_the_way_stays_as_it_is() {
     assert!(!at("nothing").exists() && std::fs::symlink_metadata(at("stale")).unwrap().file_type().is_socket());
     UnixStream::connect(at("to_living")).unwrap();
     drop(living);
-    let left = std::fs::read_dir(dir.path())
-        .unwrap()
-        .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with(".beamline"));
+    let left = std::fs::read_dir(dir.path()).unwrap().filter(|entry| {
+        entry
+            .as_ref()
+            .unwrap()
+            .file_name()
+            .to_string_lossy()
+            .starts_with(".beamline")
+    });
     assert_eq!(left.count(), 0, "nothing of the attempts is left");
 }
 
@@ -75,7 +85,9 @@ async fn a_path_that_is_too_long_is_refused_and_never_cut() {
         let error = bind(&path, &bus).await.err().expect("it is too long");
         assert!(error.contains(&format!("{length} bytes")) && error.contains("107"), "{error}");
     }
-    let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    let names = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
     assert_eq!(names.filter(|name| name.to_string_lossy().starts_with('x')).count(), 0);
 }
 

@@ -52,7 +52,9 @@ impl Loaded {
                 };
                 if let Some(answer) = answer {
                     let (subject, payload) = (message.reply.unwrap(), answer.to_string().into());
-                    bus.publish(Message { subject, payload, ..Message::default() }).await.unwrap();
+                    bus.publish(Message { subject, payload, ..Message::default() })
+                        .await
+                        .unwrap();
                 }
             }
         });
@@ -88,8 +90,17 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
     assert!(answer["context"]["trace_id"].is_string(), "{answer}");
     let request =
         json!({"version": "1", "request_id": "r", "tenant_id": "default", "task": {"type": "t", "payload": {}}});
-    let post = Request::post("/api/v1/routes/decide").header("x-api-key", "k").body(Body::from(request.to_string()));
-    let (head, body) = router.fixture.routes.clone().oneshot(post.unwrap()).await.unwrap().into_parts();
+    let post = Request::post("/api/v1/routes/decide")
+        .header("x-api-key", "k")
+        .body(Body::from(request.to_string()));
+    let (head, body) = router
+        .fixture
+        .routes
+        .clone()
+        .oneshot(post.unwrap())
+        .await
+        .unwrap()
+        .into_parts();
     let body: Value = serde_json::from_slice(&to_bytes(body, 1 << 20).await.unwrap()).unwrap();
     assert_eq!((head.status.as_u16(), head.headers["retry-after"].to_str().unwrap()), (429, "30"));
     assert_eq!((&body["error"]["code"], &body["context"]["request_id"]), (&json!("backpressure"), &json!("r")));
@@ -97,7 +108,8 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
 
     // What an overloaded router does not refuse either.
     let mut raw = router.fixture.connect().await;
-    raw.frame(wire::ipc::Version::V1, FrameType::TaskQuery, r#"{"command":"task_query","task_id":"t"}"#).await;
+    raw.frame(wire::ipc::Version::V1, FrameType::TaskQuery, r#"{"command":"task_query","task_id":"t"}"#)
+        .await;
     assert_eq!(raw.answer().await.0, FrameType::ResponseOk);
 
     router.status.send_replace("warning");

@@ -16,7 +16,11 @@ const OVERLOADED: u64 = ErrorCode::Overloaded as u64;
 
 fn config(fixture: &Fixture) -> gateway::Config {
     let request_timeout = Duration::from_secs(60);
-    gateway::Config { socket: fixture.dir.path().join("s"), request_timeout, ..gateway::Config::default() }
+    gateway::Config {
+        socket: fixture.dir.path().join("s"),
+        request_timeout,
+        ..gateway::Config::default()
+    }
 }
 
 /// The limit goes below what is in flight: that goes on, and as much of it must end before something new begins.
@@ -50,7 +54,8 @@ async fn a_limit_comes_down_below_what_is_in_flight_and_up_again() {
             raw.submit_v2(id, json!({})).await;
         }
         // All four are taken once this is answered.
-        raw.frame(Version::V2 { request_id: 9, deadline_ms: 0 }, FrameType::Ping, "").await;
+        raw.frame(Version::V2 { request_id: 9, deadline_ms: 0 }, FrameType::Ping, "")
+            .await;
         assert_eq!(raw.answer().await.0, FrameType::Pong);
 
         limit(2);
@@ -85,7 +90,9 @@ async fn connections_above_a_limit_that_came_down_stay_and_no_new_one_comes() {
         assert_eq!(raw.answer().await.0, FrameType::Pong);
         open.push(raw);
     }
-    fixture.control.reload(gateway::Config { max_connections: 2, ..config(&fixture) });
+    fixture
+        .control
+        .reload(gateway::Config { max_connections: 2, ..config(&fixture) });
     assert_eq!(fixture.connect().await.error_code().await, OVERLOADED);
     for raw in &mut open {
         raw.frame(Version::V1, FrameType::Ping, "").await;
@@ -106,7 +113,9 @@ async fn timeouts_change_for_open_connections() {
     let mut raw = fixture.connect().await;
     raw.frame(Version::V1, FrameType::Ping, "").await;
     assert_eq!(raw.answer().await.0, FrameType::Pong);
-    fixture.control.reload(gateway::Config { read_timeout: Duration::from_millis(20), ..config(&fixture) });
+    fixture
+        .control
+        .reload(gateway::Config { read_timeout: Duration::from_millis(20), ..config(&fixture) });
     raw.send(&[0]).await;
     assert_eq!(raw.error_code().await, ErrorCode::Timeout as u64, "the rest of the frame does not come");
 }
@@ -121,7 +130,9 @@ async fn a_larger_receive_budget_has_room_for_frames_that_the_old_one_had_not() 
     // Most of the budget, and it does not end.
     let mut first = fixture.connect().await;
     first.send(&bytes[..40 * 1024]).await;
-    fixture.control.reload(gateway::Config { receive_budget: 128 * 1024, ..config(&fixture) });
+    fixture
+        .control
+        .reload(gateway::Config { receive_budget: 128 * 1024, ..config(&fixture) });
     let mut second = fixture.connect().await;
     second.send(&bytes).await;
     assert_eq!(second.answer().await.0, FrameType::ResponseOk);
@@ -133,11 +144,14 @@ async fn a_larger_receive_budget_has_room_for_frames_that_the_old_one_had_not() 
 async fn another_api_key_opens_the_http_way_in() {
     let fixture = Fixture::start(|config| config.api_key = "old".into()).await;
     fixture.echo_router().await;
-    fixture.control.reload(gateway::Config { api_key: "new".into(), ..config(&fixture) });
+    fixture
+        .control
+        .reload(gateway::Config { api_key: "new".into(), ..config(&fixture) });
     for (key, status) in [("old", StatusCode::UNAUTHORIZED), ("new", StatusCode::OK)] {
         let body = json!({"version": "1", "request_id": "r", "tenant_id": "default", "task": {"type": "t"}});
-        let request =
-            Request::post("/api/v1/routes/decide").header("x-api-key", key).body(Body::from(body.to_string()));
+        let request = Request::post("/api/v1/routes/decide")
+            .header("x-api-key", key)
+            .body(Body::from(body.to_string()));
         assert_eq!(fixture.routes.clone().oneshot(request.unwrap()).await.unwrap().status(), status, "{key}");
     }
 }

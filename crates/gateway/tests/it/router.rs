@@ -36,7 +36,9 @@ fn refusal(code: &str) -> Value {
 #[tokio::test]
 async fn every_error_of_the_router_reaches_the_client_whole() {
     let fixture = Fixture::start(|config| config.request_timeout = Duration::from_secs(2)).await;
-    fixture.router(|request, _| async move { Some(refusal(request["task"]["type"].as_str().unwrap())) }).await;
+    fixture
+        .router(|request, _| async move { Some(refusal(request["task"]["type"].as_str().unwrap())) })
+        .await;
     for (code, status) in ERROR_CODES {
         // The breaker is another test's matter.
         if matches!(*code, "internal" | "unavailable") {
@@ -47,7 +49,11 @@ async fn every_error_of_the_router_reaches_the_client_whole() {
         let error = &answer["error"];
         assert_eq!((&error["code"], &error["status"], &error["reason"]), (&json!(12), &json!(status), &json!(code)));
         assert_eq!((&error["message"], &error["details"]), (&json!(format!("this is {code}")), &json!({"field": "x"})));
-        let retry = if *code == "backpressure" { json!(30_000) } else { Value::Null };
+        let retry = if *code == "backpressure" {
+            json!(30_000)
+        } else {
+            Value::Null
+        };
         assert_eq!(error["retry_after_ms"], retry, "{code}");
         assert!(answer["context"]["trace_id"].is_string(), "{answer}");
     }
@@ -64,7 +70,9 @@ async fn without_a_router_it_says_so_at_once_and_notices_one_that_comes() {
     assert_eq!(answer["error"]["code"], 11);
     assert!(answer["error"]["retry_after_ms"].as_u64().unwrap() > 0, "{answer}");
 
-    fixture.router(|request, _| async move { Some(decision(&request)) }).await;
+    fixture
+        .router(|request, _| async move { Some(decision(&request)) })
+        .await;
     eventually(PATIENCE, async || submit(&fixture, json!({})).await.0 == FrameType::ResponseOk).await;
     eventually(PATIENCE, async || {
         submit(&fixture, json!({})).await;
@@ -112,9 +120,13 @@ async fn a_router_that_has_gone_silent_is_left_alone() {
 async fn a_client_in_a_hurry_does_not_open_it_for_the_others() {
     let fixture = Fixture::start(|_| {}).await;
     fixture
-        .router(
-            |request, _| async move { if request["task"]["type"] == "slow" { None } else { Some(decision(&request)) } },
-        )
+        .router(|request, _| async move {
+            if request["task"]["type"] == "slow" {
+                None
+            } else {
+                Some(decision(&request))
+            }
+        })
         .await;
     for _ in 0..30 {
         assert_eq!(submit(&fixture, json!({"task_type": "slow", "timeout_ms": 1})).await.1["error"]["code"], 5);
@@ -140,7 +152,13 @@ async fn a_router_that_was_just_unavailable_is_asked_again() {
     fixture
         .router(move |request, _| {
             let first = count.fetch_add(1, Relaxed) == 0;
-            async move { Some(if first { refusal("unavailable") } else { decision(&request) }) }
+            async move {
+                Some(if first {
+                    refusal("unavailable")
+                } else {
+                    decision(&request)
+                })
+            }
         })
         .await;
     assert_eq!(submit(&fixture, json!({})).await.0, FrameType::ResponseOk);

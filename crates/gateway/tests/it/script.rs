@@ -138,7 +138,11 @@ impl Script {
     }
 
     async fn publish(&self, subject: &str, payload: String) {
-        let message = Message { subject: subject.into(), payload: Bytes::from(payload), ..Message::default() };
+        let message = Message {
+            subject: subject.into(),
+            payload: Bytes::from(payload),
+            ..Message::default()
+        };
         self.bus.publish(message).await.unwrap();
     }
 }

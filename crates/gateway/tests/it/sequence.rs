@@ -140,7 +140,17 @@ impl World {
         let bound = gateway::bind(config, bus.clone()).await.unwrap();
         let cancel = CancellationToken::new();
         let running = tokio::spawn(bound.run(cancel.clone()));
-        Self { dir, bus, script, _stop: stop.drop_guard(), cancel, running, number: 0, answered: 0, unknown: 0 }
+        Self {
+            dir,
+            bus,
+            script,
+            _stop: stop.drop_guard(),
+            cancel,
+            running,
+            number: 0,
+            answered: 0,
+            unknown: 0,
+        }
     }
 
     /// Panics where something does not hold. Sequences with a drain want a world of their own.
@@ -199,7 +209,10 @@ impl World {
             hang_up.cancel();
         }
         case.replies.add_permits(10_000);
-        let received = tokio::time::timeout(PATIENCE, reading).await.expect("the connection ends").unwrap();
+        let received = tokio::time::timeout(PATIENCE, reading)
+            .await
+            .expect("the connection ends")
+            .unwrap();
         drop(writing.await.unwrap());
         let gone = sequence.end == End::Close;
         self.judge(asked, received, gone, drained, &case);
@@ -230,8 +243,15 @@ impl World {
             self.unknown += missing as u64;
             if !gone {
                 let arrived = case.arrived.lock();
-                let seen = (1..).zip(&asked).filter(|(_, asked)| arrived.contains(&asked.id)).map(|(place, _)| place);
-                let due = if key.is_none() { seen.last().unwrap_or(0) } else { seen.count() };
+                let seen = (1..)
+                    .zip(&asked)
+                    .filter(|(_, asked)| arrived.contains(&asked.id))
+                    .map(|(place, _)| place);
+                let due = if key.is_none() {
+                    seen.last().unwrap_or(0)
+                } else {
+                    seen.count()
+                };
                 assert!(answers.len() >= due, "the router has seen {due} of {key:?}, answered are {answers:?}");
             }
         }
@@ -240,7 +260,11 @@ impl World {
 
     /// All has been given back, and every request that was taken is one that a client knows of.
     pub async fn settle(&self) {
-        let mut statuses = self.bus.subscribe(wire::subjects::GATEWAY_STATUS, None, 16).await.unwrap();
+        let mut statuses = self
+            .bus
+            .subscribe(wire::subjects::GATEWAY_STATUS, None, 16)
+            .await
+            .unwrap();
         let idle = async {
             loop {
                 let message = statuses.next().await.unwrap();
@@ -250,7 +274,9 @@ impl World {
                 }
             }
         };
-        let taken = tokio::time::timeout(PATIENCE, idle).await.expect("nothing is left in flight");
+        let taken = tokio::time::timeout(PATIENCE, idle)
+            .await
+            .expect("nothing is left in flight");
         let known = self.answered..=self.answered + self.unknown;
         assert!(known.contains(&taken), "the gateway has taken {taken}, its clients know of {known:?}");
     }
@@ -258,7 +284,9 @@ impl World {
     /// Ends with a drain, if there was none.
     pub async fn end(self) {
         self.cancel.cancel();
-        let ended = tokio::time::timeout(PATIENCE, self.running).await.expect("all sessions end");
+        let ended = tokio::time::timeout(PATIENCE, self.running)
+            .await
+            .expect("all sessions end");
         ended.unwrap().unwrap();
         assert!(!self.dir.path().join("s").exists());
     }
@@ -307,7 +335,11 @@ fn ask(v2: Option<u8>, what: What, number: u64, bytes: &mut BytesMut) -> Asked {
         What::Broken(_) => unreachable!("only the end of a sequence breaks the framing"),
     };
     let version = v2.map_or(Version::V1, |id| Version::V2 { request_id: id.into(), deadline_ms });
-    let flags = if v2.is_some() && what == What::Unfit(Unfit::Flags) { 1 } else { 0 };
+    let flags = if v2.is_some() && what == What::Unfit(Unfit::Flags) {
+        1
+    } else {
+        0
+    };
     Frame { version, kind, flags, payload: payload.into() }.encode(bytes);
     Asked { version, what, id }
 }
@@ -381,10 +413,17 @@ fn answers(mut received: BytesMut, gone: bool) -> BTreeMap<Option<u64>, Vec<Answ
         }
         // A refused payload has no output: if its id is in use, that is of the request that goes on.
         let refused = json(&frame)["error"]["code"] == 4;
-        let output = if refused { Vec::new() } else { output.remove(&key).unwrap_or_default() };
+        let output = if refused {
+            Vec::new()
+        } else {
+            output.remove(&key).unwrap_or_default()
+        };
         answers.entry(key).or_default().push(Answer { output, last: frame });
     }
-    assert!(gone || (received.is_empty() && output.is_empty()), "it ends in the middle: {output:?}, {received:?}");
+    assert!(
+        gone || (received.is_empty() && output.is_empty()),
+        "it ends in the middle: {output:?}, {received:?}"
+    );
     answers
 }
 
@@ -433,7 +472,11 @@ fn fits(asked: &Asked, answer: &Answer, drained: bool) -> bool {
     };
     let all_output = (0..chunks).map(|seq| json!({"task_id": asked.id, "seq": seq, "data": seq}));
     let output = answer.output.iter().map(json);
-    let whole = if streams { output.eq(all_output) } else { answer.output.is_empty() };
+    let whole = if streams {
+        output.eq(all_output)
+    } else {
+        answer.output.is_empty()
+    };
     let ran_out = code == Some(5) && answer.output.is_empty();
     match fate {
         Fate::Answered | Fate::Held => told && whole,

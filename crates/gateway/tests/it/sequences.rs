@@ -51,14 +51,19 @@ fn caught(play: impl FnOnce()) -> Result<(), TestCaseError> {
     std::panic::catch_unwind(AssertUnwindSafe(play)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         TestCaseError::fail(
-            text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string())).unwrap_or_default(),
+            text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()))
+                .unwrap_or_default(),
         )
     })
 }
 
 fn check(cases: u32, strategy: impl Strategy<Value = Sequence>, play: impl Fn(Sequence)) {
-    let config =
-        ProptestConfig { cases, failure_persistence: None, max_shrink_time: 60_000, ..ProptestConfig::default() };
+    let config = ProptestConfig {
+        cases,
+        failure_persistence: None,
+        max_shrink_time: 60_000,
+        ..ProptestConfig::default()
+    };
     if let Err(failed) = TestRunner::new(config).run(&strategy, |sequence| caught(|| play(sequence))) {
         panic!("{failed}");
     }

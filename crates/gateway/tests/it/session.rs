@@ -40,7 +40,13 @@ async fn bad_input_gets_its_code_and_only_lost_framing_closes() {
     let v2 = |flags: u16| {
         let mut bytes = BytesMut::new();
         let version = Version::V2 { request_id: 7, deadline_ms: u32::MAX };
-        Frame { version, kind: 0x01, flags, payload: task(json!({"task_type": ""})).into() }.encode(&mut bytes);
+        Frame {
+            version,
+            kind: 0x01,
+            flags,
+            payload: task(json!({"task_type": ""})).into(),
+        }
+        .encode(&mut bytes);
         bytes.to_vec()
     };
     let long = "x".repeat(129);
@@ -88,7 +94,12 @@ async fn a_decision_comes_back_byte_for_byte_and_headers_go_out() {
             assert_eq!(headers.get("tenant_id"), Some("acme"));
             assert_eq!(headers.get("version"), Some("1"));
             assert_eq!(headers.get("trace_id"), Some("0af7651916cd43dd8448eb211c80319c"));
-            assert!(headers.get("traceparent").unwrap().starts_with("00-0af7651916cd43dd8448eb211c80319c-"));
+            assert!(
+                headers
+                    .get("traceparent")
+                    .unwrap()
+                    .starts_with("00-0af7651916cd43dd8448eb211c80319c-")
+            );
             assert_eq!(request["task"], json!({"type": "t", "payload": {"line": 3, "params": {"a": 1.50}}}));
             assert_eq!(request.get("push_assignment"), None);
             Some(decision(&request))
@@ -309,7 +320,9 @@ async fn a_stream_has_the_v1_connection_to_itself_and_ends_with_the_result() {
 async fn publish_chunk(bus: &Bus, id: &str, seq: u64) {
     let chunk = json!({"request_id": id, "assignment_id": "a", "attempt": 1, "seq": seq, "data": format!("c{seq}")});
     let subject = subjects::output(id).into();
-    bus.publish(Message { subject, payload: chunk.to_string().into(), ..Message::default() }).await.unwrap();
+    bus.publish(Message { subject, payload: chunk.to_string().into(), ..Message::default() })
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -330,6 +343,9 @@ async fn the_client_crate_against_the_gateway() {
     futures_util::future::join_all(many).await;
     let refused = client.query("unknown").await.unwrap_err();
     assert!(matches!(refused, client::Error::Refused(ref e) if e.error.code == 11), "{refused}");
-    let missing = client::Client::connect(&fixture.dir.path().join("nowhere")).await.err().unwrap();
+    let missing = client::Client::connect(&fixture.dir.path().join("nowhere"))
+        .await
+        .err()
+        .unwrap();
     assert!(missing.to_string().contains("is the gateway running?"), "{missing}");
 }

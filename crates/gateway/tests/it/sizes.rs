@@ -63,7 +63,11 @@ async fn a_refusal_that_is_too_large_keeps_its_code_and_reason() {
 }
 
 async fn say(bus: &Bus, subject: &str, payload: Value) {
-    let message = Message { subject: subject.into(), payload: payload.to_string().into(), ..Message::default() };
+    let message = Message {
+        subject: subject.into(),
+        payload: payload.to_string().into(),
+        ..Message::default()
+    };
     bus.publish(message).await.unwrap();
 }
 

@@ -52,7 +52,8 @@ async fn nobody_holds_a_place_for_longer_than_the_longest_deadline() {
     let day = json!({"wait": "result", "timeout_ms": 86_400_000});
     raw.submit_v1(day.clone()).await;
     let version = Version::V2 { request_id: 1, deadline_ms: u32::MAX };
-    raw.frame(version, FrameType::TaskSubmit, &crate::task(json!({"wait": "stream"}))).await;
+    raw.frame(version, FrameType::TaskSubmit, &crate::task(json!({"wait": "stream"})))
+        .await;
     for _ in 0..2 {
         let (_, answer) = raw.answer().await;
         assert_eq!(answer["error"]["code"], ErrorCode::Timeout as u64, "{answer}");
@@ -75,8 +76,10 @@ async fn requests_of_a_client_that_does_not_read_end_at_their_deadlines() {
     let fixture = with_two_places(|_| {}).await;
     let mut raw = fixture.connect().await;
     let version = |request_id| Version::V2 { request_id, deadline_ms: 500 };
-    raw.frame(version(1), FrameType::TaskSubmit, &crate::task(json!({"request_id": "held"}))).await;
-    raw.frame(version(2), FrameType::TaskSubmit, &crate::task(json!({"wait": "result"}))).await;
+    raw.frame(version(1), FrameType::TaskSubmit, &crate::task(json!({"request_id": "held"})))
+        .await;
+    raw.frame(version(2), FrameType::TaskSubmit, &crate::task(json!({"wait": "result"})))
+        .await;
     raw.flood().await;
     // Its places come back, though it has not read a byte.
     another_is_served(&fixture).await;
@@ -122,7 +125,8 @@ async fn a_stream_that_is_not_read_ends_at_its_deadline() {
 async fn a_stream_that_waits_for_its_turn_ends_at_its_deadline() {
     let fixture = with_two_places(|config| config.request_timeout = NEVER).await;
     let mut raw = fixture.connect().await;
-    raw.submit_v1(json!({"request_id": "held", "wait": "decision", "timeout_ms": 600_000})).await;
+    raw.submit_v1(json!({"request_id": "held", "wait": "decision", "timeout_ms": 600_000}))
+        .await;
     raw.submit_v1(json!({"wait": "stream", "timeout_ms": 100})).await;
     another_is_served(&fixture).await;
 }
@@ -146,7 +150,8 @@ async fn a_probe_of_a_client_that_does_not_read_is_settled() {
     let mut asked = fixture.bus.subscribe(subjects::DECIDE, None, 8).await.unwrap();
     // The only probe.
     let version = Version::V2 { request_id: 1, deadline_ms: 600 };
-    raw.frame(version, FrameType::TaskSubmit, &crate::task(json!({"request_id": "held"}))).await;
+    raw.frame(version, FrameType::TaskSubmit, &crate::task(json!({"request_id": "held"})))
+        .await;
     asked.next().await.unwrap();
     raw.flood().await;
     another_is_served(&fixture).await;

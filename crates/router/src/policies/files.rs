@@ -25,7 +25,9 @@ impl Name {
     /// Of `<tenant>/<policy>`; `None` if no directory could hold a policy of that name.
     pub fn parse(text: &str) -> Option<Self> {
         let (tenant, policy) = text.split_once('/')?;
-        let is_tenant = tenant.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
+        let is_tenant = tenant
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
         let fits = |name: &str| (1..=wire::limits::ID_MAX).contains(&name.len()) && !name.starts_with('.');
         let is_policy = !policy.contains(['/', '\0']);
         let named = || Self { tenant: tenant.into(), policy: policy.into() };
@@ -136,14 +138,20 @@ impl Look {
             self.tombstones.insert(name, path);
         } else if source::format_of(&path).is_some() {
             let stamp = stamp(&path).map_err(|error| error.to_string());
-            self.files.entry(name).or_default().push(File { path, label: format!("{tenant}/{file}"), stamp });
+            self.files
+                .entry(name)
+                .or_default()
+                .push(File { path, label: format!("{tenant}/{file}"), stamp });
         }
     }
 }
 
 /// `.git`, and the `..data` of a mounted ConfigMap, belong to tools.
 fn visible_name(path: &Path) -> Option<String> {
-    path.file_name().and_then(|name| name.to_str()).filter(|name| !name.starts_with('.')).map(String::from)
+    path.file_name()
+        .and_then(|name| name.to_str())
+        .filter(|name| !name.starts_with('.'))
+        .map(String::from)
 }
 
 /// Not there, as opposed to there and unreadable.
@@ -153,7 +161,9 @@ fn is_gone(error: &Error) -> bool {
 
 /// In order.
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
-    let mut entries: Vec<PathBuf> = std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    let mut entries: Vec<PathBuf> = std::fs::read_dir(dir)?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<_>>()?;
     entries.sort();
     Ok(entries)
 }
@@ -195,7 +205,10 @@ fn contained<T>(at: &str, read: impl FnOnce() -> std::result::Result<T, Unread>)
 
 fn read_one(name: &Name, file: &File) -> std::result::Result<Version, Unread> {
     let at = &file.label;
-    let stamp = file.stamp.as_ref().map_err(|error| format!("{at}: cannot be read: {error}"))?;
+    let stamp = file
+        .stamp
+        .as_ref()
+        .map_err(|error| format!("{at}: cannot be read: {error}"))?;
     if stamp.len > FILE_MAX {
         return Err(format!("{at}: has {} bytes, more than a policy may ({FILE_MAX})", stamp.len).into());
     }
@@ -216,7 +229,11 @@ pub fn read_tombstone(path: &Path) -> std::result::Result<Tombstone, String> {
 /// Opening a pipe or a device can block for good, so only regular files are looked at.
 fn stamp(path: &Path) -> Result<Stamp> {
     let data = std::fs::metadata(path)?;
-    if data.is_file() { Ok(Stamp::of(&data)) } else { Err(Error::other("it is not a regular file")) }
+    if data.is_file() {
+        Ok(Stamp::of(&data))
+    } else {
+        Err(Error::other("it is not a regular file"))
+    }
 }
 
 /// Refuses a file that has more than `max` bytes, also when it grew since it was looked at.
@@ -280,7 +297,12 @@ mod tests {
         let time = std::fs::metadata(&path).unwrap().modified().unwrap();
         let before = stamp(dir.path());
         let other = write(dir.path(), "other", "version: b");
-        std::fs::File::options().write(true).open(&other).unwrap().set_modified(time).unwrap();
+        std::fs::File::options()
+            .write(true)
+            .open(&other)
+            .unwrap()
+            .set_modified(time)
+            .unwrap();
         std::fs::rename(&other, &path).unwrap();
         let after = stamp(dir.path());
         assert_eq!((before.modified_ns, before.len), (after.modified_ns, after.len), "the swap keeps both");
@@ -302,17 +324,32 @@ mod tests {
         write(dir.path(), "acme/other.yaml", "");
         for name in ["acme/p.yaml", "acme/p.deleted"] {
             let path = dir.path().join(name);
-            assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+            assert!(
+                std::process::Command::new("mkfifo")
+                    .arg(path)
+                    .status()
+                    .unwrap()
+                    .success()
+            );
         }
         let (done, outcomes) = std::sync::mpsc::sync_channel(8);
         let root = dir.path().to_path_buf();
         std::thread::spawn(move || {
             let name = Name::parse("acme/p").unwrap();
-            done.send(read(&name, &look(&root).files[&name]).map(drop).unwrap_err().to_string()).unwrap();
-            done.send(read_tombstone(&root.join("acme/p.deleted")).unwrap_err()).unwrap();
+            done.send(
+                read(&name, &look(&root).files[&name])
+                    .map(drop)
+                    .unwrap_err()
+                    .to_string(),
+            )
+            .unwrap();
+            done.send(read_tombstone(&root.join("acme/p.deleted")).unwrap_err())
+                .unwrap();
         });
         for _ in 0..2 {
-            let error = outcomes.recv_timeout(std::time::Duration::from_secs(10)).expect("reading a pipe blocks");
+            let error = outcomes
+                .recv_timeout(std::time::Duration::from_secs(10))
+                .expect("reading a pipe blocks");
             assert!(error.ends_with("it is not a regular file"), "{error}");
         }
     }

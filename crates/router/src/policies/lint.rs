@@ -19,14 +19,20 @@ pub fn lint(dir: &Path) -> Findings {
     if !look.exists {
         findings.errors.push(format!("{at}: there is no such directory"));
     }
-    findings.errors.extend(look.unreadable.map(|why| format!("{at}: cannot be read: {why}")));
+    findings
+        .errors
+        .extend(look.unreadable.map(|why| format!("{at}: cannot be read: {why}")));
     let tenants = look.unreadable_tenants.into_iter();
-    findings.errors.extend(tenants.map(|(tenant, why)| format!("{at}/{tenant}: cannot be read: {why}")));
+    findings
+        .errors
+        .extend(tenants.map(|(tenant, why)| format!("{at}/{tenant}: cannot be read: {why}")));
     for (name, files) in &look.files {
         match files::read(name, files) {
             Ok(version) => {
                 findings.policies += 1;
-                findings.warnings.extend(version.warnings.iter().map(|warning| format!("{at}/{warning}")));
+                findings
+                    .warnings
+                    .extend(version.warnings.iter().map(|warning| format!("{at}/{warning}")));
             }
             Err(error) if files.len() > 1 => findings.errors.push(format!("{at}: {error}")),
             Err(error) => findings.errors.push(format!("{at}/{error}")),

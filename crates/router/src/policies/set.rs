@@ -32,7 +32,11 @@ pub struct Served {
 impl Served {
     pub fn new(name: Name, version: Arc<Version>, has_labels: bool) -> Self {
         let other = || "other".to_string();
-        let labels = if has_labels { (name.tenant.clone(), name.policy.clone()) } else { (other(), other()) };
+        let labels = if has_labels {
+            (name.tenant.clone(), name.policy.clone())
+        } else {
+            (other(), other())
+        };
         Self { name, version, labels, failures: Mutex::default() }
     }
 
@@ -111,7 +115,10 @@ impl Set {
     }
 
     pub fn insert(&mut self, name: &Name, entry: Entry) {
-        self.by_tenant.entry(name.tenant.clone()).or_default().insert(name.policy.clone(), entry);
+        self.by_tenant
+            .entry(name.tenant.clone())
+            .or_default()
+            .insert(name.policy.clone(), entry);
     }
 
     /// A tenant's own policy serves it or refuses; tenant `default` serves only where the tenant has none of that name.
@@ -159,7 +166,11 @@ impl Set {
     pub fn status(&self) -> (Vec<PolicyStatus>, u64) {
         let all = self.by_tenant.iter().flat_map(|(tenant, policies)| {
             policies.iter().map(move |(policy, entry)| {
-                let named = PolicyStatus { tenant: tenant.clone(), policy: policy.clone(), ..PolicyStatus::default() };
+                let named = PolicyStatus {
+                    tenant: tenant.clone(),
+                    policy: policy.clone(),
+                    ..PolicyStatus::default()
+                };
                 match entry {
                     Entry::Refuses(why) => PolicyStatus { error: Some(why.clone()), ..named },
                     Entry::Serves { served, problem, unstored } => PolicyStatus {
@@ -201,7 +212,13 @@ fn shorten(row: &mut PolicyStatus) {
     row.warnings.truncate(STATUS_NOTES_MAX);
     row.rule_errors.truncate(STATUS_NOTES_MAX);
     let lasts = row.rule_errors.iter_mut().map(|rule| &mut rule.last);
-    for text in row.error.iter_mut().chain(&mut row.warnings).chain(lasts).chain([&mut row.version]) {
+    for text in row
+        .error
+        .iter_mut()
+        .chain(&mut row.warnings)
+        .chain(lasts)
+        .chain([&mut row.version])
+    {
         text.truncate(text.floor_char_boundary(STATUS_TEXT_MAX));
     }
 }
@@ -253,8 +270,9 @@ mod tests {
     #[test]
     fn a_status_is_bounded_and_shows_problems_first() {
         let mut set = Set::default();
-        let rules: String =
-            (0..20).map(|n| format!("  - {{when: \"unknown{n} == '{}'\", to: a}}\n", "\u{e9}".repeat(200))).collect();
+        let rules: String = (0..20)
+            .map(|n| format!("  - {{when: \"unknown{n} == '{}'\", to: a}}\n", "\u{e9}".repeat(200)))
+            .collect();
         let text = format!("providers: [{{name: a}}]\nrules:\n{rules}");
         let source = Stored { format: Format::Yaml, text };
         let version = Arc::new(source::compile("f", "p", source).unwrap());
@@ -272,7 +290,10 @@ mod tests {
         let (rows, total) = set.status();
         assert_eq!((total, rows[0].tenant.as_str(), rows[0].error.as_ref().unwrap().len()), (501, "zulu", 256));
         assert!(rows.len() > 50 && rows.len() <= STATUS_ROWS_MAX, "{}", rows.len());
-        assert!(rows.iter().all(|row| row.warnings.len() <= 10 && row.rule_errors.len() <= 10));
+        assert!(
+            rows.iter()
+                .all(|row| row.warnings.len() <= 10 && row.rule_errors.len() <= 10)
+        );
         assert!(serde_json::to_vec(&rows).unwrap().len() <= STATUS_BYTES_MAX + STATUS_ROWS_MAX);
     }
 

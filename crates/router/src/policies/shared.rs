@@ -25,7 +25,9 @@ impl Shared {
     }
 
     async fn read_index(&self) -> Result<Option<(Index, u64)>> {
-        let Some((bytes, revision)) = self.bus.kv_get(BUCKET_POLICIES, POLICIES_INDEX).await? else { return Ok(None) };
+        let Some((bytes, revision)) = self.bus.kv_get(BUCKET_POLICIES, POLICIES_INDEX).await? else {
+            return Ok(None);
+        };
         let index = serde_json::from_slice(&bytes)
             .map_err(|error| Error::Storage(format!("the index of policies cannot be read: {error}")))?;
         Ok(Some((index, revision)))
@@ -33,12 +35,18 @@ impl Shared {
 
     pub async fn store(&self, name: &Name, version: &Version) -> Result<()> {
         let value = serde_json::to_vec(&version.source).expect("a policy is JSON").into();
-        self.bus.kv_put(BUCKET_POLICIES, &name.to_string(), value, None).await.map(drop)
+        self.bus
+            .kv_put(BUCKET_POLICIES, &name.to_string(), value, None)
+            .await
+            .map(drop)
     }
 
     /// Nothing of a deleted policy is kept.
     pub async fn erase(&self, name: &Name) -> Result<()> {
-        self.bus.kv_put(BUCKET_POLICIES, &name.to_string(), "".into(), None).await.map(drop)
+        self.bus
+            .kv_put(BUCKET_POLICIES, &name.to_string(), "".into(), None)
+            .await
+            .map(drop)
     }
 
     /// The version that was stored last. It cannot be used if a newer program stored it, perhaps.
@@ -66,7 +74,11 @@ impl Shared {
                 return Ok(index);
             }
             let value = serde_json::to_vec(&index).expect("an index is JSON").into();
-            match self.bus.kv_put(BUCKET_POLICIES, POLICIES_INDEX, value, Some(revision)).await {
+            match self
+                .bus
+                .kv_put(BUCKET_POLICIES, POLICIES_INDEX, value, Some(revision))
+                .await
+            {
                 Ok(_) => return Ok(index),
                 Err(Error::WrongRevision(_)) => {}
                 Err(error) => return Err(error),

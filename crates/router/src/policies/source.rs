@@ -65,9 +65,16 @@ pub fn hash(source: &Stored) -> String {
 /// The line where a field of the checked document stands, by the last name in its path: good enough to find it.
 fn line_of_field(text: &str, field: &str) -> usize {
     let (list, rest) = field.split_once('[').unwrap_or((field, ""));
-    let nth = rest.split(']').next().and_then(|n| n.parse::<usize>().ok()).unwrap_or(0);
+    let nth = rest
+        .split(']')
+        .next()
+        .and_then(|n| n.parse::<usize>().ok())
+        .unwrap_or(0);
     let name = field.rsplit('.').next().unwrap_or(field);
     let from = text.find(list).unwrap_or(0);
-    let place = text[from..].match_indices(name).nth(nth).map_or(from, |(at, _)| from + at);
+    let place = text[from..]
+        .match_indices(name)
+        .nth(nth)
+        .map_or(from, |(at, _)| from + at);
     text[..place].matches('\n').count() + 1
 }

@@ -76,7 +76,12 @@ impl<'a> Scope<'a> {
         self.variables.get_or_init(|| {
             let DecideRequest { task, tenant_id, metadata, constraints, .. } = self.request;
             let given = |fields: Vec<(&'static str, Option<Val<'a>>)>| {
-                Val::Fields(fields.into_iter().filter_map(|(name, value)| Some((name, value?))).collect())
+                Val::Fields(
+                    fields
+                        .into_iter()
+                        .filter_map(|(name, value)| Some((name, value?)))
+                        .collect(),
+                )
             };
             let constraints = constraints.unwrap_or_default();
             let number = |number: Option<f64>| number.map(|number| Val::Made(Cel::Float(number)));
@@ -104,7 +109,8 @@ impl<'a> Scope<'a> {
 
     fn metadata(&self, path: &[String]) -> Option<&Value> {
         let (first, rest) = path.split_first()?;
-        rest.iter().try_fold(self.request.metadata.as_ref()?.get(first)?, |value, key| value.get(key))
+        rest.iter()
+            .try_fold(self.request.metadata.as_ref()?.get(first)?, |value, key| value.get(key))
     }
 }
 
@@ -117,7 +123,9 @@ impl Condition {
             Value::String(text) => {
                 // The parser gives up on some inputs by panicking; a policy file must not end the router.
                 let parsed = std::panic::catch_unwind(|| Program::compile(text));
-                let program = parsed.map_err(|_| "cannot be parsed".to_string())?.map_err(|e| e.to_string())?;
+                let program = parsed
+                    .map_err(|_| "cannot be parsed".to_string())?
+                    .map_err(|e| e.to_string())?;
 
                 let (mut size, mut patterns) = (0, HashMap::new());
                 visit(program.expression(), &mut |expr| {
@@ -142,7 +150,11 @@ impl Condition {
                 evaluation.truth(expression.program.expression())
             }
         };
-        if holds == Err(Stop::Undefined) { Ok(false) } else { holds }
+        if holds == Err(Stop::Undefined) {
+            Ok(false)
+        } else {
+            holds
+        }
     }
 
     /// Steps that an evaluation takes if it neither loops nor looks at long texts.
@@ -187,12 +199,17 @@ fn lint(expr: &Expr, bound: &[&str]) -> Option<String> {
         }
         Expr::Select(SelectExpr { operand, field, .. }) => {
             let Expr::Ident(name) = &operand.expr else { return None };
-            let (_, fields) = VARIABLES.iter().find(|(known, fields)| known == name && !fields.is_empty())?;
+            let (_, fields) = VARIABLES
+                .iter()
+                .find(|(known, fields)| known == name && !fields.is_empty())?;
             let known = bound.contains(&name.as_str()) || fields.contains(&field.as_str());
             (!known).then(|| format!("unknown field \"{name}.{field}\"; known are {}", fields.join(", ")))
         }
         Expr::Call(call) => {
-            let is_name = call.func_name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+            let is_name = call
+                .func_name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
             // A function that exists finds fault with an argument of no type that it takes.
             let called = || eval::resolve(&call.func_name, call.target.is_some(), vec![Cel::Null]);
             let unknown = is_name && matches!(called(), Err(ExecutionError::UndeclaredReference(_)));
@@ -221,7 +238,9 @@ fn visit<'a>(expr: &'a IdedExpr, each: &mut dyn FnMut(&'a IdedExpr) -> Result<()
                 EntryExpr::StructField(field) => part(&field.value),
             }),
             Expr::Comprehension(of) => {
-                [&of.iter_range, &of.accu_init, &of.loop_cond, &of.loop_step, &of.result].into_iter().for_each(part);
+                [&of.iter_range, &of.accu_init, &of.loop_cond, &of.loop_step, &of.result]
+                    .into_iter()
+                    .for_each(part);
             }
             Expr::Struct(_) | Expr::Ident(_) | Expr::Literal(_) | Expr::Unspecified => {}
         }
@@ -265,17 +284,26 @@ impl Legacy {
             }
         }
         // A word with numbers would be read as a key: `{"almost": [1, 2]}` is far more likely a mistyped operator.
-        if keys.iter().any(|(_, values)| values.len() == 2 && values.iter().all(Value::is_number)) {
+        if keys
+            .iter()
+            .any(|(_, values)| values.len() == 2 && values.iter().all(Value::is_number))
+        {
             return Err("compares numbers by a key; write {\"in\": [{\"var\": \"context.key\"}, [..]]}".into());
         }
-        if keys.is_empty() { Err("is empty".into()) } else { Ok(Self::OneOf(keys)) }
+        if keys.is_empty() {
+            Err("is empty".into())
+        } else {
+            Ok(Self::OneOf(keys))
+        }
     }
 
     fn holds(&self, scope: &Scope<'_>, mut meter: Meter) -> Result<bool, Stop> {
         match self {
             Self::OneOf(keys) => {
                 for (key, values) in keys {
-                    let Some(found) = scope.metadata(std::slice::from_ref(key)) else { return Ok(false) };
+                    let Some(found) = scope.metadata(std::slice::from_ref(key)) else {
+                        return Ok(false);
+                    };
                     if !is_among(found, values, &mut meter)? {
                         return Ok(false);
                     }
@@ -440,7 +468,10 @@ mod tests {
             ("{'a': 1}['a'] == 1 && {'a': {'b': 2}}.a.b == 2", true),
             ("has(metadata.user.name) && !has(metadata.user.email)", true),
             ("'name' in metadata.user && 'type' in task && !('x' in metadata)", true),
-            ("metadata['lang'].startsWith('ru') && metadata.lang.endsWith('st') && metadata.lang.contains('us')", true),
+            (
+                "metadata['lang'].startsWith('ru') && metadata.lang.endsWith('st') && metadata.lang.contains('us')",
+                true,
+            ),
             ("metadata.lang.matches('^r.*t$')", true),
             ("metadata.lang > 'go' ? true : false", true),
             ("metadata.missing == 1 || metadata.lang == 'rust'", true),

@@ -7,7 +7,9 @@ pub fn highest<'a, T>(
     name_and_weight: impl Fn(&T) -> (&str, f64),
     key: &[&str],
 ) -> Option<&'a T> {
-    let seed = key.iter().fold(FNV_OFFSET, |hash, part| fnv(fnv(hash, part.as_bytes()), &[0xff]));
+    let seed = key
+        .iter()
+        .fold(FNV_OFFSET, |hash, part| fnv(fnv(hash, part.as_bytes()), &[0xff]));
     let score = |candidate: &T| {
         let (name, weight) = name_and_weight(candidate);
         let hash = mix(fnv(seed, name.as_bytes()));
@@ -15,7 +17,10 @@ pub fn highest<'a, T>(
         let unit = ((hash >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
         -weight / unit.ln()
     };
-    candidates.map(|candidate| (score(candidate), candidate)).max_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, c)| c)
+    candidates
+        .map(|candidate| (score(candidate), candidate))
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .map(|(_, c)| c)
 }
 
 const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;

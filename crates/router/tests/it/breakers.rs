@@ -42,7 +42,9 @@ async fn assign(router: &Router, request: &Value) -> Result<Value, Value> {
 }
 
 async fn end(router: &Router, assignment: &Value, status: &str, fields: Value) {
-    router.append(subjects::RESULT, changed(result(assignment, status), fields).to_string()).await;
+    router
+        .append(subjects::RESULT, changed(result(assignment, status), fields).to_string())
+        .await;
 }
 
 /// A task that is pushed and fails.
@@ -57,16 +59,29 @@ fn of(tenant: &str, request: Value) -> Value {
 
 /// What another router says of the breaker of `p`: the quick way into a state.
 async fn told(bus: &Bus, generation: u64, state: &str) {
-    let breaker = BreakerStatus { provider: "p".into(), state: state.into(), generation, ..BreakerStatus::default() };
-    let status = RouterStatus { router: "another".into(), breakers: vec![breaker], ..RouterStatus::default() };
+    let breaker = BreakerStatus {
+        provider: "p".into(),
+        state: state.into(),
+        generation,
+        ..BreakerStatus::default()
+    };
+    let status = RouterStatus {
+        router: "another".into(),
+        breakers: vec![breaker],
+        ..RouterStatus::default()
+    };
     let payload = serde_json::to_vec(&status).unwrap().into();
     let subject = subjects::ROUTER_STATUS.into();
-    bus.publish(Message { subject, payload, ..Message::default() }).await.unwrap();
+    bus.publish(Message { subject, payload, ..Message::default() })
+        .await
+        .unwrap();
 }
 
 async fn half_open(router: &Router, generation: u64) {
     told(&router.bus, generation, "half_open").await;
-    router.breaker("p", None, |breaker| breaker["state"] == "half_open").await;
+    router
+        .breaker("p", None, |breaker| breaker["state"] == "half_open")
+        .await;
 }
 
 #[tokio::test]
@@ -74,17 +89,25 @@ async fn a_clients_short_deadline_does_not_count_and_a_providers_own_limit_does(
     let router = router(&[("default/default.json", ONE)]).await;
     let short = json!({"options": {"deadline_ms": 50}});
     for n in 0..5 {
-        let assignment = assign(&router, &changed(push(&format!("r{n}")), short.clone())).await.unwrap();
+        let assignment = assign(&router, &changed(push(&format!("r{n}")), short.clone()))
+            .await
+            .unwrap();
         end(&router, &assignment, "timeout", json!({"error_code": "deadline_exceeded"})).await;
-        let foreign = assign(&router, &changed(push(&format!("f{n}")), short.clone())).await.unwrap();
+        let foreign = assign(&router, &changed(push(&format!("f{n}")), short.clone()))
+            .await
+            .unwrap();
         end(&router, &foreign, "timeout", json!({})).await;
     }
     let last = assign(&router, &push("last")).await.unwrap();
     end(&router, &last, "success", json!({})).await;
-    router.breaker("p", None, |breaker| breaker["calls"] == 1 && breaker["failures"] == 0).await;
+    router
+        .breaker("p", None, |breaker| breaker["calls"] == 1 && breaker["failures"] == 0)
+        .await;
 
     for n in 0..3 {
-        let assignment = assign(&router, &changed(push(&format!("own{n}")), short.clone())).await.unwrap();
+        let assignment = assign(&router, &changed(push(&format!("own{n}")), short.clone()))
+            .await
+            .unwrap();
         end(&router, &assignment, "timeout", json!({"error_code": "timeout"})).await;
     }
     router.breaker("p", None, |breaker| breaker["state"] == "open").await;
@@ -95,18 +118,24 @@ async fn a_strict_policy_takes_a_provider_from_its_own_tenant_only() {
     let strict = r#"{"providers": [{"name": "p", "weight": 1}], "circuit_breaker": {"failure_threshold": 1}}"#;
     let router = router(&[("default/default.json", ONE), ("acme/default.json", strict)]).await;
     fail(&router, &of("acme", push("r1"))).await;
-    router.breaker("p", Some("acme/default"), |breaker| breaker["state"] == "open").await;
+    router
+        .breaker("p", Some("acme/default"), |breaker| breaker["state"] == "open")
+        .await;
     let refused = assign(&router, &of("acme", push("r2"))).await.unwrap_err();
     assert_eq!(refused["code"], "no_provider_available");
     for n in 0..20 {
         assert_eq!(router.decide(&of("other", request(&format!("o{n}")))).await["ok"], true, "others are not harmed");
     }
-    router.breaker("p", None, |breaker| breaker["state"] == "closed" && breaker["failures"] == 1).await;
+    router
+        .breaker("p", None, |breaker| breaker["state"] == "closed" && breaker["failures"] == 1)
+        .await;
 
     // A policy that is gone leaves no breaker behind.
     router.policy("acme/default.json", ONE);
     let own = |breaker: &Value| breaker["tenant"] == "acme";
-    router.status(|status| !status["breakers"].as_array().unwrap().iter().any(own)).await;
+    router
+        .status(|status| !status["breakers"].as_array().unwrap().iter().any(own))
+        .await;
 }
 
 #[tokio::test]
@@ -117,7 +146,9 @@ async fn what_a_policy_leaves_out_is_as_the_operator_has_it() {
         fail(&router, &push(&format!("r{n}"))).await;
     }
     // The built-in threshold is five; the operator's is three.
-    router.breaker("p", Some("default/default"), |breaker| breaker["generation"] == 1).await;
+    router
+        .breaker("p", Some("default/default"), |breaker| breaker["generation"] == 1)
+        .await;
 }
 
 #[tokio::test]
@@ -128,10 +159,16 @@ async fn a_busy_endpoint_cools_down_and_is_not_blamed() {
     let busy = json!({"error_code": "rate_limited", "retry_after_seconds": 600});
     for n in 0..5 {
         let id = format!("r{n}");
-        let Ok(assignment) = assign(&router, &push(&id)).await else { break };
+        let Ok(assignment) = assign(&router, &push(&id)).await else {
+            break;
+        };
         end(&router, &assignment, "error", busy.clone()).await;
     }
-    let cooling = |breaker: &Value| breaker["cooling_down_ms"].as_u64().is_some_and(|ms| ms > 0 && ms <= 600_000);
+    let cooling = |breaker: &Value| {
+        breaker["cooling_down_ms"]
+            .as_u64()
+            .is_some_and(|ms| ms > 0 && ms <= 600_000)
+    };
     router
         .breaker("p", None, |breaker| {
             breaker["state"] == "cooling_down" && cooling(breaker) && breaker["failures"] == 0
@@ -164,7 +201,10 @@ async fn many_decisions_at_once_take_the_last_place_once() {
     let answers = futures_util::future::join_all(pushes.iter().map(|push| router.decide(push))).await;
     let served = answers.iter().filter(|answer| answer["ok"] == true).count();
     assert_eq!(served, 1, "{answers:?}");
-    let refused = answers.iter().filter(|answer| answer["error"]["code"] == "no_provider_available").count();
+    let refused = answers
+        .iter()
+        .filter(|answer| answer["error"]["code"] == "no_provider_available")
+        .count();
     assert_eq!(refused, 39);
 }
 
@@ -204,7 +244,9 @@ async fn results_from_before_the_trip_are_no_probes() {
     for assignment in &before[..3] {
         end(&router, assignment, "error", json!({})).await;
     }
-    router.breaker("p", None, |breaker| breaker["state"] == "open" && breaker["generation"] == 1).await;
+    router
+        .breaker("p", None, |breaker| breaker["state"] == "open" && breaker["generation"] == 1)
+        .await;
     half_open(&router, 1).await;
     for assignment in &before[3..7] {
         end(&router, assignment, "success", json!({})).await;
@@ -215,16 +257,24 @@ async fn results_from_before_the_trip_are_no_probes() {
     for n in 0..2 {
         let id = format!("probe{n}");
         testkit::eventually(SOON, || async { router.decide(&push(&id)).await["ok"] == true }).await;
-        router.breaker("p", None, |breaker| breaker["state"] == "half_open" && breaker["generation"] == 1).await;
+        router
+            .breaker("p", None, |breaker| breaker["state"] == "half_open" && breaker["generation"] == 1)
+            .await;
         let probe = assign(&router, &push(&id)).await.unwrap();
         end(&router, &probe, "success", json!({})).await;
     }
-    router.breaker("p", None, |breaker| breaker["state"] == "closed" && breaker["generation"] == 1).await;
+    router
+        .breaker("p", None, |breaker| breaker["state"] == "closed" && breaker["generation"] == 1)
+        .await;
 }
 
 /// One of several routers on the same bus.
 async fn another(bus: Bus, dir: &std::path::Path) -> (JoinHandle<Result<(), router::Error>>, CancellationToken) {
-    let config = router::Config { policies: dir.join("policies"), circuit_breaker: RULES, ..router::Config::default() };
+    let config = router::Config {
+        policies: dir.join("policies"),
+        circuit_breaker: RULES,
+        ..router::Config::default()
+    };
     let bound = router::bind(config, bus).await.unwrap();
     let cancel = CancellationToken::new();
     (tokio::spawn(bound.run(cancel.clone())), cancel)
@@ -242,7 +292,12 @@ async fn all(routers: usize, bus: &Bus, state: &str, generation: u64) {
             if let Some(breaker) = of_all {
                 latest.insert(status.router, (breaker.state, breaker.generation));
             }
-            if latest.values().filter(|seen| **seen == (state.into(), generation)).count() == routers {
+            if latest
+                .values()
+                .filter(|seen| **seen == (state.into(), generation))
+                .count()
+                == routers
+            {
                 return;
             }
         }

@@ -15,7 +15,9 @@ const DEFAULT: &str = r#"{"version": "default", "providers": [{"name": "echo", "
 
 pub async fn without_policies_the_built_in_one_serves(router: Router) {
     for (task_type, provider) in [("chat", "ops"), ("ops", "ops"), ("anything", "echo")] {
-        let answer = router.decide(&changed(request("r"), json!({"task": {"type": task_type, "payload": {}}}))).await;
+        let answer = router
+            .decide(&changed(request("r"), json!({"task": {"type": task_type, "payload": {}}})))
+            .await;
         assert_eq!((&answer["ok"], &answer["decision"]["provider_id"]), (&json!(true), &json!(provider)), "{answer}");
         assert_eq!(answer["decision"]["policy_version"], "built-in");
     }
@@ -24,7 +26,11 @@ pub async fn without_policies_the_built_in_one_serves(router: Router) {
 pub async fn without_an_inbox_the_answer_has_its_subject(router: Router) {
     let mut answers = router.bus.subscribe(subjects::DECIDE_REPLY, None, 8).await.unwrap();
     for (payload, ok) in [(request("r1").to_string(), true), ("{".to_string(), false)] {
-        let message = Message { subject: subjects::DECIDE.into(), payload: payload.into(), ..Message::default() };
+        let message = Message {
+            subject: subjects::DECIDE.into(),
+            payload: payload.into(),
+            ..Message::default()
+        };
         router.bus.publish(message).await.unwrap();
         let answer = tokio::time::timeout(SOON, answers.next()).await.unwrap().unwrap();
         let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
@@ -35,7 +41,11 @@ pub async fn without_an_inbox_the_answer_has_its_subject(router: Router) {
     let message = Message { subject: subjects::GET_DECISION.into(), payload, ..Message::default() };
     router.bus.publish(message).await.unwrap();
     router.task("r1").await;
-    router.bus.publish(Message { subject: subjects::DECIDE_REPLY.into(), ..Message::default() }).await.unwrap();
+    router
+        .bus
+        .publish(Message { subject: subjects::DECIDE_REPLY.into(), ..Message::default() })
+        .await
+        .unwrap();
     let next = tokio::time::timeout(SOON, answers.next()).await.unwrap().unwrap();
     assert!(next.payload.is_empty(), "{next:?}");
 }
@@ -60,7 +70,9 @@ async fn weights_share_and_a_session_stays() {
     for n in 0..2000 {
         let decision = router.decide(&request(&format!("r{n}"))).await["decision"].take();
         assert_eq!(decision["reason"], "weighted");
-        *drawn.entry(decision["provider_id"].as_str().unwrap().into()).or_default() += 1;
+        *drawn
+            .entry(decision["provider_id"].as_str().unwrap().into())
+            .or_default() += 1;
     }
     assert!((1500..1700).contains(&drawn["fast"]), "80 of 100: {drawn:?}");
     for n in 0..300 {
@@ -104,13 +116,17 @@ async fn headers_beat_the_payload_and_wrong_ones_are_tolerated() {
         ("version", "9", "default", "from-payload"),
     ] {
         let headers = Headers::new().with(name, value);
-        let answer = router.ask_bytes(subjects::DECIDE, headers, payload.to_string().into()).await;
+        let answer = router
+            .ask_bytes(subjects::DECIDE, headers, payload.to_string().into())
+            .await;
         assert_eq!(answer["decision"]["policy_version"], version, "{name}: {value} → {answer}");
         assert_eq!(answer["context"]["trace_id"], trace_id, "{name}: {value}");
     }
     for (parent, expected) in [(parent.as_str(), json!(trace)), ("00-nonsense-01", Value::Null)] {
         let headers = Headers::new().with("traceparent", parent);
-        let answer = router.ask_bytes(subjects::DECIDE, headers, request("r").to_string().into()).await;
+        let answer = router
+            .ask_bytes(subjects::DECIDE, headers, request("r").to_string().into())
+            .await;
         assert_eq!(answer["context"]["trace_id"], expected, "{parent}");
     }
 }
@@ -154,8 +170,14 @@ async fn every_refusal_has_its_body() {
         (with(json!({"trace_id": long})), schema("trace_id has 129 bytes; 1 to 128 are taken")),
         (with(json!({"policy_id": ""})), schema("policy_id has 0 bytes; 1 to 128 are taken")),
         (with(json!({"idempotency_key": "k".repeat(257)})), schema("idempotency_key has more than 256 bytes")),
-        (with(json!({"idempotency_key": "a\nb"})), schema("idempotency_key has a control character; ids have none")),
-        (with(json!({"task": {"type": "", "payload": {}}})), schema("task.type has 0 bytes; 1 to 128 are taken")),
+        (
+            with(json!({"idempotency_key": "a\nb"})),
+            schema("idempotency_key has a control character; ids have none"),
+        ),
+        (
+            with(json!({"task": {"type": "", "payload": {}}})),
+            schema("task.type has 0 bytes; 1 to 128 are taken"),
+        ),
         (with(json!({"task": {"type": "t"}})), schema("the task has neither payload nor payload_ref")),
         (with(json!({"tenant_id": "a*"})), schema(tenant)),
         (with(json!({"tenant_id": ""})), schema(tenant)),
@@ -204,7 +226,9 @@ async fn every_refusal_has_its_body() {
         assert_eq!(answer["error"]["intake_error_code"], "SCHEMA_VALIDATION_FAILED", "{asked} → {answer}");
         assert_eq!(answer["context"]["request_id"], "r");
     }
-    let status = router.status(|status| status["errors_by_code"]["invalid_request"] == 24).await;
+    let status = router
+        .status(|status| status["errors_by_code"]["invalid_request"] == 24)
+        .await;
     assert_eq!(status["errors_by_code"]["no_provider_available"], 1);
 }
 
@@ -219,7 +243,9 @@ async fn ids_with_control_characters_are_refused_by_name() {
         ("idempotency_key", "a\u{85}"),
         ("tenant_id", "a\0"),
     ] {
-        let answer = router.decide(&changed(request("r"), json!({field: value, "push_assignment": true}))).await;
+        let answer = router
+            .decide(&changed(request("r"), json!({field: value, "push_assignment": true})))
+            .await;
         let error = &answer["error"];
         assert_eq!(
             (&error["code"], &error["intake_error_code"]),

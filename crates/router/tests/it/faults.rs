@@ -51,8 +51,14 @@ async fn bytes_that_are_no_request() {
 async fn what_it_has_taken_is_answered_before_it_ends() {
     let router = Router::local().await;
     let asked = (0..200).map(|n| {
-        let asked = if n % 2 == 0 { push(&format!("r{n}")) } else { request(&format!("r{n}")) };
-        router.bus.request(subjects::DECIDE, Headers::new(), asked.to_string().into(), SOON)
+        let asked = if n % 2 == 0 {
+            push(&format!("r{n}"))
+        } else {
+            request(&format!("r{n}"))
+        };
+        router
+            .bus
+            .request(subjects::DECIDE, Headers::new(), asked.to_string().into(), SOON)
     });
     let mut asked = Box::pin(futures_util::future::join_all(asked));
     // Sent, and on this thread nobody has had the time to look at them.
@@ -62,8 +68,15 @@ async fn what_it_has_taken_is_answered_before_it_ends() {
         let answer: serde_json::Value = serde_json::from_slice(&answer.unwrap().payload).unwrap();
         assert_eq!(answer["ok"], true, "{answer}");
     }
-    tokio::time::timeout(SOON, router.running).await.unwrap().unwrap().unwrap();
-    let gone = router.bus.request(subjects::DECIDE, Headers::new(), "{}".into(), Duration::from_secs(1)).await;
+    tokio::time::timeout(SOON, router.running)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    let gone = router
+        .bus
+        .request(subjects::DECIDE, Headers::new(), "{}".into(), Duration::from_secs(1))
+        .await;
     assert!(matches!(gone, Err(bus::Error::NoResponders(_))), "{gone:?}");
 }
 

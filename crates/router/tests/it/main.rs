@@ -99,8 +99,11 @@ impl Router {
 
     /// On the bus of others, with a directory of its own.
     async fn beside(dir: TempDir, bus: Bus, circuit_breaker: CircuitBreaker) -> Self {
-        let config =
-            router::Config { policies: dir.path().join("policies"), circuit_breaker, ..router::Config::default() };
+        let config = router::Config {
+            policies: dir.path().join("policies"),
+            circuit_breaker,
+            ..router::Config::default()
+        };
         let bound = router::bind(config, bus.clone()).await.unwrap();
         let cancel = CancellationToken::new();
         let running = tokio::spawn(bound.run(cancel.clone()));
@@ -126,7 +129,8 @@ impl Router {
     }
 
     async fn ask(&self, subject: &str, request: &Value) -> Value {
-        self.ask_bytes(subject, Headers::new(), request.to_string().into_bytes()).await
+        self.ask_bytes(subject, Headers::new(), request.to_string().into_bytes())
+            .await
     }
 
     async fn ask_bytes(&self, subject: &str, headers: Headers, payload: Vec<u8>) -> Value {
@@ -143,11 +147,13 @@ impl Router {
     }
 
     async fn task_of(&self, tenant: &str, request_id: &str) -> Value {
-        self.ask(wire::subjects::GET_DECISION, &json!({"request_id": request_id, "tenant_id": tenant})).await
+        self.ask(wire::subjects::GET_DECISION, &json!({"request_id": request_id, "tenant_id": tenant}))
+            .await
     }
 
     async fn cancel_of(&self, tenant: &str, request_id: &str) -> Value {
-        self.ask(wire::subjects::CANCEL, &json!({"request_id": request_id, "tenant_id": tenant})).await
+        self.ask(wire::subjects::CANCEL, &json!({"request_id": request_id, "tenant_id": tenant}))
+            .await
     }
 
     async fn append(&self, subject: &str, payload: impl Into<bytes::Bytes>) {
@@ -176,7 +182,10 @@ impl Router {
         let mut consumer = self.bus.consume(config).await.unwrap();
         let mut found = Vec::new();
         for _ in 0..count {
-            let delivery = tokio::time::timeout(SOON, consumer.next()).await.expect("a stored message").unwrap();
+            let delivery = tokio::time::timeout(SOON, consumer.next())
+                .await
+                .expect("a stored message")
+                .unwrap();
             found.push(serde_json::from_slice(&delivery.message.payload).unwrap());
         }
         found
@@ -187,7 +196,9 @@ impl Router {
         testkit::eventually(SOON, || async {
             let all = self.ask(wire::subjects::ADMIN_BREAKERS, &json!({})).await;
             let found = all["data"]["breakers"].as_array().unwrap().iter().find(|breaker| {
-                let owner = breaker["tenant"].as_str().map(|t| format!("{t}/{}", breaker["policy"].as_str().unwrap()));
+                let owner = breaker["tenant"]
+                    .as_str()
+                    .map(|t| format!("{t}/{}", breaker["policy"].as_str().unwrap()));
                 breaker["provider"] == provider && owner.as_deref() == policy
             });
             found.is_some_and(&fits)
@@ -197,7 +208,11 @@ impl Router {
 
     /// The next status the router gives of itself that fits.
     async fn status(&self, fits: impl Fn(&Value) -> bool) -> Value {
-        let mut statuses = self.bus.subscribe(wire::subjects::ROUTER_STATUS, None, 64).await.unwrap();
+        let mut statuses = self
+            .bus
+            .subscribe(wire::subjects::ROUTER_STATUS, None, 64)
+            .await
+            .unwrap();
         let found = async {
             loop {
                 let status = statuses.next().await.unwrap();
@@ -219,8 +234,12 @@ async fn connect(server: &NatsServer) -> Bus {
 /// A bus that was let go just now may still be ending.
 async fn open(dir: &Path) -> Bus {
     let opened = std::cell::OnceCell::new();
-    testkit::eventually(SOON, || async { bus::local::Local::open(dir).await.is_ok_and(|bus| opened.set(bus).is_ok()) })
-        .await;
+    testkit::eventually(SOON, || async {
+        bus::local::Local::open(dir)
+            .await
+            .is_ok_and(|bus| opened.set(bus).is_ok())
+    })
+    .await;
     opened.into_inner().unwrap()
 }
 

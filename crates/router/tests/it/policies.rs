@@ -42,7 +42,10 @@ async fn a_changed_file_serves_and_a_bad_one_does_not() {
     router.policy("default/default.json", A);
     testkit::eventually(SOON, || serves(&router, "a")).await;
     let status = router.status(|status| status["policies"][0]["version"] == "a").await;
-    assert_eq!(status["policies"], json!([{"tenant": "default", "policy": "default", "version": "a", "error": null}]));
+    assert_eq!(
+        status["policies"],
+        json!([{"tenant": "default", "policy": "default", "version": "a", "error": null}])
+    );
 }
 
 #[tokio::test]
@@ -81,7 +84,13 @@ async fn a_policy_that_was_never_good_is_refused_by_name() {
         assert!(text.starts_with(expected) && !text.contains(router.dir.path().to_str().unwrap()), "{text}");
     }
     let status = router.status(|_| true).await;
-    assert!(status["policies"][0]["error"].as_str().unwrap().contains("default.toml:1: "), "{status}");
+    assert!(
+        status["policies"][0]["error"]
+            .as_str()
+            .unwrap()
+            .contains("default.toml:1: "),
+        "{status}"
+    );
 
     std::fs::remove_file(router.dir.path().join("policies/twice/default.json")).unwrap();
     testkit::eventually(SOON, async || answer(&router, "twice", "default").await == "b").await;
@@ -89,7 +98,9 @@ async fn a_policy_that_was_never_good_is_refused_by_name() {
     // Its only file vanishes: nothing serves in its place.
     std::fs::remove_file(router.dir.path().join("policies/acme/default.toml")).unwrap();
     let gone = |status: &serde_json::Value| {
-        status["policies"][0]["error"].as_str().is_some_and(|text| text.contains("never had"))
+        status["policies"][0]["error"]
+            .as_str()
+            .is_some_and(|text| text.contains("never had"))
     };
     router.status(gone).await;
     assert_eq!(answer(&router, "acme", "default").await, "decision_failed");
@@ -114,7 +125,9 @@ async fn a_failing_rule_is_counted_and_a_mistyped_name_is_a_warning() {
     for _ in 0..3 {
         assert_eq!(router.decide(&request("r")).await["decision"]["reason"], "weighted");
     }
-    let status = router.status(|status| status["policies"][0]["rule_errors"][0]["count"] == 3).await;
+    let status = router
+        .status(|status| status["policies"][0]["rule_errors"][0]["count"] == 3)
+        .await;
     let policy = &status["policies"][0];
     assert_eq!(policy["rule_errors"], json!([{"rule": 0, "count": 3, "last": "cannot div a string and a int"}]));
     let warning = policy["warnings"][0].as_str().unwrap();
@@ -150,7 +163,13 @@ pub async fn a_vanished_directory_serves_on_after_a_restart(router: Router) {
     for vanished in ["policies/acme", "policies"] {
         let (path, aside) = (router.dir.path().join(vanished), router.dir.path().join("aside"));
         std::fs::rename(&path, &aside).unwrap();
-        router.status(|status| status["policies"][0]["error"].as_str().is_some_and(|e| e.contains("is gone"))).await;
+        router
+            .status(|status| {
+                status["policies"][0]["error"]
+                    .as_str()
+                    .is_some_and(|e| e.contains("is gone"))
+            })
+            .await;
         for restart in [false, true] {
             if restart {
                 router = router.restart().await;
@@ -178,7 +197,13 @@ pub async fn a_deleted_policy_stays_deleted_until_a_file_brings_it_back(router: 
     testkit::eventually(SOON, || serves(&router, "mine")).await;
     // The tombstone of then says nothing about the policy of now.
     std::fs::remove_file(router.dir.path().join("policies/acme/default.json")).unwrap();
-    router.status(|status| status["policies"][0]["error"].as_str().is_some_and(|e| e.contains("is gone"))).await;
+    router
+        .status(|status| {
+            status["policies"][0]["error"]
+                .as_str()
+                .is_some_and(|e| e.contains("is gone"))
+        })
+        .await;
     let router = router.restart().await;
     assert!(serves(&router, "mine").await);
 }
@@ -203,9 +228,16 @@ async fn two_routers_share_versions_and_deletions() {
         async move {
             let mut seen = std::collections::BTreeMap::new();
             // Each router says once a second what it serves.
-            let mut statuses = routers[0].bus.subscribe(wire::subjects::ROUTER_STATUS, None, 64).await.unwrap();
+            let mut statuses = routers[0]
+                .bus
+                .subscribe(wire::subjects::ROUTER_STATUS, None, 64)
+                .await
+                .unwrap();
             while seen.len() < routers.len() || seen.values().any(|found| found != version) {
-                let status = tokio::time::timeout(SOON, statuses.next()).await.expect("a status").unwrap();
+                let status = tokio::time::timeout(SOON, statuses.next())
+                    .await
+                    .expect("a status")
+                    .unwrap();
                 let status: serde_json::Value = serde_json::from_slice(&status.payload).unwrap();
                 let policies = status["policies"].as_array().unwrap();
                 let found = policies.iter().find(|policy| policy["tenant"] == "acme");
@@ -214,21 +246,30 @@ async fn two_routers_share_versions_and_deletions() {
             }
         }
     };
-    tokio::time::timeout(SOON, serving("mine")).await.expect("all serve the stored version");
+    tokio::time::timeout(SOON, serving("mine"))
+        .await
+        .expect("all serve the stored version");
 
     // While they run, they take over what another stores, and what another deletes.
     first.policy("acme/default.json", &policy_json("newer"));
-    tokio::time::timeout(SOON, serving("newer")).await.expect("all serve the newer version");
+    tokio::time::timeout(SOON, serving("newer"))
+        .await
+        .expect("all serve the newer version");
     std::fs::remove_file(second.dir.path().join("policies/acme/default.json")).unwrap();
     delete(&first, "acme/default");
-    tokio::time::timeout(SOON, serving("none")).await.expect("none serves the deleted policy");
+    tokio::time::timeout(SOON, serving("none"))
+        .await
+        .expect("none serves the deleted policy");
     for _ in 0..12 {
         assert!(serves(&first, "all").await, "whichever answers");
     }
 }
 
 fn delete(router: &Router, name: &str) {
-    let deleted_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
+    let deleted_ms = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_millis() as u64;
     let tombstone = wire::policy::Tombstone { deleted_ms, by: "test".into() };
     let name = router::PolicyName::parse(name).unwrap();
     let removed = router::delete_policy(&router.dir.path().join("policies"), &name, &tombstone).unwrap();

@@ -20,7 +20,9 @@ async fn ended(router: &Router, id: &str, state: &str) {
 async fn settled(router: &Router) {
     testkit::eventually(SOON, || async {
         let info = router.bus.stream_info(subjects::STREAM_RESULT).await.unwrap();
-        info.consumers.iter().all(|(name, pending)| name != "router" || *pending == 0)
+        info.consumers
+            .iter()
+            .all(|(name, pending)| name != "router" || *pending == 0)
     })
     .await;
 }
@@ -68,7 +70,9 @@ pub async fn a_restart_bills_nothing_twice(router: Router) {
 
 pub async fn a_result_settles_the_task_of_its_assignment_and_no_namesake(router: Router) {
     router.decide(&push("r1")).await;
-    router.decide(&crate::changed(push("r1"), json!({"tenant_id": "beta"}))).await;
+    router
+        .decide(&crate::changed(push("r1"), json!({"tenant_id": "beta"})))
+        .await;
     let of_beta = router.task_of("beta", "r1").await["task"].clone();
     let assignment = json!({"assignment_id": of_beta["assignment_id"], "request_id": "r1",
         "executor": {"provider_id": "echo"}, "job": {"type": "t"}});
@@ -83,7 +87,10 @@ pub async fn a_result_settles_the_task_of_its_assignment_and_no_namesake(router:
     assert_eq!(router.task_of("beta", "r1").await["task"]["state"], "completed");
     assert_eq!(router.task_of("acme", "r1").await["task"]["state"], "assigned");
     let usage = router.stored(subjects::STREAM_USAGE).await;
-    let payer = usage.iter().find(|usage| usage["assignment_id"] == of_beta["assignment_id"]).unwrap();
+    let payer = usage
+        .iter()
+        .find(|usage| usage["assignment_id"] == of_beta["assignment_id"])
+        .unwrap();
     assert_eq!(payer["tenant_id"], "beta");
 }
 
@@ -94,7 +101,11 @@ async fn what_came_while_no_router_ran_is_taken_at_the_start() {
     router.cancel.cancel();
     router.running.await.unwrap().unwrap();
     let told = result(&assignment, "cancelled").to_string();
-    let message = bus::Message { subject: subjects::RESULT.into(), payload: told.into(), ..Default::default() };
+    let message = bus::Message {
+        subject: subjects::RESULT.into(),
+        payload: told.into(),
+        ..Default::default()
+    };
     for _ in 0..2 {
         router.bus.append(message.clone(), None).await.unwrap();
     }
@@ -142,7 +153,10 @@ pub async fn bad_results_become_dead_letters(router: Router) {
     let mut letters = router.stored(subjects::STREAM_DLQ).await;
     for (payload, reason) in &bad {
         let text = String::from_utf8(payload.clone()).unwrap_or("//4=".into());
-        let at = letters.iter().position(|letter| letter["payload"] == text).expect("its dead letter");
+        let at = letters
+            .iter()
+            .position(|letter| letter["payload"] == text)
+            .expect("its dead letter");
         let letter = letters.remove(at);
         assert!(letter["reason"].as_str().unwrap().contains(reason), "{letter}");
         assert_eq!((&letter["original_subject"], &letter["delivered"]), (&json!(subjects::RESULT), &json!(1)));
@@ -162,7 +176,9 @@ async fn failures_open_the_breaker_and_all_open_is_said() {
         let assignment = assigned(&router, &id).await;
         // Twice, but one failure.
         for _ in 0..2 {
-            router.append(subjects::RESULT, result(&assignment, "error").to_string()).await;
+            router
+                .append(subjects::RESULT, result(&assignment, "error").to_string())
+                .await;
         }
         ended(&router, &id, "failed").await;
         settled(&router).await;
@@ -196,7 +212,9 @@ async fn what_a_task_does_wrong_is_not_its_providers_failure() {
     // Outcomes come in order: with this one, all before it have been looked at.
     let last = result(&assigned(&router, "last").await, "success");
     router.append(subjects::RESULT, last.to_string()).await;
-    router.breaker("p", None, |breaker| breaker["state"] == "closed" && breaker["calls"] == 1).await;
+    router
+        .breaker("p", None, |breaker| breaker["state"] == "closed" && breaker["calls"] == 1)
+        .await;
     assert_eq!(router.decide(&push("r99")).await["ok"], true, "a red test suite stops nobody else's work");
 }
 
@@ -210,5 +228,11 @@ async fn a_dead_letter_that_does_not_fit_leaves_its_payload_out() {
         .await;
     let letter = router.stored(subjects::STREAM_DLQ).await.remove(0);
     assert_eq!(letter["payload"], "");
-    assert!(letter["reason"].as_str().unwrap().contains("does not fit a dead letter"), "{letter}");
+    assert!(
+        letter["reason"]
+            .as_str()
+            .unwrap()
+            .contains("does not fit a dead letter"),
+        "{letter}"
+    );
 }

@@ -23,7 +23,9 @@ pub async fn a_pushed_task_is_stored_once_however_often_it_is_sent(router: Route
     let router = router.restart().await;
     assert_eq!(router.decide(&again).await["decision"], answers[0]["decision"], "also after a restart");
     let stored = router.stored(subjects::STREAM_ASSIGN).await;
-    let [assignment] = stored.as_slice() else { panic!("{} assignments", stored.len()) };
+    let [assignment] = stored.as_slice() else {
+        panic!("{} assignments", stored.len())
+    };
     let id = assignment["assignment_id"].as_str().unwrap();
     assert_eq!(id.len(), 36, "a UUID");
     let expected = json!({"version": "1", "assignment_id": id, "request_id": "r1", "tenant_id": "acme",
@@ -65,11 +67,15 @@ pub async fn the_same_id_of_two_tenants_is_two_tasks(router: Router) {
     assert_eq!(answer["task"]["tenant_id"], "acme");
     for subject in [subjects::GET_DECISION, subjects::CANCEL] {
         let unnamed = router.ask(subject, &json!({"request_id": "r1"})).await;
-        let stranger = router.ask(subject, &json!({"request_id": "r1", "tenant_id": "stranger"})).await;
+        let stranger = router
+            .ask(subject, &json!({"request_id": "r1", "tenant_id": "stranger"}))
+            .await;
         let error = json!({"code": "not_found", "message": "no task \"r1\" was pushed in the last day"});
         let unknown = json!({"ok": false, "error": error, "context": {"request_id": "r1"}});
         assert_eq!((&unnamed, &stranger), (&unknown, &unknown), "{subject}");
-        let unfit = router.ask(subject, &json!({"request_id": "r1", "tenant_id": "a/b"})).await;
+        let unfit = router
+            .ask(subject, &json!({"request_id": "r1", "tenant_id": "a/b"}))
+            .await;
         assert_eq!(unfit["error"]["code"], "invalid_request", "{unfit}");
     }
 
@@ -83,10 +89,19 @@ pub async fn the_same_id_of_two_tenants_is_two_tasks(router: Router) {
 
 pub async fn a_record_of_the_previous_version_is_found_by_its_own_tenant(router: Router) {
     let answer = router.decide(&push("new")).await;
-    let (bytes, _) = router.bus.kv_get("TASKS", "acme/new").await.unwrap().expect("a record by tenant and id");
+    let (bytes, _) = router
+        .bus
+        .kv_get("TASKS", "acme/new")
+        .await
+        .unwrap()
+        .expect("a record by tenant and id");
     let mut record: Value = serde_json::from_slice(&bytes).unwrap();
     (record["task_id"], record["assignment_id"]) = (json!("old"), json!("a-old"));
-    router.bus.kv_put("TASKS", "old", record.to_string().into(), Some(0)).await.unwrap();
+    router
+        .bus
+        .kv_put("TASKS", "old", record.to_string().into(), Some(0))
+        .await
+        .unwrap();
 
     assert_eq!(router.task_of("acme", "old").await["task"]["decision"], answer["decision"]);
     for tenant in ["beta", "default"] {
@@ -120,7 +135,9 @@ pub async fn a_cancelled_task_stays_cancelled(router: Router) {
     }
     // A worker was faster than the cancel: what it did is kept, the task was still cancelled.
     let assignment = router.stored(subjects::STREAM_ASSIGN).await.remove(0);
-    router.append(subjects::RESULT, crate::result(&assignment, "success").to_string()).await;
+    router
+        .append(subjects::RESULT, crate::result(&assignment, "success").to_string())
+        .await;
     testkit::eventually(SOON, || async { router.task("r1").await["task"]["result"]["status"] == "success" }).await;
     assert_eq!(router.task("r1").await["task"]["state"], "cancelled");
 }
@@ -131,7 +148,9 @@ async fn an_ended_task_is_not_cancelled_any_more() {
     let mut cancels = router.bus.subscribe(subjects::CONTROL_CANCEL, None, 8).await.unwrap();
     router.decide(&push("r1")).await;
     let assignment = router.stored(subjects::STREAM_ASSIGN).await.remove(0);
-    router.append(subjects::RESULT, crate::result(&assignment, "success").to_string()).await;
+    router
+        .append(subjects::RESULT, crate::result(&assignment, "success").to_string())
+        .await;
     testkit::eventually(SOON, || async { router.task("r1").await["task"]["state"] == "completed" }).await;
     let answer = router.cancel_of("acme", "r1").await;
     assert_eq!(answer["task"]["state"], "completed");
@@ -161,7 +180,9 @@ async fn a_deadline_follows_the_expected_latency() {
     .enumerate()
     {
         let mut live = router.bus.subscribe(subjects::ASSIGN, None, 8).await.unwrap();
-        router.decide(&changed(push(&format!("r{n}")), json!({"policy_id": name, "options": options}))).await;
+        router
+            .decide(&changed(push(&format!("r{n}")), json!({"policy_id": name, "options": options})))
+            .await;
         let assignment = tokio::time::timeout(SOON, live.next()).await.unwrap().unwrap();
         let assignment: Value = serde_json::from_slice(&assignment.payload).unwrap();
         assert_eq!(assignment["options"]["deadline_ms"], expected, "{name}");
@@ -178,6 +199,11 @@ async fn the_same_id_from_many_clients_at_once_is_one_task() {
     let answers = futures_util::future::join_all(asked).await;
     let served = answers.iter().filter(|answer| answer["ok"] == true).count();
     assert_eq!(served, 10, "one of the four bodies won");
-    assert!(answers.iter().filter(|a| a["ok"] == false).all(|a| a["error"]["code"] == "idempotency_conflict"));
+    assert!(
+        answers
+            .iter()
+            .filter(|a| a["ok"] == false)
+            .all(|a| a["error"]["code"] == "idempotency_conflict")
+    );
     assert_eq!(router.bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages, 1);
 }

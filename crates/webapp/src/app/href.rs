@@ -9,7 +9,10 @@ pub fn is_internal(href: &str) -> bool {
 /// What a link may have: a place inside the app, or one outside by a scheme that cannot run anything.
 pub fn is_safe(href: &str) -> bool {
     let outside = ["https://", "http://", "mailto:", "#"];
-    let starts = |start: &&str| href.get(..start.len()).is_some_and(|head| head.eq_ignore_ascii_case(start));
+    let starts = |start: &&str| {
+        href.get(..start.len())
+            .is_some_and(|head| head.eq_ignore_ascii_case(start))
+    };
     is_internal(href) || (is_plain(href) && outside.iter().any(starts))
 }
 

@@ -32,8 +32,14 @@ pub fn read(node: &Node, value: &Json) -> Result<Input, String> {
             None => refused("true or false"),
         },
         "radio" | "selectbox" => {
-            let offered = list(node, "options").iter().any(|option| option == value || &option["value"] == value);
-            if offered && value.is_string() { Ok(Input::Value(value.clone())) } else { refused("one of its options") }
+            let offered = list(node, "options")
+                .iter()
+                .any(|option| option == value || &option["value"] == value);
+            if offered && value.is_string() {
+                Ok(Input::Value(value.clone()))
+            } else {
+                refused("one of its options")
+            }
         }
         "tabs" => match value.as_u64() {
             Some(index) if index < list(node, "labels").len() as u64 => Ok(Input::Value(index.into())),
@@ -48,7 +54,9 @@ fn clamp(node: &Node, number: f64) -> f64 {
         Some(Prop::Number(bound)) => Some(*bound),
         _ => None,
     };
-    number.max(bound("min").unwrap_or(f64::MIN)).min(bound("max").unwrap_or(f64::MAX))
+    number
+        .max(bound("min").unwrap_or(f64::MIN))
+        .min(bound("max").unwrap_or(f64::MAX))
 }
 
 fn list<'a>(node: &'a Node, name: &str) -> &'a [Json] {

@@ -164,7 +164,11 @@ impl Sessions {
         if let Some(session) = self.live.lock().get(id) {
             // While it cannot be put away.
             *session.touched.lock() = Instant::now();
-            return if session.user == user { Ok(Place::Here(session.clone())) } else { Err(foreign()) };
+            return if session.user == user {
+                Ok(Place::Here(session.clone()))
+            } else {
+                Err(foreign())
+            };
         }
         let internal = |error: crate::db::Error| Refusal::internal("a session cannot be read", error);
         let stored = self.stored(id, user).await.map_err(internal)?;
@@ -194,14 +198,21 @@ impl Sessions {
         });
         let mut live = self.live.lock();
         if live.len() >= SESSIONS_MAX {
-            let oldest = live.values().filter(|s| !s.changed.load(Relaxed)).min_by_key(|s| *s.touched.lock());
+            let oldest = live
+                .values()
+                .filter(|s| !s.changed.load(Relaxed))
+                .min_by_key(|s| *s.touched.lock());
             if let Some(oldest) = oldest.map(|session| session.id.clone()) {
                 live.remove(&oldest);
             }
         }
         let session = live.entry(id.into()).or_insert(fresh).clone();
         metrics::gauge!("beamline_webapp_sessions").set(live.len() as f64);
-        if session.user == user { Ok(Place::Here(session)) } else { Err(foreign()) }
+        if session.user == user {
+            Ok(Place::Here(session))
+        } else {
+            Err(foreign())
+        }
     }
 
     /// As the database has it; ours from now on if it had none.
@@ -229,7 +240,11 @@ impl Sessions {
         let mut refused = None;
         let mut clicked = HashSet::new();
         let mut reset = core.tree.is_none();
-        if reset && batch.iter().any(|said| matches!(said, Said::Event(_) | Said::Submit(_))) {
+        if reset
+            && batch
+                .iter()
+                .any(|said| matches!(said, Said::Event(_) | Said::Submit(_)))
+        {
             // Restored: what widgets there are shows a run that nobody sees.
             if let Ok((elements, _)) = run(&self.app, core, &HashSet::new()) {
                 core.tree = Some(adopt(elements, &mut core.ids));
@@ -239,8 +254,10 @@ impl Sessions {
             let outcome = match said {
                 Said::Event(event) => report(core, &event.key, &event.value, &mut clicked),
                 Said::Submit(submit) => {
-                    let reported =
-                        submit.values.iter().map(|event| report(core, &event.key, &event.value, &mut clicked));
+                    let reported = submit
+                        .values
+                        .iter()
+                        .map(|event| report(core, &event.key, &event.value, &mut clicked));
                     let reported = reported.collect::<Result<Vec<()>, String>>().map(|_| ());
                     reported.and_then(|()| report(core, &submit.form, "null", &mut clicked))
                 }
@@ -350,7 +367,10 @@ impl Sessions {
     async fn save(&self) -> crate::db::Result<()> {
         let changed: Vec<Arc<Session>> = {
             let live = self.live.lock();
-            live.values().filter(|session| session.changed.swap(false, Relaxed)).cloned().collect()
+            live.values()
+                .filter(|session| session.changed.swap(false, Relaxed))
+                .cloned()
+                .collect()
         };
         if changed.is_empty() {
             return Ok(());
@@ -382,7 +402,11 @@ impl Sessions {
         let mut lost = Vec::new();
         for (session, snapshot) in snapshots {
             let update = "UPDATE app_sessions SET snapshot = $1, updated_at = $2 WHERE id = $3 AND owner = $4";
-            let update = sqlx::query(update).bind(snapshot).bind(now_ms()).bind(&session.id).bind(&self.name);
+            let update = sqlx::query(update)
+                .bind(snapshot)
+                .bind(now_ms())
+                .bind(&session.id)
+                .bind(&self.name);
             if update.execute(&mut *tx).await?.rows_affected() == 0 {
                 lost.push(session);
             }
@@ -418,10 +442,17 @@ fn owner_subject(name: &str) -> String {
 
 /// Notes what a widget reports.
 fn report(core: &mut Core, key: &str, value: &str, clicked: &mut HashSet<String>) -> Result<(), String> {
-    let node = core.tree.as_deref().and_then(|tree| tree::find(tree, key)).filter(|_| !key.is_empty());
+    let node = core
+        .tree
+        .as_deref()
+        .and_then(|tree| tree::find(tree, key))
+        .filter(|_| !key.is_empty());
     let node = node.ok_or_else(|| format!("the page has no widget {key:?} now"))?;
-    let value: Json =
-        if value.is_empty() { Json::Null } else { serde_json::from_str(value).map_err(|e| e.to_string())? };
+    let value: Json = if value.is_empty() {
+        Json::Null
+    } else {
+        serde_json::from_str(value).map_err(|e| e.to_string())?
+    };
     match input::read(node, &value)? {
         Input::Click => drop(clicked.insert(key.to_string())),
         Input::Value(value) => drop(core.memory.widgets.insert(key.to_string(), value)),
@@ -523,7 +554,12 @@ fn split(delta: &Delta) -> Option<Vec<Delta>> {
             index: u32::try_from(index).unwrap_or(u32::MAX),
             node: Some(node.clone()),
         };
-        children.iter().enumerate().map(insert).map(|insert| Delta { op: Some(Op::Insert(insert)) }).collect()
+        children
+            .iter()
+            .enumerate()
+            .map(insert)
+            .map(|insert| Delta { op: Some(Op::Insert(insert)) })
+            .collect()
     };
     let (first, rest) = match delta.op.as_ref()? {
         Op::Reset(reset) => {
@@ -604,7 +640,12 @@ mod tests {
     async fn page_errors_of_the_database_are_for_the_log() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(None, dir.path()).await.unwrap();
-        let refused = async || sqlx::query("SELECT secret FROM nowhere").execute(db.read()).await.unwrap_err();
+        let refused = async || {
+            sqlx::query("SELECT secret FROM nowhere")
+                .execute(db.read())
+                .await
+                .unwrap_err()
+        };
         let (plain, wrapped) = (refused().await, crate::db::Error::from(refused().await));
         let errors: Vec<PageError> = vec![plain.into(), wrapped.into()];
         for error in errors {
@@ -646,7 +687,11 @@ mod tests {
         let accounts = Arc::new(Accounts::new(db.clone()));
         let sessions = Sessions::new(App::new(), db.clone(), bus.clone(), Channels::new(bus), accounts);
         for n in 0..KEPT_PER_USER + 5 {
-            sessions.session(&format!("{n:032}"), "ann").await.map_err(|refusal| refusal.1).unwrap();
+            sessions
+                .session(&format!("{n:032}"), "ann")
+                .await
+                .map_err(|refusal| refusal.1)
+                .unwrap();
         }
         sessions.session(ID, "bob").await.map_err(|refusal| refusal.1).unwrap();
         sessions.put_away().await;
@@ -658,12 +703,18 @@ mod tests {
     #[test]
     fn a_large_tree_goes_in_portions_and_nothing_is_left_out() {
         let leaf = |i: usize| Element::new("text").text("text", format!("{i}").repeat(3000));
-        let card =
-            |i: usize| Element { children: (0..40).map(leaf).collect(), ..Element::new("card").number("n", i as f64) };
+        let card = |i: usize| Element {
+            children: (0..40).map(leaf).collect(),
+            ..Element::new("card").number("n", i as f64)
+        };
         let nodes = adopt((0..30).map(card).collect(), &mut Ids::default());
         let parts = parts(whole(&nodes));
         assert!(parts.len() > 10);
-        assert!(parts.iter().all(|part| Deltas { delta: part.clone() }.encoded_len() <= FORWARD_MAX + 1024));
+        assert!(
+            parts
+                .iter()
+                .all(|part| Deltas { delta: part.clone() }.encoded_len() <= FORWARD_MAX + 1024)
+        );
         let count = |part: &Delta| match part.op.as_ref().unwrap() {
             Op::Reset(reset) => reset.children.iter().map(|node| 1 + node.children.len()).sum::<usize>(),
             Op::Insert(insert) => 1 + insert.node.as_ref().unwrap().children.len(),

@@ -70,10 +70,15 @@ impl Memory {
         let dormant = &mut self.dormant;
         let slot = self.states.entry(name).or_insert_with(|| {
             // A type that has changed its shape starts anew.
-            let restored = dormant.remove(name).and_then(|json| serde_json::from_value::<T>(json).ok());
+            let restored = dormant
+                .remove(name)
+                .and_then(|json| serde_json::from_value::<T>(json).ok());
             Box::new(Arc::new(Mutex::new(restored.unwrap_or_default())))
         });
-        let typed = slot.as_any().downcast_ref::<Arc<Mutex<T>>>().expect("a type's name is its own");
+        let typed = slot
+            .as_any()
+            .downcast_ref::<Arc<Mutex<T>>>()
+            .expect("a type's name is its own");
         State(typed.clone())
     }
 
@@ -86,12 +91,25 @@ impl Memory {
 
     pub fn snapshot(&self, path: &str, query: &str) -> Snapshot {
         let mut states = self.dormant.clone();
-        states.extend(self.states.iter().map(|(name, slot)| ((*name).to_string(), slot.to_json())));
-        Snapshot { path: path.into(), query: query.into(), widgets: self.widgets.clone(), states }
+        states.extend(
+            self.states
+                .iter()
+                .map(|(name, slot)| ((*name).to_string(), slot.to_json())),
+        );
+        Snapshot {
+            path: path.into(),
+            query: query.into(),
+            widgets: self.widgets.clone(),
+            states,
+        }
     }
 
     pub fn restore(snapshot: Snapshot) -> Self {
-        Self { widgets: snapshot.widgets, states: HashMap::new(), dormant: snapshot.states }
+        Self {
+            widgets: snapshot.widgets,
+            states: HashMap::new(),
+            dormant: snapshot.states,
+        }
     }
 }
 

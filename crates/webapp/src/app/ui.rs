@@ -132,7 +132,11 @@ impl<'a> Ui<'a> {
 
     /// A part of the path that the page's pattern names.
     pub fn param(&self, name: &str) -> Option<&str> {
-        self.visit.params.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+        self.visit
+            .params
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value.as_str())
     }
 
     pub fn query(&self) -> &str {
@@ -219,8 +223,12 @@ impl<'a> Ui<'a> {
     /// Builds only the tab that is chosen; returns which.
     pub fn tabs(&mut self, labels: &[&str], build: impl FnOnce(&mut Self, usize)) -> usize {
         let (key, value) = self.widget("tabs", json!(0));
-        let chosen = usize::try_from(value.as_u64().unwrap_or(0)).unwrap_or(0).min(labels.len().saturating_sub(1));
-        let element = Element::new("tabs").number("value", chosen as f64).json("labels", json!(labels));
+        let chosen = usize::try_from(value.as_u64().unwrap_or(0))
+            .unwrap_or(0)
+            .min(labels.len().saturating_sub(1));
+        let element = Element::new("tabs")
+            .number("value", chosen as f64)
+            .json("labels", json!(labels));
         self.nest(Element { widget: key, ..element }, |ui| {
             // Another tab is another element, not the same one with other contents.
             ui.key(labels.get(chosen).copied().unwrap_or_default());
@@ -280,7 +288,11 @@ impl<'a> Ui<'a> {
 
     /// Level 1 to 4.
     pub fn heading(&mut self, level: u8, text: impl Into<String>) {
-        self.show(Element::new("heading").number("level", f64::from(level)).text("text", text));
+        self.show(
+            Element::new("heading")
+                .number("level", f64::from(level))
+                .text("text", text),
+        );
     }
 
     pub fn text(&mut self, text: impl Into<String>) {
@@ -308,7 +320,12 @@ impl<'a> Ui<'a> {
     }
 
     pub fn metric(&mut self, label: &str, value: impl Into<String>, unit: &str) {
-        self.show(Element::new("metric").text("label", label).text("value", value).text("unit", unit));
+        self.show(
+            Element::new("metric")
+                .text("label", label)
+                .text("value", value)
+                .text("unit", unit),
+        );
     }
 
     pub fn badge(&mut self, tone: Tone, text: impl Into<String>) {
@@ -316,7 +333,12 @@ impl<'a> Ui<'a> {
     }
 
     pub fn alert(&mut self, tone: Tone, title: &str, text: impl Into<String>) {
-        self.show(Element::new("alert").text("tone", tone.as_str()).text("title", title).text("text", text));
+        self.show(
+            Element::new("alert")
+                .text("tone", tone.as_str())
+                .text("title", title)
+                .text("text", text),
+        );
     }
 
     pub fn empty(&mut self, title: &str, hint: &str) {
@@ -334,12 +356,21 @@ impl<'a> Ui<'a> {
             self.problem.get_or_insert(problem);
         }
         let active = self.visit.path == href;
-        self.show(Element::new("link").text("href", href).text("label", label).flag("active", active));
+        self.show(
+            Element::new("link")
+                .text("href", href)
+                .text("label", label)
+                .flag("active", active),
+        );
     }
 
     /// From 0.0 to 1.0.
     pub fn progress(&mut self, label: &str, value: f64) {
-        self.show(Element::new("progress").number("value", value.clamp(0.0, 1.0)).text("label", label));
+        self.show(
+            Element::new("progress")
+                .number("value", value.clamp(0.0, 1.0))
+                .text("label", label),
+        );
     }
 
     // ── Widgets ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -378,7 +409,10 @@ impl<'a> Ui<'a> {
     fn number_widget(&mut self, element: Element, range: &RangeInclusive<f64>, default: f64) -> f64 {
         let (widget, value) = self.widget(element.kind, default.into());
         let value = value.as_f64().unwrap_or(default).max(*range.start()).min(*range.end());
-        let element = element.number("value", value).number("min", *range.start()).number("max", *range.end());
+        let element = element
+            .number("value", value)
+            .number("min", *range.start())
+            .number("max", *range.end());
         self.show(Element { widget, ..element });
         value
     }
@@ -400,14 +434,21 @@ impl<'a> Ui<'a> {
 
     /// The option chosen; the first one until somebody chooses.
     pub fn radio(&mut self, label: &str, options: &[&str]) -> String {
-        let element = Element::new("radio").text("label", label).json("options", json!(options));
+        let element = Element::new("radio")
+            .text("label", label)
+            .json("options", json!(options));
         self.choice_widget(element, options.iter().map(|option| (*option).to_string()).collect())
     }
 
     /// Options as value and label; returns the value.
     pub fn selectbox(&mut self, label: &str, options: &[(&str, &str)]) -> String {
-        let listed: Vec<Json> = options.iter().map(|(value, label)| json!({"value": value, "label": label})).collect();
-        let element = Element::new("selectbox").text("label", label).json("options", listed.into());
+        let listed: Vec<Json> = options
+            .iter()
+            .map(|(value, label)| json!({"value": value, "label": label}))
+            .collect();
+        let element = Element::new("selectbox")
+            .text("label", label)
+            .json("options", listed.into());
         self.choice_widget(element, options.iter().map(|(value, _)| (*value).to_string()).collect())
     }
 
@@ -415,7 +456,10 @@ impl<'a> Ui<'a> {
         let first = options.first().cloned().unwrap_or_default();
         let (widget, value) = self.widget(element.kind, first.clone().into());
         // An option that is offered no longer is not chosen any more.
-        let value = options.into_iter().find(|option| value == option.as_str()).unwrap_or(first);
+        let value = options
+            .into_iter()
+            .find(|option| value == option.as_str())
+            .unwrap_or(first);
         self.show(Element { widget, ..element.text("value", &value) });
         value
     }
@@ -443,7 +487,9 @@ impl<'a> Ui<'a> {
     ///
     /// `manages`: this person may delete the room and stop any answer in it; `operates`: ask again for any.
     pub fn chat(&mut self, room: &str, title: &str, assistant: &str, manages: bool, operates: bool) {
-        let element = Element::new("chat").text("room", room).text("channel", format!("chat:{room}"));
+        let element = Element::new("chat")
+            .text("room", room)
+            .text("channel", format!("chat:{room}"));
         let me = self.visit.user.clone();
         let element = element.text("title", title).text("me", me).text("assistant", assistant);
         self.show(element.flag("manages", manages).flag("operates", operates));
@@ -451,19 +497,31 @@ impl<'a> Ui<'a> {
 
     /// `window`: seconds shown.
     pub fn live_line_chart(&mut self, channel: &str, title: &str, unit: &str, series: &[Series], window: u32) {
-        let element = Element::new("live_line_chart").text("channel", channel).text("title", title).text("unit", unit);
-        self.show(element.json("series", json!(series)).number("window", f64::from(window)));
+        let element = Element::new("live_line_chart")
+            .text("channel", channel)
+            .text("title", title)
+            .text("unit", unit);
+        self.show(
+            element
+                .json("series", json!(series))
+                .number("window", f64::from(window)),
+        );
     }
 
     /// One line a name of the object at `path`.
     pub fn live_breakdown(&mut self, channel: &str, title: &str, path: &str, rate: bool, window: u32) {
-        let element = Element::new("live_breakdown").text("channel", channel).text("title", title).text("path", path);
+        let element = Element::new("live_breakdown")
+            .text("channel", channel)
+            .text("title", title)
+            .text("path", path);
         self.show(element.flag("rate", rate).number("window", f64::from(window)));
     }
 
     pub fn live_metric(&mut self, channel: &str, unit: &str, series: Series, digits: u8) {
-        let element =
-            Element::new("live_metric").text("channel", channel).text("label", series.label).text("unit", unit);
+        let element = Element::new("live_metric")
+            .text("channel", channel)
+            .text("label", series.label)
+            .text("unit", unit);
         let element = element.text("path", series.path).flag("rate", series.rate);
         self.show(element.number("digits", f64::from(digits)));
     }

@@ -76,7 +76,14 @@ pub struct Inputs {
 impl Answers {
     pub fn new(bus: Bus, store: Store, channels: Channels) -> Self {
         let stopping = CancellationToken::new();
-        Self { bus, store, channels, partial: Mutex::default(), asking: TaskTracker::new(), stopping }
+        Self {
+            bus,
+            store,
+            channels,
+            partial: Mutex::default(),
+            asking: TaskTracker::new(),
+            stopping,
+        }
     }
 
     pub async fn subscribe(&self) -> bus::Result<Inputs> {
@@ -114,7 +121,10 @@ impl Answers {
 
     /// Has the router find somebody to answer, in the background.
     pub fn ask(self: &Arc<Self>, answer: Answer) {
-        self.partial.lock().entry(answer.request_id.clone()).or_insert_with(|| Partial::of(&answer.message));
+        self.partial
+            .lock()
+            .entry(answer.request_id.clone())
+            .or_insert_with(|| Partial::of(&answer.message));
         let answers = self.clone();
         self.asking.spawn(async move {
             let asked = tokio::select! {
@@ -140,7 +150,10 @@ impl Answers {
                 .with("trace_id", &trace_id)
                 .with("tenant_id", &request.tenant_id)
                 .with("version", &request.version);
-            let reply = self.bus.request(subjects::DECIDE, headers, answer.request.clone().into(), ASK_TIMEOUT).await;
+            let reply = self
+                .bus
+                .request(subjects::DECIDE, headers, answer.request.clone().into(), ASK_TIMEOUT)
+                .await;
             let reply = match reply {
                 Ok(reply) => reply.payload,
                 Err(error) => {
@@ -200,7 +213,10 @@ impl Answers {
         let query =
             serde_json::to_vec(&TaskQuery { request_id: answer.request_id.clone(), tenant_id: Some(TENANT.into()) })
                 .expect("a query is JSON");
-        let reply = self.bus.request(subjects::CANCEL, Headers::new(), query.into(), ASK_TIMEOUT).await;
+        let reply = self
+            .bus
+            .request(subjects::CANCEL, Headers::new(), query.into(), ASK_TIMEOUT)
+            .await;
         reply.is_ok_and(|reply| serde_json::from_slice::<ErrorResponse>(&reply.payload).is_err())
     }
 
@@ -208,14 +224,22 @@ impl Answers {
         while let Some(message) = tokio::select! { () = cancel.cancelled() => None, message = output.next() => message }
         {
             // Most of the output on the bus is none of ours.
-            if !message.subject.strip_prefix(subjects::OUTPUT_PREFIX).is_some_and(|id| id.starts_with(REQUEST_PREFIX)) {
+            if !message
+                .subject
+                .strip_prefix(subjects::OUTPUT_PREFIX)
+                .is_some_and(|id| id.starts_with(REQUEST_PREFIX))
+            {
                 continue;
             }
-            let Ok(chunk) = serde_json::from_slice::<OutputChunk>(&message.payload) else { continue };
+            let Ok(chunk) = serde_json::from_slice::<OutputChunk>(&message.payload) else {
+                continue;
+            };
             if !self.is_open(&chunk.request_id).await {
                 continue;
             }
-            let Some((room, event)) = self.add(&chunk) else { continue };
+            let Some((room, event)) = self.add(&chunk) else {
+                continue;
+            };
             // Not kept in the channel: a page that misses a piece sees the gap and reads the message again.
             if let Err(error) = self.channels.publish_passing(&channel(&room), &event).await {
                 tracing::debug!(request_id = chunk.request_id, error, "a piece of an answer was not published");
@@ -230,7 +254,10 @@ impl Answers {
         }
         match self.store.answer_of(request_id).await {
             Ok(Some(answer)) if answer.message.state == State::Streaming => {
-                self.partial.lock().entry(request_id.into()).or_insert_with(|| Partial::of(&answer.message));
+                self.partial
+                    .lock()
+                    .entry(request_id.into())
+                    .or_insert_with(|| Partial::of(&answer.message));
                 true
             }
             _ => false,
@@ -284,11 +311,17 @@ impl Answers {
 
     async fn take_result(&self, delivery: &Delivery) -> Result<(), String> {
         // What cannot be read is the router's to bury.
-        let Ok(result) = ExecResult::decode(&delivery.message.payload) else { return Ok(()) };
+        let Ok(result) = ExecResult::decode(&delivery.message.payload) else {
+            return Ok(());
+        };
         if !result.request_id.starts_with(REQUEST_PREFIX) {
             return Ok(());
         }
-        let known = self.partial.lock().get(&result.request_id).map(|partial| partial.task.clone());
+        let known = self
+            .partial
+            .lock()
+            .get(&result.request_id)
+            .map(|partial| partial.task.clone());
         if !is_of(&known.unwrap_or_else(|| task(None)), &result.assignment_id, result.tenant_id.as_deref()) {
             return Ok(());
         }
@@ -300,7 +333,10 @@ impl Answers {
             ResultStatus::Error => (State::Failed, Some(error.unwrap_or_else(|| "the answer failed".into()))),
         };
         let text = result.output.as_ref().map(text_of);
-        let told = self.end(&result.request_id, state, text, error).await.map_err(|e| e.to_string())?;
+        let told = self
+            .end(&result.request_id, state, text, error)
+            .await
+            .map_err(|e| e.to_string())?;
         if !told && delivery.delivered < TELL_MAX {
             return Err("the room was not told".into());
         }
@@ -313,8 +349,13 @@ impl Answers {
     /// so far stays.
     async fn end(&self, request_id: &str, state: State, text: Option<String>, error: Option<String>) -> Result<bool> {
         let partial = self.partial.lock().get(request_id).cloned();
-        let text = text.or_else(|| partial.as_ref().map(|partial| partial.text.clone())).unwrap_or_default();
-        let ended = self.store.finish(request_id, state, cut(&text), error.as_deref()).await?;
+        let text = text
+            .or_else(|| partial.as_ref().map(|partial| partial.text.clone()))
+            .unwrap_or_default();
+        let ended = self
+            .store
+            .finish(request_id, state, cut(&text), error.as_deref())
+            .await?;
         self.partial.lock().remove(request_id);
         // Had it ended before, a crash may have come between that and the room: say again how it ended.
         let message = match ended {
@@ -356,11 +397,14 @@ impl Answers {
         let before: HashSet<String> = self.partial.lock().keys().cloned().collect();
         let open = self.store.streaming().await?;
         let ids: HashSet<&str> = open.iter().map(|answer| &*answer.request_id).collect();
-        self.partial.lock().retain(|id, _| ids.contains(&**id) || !before.contains(id));
+        self.partial
+            .lock()
+            .retain(|id, _| ids.contains(&**id) || !before.contains(id));
         for answer in open {
             let age = now - answer.asked_at;
             if age > i64::try_from(ANSWER_MAX_MS).unwrap_or(i64::MAX) + GRACE_MS {
-                self.fail(&answer.request_id, "no answer came in time; is a worker running?").await;
+                self.fail(&answer.request_id, "no answer came in time; is a worker running?")
+                    .await;
             } else if age > ORPHAN_MS && !before.contains(&answer.request_id) {
                 self.ask(answer);
             }
@@ -408,7 +452,13 @@ mod tests {
     }
 
     async fn asked(answers: &Answers) -> Answer {
-        let new = New { room: "general", user: "ann", name: "Ann", text: "@assistant hi", nonce: "n" };
+        let new = New {
+            room: "general",
+            user: "ann",
+            name: "Ann",
+            text: "@assistant hi",
+            nonce: "n",
+        };
         answers.store.send(&new).await.unwrap().1.unwrap()
     }
 
@@ -420,7 +470,11 @@ mod tests {
         assert!(answers.is_open(&answer.request_id).await);
         answers.sweep_once(answer.asked_at).await.unwrap();
         assert_eq!(answers.partial.lock().len(), 1, "it has not ended");
-        answers.store.finish(&answer.request_id, State::Done, "hello", None).await.unwrap();
+        answers
+            .store
+            .finish(&answer.request_id, State::Done, "hello", None)
+            .await
+            .unwrap();
         answers.sweep_once(answer.asked_at).await.unwrap();
         assert_eq!(answers.partial.lock().len(), 0);
         assert!(!answers.is_open(&answer.request_id).await);
@@ -461,7 +515,13 @@ mod tests {
         };
         assert!(!add("b", Some("acme"), 0), "its tenant is another");
         assert!(add("a", Some(TENANT), 0));
-        answers.partial.lock().get_mut(&answer.request_id).unwrap().task.assignment_id = Some("a".into());
+        answers
+            .partial
+            .lock()
+            .get_mut(&answer.request_id)
+            .unwrap()
+            .task
+            .assignment_id = Some("a".into());
         assert!(!add("b", None, 1), "its assignment is another");
         assert!(add("a", None, 1), "a v1 worker names no tenant");
         assert_eq!(answers.partial.lock()[&answer.request_id].text, "aa");

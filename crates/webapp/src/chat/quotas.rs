@@ -101,7 +101,12 @@ impl Quotas {
             ON CONFLICT (user_id, hour) DO UPDATE SET messages = quota_spent.messages + excluded.messages,
             runs = quota_spent.runs + excluded.runs, rooms = quota_spent.rooms + excluded.rooms";
         let insert = sqlx::query(insert).bind(user).bind(hour);
-        insert.bind(more.messages).bind(more.runs).bind(more.rooms).execute(&mut *tx).await?;
+        insert
+            .bind(more.messages)
+            .bind(more.runs)
+            .bind(more.rooms)
+            .execute(&mut *tx)
+            .await?;
 
         let select = "SELECT CAST(COALESCE(SUM(messages), 0) AS BIGINT), CAST(COALESCE(SUM(runs), 0) AS BIGINT),
             CAST(COALESCE(SUM(rooms), 0) AS BIGINT) FROM quota_spent WHERE user_id = $1 AND hour > $2";

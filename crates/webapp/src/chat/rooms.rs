@@ -76,7 +76,12 @@ impl Rooms {
     }
 
     pub fn get(&self, id: &str) -> Option<Room> {
-        self.known.read().all.iter().find(|made| made.room.id == id).map(|made| made.room.clone())
+        self.known
+            .read()
+            .all
+            .iter()
+            .find(|made| made.room.id == id)
+            .map(|made| made.room.clone())
     }
 
     /// Whether there was a room of this id, which was deleted.
@@ -119,8 +124,13 @@ impl Rooms {
             other => Refusal::internal("a room cannot be written", other),
         })?;
         self.changed().await?;
-        let room = self.get(&id).ok_or_else(|| Refusal::again("the room was deleted just now; make it again"))?;
-        let told = self.channels.publish_json(LOBBY, &Event::Room { room: room.clone() }, None).await;
+        let room = self
+            .get(&id)
+            .ok_or_else(|| Refusal::again("the room was deleted just now; make it again"))?;
+        let told = self
+            .channels
+            .publish_json(LOBBY, &Event::Room { room: room.clone() }, None)
+            .await;
         if let Err(error) = told {
             tracing::warn!(error, "pages were not told of a new room; they see it when they are loaded again");
         }
@@ -137,7 +147,9 @@ impl Rooms {
             WHERE rooms.deleted_at IS NOT NULL";
         let insert = sqlx::query(insert).bind(id).bind(name).bind(now).bind(maker);
         if insert.execute(&mut *tx).await?.rows_affected() > 0 {
-            self.quotas.spend(&mut tx, maker, Spent { rooms: 1, ..Spent::default() }, now).await?;
+            self.quotas
+                .spend(&mut tx, maker, Spent { rooms: 1, ..Spent::default() }, now)
+                .await?;
         }
         tx.commit().await?;
         Ok(())
@@ -157,7 +169,9 @@ impl Rooms {
 
     /// Reads the rooms again, here and in the other web apps.
     async fn changed(&self) -> Result<(), Refusal> {
-        self.reload().await.map_err(|error| Refusal::internal("the rooms cannot be read", error))?;
+        self.reload()
+            .await
+            .map_err(|error| Refusal::internal("the rooms cannot be read", error))?;
         let notice = bus::Message { subject: CHANGED.into(), ..bus::Message::default() };
         if let Err(error) = self.bus.publish(notice).await {
             tracing::warn!(%error, "other web apps were not told of a change of rooms; they look again soon");
@@ -171,7 +185,10 @@ impl Rooms {
         let rooms: Vec<(String, String, String)> = sqlx::query_as(select).fetch_all(self.db.read()).await?;
         let select = "SELECT id FROM rooms WHERE deleted_at IS NOT NULL ORDER BY deleted_at DESC LIMIT $1";
         let gone: Vec<(String,)> = sqlx::query_as(select).bind(GONE_MAX).fetch_all(self.db.read()).await?;
-        let all = rooms.into_iter().map(|(id, name, maker)| Made { room: Room { id, name }, maker }).collect();
+        let all = rooms
+            .into_iter()
+            .map(|(id, name, maker)| Made { room: Room { id, name }, maker })
+            .collect();
         *self.known.write() = Known { all, gone: gone.into_iter().map(|(id,)| id).collect() };
         Ok(())
     }

@@ -96,7 +96,9 @@ impl Store {
 
     /// Whether a user's message with this nonce is stored.
     pub async fn has(&self, user: &str, nonce: &str) -> Result<bool> {
-        let select = sqlx::query("SELECT 1 FROM messages WHERE user_id = $1 AND nonce = $2").bind(user).bind(nonce);
+        let select = sqlx::query("SELECT 1 FROM messages WHERE user_id = $1 AND nonce = $2")
+            .bind(user)
+            .bind(nonce);
         Ok(select.fetch_optional(self.db.read()).await?.is_some())
     }
 
@@ -106,8 +108,11 @@ impl Store {
         // Takes the lock that orders messages, before looking whether this one is there.
         let id = next_message_id(&mut tx).await?;
         let known = format!("SELECT {COLUMNS} FROM messages WHERE user_id = $1 AND nonce = $2");
-        let known: Option<Row> =
-            sqlx::query_as(sqlx::AssertSqlSafe(known)).bind(new.user).bind(new.nonce).fetch_optional(&mut *tx).await?;
+        let known: Option<Row> = sqlx::query_as(sqlx::AssertSqlSafe(known))
+            .bind(new.user)
+            .bind(new.nonce)
+            .fetch_optional(&mut *tx)
+            .await?;
         if let Some(known) = known {
             tx.rollback().await?;
             let message = known.message();
@@ -145,7 +150,10 @@ impl Store {
         if let Some(prompt) = prompt {
             let before =
                 format!("SELECT {COLUMNS} FROM messages WHERE room = $1 AND id < $2 ORDER BY id DESC LIMIT $3");
-            let before = sqlx::query_as(sqlx::AssertSqlSafe(before)).bind(new.room).bind(id).bind(CONTEXT_MESSAGES);
+            let before = sqlx::query_as(sqlx::AssertSqlSafe(before))
+                .bind(new.room)
+                .bind(id)
+                .bind(CONTEXT_MESSAGES);
             let before: Vec<Row> = before.fetch_all(&mut *tx).await?;
             let made = Answer {
                 message: Message {
@@ -174,8 +182,10 @@ impl Store {
     /// The last `limit` messages before one (or of all), oldest first.
     pub async fn page(&self, room: &str, before: Option<i64>, limit: i64) -> Result<Vec<Message>> {
         let select = format!("SELECT {COLUMNS} FROM messages WHERE room = $1 AND id < $2 ORDER BY id DESC LIMIT $3");
-        let select =
-            sqlx::query_as(sqlx::AssertSqlSafe(select)).bind(room).bind(before.unwrap_or(i64::MAX)).bind(limit);
+        let select = sqlx::query_as(sqlx::AssertSqlSafe(select))
+            .bind(room)
+            .bind(before.unwrap_or(i64::MAX))
+            .bind(limit);
         let rows: Vec<Row> = select.fetch_all(self.db.read()).await?;
         Ok(rows.into_iter().rev().map(Row::message).collect())
     }
@@ -198,14 +208,18 @@ impl Store {
         F: FnOnce(Query<Row>) -> Query<Row>,
     {
         let select = format!("SELECT {COLUMNS} FROM messages WHERE {which}");
-        let row = bind(sqlx::query_as(sqlx::AssertSqlSafe(select))).fetch_optional(self.db.read()).await?;
+        let row = bind(sqlx::query_as(sqlx::AssertSqlSafe(select)))
+            .fetch_optional(self.db.read())
+            .await?;
         Ok(row.and_then(Row::answer))
     }
 
     /// Answers that have not ended.
     pub async fn streaming(&self) -> Result<Vec<Answer>> {
         let select = format!("SELECT {COLUMNS} FROM messages WHERE state = 'streaming' ORDER BY id");
-        let rows: Vec<Row> = sqlx::query_as(sqlx::AssertSqlSafe(select)).fetch_all(self.db.read()).await?;
+        let rows: Vec<Row> = sqlx::query_as(sqlx::AssertSqlSafe(select))
+            .fetch_all(self.db.read())
+            .await?;
         Ok(rows.into_iter().filter_map(Row::answer).collect())
     }
 
@@ -221,7 +235,11 @@ impl Store {
         let (text, error) = (text.replace('\0', "\u{fffd}"), error.map(|error| error.replace('\0', "\u{fffd}")));
         let update = "UPDATE messages SET state = $1, text = $2, error = $3
             WHERE request_id = $4 AND (state = 'streaming' OR (state = 'failed' AND $1 = 'done'))";
-        let update = sqlx::query(update).bind(state.as_str()).bind(text).bind(error).bind(request_id);
+        let update = sqlx::query(update)
+            .bind(state.as_str())
+            .bind(text)
+            .bind(error)
+            .bind(request_id);
         if update.execute(self.db.write()).await?.rows_affected() == 0 {
             return Ok(None);
         }
@@ -242,11 +260,19 @@ impl Store {
         let mut tx = self.db.begin().await?;
         // Takes the lock that orders messages: two that are asked at once are counted one after the other.
         next_message_id(&mut tx).await?;
-        self.quotas.at_once(&mut tx, answer.message.asker.as_deref().unwrap_or(user)).await?;
-        self.quotas.spend(&mut tx, user, Spent { runs: 1, ..Spent::default() }, now_ms()).await?;
+        self.quotas
+            .at_once(&mut tx, answer.message.asker.as_deref().unwrap_or(user))
+            .await?;
+        self.quotas
+            .spend(&mut tx, user, Spent { runs: 1, ..Spent::default() }, now_ms())
+            .await?;
         let update = "UPDATE messages SET state = 'streaming', text = '', error = NULL, request_id = $1, request = $2, asked_at = $3
             WHERE request_id = $4 AND state IN ('failed', 'stopped')";
-        let update = sqlx::query(update).bind(&request_id).bind(&request).bind(now_ms()).bind(&answer.request_id);
+        let update = sqlx::query(update)
+            .bind(&request_id)
+            .bind(&request)
+            .bind(now_ms())
+            .bind(&answer.request_id);
         if update.execute(&mut *tx).await?.rows_affected() == 0 {
             tx.rollback().await?;
             return Ok(None);
@@ -261,8 +287,14 @@ impl Store {
         // Takes the lock that orders messages: none is written behind it.
         next_message_id(&mut tx).await?;
         let coming = format!("SELECT {COLUMNS} FROM messages WHERE state = 'streaming' AND room = $1");
-        let coming: Vec<Row> = sqlx::query_as(sqlx::AssertSqlSafe(coming)).bind(room).fetch_all(&mut *tx).await?;
-        sqlx::query("DELETE FROM messages WHERE room = $1").bind(room).execute(&mut *tx).await?;
+        let coming: Vec<Row> = sqlx::query_as(sqlx::AssertSqlSafe(coming))
+            .bind(room)
+            .fetch_all(&mut *tx)
+            .await?;
+        sqlx::query("DELETE FROM messages WHERE room = $1")
+            .bind(room)
+            .execute(&mut *tx)
+            .await?;
         let update = sqlx::query("UPDATE rooms SET deleted_at = $1 WHERE id = $2 AND deleted_at IS NULL");
         update.bind(now_ms()).bind(room).execute(&mut *tx).await?;
         tx.commit().await?;
@@ -320,7 +352,11 @@ fn request(request_id: &str, message: &Message, prompt: &str, before: Vec<Row>) 
     let mut turns = vec![json!({"role": "user", "content": prompt})];
     for row in before {
         let assistant = row.user_id == ASSISTANT;
-        let content = if assistant { row.text } else { format!("{}: {}", row.name, row.text) };
+        let content = if assistant {
+            row.text
+        } else {
+            format!("{}: {}", row.name, row.text)
+        };
         if content.len() > room_left {
             break;
         }
@@ -395,16 +431,34 @@ mod tests {
         let (_, answer) = store.send(&new("@assistant hi", "n")).await.unwrap();
         let answer = answer.unwrap();
         assert_eq!(store.streaming().await.unwrap().len(), 1);
-        let failed = store.finish(&answer.request_id, State::Failed, "", Some("no worker")).await.unwrap().unwrap();
+        let failed = store
+            .finish(&answer.request_id, State::Failed, "", Some("no worker"))
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!((failed.state, failed.error.as_deref()), (State::Failed, Some("no worker")));
-        assert_eq!(store.finish(&answer.request_id, State::Stopped, "", None).await.unwrap(), None);
-        let late = store.finish(&answer.request_id, State::Done, "text", None).await.unwrap().unwrap();
+        assert_eq!(
+            store
+                .finish(&answer.request_id, State::Stopped, "", None)
+                .await
+                .unwrap(),
+            None
+        );
+        let late = store
+            .finish(&answer.request_id, State::Done, "text", None)
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!((late.state, &*late.text, late.error), (State::Done, "text", None));
         assert!(store.ask_again(&answer, "ann").await.unwrap().is_none(), "what is there is not wiped");
 
         let (_, answer) = store.send(&new("@assistant hi", "n2")).await.unwrap();
         let answer = answer.unwrap();
-        store.finish(&answer.request_id, State::Stopped, "", None).await.unwrap().unwrap();
+        store
+            .finish(&answer.request_id, State::Stopped, "", None)
+            .await
+            .unwrap()
+            .unwrap();
         let again = store.ask_again(&answer, "ann").await.unwrap().unwrap();
         assert_eq!((again.message.state, &*again.message.text), (State::Streaming, ""));
         assert_ne!(again.request_id, answer.request_id);

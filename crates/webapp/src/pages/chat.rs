@@ -25,7 +25,8 @@ pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
         ui.main(|ui| match room {
             Some(room) => {
                 let (manages, operates) = (rooms.manages(ui.user(), &room.id), rooms.is_operator(ui.user()));
-                ui.key(&room.id).chat(&room.id, &room.name, ASSISTANT, manages, operates);
+                ui.key(&room.id)
+                    .chat(&room.id, &room.name, ASSISTANT, manages, operates);
             }
             None if gone => {
                 ui.heading(1, "Deleted");

@@ -97,15 +97,19 @@ fn providers(ui: &mut Ui<'_>, window: u32) {
         ];
         ui.live_table(CHANNEL, "breakers", &columns, "No provider has been called yet.");
     });
-    ui.card("Policies", "broken or vanished files, conditions that fail, names that are probably mistyped", |ui| {
-        let columns = [
-            column("policy", "Policy", ""),
-            column("version", "Version", ""),
-            column("failed", "Failed conditions", "int"),
-            column("problem", "Problem", ""),
-        ];
-        ui.live_table(CHANNEL, "policies", &columns, "All policies are in order.");
-    });
+    ui.card(
+        "Policies",
+        "broken or vanished files, conditions that fail, names that are probably mistyped",
+        |ui| {
+            let columns = [
+                column("policy", "Policy", ""),
+                column("version", "Version", ""),
+                column("failed", "Failed conditions", "int"),
+                column("problem", "Problem", ""),
+            ];
+            ui.live_table(CHANNEL, "policies", &columns, "All policies are in order.");
+        },
+    );
 }
 
 fn nodes(ui: &mut Ui<'_>, window: u32) {

@@ -21,11 +21,17 @@ async fn ask(rig: &Rig, request: Request<Body>) -> Answer {
     let response = rig.routes.clone().oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
     let body = to_bytes(body, 1 << 20).await.unwrap();
-    Answer { status: parts.status, headers: parts.headers, body: serde_json::from_slice(&body).unwrap_or(Value::Null) }
+    Answer {
+        status: parts.status,
+        headers: parts.headers,
+        body: serde_json::from_slice(&body).unwrap_or(Value::Null),
+    }
 }
 
 fn post(path: &str) -> http::request::Builder {
-    Request::post(path).header("host", "chat.example").header("content-type", "application/json")
+    Request::post(path)
+        .header("host", "chat.example")
+        .header("content-type", "application/json")
 }
 
 async fn credentials(rig: &Rig, path: &str, name: &str, password: &str) -> Answer {
@@ -34,7 +40,14 @@ async fn credentials(rig: &Rig, path: &str, name: &str, password: &str) -> Answe
 }
 
 async fn token(rig: &Rig, cookie: &str) -> Answer {
-    ask(rig, Request::get("/auth/token").header("cookie", cookie).body(Body::empty()).unwrap()).await
+    ask(
+        rig,
+        Request::get("/auth/token")
+            .header("cookie", cookie)
+            .body(Body::empty())
+            .unwrap(),
+    )
+    .await
 }
 
 fn cookie(answer: &Answer) -> String {
@@ -54,7 +67,10 @@ async fn people_sign_up_in_and_out(#[case] kind: Kind) {
     assert_eq!((signed_up.status, &signed_up.body["user"]), (StatusCode::OK, &json!("ann")));
     assert_eq!(credentials(&rig, "/auth/signup", "ann", "correct horse").await.status, StatusCode::CONFLICT);
     let wrong = credentials(&rig, "/auth/login", "ann", "wrong").await;
-    assert_eq!((wrong.status, &wrong.body["error"]), (StatusCode::UNAUTHORIZED, &json!("name or password is wrong")));
+    assert_eq!(
+        (wrong.status, &wrong.body["error"]),
+        (StatusCode::UNAUTHORIZED, &json!("name or password is wrong"))
+    );
     let signed_in = credentials(&rig, "/auth/login", "ann", "correct horse").await;
     let cookie = cookie(&signed_in);
     let who = token(&rig, &cookie).await;
@@ -64,7 +80,14 @@ async fn people_sign_up_in_and_out(#[case] kind: Kind) {
     let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(claims).unwrap();
     let claims: Value = serde_json::from_slice(&claims).unwrap();
     assert_eq!((&claims["sub"], &claims["info"]["name"]), (&json!("ann"), &json!("Ann")));
-    ask(&rig, post("/auth/logout").header("cookie", &cookie).body(Body::empty()).unwrap()).await;
+    ask(
+        &rig,
+        post("/auth/logout")
+            .header("cookie", &cookie)
+            .body(Body::empty())
+            .unwrap(),
+    )
+    .await;
     let out = token(&rig, &cookie).await;
     assert_eq!((out.status, &out.body["signup"]), (StatusCode::UNAUTHORIZED, &json!(true)));
 }
@@ -87,7 +110,12 @@ async fn another_site_cannot_sign_anybody_in() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     let body = || json!({"name": "ann", "password": "correct horse"}).to_string();
-    let from = |origin: &str| post("/auth/signup").header("origin", origin).body(body().into()).unwrap();
+    let from = |origin: &str| {
+        post("/auth/signup")
+            .header("origin", origin)
+            .body(body().into())
+            .unwrap()
+    };
     for origin in ["https://evil.example", "null", "https://chat.example.evil.example"] {
         assert_eq!(ask(&rig, from(origin)).await.status, StatusCode::FORBIDDEN, "{origin}");
     }
@@ -100,13 +128,23 @@ async fn another_site_cannot_sign_anybody_in() {
 async fn sign_in_from(rig: &Rig, address: [u8; 4], name: &str, password: &str, cookies: &str) -> Answer {
     let body = json!({"name": name, "password": password}).to_string();
     let peer = ConnectInfo(SocketAddr::from((address, 1)));
-    let request = post("/auth/login").header("cookie", cookies).extension(peer).body(body.into()).unwrap();
+    let request = post("/auth/login")
+        .header("cookie", cookies)
+        .extension(peer)
+        .body(body.into())
+        .unwrap();
     ask(rig, request).await
 }
 
 fn cookies(answer: &Answer) -> String {
-    let set = answer.headers.get_all(header::SET_COOKIE).iter().map(|cookie| cookie.to_str().unwrap());
-    set.map(|cookie| cookie.split(';').next().unwrap()).collect::<Vec<_>>().join("; ")
+    let set = answer
+        .headers
+        .get_all(header::SET_COOKIE)
+        .iter()
+        .map(|cookie| cookie.to_str().unwrap());
+    set.map(|cookie| cookie.split(';').next().unwrap())
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 const PROXY: [u8; 4] = [10, 0, 0, 1];
@@ -115,7 +153,10 @@ const PROXY: [u8; 4] = [10, 0, 0, 1];
 async fn guess_until_refused(rig: &Rig, name: &str, cookies: &str) {
     testkit::eventually(6 * PATIENCE, async || {
         let answer = sign_in_from(rig, PROXY, name, "guess", cookies).await;
-        let wait = answer.headers.get(header::RETRY_AFTER).map_or(0, |wait| wait.to_str().unwrap().parse().unwrap());
+        let wait = answer
+            .headers
+            .get(header::RETRY_AFTER)
+            .map_or(0, |wait| wait.to_str().unwrap().parse().unwrap());
         answer.status == StatusCode::TOO_MANY_REQUESTS && wait >= 2
     })
     .await;
@@ -143,7 +184,12 @@ async fn seventy_wrong_passwords_for_one_name_lock_out_nobody() {
 
     // Behind the same proxy, another person; and the owner, in the browser that she uses.
     assert_eq!(sign_in_from(&rig, PROXY, "bob", "correct horse", "").await.status, StatusCode::OK);
-    assert_eq!(sign_in_from(&rig, PROXY, "ann", "correct horse", &anns_browser).await.status, StatusCode::OK);
+    assert_eq!(
+        sign_in_from(&rig, PROXY, "ann", "correct horse", &anns_browser)
+            .await
+            .status,
+        StatusCode::OK
+    );
     guess_until_refused(&rig, "ann", "").await;
     let stranger = sign_in_from(&rig, PROXY, "ann", "correct horse", "").await;
     assert_eq!(stranger.status, StatusCode::TOO_MANY_REQUESTS, "the right password does not show while one waits");
@@ -186,17 +232,33 @@ async fn signing_out_ends_the_connections_of_that_browser(#[case] kind: Kind) {
     let mut sessions = Vec::new();
     for cookie in [&phone, &laptop] {
         let token = token(&rig, cookie).await.body["token"].as_str().unwrap().to_string();
-        let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap();
+        let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD
+            .decode(token.split('.').nth(1).unwrap())
+            .unwrap();
         let claims: Value = serde_json::from_slice(&claims).unwrap();
         sessions.push(claims["sid"].as_str().unwrap().to_string());
         assert!(!cookie.contains(&sessions[0]), "the cookie's secret is in no token");
     }
     assert_ne!(sessions[0], sessions[1]);
 
-    ask(&rig, post("/auth/logout").header("cookie", &laptop).body(Body::empty()).unwrap()).await;
+    ask(
+        &rig,
+        post("/auth/logout")
+            .header("cookie", &laptop)
+            .body(Body::empty())
+            .unwrap(),
+    )
+    .await;
     assert_eq!(rig.disconnected(), [("ann".to_string(), sessions[1].clone())]);
     assert_eq!(token(&rig, &phone).await.status, StatusCode::OK, "the other browser is still signed in");
-    ask(&rig, post("/auth/logout").header("cookie", &laptop).body(Body::empty()).unwrap()).await;
+    ask(
+        &rig,
+        post("/auth/logout")
+            .header("cookie", &laptop)
+            .body(Body::empty())
+            .unwrap(),
+    )
+    .await;
     assert_eq!(rig.disconnected().len(), 1, "signed out already");
 
     // Whoever signs in with the same browser takes the place of the one before.
@@ -228,8 +290,17 @@ async fn a_place_inside_an_app_is_the_page_and_a_missing_file_is_missing() {
     {
         let answer = ask(&rig, Request::get(path).body(Body::empty()).unwrap()).await;
         // Without a built page a place says how to build it.
-        let status = if status == 200 && answer.status == 503 { 503 } else { status };
+        let status = if status == 200 && answer.status == 503 {
+            503
+        } else {
+            status
+        };
         assert_eq!(answer.status, status, "{path}");
-        assert!(answer.headers["content-security-policy"].to_str().unwrap().contains("default-src 'none'"));
+        assert!(
+            answer.headers["content-security-policy"]
+                .to_str()
+                .unwrap()
+                .contains("default-src 'none'")
+        );
     }
 }

@@ -19,8 +19,11 @@ async fn result(bus: &Bus, request_id: &str, status: &str, output: Value) {
         "version": "1", "assignment_id": format!("a-{request_id}"), "request_id": request_id, "status": status,
         "provider_id": "ops", "job": {"type": "chat"}, "output": output,
     });
-    let message =
-        Message { subject: subjects::RESULT.into(), payload: result.to_string().into(), ..Message::default() };
+    let message = Message {
+        subject: subjects::RESULT.into(),
+        payload: result.to_string().into(),
+        ..Message::default()
+    };
     bus.append(message, None).await.unwrap();
 }
 
@@ -53,7 +56,10 @@ async fn an_answer_streams_and_ends(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
-    let sent = rig.chat("ann", "chat.send", send("@assistant how is it going?", "n")).await.unwrap();
+    let sent = rig
+        .chat("ann", "chat.send", send("@assistant how is it going?", "n"))
+        .await
+        .unwrap();
     let request_id = asked(&seen).await;
     let request: Value = serde_json::from_slice(&seen.lock()[0]).unwrap();
     assert_eq!(request["task"]["payload"]["prompt"], "how is it going?");
@@ -62,8 +68,12 @@ async fn an_answer_streams_and_ends(#[case] kind: Kind) {
     output(&rig.bus, &request_id, 1, 0, "It ").await;
     output(&rig.bus, &request_id, 1, 1, "goes").await;
     output(&rig.bus, &request_id, 1, 1, "goes").await;
-    rig.event(ROOM, |event| event["type"] == "delta" && event["seq"] == 2).await;
-    let history = rig.chat("bob", "chat.history", json!({"room": "general"})).await.unwrap();
+    rig.event(ROOM, |event| event["type"] == "delta" && event["seq"] == 2)
+        .await;
+    let history = rig
+        .chat("bob", "chat.history", json!({"room": "general"}))
+        .await
+        .unwrap();
     let half = &history["messages"][1];
     assert_eq!((&half["text"], &half["seq"], &half["state"]), (&json!("It goes"), &json!(2), &json!("streaming")));
 
@@ -80,7 +90,10 @@ async fn an_answer_streams_and_ends(#[case] kind: Kind) {
     result(&rig.bus, &request_id, "error", json!({"text": "other"})).await;
     output(&rig.bus, &request_id, 2, 0, "again").await;
     rig.chat("ann", "chat.send", send("next", "n2")).await.unwrap();
-    let history = rig.chat("bob", "chat.history", json!({"room": "general"})).await.unwrap();
+    let history = rig
+        .chat("bob", "chat.history", json!({"room": "general"}))
+        .await
+        .unwrap();
     assert_eq!(history["messages"][1]["text"], "It goes well.");
 }
 
@@ -135,12 +148,21 @@ async fn a_web_app_that_hangs_does_not_hold_up_the_others() {
     let rig = home.start().await;
     // As one that was stopped between the message's id and the commit.
     sqlx::any::install_default_drivers();
-    let mut hanging = sqlx::AnyConnection::connect(&home.config().database_url.unwrap()).await.unwrap();
-    hanging.execute("SET idle_in_transaction_session_timeout = '5s'; BEGIN").await.unwrap();
+    let mut hanging = sqlx::AnyConnection::connect(&home.config().database_url.unwrap())
+        .await
+        .unwrap();
+    hanging
+        .execute("SET idle_in_transaction_session_timeout = '5s'; BEGIN")
+        .await
+        .unwrap();
     hanging.execute("UPDATE message_ids SET last = last + 1").await.unwrap();
     let sent = testkit::eventually(PATIENCE, async || rig.chat("ann", "chat.send", send("hi", "n")).await.is_ok());
     // Meanwhile what needs no lock is answered.
-    let read = async || rig.chat("bob", "chat.history", json!({"room": "general"})).await.unwrap();
+    let read = async || {
+        rig.chat("bob", "chat.history", json!({"room": "general"}))
+            .await
+            .unwrap()
+    };
     tokio::join!(sent, read());
     assert_eq!(read().await["messages"].as_array().unwrap().len(), 1);
 }
@@ -151,7 +173,9 @@ async fn a_page_of_history_is_bounded_whatever_answers_hold() {
     let rig = Rig::start(&dir).await;
     let (_router, seen) = router(&rig.bus, decided).await;
     for n in 0..5 {
-        rig.chat("ann", "chat.send", send("@assistant tell", &n.to_string())).await.unwrap();
+        rig.chat("ann", "chat.send", send("@assistant tell", &n.to_string()))
+            .await
+            .unwrap();
         testkit::eventually(PATIENCE, async || seen.lock().len() == n + 1).await;
         let request: Value = serde_json::from_slice(&seen.lock()[n]).unwrap();
         result(&rig.bus, request["request_id"].as_str().unwrap(), "success", json!("x".repeat(300_000))).await;
@@ -161,7 +185,10 @@ async fn a_page_of_history_is_bounded_whatever_answers_hold() {
     let mut seen = Vec::new();
     let mut before = Value::Null;
     loop {
-        let page = rig.chat("bob", "chat.history", json!({"room": "general", "before": before})).await.unwrap();
+        let page = rig
+            .chat("bob", "chat.history", json!({"room": "general", "before": before}))
+            .await
+            .unwrap();
         assert!(page.to_string().len() < 300_000);
         let messages = page["messages"].as_array().unwrap();
         seen.extend(messages.iter().rev().map(|message| message["id"].as_i64().unwrap()));
@@ -179,12 +206,18 @@ async fn a_question_is_asked_though_the_room_does_not_hear_of_it() {
     let rig = Rig::start(&dir).await;
     let (_router, seen) = router(&rig.bus, decided).await;
     rig.refuse_publications(true);
-    let (code, text) = rig.chat("ann", "chat.send", send("@assistant hi", "n")).await.unwrap_err();
+    let (code, text) = rig
+        .chat("ann", "chat.send", send("@assistant hi", "n"))
+        .await
+        .unwrap_err();
     assert!(code == 100 && text.contains("the message is kept"), "{code} {text}");
     let request_id = asked(&seen).await;
     result(&rig.bus, &request_id, "success", json!("hello")).await;
     let ended = async || {
-        let history = rig.chat("ann", "chat.history", json!({"room": "general"})).await.unwrap();
+        let history = rig
+            .chat("ann", "chat.history", json!({"room": "general"}))
+            .await
+            .unwrap();
         history["messages"][1]["state"] == "done"
     };
     testkit::eventually(PATIENCE, ended).await;
@@ -208,7 +241,9 @@ fn a_kill_between_the_message_and_the_question_is_made_good(#[case] kind: Kind) 
     until_killed(async {
         let rig = home.start().await;
         // No router: the question cannot be asked yet, but the message is acknowledged.
-        rig.chat("ann", "chat.send", send("@assistant status", "n")).await.unwrap();
+        rig.chat("ann", "chat.send", send("@assistant status", "n"))
+            .await
+            .unwrap();
     });
     let first = until_killed(async {
         let rig = home.start().await;
@@ -247,7 +282,14 @@ async fn a_refused_question_fails_visibly_and_can_be_asked_again(#[case] kind: K
     let id = failed["message"]["id"].clone();
     rig.chat("ann", "chat.retry", json!({"message": id})).await.unwrap();
     let request_id = asked(&seen).await;
-    assert_eq!(rig.chat("ann", "chat.retry", json!({"message": id})).await.unwrap_err().0, 107, "it is still coming");
+    assert_eq!(
+        rig.chat("ann", "chat.retry", json!({"message": id}))
+            .await
+            .unwrap_err()
+            .0,
+        107,
+        "it is still coming"
+    );
     result(&rig.bus, &request_id, "success", json!({"text": "hello"})).await;
     let done = rig.event(ROOM, is_answer("done")).await;
     assert_eq!((&done["message"]["id"], &done["message"]["text"]), (&id, &json!("hello")));
@@ -263,15 +305,21 @@ async fn a_stopped_answer_keeps_what_has_come(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
-    rig.chat("ann", "chat.send", send("@assistant tell", "n")).await.unwrap();
+    rig.chat("ann", "chat.send", send("@assistant tell", "n"))
+        .await
+        .unwrap();
     let request_id = asked(&seen).await;
     output(&rig.bus, &request_id, 1, 0, "Once upon").await;
     let delta = rig.event(ROOM, |event| event["type"] == "delta").await;
     // Nobody answers the cancel here, so it ends without a worker's word.
-    rig.chat("ann", "chat.stop", json!({"message": delta["id"]})).await.unwrap();
+    rig.chat("ann", "chat.stop", json!({"message": delta["id"]}))
+        .await
+        .unwrap();
     let stopped = rig.event(ROOM, is_answer("stopped")).await;
     assert_eq!(stopped["message"]["text"], "Once upon");
-    rig.chat("ann", "chat.stop", json!({"message": delta["id"]})).await.unwrap();
+    rig.chat("ann", "chat.stop", json!({"message": delta["id"]}))
+        .await
+        .unwrap();
 }
 
 #[rstest]
@@ -296,12 +344,26 @@ async fn a_message_sent_again_is_said_once(#[case] kind: Kind) {
 async fn rooms_are_made_once_and_told_to_everybody(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
-    let made = rig.chat("ann", "chat.create_room", json!({"name": "#Release Planning"})).await.unwrap();
+    let made = rig
+        .chat("ann", "chat.create_room", json!({"name": "#Release Planning"}))
+        .await
+        .unwrap();
     assert_eq!(made["room"], json!({"id": "release-planning", "name": "Release Planning"}));
-    assert_eq!(rig.chat("bob", "chat.create_room", json!({"name": "release planning"})).await.unwrap(), made);
-    rig.event("chat:lobby", |event| event["room"]["id"] == "release-planning").await;
+    assert_eq!(
+        rig.chat("bob", "chat.create_room", json!({"name": "release planning"}))
+            .await
+            .unwrap(),
+        made
+    );
+    rig.event("chat:lobby", |event| event["room"]["id"] == "release-planning")
+        .await;
     let rooms = rig.chat("bob", "chat.rooms", json!({})).await.unwrap();
-    let ids: Vec<&str> = rooms["rooms"].as_array().unwrap().iter().map(|room| room["id"].as_str().unwrap()).collect();
+    let ids: Vec<&str> = rooms["rooms"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|room| room["id"].as_str().unwrap())
+        .collect();
     assert_eq!(ids, ["general", "random", "release-planning"]);
 }
 
@@ -319,7 +381,9 @@ async fn answer_is_stopped_and_asked_again_by_its_asker_or_an_operator_only(#[ca
     let home = Home::new(kind).await;
     let rig = start_with(&home, webapp::Quotas::default()).await;
     let (_router, seen) = router(&rig.bus, decided).await;
-    rig.chat("max", "chat.create_room", json!({"name": "den"})).await.unwrap();
+    rig.chat("max", "chat.create_room", json!({"name": "den"}))
+        .await
+        .unwrap();
     let ask = json!({"room": "den", "text": "@assistant tell", "nonce": "n"});
     rig.chat("ann", "chat.send", ask).await.unwrap();
     asked(&seen).await;
@@ -329,7 +393,9 @@ async fn answer_is_stopped_and_asked_again_by_its_asker_or_an_operator_only(#[ca
 
     let (code, text) = rig.chat("bob", "chat.stop", this.clone()).await.unwrap_err();
     assert!(code == 103 && text.contains("operator"), "{code} {text}");
-    rig.chat("max", "chat.stop", this.clone()).await.expect("whoever made the room");
+    rig.chat("max", "chat.stop", this.clone())
+        .await
+        .expect("whoever made the room");
     rig.event("chat:den", is_answer("stopped")).await;
     for user in ["bob", "max"] {
         assert_eq!(rig.chat(user, "chat.retry", this.clone()).await.unwrap_err().0, 103, "{user}");
@@ -359,19 +425,31 @@ async fn quotas_bound_one_user_and_no_other_and_outlive_a_restart(#[case] kind: 
     let (router_task, _) = router(&rig.bus, decided).await;
     rig.chat("ann", "chat.send", ask(1)).await.unwrap();
     rig.chat("ann", "chat.send", ask(2)).await.unwrap();
-    rig.chat("ann", "chat.send", ask(2)).await.expect("sent again, it is the same message");
+    rig.chat("ann", "chat.send", ask(2))
+        .await
+        .expect("sent again, it is the same message");
     let (code, text) = rig.chat("ann", "chat.send", ask(3)).await.unwrap_err();
     assert!(code == 111 && text.contains("2 answers coming"), "{code} {text}");
     rig.chat("bob", "chat.send", ask(3)).await.expect("another user");
-    let coming = rig.events(ROOM).into_iter().find(|event| event["message"]["asker"] == "ann").unwrap();
+    let coming = rig
+        .events(ROOM)
+        .into_iter()
+        .find(|event| event["message"]["asker"] == "ann")
+        .unwrap();
     let first = json!({"message": coming["message"]["id"]});
     rig.chat("ann", "chat.stop", first.clone()).await.unwrap();
     rig.chat("ann", "chat.send", ask(4)).await.expect("one has ended");
     rig.chat("ann", "chat.stop", first.clone()).await.unwrap();
 
-    rig.chat("ann", "chat.create_room", json!({"name": "one"})).await.unwrap();
-    rig.chat("ann", "chat.create_room", json!({"name": "one"})).await.expect("it is there");
-    rig.chat("ann", "chat.delete_room", json!({"room": "one"})).await.unwrap();
+    rig.chat("ann", "chat.create_room", json!({"name": "one"}))
+        .await
+        .unwrap();
+    rig.chat("ann", "chat.create_room", json!({"name": "one"}))
+        .await
+        .expect("it is there");
+    rig.chat("ann", "chat.delete_room", json!({"room": "one"}))
+        .await
+        .unwrap();
     drop(router_task);
     rig.stop().await;
 
@@ -386,7 +464,9 @@ async fn quotas_bound_one_user_and_no_other_and_outlive_a_restart(#[case] kind: 
         assert!(code == 106 && text.contains(what), "{method}: {code} {text}");
     }
     for n in 4..=6 {
-        rig.chat("ann", "chat.send", send("plain", &format!("p{n}"))).await.unwrap();
+        rig.chat("ann", "chat.send", send("plain", &format!("p{n}")))
+            .await
+            .unwrap();
     }
     let (code, text) = rig.chat("ann", "chat.send", send("plain", "p7")).await.unwrap_err();
     assert!(code == 106 && text.contains("6 times a day"), "{code} {text}");
@@ -399,7 +479,9 @@ async fn rooms_made_in_parallel_cannot_exceed_the_daily_quota() {
     let home = Home::new(Kind::Postgres).await;
     let rig = start_with(&home, webapp::Quotas { rooms_per_day: 1, ..webapp::Quotas::default() }).await;
     // Quotas can be read and not written until all calls are there.
-    let mut holder = sqlx::AnyConnection::connect(&home.postgres.as_ref().unwrap().url()).await.unwrap();
+    let mut holder = sqlx::AnyConnection::connect(&home.postgres.as_ref().unwrap().url())
+        .await
+        .unwrap();
     let mut held = holder.begin().await.unwrap();
     held.execute("LOCK TABLE quota_spent IN SHARE MODE").await.unwrap();
     let release = async {
@@ -416,7 +498,12 @@ async fn rooms_made_in_parallel_cannot_exceed_the_daily_quota() {
     let (made, released) = tokio::join!(calls, tokio::time::timeout(PATIENCE, release));
     released.expect("all calls wait for the quota");
     assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 1, "{made:?}");
-    assert!(made.iter().filter_map(|made| made.as_ref().err()).all(|(code, _)| *code == 106), "{made:?}");
+    assert!(
+        made.iter()
+            .filter_map(|made| made.as_ref().err())
+            .all(|(code, _)| *code == 106),
+        "{made:?}"
+    );
     let rooms = rig.chat("ann", "chat.rooms", json!({})).await.unwrap();
     assert_eq!(rooms["rooms"].as_array().unwrap().len(), 3, "two that nobody made, and one");
 }
@@ -433,7 +520,9 @@ async fn stored_message_is_acknowledged_again_when_the_minute_is_used_up() {
         let again = rig.chat("ann", "chat.send", ask("n")).await.unwrap();
         assert_eq!(again["message"], first["message"]);
     }
-    rig.chat("ann", "chat.send", send("hi", "n2")).await.expect("the repeats have used up nothing");
+    rig.chat("ann", "chat.send", send("hi", "n2"))
+        .await
+        .expect("the repeats have used up nothing");
     assert_eq!(rig.chat("ann", "chat.send", send("hi", "n3")).await.unwrap_err().0, 111);
 }
 
@@ -448,9 +537,15 @@ async fn messages_of_a_minute_are_bounded() {
     assert!(code == 111 && text.contains("3 times a minute; try again in"), "{code} {text}");
     rig.chat("bob", "chat.send", send("hi", "3")).await.unwrap();
     for _ in 0..50 {
-        rig.chat("ann", "chat.typing", json!({"room": "general"})).await.unwrap();
+        rig.chat("ann", "chat.typing", json!({"room": "general"}))
+            .await
+            .unwrap();
     }
-    let typing = rig.events(ROOM).iter().filter(|event| event["type"] == "typing").count();
+    let typing = rig
+        .events(ROOM)
+        .iter()
+        .filter(|event| event["type"] == "typing")
+        .count();
     assert!(typing < 20, "{typing} notes that somebody types");
 }
 
@@ -465,7 +560,9 @@ async fn rooms_are_deleted_by_their_maker_with_all_that_was_said(#[case] kind: K
     let mut cancels = rig.bus.subscribe(subjects::CANCEL, None, 8).await.unwrap();
     let (den, here) = (json!({"name": "Den"}), json!({"room": "den"}));
     rig.chat("ann", "chat.create_room", den.clone()).await.unwrap();
-    rig.chat("bob", "chat.send", json!({"room": "den", "text": "@assistant secret", "nonce": "n"})).await.unwrap();
+    rig.chat("bob", "chat.send", json!({"room": "den", "text": "@assistant secret", "nonce": "n"}))
+        .await
+        .unwrap();
     let request_id = asked(&seen).await;
     for (user, room) in [("bob", &here), ("ann", &json!({"room": "general"}))] {
         let (code, text) = rig.chat(user, "chat.delete_room", room.clone()).await.unwrap_err();
@@ -477,7 +574,8 @@ async fn rooms_are_deleted_by_their_maker_with_all_that_was_said(#[case] kind: K
     let cancelled: Value = serde_json::from_slice(&cancelled.unwrap().payload).unwrap();
     assert_eq!(cancelled["request_id"], request_id, "what is still being answered there ends");
     for channel in ["chat:lobby", "chat:den"] {
-        rig.event(channel, |event| *event == json!({"type": "gone", "room": "den"})).await;
+        rig.event(channel, |event| *event == json!({"type": "gone", "room": "den"}))
+            .await;
     }
     for method in ["chat.history", "chat.typing", "chat.delete_room"] {
         assert_eq!(rig.chat("bob", method, here.clone()).await.unwrap_err().0, 107, "{method}");
@@ -492,7 +590,9 @@ async fn rooms_are_deleted_by_their_maker_with_all_that_was_said(#[case] kind: K
     assert_eq!(history["messages"], json!([]));
     assert_eq!(rig.chat("ann", "chat.delete_room", here.clone()).await.unwrap_err().0, 103);
     rig.chat("olga", "chat.delete_room", here).await.expect("an operator");
-    rig.chat("olga", "chat.delete_room", json!({"room": "random"})).await.expect("also of rooms that nobody made");
+    rig.chat("olga", "chat.delete_room", json!({"room": "random"}))
+        .await
+        .expect("also of rooms that nobody made");
 }
 
 #[tokio::test]
@@ -501,7 +601,9 @@ async fn database_errors_are_for_the_log_and_pages_get_a_trace() {
     let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
     // Once it has begun: a web app that cannot begin ends.
-    rig.chat("ann", "chat.send", send("@assistant hi", "first")).await.unwrap();
+    rig.chat("ann", "chat.send", send("@assistant hi", "first"))
+        .await
+        .unwrap();
     asked(&seen).await;
     home.postgres.as_mut().unwrap().kill();
     for (method, request) in [
@@ -518,7 +620,10 @@ async fn database_errors_are_for_the_log_and_pages_get_a_trace() {
         }
     }
     let say = wire::app::Said::Rerun(wire::app::Rerun { path: "/".into(), query: String::new(), reset: true });
-    let (code, text) = rig.say("ann", "00112233445566778899aabbccddeeff", say).await.unwrap_err();
+    let (code, text) = rig
+        .say("ann", "00112233445566778899aabbccddeeff", say)
+        .await
+        .unwrap_err();
     assert!(code == 100 && text.contains("(trace ") && !text.contains("database"), "{code} {text}");
 }
 

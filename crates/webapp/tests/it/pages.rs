@@ -15,7 +15,15 @@ fn event(key: &str, value: &str) -> Said {
 }
 
 fn deltas(told: &[Body]) -> Vec<Delta> {
-    told.iter().flat_map(|body| if let Body::Deltas(deltas) = body { deltas.delta.clone() } else { vec![] }).collect()
+    told.iter()
+        .flat_map(|body| {
+            if let Body::Deltas(deltas) = body {
+                deltas.delta.clone()
+            } else {
+                vec![]
+            }
+        })
+        .collect()
 }
 
 fn whole(told: &[Body]) -> Vec<Node> {
@@ -26,12 +34,24 @@ fn whole(told: &[Body]) -> Vec<Node> {
 }
 
 fn find<'a>(nodes: &'a [Node], kind: &str) -> Option<&'a Node> {
-    nodes.iter().find_map(|node| if node.kind == kind { Some(node) } else { find(&node.children, kind) })
+    nodes.iter().find_map(|node| {
+        if node.kind == kind {
+            Some(node)
+        } else {
+            find(&node.children, kind)
+        }
+    })
 }
 
 fn shown_tab(nodes: &[Node]) -> wire::app::Value {
     let tabs = find(nodes, "tabs").unwrap();
-    tabs.props.iter().find(|prop| prop.name == "value").unwrap().value.clone().unwrap()
+    tabs.props
+        .iter()
+        .find(|prop| prop.name == "value")
+        .unwrap()
+        .value
+        .clone()
+        .unwrap()
 }
 
 #[tokio::test]
@@ -47,7 +67,10 @@ async fn an_interaction_sends_the_difference_only() {
     rig.say("ann", SESSION, event(&tabs, "1")).await.unwrap();
     let told = rig.told(SESSION, "ann");
     let changes = deltas(&told);
-    assert!(!changes.is_empty() && changes.iter().all(|delta| !matches!(delta.op, Some(Op::Reset(_)))), "{changes:?}");
+    assert!(
+        !changes.is_empty() && changes.iter().all(|delta| !matches!(delta.op, Some(Op::Reset(_)))),
+        "{changes:?}"
+    );
 
     rig.say("ann", SESSION, event(&tabs, "1")).await.unwrap();
     assert_eq!(deltas(&rig.told(SESSION, "ann")), [], "nothing has changed");
@@ -73,7 +96,11 @@ async fn a_session_goes_on_after_a_restart(#[case] kind: Kind) {
 
     let rig = home.start().await;
     rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
-    assert_eq!(shown_tab(&whole(&rig.told(SESSION, "ann"))), wire::app::Value::Number(3.0), "the choice is remembered");
+    assert_eq!(
+        shown_tab(&whole(&rig.told(SESSION, "ann"))),
+        wire::app::Value::Number(3.0),
+        "the choice is remembered"
+    );
     rig.stop().await;
 }
 
@@ -126,8 +153,10 @@ async fn the_start_leads_to_a_room_and_a_wrong_place_says_so() {
     assert_eq!(to.path, "/rooms/general");
     rig.say("ann", SESSION, rerun(&to.path, false)).await.unwrap();
     let changes = deltas(&rig.told(SESSION, "ann"));
-    let nodes: Vec<Node> =
-        changes.into_iter().filter_map(|d| if let Some(Op::Insert(i)) = d.op { i.node } else { None }).collect();
+    let nodes: Vec<Node> = changes
+        .into_iter()
+        .filter_map(|d| if let Some(Op::Insert(i)) = d.op { i.node } else { None })
+        .collect();
     assert!(find(&nodes, "chat").is_some(), "{nodes:?}");
     for place in ["/nowhere", "/rooms/nowhere"] {
         rig.say("ann", SESSION, rerun(place, true)).await.unwrap();
@@ -139,22 +168,36 @@ async fn the_start_leads_to_a_room_and_a_wrong_place_says_so() {
 async fn link_to_a_deleted_room_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
-    rig.chat("ann", "chat.create_room", serde_json::json!({"name": "den"})).await.unwrap();
+    rig.chat("ann", "chat.create_room", serde_json::json!({"name": "den"}))
+        .await
+        .unwrap();
     rig.say("ann", SESSION, rerun("/rooms/den", true)).await.unwrap();
     let tree = whole(&rig.told(SESSION, "ann"));
     let manages = |tree: &[Node]| {
         let props = find(tree, "chat").unwrap().props.clone();
-        props.into_iter().find(|prop| prop.name == "manages").unwrap().value.unwrap()
+        props
+            .into_iter()
+            .find(|prop| prop.name == "manages")
+            .unwrap()
+            .value
+            .unwrap()
     };
     assert_eq!(manages(&tree), wire::app::Value::Flag(true));
     let bobs = "ffeeddccbbaa99887766554433221100";
     rig.say("bob", bobs, rerun("/rooms/den", true)).await.unwrap();
     assert_eq!(manages(&whole(&rig.told(bobs, "bob"))), wire::app::Value::Flag(false));
 
-    rig.chat("ann", "chat.delete_room", serde_json::json!({"room": "den"})).await.unwrap();
+    rig.chat("ann", "chat.delete_room", serde_json::json!({"room": "den"}))
+        .await
+        .unwrap();
     rig.say("bob", bobs, rerun("/rooms/den", true)).await.unwrap();
     let tree = whole(&rig.told(bobs, "bob"));
-    let title = find(&tree, "empty").unwrap().props.iter().find(|prop| prop.name == "title").unwrap();
+    let title = find(&tree, "empty")
+        .unwrap()
+        .props
+        .iter()
+        .find(|prop| prop.name == "title")
+        .unwrap();
     assert_eq!(title.value, Some(wire::app::Value::Text("This room was deleted".into())));
 }
 

@@ -84,7 +84,10 @@ impl Rig {
         tasks.spawn(node(bus.clone(), published.clone(), refusing.clone()).await);
         let disconnected = Arc::new(Mutex::new(Vec::new()));
         tasks.spawn(disconnects(bus.clone(), disconnected.clone()).await);
-        Self { disconnected, ..Self::with(bus, config, published, refusing, tasks).await }
+        Self {
+            disconnected,
+            ..Self::with(bus, config, published, refusing, tasks).await
+        }
     }
 
     /// Another web app on the same bus.
@@ -108,14 +111,27 @@ impl Rig {
         let cancel = CancellationToken::new();
         let stop = cancel.clone();
         tasks.spawn(async move { bound.run(stop).await.unwrap() });
-        Self { bus, routes, is_new, published, disconnected: Arc::default(), refusing, tasks, cancel }
+        Self {
+            bus,
+            routes,
+            is_new,
+            published,
+            disconnected: Arc::default(),
+            refusing,
+            tasks,
+            cancel,
+        }
     }
 
     /// In good order; the directory can be used again.
     pub async fn stop(mut self) {
         self.cancel.cancel();
         // The node goes on until the bus is closed: only the web app is waited for.
-        tokio::time::timeout(PATIENCE, self.tasks.join_next()).await.expect("drains in time").unwrap().unwrap();
+        tokio::time::timeout(PATIENCE, self.tasks.join_next())
+            .await
+            .expect("drains in time")
+            .unwrap()
+            .unwrap();
         self.tasks.shutdown().await;
     }
 
@@ -133,7 +149,11 @@ impl Rig {
     pub async fn rpc(&self, user: &str, method: &str, payload: impl Into<Bytes>) -> Result<Bytes, (u32, String)> {
         let headers = Headers::new().with(channels::RPC_USER, user);
         let subject = subjects::rpc(method).unwrap();
-        let reply = self.bus.request(&subject, headers, payload.into(), PATIENCE).await.unwrap();
+        let reply = self
+            .bus
+            .request(&subject, headers, payload.into(), PATIENCE)
+            .await
+            .unwrap();
         match reply.headers.get(channels::RPC_ERROR_CODE) {
             None => Ok(reply.payload),
             Some(code) => Err((code.parse().unwrap(), String::from_utf8(reply.payload.to_vec()).unwrap())),
@@ -153,7 +173,10 @@ impl Rig {
     /// What has been published on a channel, as JSON.
     pub fn events(&self, channel: &str) -> Vec<Value> {
         let published = self.published.lock();
-        let data = published.iter().filter(|p| p.channel == channel).filter_map(|p| p.data.as_ref());
+        let data = published
+            .iter()
+            .filter(|p| p.channel == channel)
+            .filter_map(|p| p.data.as_ref());
         data.map(|data| serde_json::from_str(data.get()).unwrap()).collect()
     }
 
@@ -161,16 +184,23 @@ impl Rig {
     pub fn told(&self, session: &str, user: &str) -> Vec<Body> {
         let channel = format!("app:{session}#{user}");
         let mut published = self.published.lock();
-        let (ours, others) = std::mem::take(&mut *published).into_iter().partition(|p: &Publish| p.channel == channel);
+        let (ours, others) = std::mem::take(&mut *published)
+            .into_iter()
+            .partition(|p: &Publish| p.channel == channel);
         *published = others;
         let bytes = |publish: Publish| STANDARD.decode(publish.b64.unwrap()).unwrap();
-        ours.into_iter().map(|publish| Forward::decode(&*bytes(publish)).unwrap().body.unwrap()).collect()
+        ours.into_iter()
+            .map(|publish| Forward::decode(&*bytes(publish)).unwrap().body.unwrap())
+            .collect()
     }
 
     /// The connections that nodes were asked to end, as user and session.
     pub fn disconnected(&self) -> Vec<(String, String)> {
         let disconnected = self.disconnected.lock();
-        disconnected.iter().map(|asked| (asked.user.clone(), asked.session.clone().unwrap_or_default())).collect()
+        disconnected
+            .iter()
+            .map(|asked| (asked.user.clone(), asked.session.clone().unwrap_or_default()))
+            .collect()
     }
 
     /// Waits for a published event that fits.
@@ -187,7 +217,11 @@ impl Rig {
 }
 
 pub fn config(dir: &Path) -> webapp::Config {
-    webapp::Config { data_dir: dir.into(), token_secret: SECRET.into(), ..webapp::Config::default() }
+    webapp::Config {
+        data_dir: dir.into(),
+        token_secret: SECRET.into(),
+        ..webapp::Config::default()
+    }
 }
 
 async fn open_bus(dir: &Path) -> Bus {
@@ -209,7 +243,10 @@ async fn node(
     published: Arc<Mutex<Vec<Publish>>>,
     refusing: Arc<AtomicBool>,
 ) -> impl Future<Output = ()> + Send + 'static {
-    let mut requests = bus.subscribe(subjects::CHANNELS_PUBLISH, Some(subjects::NODES_GROUP), 1024).await.unwrap();
+    let mut requests = bus
+        .subscribe(subjects::CHANNELS_PUBLISH, Some(subjects::NODES_GROUP), 1024)
+        .await
+        .unwrap();
     async move {
         while let Some(request) = requests.next().await {
             let publish: Publish = serde_json::from_slice(&request.payload).unwrap();
@@ -224,34 +261,48 @@ async fn node(
                 Answer::success(Position::default())
             };
             let payload = serde_json::to_vec(&answer).unwrap().into();
-            bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
+            bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() })
+                .await
+                .unwrap();
         }
     }
 }
 
 /// Takes requests to end connections as the nodes do.
 async fn disconnects(bus: Bus, asked: Arc<Mutex<Vec<Disconnect>>>) -> impl Future<Output = ()> + Send + 'static {
-    let mut requests = bus.subscribe(subjects::CHANNELS_DISCONNECT, Some(subjects::NODES_GROUP), 64).await.unwrap();
+    let mut requests = bus
+        .subscribe(subjects::CHANNELS_DISCONNECT, Some(subjects::NODES_GROUP), 64)
+        .await
+        .unwrap();
     async move {
         while let Some(request) = requests.next().await {
             asked.lock().push(serde_json::from_slice(&request.payload).unwrap());
             let payload = serde_json::to_vec(&Answer::success(json!({}))).unwrap().into();
-            bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
+            bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() })
+                .await
+                .unwrap();
         }
     }
 }
 
 /// Answers decide requests with what `answer` makes of them, and keeps them.
 pub async fn router(bus: &Bus, answer: fn(&Value) -> Value) -> (JoinSet<()>, Arc<Mutex<Vec<Bytes>>>) {
-    let mut requests = bus.subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), 64).await.unwrap();
+    let mut requests = bus
+        .subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), 64)
+        .await
+        .unwrap();
     let seen = Arc::new(Mutex::new(Vec::new()));
     let (bus, kept) = (bus.clone(), seen.clone());
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
         while let Some(request) = requests.next().await {
             kept.lock().push(request.payload.clone());
-            let payload = answer(&serde_json::from_slice(&request.payload).unwrap()).to_string().into();
-            bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() }).await.unwrap();
+            let payload = answer(&serde_json::from_slice(&request.payload).unwrap())
+                .to_string()
+                .into();
+            bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() })
+                .await
+                .unwrap();
         }
     });
     (tasks, seen)

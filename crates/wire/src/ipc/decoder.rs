@@ -32,7 +32,9 @@ pub struct Decoder;
 impl Decoder {
     /// Removes and returns the first frame of `bytes`; `None` while it is incomplete.
     pub fn decode(&mut self, bytes: &mut BytesMut) -> Result<Option<Frame>, Violation> {
-        let Some(length) = Self::peek_length(bytes)? else { return Ok(None) };
+        let Some(length) = Self::peek_length(bytes)? else {
+            return Ok(None);
+        };
 
         if bytes.len() < 5 {
             return Ok(None);
@@ -66,7 +68,9 @@ impl Decoder {
 
     /// The announced length of the first frame; `None` while `bytes` is shorter than the length field.
     pub fn peek_length(bytes: &[u8]) -> Result<Option<usize>, Violation> {
-        let Some(length) = bytes.first_chunk::<4>() else { return Ok(None) };
+        let Some(length) = bytes.first_chunk::<4>() else {
+            return Ok(None);
+        };
         let length = u32::from_be_bytes(*length);
         match length as usize {
             0..HEADER_V1 => Err(Violation::TooShort(length)),

@@ -87,7 +87,9 @@ pub fn encode_reply(encoding: Encoding, reply: &Reply, into: &mut Vec<u8>) {
 fn encode<T: Framed>(encoding: Encoding, message: &T, into: &mut Vec<u8>) {
     match encoding {
         Encoding::Json => serde_json::to_writer(into, message).expect("a protocol message serializes to JSON"),
-        Encoding::Protobuf => message.encode_length_delimited(into).expect("a vector has room for the message"),
+        Encoding::Protobuf => message
+            .encode_length_delimited(into)
+            .expect("a vector has room for the message"),
     }
 }
 

@@ -36,10 +36,15 @@ impl Command {
         let input = serde_json::to_vec(job.task).expect("a task is JSON");
         let mut process = Process::new(&self.program);
         process.args(&self.args).process_group(0).kill_on_drop(true);
-        process.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        process
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         // Our own environment holds passwords of servers; the program gets what the settings list for it.
         process.env_clear().envs(&self.env);
-        process.env("BEAMLINE_REQUEST_ID", job.request_id).env("BEAMLINE_TENANT_ID", job.tenant_id);
+        process
+            .env("BEAMLINE_REQUEST_ID", job.request_id)
+            .env("BEAMLINE_TENANT_ID", job.tenant_id);
         let mut child = match process.spawn() {
             Ok(child) => child,
             Err(error) => {
@@ -143,7 +148,11 @@ async fn stream(mut from: impl AsyncRead + Unpin, output: &Output, max: usize) -
     loop {
         let read = from.read(&mut buffer).await?;
         pending.extend_from_slice(&buffer[..read]);
-        let whole = if read == 0 { pending.len() } else { whole_characters(&pending) };
+        let whole = if read == 0 {
+            pending.len()
+        } else {
+            whole_characters(&pending)
+        };
         let piece = String::from_utf8_lossy(&pending[..whole]).into_owned();
         pending.drain(..whole);
         total += piece.len();

@@ -35,7 +35,10 @@ impl OpenAi {
         system: Option<String>,
     ) -> reqwest::Result<Self> {
         // No proxy from the environment: settings come from the configuration only.
-        let client = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).no_proxy().build()?;
+        let client = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .no_proxy()
+            .build()?;
         let url = format!("{}/chat/completions", base_url.trim_end_matches('/'));
         Ok(Self { client, url, api_key, model, system })
     }
@@ -96,7 +99,11 @@ impl OpenAi {
                 bytes,
                 "the model's endpoint refused"
             );
-            let code = if is_of_the_task(status) { "invalid_task" } else { "refused" };
+            let code = if is_of_the_task(status) {
+                "invalid_task"
+            } else {
+                "refused"
+            };
             return Err(Outcome::failed(
                 code,
                 format!("the model's endpoint answered {status}: {}", message_of(&text)),
@@ -139,7 +146,11 @@ impl OpenAi {
             }
         }
         // Some endpoints say why they stopped and then just end.
-        if finished { Ok(answer) } else { Err(Outcome::failed("broken_stream", "the answer ended without [DONE]")) }
+        if finished {
+            Ok(answer)
+        } else {
+            Err(Outcome::failed("broken_stream", "the answer ended without [DONE]"))
+        }
     }
 }
 
@@ -159,7 +170,10 @@ async fn start(response: reqwest::Response) -> String {
 /// What the endpoint says in the usual form of its errors, else the beginning of what it says.
 fn message_of(text: &str) -> String {
     let body: Value = serde_json::from_str(text).unwrap_or_default();
-    let message = body["error"]["message"].as_str().or(body["error"].as_str()).unwrap_or(text);
+    let message = body["error"]["message"]
+        .as_str()
+        .or(body["error"].as_str())
+        .unwrap_or(text);
     message.chars().take(ERROR_SHOWN_MAX).collect()
 }
 
@@ -168,8 +182,10 @@ fn message_of(text: &str) -> String {
 fn cool_down(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option<u64> {
     let given = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
     let seconds = given.map(str::trim).and_then(|text| {
-        let until =
-            |date: SystemTime| date.duration_since(now).map_or(0, |left| left.as_millis().div_ceil(1000) as u64);
+        let until = |date: SystemTime| {
+            date.duration_since(now)
+                .map_or(0, |left| left.as_millis().div_ceil(1000) as u64)
+        };
         let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         // More digits than a number has is a long time, too.
         let number = digits.then(|| text.parse().unwrap_or(u64::MAX));
@@ -189,9 +205,15 @@ fn kind_of(text: &str) -> Option<String> {
     let names = [&body["error"]["code"], &body["error"]["type"]];
     let is_name = |name: &&str| {
         (1..=ERROR_NAME_MAX).contains(&name.len())
-            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
     };
-    names.into_iter().filter_map(Value::as_str).find(is_name).map(String::from)
+    names
+        .into_iter()
+        .filter_map(Value::as_str)
+        .find(is_name)
+        .map(String::from)
 }
 
 /// Another task may well be taken: it is not the endpoint that fails.
@@ -219,7 +241,9 @@ enum Event {
 
 fn event(line: &[u8]) -> Event {
     let line = String::from_utf8_lossy(line);
-    let Some(data) = line.trim().strip_prefix("data:").map(str::trim) else { return Event::Nothing };
+    let Some(data) = line.trim().strip_prefix("data:").map(str::trim) else {
+        return Event::Nothing;
+    };
     if data == "[DONE]" {
         return Event::Done;
     }
@@ -228,7 +252,9 @@ fn event(line: &[u8]) -> Event {
     };
     // Some endpoints say in every piece that there is none.
     if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
-        let text = error["message"].as_str().map_or_else(|| error.to_string(), String::from);
+        let text = error["message"]
+            .as_str()
+            .map_or_else(|| error.to_string(), String::from);
         return Event::Failed(text);
     }
     let choice = &value["choices"][0];

@@ -44,7 +44,11 @@ impl<T: Clone + serde::de::DeserializeOwned> Table<T> {
 
     fn all(&self, silence: Duration) -> Vec<T> {
         let table = self.0.lock();
-        table.values().filter(|(heard, _)| heard.elapsed() < silence).map(|(_, status)| status.clone()).collect()
+        table
+            .values()
+            .filter(|(heard, _)| heard.elapsed() < silence)
+            .map(|(_, status)| status.clone())
+            .collect()
     }
 }
 
@@ -136,7 +140,15 @@ impl Ops {
         let _ = writeln!(text, "- {} running {running} assignments now", count(workers.len(), "worker"));
         let requests: u64 = gateways.iter().map(|g| g.requests_total).sum();
         let _ = writeln!(text, "- {} with {requests} requests from programs", count(gateways.len(), "gateway"));
-        let _ = writeln!(text, "- breakers: {}", if open.is_empty() { "all closed".into() } else { open.join(", ") });
+        let _ = writeln!(
+            text,
+            "- breakers: {}",
+            if open.is_empty() {
+                "all closed".into()
+            } else {
+                open.join(", ")
+            }
+        );
         let policies = routers.iter().flat_map(|router| &router.policies);
         let problems: BTreeSet<String> = policies.flat_map(policy_problems).collect();
         for problem in problems {
@@ -187,7 +199,8 @@ impl Ops {
         }
         let request = serde_json::to_vec(&Presence { channel: format!("chat:{room}") }).expect("a request is JSON");
         let asked =
-            self.bus.request(subjects::CHANNELS_PRESENCE, Headers::new(), request.into(), Duration::from_secs(2));
+            self.bus
+                .request(subjects::CHANNELS_PRESENCE, Headers::new(), request.into(), Duration::from_secs(2));
         let answer = match asked.await {
             Ok(message) => serde_json::from_slice::<Answer<PresenceResult>>(&message.payload),
             Err(error) => return format!("I cannot see who is here: {error}\n"),
@@ -216,7 +229,10 @@ enum Topic {
 }
 
 fn topic(question: &str) -> Topic {
-    let said: Vec<&str> = question.split(|c: char| !c.is_alphanumeric()).map(|w| w.trim_end_matches('s')).collect();
+    let said: Vec<&str> = question
+        .split(|c: char| !c.is_alphanumeric())
+        .map(|w| w.trim_end_matches('s'))
+        .collect();
     let asks = |words: &[&str]| words.iter().any(|word| said.contains(word));
     if asks(&["help"]) {
         Topic::Help
@@ -248,7 +264,11 @@ fn help(question: &str) -> String {
 }
 
 fn count(n: usize, what: &str) -> String {
-    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+    if n == 1 {
+        format!("1 {what}")
+    } else {
+        format!("{n} {what}s")
+    }
 }
 
 fn duration(seconds: u64) -> String {
@@ -264,9 +284,18 @@ fn duration(seconds: u64) -> String {
 fn policy_problems(policy: &PolicyStatus) -> Vec<String> {
     let name = format!("{}/{}", policy.tenant, policy.policy);
     let rules = policy.rule_errors.iter().map(|rule| {
-        format!("{name}: the condition of rule {} failed {} times, the last time: {}", rule.rule, rule.count, rule.last)
+        format!(
+            "{name}: the condition of rule {} failed {} times, the last time: {}",
+            rule.rule, rule.count, rule.last
+        )
     });
-    policy.error.iter().chain(&policy.warnings).map(|problem| format!("{name}: {problem}")).chain(rules).collect()
+    policy
+        .error
+        .iter()
+        .chain(&policy.warnings)
+        .map(|problem| format!("{name}: {problem}"))
+        .chain(rules)
+        .collect()
 }
 
 #[cfg(test)]

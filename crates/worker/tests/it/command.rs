@@ -17,7 +17,11 @@ async fn run(script: &str, payload: Value) -> ExecResult {
 }
 
 fn text(result: &ExecResult) -> &str {
-    result.output.as_ref().and_then(|output| output["text"].as_str()).unwrap_or_default()
+    result
+        .output
+        .as_ref()
+        .and_then(|output| output["text"].as_str())
+        .unwrap_or_default()
 }
 
 #[tokio::test]
@@ -94,7 +98,11 @@ async fn how_a_program_ends_is_told() {
         let result = run(script, json!({})).await;
         assert_eq!(result.error_code.as_deref(), code, "{script}");
         assert!(result.error_message.unwrap_or_default().contains(message), "{script}");
-        let expected = if code.is_none() { ResultStatus::Success } else { ResultStatus::Error };
+        let expected = if code.is_none() {
+            ResultStatus::Success
+        } else {
+            ResultStatus::Error
+        };
         assert_eq!(result.status, expected, "{script}");
     }
     let result = run("echo said; exit 1", json!({})).await;
@@ -107,10 +115,18 @@ async fn how_a_program_ends_is_told() {
 async fn a_program_that_cannot_start() {
     let place = Place::local().await;
     let mut results = place.results().await;
-    let missing =
-        Kind::Command { program: "/no/such/program".into(), args: vec![], env: variables(&[]), output_max: 1024 };
-    let folder =
-        Kind::Command { program: place.dir.path().into(), args: vec![], env: variables(&[]), output_max: 1024 };
+    let missing = Kind::Command {
+        program: "/no/such/program".into(),
+        args: vec![],
+        env: variables(&[]),
+        output_max: 1024,
+    };
+    let folder = Kind::Command {
+        program: place.dir.path().into(),
+        args: vec![],
+        env: variables(&[]),
+        output_max: 1024,
+    };
     let providers = vec![provider("missing", missing), provider("folder", folder)];
     let _worker = place.worker(Config { providers, ..Config::default() }).await;
     for (name, problem) in [("missing", "No such file"), ("folder", "Permission denied")] {
@@ -151,7 +167,9 @@ async fn timed_out(script: &str, processes: usize) -> Duration {
     let mut results = place.results().await;
     let _worker = place.shell(script, |_| {}).await;
     let started = Instant::now();
-    place.append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), 500).to_string()).await;
+    place
+        .append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), 500).to_string())
+        .await;
     let result = results.next().await;
     assert_eq!(
         (result.status, result.error_code.as_deref()),
@@ -173,8 +191,12 @@ async fn a_timeout_says_whose_limit_ran_out() {
         let place = Place::local().await;
         let mut results = place.results().await;
         let limit = Duration::from_millis(provider_ms);
-        let _worker = place.shell("sleep 1000", |config| config.providers[0].timeout = limit).await;
-        place.append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), assignment_ms).to_string()).await;
+        let _worker = place
+            .shell("sleep 1000", |config| config.providers[0].timeout = limit)
+            .await;
+        place
+            .append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), assignment_ms).to_string())
+            .await;
         let result = results.next().await;
         assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Timeout, Some(code)), "{result:?}");
     }
@@ -234,7 +256,9 @@ async fn a_result_that_the_bus_cannot_take_is_an_error_not_a_loop() {
     // A zero byte is six bytes of JSON.
     let args = vec!["-c".into(), "2000000".into(), "/dev/zero".into()];
     let zeros = Kind::Command { program: "head".into(), args, env: variables(&[]), output_max: 4_000_000 };
-    let _worker = place.worker(Config { providers: vec![provider("zeros", zeros)], ..Config::default() }).await;
+    let _worker = place
+        .worker(Config { providers: vec![provider("zeros", zeros)], ..Config::default() })
+        .await;
     place.assign("r", "zeros", json!({})).await;
     let result = results.next().await;
     assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("output")));

@@ -38,7 +38,13 @@ pub async fn nobody_has_the_provider(place: Place) {
     assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("unknown_provider")));
     assert_eq!((result.cost, result.latency_ms), (0.0, 0), "it never ran");
     let letter = place.dead_letter().await;
-    assert!(letter["reason"].as_str().unwrap().contains("no worker has a provider named \"nobody\""), "{letter}");
+    assert!(
+        letter["reason"]
+            .as_str()
+            .unwrap()
+            .contains("no worker has a provider named \"nobody\""),
+        "{letter}"
+    );
     assert_eq!((&letter["delivered"], &letter["original_subject"]), (&json!(5), &json!(subjects::ASSIGN)));
     let payload: Value = serde_json::from_str(letter["payload"].as_str().unwrap()).unwrap();
     assert_eq!(payload, assignment("r", "nobody", json!({})));
@@ -60,7 +66,12 @@ async fn assignments_that_cannot_be_read_are_dead_letters() {
     assert_eq!(results.next().await.request_id, "good");
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_DLQ).await == 5 }).await;
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
-    assert!(place.dead_letter().await["reason"].as_str().unwrap().starts_with("the assignment cannot be read"));
+    assert!(
+        place.dead_letter().await["reason"]
+            .as_str()
+            .unwrap()
+            .starts_with("the assignment cannot be read")
+    );
 }
 
 #[tokio::test]
@@ -85,11 +96,22 @@ async fn after_its_deliveries_an_assignment_is_given_up() {
     let place = Place::local().await;
     place.assign("r", "echo", json!({})).await;
     {
-        let mut consumer = place.bus.consume(consumer(subjects::STREAM_ASSIGN, "worker")).await.unwrap();
+        let mut consumer = place
+            .bus
+            .consume(consumer(subjects::STREAM_ASSIGN, "worker"))
+            .await
+            .unwrap();
         for delivered in 1..=5 {
             let delivery = tokio::time::timeout(SOON, consumer.next()).await.unwrap().unwrap();
             assert_eq!(delivery.delivered, delivered);
-            delivery.nak(if delivered == 5 { Duration::from_millis(300) } else { Duration::ZERO }).await.unwrap();
+            delivery
+                .nak(if delivered == 5 {
+                    Duration::from_millis(300)
+                } else {
+                    Duration::ZERO
+                })
+                .await
+                .unwrap();
         }
     }
     let mut results = place.results().await;
@@ -123,7 +145,11 @@ struct Process(tokio::runtime::Runtime);
 
 impl Process {
     fn start(dir: &std::path::Path, config: Config) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
         let dir = dir.to_path_buf();
         runtime.spawn(async move {
             let bus = open(&dir).await;
@@ -172,8 +198,11 @@ async fn a_result_whose_acknowledgement_was_lost_stays_the_only_one() {
     let place = Place::local().await;
     let stored = json!({"version": "1", "assignment_id": "a-r", "request_id": "r", "status": "success",
         "provider_id": "echo", "job": {"type": "t"}, "output": {"text": "the first"}});
-    let message =
-        bus::Message { subject: subjects::RESULT.into(), payload: stored.to_string().into(), ..Default::default() };
+    let message = bus::Message {
+        subject: subjects::RESULT.into(),
+        payload: stored.to_string().into(),
+        ..Default::default()
+    };
     place.bus.append(message, Some("result-a-r")).await.unwrap();
     let _worker = place.worker(Config::default()).await;
     place.assign("r", "echo", json!({"prompt": "the second"})).await;
@@ -200,7 +229,9 @@ async fn a_cancel_stops_the_run_it_names_and_no_namesake() {
     ] {
         place.cancel_run(of_nobody).await;
     }
-    place.cancel_run(json!({"request_id": "r", "tenant_id": "beta", "assignment_id": "a-beta"})).await;
+    place
+        .cancel_run(json!({"request_id": "r", "tenant_id": "beta", "assignment_id": "a-beta"}))
+        .await;
     let result = results.next().await;
     assert_eq!((result.status, &*result.assignment_id), (ResultStatus::Cancelled, "a-beta"));
     place.file("go");
@@ -221,7 +252,11 @@ async fn the_tasks_record_says_whether_to_run() {
         task
     };
     let put = async |task: Value| {
-        place.bus.kv_put(subjects::BUCKET_TASKS, "acme/r", task.to_string().into(), None).await.unwrap();
+        place
+            .bus
+            .kv_put(subjects::BUCKET_TASKS, "acme/r", task.to_string().into(), None)
+            .await
+            .unwrap();
     };
     put(task("cancelled", Value::Null)).await;
     let _worker = place.shell(WAITS, |_| {}).await;
@@ -237,7 +272,12 @@ async fn the_tasks_record_says_whether_to_run() {
     put(task("assigned", Value::Null)).await;
     place.assign("r", "sh", json!({})).await;
     let state = async || -> Value {
-        let (bytes, _) = place.bus.kv_get(subjects::BUCKET_TASKS, "acme/r").await.unwrap().unwrap();
+        let (bytes, _) = place
+            .bus
+            .kv_get(subjects::BUCKET_TASKS, "acme/r")
+            .await
+            .unwrap()
+            .unwrap();
         serde_json::from_slice(&bytes).unwrap()
     };
     testkit::eventually(SOON, || async { state().await["state"] == "running" }).await;
@@ -261,7 +301,10 @@ async fn a_drain_lets_what_runs_end_and_says_so() {
     chunk(&mut output).await;
     worker.cancel.cancel();
     let mut heard = async |status: &str| loop {
-        let beat = tokio::time::timeout(SOON, beats.next()).await.expect("a heartbeat").unwrap();
+        let beat = tokio::time::timeout(SOON, beats.next())
+            .await
+            .expect("a heartbeat")
+            .unwrap();
         let beat: Value = serde_json::from_slice(&beat.payload).unwrap();
         if beat["status"] == status {
             return beat;
@@ -282,7 +325,9 @@ async fn a_drain_has_an_end_and_what_was_not_finished_runs_elsewhere() {
     let place = Place::local().await;
     let mut results = place.results().await;
     let mut output = place.output("r").await;
-    let worker = place.shell(WAITS, |config| config.drain_timeout = Duration::from_millis(50)).await;
+    let worker = place
+        .shell(WAITS, |config| config.drain_timeout = Duration::from_millis(50))
+        .await;
     place.assign("r", "sh", json!({})).await;
     let pid = chunk(&mut output).await.data;
     worker.stop().await;
@@ -312,6 +357,9 @@ async fn a_draining_worker_can_still_be_told_to_stop_a_task() {
 async fn two_providers_of_one_name_are_refused() {
     let place = Place::local().await;
     let providers = vec![provider("echo", Kind::Echo), provider("echo", Kind::Ops)];
-    let error = worker::bind(Config { providers, ..Config::default() }, place.bus.clone()).await.err().unwrap();
+    let error = worker::bind(Config { providers, ..Config::default() }, place.bus.clone())
+        .await
+        .err()
+        .unwrap();
     assert!(matches!(error, worker::Error::Duplicate(ref name) if name == "echo"), "{error}");
 }

@@ -99,11 +99,15 @@ impl Place {
     }
 
     async fn output(&self, request_id: &str) -> Subscription {
-        self.bus.subscribe(&subjects::output(request_id), None, 4096).await.unwrap()
+        self.bus
+            .subscribe(&subjects::output(request_id), None, 4096)
+            .await
+            .unwrap()
     }
 
     async fn assign(&self, request_id: &str, provider: &str, payload: Value) {
-        self.append(subjects::ASSIGN, assignment(request_id, provider, payload).to_string()).await;
+        self.append(subjects::ASSIGN, assignment(request_id, provider, payload).to_string())
+            .await;
     }
 
     async fn append(&self, subject: &str, payload: impl Into<bytes::Bytes>) {
@@ -111,7 +115,8 @@ impl Place {
     }
 
     async fn cancel(&self, request_id: &str) {
-        self.cancel_run(json!({"request_id": request_id, "tenant_id": "acme"})).await;
+        self.cancel_run(json!({"request_id": request_id, "tenant_id": "acme"}))
+            .await;
     }
 
     async fn cancel_run(&self, cancel: Value) {
@@ -151,7 +156,11 @@ impl Worker {
     }
 
     async fn ended(self) {
-        tokio::time::timeout(SOON, self.running).await.expect("it ends").unwrap().unwrap();
+        tokio::time::timeout(SOON, self.running)
+            .await
+            .expect("it ends")
+            .unwrap()
+            .unwrap();
     }
 }
 
@@ -159,13 +168,19 @@ struct Results(Subscription);
 
 impl Results {
     async fn next(&mut self) -> ExecResult {
-        let message = tokio::time::timeout(SOON, self.0.next()).await.expect("a result in time").unwrap();
+        let message = tokio::time::timeout(SOON, self.0.next())
+            .await
+            .expect("a result in time")
+            .unwrap();
         ExecResult::decode(&message.payload).unwrap()
     }
 }
 
 async fn chunk(output: &mut Subscription) -> OutputChunk {
-    let message = tokio::time::timeout(SOON, output.next()).await.expect("output in time").unwrap();
+    let message = tokio::time::timeout(SOON, output.next())
+        .await
+        .expect("output in time")
+        .unwrap();
     serde_json::from_slice(&message.payload).unwrap()
 }
 
@@ -177,8 +192,12 @@ async fn append(bus: &Bus, subject: &str, payload: impl Into<bytes::Bytes>) {
 /// A bus that was let go just now may still be ending.
 async fn open(dir: &Path) -> Bus {
     let opened = std::sync::OnceLock::new();
-    testkit::eventually(SOON, || async { bus::local::Local::open(dir).await.is_ok_and(|bus| opened.set(bus).is_ok()) })
-        .await;
+    testkit::eventually(SOON, || async {
+        bus::local::Local::open(dir)
+            .await
+            .is_ok_and(|bus| opened.set(bus).is_ok())
+    })
+    .await;
     opened.into_inner().unwrap()
 }
 
@@ -204,7 +223,10 @@ fn shell(script: &str) -> ProviderConfig {
 }
 
 fn variables(variables: &[(&str, &str)]) -> BTreeMap<String, String> {
-    variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()
+    variables
+        .iter()
+        .map(|(name, value)| (name.to_string(), value.to_string()))
+        .collect()
 }
 
 fn assignment(request_id: &str, provider: &str, payload: Value) -> Value {
@@ -227,7 +249,10 @@ fn is_gone(pid: &str) -> bool {
     let pid = pid.trim();
     assert!(!pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()), "{pid:?} is no process id");
     match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
-        Ok(stat) => stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X'])),
+        Ok(stat) => stat
+            .rsplit(')')
+            .next()
+            .is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X'])),
         Err(_) => true,
     }
 }

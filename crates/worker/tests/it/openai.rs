@@ -10,7 +10,12 @@ use wire::subjects;
 use worker::{Config, Kind};
 
 fn model(base_url: String) -> Config {
-    let kind = Kind::OpenAi { base_url, api_key: Some("k".into()), model: "m".into(), system: Some("be brief".into()) };
+    let kind = Kind::OpenAi {
+        base_url,
+        api_key: Some("k".into()),
+        model: "m".into(),
+        system: Some("be brief".into()),
+    };
     Config { providers: vec![provider("ai", kind)], ..Config::default() }
 }
 
@@ -18,7 +23,9 @@ async fn ask(base_url: String, payload: Value, deadline_ms: u64) -> ExecResult {
     let place = Place::local().await;
     let mut results = place.results().await;
     let _worker = place.worker(model(base_url)).await;
-    place.append(subjects::ASSIGN, within(assignment("r", "ai", payload), deadline_ms).to_string()).await;
+    place
+        .append(subjects::ASSIGN, within(assignment("r", "ai", payload), deadline_ms).to_string())
+        .await;
     results.next().await
 }
 
@@ -41,7 +48,10 @@ async fn an_answer_is_streamed_word_by_word() {
     let result = results.next().await;
     assert_eq!((result.status, result.output), (ResultStatus::Success, Some(json!({"text": "one two three"}))));
     let request = endpoint.requests().remove(0);
-    assert_eq!((request.path.as_str(), request.authorization.as_deref()), ("/v1/chat/completions", Some("Bearer k")));
+    assert_eq!(
+        (request.path.as_str(), request.authorization.as_deref()),
+        ("/v1/chat/completions", Some("Bearer k"))
+    );
     let messages = json!([{"role": "system", "content": "be brief"}, {"role": "user", "content": "count"}]);
     assert_eq!(request.body, json!({"model": "m", "messages": messages, "stream": true}));
 }
@@ -98,7 +108,12 @@ async fn a_slow_or_silent_endpoint_meets_the_deadline() {
         let started = Instant::now();
         let result = ask(endpoint.url(), json!({"prompt": "p"}), 400).await;
         assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Timeout, Some("deadline_exceeded")));
-        assert_eq!(result.output.is_some_and(|o| o["text"].as_str().unwrap().starts_with("tick ")), kept);
+        assert_eq!(
+            result
+                .output
+                .is_some_and(|o| o["text"].as_str().unwrap().starts_with("tick ")),
+            kept
+        );
         assert!(started.elapsed() < Duration::from_secs(5));
     }
 }
@@ -138,7 +153,11 @@ async fn a_busy_endpoint_is_told_as_such_with_the_time_to_come_back() {
     for (answer, code, retry_after_seconds) in [
         ("429 Too Many Requests\r\nretry-after: 7", "rate_limited", Some(7)),
         ("429 Too Many Requests", "rate_limited", Some(wire::limits::COOL_DOWN_DEFAULT_S)),
-        ("503 Service Unavailable\r\nretry-after: 9999999", "rate_limited", Some(wire::limits::COOL_DOWN_MAX_S)),
+        (
+            "503 Service Unavailable\r\nretry-after: 9999999",
+            "rate_limited",
+            Some(wire::limits::COOL_DOWN_MAX_S),
+        ),
         ("503 Service Unavailable", "refused", None),
     ] {
         let url = raw(format!("HTTP/1.1 {answer}\r\ncontent-length: 0\r\n\r\n").into_bytes()).await;
@@ -159,7 +178,12 @@ async fn nonsense_is_an_error_and_odd_endings_are_not() {
         ("nothing", vec![], Some("unreachable"), None),
         ("no events", ok("<html>hello</html>"), Some("broken_stream"), None),
         ("no JSON", ok(&format!("{delta}\n\ndata: {{\n\n")), Some("broken_stream"), Some("hi")),
-        ("other JSON", ok("data: [1,2]\n\ndata: \"x\"\n\ndata: {\"choices\":7}\n\ndata: [DONE]\n\n"), None, Some("")),
+        (
+            "other JSON",
+            ok("data: [1,2]\n\ndata: \"x\"\n\ndata: {\"choices\":7}\n\ndata: [DONE]\n\n"),
+            None,
+            Some(""),
+        ),
         ("no UTF-8", [ok("data: "), vec![0xff, 0xfe], b"\n\n".to_vec()].concat(), Some("broken_stream"), None),
         ("a line without end", ok(&format!("data: {}", "x".repeat(600_000))), Some("broken_stream"), None),
         (
@@ -171,7 +195,10 @@ async fn nonsense_is_an_error_and_odd_endings_are_not() {
         ),
         (
             "carriage returns, comments, no space",
-            ok(&format!(": hello\r\n\r\nevent: x\r\n{}\r\n\r\ndata:[DONE]\r\n\r\n", delta.replace("data: ", "data:"))),
+            ok(&format!(
+                ": hello\r\n\r\nevent: x\r\n{}\r\n\r\ndata:[DONE]\r\n\r\n",
+                delta.replace("data: ", "data:")
+            )),
             None,
             Some("hi"),
         ),

@@ -8,7 +8,11 @@ use worker::Config;
 
 async fn say(place: &Place, subject: &str, status: Value) {
     let payload = status.to_string().into();
-    place.bus.publish(Message { subject: subject.into(), payload, ..Message::default() }).await.unwrap();
+    place
+        .bus
+        .publish(Message { subject: subject.into(), payload, ..Message::default() })
+        .await
+        .unwrap();
 }
 
 /// The parts' live numbers.
@@ -95,11 +99,17 @@ async fn who_is_here_comes_from_presence() {
             let asked: Value = serde_json::from_slice(&request.payload).unwrap();
             assert_eq!(asked, json!({"channel": "chat:lobby"}));
             let (subject, payload) = (request.reply.unwrap(), answer.to_string().into());
-            bus.publish(Message { subject, payload, ..Message::default() }).await.unwrap();
+            bus.publish(Message { subject, payload, ..Message::default() })
+                .await
+                .unwrap();
         }
     });
     assert_eq!(ask(&place, "q2", asked.clone()).await, "In this room now: ann, zoe.\n");
-    assert!(ask(&place, "q3", asked.clone()).await.contains("cannot see who is here: not available"));
+    assert!(
+        ask(&place, "q3", asked.clone())
+            .await
+            .contains("cannot see who is here: not available")
+    );
     assert!(ask(&place, "q4", asked).await.contains("cannot see who is here"));
 }
 

@@ -115,12 +115,19 @@ pub fn check(tree: &Tree) -> Vec<Finding> {
 fn in_code(file: &File) -> Vec<Finding> {
     let here = |paths: &[&str]| paths.iter().any(|path| file.path.starts_with(path));
     let excepted = |rule: &Absence| rule.except.iter().any(|(path, _)| file.path.starts_with(path));
-    let rules: Vec<_> = ABSENCES.iter().filter(|rule| here(rule.within) && !excepted(rule)).collect();
+    let rules: Vec<_> = ABSENCES
+        .iter()
+        .filter(|rule| here(rule.within) && !excepted(rule))
+        .collect();
 
     let mut findings = Vec::new();
     for (number, line) in file.code() {
         for rule in &rules {
-            if let Some(token) = rule.tokens.iter().find(|token| line.contains(rule.beside) && has_word(line, token)) {
+            if let Some(token) = rule
+                .tokens
+                .iter()
+                .find(|token| line.contains(rule.beside) && has_word(line, token))
+            {
                 findings.push(Finding::new(&file.path, number, format!("`{token}`: {}", rule.message)));
             }
         }
@@ -166,12 +173,16 @@ fn machine_paths(file: &File) -> Vec<Finding> {
 fn has_path(line: &str, root: &str) -> bool {
     line.match_indices(root).any(|(at, _)| {
         // Skip the middle of a longer path or of a URL.
-        !line.as_bytes()[..at].last().is_some_and(|byte| byte.is_ascii_alphanumeric() || b"._-~*$})".contains(byte))
+        !line.as_bytes()[..at]
+            .last()
+            .is_some_and(|byte| byte.is_ascii_alphanumeric() || b"._-~*$})".contains(byte))
     })
 }
 
 fn too_long(file: &File) -> Option<Finding> {
-    let ours = ["rs", "ts", "tsx"].iter().any(|extension| file.path.ends_with(&format!(".{extension}")));
+    let ours = ["rs", "ts", "tsx"]
+        .iter()
+        .any(|extension| file.path.ends_with(&format!(".{extension}")));
     let lines = file.text.lines().count();
     let message = || format!("{lines} lines, {LINES_MAX} at most: move its second concept to a separate file");
     (ours && lines > LINES_MAX && !is_test(&file.path)).then(|| Finding::new(&file.path, 0, message()))
@@ -183,7 +194,10 @@ mod tests {
     use super::*;
 
     fn found(path: &str, text: &str) -> Vec<String> {
-        check(&tree_of(&[(path, text)])).iter().map(ToString::to_string).collect()
+        check(&tree_of(&[(path, text)]))
+            .iter()
+            .map(ToString::to_string)
+            .collect()
     }
 
     #[test]

@@ -17,7 +17,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("cluster", &["wire", "bus", "journal"]),
     ("webapp", &["wire", "bus"]),
     ("checks", &["wire", "bus", "client"]),
-    ("beamline", &["wire", "journal", "bus", "client", "gateway", "router", "worker", "cluster", "webapp", "checks"]),
+    (
+        "beamline",
+        &["wire", "journal", "bus", "client", "gateway", "router", "worker", "cluster", "webapp", "checks"],
+    ),
     ("testkit", &["wire", "bus", "client"]),
     ("xtask", &[]),
 ];
@@ -40,9 +43,20 @@ const NOT_IN_WIRE: &[&str] = &[
 
 pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
-    for file in tree.under("crates/", "toml").filter(|file| file.path.ends_with("/Cargo.toml")) {
-        let manifest: toml::Table = file.text.parse().with_context(|| format!("{} is not TOML", file.path))?;
-        let Some(name) = manifest.get("package").and_then(|package| package.get("name")?.as_str()) else { continue };
+    for file in tree
+        .under("crates/", "toml")
+        .filter(|file| file.path.ends_with("/Cargo.toml"))
+    {
+        let manifest: toml::Table = file
+            .text
+            .parse()
+            .with_context(|| format!("{} is not TOML", file.path))?;
+        let Some(name) = manifest
+            .get("package")
+            .and_then(|package| package.get("name")?.as_str())
+        else {
+            continue;
+        };
 
         let Some((_, allowed)) = MAY_USE.iter().find(|(of, _)| *of == name) else {
             let message =
@@ -52,7 +66,10 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
         };
 
         let line = |dependency: &str| {
-            let found = file.text.lines().position(|line| line.split(['.', ' ', '=']).next() == Some(dependency));
+            let found = file
+                .text
+                .lines()
+                .position(|line| line.split(['.', ' ', '=']).next() == Some(dependency));
             found.map_or(0, |index| index + 1)
         };
 
@@ -78,7 +95,11 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
             }
         }
 
-        if manifest.get("lints").and_then(|lints| lints.get("workspace")?.as_bool()) != Some(true) {
+        if manifest
+            .get("lints")
+            .and_then(|lints| lints.get("workspace")?.as_bool())
+            != Some(true)
+        {
             let message = "the workspace's lints are off: add `[lints] workspace = true`";
             findings.push(Finding::new(&file.path, 0, message));
         }
@@ -87,7 +108,11 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
 }
 
 fn names<'a>(manifest: &'a toml::Table, table: &str) -> impl Iterator<Item = &'a str> {
-    manifest.get(table).and_then(toml::Value::as_table).into_iter().flat_map(|table| table.keys().map(String::as_str))
+    manifest
+        .get(table)
+        .and_then(toml::Value::as_table)
+        .into_iter()
+        .flat_map(|table| table.keys().map(String::as_str))
 }
 
 #[cfg(test)]
@@ -107,8 +132,16 @@ mod tests {
     fn only_dependencies_on_lower_crates_are_allowed() {
         for (name, rest, expected) in [
             ("gateway", "[dependencies]\nwire.workspace = true\nbus.workspace = true\n", None),
-            ("gateway", "[dependencies]\nrouter.workspace = true\n", Some("crates/x/Cargo.toml:6: gateway must not")),
-            ("bus", "[dependencies]\ngateway = { path = \"../gateway\" }\n", Some("bus must not depend on gateway")),
+            (
+                "gateway",
+                "[dependencies]\nrouter.workspace = true\n",
+                Some("crates/x/Cargo.toml:6: gateway must not"),
+            ),
+            (
+                "bus",
+                "[dependencies]\ngateway = { path = \"../gateway\" }\n",
+                Some("bus must not depend on gateway"),
+            ),
             ("cluster", "[dev-dependencies]\nwebapp.workspace = true\n", Some("beamline/tests/it")),
             ("gateway", "[dev-dependencies]\nclient.workspace = true\ntestkit.workspace = true\n", None),
             ("gateway", "[dependencies]\ntestkit.workspace = true\n", Some("gateway must not depend on testkit")),

@@ -38,7 +38,9 @@ fn dead_links(tree: &Tree, file: &File) -> Vec<Finding> {
 }
 
 fn links(line: &str) -> impl Iterator<Item = &str> {
-    line.split("](").skip(1).filter_map(|rest| rest.split([')', ' ']).next())
+    line.split("](")
+        .skip(1)
+        .filter_map(|rest| rest.split([')', ' ']).next())
 }
 
 fn resolve(folder: &str, target: &str) -> String {
@@ -56,16 +58,23 @@ fn resolve(folder: &str, target: &str) -> String {
 fn exists(tree: &Tree, path: &str) -> bool {
     let below = format!("{path}/");
     // The tree holds text files only; pictures are looked up on disk.
-    tree.files.iter().any(|file| file.path == path || file.path.starts_with(&below)) || root().join(path).exists()
+    tree.files
+        .iter()
+        .any(|file| file.path == path || file.path.starts_with(&below))
+        || root().join(path).exists()
 }
 
 fn unexplained_settings(tree: &Tree) -> Vec<Finding> {
-    let (Some(settings), Some(explained)) = (tree.file(SETTINGS), tree.file(EXPLAINED)) else { return Vec::new() };
+    let (Some(settings), Some(explained)) = (tree.file(SETTINGS), tree.file(EXPLAINED)) else {
+        return Vec::new();
+    };
     let mut findings = Vec::new();
     for (number, line) in settings.code() {
         // The constructors of the table of keys.
         for opening in ["key(\"", "unset(\""] {
-            let Some((_, rest)) = line.split_once(opening) else { continue };
+            let Some((_, rest)) = line.split_once(opening) else {
+                continue;
+            };
             let name = rest.split('"').next().unwrap_or_default();
             if !explained.text.contains(&format!("`{name}`")) {
                 let message = format!("setting {name} is missing from {EXPLAINED}: add it to the table of settings");

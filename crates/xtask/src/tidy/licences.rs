@@ -25,7 +25,10 @@ fn packages() -> Result<Vec<Package>> {
     let mut command = Command::new(env!("CARGO"));
     command.args(["tree", "--workspace", "--locked", "--prefix=none", "--format={p}|{l}|"]);
 
-    let output = command.current_dir(root()).output().context("cannot start cargo tree")?;
+    let output = command
+        .current_dir(root())
+        .output()
+        .context("cannot start cargo tree")?;
     if !output.status.success() {
         bail!("cargo tree failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
@@ -42,7 +45,11 @@ fn parse(tree: &str) -> Vec<Package> {
         let name = package.split(' ').next()?.to_string();
         Some(Package { name, licence, from_git: package.contains("://") })
     };
-    lines.into_iter().filter(|line| !line.is_empty()).filter_map(package).collect()
+    lines
+        .into_iter()
+        .filter(|line| !line.is_empty())
+        .filter_map(package)
+        .collect()
 }
 
 struct Policy {
@@ -54,7 +61,10 @@ impl Policy {
     fn read(text: &str) -> Result<Self> {
         let table: toml::Table = text.parse().with_context(|| format!("{POLICY} is not TOML"))?;
         let list = |table: &toml::Table, section: &str, key: &str| -> Vec<toml::Value> {
-            table.get(section).and_then(|section| section.get(key)?.as_array().cloned()).unwrap_or_default()
+            table
+                .get(section)
+                .and_then(|section| section.get(key)?.as_array().cloned())
+                .unwrap_or_default()
         };
         let text = |value: toml::Value| value.as_str().map(str::to_string);
         let name = |value: toml::Value| value.get("crate")?.as_str().map(str::to_string);
@@ -171,7 +181,12 @@ mod tests {
         assert_eq!(packages.len(), 5);
 
         let findings = policy().check(&packages);
-        let count = |name: &str| findings.iter().filter(|finding| finding.message.starts_with(name)).count();
+        let count = |name: &str| {
+            findings
+                .iter()
+                .filter(|finding| finding.message.starts_with(name))
+                .count()
+        };
         assert_eq!(["good", "ring", "bare", "fork", "ours"].map(count), [0, 1, 1, 1, 0]);
     }
 }

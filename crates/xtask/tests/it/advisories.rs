@@ -33,7 +33,11 @@ fn missing_database_skips_the_check_with_a_reason() {
         "case $2 in --version) ;; fetch) echo 'could not resolve host' >&2; exit 1 ;; *) echo checked ;; esac";
     let skipped = check(offline, &["--if-possible"], |_| {});
     assert_eq!(skipped.code, Some(0));
-    assert!(skipped.text.contains("SKIPPED") && skipped.text.contains("could not resolve host"), "{}", skipped.text);
+    assert!(
+        skipped.text.contains("SKIPPED") && skipped.text.contains("could not resolve host"),
+        "{}",
+        skipped.text
+    );
     assert!(!skipped.text.contains("checked\n"));
     assert_eq!(check(offline, &[], |_| {}).code, Some(1));
 

@@ -9,7 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("xtask is a folder of crates/").into()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .ancestors()
+        .nth(2)
+        .expect("xtask is a folder of crates/")
+        .into()
 }
 
 /// A temporary home directory with a PATH that holds only the given programs.
@@ -46,9 +50,13 @@ impl Machine {
     /// Adds the real programs of this machine to PATH.
     fn with_real(self, names: &[&str]) -> Self {
         for name in names {
-            let found = ["/usr/bin", "/bin", "/usr/local/bin"].iter().map(|dir| Path::new(dir).join(name));
-            let program =
-                found.into_iter().find(|path| path.exists()).unwrap_or_else(|| panic!("{name} is not installed"));
+            let found = ["/usr/bin", "/bin", "/usr/local/bin"]
+                .iter()
+                .map(|dir| Path::new(dir).join(name));
+            let program = found
+                .into_iter()
+                .find(|path| path.exists())
+                .unwrap_or_else(|| panic!("{name} is not installed"));
             symlink(program, self.dir.path().join("bin").join(name)).unwrap();
         }
         self
@@ -57,7 +65,10 @@ impl Machine {
     fn run(&self, program: &str, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
         let mut command = Command::new(program);
         command.args(arguments).current_dir(root()).env_clear();
-        command.env("PATH", self.dir.path().join("bin")).env("HOME", self.dir.path()).envs(variables.iter().copied());
+        command
+            .env("PATH", self.dir.path().join("bin"))
+            .env("HOME", self.dir.path())
+            .envs(variables.iter().copied());
         let output = command.output().unwrap();
         let text = [output.stdout, output.stderr].concat();
         Output { code: output.status.code(), text: String::from_utf8(text).unwrap() }

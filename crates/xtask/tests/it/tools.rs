@@ -61,7 +61,10 @@ fn old_tools_are_named_with_their_versions() {
     refused(&machine().with("cargo", &old("1.94.1")), &["cargo is 1.94.1; the build needs Rust 1.95 or newer"]);
     refused(&machine().with("rustc", &old("1.63.0")), &["rustc is 1.63.0; the build needs Rust 1.95 or newer"]);
     refused(&machine().with("cargo", &old("0.99.0")), &["cargo is 0.99.0"]);
-    refused(&machine().with("node", "echo v18.20.4"), &["node is 18.20.4; the front end needs Node 20.19 or newer"]);
+    refused(
+        &machine().with("node", "echo v18.20.4"),
+        &["node is 18.20.4; the front end needs Node 20.19 or newer"],
+    );
     refused(&machine().with("node", "echo v20.9.0"), &["node is 20.9.0"]);
 }
 
@@ -79,7 +82,11 @@ fn cargo_outside_of_path_is_found() {
     machine.put(".cargo/bin/cargo", RUST);
     let bin = machine.dir.path().join(".cargo/bin").display().to_string();
     refused(&machine, &[&format!("cargo is installed in {bin}, which is not in PATH")]);
-    assert!(check(&machine, &[]).text.contains(&format!("export PATH=\"{bin}:$PATH\"")));
+    assert!(
+        check(&machine, &[])
+            .text
+            .contains(&format!("export PATH=\"{bin}:$PATH\""))
+    );
 }
 
 #[test]

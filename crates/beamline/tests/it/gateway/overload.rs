@@ -35,7 +35,11 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
     let fine = submit("echo", json!({}));
     client.submit(&fine).await.unwrap();
 
-    let assignment = || Message { subject: subjects::ASSIGN.into(), payload: "{}".into(), ..Message::default() };
+    let assignment = || Message {
+        subject: subjects::ASSIGN.into(),
+        payload: "{}".into(),
+        ..Message::default()
+    };
     let appends = (0..ASSIGNMENTS).map(|_| stage.bus.append(assignment(), None));
     futures_util::future::try_join_all(appends).await.unwrap();
     // One measure over its threshold is a warning.
@@ -57,7 +61,11 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
     })
     .await;
     let error = refused(client.submit(&fine).await);
-    assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(429), Some("backpressure")), "{error:?}");
+    assert_eq!(
+        (error.code, error.status, error.reason.as_deref()),
+        (12, Some(429), Some("backpressure")),
+        "{error:?}"
+    );
     assert_eq!(error.retry_after_ms, Some(30_000));
     let request =
         json!({"version": "1", "request_id": "r", "tenant_id": "default", "task": {"type": "echo", "payload": {}}});
@@ -65,8 +73,17 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
     assert_eq!((status, retry_after, &answer["error"]["code"]), (429, Some(30), &json!("backpressure")));
 
     // Somebody takes the assignments.
-    let purged = stage.bus.request("$JS.API.STREAM.PURGE.ASSIGN", Headers::new(), Bytes::new(), PATIENCE).await;
-    assert!(purged.unwrap().payload.windows(14).any(|part| part == b"\"success\":true"));
+    let purged = stage
+        .bus
+        .request("$JS.API.STREAM.PURGE.ASSIGN", Headers::new(), Bytes::new(), PATIENCE)
+        .await;
+    assert!(
+        purged
+            .unwrap()
+            .payload
+            .windows(14)
+            .any(|part| part == b"\"success\":true")
+    );
     eventually(PATIENCE, async || client.submit(&fine).await.is_ok()).await;
     drop(router);
 }

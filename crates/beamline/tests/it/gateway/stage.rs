@@ -38,9 +38,16 @@ pub struct Stage {
 
 impl Stage {
     pub async fn start() -> Self {
-        let monitoring = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let monitoring = TcpListener::bind("127.0.0.1:0")
+            .await
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let nats = NatsServer::start_with(&format!("http: \"127.0.0.1:{monitoring}\"")).await;
-        let bus = Nats::connect(NatsConfig { url: nats.url(), ..NatsConfig::default() }).await.unwrap();
+        let bus = Nats::connect(NatsConfig { url: nats.url(), ..NatsConfig::default() })
+            .await
+            .unwrap();
         let gateway = Process::start_with(&["--roles", "gateway", "--nats-url", &nats.url()]).await;
         Self { nats, monitoring, bus, gateway }
     }
@@ -58,8 +65,12 @@ impl Stage {
     pub async fn metric(&self, name: &str) -> f64 {
         let (status, metrics) = crate::journey::get(&format!("http://{}/metrics", self.gateway.ops())).await;
         assert_eq!(status, 200);
-        let lines = metrics.lines().filter(|line| line.split([' ', '{']).next() == Some(name));
-        let values: Vec<f64> = lines.map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+        let lines = metrics
+            .lines()
+            .filter(|line| line.split([' ', '{']).next() == Some(name));
+        let values: Vec<f64> = lines
+            .map(|line| line.rsplit(' ').next().unwrap().parse().unwrap())
+            .collect();
         assert!(!values.is_empty(), "no {name} in {metrics}");
         values.iter().sum()
     }
@@ -84,7 +95,9 @@ impl Stage {
         let mut response = String::new();
         stream.read_to_string(&mut response).await.unwrap();
         let (_, body) = response.split_once("\r\n\r\n").unwrap();
-        serde_json::from_str::<Value>(body).unwrap()["num_connections"].as_u64().unwrap()
+        serde_json::from_str::<Value>(body).unwrap()["num_connections"]
+            .as_u64()
+            .unwrap()
     }
 
     /// The gateway comes back to what it held.
@@ -113,7 +126,9 @@ impl Stage {
         stream.read_to_string(&mut response).await.unwrap();
         let (head, body) = response.split_once("\r\n\r\n").unwrap();
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        let retry_after = head.lines().find_map(|line| line.to_lowercase().strip_prefix("retry-after: ")?.parse().ok());
+        let retry_after = head
+            .lines()
+            .find_map(|line| line.to_lowercase().strip_prefix("retry-after: ")?.parse().ok());
         (status, retry_after, serde_json::from_str(body).unwrap())
     }
 
@@ -138,7 +153,10 @@ impl Stage {
                 while answers.try_join_next().is_some() {}
                 let (bus, answer) = (bus.clone(), answer.clone());
                 answers.spawn(async move {
-                    let payload = answer(serde_json::from_slice(&message.payload).unwrap()).await.to_string().into();
+                    let payload = answer(serde_json::from_slice(&message.payload).unwrap())
+                        .await
+                        .to_string()
+                        .into();
                     bus.publish(Message { subject: message.reply.unwrap(), payload, ..Message::default() })
                         .await
                         .unwrap();
@@ -198,9 +216,14 @@ impl Raw {
     /// Takes one answer in.
     pub async fn take(&mut self, outcomes: &mut Outcomes) {
         let frame = self.next().await;
-        let Version::V2 { request_id, .. } = frame.version else { panic!("{frame:?} answers no request") };
+        let Version::V2 { request_id, .. } = frame.version else {
+            panic!("{frame:?} answers no request")
+        };
         let answer = serde_json::from_slice(&frame.payload).unwrap_or_default();
-        outcomes.entry(request_id).or_default().push((frame.frame_type().unwrap(), answer));
+        outcomes
+            .entry(request_id)
+            .or_default()
+            .push((frame.frame_type().unwrap(), answer));
     }
 
     /// What came, when each of `ids` has an answer and the gateway has nothing more to say.

@@ -54,7 +54,11 @@ impl Consumer {
         max: usize,
         clock_ms: u64,
     ) -> Vec<Claimed> {
-        let due: Vec<u64> = self.due.range(..=(clock_ms, u64::MAX)).map(|(_, sequence)| *sequence).collect();
+        let due: Vec<u64> = self
+            .due
+            .range(..=(clock_ms, u64::MAX))
+            .map(|(_, sequence)| *sequence)
+            .collect();
         let held = self.out.len() - due.len();
         let max = max.min(config.max_ack_pending.saturating_sub(held));
         let until = clock_ms + super::millis(config.ack_wait);
@@ -63,7 +67,9 @@ impl Consumer {
         let mut again: Vec<u64> = due;
         again.sort_unstable();
         for sequence in again.into_iter().take(max) {
-            let Some(message) = messages.get(&sequence) else { continue };
+            let Some(message) = messages.get(&sequence) else {
+                continue;
+            };
             let delivered = self.out.get(&sequence).map_or(1, |out| out.delivered + 1);
             self.hold(sequence, Out { delivered, due_ms: until });
             let (stream, consumer) = (config.stream.to_string(), config.name.clone());
@@ -96,7 +102,9 @@ impl Consumer {
         removes: bool,
         clock_ms: u64,
     ) -> bool {
-        let Some(out) = self.out.get(&sequence).copied() else { return false };
+        let Some(out) = self.out.get(&sequence).copied() else {
+            return false;
+        };
         let due_ms = match outcome {
             Outcome::Nak(delay) => clock_ms.saturating_add(super::millis(delay)),
             Outcome::InProgress => clock_ms + super::millis(config.ack_wait),
@@ -185,7 +193,10 @@ impl Consumer {
     }
 
     pub fn count_pending(&mut self, messages: &BTreeMap<u64, StoredAt>) {
-        let unread = messages.range(self.next..).filter(|(_, message)| self.wants(&message.subject)).count();
+        let unread = messages
+            .range(self.next..)
+            .filter(|(_, message)| self.wants(&message.subject))
+            .count();
         self.pending = (self.out.len() + unread) as u64;
     }
 

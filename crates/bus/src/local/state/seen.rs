@@ -28,7 +28,10 @@ pub fn hash(msg_id: &str) -> u128 {
 impl Seen {
     pub fn get(&self, id: u128, now_ms: u64, window: Duration) -> Option<u64> {
         let since = now_ms.saturating_sub(millis(window));
-        self.known.get(&id).filter(|(_, at_ms)| *at_ms >= since).map(|(sequence, _)| *sequence)
+        self.known
+            .get(&id)
+            .filter(|(_, at_ms)| *at_ms >= since)
+            .map(|(sequence, _)| *sequence)
     }
 
     pub fn insert(&mut self, id: u128, sequence: u64, at_ms: u64) {

@@ -40,7 +40,9 @@ impl State {
                 self.begin_stream(part, None)
             }
             Cursor::Messages(name, from) => {
-                let Some(stream) = self.streams.get(&name) else { return self.begin_stream(part, Some(&name)) };
+                let Some(stream) = self.streams.get(&name) else {
+                    return self.begin_stream(part, Some(&name));
+                };
                 for (sequence, message) in stream.messages.range(from..) {
                     if part.len() >= size {
                         return Cursor::Messages(name, *sequence);
@@ -50,7 +52,9 @@ impl State {
                 Cursor::Seen(name, 0)
             }
             Cursor::Seen(name, from) => {
-                let Some(stream) = self.streams.get(&name) else { return self.begin_stream(part, Some(&name)) };
+                let Some(stream) = self.streams.get(&name) else {
+                    return self.begin_stream(part, Some(&name));
+                };
                 let mut reached = from;
                 for (position, id, sequence, at_ms) in stream.seen.from(from) {
                     if part.len() >= size {
@@ -63,7 +67,9 @@ impl State {
                 self.begin_stream(part, Some(&name))
             }
             Cursor::Entries(name, after) => {
-                let Some(bucket) = self.buckets.get(&name) else { return self.next_bucket(Some(&name)) };
+                let Some(bucket) = self.buckets.get(&name) else {
+                    return self.next_bucket(Some(&name));
+                };
                 let from = after.as_ref().map_or(Unbounded, |key| Excluded(key.clone()));
                 let mut reached = after.clone();
                 for (key, entry) in bucket.entries.range((from, Unbounded)) {
@@ -81,7 +87,9 @@ impl State {
 
     /// A stream and its consumers at once: they are few.
     fn begin_stream(&self, part: &mut Group, after: Option<&str>) -> Cursor {
-        let Some((name, stream)) = following(&self.streams, after) else { return self.next_bucket(None) };
+        let Some((name, stream)) = following(&self.streams, after) else {
+            return self.next_bucket(None);
+        };
         part.push(Kind::Stream(StreamRecord { stream: name.clone(), last: stream.last }));
         for (consumer, state) in &stream.consumers {
             let (out, delivered) = state.out().unzip();
@@ -116,14 +124,18 @@ impl State {
                 stream.last = stream.last.max(record.last);
             }
             Kind::Message(record) => {
-                let Some(place) = place.or(record.place.map(Place::from)) else { return };
+                let Some(place) = place.or(record.place.map(Place::from)) else {
+                    return;
+                };
                 let stream = self.streams.entry(record.stream).or_default();
                 stream.last = stream.last.max(record.sequence);
                 if let Some(id) = id_of(&record.id_hash) {
                     stream.seen.insert(id, record.sequence, record.stored_ms);
                 }
                 let subject = stream.interned(&record.subject.into());
-                stream.messages.insert(record.sequence, StoredAt { place, stored_ms: record.stored_ms, subject });
+                stream
+                    .messages
+                    .insert(record.sequence, StoredAt { place, stored_ms: record.stored_ms, subject });
             }
             Kind::Consumer(record) => {
                 let stream = self.streams.entry(record.stream).or_default();
@@ -133,7 +145,11 @@ impl State {
             }
             Kind::Cursor(record) => {
                 let stream = self.streams.entry(record.stream).or_default();
-                stream.consumers.entry(record.consumer).or_default().replay_cursor(record.next, &stream.messages);
+                stream
+                    .consumers
+                    .entry(record.consumer)
+                    .or_default()
+                    .replay_cursor(record.next, &stream.messages);
             }
             Kind::Delivered(record) => {
                 let stream = self.streams.entry(record.stream).or_default();
@@ -142,7 +158,11 @@ impl State {
             }
             Kind::Settled(record) => {
                 let stream = self.streams.entry(record.stream).or_default();
-                stream.consumers.entry(record.consumer).or_default().settled(record.sequence);
+                stream
+                    .consumers
+                    .entry(record.consumer)
+                    .or_default()
+                    .settled(record.sequence);
                 if record.removes {
                     stream.messages.remove(&record.sequence);
                 }
@@ -152,7 +172,9 @@ impl State {
                 stream.messages = stream.messages.split_off(&(record.up_to + 1));
             }
             Kind::Entry(record) => {
-                let Some(place) = place.or(record.place.map(Place::from)) else { return };
+                let Some(place) = place.or(record.place.map(Place::from)) else {
+                    return;
+                };
                 self.revision = self.revision.max(record.revision);
                 let bucket = self.buckets.entry(record.bucket).or_default();
                 if bucket.revision_of(&record.key) <= record.revision {
@@ -183,7 +205,11 @@ impl State {
         rows.iter().for_each(|(row, size)| self.rows.add(*row, *size));
         let missing = |place: Place| format!("group {}, which holds a live value, is missing", place.row);
         for stream in self.streams.values_mut() {
-            stream.bytes = stream.messages.values().map(|message| u64::from(message.place.len)).sum();
+            stream.bytes = stream
+                .messages
+                .values()
+                .map(|message| u64::from(message.place.len))
+                .sum();
             for message in stream.messages.values() {
                 if !self.rows.live.contains_key(&message.place.row) {
                     return Err(missing(message.place));
@@ -191,7 +217,9 @@ impl State {
                 self.rows.hold(message.place);
             }
             let Stream { consumers, messages, .. } = stream;
-            consumers.values_mut().for_each(|consumer| consumer.retain_stored(messages));
+            consumers
+                .values_mut()
+                .for_each(|consumer| consumer.retain_stored(messages));
         }
         for entry in self.buckets.values().flat_map(|bucket| bucket.entries.values()) {
             if !self.rows.live.contains_key(&entry.place.row) {

@@ -82,7 +82,11 @@ impl Disk {
         for (row, group) in self.groups.range(self.since + 1..) {
             state.apply(*row, group).unwrap();
         }
-        let rows: Vec<_> = self.groups.iter().map(|(row, group)| (*row, group.len() as u64)).collect();
+        let rows: Vec<_> = self
+            .groups
+            .iter()
+            .map(|(row, group)| (*row, group.len() as u64))
+            .collect();
         state.finish_replay(&rows).unwrap();
         state
     }
@@ -97,23 +101,41 @@ fn seen_by_users(state: &State, disk: &Disk, now: u64) -> impl PartialEq + std::
     let read = |place: Place| value(&disk.groups[&place.row], place);
     let mut streams = Vec::new();
     for (name, stream) in &state.streams {
-        let messages: Vec<_> = stream.messages.iter().map(|(n, at)| (*n, at.stored_ms, read(at.place))).collect();
+        let messages: Vec<_> = stream
+            .messages
+            .iter()
+            .map(|(n, at)| (*n, at.stored_ms, read(at.place)))
+            .collect();
         let owed = |consumer: &Consumer| {
-            let unread = stream.messages.range(consumer.next..).filter(|(_, at)| consumer.wants(&at.subject));
+            let unread = stream
+                .messages
+                .range(consumer.next..)
+                .filter(|(_, at)| consumer.wants(&at.subject));
             let owed: Vec<u64> = consumer.out().map(|(n, _)| n).chain(unread.map(|(n, _)| *n)).collect();
             assert_eq!(owed.len() as u64, consumer.pending, "the count of what is owed");
             (consumer.filter.clone(), owed)
         };
-        let consumers: Vec<_> =
-            stream.consumers.iter().map(|(name, consumer)| (name.clone(), owed(consumer))).collect();
-        let current = stream.seen.from(0).filter(|(_, _, _, at_ms)| at_ms + millis(HOUR) >= now);
+        let consumers: Vec<_> = stream
+            .consumers
+            .iter()
+            .map(|(name, consumer)| (name.clone(), owed(consumer)))
+            .collect();
+        let current = stream
+            .seen
+            .from(0)
+            .filter(|(_, _, _, at_ms)| at_ms + millis(HOUR) >= now);
         let ids: BTreeMap<u128, u64> = current.map(|(_, id, sequence, _)| (id, sequence)).collect();
         streams.push((name.clone(), stream.last, stream.bytes, messages, consumers, ids));
     }
     let mut entries = Vec::new();
     for (name, bucket) in &state.buckets {
         assert_eq!(bucket.entries.len(), bucket.order.len());
-        entries.extend(bucket.entries.iter().map(|(key, e)| (name.clone(), key.clone(), e.revision, read(e.place))));
+        entries.extend(
+            bucket
+                .entries
+                .iter()
+                .map(|(key, e)| (name.clone(), key.clone(), e.revision, read(e.place))),
+        );
     }
     (streams, entries, state.revision)
 }
@@ -194,21 +216,38 @@ fn bytes_and_age_bound_a_stream_and_its_ids() {
     let mut state = State::default();
     let mut group = Group::new(1);
     declare(&mut state, &mut group);
-    let message = Message { subject: "log.a".into(), payload: vec![b'x'; 100].into(), ..Message::default() };
+    let message = Message {
+        subject: "log.a".into(),
+        payload: vec![b'x'; 100].into(),
+        ..Message::default()
+    };
     for n in 0..3000 {
-        state.append(&mut group, "log", &message, Some(&n.to_string()), 1000).unwrap();
+        state
+            .append(&mut group, "log", &message, Some(&n.to_string()), 1000)
+            .unwrap();
     }
     while state.prune(&mut group, 1000) {}
     let info = state.info("log").unwrap();
     assert!(info.bytes <= 4_000 && info.messages > 30, "{info:?}");
     let owed = |name: &str| info.consumers.iter().find(|(known, _)| known == name).unwrap().1;
     assert_eq!((owed("all"), owed("some")), (info.messages, info.messages), "dropped messages are owed to nobody");
-    assert!(state.append(&mut group, "log", &message, Some("0"), 1000).unwrap().duplicate, "its id outlives a message");
+    assert!(
+        state
+            .append(&mut group, "log", &message, Some("0"), 1000)
+            .unwrap()
+            .duplicate,
+        "its id outlives a message"
+    );
 
     let later = 1000 + 2 * 3_600_000;
     while state.prune(&mut group, later) {}
     assert_eq!(state.info("log").unwrap().messages, 0);
-    assert!(!state.append(&mut group, "log", &message, Some("0"), later).unwrap().duplicate);
+    assert!(
+        !state
+            .append(&mut group, "log", &message, Some("0"), later)
+            .unwrap()
+            .duplicate
+    );
 }
 
 #[test]
@@ -216,8 +255,14 @@ fn a_full_work_queue_refuses_and_keeps_what_it_has() {
     let mut state = State::default();
     let mut group = Group::new(1);
     declare(&mut state, &mut group);
-    let message = Message { subject: "work.a".into(), payload: vec![b'x'; 100].into(), ..Message::default() };
-    let stored = (0..100).take_while(|_| state.append(&mut group, "work", &message, None, 0).is_ok()).count();
+    let message = Message {
+        subject: "work.a".into(),
+        payload: vec![b'x'; 100].into(),
+        ..Message::default()
+    };
+    let stored = (0..100)
+        .take_while(|_| state.append(&mut group, "work", &message, None, 0).is_ok())
+        .count();
     assert!((30..40).contains(&stored), "{stored}");
     assert_eq!(state.info("work").unwrap().messages, stored as u64);
 }

@@ -29,14 +29,18 @@ pub fn relay(socket: &Path, client: async_nats::Client, tasks: &mut JoinSet<()>)
         async move {
             let mut buffer = BytesMut::with_capacity(16 * 1024);
             while stream.read_buf(&mut buffer).await.is_ok_and(|read| read > 0) {
-                let length = buffer.first_chunk::<4>().map_or(usize::MAX, |head| u32::from_be_bytes(*head) as usize);
+                let length = buffer
+                    .first_chunk::<4>()
+                    .map_or(usize::MAX, |head| u32::from_be_bytes(*head) as usize);
                 if buffer.len() < length {
                     continue;
                 }
 
                 let mut frame = buffer.split_to(length);
                 let payload: Bytes = frame.split_off(V2_HEADER).freeze();
-                let answer = client.request_with_headers(subjects::DECIDE, super::headers(), payload).await;
+                let answer = client
+                    .request_with_headers(subjects::DECIDE, super::headers(), payload)
+                    .await;
                 let Ok(answer) = answer else { return };
 
                 let length = u32::try_from(V2_HEADER + answer.payload.len()).expect("the answer is short");

@@ -66,7 +66,11 @@ async fn run(lanes: usize, round: Duration, every: Option<Duration>, ask: &Ask) 
         all.add(times??)?;
     }
     let at = |quantile| all.value_at_quantile(quantile) as f64 / 1000.0;
-    Ok(Seen { p50: at(0.5), p99: at(0.99), per_second: all.len() as f64 / began.elapsed().as_secs_f64() })
+    Ok(Seen {
+        p50: at(0.5),
+        p99: at(0.99),
+        per_second: all.len() as f64 / began.elapsed().as_secs_f64(),
+    })
 }
 
 /// Sends the same bytes repeatedly and counts the answers.
@@ -104,11 +108,20 @@ impl Raw {
         self.stream.write_all(&self.requests).await.map_err(|e| e.to_string())?;
         for _ in 0..self.in_flight {
             let length = loop {
-                let length = self.buffer.first_chunk::<4>().map_or(4, |head| u32::from_be_bytes(*head) as usize);
+                let length = self
+                    .buffer
+                    .first_chunk::<4>()
+                    .map_or(4, |head| u32::from_be_bytes(*head) as usize);
                 if length > 4 && self.buffer.len() >= length {
                     break length;
                 }
-                if self.stream.read_buf(&mut self.buffer).await.map_err(|e| e.to_string())? == 0 {
+                if self
+                    .stream
+                    .read_buf(&mut self.buffer)
+                    .await
+                    .map_err(|e| e.to_string())?
+                    == 0
+                {
                     return Err("the gateway closed the connection".into());
                 }
             };

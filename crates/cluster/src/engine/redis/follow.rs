@@ -43,7 +43,10 @@ impl Follows {
     pub async fn set(&self, channel: &str, on: bool) -> Result<(), RedisError> {
         let gone = || io("the node is stopping");
         let (done, answer) = oneshot::channel();
-        self.0.send(Follow { channel: channel.into(), on, done }).await.map_err(|_| gone())?;
+        self.0
+            .send(Follow { channel: channel.into(), on, done })
+            .await
+            .map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 }
@@ -126,7 +129,9 @@ impl Follower {
     /// Whether a topic that the server dropped was left by us.
     fn has_left(&mut self, topic: &[u8]) -> bool {
         let Some(name) = channel(topic) else { return true };
-        let Some(times) = self.leaving.get_mut(name) else { return !self.followed.contains(name) };
+        let Some(times) = self.leaving.get_mut(name) else {
+            return !self.followed.contains(name);
+        };
         *times -= 1;
         if *times == 0 {
             self.leaving.remove(name);
@@ -136,13 +141,21 @@ impl Follower {
 
     /// Requests of one channel may have overtaken each other on their way here: what the hub holds decides.
     async fn set(&mut self, Follow { channel, on, done }: Follow) -> Result<(), ()> {
-        let changes = if on { !self.followed.contains(&channel) } else { !self.hub.is_followed(&channel) };
+        let changes = if on {
+            !self.followed.contains(&channel)
+        } else {
+            !self.hub.is_followed(&channel)
+        };
         if !changes {
             let _ = done.send(Ok(()));
             return Ok(());
         }
         let topic = topic(&channel);
-        let outcome = if on { self.subscriber.add(&[topic]).await } else { self.subscriber.remove(&topic).await };
+        let outcome = if on {
+            self.subscriber.add(&[topic]).await
+        } else {
+            self.subscriber.remove(&topic).await
+        };
         if !on {
             self.followed.remove(&channel);
             if self.subscriber.confirms_by_push() {

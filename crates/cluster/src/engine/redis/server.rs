@@ -64,7 +64,10 @@ impl Server {
                     .set_response_timeout(Some(RESPONSE_TIMEOUT))
                     .set_number_of_retries(RETRIES)
                     .set_max_delay(RETRY_DELAY_MAX);
-                client.get_connection_manager_with_config(config).await.map(Commands::Single)
+                client
+                    .get_connection_manager_with_config(config)
+                    .await
+                    .map(Commands::Single)
             }
             Self::Cluster(urls) => Self::cluster(urls)?.get_async_connection().await.map(Commands::Cluster),
         }
@@ -102,12 +105,18 @@ impl Server {
                     let config = AsyncConnectionConfig::new().set_push_sender(send);
                     Subscriber::Single(client.get_multiplexed_async_connection_with_config(&config).await?)
                 }
-                Self::Cluster(urls) => {
-                    Subscriber::Cluster(Self::builder(urls).push_sender(send).build()?.get_async_connection().await?)
-                }
+                Self::Cluster(urls) => Subscriber::Cluster(
+                    Self::builder(urls)
+                        .push_sender(send)
+                        .build()?
+                        .get_async_connection()
+                        .await?,
+                ),
             })
         };
-        let subscriber = timeout(CONNECT_TIMEOUT * 2, connecting).await.map_err(|_| io("no connection in time"))??;
+        let subscriber = timeout(CONNECT_TIMEOUT * 2, connecting)
+            .await
+            .map_err(|_| io("no connection in time"))??;
         subscriber.add(topics).await?;
         Ok((subscriber, pushes))
     }
@@ -165,7 +174,9 @@ impl Subscriber {
                     let mut connection = connection.clone();
                     Ok(async move { in_time(connection.ssubscribe(topic)).await })
                 });
-                futures_util::stream::iter(subscribes).try_for_each_concurrent(SUBSCRIBES_MAX, |one| one).await
+                futures_util::stream::iter(subscribes)
+                    .try_for_each_concurrent(SUBSCRIBES_MAX, |one| one)
+                    .await
             }
         }
     }
@@ -209,7 +220,9 @@ pub enum Heard {
 impl Pushes {
     pub async fn next(&mut self) -> Heard {
         loop {
-            let Some(push) = self.receiver.recv().await else { return Heard::Lost };
+            let Some(push) = self.receiver.recv().await else {
+                return Heard::Lost;
+            };
             if self.overflowed.load(Relaxed) {
                 tracing::warn!("the node cannot keep up with Redis");
                 return Heard::Lost;
@@ -236,5 +249,7 @@ pub fn io(text: &'static str) -> RedisError {
 }
 
 async fn in_time<T>(answer: impl Future<Output = Result<T, RedisError>>) -> Result<T, RedisError> {
-    timeout(RESPONSE_TIMEOUT, answer).await.unwrap_or_else(|_| Err(io("no answer in time")))
+    timeout(RESPONSE_TIMEOUT, answer)
+        .await
+        .unwrap_or_else(|_| Err(io("no answer in time")))
 }

@@ -70,7 +70,9 @@ impl Meter {
 
     fn object(&mut self, fields: &Map<String, Json>) -> Result<(), Stop> {
         self.charge(1)?;
-        fields.iter().try_for_each(|(key, value)| self.text(key).and_then(|()| self.json(value)))
+        fields
+            .iter()
+            .try_for_each(|(key, value)| self.text(key).and_then(|()| self.json(value)))
     }
 
     fn cel(&mut self, value: &Cel) -> Result<(), Stop> {
@@ -83,7 +85,9 @@ impl Meter {
             }
             Cel::Map(map) => {
                 self.charge(1)?;
-                map.map.iter().try_for_each(|(_, value)| self.charge(1).and_then(|()| self.cel(value)))
+                map.map
+                    .iter()
+                    .try_for_each(|(_, value)| self.charge(1).and_then(|()| self.cel(value)))
             }
             _ => self.charge(1),
         }
@@ -186,14 +190,20 @@ impl<'a> Evaluation<'a> {
     }
 
     fn list(&mut self, list: &'a ListExpr) -> Evaluated<'a> {
-        let items = list.elements.iter().map(|item| self.made(item)).collect::<Result<Vec<_>, _>>()?;
+        let items = list
+            .elements
+            .iter()
+            .map(|item| self.made(item))
+            .collect::<Result<Vec<_>, _>>()?;
         Ok(Val::Made(Cel::List(items.into())))
     }
 
     fn map(&mut self, map: &'a MapExpr) -> Evaluated<'a> {
         let mut fields = HashMap::new();
         for entry in &map.entries {
-            let EntryExpr::MapEntry(entry) = &entry.expr else { return failed("this map cannot be made") };
+            let EntryExpr::MapEntry(entry) = &entry.expr else {
+                return failed("this map cannot be made");
+            };
             let Ok(key) = TryInto::<Key>::try_into(self.made(&entry.key)?) else {
                 return failed("a key of a map is neither a string nor a number nor a bool");
             };
@@ -227,7 +237,10 @@ impl<'a> Evaluation<'a> {
             }
             Val::List(items) => {
                 self.meter.charge(1 + items.len() as u64)?;
-                let items = items.iter().map(|item| self.copied(Val::of(item))).collect::<Result<Vec<_>, _>>()?;
+                let items = items
+                    .iter()
+                    .map(|item| self.copied(Val::of(item)))
+                    .collect::<Result<Vec<_>, _>>()?;
                 Ok(Cel::List(items.into()))
             }
             Val::Object(fields) => self.copied_map(fields.iter().map(|(key, value)| (key.as_str(), Val::of(value)))),
@@ -254,7 +267,10 @@ impl<'a> Evaluation<'a> {
         // The name of a type, perhaps.
         self.meter.charge(FUNCTION_STEPS)?;
         let ident = IdedExpr { id: 0, expr: Expr::Ident(name.into()) };
-        STANDARD.with(|standard| Cel::resolve(&ident, standard)).map(Val::Made).map_err(|_| Stop::Undefined)
+        STANDARD
+            .with(|standard| Cel::resolve(&ident, standard))
+            .map(Val::Made)
+            .map_err(|_| Stop::Undefined)
     }
 
     fn select(&mut self, select: &'a SelectExpr) -> Evaluated<'a> {
@@ -297,7 +313,9 @@ impl<'a> Evaluation<'a> {
         let item = self.made(item)?;
         let place = self.loops.iter_mut().rev().find(|(known, _)| *known == result);
         let taken = place.map(|(_, value)| std::mem::replace(value, Val::Made(Cel::Null)));
-        let Some(Val::Made(taken)) = taken else { return failed("the loop has no result") };
+        let Some(Val::Made(taken)) = taken else {
+            return failed("the loop has no result");
+        };
         (taken + item).map(Val::Made).map_err(of_crate)
     }
 
@@ -382,7 +400,9 @@ impl<'a> Evaluation<'a> {
         match &container {
             Val::Object(_) | Val::Fields(_) | Val::Made(Cel::Map(_)) => {
                 let found = self.index(&container, item.clone());
-                found.map(|_| true).or_else(|stop| if stop == Stop::Undefined { Ok(false) } else { Err(stop) })
+                found
+                    .map(|_| true)
+                    .or_else(|stop| if stop == Stop::Undefined { Ok(false) } else { Err(stop) })
             }
             Val::List(_) | Val::Made(Cel::List(_)) => {
                 for other in self.items(container)? {
@@ -402,7 +422,9 @@ impl<'a> Evaluation<'a> {
             self.meter.text(name)?;
             return field(of, name);
         }
-        let Val::Made(index) = index else { return failed(format!("a {} is no index", index.type_name())) };
+        let Val::Made(index) = index else {
+            return failed(format!("a {} is no index", index.type_name()));
+        };
         let place = match index {
             Cel::Int(n) => usize::try_from(n).ok(),
             Cel::UInt(n) => usize::try_from(n).ok(),
@@ -507,7 +529,9 @@ impl<'a> Evaluation<'a> {
                 Ok(Val::Made(Cel::Int(size as i64)))
             }
             ("contains" | "startsWith" | "endsWith", [text, part]) if call.target.is_some() => {
-                let (Some(text), Some(part)) = (text.text(), part.text()) else { return self.of_crate(call, args) };
+                let (Some(text), Some(part)) = (text.text(), part.text()) else {
+                    return self.of_crate(call, args);
+                };
                 self.meter.text(part)?;
                 Ok(truth(match call.func_name.as_str() {
                     "startsWith" => text.starts_with(part),
@@ -532,9 +556,14 @@ impl<'a> Evaluation<'a> {
     /// A function of the crate, on copies of its arguments.
     fn of_crate(&mut self, call: &CallExpr, args: Vec<Val<'a>>) -> Evaluated<'a> {
         self.meter.charge(FUNCTION_STEPS)?;
-        let args = args.into_iter().map(|arg| self.copied(arg)).collect::<Result<Vec<_>, _>>()?;
+        let args = args
+            .into_iter()
+            .map(|arg| self.copied(arg))
+            .collect::<Result<Vec<_>, _>>()?;
         args.iter().try_for_each(|arg| self.meter.cel(arg))?;
-        resolve(&call.func_name, call.target.is_some(), args).map(Val::Made).map_err(of_crate)
+        resolve(&call.func_name, call.target.is_some(), args)
+            .map(Val::Made)
+            .map_err(of_crate)
     }
 }
 
@@ -568,7 +597,10 @@ pub fn is_type(name: &str) -> bool {
 fn field<'a>(of: &Val<'a>, name: &str) -> Evaluated<'a> {
     let found = match of {
         Val::Object(fields) => fields.get(name).map(Val::of),
-        Val::Fields(fields) => fields.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone()),
+        Val::Fields(fields) => fields
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, value)| value.clone()),
         Val::Made(Cel::Map(map)) => map.get(&KeyRef::String(name)).cloned().map(Val::Made),
         Val::Made(Cel::Null) => None,
         other => return failed(format!("a {} has no field {name:?}", other.type_name())),

@@ -31,14 +31,18 @@ impl Pattern {
             .minimum_cache_clear_count(Some(0))
             .unicode_word_boundary(true);
         let limits = thompson::Config::new().nfa_size_limit(Some(SIZE_MAX));
-        let automaton = DFA::builder().configure(config).thompson(limits).build(pattern).map_err(|error| {
-            // The cause says more: where it does not parse, or that it is too large.
-            let mut cause: &dyn Error = &error;
-            while let Some(deeper) = cause.source() {
-                cause = deeper;
-            }
-            format!("the pattern {pattern:?} cannot be used: {cause}")
-        })?;
+        let automaton = DFA::builder()
+            .configure(config)
+            .thompson(limits)
+            .build(pattern)
+            .map_err(|error| {
+                // The cause says more: where it does not parse, or that it is too large.
+                let mut cause: &dyn Error = &error;
+                while let Some(deeper) = cause.source() {
+                    cause = deeper;
+                }
+                format!("the pattern {pattern:?} cannot be used: {cause}")
+            })?;
         let cache = Mutex::new(automaton.create_cache());
         Ok(Self { automaton, cache })
     }
@@ -49,7 +53,9 @@ impl Pattern {
         // Earlier texts may have filled the cache: then once more with an empty one.
         for _ in 0..2 {
             let before = cache.memory_usage();
-            let found = self.automaton.try_search_fwd(&mut cache, &Input::new(text).earliest(true));
+            let found = self
+                .automaton
+                .try_search_fwd(&mut cache, &Input::new(text).earliest(true));
             let built = cache.memory_usage().saturating_sub(before);
             let charged = meter.charge((built / STATES_STEP) as u64);
             match found.as_ref().map_err(|error| error.kind()) {
@@ -69,7 +75,9 @@ mod tests {
 
     /// Within so many steps.
     fn matches(pattern: &str, text: &str, steps: u64) -> Result<bool, Stop> {
-        Pattern::compile(pattern).unwrap_or_else(|e| panic!("{e}")).is_match(text, &mut Meter { left: steps })
+        Pattern::compile(pattern)
+            .unwrap_or_else(|e| panic!("{e}"))
+            .is_match(text, &mut Meter { left: steps })
     }
 
     #[test]
@@ -98,7 +106,9 @@ mod tests {
     fn a_text_that_needs_too_many_states_has_no_answer() {
         let mut seed = 1_u64;
         let letters = std::iter::repeat_with(|| {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             if seed >> 63 == 1 { 'a' } else { 'b' }
         });
         let text: String = letters.take(100_000).collect();
