@@ -2,7 +2,6 @@
 
 use crate::{Bus, Delivery, Error, Message, Result};
 use base64::Engine;
-use std::time::{SystemTime, UNIX_EPOCH};
 use wire::router::DeadLetter;
 
 /// Stores a dead letter for the delivery, then terminates the delivery so that it is never redelivered.
@@ -20,9 +19,7 @@ pub async fn bury(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
         reason: reason.into(),
         delivered: delivery.delivered,
         first_seen_ms: delivery.stored_ms,
-        last_seen_ms: SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_millis() as u64),
+        last_seen_ms: crate::clock::unix_ms(),
         headers: message.headers.iter().map(|(k, v)| (k.into(), v.into())).collect(),
         payload,
         base64,

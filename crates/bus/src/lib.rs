@@ -3,6 +3,7 @@
 //! One trait has two implementations with the same semantics: [`local`] (embedded, one process) and [`nats`]. The
 //! conformance suite in `tests/` runs against both.
 
+pub mod clock;
 pub mod dead_letter;
 pub mod local;
 pub mod nats;

@@ -6,11 +6,12 @@ use crate::session::{Outcome, TokenEnd, Transport};
 use crate::token::Refusal;
 use crate::{Node, Rules};
 use bus::Headers;
+use bus::clock::{unix_ms, unix_seconds};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use wire::channels::{self, Position};
 use wire::limits::{CHANNELS_PER_CLIENT_MAX, HISTORY_PAGE_MAX};
 use wire::realtime::{
@@ -162,7 +163,7 @@ async fn connect_client(
             config.ping_interval.as_secs().clamp(1, 3600) as u32
         },
         pong: !transport.frame_pings,
-        time: i64::try_from(now_s() * 1000).unwrap_or(0),
+        time: i64::try_from(unix_ms()).unwrap_or(0),
         session: client.id.clone(),
         node: config.node.clone(),
         ..ConnectResult::default()
@@ -497,7 +498,7 @@ fn sub_refresh(node: &Node, client: &Client, request: &SubRefreshRequest) -> Res
 
 /// Ends the subscriptions whose token ran out and was not refreshed; the client comes again with a new one.
 pub fn expire_subscriptions(node: &Arc<Node>, client: &Arc<Client>) -> Option<BoxFuture<'static, ()>> {
-    let over = now_s().saturating_sub(node.config.refresh_grace.as_secs());
+    let over = unix_seconds().saturating_sub(node.config.refresh_grace.as_secs());
     let mut expired = client.subscriptions();
     expired.retain(|(_, held)| !held.lost && held.expires.is_some_and(|exp| exp < over));
     if expired.is_empty() {
@@ -558,9 +559,5 @@ async fn answer(node: &Node, client: &Client, request: RpcRequest) -> Result<Byt
 
 /// Seconds until `exp`.
 fn ttl(exp: u64) -> u32 {
-    u32::try_from(exp.saturating_sub(now_s())).unwrap_or(u32::MAX)
-}
-
-fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+    u32::try_from(exp.saturating_sub(unix_seconds())).unwrap_or(u32::MAX)
 }

@@ -13,6 +13,7 @@ use bus::Headers;
 use bytes::Bytes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use subtle::ConstantTimeEq;
 use wire::id;
 use wire::ipc::ErrorCode;
 use wire::limits::DECIDE_MAX;
@@ -139,12 +140,8 @@ fn respond(status: StatusCode, body: Body, retry_after: Option<u64>) -> Response
     response
 }
 
-/// In a time that does not tell how much of the key is right.
+/// Compares in constant time, so that timing does not reveal how much of the key is right.
 fn authorized(headers: &HeaderMap, key: &str) -> bool {
     let given = headers.get("x-api-key").map_or(&[][..], HeaderValue::as_bytes);
-    let differs = given
-        .iter()
-        .zip(key.as_bytes())
-        .fold(0, |differs, (a, b)| differs | (a ^ b));
-    !key.is_empty() && given.len() == key.len() && differs == 0
+    !key.is_empty() && bool::from(given.ct_eq(key.as_bytes()))
 }

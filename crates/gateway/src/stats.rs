@@ -4,16 +4,13 @@ use crate::Gateway;
 use crate::breaker::State;
 use bus::Message;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use wire::ipc::ErrorCode;
-use wire::status::{GatewayStatus, Percentiles};
-
-/// Forwarded requests that the percentiles look back on.
-const WINDOW: usize = 4096;
+use wire::status::{GatewayStatus, LatencyWindow, Percentiles};
 
 #[derive(Default)]
 pub struct Stats {
@@ -24,7 +21,7 @@ pub struct Stats {
 #[derive(Default)]
 struct Inner {
     errors: BTreeMap<String, u64>,
-    forward_us: VecDeque<u32>,
+    forward_us: LatencyWindow,
 }
 
 impl Stats {
@@ -38,21 +35,14 @@ impl Stats {
     }
 
     pub fn forwarded(&self, took: Duration) {
-        let mut inner = self.inner.lock();
-        if inner.forward_us.len() == WINDOW {
-            inner.forward_us.pop_front();
-        }
-        inner
-            .forward_us
-            .push_back(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
-        drop(inner);
+        self.inner.lock().forward_us.add(took);
         metrics::histogram!("beamline_gateway_request_duration_seconds").record(took.as_secs_f64());
     }
 
     fn forward_us(&self) -> Percentiles {
-        // Copied, so that nobody waits while it is sorted.
+        // Cloned, so that no request waits for the lock while the window is sorted.
         let window = self.inner.lock().forward_us.clone();
-        Percentiles::of(window.into_iter(), f64::from)
+        window.percentiles()
     }
 }
 

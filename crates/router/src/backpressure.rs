@@ -2,7 +2,7 @@
 //! are refused. A measure that was over counts until it has fallen to half its threshold.
 
 use crate::Router;
-use crate::stats::now_ms;
+use bus::clock::unix_ms;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -77,7 +77,7 @@ pub async fn measure(router: &Router) -> Value {
             "inflight_overload": IN_FLIGHT_OVERLOAD,
         },
         "policy": {"retry_after_seconds": RETRY_AFTER_S, "max_retry_attempts": 3},
-        "timestamp": now_ms(),
+        "timestamp": unix_ms(),
     }})
 }
 

@@ -4,7 +4,7 @@ use crate::Router;
 use crate::breakers::{Place, Scope, Standing};
 use crate::policies::{Lookup, Served};
 use crate::policy::{Stop, Undecided, World};
-use crate::stats::now_ms;
+use bus::clock::unix_ms;
 use bus::{Headers, Message, Subscription};
 use futures_util::FutureExt;
 use std::sync::Arc;
@@ -138,7 +138,7 @@ impl Router {
     /// Decides who handles the request, and holds a place for it as `holder` where a breaker of that provider is half
     /// open.
     pub fn decide(&self, request: &DecideRequest, holder: &str) -> Result<Chosen<'_>, ErrorBody> {
-        if request.deadline.is_some_and(|deadline| deadline < now_ms()) {
+        if request.deadline.is_some_and(|deadline| deadline < unix_ms()) {
             return Err(failure("deadline_exceeded", "the request's deadline passed before it was decided"));
         }
         let policies = self.policies.current();

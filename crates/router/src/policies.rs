@@ -9,9 +9,9 @@ mod set;
 mod shared;
 mod source;
 
-use crate::stats::now_ms;
 use arc_swap::ArcSwap;
 use bus::Bus;
+use bus::clock::unix_ms;
 use files::{File, Look, Name, Stamp, Unread};
 use resolve::{Disk, Good, Serving, Step};
 use set::Entry;
@@ -204,7 +204,7 @@ impl Watcher {
         let look = tokio::task::spawn_blocking(move || files::look(&dir)).await?;
         self.directory.note(&look);
 
-        let read_ms = now_ms();
+        let read_ms = unix_ms();
         let mut stale = Vec::new();
         for (name, files) in &look.files {
             if self

@@ -1,7 +1,7 @@
 //! Takes results: one usage event an assignment, the task's final state, the provider's statistics; then acknowledges.
 
 use crate::Router;
-use crate::stats::now_ms;
+use bus::clock::unix_ms;
 use bus::{Consumer, Delivery, Message};
 use std::sync::Arc;
 use std::time::Duration;
@@ -101,7 +101,7 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
         cost: result.cost,
         status: result.status,
         trace_id: result.trace_id.clone(),
-        timestamp: now_ms(),
+        timestamp: unix_ms(),
         assignment_id: result.assignment_id.clone(),
         request_id: result.request_id.clone(),
     };

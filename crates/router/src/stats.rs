@@ -3,16 +3,14 @@
 use crate::Router;
 use bus::Message;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use wire::router::{Decision, ErrorBody, ExecResult};
-use wire::status::{Percentiles, RouterStatus};
+use wire::status::{LatencyWindow, Percentiles, RouterStatus};
 
-/// Decisions that the percentiles look back on.
-const WINDOW: usize = 4096;
 /// Weight of the newest latency in a provider's average.
 const EWMA: f64 = 0.2;
 
@@ -30,7 +28,7 @@ struct Inner {
     errors: BTreeMap<String, u64>,
     results: BTreeMap<String, u64>,
     latency_ms: HashMap<String, f64>,
-    decide_us: VecDeque<u32>,
+    decide_us: LatencyWindow,
 }
 
 impl Stats {
@@ -39,12 +37,7 @@ impl Stats {
         inner.decisions += 1;
         bump(&mut inner.by_provider, &decision.provider_id);
         bump(&mut inner.by_reason, decision.reason.as_str());
-        if inner.decide_us.len() == WINDOW {
-            inner.decide_us.pop_front();
-        }
-        inner
-            .decide_us
-            .push_back(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
+        inner.decide_us.add(took);
         drop(inner);
         metrics::counter!("beamline_router_decisions_total", "reason" => decision.reason.as_str()).increment(1);
         metrics::histogram!("beamline_router_decide_duration_seconds").record(took.as_secs_f64());
@@ -84,9 +77,9 @@ impl Stats {
     }
 
     pub fn decide_us(&self) -> Percentiles {
-        // Copied, so that nobody waits while it is sorted.
+        // Cloned, so that no decision waits for the lock while the window is sorted.
         let window = self.inner.lock().decide_us.clone();
-        Percentiles::of(window.into_iter(), f64::from)
+        window.percentiles()
     }
 }
 
@@ -129,10 +122,4 @@ pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
         }
         crate::backpressure::measure(&router).await;
     }
-}
-
-pub fn now_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_millis() as u64)
 }

@@ -10,11 +10,12 @@ use axum::middleware::Next;
 use axum::response::{AppendHeaders, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router, middleware};
+use bus::clock::unix_seconds;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde_json::json;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 const COOKIE: &str = "beamline";
 const BODY_MAX: usize = 4096;
@@ -194,7 +195,7 @@ struct Device {
 
 impl Auth {
     fn identity(&self, user: &User, login: &str) -> serde_json::Value {
-        let now = now_s();
+        let now = unix_seconds();
         let claims = json!({
             "sub": user.id, "sid": accounts::session(login), "iat": now, "exp": now + self.token_ttl.as_secs(),
             "info": {"name": user.name},
@@ -222,7 +223,7 @@ impl Auth {
 
     fn known_device(&self, user: &User) -> String {
         let jti = uuid::Uuid::new_v4().simple().to_string();
-        let device = Device { sub: user.id.clone(), jti, exp: now_s() + DEVICE_TTL.as_secs() };
+        let device = Device { sub: user.id.clone(), jti, exp: unix_seconds() + DEVICE_TTL.as_secs() };
         let key = EncodingKey::from_secret(&self.device_secret());
         jsonwebtoken::encode(&Header::default(), &device, &key).expect("claims are JSON")
     }
@@ -239,12 +240,6 @@ impl Auth {
     fn device_secret(&self) -> Vec<u8> {
         accounts::hash(&[b"device".as_slice(), &self.token_secret].concat()).into_bytes()
     }
-}
-
-fn now_s() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }
 
 fn cookie<'a>(headers: &'a HeaderMap, wanted: &str) -> Option<&'a str> {

@@ -9,7 +9,7 @@ use std::io::{Error as IoError, ErrorKind};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -165,9 +165,7 @@ pub async fn next_message_id(connection: &mut AnyConnection) -> Result<i64> {
 
 /// Milliseconds since the epoch.
 pub fn now_ms() -> i64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
+    i64::try_from(bus::clock::unix_ms()).unwrap_or(i64::MAX)
 }
 
 fn without_password(url: &str) -> String {

@@ -4,7 +4,8 @@
 //! the part, so readers compute differences. A part that is silent for three intervals is shown as gone.
 
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 /// The status of a node, published on [`crate::subjects::NODE_STATUS`].
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
@@ -72,6 +73,30 @@ impl Percentiles {
                 .map_or(0.0, |value| number(*value))
         };
         Self { p50: at(0.5), p95: at(0.95), p99: at(0.99) }
+    }
+}
+
+/// The newest latencies of an operation, from which a status message takes its percentiles.
+#[derive(Debug, Clone, Default)]
+pub struct LatencyWindow {
+    /// Microseconds, oldest first.
+    us: VecDeque<u32>,
+}
+
+impl LatencyWindow {
+    /// Latencies that the window holds; an older one is evicted.
+    const LEN: usize = 4096;
+
+    pub fn add(&mut self, took: Duration) {
+        if self.us.len() == Self::LEN {
+            self.us.pop_front();
+        }
+        self.us.push_back(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
+    }
+
+    /// In microseconds. Sorts the window: clone it out of a lock first.
+    pub fn percentiles(self) -> Percentiles {
+        Percentiles::of(self.us.into_iter(), f64::from)
     }
 }
 
@@ -188,5 +213,16 @@ mod tests {
         assert_eq!(of(&hundred), (50.0, 95.0, 99.0));
         assert_eq!(of(&[7]), (7.0, 7.0, 7.0));
         assert_eq!(of(&[]), (0.0, 0.0, 0.0));
+    }
+
+    #[test]
+    fn latency_window_forgets_the_oldest() {
+        let mut window = LatencyWindow::default();
+        window.add(Duration::from_secs(3600));
+        for _ in 0..LatencyWindow::LEN {
+            window.add(Duration::from_micros(20));
+        }
+        let p = window.percentiles();
+        assert_eq!((p.p50, p.p99), (20.0, 20.0));
     }
 }

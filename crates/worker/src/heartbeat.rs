@@ -57,8 +57,5 @@ async fn beat(worker: &Worker, leaving: Option<&str>) {
 }
 
 fn timestamp() -> String {
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap_or_default();
-    wire::time::rfc3339(now.as_secs())
+    wire::time::rfc3339(bus::clock::unix_seconds())
 }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -269,9 +269,7 @@ struct Ran {
 }
 
 async fn store(worker: &Worker, assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -> bus::Result<()> {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_millis() as u64);
+    let now = bus::clock::unix_ms();
     let result = ExecResult {
         version: VERSION.into(),
         assignment_id: assignment.assignment_id.clone(),

@@ -7,6 +7,7 @@ use super::record::{Group, Stored};
 use super::state::{Cursor, State, millis};
 use super::subjects::matches;
 use super::takeover;
+use crate::clock::unix_ms;
 use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, StreamConfig, StreamInfo};
 use bytes::Bytes;
 use journal::{Commit, Durability, Log, Part, Place};
@@ -15,7 +16,7 @@ use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 /// Operations that wait at most; more make their callers wait.
@@ -161,7 +162,7 @@ impl Store {
     pub async fn append(&self, message: &Message, msg_id: Option<&str>) -> Result<Appended> {
         let (name, work) = self.stream_of(&message.subject)?;
         let (message, msg_id) = (message.clone(), msg_id.map(String::from));
-        let now = now_ms();
+        let now = unix_ms();
         let appended = self
             .run(move |state, group| state.append(group, name, &message, msg_id.as_deref(), now))
             .await?;
@@ -244,14 +245,14 @@ impl Store {
 
     pub async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
         let (bucket, key) = (bucket.to_string(), key.to_string());
-        let now = now_ms();
+        let now = unix_ms();
         self.run(move |state, group| state.kv_put(group, &bucket, &key, &value, expected, now))
             .await
     }
 
     pub async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
         let (bucket, key) = (bucket.to_string(), key.to_string());
-        let now = now_ms();
+        let now = unix_ms();
         self.run_then(
             move |state, _| state.kv_get(&bucket, &key, now),
             |found, values| {
@@ -270,7 +271,7 @@ impl Store {
     }
 
     pub async fn prune(&self) -> Result<()> {
-        let now = now_ms();
+        let now = unix_ms();
         while self.run(move |state, group| Ok(state.prune(group, now))).await? {}
         self.run_then(|_, _| Ok(()), |(), values| Ok(values.log.give_back(FREE_PAGES_KEPT, PAGES_GIVEN_BACK)?))
             .await
@@ -503,10 +504,6 @@ fn compact(state: &mut State, values: &Values, group: &mut Group, newest: u64) -
         Ok(())
     });
     moved.map_err(Error::Storage)
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis)
 }
 
 #[cfg(test)]

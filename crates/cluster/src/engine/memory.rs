@@ -7,6 +7,7 @@ use super::{Engine, Failed, Page, fresh_epoch};
 use crate::Rules;
 use crate::hub::Hub;
 use async_trait::async_trait;
+use bus::clock::unix_ms;
 use journal::rusqlite::{Connection, params};
 use journal::{Continuity, Journal};
 use parking_lot::Mutex;
@@ -14,7 +15,7 @@ use prost::Message;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use wire::channels::Position;
 use wire::realtime::{ClientInfo, Publication, Push};
 
@@ -63,7 +64,7 @@ impl Stream {
             history: VecDeque::new(),
             ttl: Duration::ZERO,
             durable: false,
-            touched_ms: now_ms(),
+            touched_ms: unix_ms(),
             stored_from: 0,
         }
     }
@@ -113,7 +114,7 @@ impl Memory {
         let mut streams = load(&journal).await?;
         for (channel, stream) in &mut streams {
             stream.ttl = rules(channel).map_or(Duration::ZERO, |rules| rules.history_ttl);
-            stream.expire(stream.ttl, now_ms());
+            stream.expire(stream.ttl, unix_ms());
         }
         let shared = |(channel, stream)| (channel, Arc::new(tokio::sync::Mutex::new(stream)));
         let streams = Mutex::new(streams.into_iter().map(shared).collect());
@@ -256,7 +257,7 @@ impl Engine for Memory {
         }
         let stream = self.stream(channel);
         let mut stream = stream.lock().await;
-        let at_ms = now_ms();
+        let at_ms = unix_ms();
         stream.expire(rules.history_ttl, at_ms);
         if idempotency_key.is_some()
             && let Some(known) = stream.history.iter().find(|kept| kept.key == idempotency_key)
@@ -291,7 +292,7 @@ impl Engine for Memory {
     async fn history(&self, channel: &str, rules: &Rules, since: Option<&Position>) -> Result<Page, Failed> {
         let stream = self.stream(channel);
         let mut stream = stream.lock().await;
-        stream.expire(rules.history_ttl, now_ms());
+        stream.expire(rules.history_ttl, unix_ms());
         let after = since.map_or(0, |since| since.offset);
         let publications = stream.history.iter().map(|kept| &kept.publication);
         let publications = publications
@@ -328,7 +329,7 @@ impl Engine for Memory {
     async fn unfollow(&self, _channel: &str) {}
 
     async fn tidy(&self) {
-        let now = now_ms();
+        let now = unix_ms();
         let streams: Vec<_> = self
             .streams
             .lock()
@@ -364,12 +365,6 @@ impl Engine for Memory {
     fn describe(&self) -> &'static str {
         "memory"
     }
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_millis() as u64)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use super::{Engine, Failed, Page, fresh_epoch};
 use crate::hub::Hub;
 use crate::{Error, Rules};
 use async_trait::async_trait;
+use bus::clock::unix_ms;
 use bytes::Bytes;
 use follow::{Follower, Follows, topic};
 use futures_util::TryStreamExt;
@@ -20,7 +21,7 @@ use server::{Commands, Server};
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use wire::channels::Position;
 use wire::realtime::{ClientInfo, Publication, Push};
@@ -309,7 +310,7 @@ impl Engine for Redis {
             .arg(key(channel, "presence"))
             .query_async(&mut connection)
             .await?;
-        let now = now_ms();
+        let now = unix_ms();
         let (mut alive, mut dead) = (BTreeMap::new(), Vec::new());
         for (client, value) in entries {
             let Some((until, info)) = value.split_first_chunk::<8>() else {
@@ -364,15 +365,9 @@ impl Engine for Redis {
 
 /// When it ends, milliseconds since the epoch, then who it is.
 fn presence_value(info: &ClientInfo) -> Vec<u8> {
-    let mut value = (now_ms() + PRESENCE_TTL_MS).to_be_bytes().to_vec();
+    let mut value = (unix_ms() + PRESENCE_TTL_MS).to_be_bytes().to_vec();
     value.extend(info.encode_to_vec());
     value
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_millis() as u64)
 }
 
 #[cfg(test)]
