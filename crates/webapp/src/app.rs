@@ -2,9 +2,12 @@
 
 mod href;
 mod input;
+mod portions;
 pub mod sessions;
 mod state;
+mod stored;
 pub mod ui;
+mod view;
 
 pub use state::State;
 use std::any::{Any, TypeId};

@@ -1,6 +1,6 @@
-//! Live web apps: accounts, pages that are functions in Rust, and the two apps of the product, chat and console.
+//! Live web apps: accounts, pages that are functions in Rust, and the product's two apps, the chat and the console.
 //!
-//! A page speaks RPCs over its WebSocket; a node hands them over on the bus, and what the page is to show goes back as
+//! A page sends RPCs over its WebSocket, and a node forwards them on the bus. What the page must show goes back as
 //! publications on the session's own channel.
 
 mod accounts;
@@ -38,20 +38,20 @@ use tokio_util::sync::CancellationToken;
 
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Holds `webapp.db` unless there is a database elsewhere.
+    /// Holds `webapp.db`, unless `database_url` names another database.
     pub data_dir: PathBuf,
     /// `sqlite://…` or `postgres://…`.
     pub database_url: Option<String>,
-    /// Connection tokens are JWTs signed with it (HS256).
+    /// The key that signs connection tokens, which are JWTs (HS256).
     pub token_secret: Vec<u8>,
     pub token_ttl: Duration,
-    /// People may create an account themselves.
+    /// Whether people may create accounts themselves.
     pub signup: bool,
-    /// Origins besides our own whose pages may sign in, as `https://…`.
+    /// Origins, as `https://…`, whose pages may sign in; our own always may.
     pub origins: Vec<String>,
-    /// Accounts that may end other people's answers and delete their rooms, in lower case.
+    /// Accounts that may stop anybody's answers and delete anybody's rooms, in lower case.
     pub operators: Vec<String>,
-    /// Of each user.
+    /// The limits of each user.
     pub quotas: Quotas,
 }
 
@@ -82,7 +82,7 @@ pub enum Error {
     Panic(#[from] tokio::task::JoinError),
 }
 
-/// Database open, subjects subscribed; nothing is answered yet.
+/// A web app whose database is open and whose subscriptions are made. It answers nothing until [`Bound::run`].
 pub struct Bound {
     db: Db,
     accounts: Arc<Accounts>,
@@ -92,7 +92,7 @@ pub struct Bound {
     chat_loops: chat::Loops,
     calls: Methods,
     events: Methods,
-    handed_on: Methods,
+    forwarded: Methods,
     live: live::Live,
 }
 
@@ -100,9 +100,11 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let db = Db::open(config.database_url.as_deref(), &config.data_dir).await?;
     let accounts = Arc::new(Accounts::new(db.clone()));
     let channels = Channels::new(bus.clone());
-    // Of the secret, too little to be of use to anybody.
+
+    // Enough of the hash to compare secrets, too little to guess one.
     let secret = accounts::hash(&config.token_secret)[..8].to_string();
     let same = live::Same { database: db.id().await?, secret };
+
     let (chat, chat_loops) =
         Chat::bind(&bus, db.clone(), channels.clone(), accounts.clone(), config.quotas, config.operators.clone())
             .await?;
@@ -117,6 +119,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         channels: channels.clone(),
         guesses: guesses::Guesses::default(),
     };
+
     Ok(Bound {
         db,
         accounts,
@@ -125,7 +128,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         chat_loops,
         calls: Methods::subscribe(&bus, chat::METHODS).await?,
         events: Methods::subscribe(&bus, &[wire::app::EVENT_METHOD]).await?,
-        handed_on: Methods::subscribe_alone(&bus, app::sessions::HANDED_ON, &sessions.subject()).await?,
+        forwarded: Methods::subscribe_alone(&bus, app::sessions::FORWARDED, &sessions.subject()).await?,
         live: live::Live::subscribe(&bus, channels, same).await?,
         sessions: Arc::new(sessions),
     })
@@ -140,12 +143,13 @@ pub async fn add_user(config: &Config, name: &str, password: &str) -> Result<Use
 }
 
 impl Bound {
-    /// Whether nobody has an account yet: then one is made with [`Self::create_admin`], once its password is noted.
+    /// Whether there are no accounts yet. If so, the caller makes one with [`Self::create_admin`] once it has noted
+    /// down the password.
     pub async fn is_new(&self) -> Result<bool, Error> {
         Ok(self.accounts.is_empty().await?)
     }
 
-    /// Makes the account `admin`; false if another web app on the same database was faster.
+    /// Creates the account `admin`. Returns false if another web app on the same database was faster.
     pub async fn create_admin(&self, password: &str) -> Result<bool, Error> {
         match self.accounts.create("admin", password).await {
             Ok(_) => Ok(true),
@@ -158,49 +162,40 @@ impl Bound {
         Ready(self.db.clone())
     }
 
-    /// Sign-in, and the pages as the fallback.
+    /// The routes for signing in, and the pages as the fallback.
     pub fn routes(&self) -> axum::Router {
         auth::routes(self.auth.clone()).merge(files::routes())
     }
 
-    /// Answers until cancelled, then finishes what it has taken.
+    /// Answers until cancelled, then finishes the calls in flight.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
-        let Self { db, sessions, chat, chat_loops, calls, events, handed_on, live, .. } = self;
+        let Self { db, sessions, chat, chat_loops, calls, events, forwarded, live, .. } = self;
         let cancel = cancel.child_token();
-        let mut loops = JoinSet::new();
-        let talk = (chat.clone(), cancel.clone());
-        loops.spawn(async move { talk.0.run(chat_loops, talk.1).await });
-        let answering = cancel.clone();
-        loops.spawn(async move {
-            calls.serve(chat, answering).await;
-            Ok(())
-        });
-        // With places of their own: two web apps that hand on to each other do not wait for each other's places.
-        for methods in [events, handed_on] {
-            let (pages, answering) = (sessions.clone(), cancel.clone());
-            loops.spawn(async move {
-                methods.serve(Arc::new(Events(pages)), answering).await;
-                Ok(())
-            });
+        let mut loops: JoinSet<Result<(), Error>> = JoinSet::new();
+
+        let (answers, stop) = (chat.clone(), cancel.clone());
+        loops.spawn(async move { answers.run(chat_loops, stop).await });
+        loops.spawn(infallible(calls.serve(chat, cancel.clone())));
+        // Forwarded events have their own concurrency limit: if two web apps forward to each other, neither waits for
+        // a place that the other holds.
+        for methods in [events, forwarded] {
+            let handler = Arc::new(Events(sessions.clone()));
+            loops.spawn(infallible(methods.serve(handler, cancel.clone())));
         }
-        let sampling = cancel.clone();
-        loops.spawn(async move {
-            live.run(sampling).await;
-            Ok(())
-        });
-        let keeping = sessions.clone();
+        loops.spawn(infallible(live.run(cancel.clone())));
+
         let stop_keeping = CancellationToken::new();
-        let keeper = JoinSet::from_iter([{
-            let stop = stop_keeping.clone();
-            async move { keeping.keep(stop).await }
-        }]);
+        let (keeping, stop) = (sessions.clone(), stop_keeping.clone());
+        let keeper = JoinSet::from_iter([async move { keeping.keep(stop).await }]);
+
         let mut ended = Ok(());
         while let Some(joined) = loops.join_next().await {
-            // One that ends before it was told to takes the others along: half a web app would only look alive.
+            // One loop that ends by itself ends all of them: half a web app would only look alive.
             cancel.cancel();
             ended = ended.and(joined.map_err(Error::from).and_then(|inner| inner));
         }
-        // Once nobody changes sessions any more.
+
+        // Nothing changes sessions any more, so the last save is complete.
         stop_keeping.cancel();
         keeper.join_all().await;
         db.close().await;
@@ -208,7 +203,12 @@ impl Bound {
     }
 }
 
-/// Whether the database answers.
+async fn infallible(work: impl Future<Output = ()>) -> Result<(), Error> {
+    work.await;
+    Ok(())
+}
+
+/// Checks whether the database answers.
 #[derive(Clone)]
 pub struct Ready(Db);
 
@@ -226,8 +226,7 @@ struct Events(Arc<Sessions>);
 
 impl Handler for Events {
     async fn call(&self, method: &'static str, caller: Caller, payload: Bytes) -> Result<Bytes, Refusal> {
-        self.0
-            .handle(&caller, payload, method == app::sessions::HANDED_ON)
-            .await
+        let forwarded = method == app::sessions::FORWARDED;
+        self.0.handle(&caller, payload, forwarded).await
     }
 }

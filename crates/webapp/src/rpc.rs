@@ -1,4 +1,4 @@
-//! Calls of pages: `beamline.rpc.v1.<method>`, shared among all web apps.
+//! RPCs of pages on `beamline.rpc.v1.<method>`. All web apps share them through a queue group.
 
 use bus::{Bus, Headers, Message, Subscription};
 use bytes::Bytes;
@@ -12,17 +12,17 @@ use tokio_util::task::TaskTracker;
 use wire::channels::{RPC_ERROR_CODE, RPC_USER};
 use wire::realtime::ErrorCode;
 
-/// Web apps share the calls.
+/// The queue group of all web apps.
 pub const GROUP: &str = "webapp";
 const QUEUE_MAX: usize = 1024;
-/// Calls answered at once.
+/// Calls handled at the same time.
 const CONCURRENT_MAX: usize = 256;
 
 pub struct Caller {
     pub user: String,
 }
 
-/// Why a call is refused, as the page is told.
+/// Why a call is refused: the code and text of the error that the page receives.
 #[derive(Debug, PartialEq)]
 pub struct Refusal(pub ErrorCode, pub String);
 
@@ -36,20 +36,20 @@ impl Refusal {
         Self(ErrorCode::Internal, text.into())
     }
 
-    /// Something of ours failed: the page is told a trace id, and the log has the reason under it.
+    /// An internal failure: the log has the reason, and the page gets a trace id to find it by.
     pub fn internal(what: &'static str, error: impl std::fmt::Display) -> Self {
         Self::failed("something went wrong on the server; try again", what, error)
     }
 
-    /// The same, where there is more to tell the page.
-    pub fn failed(told: &str, what: &'static str, error: impl std::fmt::Display) -> Self {
+    /// Like [`Self::internal`], with another text for the page.
+    pub fn failed(public: &str, what: &'static str, error: impl std::fmt::Display) -> Self {
         let trace_id = uuid::Uuid::new_v4().simple().to_string();
         tracing::error!(%trace_id, %error, "{what}");
-        Self(ErrorCode::Internal, format!("{told} (trace {trace_id})"))
+        Self(ErrorCode::Internal, format!("{public} (trace {trace_id})"))
     }
 }
 
-/// Answers one method.
+/// Answers calls.
 pub trait Handler: Send + Sync + 'static {
     fn call(
         &self,
@@ -59,7 +59,7 @@ pub trait Handler: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Bytes, Refusal>> + Send;
 }
 
-/// Subscribed; calls wait until [`Methods::serve`].
+/// Subscriptions to methods. Calls wait in them until [`Methods::serve`].
 pub struct Methods {
     bus: Bus,
     methods: Vec<(&'static str, Subscription)>,
@@ -69,13 +69,13 @@ impl Methods {
     pub async fn subscribe(bus: &Bus, names: &[&'static str]) -> bus::Result<Self> {
         let mut methods = Vec::new();
         for name in names {
-            let subject = wire::subjects::rpc(name).expect("our methods have valid names");
+            let subject = wire::subjects::rpc(name).expect("the names of our methods are valid in subjects");
             methods.push((*name, bus.subscribe(&subject, Some(GROUP), QUEUE_MAX).await?));
         }
         Ok(Self { bus: bus.clone(), methods })
     }
 
-    /// One method for us alone.
+    /// Subscribes to one method without a queue group.
     pub async fn subscribe_alone(bus: &Bus, name: &'static str, subject: &str) -> bus::Result<Self> {
         Ok(Self {
             bus: bus.clone(),
@@ -83,9 +83,11 @@ impl Methods {
         })
     }
 
+    /// Answers calls until cancelled, then finishes those in flight.
     pub async fn serve(self, handler: Arc<impl Handler>, cancel: CancellationToken) {
         let places = Arc::new(Semaphore::new(CONCURRENT_MAX));
         let tracker = TaskTracker::new();
+
         let loops: FuturesUnordered<_> = self
             .methods
             .into_iter()
@@ -112,13 +114,14 @@ impl Methods {
             })
             .collect();
         loops.collect::<()>().await;
+
         tracker.close();
         tracker.wait().await;
     }
 }
 
-/// Asks another web app the same; an error when that one does not answer.
-pub async fn hand_on(
+/// Forwards a call to another web app, and returns that web app's answer. Fails if it does not answer.
+pub async fn forward(
     bus: &Bus,
     subject: &str,
     caller: &Caller,
@@ -130,6 +133,8 @@ pub async fn hand_on(
     let Some(code) = reply.headers.get(RPC_ERROR_CODE) else {
         return Ok(Ok(reply.payload));
     };
+
+    // The codes that the handler of events returns; anything else is an internal error.
     let known = [
         ErrorCode::BadRequest,
         ErrorCode::PermissionDenied,
@@ -149,6 +154,7 @@ async fn answer(bus: &Bus, handler: &impl Handler, method: &'static str, call: M
         "" => Err(Refusal(ErrorCode::Unauthorized, "sign in first".into())),
         _ => handler.call(method, caller, call.payload).await,
     };
+
     let Some(subject) = call.reply else { return };
     let mut reply = Message { subject, ..Message::default() };
     match answer {
@@ -159,6 +165,6 @@ async fn answer(bus: &Bus, handler: &impl Handler, method: &'static str, call: M
         }
     }
     if let Err(error) = bus.publish(reply).await {
-        tracing::debug!(method, %error, "an answer was not published");
+        tracing::debug!(method, %error, "cannot publish the answer to a call");
     }
 }
