@@ -1,75 +1,139 @@
-//! What a request failed by, in the words of the socket.
+//! Why a request failed, and how each entry reports it: as an error frame on the socket, as an error body over HTTP.
 
 use crate::router::Refused;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::time::Duration;
 use wire::ipc::{ErrorCode, ErrorPayload};
-use wire::router::ErrorBody;
+use wire::router::{ErrorBody, IntakeCode, RouterCode};
+
+/// When to try again after an overload or a disconnection that ends by itself.
+pub const RETRY_AFTER_MS: u64 = 100;
 
 /// An error on its way to the client.
+#[derive(Debug)]
 pub struct Failure {
     pub code: ErrorCode,
-    pub payload: ErrorPayload,
+    /// The router's own error for [`ErrorCode::Rejected`], else the gateway's in the same form.
+    body: Box<ErrorBody>,
+    /// When to try again, if the gateway itself refuses.
+    retry_after: Option<Duration>,
     /// It ends a stream.
     pub in_stream: bool,
 }
 
 impl Failure {
+    /// A failure that the gateway itself found.
     pub fn new(code: ErrorCode, text: impl Into<String>) -> Self {
-        Self { code, payload: ErrorPayload::new(code, text), in_stream: false }
+        let body = match code {
+            ErrorCode::FrameTooLarge => ErrorBody::invalid(IntakeCode::PayloadTooLarge, text),
+            _ => ErrorBody::new(router_code(code), text),
+        };
+        Self::reported(code, body)
     }
 
+    /// The router's error.
+    pub fn rejected(error: ErrorBody) -> Self {
+        Self::reported(ErrorCode::Rejected, error)
+    }
+
+    /// A failure with its own error body, where that of [`Failure::new`] would say less.
+    pub fn reported(code: ErrorCode, body: ErrorBody) -> Self {
+        Self { code, body: Box::new(body), retry_after: None, in_stream: false }
+    }
+
+    #[must_use]
+    pub fn retry_after(self, pause: Duration) -> Self {
+        Self { retry_after: Some(pause), ..self }
+    }
+
+    #[must_use]
     pub fn in_stream(self) -> Self {
         Self { in_stream: true, ..self }
     }
 
     /// The router knows no such task, policy or extension.
     pub fn is_not_found(&self) -> bool {
-        self.payload.error.status == Some(404)
+        self.body.status() == 404
     }
 
-    pub fn unavailable(text: &str, retry_after: Duration) -> Self {
-        let mut failure = Self::new(ErrorCode::Unavailable, text);
-        // Rounded up: a moment too early would be refused again.
-        let ms = u64::try_from(retry_after.as_millis())
-            .unwrap_or(u64::MAX)
-            .saturating_add(1);
-        failure.payload.error.retry_after_ms = Some(ms);
-        failure
-    }
+    /// The payload of an error frame.
+    pub fn into_payload(self) -> ErrorPayload {
+        let error = *self.body;
+        let status = error.status();
 
-    pub fn rejected(error: ErrorBody) -> Self {
-        let mut failure = Self::new(ErrorCode::Rejected, error.message.clone());
-        let detail = &mut failure.payload.error;
-        detail.status = Some(error.status());
-        detail.retry_after_ms = error.retry_after_seconds.map(|seconds| seconds.saturating_mul(1000));
-        detail.details = match (error.details, error.intake_error_code) {
-            (Some(Value::Object(mut details)), Some(intake)) => {
-                details.insert("intake_error_code".into(), intake.into());
-                Some(details.into())
-            }
-            (None, Some(intake)) => Some(serde_json::json!({"intake_error_code": intake})),
-            (details, _) => details,
+        let mut payload = ErrorPayload::new(self.code, error.message);
+        let detail = &mut payload.error;
+        detail.retry_after_ms = match self.retry_after {
+            // Rounded up: a client that comes back too early would be refused again.
+            Some(pause) => Some(
+                u64::try_from(pause.as_nanos().div_ceil(1_000_000))
+                    .unwrap_or(u64::MAX)
+                    .max(1),
+            ),
+            None => error.retry_after_seconds.map(|seconds| seconds.saturating_mul(1000)),
         };
-        detail.reason = Some(error.code);
-        failure
+        if self.code == ErrorCode::Rejected {
+            detail.status = Some(status);
+            detail.reason = Some(error.code.to_string());
+            detail.details = with_intake(error.details, error.intake_error_code);
+        }
+        payload
     }
+
+    /// The body of an HTTP reply; its [`ErrorBody::status`] is the reply's status.
+    pub fn into_body(self) -> ErrorBody {
+        let mut body = *self.body;
+        if let Some(pause) = self.retry_after {
+            // Rounded up: a client that comes back too early would be refused again.
+            let seconds = pause.as_nanos().div_ceil(1_000_000_000);
+            body.retry_after_seconds = Some(u64::try_from(seconds).unwrap_or(u64::MAX).max(1));
+        }
+        body
+    }
+}
+
+/// The router's code that means the same as a code of the gateway.
+fn router_code(code: ErrorCode) -> RouterCode {
+    match code {
+        ErrorCode::InvalidVersion | ErrorCode::InvalidType | ErrorCode::InvalidPayload | ErrorCode::FrameTooLarge => {
+            RouterCode::InvalidRequest
+        }
+        ErrorCode::Timeout => RouterCode::DeadlineExceeded,
+        ErrorCode::ConnectionClosed | ErrorCode::Unavailable => RouterCode::Unavailable,
+        ErrorCode::Overloaded => RouterCode::Backpressure,
+        ErrorCode::Forbidden => RouterCode::Forbidden,
+        ErrorCode::Rejected | ErrorCode::Internal => RouterCode::Internal,
+    }
+}
+
+/// The socket has no field for the intake code, so it joins the details.
+fn with_intake(details: Option<Value>, intake: Option<IntakeCode>) -> Option<Value> {
+    let Some(intake) = intake else { return details };
+    let mut fields = match details {
+        Some(Value::Object(fields)) => fields,
+        None => Map::new(),
+        // Details of another form have no room for it.
+        Some(other) => return Some(other),
+    };
+    fields.insert("intake_error_code".into(), intake.as_str().into());
+    Some(Value::Object(fields))
 }
 
 impl From<Refused> for Failure {
     fn from(refused: Refused) -> Self {
         match refused {
+            Refused::Router(error) => Self::rejected(*error),
             Refused::Open { retry_after } => {
-                let text = "The router has not answered lately and is left alone for a moment; try again";
-                Self::unavailable(text, retry_after)
+                let text = "the router has not answered lately, so the gateway's circuit breaker is open; try again";
+                Self::new(ErrorCode::Unavailable, text).retry_after(retry_after)
             }
             Refused::Nobody { retry_after } => {
-                Self::unavailable("No router is running; start one or try again", retry_after)
+                Self::new(ErrorCode::Unavailable, "no router is running; start one or try again")
+                    .retry_after(retry_after)
             }
             Refused::Bus(error) => error.into(),
-            Refused::Router(error) => Self::rejected(*error),
-            Refused::Unreadable(what) => {
-                Self::new(ErrorCode::Internal, format!("The router's answer cannot be read: {what}"))
+            Refused::Unreadable(problem) => {
+                Self::new(ErrorCode::Internal, format!("the router's answer cannot be read: {problem}"))
             }
         }
     }
@@ -77,14 +141,95 @@ impl From<Refused> for Failure {
 
 impl From<bus::Error> for Failure {
     fn from(error: bus::Error) -> Self {
+        let text = error.to_string();
         match error {
-            bus::Error::Timeout(_) => Self::new(ErrorCode::Timeout, "No answer before the deadline"),
-            bus::Error::TooLarge { .. } => Self::new(ErrorCode::FrameTooLarge, error.to_string()),
+            // The subject would only tell the client how the gateway reaches the router.
+            bus::Error::Timeout(_) => Self::new(ErrorCode::Timeout, "no answer before the deadline"),
+            bus::Error::TooLarge { .. } => Self::new(ErrorCode::FrameTooLarge, text),
             bus::Error::Disconnected(_) => {
-                let retry_after = Duration::from_millis(crate::session::RETRY_AFTER_MS);
-                Self::unavailable(&error.to_string(), retry_after)
+                Self::new(ErrorCode::Unavailable, text).retry_after(Duration::from_millis(RETRY_AFTER_MS))
             }
-            other => Self::new(ErrorCode::Internal, other.to_string()),
+            bus::Error::NoResponders(_)
+            | bus::Error::InvalidSubject(_)
+            | bus::Error::NoStream(_)
+            | bus::Error::WrongRevision(_)
+            | bus::Error::Storage(_) => Self::new(ErrorCode::Internal, text),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a client learns from a failure: code, `retry_after_ms`, `status` and `reason` on the socket; status, code and
+    /// `retry_after_seconds` over HTTP.
+    type Reports = ((u16, Option<u64>, Option<u16>, Option<String>), (u16, String, Option<u64>));
+
+    fn reports(refused: impl Fn() -> Refused) -> Reports {
+        let frame = Failure::from(refused()).into_payload().error;
+        let body = Failure::from(refused()).into_body();
+        assert_eq!(frame.message, body.message);
+        (
+            (frame.code, frame.retry_after_ms, frame.status, frame.reason),
+            (body.status(), body.code.to_string(), body.retry_after_seconds),
+        )
+    }
+
+    #[test]
+    fn socket_and_http_report_the_same_failure() {
+        let check =
+            |refused: fn() -> Refused, (code, ms): (u16, Option<u64>), (status, name, s): (u16, &str, Option<u64>)| {
+                let expected = ((code, ms, None, None), (status, name.to_string(), s));
+                assert_eq!(reports(refused), expected, "{:?}", refused());
+            };
+        let pause = Duration::from_micros(1_500_001);
+        assert_eq!(pause.as_micros(), 1_500_001);
+
+        check(
+            || Refused::Open { retry_after: Duration::from_micros(1_500_001) },
+            (11, Some(1501)),
+            (503, "unavailable", Some(2)),
+        );
+        check(|| Refused::Nobody { retry_after: Duration::ZERO }, (11, Some(1)), (503, "unavailable", Some(1)));
+        check(
+            || Refused::Bus(bus::Error::Disconnected("no server".into())),
+            (11, Some(100)),
+            (503, "unavailable", Some(1)),
+        );
+        check(|| Refused::Bus(bus::Error::Timeout("s".into())), (5, None), (504, "deadline_exceeded", None));
+        check(|| Refused::Bus(bus::Error::TooLarge { size: 9, max: 8 }), (3, None), (413, "invalid_request", None));
+        check(|| Refused::Bus(bus::Error::Storage("full".into())), (99, None), (500, "internal", None));
+        check(|| Refused::Unreadable("no JSON".into()), (99, None), (500, "internal", None));
+    }
+
+    #[test]
+    fn the_routers_own_error_keeps_its_code_and_its_time() {
+        let refused = || Refused::Router(Box::new(ErrorBody::new(RouterCode::Backpressure, "later").retry_after(0)));
+        let expected = ((12, Some(0), Some(429), Some("backpressure".into())), (429, "backpressure".into(), Some(0)));
+        assert_eq!(reports(refused), expected);
+
+        let refused = || Refused::Router(Box::new(ErrorBody::new(RouterCode::Unknown("teapot".into()), "no coffee")));
+        assert_eq!(reports(refused), ((12, None, Some(500), Some("teapot".into())), (500, "teapot".into(), None)));
+    }
+
+    #[test]
+    fn intake_code_joins_the_details() {
+        let details = |error: ErrorBody| Failure::rejected(error).into_payload().error.details;
+        let large = || ErrorBody::invalid(IntakeCode::PayloadTooLarge, "large");
+        let expected = serde_json::json!({"intake_error_code": "PAYLOAD_TOO_LARGE"});
+        assert_eq!(details(large()), Some(expected));
+
+        let given = serde_json::json!({"field": "x"});
+        let expected = serde_json::json!({"field": "x", "intake_error_code": "PAYLOAD_TOO_LARGE"});
+        assert_eq!(details(ErrorBody { details: Some(given.clone()), ..large() }), Some(expected));
+        assert_eq!(
+            details(ErrorBody {
+                details: Some(given.clone()),
+                ..ErrorBody::new(RouterCode::Forbidden, "no")
+            }),
+            Some(given)
+        );
+        assert_eq!(details(ErrorBody { details: Some("text".into()), ..large() }), Some("text".into()));
     }
 }

@@ -13,11 +13,11 @@ use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use wire::ipc::{ErrorCode, ExchangeContext, FrameType, StreamComplete, TaskAnswer, TaskRef, TaskSubmit, Wait};
-use wire::limits::{ID_MAX, IPC_FRAME_MAX};
+use wire::limits::IPC_FRAME_MAX;
 use wire::router::{
     AnswerHead, Awaited, DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskQuery, TaskState, VERSION,
 };
-use wire::subjects;
+use wire::{subjects, trace};
 
 /// Between looks at a task's record while its result is awaited: a result message that was missed (a reconnect, a full
 /// queue, a task that had ended before) is found there.
@@ -149,7 +149,7 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline: 
             gateway: gateway.clone(),
             peer,
             request_id: task.task_id.clone(),
-            traceparent: traceparent(&trace_id),
+            traceparent: trace::traceparent(&trace_id, rand::random()),
             trace_id,
             tenant_id: task.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
             deadline,
@@ -161,7 +161,7 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline: 
             let given = submit
                 .traceparent
                 .clone()
-                .filter(|parent| trace_of_parent(parent).is_some());
+                .filter(|parent| trace::trace_id_of(parent).is_some());
             let exchange = Exchange {
                 gateway: gateway.clone(),
                 peer,
@@ -169,7 +169,7 @@ pub async fn run(gateway: Arc<Gateway>, peer: Peer, request: Request, deadline: 
                     .request_id
                     .clone()
                     .unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
-                traceparent: given.or_else(|| traceparent(&trace_id)),
+                traceparent: given.or_else(|| trace::traceparent(&trace_id, rand::random())),
                 trace_id,
                 tenant_id: submit.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
                 deadline,
@@ -220,7 +220,8 @@ impl Exchange {
     }
 
     fn failed(&self, failure: Failure, took_us: u64) -> Reply {
-        let Failure { mut payload, code, in_stream } = failure;
+        let (code, in_stream) = (failure.code, failure.in_stream);
+        let mut payload = failure.into_payload();
         self.gateway.stats.failed(code);
         let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
         let error_code = code.name();
@@ -537,39 +538,11 @@ pub fn new_trace_id() -> String {
 
 /// That of a well-formed `traceparent`, else `trace_id`, else a new one.
 fn trace_of(submit: &TaskSubmit) -> String {
-    let from_parent = submit.traceparent.as_deref().and_then(trace_of_parent);
+    let from_parent = submit.traceparent.as_deref().and_then(trace::trace_id_of);
     from_parent
         .map(String::from)
         .or_else(|| submit.trace_id.clone())
         .unwrap_or_else(new_trace_id)
-}
-
-/// W3C: `version-trace-span-flags`, in hex; later versions may add fields. Any other is as good as none.
-pub fn trace_of_parent(parent: &str) -> Option<&str> {
-    let fields: Vec<&str> = parent.splitn(5, '-').collect();
-    let hex = |field: &str, length| field.len() == length && field.bytes().all(|b| b.is_ascii_hexdigit());
-    // Ids of zeros and version ff are reserved for what is not valid.
-    let id = |field: &str, length| hex(field, length) && field.bytes().any(|b| b != b'0');
-    match fields[..] {
-        [version, trace, span, flags, ..]
-            if parent.len() <= ID_MAX
-                && hex(version, 2)
-                && version != "ff"
-                && id(trace, 32)
-                && id(span, 16)
-                && hex(flags, 2) =>
-        {
-            Some(trace)
-        }
-        _ => None,
-    }
-}
-
-/// W3C trace context, where the trace id has a form that fits it.
-pub fn traceparent(trace_id: &str) -> Option<String> {
-    let trace = uuid::Uuid::try_parse(trace_id).ok()?.simple().to_string();
-    let span = &uuid::Uuid::new_v4().simple().to_string()[..16];
-    Some(format!("00-{trace}-{span}-01"))
 }
 
 #[cfg(test)]
@@ -577,25 +550,6 @@ mod tests {
     use super::*;
     use crate::Config;
     use bus::Message;
-
-    #[test]
-    fn only_a_whole_traceparent_counts() {
-        let trace = "0af7651916cd43dd8448eb211c80319c";
-        for (parent, expected) in [
-            (format!("00-{trace}-b7ad6b7169203331-01"), Some(trace)),
-            (format!("01-{trace}-b7ad6b7169203331-01-more"), Some(trace)),
-            (format!("00-{trace}-b7ad6b7169203331-01\r\nx: y"), None),
-            (format!("00-{trace}"), None),
-            (format!("ff-{trace}-b7ad6b7169203331-01"), None),
-            (format!("00-{trace}-0000000000000000-01"), None),
-            (format!("00-{}-b7ad6b7169203331-01", "0".repeat(32)), None),
-            (format!("00-{}-b7ad6b7169203331-01", &trace[1..]), None),
-            (format!("01-{trace}-b7ad6b7169203331-01-{}", "x".repeat(128)), None),
-            (String::new(), None),
-        ] {
-            assert_eq!(trace_of_parent(&parent), expected, "{parent}");
-        }
-    }
 
     #[test]
     fn what_does_not_fit_is_named() {

@@ -2,8 +2,8 @@
 //! back byte for byte, its error under the HTTP status that stands for it.
 
 use crate::Gateway;
+use crate::failure::Failure;
 use crate::forward;
-use crate::router::Refused;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -17,11 +17,11 @@ use subtle::ConstantTimeEq;
 use wire::id;
 use wire::ipc::ErrorCode;
 use wire::limits::DECIDE_MAX;
-use wire::router::{Context, ErrorBody, ErrorResponse, RequestHead};
-use wire::subjects;
+use wire::router::{Context, ErrorBody, ErrorResponse, IntakeCode, RequestHead, RouterCode};
+use wire::{subjects, trace};
 
-/// When to try again where nobody said it, seconds.
-const RETRY_AFTER: u64 = 1;
+/// When to try again after too many requests in flight.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 pub fn routes(gateway: Arc<Gateway>) -> axum::Router {
     axum::Router::new()
@@ -33,32 +33,33 @@ async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Respon
     let mut asked = RequestHead::default();
     match answer(&gateway, request, &mut asked).await {
         Ok(answer) => respond(StatusCode::OK, answer.into(), None),
-        Err((code, error)) => {
-            gateway.stats.failed(code);
-            refuse(error, asked)
+        Err(failure) => {
+            gateway.stats.failed(failure.code);
+            refuse(failure.into_body(), asked)
         }
     }
 }
 
-async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) -> Result<Bytes, (ErrorCode, ErrorBody)> {
+async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) -> Result<Bytes, Failure> {
     let started = Instant::now();
     let (parts, body) = request.into_parts();
     if !authorized(&parts.headers, &gateway.config().api_key) {
         let text = "X-API-Key is missing or wrong; `beamline api-key` prints it";
-        return Err((ErrorCode::Forbidden, error("unauthorized", text)));
+        return Err(Failure::reported(ErrorCode::Forbidden, ErrorBody::new(RouterCode::Unauthorized, text)));
     }
+
     let Ok(body) = to_bytes(body, DECIDE_MAX).await else {
-        let mut large = error("invalid_request", &format!("a decide request has at most {DECIDE_MAX} bytes"));
-        large.intake_error_code = Some("PAYLOAD_TOO_LARGE".into());
-        return Err((ErrorCode::InvalidPayload, large));
+        let text = format!("a decide request has at most {DECIDE_MAX} bytes");
+        let large = ErrorBody::invalid(IntakeCode::PayloadTooLarge, text);
+        return Err(Failure::reported(ErrorCode::InvalidPayload, large));
     };
     // Not before: somebody whose body is slow to come would keep it from others.
     let Ok(_place) = gateway.take_place(gateway.uid) else {
-        let mut busy = error("backpressure", "too many requests in flight");
-        busy.retry_after_seconds = Some(RETRY_AFTER);
-        return Err((ErrorCode::Overloaded, busy));
+        let busy = Failure::new(ErrorCode::Overloaded, "too many requests in flight");
+        return Err(busy.retry_after(RETRY_AFTER));
     };
     gateway.stats.taken();
+
     // Read for its headers and the errors that we make ourselves; the router judges the request.
     *asked = serde_json::from_slice(&body).unwrap_or_default();
     let headers = headers(&parts.headers, asked);
@@ -68,63 +69,33 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
         .ask(&gateway.bus, subjects::DECIDE, headers, body, due)
         .await;
     gateway.stats.forwarded(started.elapsed());
-    answer.map_err(|refused| (refused.code(), translate(refused)))
+    answer.map_err(Failure::from)
 }
 
 /// As for any request to the router. A trace is that of `traceparent`, else the body's, else a new one; a header that
 /// would not fit stays away, and the router says what is wrong with the body.
 fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
     let text = |name: &str| given.get(name).and_then(|value| value.to_str().ok());
-    let parent = text("traceparent").filter(|parent| forward::trace_of_parent(parent).is_some());
-    let trace_id = match (parent.and_then(forward::trace_of_parent), asked.trace_id.take()) {
+    let parent = text("traceparent").filter(|parent| trace::trace_id_of(parent).is_some());
+    let trace_id = match (parent.and_then(trace::trace_id_of), asked.trace_id.take()) {
         (Some(trace), _) => Some(trace.to_string()),
         (None, Some(trace)) => Some(trace).filter(|trace| id::is_valid(trace)),
         (None, None) => Some(forward::new_trace_id()),
     };
     let parent = parent
         .map(String::from)
-        .or_else(|| forward::traceparent(trace_id.as_deref()?));
+        .or_else(|| trace::traceparent(trace_id.as_deref()?, rand::random()));
     let tenant_id = asked.tenant_id.as_deref().filter(|tenant| id::is_tenant(tenant));
     let headers = forward::headers(trace_id.as_deref(), parent.as_deref(), tenant_id);
     asked.trace_id = trace_id;
     headers
 }
 
-/// Our own errors in the router's words.
-fn translate(refused: Refused) -> ErrorBody {
-    let unavailable = |text: &str, after: Duration| {
-        let mut body = error("unavailable", text);
-        // Rounded up: a second too early would be refused again.
-        body.retry_after_seconds = Some(after.as_secs_f64().ceil().max(RETRY_AFTER as f64) as u64);
-        body
-    };
-    match refused {
-        Refused::Open { retry_after } => unavailable("the router has not answered lately; try again", retry_after),
-        Refused::Bus(bus::Error::Timeout(_)) => error("deadline_exceeded", "no answer before the deadline"),
-        Refused::Nobody { retry_after } => unavailable("no router is running", retry_after),
-        Refused::Bus(problem @ bus::Error::Disconnected(_)) => unavailable(&problem.to_string(), Duration::ZERO),
-        Refused::Bus(problem) => error("internal", &problem.to_string()),
-        Refused::Unreadable(what) => error("internal", &format!("the router's answer cannot be read: {what}")),
-        Refused::Router(error) => *error,
-    }
-}
-
-fn error(code: &str, message: &str) -> ErrorBody {
-    let (code, message) = (code.into(), message.into());
-    ErrorBody {
-        code,
-        message,
-        details: None,
-        intake_error_code: None,
-        retry_after_seconds: None,
-    }
-}
-
 fn refuse(error: ErrorBody, asked: RequestHead) -> Response {
     let status = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let retry_after = error.retry_after_seconds;
     let context = Context { request_id: asked.request_id, trace_id: asked.trace_id };
-    let body = serde_json::to_vec(&ErrorResponse { ok: false, error, context }).expect("an error is JSON");
+    let body = serde_json::to_vec(&ErrorResponse::new(error, context)).expect("an error body serializes to JSON");
     respond(status, body.into(), retry_after)
 }
 

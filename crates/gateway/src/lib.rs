@@ -355,7 +355,7 @@ impl Gateway {
 fn refuse(stream: &UnixStream, code: ErrorCode, text: &str) {
     let mut error = ErrorPayload::new(code, text);
     if code == ErrorCode::Overloaded {
-        error.error.retry_after_ms = Some(session::RETRY_AFTER_MS);
+        error.error.retry_after_ms = Some(failure::RETRY_AFTER_MS);
     }
     let mut bytes = bytes::BytesMut::new();
     Frame::new(Version::V1, FrameType::ResponseError, error.encode()).encode(&mut bytes);

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use wire::router::{BackpressureData, BackpressureStatus, ErrorBody, VERSION};
+use wire::router::{Backpressure, BackpressureStatus, ErrorBody, RouterCode, StatusReply, VERSION};
 use wire::subjects;
 
 /// Between two questions while there are requests; and the least, however many requests the router has just refused.
@@ -46,13 +46,8 @@ impl Pressure {
             return Ok(());
         };
         metrics::counter!("beamline_gateway_held_back_total").increment(1);
-        Err(Box::new(ErrorBody {
-            code: "backpressure".into(),
-            message: "the router is overloaded; try again later".into(),
-            details: None,
-            intake_error_code: None,
-            retry_after_seconds: Some(retry_after),
-        }))
+        let error = ErrorBody::new(RouterCode::Backpressure, "the router is overloaded; try again later");
+        Err(Box::new(error.retry_after(retry_after)))
     }
 
     /// The router has refused a request for its load: is it more than that one?
@@ -60,13 +55,13 @@ impl Pressure {
         self.refused.notify_one();
     }
 
-    fn heard(&self, data: &BackpressureData, now: Instant) {
+    fn heard(&self, data: &Backpressure, now: Instant) {
         let before = self.word.refuses(now).is_some();
-        let active = data.status == "active";
+        let active = data.status == BackpressureStatus::Active;
         self.word
             .is(active.then(|| data.policy.retry_after_seconds.unwrap_or(RETRY_AFTER)), now);
         if before != active {
-            tracing::warn!(status = data.status, "the router's load");
+            tracing::warn!(status = data.status.as_str(), "the router's load");
         }
     }
 }
@@ -91,11 +86,8 @@ pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
         tokio::select! {
             () = cancel.cancelled() => return,
             answer = gateway.bus.request(subjects::BACKPRESSURE, headers, Bytes::new(), ANSWER_WITHIN) => {
-                let status = answer.map_err(|e| e.to_string()).and_then(|message| {
-                    serde_json::from_slice::<BackpressureStatus>(&message.payload).map_err(|e| e.to_string())
-                });
-                match status {
-                    Ok(status) => pressure.heard(&status.data, Instant::now()),
+                match answer.map_err(|e| e.to_string()).and_then(|message| load(&message.payload)) {
+                    Ok(load) => pressure.heard(&load, Instant::now()),
                     Err(error) => {
                         metrics::counter!("beamline_gateway_status_failures_total").increment(1);
                         tracing::debug!(error, "the router did not say how loaded it is");
@@ -108,6 +100,13 @@ pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
             () = tokio::time::sleep(ASK_AGAIN) => {}
         }
     }
+}
+
+fn load(payload: &[u8]) -> Result<Backpressure, String> {
+    let reply: StatusReply<Backpressure> = serde_json::from_slice(payload).map_err(|e| e.to_string())?;
+    reply
+        .data
+        .ok_or_else(|| reply.error.unwrap_or_else(|| "the reply has no data".into()))
 }
 
 /// The router's last word, as a state machine that is told the time.

@@ -8,8 +8,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-use wire::ipc::ErrorCode;
-use wire::router::{AnswerHead, ErrorBody};
+use wire::router::{AnswerHead, ErrorBody, RouterCode};
 use wire::subjects;
 
 /// A request that had less time than this, or than most of what requests have, says nothing about the router when it
@@ -41,19 +40,6 @@ pub enum Refused {
     /// The router's own word.
     Router(Box<ErrorBody>),
     Unreadable(String),
-}
-
-impl Refused {
-    /// What a program on the socket is told, and what is counted.
-    pub fn code(&self) -> ErrorCode {
-        match self {
-            Self::Open { .. } | Self::Nobody { .. } | Self::Bus(bus::Error::Disconnected(_)) => ErrorCode::Unavailable,
-            Self::Bus(bus::Error::Timeout(_)) => ErrorCode::Timeout,
-            Self::Bus(bus::Error::TooLarge { .. }) => ErrorCode::FrameTooLarge,
-            Self::Bus(_) | Self::Unreadable(_) => ErrorCode::Internal,
-            Self::Router(_) => ErrorCode::Rejected,
-        }
-    }
 }
 
 impl Access {
@@ -105,7 +91,7 @@ impl Access {
             };
             let passes = match &refused {
                 Refused::Bus(bus::Error::Disconnected(_)) => true,
-                Refused::Router(error) => error.code == "unavailable",
+                Refused::Router(error) => error.code == RouterCode::Unavailable,
                 _ => false,
             };
             let pause = PAUSE.mul_f64(0.5 + rand::random::<f64>());
@@ -135,14 +121,14 @@ impl Access {
             Err(bus::Error::NoResponders(_)) => Err(Refused::Nobody { retry_after: Duration::ZERO }),
             Err(error) => Err(Refused::Bus(error)),
         };
-        if matches!(&answer, Err(Refused::Router(error)) if error.code == "backpressure") {
+        if matches!(&answer, Err(Refused::Router(error)) if error.code == RouterCode::Backpressure) {
             self.pressure.refused();
         }
         call.settle(match &answer {
             Ok(_) => Outcome::Answered,
-            Err(Refused::Router(error)) => match (error.status(), &*error.code) {
-                (429, _) => Outcome::Neutral,
-                (_, "internal" | "unavailable") => Outcome::Failed,
+            Err(Refused::Router(error)) => match error.code {
+                RouterCode::Internal | RouterCode::Unavailable => Outcome::Failed,
+                _ if error.status() == 429 => Outcome::Neutral,
                 _ => Outcome::Answered,
             },
             Err(Refused::Unreadable(_)) => Outcome::Failed,

@@ -5,6 +5,7 @@ mod io;
 mod line;
 
 use crate::deadline::Deadline;
+use crate::failure::RETRY_AFTER_MS;
 use crate::forward::{self, Reply, Request};
 use crate::in_flight::{Full, Place};
 use crate::{Gateway, Peer};
@@ -24,9 +25,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use wire::ipc::{Capabilities, Decoder, ErrorCode, ErrorPayload, Frame, FrameType, HEADER_V1, Limits, Version};
 use wire::limits::IPC_FRAME_MAX;
-
-/// When to try again after an overload that ends by itself.
-pub const RETRY_AFTER_MS: u64 = 100;
 
 /// An unfinished frame up to this size is free of the receive budget.
 const FREE_RECEIVE: usize = 16 * 1024;

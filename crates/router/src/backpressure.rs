@@ -4,8 +4,8 @@
 use crate::Router;
 use bus::clock::unix_ms;
 use parking_lot::Mutex;
-use serde_json::{Value, json};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use wire::router::{BackpressurePolicy, BackpressureStatus, LoadMetrics, LoadThresholds, StatusReply};
 use wire::subjects;
 
 /// When a refused client should try again.
@@ -56,29 +56,35 @@ impl Backpressure {
 }
 
 /// Measures now; the answer to a status request.
-pub async fn measure(router: &Router) -> Value {
+pub async fn measure(router: &Router) -> StatusReply<wire::router::Backpressure> {
     let pending = match router.bus.stream_info(subjects::STREAM_ASSIGN).await {
         Ok(info) => info.messages,
-        Err(error) => return json!({"success": false, "error": error.to_string()}),
+        Err(error) => return StatusReply::from(Err(error.to_string())),
     };
     let in_flight = router.stats.in_flight.load(Relaxed);
     let p95_ms = router.stats.decide_us().p95 / 1000.0;
     let over = router.backpressure.judge(&Load { pending, p95_ms, in_flight });
     let status = match over {
-        0 => "inactive",
-        1 => "warning",
-        _ => "active",
+        0 => BackpressureStatus::Inactive,
+        1 => BackpressureStatus::Warning,
+        _ => BackpressureStatus::Active,
     };
-    json!({"success": true, "data": {
-        "subject": subjects::DECIDE, "status": status,
-        "metrics": {"pending_messages": pending, "latency_p95_ms": p95_ms, "inflight_messages": in_flight},
-        "thresholds": {
-            "queue_overload": QUEUE_OVERLOAD, "latency_overload_ms": LATENCY_OVERLOAD_MS,
-            "inflight_overload": IN_FLIGHT_OVERLOAD,
+    StatusReply::from(Ok(wire::router::Backpressure {
+        metrics: LoadMetrics {
+            pending_messages: pending,
+            latency_p95_ms: p95_ms,
+            inflight_messages: in_flight,
         },
-        "policy": {"retry_after_seconds": RETRY_AFTER_S, "max_retry_attempts": 3},
-        "timestamp": unix_ms(),
-    }})
+        policy: BackpressurePolicy { max_retry_attempts: 3, retry_after_seconds: Some(RETRY_AFTER_S) },
+        status,
+        subject: subjects::DECIDE.into(),
+        thresholds: LoadThresholds {
+            queue_overload: QUEUE_OVERLOAD,
+            latency_overload_ms: LATENCY_OVERLOAD_MS,
+            inflight_overload: IN_FLIGHT_OVERLOAD,
+        },
+        timestamp: unix_ms(),
+    }))
 }
 
 #[cfg(test)]

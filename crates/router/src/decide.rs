@@ -13,9 +13,10 @@ use std::time::Instant;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wire::router::{Choice, Context, DecideRequest, DecideResponse, Decision, ErrorBody, ErrorResponse, VERSION};
-use wire::subjects;
-use wire::{id, limits};
+use wire::router::{
+    Choice, Context, DecideRequest, DecideResponse, Decision, ErrorBody, ErrorResponse, IntakeCode, RouterCode, VERSION,
+};
+use wire::{id, limits, subjects, trace};
 
 pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: CancellationToken) {
     let places = Arc::new(Semaphore::new(router.config.max_in_flight));
@@ -51,9 +52,8 @@ pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: Cancel
             },
             Ok(request) => {
                 let Ok(place) = places.clone().try_acquire_owned() else {
-                    let error =
-                        failure("backpressure", "too many assignments wait for their acknowledgement; try again");
-                    let error = ErrorBody { retry_after_seconds: Some(1), ..error };
+                    let text = "too many assignments wait for their acknowledgement; try again";
+                    let error = ErrorBody::new(RouterCode::Backpressure, text).retry_after(1);
                     router.refuse(&message, context, error).await;
                     continue;
                 };
@@ -82,35 +82,17 @@ pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: Cancel
     router.drain(pushes).await;
 }
 
-pub fn failure(code: &str, message: impl Into<String>) -> ErrorBody {
-    ErrorBody {
-        code: code.into(),
-        message: message.into(),
-        details: None,
-        intake_error_code: None,
-        retry_after_seconds: None,
-    }
-}
-
-fn invalid(intake: &str, message: impl Into<String>) -> ErrorBody {
-    ErrorBody {
-        intake_error_code: Some(intake.into()),
-        ..failure("invalid_request", message)
-    }
-}
-
 impl Router {
     /// The request, or why it is refused; and the ids that any answer repeats.
     fn accept(&self, message: &Message) -> (Context, Result<DecideRequest, ErrorBody>) {
         if self.backpressure.refuses() {
-            let error = failure("backpressure", "the router is overloaded; try again later");
-            let retry_after_seconds = Some(crate::backpressure::RETRY_AFTER_S);
-            return (Context::default(), Err(ErrorBody { retry_after_seconds, ..error }));
+            let error = ErrorBody::new(RouterCode::Backpressure, "the router is overloaded; try again later");
+            return (Context::default(), Err(error.retry_after(crate::backpressure::RETRY_AFTER_S)));
         }
         let size = message.payload.len();
         if size > limits::DECIDE_MAX {
             let text = format!("the request has {size} bytes; at most {} are taken", limits::DECIDE_MAX);
-            return (Context::default(), Err(invalid("PAYLOAD_TOO_LARGE", text)));
+            return (Context::default(), Err(ErrorBody::invalid(IntakeCode::PayloadTooLarge, text)));
         }
         // An array would fit a struct too.
         if message
@@ -119,7 +101,7 @@ impl Router {
             .first()
             .is_some_and(|byte| *byte != b'{')
         {
-            let error = invalid("SCHEMA_VALIDATION_FAILED", "the request is not a JSON object");
+            let error = ErrorBody::invalid(IntakeCode::SchemaValidationFailed, "the request is not a JSON object");
             return (Context::default(), Err(error));
         }
         let mut request: DecideRequest = match serde_json::from_slice(&message.payload) {
@@ -139,18 +121,21 @@ impl Router {
     /// open.
     pub fn decide(&self, request: &DecideRequest, holder: &str) -> Result<Chosen<'_>, ErrorBody> {
         if request.deadline.is_some_and(|deadline| deadline < unix_ms()) {
-            return Err(failure("deadline_exceeded", "the request's deadline passed before it was decided"));
+            return Err(ErrorBody::new(
+                RouterCode::DeadlineExceeded,
+                "the request's deadline passed before it was decided",
+            ));
         }
         let policies = self.policies.current();
         let name = request.policy_id.as_deref().unwrap_or("default");
         let served = match policies.find(&request.tenant_id, name) {
             Lookup::Serves(served) => served,
             // Not `unavailable`: gateways would take the router for failing, for everybody.
-            Lookup::Refuses(why) => return Err(failure("decision_failed", why)),
+            Lookup::Refuses(why) => return Err(ErrorBody::new(RouterCode::DecisionFailed, why)),
             Lookup::Unknown => {
                 let tenant = &request.tenant_id;
                 let text = format!("tenant {tenant:?} has no policy {name:?}, and neither has tenant \"default\"");
-                return Err(failure("policy_not_found", text));
+                return Err(ErrorBody::new(RouterCode::PolicyNotFound, text));
             }
         };
         let (owner, policy) = (served.name.tenant.as_str(), &served.version.compiled);
@@ -185,7 +170,7 @@ impl Router {
     async fn refuse(&self, message: &Message, context: Context, error: ErrorBody) {
         self.stats.refused(&error);
         // What is wrong with a request repeats parts of it: that is for whoever sent it, not for the log.
-        let why = if error.code == "invalid_request" {
+        let why = if error.code == RouterCode::InvalidRequest {
             "the request is not valid"
         } else {
             error.message.as_str()
@@ -193,11 +178,11 @@ impl Router {
         tracing::info!(
             trace_id = context.trace_id,
             request_id = context.request_id,
-            error_code = error.code,
-            intake_error_code = error.intake_error_code,
+            error_code = error.code.as_str(),
+            intake_error_code = error.intake_error_code.as_ref().map(IntakeCode::as_str),
             "refused: {why}"
         );
-        self.reply(message, &ErrorResponse { ok: false, error, context }).await;
+        self.reply(message, &ErrorResponse::new(error, context)).await;
     }
 
     async fn reply(&self, message: &Message, answer: &impl serde::Serialize) {
@@ -241,8 +226,8 @@ impl Seen<'_> {
 
     fn refusal(&self, undecided: &Undecided) -> ErrorBody {
         let out = match undecided {
-            Undecided::NoWeight => return failure("decision_failed", undecided.to_string()),
-            Undecided::Constrained => return failure("no_provider_available", undecided.to_string()),
+            Undecided::NoWeight => return ErrorBody::new(RouterCode::DecisionFailed, undecided.to_string()),
+            Undecided::Constrained => return ErrorBody::new(RouterCode::NoProviderAvailable, undecided.to_string()),
             Undecided::AllOpen(out) => out,
         };
         let cooling = out.iter().filter_map(|provider| match self.standing(provider) {
@@ -251,11 +236,11 @@ impl Seen<'_> {
         });
         // Whoever waits for the first of them is served.
         let Some(ms) = cooling.min() else {
-            return failure("no_provider_available", undecided.to_string());
+            return ErrorBody::new(RouterCode::NoProviderAvailable, undecided.to_string());
         };
         let seconds = ms.div_ceil(1000).max(1);
         let text = format!("out of service for now: {}; try again in {seconds} s", out.join(", "));
-        ErrorBody { retry_after_seconds: Some(seconds), ..failure("rate_limited", text) }
+        ErrorBody::new(RouterCode::RateLimited, text).retry_after(seconds)
     }
 }
 
@@ -277,7 +262,7 @@ fn undecodable<T>(payload: &[u8], error: &serde_json::Error) -> (Context, Result
     let Ok(value) = serde_json::from_slice::<serde_json::Value>(payload) else {
         return (
             Context::default(),
-            Err(invalid("SCHEMA_VALIDATION_FAILED", format!("the request is not JSON: {error}"))),
+            Err(ErrorBody::invalid(IntakeCode::SchemaValidationFailed, format!("the request is not JSON: {error}"))),
         );
     };
     let text = |key: &str| value.get(key).and_then(|v| v.as_str()).map(String::from);
@@ -285,13 +270,16 @@ fn undecodable<T>(payload: &[u8], error: &serde_json::Error) -> (Context, Result
     let wrong_version = text("version").filter(|version| version != VERSION);
     let error = match wrong_version {
         Some(version) => unsupported(&version),
-        None => invalid("SCHEMA_VALIDATION_FAILED", format!("the request does not fit: {error}")),
+        None => ErrorBody::invalid(IntakeCode::SchemaValidationFailed, format!("the request does not fit: {error}")),
     };
     (context, Err(error))
 }
 
 fn unsupported(version: &str) -> ErrorBody {
-    invalid("VERSION_UNSUPPORTED", format!("version {version:?} is not served here; version \"1\" is"))
+    ErrorBody::invalid(
+        IntakeCode::VersionUnsupported,
+        format!("version {version:?} is not served here; version \"1\" is"),
+    )
 }
 
 /// Headers beat the payload. A trace id that only `traceparent` carries is taken from there. A wrong header is counted
@@ -301,7 +289,8 @@ fn apply_headers(request: &mut DecideRequest, headers: &Headers) {
     if let Some(tenant) = tenant_header(headers) {
         request.tenant_id = tenant.into();
     }
-    let parent = header(headers, "traceparent", |parent| trace_of_parent(parent).is_some()).and_then(trace_of_parent);
+    let parent =
+        header(headers, "traceparent", |parent| trace::trace_id_of(parent).is_some()).and_then(trace::trace_id_of);
     if let Some(trace) = header(headers, "trace_id", id::is_valid) {
         request.trace_id = Some(trace.into());
     } else if request.trace_id.is_none() {
@@ -324,12 +313,6 @@ pub fn tenant_header(headers: &Headers) -> Option<&str> {
     header(headers, "tenant_id", id::is_tenant)
 }
 
-/// W3C: `version-trace-span-flags`, in hex.
-fn trace_of_parent(parent: &str) -> Option<&str> {
-    let trace = parent.split('-').nth(1)?;
-    (trace.len() == 32 && trace.bytes().all(|b| b.is_ascii_hexdigit())).then_some(trace)
-}
-
 /// Version, correlation, fields, tenant: in this order.
 fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
     if request.version != VERSION {
@@ -337,10 +320,13 @@ fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
     }
     let flow = [&request.run_id, &request.flow_id, &request.step_id];
     if flow.iter().any(|id| id.is_some()) && !flow.iter().all(|id| id.is_some()) {
-        return Err(invalid("CORRELATION_FIELDS_INVALID", "run_id, flow_id and step_id stand together or not at all"));
+        return Err(ErrorBody::invalid(
+            IntakeCode::CorrelationFieldsInvalid,
+            "run_id, flow_id and step_id stand together or not at all",
+        ));
     }
     let [run, flow_id, step] = flow.map(Option::as_ref);
-    let unfit = |text: String| invalid("SCHEMA_VALIDATION_FAILED", text);
+    let unfit = |text: String| ErrorBody::invalid(IntakeCode::SchemaValidationFailed, text);
     for (name, id) in [
         ("request_id", Some(&request.request_id)),
         ("trace_id", request.trace_id.as_ref()),

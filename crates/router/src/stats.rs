@@ -44,8 +44,8 @@ impl Stats {
     }
 
     pub fn refused(&self, error: &ErrorBody) {
-        bump(&mut self.inner.lock().errors, &error.code);
-        metrics::counter!("beamline_router_errors_total", "code" => error.code.clone()).increment(1);
+        bump(&mut self.inner.lock().errors, error.code.as_str());
+        metrics::counter!("beamline_router_errors_total", "code" => error.code.as_str().to_string()).increment(1);
     }
 
     pub fn ended(&self, result: &ExecResult) {

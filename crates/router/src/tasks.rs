@@ -2,16 +2,15 @@
 
 use crate::Router;
 use crate::breakers::Place;
-use crate::decide::{Chosen, failure, tenant_header};
+use crate::decide::{Chosen, tenant_header};
 use bus::tasks::Record;
 use bus::{Bus, Message, Subscription};
-use serde_json::json;
 use sha1::{Digest, Sha1};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use wire::router::{
-    CancelRun, Context, Correlation, DEFAULT_TENANT, DecideRequest, Decision, ErrorBody, ErrorResponse, ExecAssignment,
-    ExecOptions, Executor, State, TaskAnswer, TaskQuery, TaskState, VERSION,
+    Breakers, CancelRun, Context, Correlation, DEFAULT_TENANT, DecideRequest, Decision, ErrorBody, ErrorResponse,
+    ExecAssignment, ExecOptions, Executor, RouterCode, State, StatusReply, TaskAnswer, TaskQuery, TaskState, VERSION,
 };
 use wire::subjects;
 
@@ -31,7 +30,7 @@ pub async fn push(router: &Router, request: &DecideRequest) -> Result<(TaskState
     let decision = task
         .decision
         .clone()
-        .ok_or_else(|| failure("internal", "the task's record has no decision"))?;
+        .ok_or_else(|| ErrorBody::new(RouterCode::Internal, "the task's record has no decision"))?;
     if !task.state.is_final() {
         let assignment = assignment(request, &task, decision.clone());
         let mut headers = bus::Headers::new()
@@ -55,7 +54,7 @@ pub async fn push(router: &Router, request: &DecideRequest) -> Result<(TaskState
 }
 
 fn unavailable(error: bus::Error) -> ErrorBody {
-    failure("unavailable", format!("the assignment was not stored: {error}"))
+    ErrorBody::new(RouterCode::Unavailable, format!("the assignment was not stored: {error}"))
 }
 
 /// The task of this request, if it was pushed before; a conflict if another request of its tenant was.
@@ -68,7 +67,7 @@ async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
     };
     if task.digest != digest(request) {
         let text = "a task of this request_id with another body exists; choose another request_id";
-        return Err(failure("idempotency_conflict", text));
+        return Err(ErrorBody::new(RouterCode::IdempotencyConflict, text));
     }
     if !task.state.is_final() {
         // Whoever began it may have ended before this.
@@ -101,7 +100,8 @@ async fn begin<'a>(router: &'a Router, request: &DecideRequest) -> Result<(TaskS
         Ok(()) => Ok((fresh, Some(place))),
         Err(bus::Error::WrongRevision(_)) => {
             let task = known(router, request).await?;
-            let task = task.ok_or_else(|| failure("unavailable", "the task expired just now; try again"))?;
+            let task =
+                task.ok_or_else(|| ErrorBody::new(RouterCode::Unavailable, "the task expired just now; try again"))?;
             Ok((task, None))
         }
         Err(error) => Err(unavailable(error)),
@@ -170,8 +170,8 @@ pub async fn run(router: Arc<Router>, mut queries: Queries, stop: CancellationTo
             }
             Some(message) = queries.backpressure.next() => answer(&router, &message, &crate::backpressure::measure(&router).await).await,
             Some(message) = queries.breakers.next() => {
-                let breakers = json!({"success": true, "data": {"breakers": router.breakers.status(router.uptime_ms())}});
-                answer(&router, &message, &breakers).await;
+                let breakers = Breakers { breakers: router.breakers.status(router.uptime_ms()) };
+                answer(&router, &message, &StatusReply::from(Ok(breakers))).await;
             }
             else => return,
         }
@@ -204,12 +204,10 @@ where
     F: FnOnce(Asked) -> R,
     R: Future<Output = bus::Result<Option<TaskState>>>,
 {
-    let refuse = |error: ErrorBody, request_id: Option<String>| ErrorResponse {
-        ok: false,
-        error,
-        context: Context { request_id, trace_id: None },
+    let refuse = |error: ErrorBody, request_id: Option<String>| {
+        ErrorResponse::new(error, Context { request_id, trace_id: None })
     };
-    let asked = Asked::read(message).map_err(|text| refuse(failure("invalid_request", text), None))?;
+    let asked = Asked::read(message).map_err(|text| refuse(ErrorBody::new(RouterCode::InvalidRequest, text), None))?;
     let id = asked.request_id.clone();
     match find(asked).await {
         Ok(Some(mut task)) => {
@@ -219,7 +217,7 @@ where
             Ok(TaskAnswer { ok: true, task })
         }
         Ok(None) => Err(refuse(ErrorBody::unknown_task(&id), Some(id))),
-        Err(error) => Err(refuse(failure("unavailable", error.to_string()), Some(id))),
+        Err(error) => Err(refuse(ErrorBody::new(RouterCode::Unavailable, error.to_string()), Some(id))),
     }
 }
 

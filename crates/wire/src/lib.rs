@@ -14,6 +14,7 @@ pub mod router;
 pub mod status;
 pub mod subjects;
 pub mod time;
+pub mod trace;
 pub mod websocket;
 
 /// What is wrong with JSON, without the values that serde quotes: they may be what a person wrote, and this is for logs.

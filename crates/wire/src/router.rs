@@ -3,8 +3,15 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+mod error;
 #[cfg(test)]
 mod golden;
+mod load;
+
+pub use error::{ErrorBody, ErrorResponse, IntakeCode, RouterCode};
+pub use load::{
+    Backpressure, BackpressurePolicy, BackpressureStatus, Breakers, LoadMetrics, LoadThresholds, StatusReply,
+};
 
 pub const VERSION: &str = "1";
 /// The tenant of whoever names none.
@@ -147,25 +154,6 @@ pub struct Context {
     pub trace_id: Option<String>,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ErrorResponse {
-    pub ok: bool,
-    pub error: ErrorBody,
-    pub context: Context,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ErrorBody {
-    pub code: String,
-    pub message: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub details: Option<Value>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub intake_error_code: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retry_after_seconds: Option<u64>,
-}
-
 /// The part of a reply that must be decoded to forward it: whether it is an error, and the assignment of a pushed task.
 #[derive(Debug, Deserialize)]
 pub struct AnswerHead {
@@ -181,73 +169,6 @@ pub struct RequestHead {
     pub request_id: Option<String>,
     pub tenant_id: Option<String>,
     pub trace_id: Option<String>,
-}
-
-/// The reply on [`crate::subjects::BACKPRESSURE`], reduced to the fields that clients read.
-#[derive(Debug, Deserialize)]
-pub struct BackpressureStatus {
-    pub data: BackpressureData,
-}
-
-#[derive(Debug, Deserialize)]
-pub struct BackpressureData {
-    /// The router refuses decide requests while `active`, and serves them while `warning` or `inactive`.
-    pub status: String,
-    #[serde(default)]
-    pub policy: BackpressurePolicy,
-}
-
-#[derive(Debug, Default, Deserialize)]
-pub struct BackpressurePolicy {
-    pub retry_after_seconds: Option<u64>,
-}
-
-/// Name and HTTP status of every code of [`ErrorBody::code`].
-pub const ERROR_CODES: &[(&str, u16)] = &[
-    ("invalid_request", 400),
-    ("unauthorized", 401),
-    ("forbidden", 403),
-    ("policy_not_found", 404),
-    ("extension_not_found", 404),
-    ("not_found", 404),
-    ("idempotency_conflict", 409),
-    ("rate_limited", 429),
-    ("quota_exceeded", 429),
-    ("budget_exceeded", 429),
-    ("backpressure", 429),
-    ("decision_failed", 500),
-    ("post_processor_failed", 500),
-    ("extension_error", 500),
-    ("internal", 500),
-    ("no_provider_available", 503),
-    ("extension_unavailable", 503),
-    ("unavailable", 503),
-    ("extension_timeout", 504),
-    ("deadline_exceeded", 504),
-];
-
-impl ErrorBody {
-    /// The answer for a task that does not exist, and for another tenant's, which must look the same.
-    pub fn unknown_task(request_id: &str) -> Self {
-        Self {
-            code: "not_found".into(),
-            message: format!("no task {request_id:?} was pushed in the last day"),
-            details: None,
-            intake_error_code: None,
-            retry_after_seconds: None,
-        }
-    }
-
-    /// The HTTP status of the code: 500 if the code is unknown, and 413 if the request was too large.
-    pub fn status(&self) -> u16 {
-        if self.intake_error_code.as_deref() == Some("PAYLOAD_TOO_LARGE") {
-            return 413;
-        }
-        ERROR_CODES
-            .iter()
-            .find(|(name, _)| *name == self.code)
-            .map_or(500, |(_, status)| *status)
-    }
 }
 
 /// The assignment of a task to a worker.
@@ -384,7 +305,7 @@ impl ExecResult {
         let object = value.as_object_mut().ok_or("the result is not an object")?;
         if !object.contains_key("job") {
             let job_type = object.remove("job_type").unwrap_or_else(|| "unknown".into());
-            object.insert("job".into(), serde_json::json!({"type": job_type}));
+            object.insert("job".into(), Value::Object(Map::from_iter([("type".into(), job_type)])));
         }
         for (old, new) in [("result", "output"), ("completed_at", "timestamp")] {
             if let Some(found) = object.remove(old) {

@@ -19,7 +19,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use testkit::eventually;
 use wire::ipc::{ErrorDetail, FrameType};
-use wire::router::ERROR_CODES;
+use wire::router::RouterCode;
 use wire::subjects;
 
 /// Requests of scenario 4 (unless the environment's `HAPPY` says another number), the connections that share them, and
@@ -321,11 +321,11 @@ async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
                 let error = json!({"code": "invalid_request", "message": "large", "intake_error_code": code});
                 return json!({"ok": false, "error": error, "context": {}});
             }
-            let Some((_, status)) = ERROR_CODES.iter().find(|(known, _)| *known == code) else {
+            let Some(known) = RouterCode::KNOWN.iter().find(|known| known.as_str() == code) else {
                 return decided(&request);
             };
             let mut error = json!({"code": code, "message": format!("because {code}"), "details": {"what": code}});
-            if *status == 429 {
+            if known.status() == 429 {
                 error["retry_after_seconds"] = json!(7);
             }
             json!({"ok": false, "error": error, "context": {"request_id": request["request_id"]}})
@@ -333,11 +333,12 @@ async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
         .await;
     let client = stage.client().await;
     let key = stage.api_key().await;
-    let statuses: BTreeSet<u16> = ERROR_CODES.iter().map(|(_, status)| *status).collect();
+    let statuses: BTreeSet<u16> = RouterCode::KNOWN.iter().map(RouterCode::status).collect();
     assert_eq!(statuses, BTreeSet::from([400, 401, 403, 404, 409, 429, 500, 503, 504]));
     // The gateway asks again where a router is just unavailable, until that opens the breaker: so it comes last.
-    let mut rows = ERROR_CODES.to_vec();
-    rows.sort_by_key(|(code, _)| *code == "unavailable");
+    let mut rows = RouterCode::KNOWN.to_vec();
+    rows.sort_by_key(|code| *code == RouterCode::Unavailable);
+    let rows = rows.iter().map(|code| (code.as_str(), code.status()));
 
     for (code, status) in rows.clone() {
         let outcome = client

@@ -15,7 +15,6 @@ use async_nats::{HeaderMap, StatusCode, Subject, Subscriber};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt;
-use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -218,15 +217,18 @@ impl Pump {
 
     /// Sends one pull request for up to `batch` messages, to be delivered on `reply`.
     async fn request(&self, reply: &str, batch: usize) -> Result<()> {
-        let request = json!({
-            "batch": batch,
-            "expires": u64::try_from(PULL_EXPIRES.as_nanos()).unwrap_or(u64::MAX),
-            "idle_heartbeat": u64::try_from(HEARTBEAT.as_nanos()).unwrap_or(u64::MAX),
-        });
+        let request = pull::BatchConfig {
+            batch,
+            expires: Some(PULL_EXPIRES),
+            idle_heartbeat: HEARTBEAT,
+            ..pull::BatchConfig::default()
+        };
         let message = crate::Message {
             subject: format!("{API_PREFIX}.CONSUMER.MSG.NEXT.{}.{}", self.config.stream, self.config.name).into(),
             reply: Some(reply.into()),
-            payload: request.to_string().into(),
+            payload: serde_json::to_vec(&request)
+                .expect("a pull request serializes to JSON")
+                .into(),
             ..crate::Message::default()
         };
         self.link.publish(message).await

@@ -1,7 +1,7 @@
 //! Finished answers that wait for their reader, and their share of the gateway's budget for them.
 
-use super::RETRY_AFTER_MS;
 use crate::Gateway;
+use crate::failure::RETRY_AFTER_MS;
 use crate::forward::Reply;
 use tokio::sync::OwnedSemaphorePermit;
 use wire::ipc::{ErrorCode, ErrorPayload, FrameType};

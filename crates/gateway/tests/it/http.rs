@@ -5,7 +5,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Request, Response, StatusCode};
 use serde_json::{Value, json};
 use tower::ServiceExt;
-use wire::router::ERROR_CODES;
+use wire::router::RouterCode;
 
 const KEY: &str = "the key";
 
@@ -98,20 +98,24 @@ async fn every_error_has_its_status_and_says_when_to_come_back() {
         .router(|request, _| async move {
             let code = request["task"]["type"].as_str().unwrap();
             let mut error = json!({"code": code, "message": "m"});
-            if ERROR_CODES.iter().any(|(name, status)| *name == code && *status == 429) {
+            if RouterCode::KNOWN
+                .iter()
+                .any(|known| known.as_str() == code && known.status() == 429)
+            {
                 error["retry_after_seconds"] = json!(7);
             }
             Some(json!({"ok": false, "error": error, "context": {}}))
         })
         .await;
-    for (code, status) in ERROR_CODES
+    for known in RouterCode::KNOWN
         .iter()
-        .filter(|(code, _)| !matches!(*code, "internal" | "unavailable"))
+        .filter(|known| !matches!(known, RouterCode::Internal | RouterCode::Unavailable))
     {
+        let (code, status) = (known.as_str(), known.status());
         let (head, body) = ask(&fixture, request(task(code))).await;
-        assert_eq!((head.status().as_u16(), &body["error"]["code"]), (*status, &json!(code)));
+        assert_eq!((head.status().as_u16(), &body["error"]["code"]), (status, &json!(code)));
         let retry_after = head.headers().get("retry-after").map(|value| value.to_str().unwrap());
-        assert_eq!(retry_after, (*status == 429).then_some("7"), "{code}");
+        assert_eq!(retry_after, (status == 429).then_some("7"), "{code}");
     }
 }
 

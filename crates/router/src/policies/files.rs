@@ -6,6 +6,7 @@ use std::fmt;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use wire::id;
 use wire::policy::{Stored, Tombstone};
 
 /// A policy file is not larger.
@@ -25,13 +26,10 @@ impl Name {
     /// Of `<tenant>/<policy>`; `None` if no directory could hold a policy of that name.
     pub fn parse(text: &str) -> Option<Self> {
         let (tenant, policy) = text.split_once('/')?;
-        let is_tenant = tenant
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'));
-        let fits = |name: &str| (1..=wire::limits::ID_MAX).contains(&name.len()) && !name.starts_with('.');
-        let is_policy = !policy.contains(['/', '\0']);
-        let named = || Self { tenant: tenant.into(), policy: policy.into() };
-        (is_tenant && is_policy && fits(tenant) && fits(policy)).then(named)
+        let valid = id::is_tenant(tenant) && id::is_valid(policy);
+        // A file name has no slash, and the watcher skips hidden files.
+        let file_names = !policy.contains('/') && !tenant.starts_with('.') && !policy.starts_with('.');
+        (valid && file_names).then(|| Self { tenant: tenant.into(), policy: policy.into() })
     }
 }
 

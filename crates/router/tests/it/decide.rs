@@ -122,7 +122,13 @@ async fn headers_beat_the_payload_and_wrong_ones_are_tolerated() {
         assert_eq!(answer["decision"]["policy_version"], version, "{name}: {value} → {answer}");
         assert_eq!(answer["context"]["trace_id"], trace_id, "{name}: {value}");
     }
-    for (parent, expected) in [(parent.as_str(), json!(trace)), ("00-nonsense-01", Value::Null)] {
+    let (without_span, uppercase) = (format!("00-{trace}-01"), parent.to_uppercase());
+    for (parent, expected) in [
+        (parent.as_str(), json!(trace)),
+        ("00-nonsense-01", Value::Null),
+        (&without_span, Value::Null),
+        (&uppercase, Value::Null),
+    ] {
         let headers = Headers::new().with("traceparent", parent);
         let answer = router
             .ask_bytes(subjects::DECIDE, headers, request("r").to_string().into())

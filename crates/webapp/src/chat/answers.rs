@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::chat::{Event, Message, State};
 use wire::router::{
-    AnswerHead, Awaited, DecideRequest, ErrorResponse, ExecResult, OutputChunk, ResultStatus, TaskQuery,
+    AnswerHead, Awaited, DecideRequest, ErrorResponse, ExecResult, OutputChunk, ResultStatus, RouterCode, TaskQuery,
 };
 use wire::subjects;
 
@@ -171,8 +171,8 @@ impl Answers {
                 return Ok(());
             };
             // What cannot pass by waiting fails now; a provider that is out is out for longer than a person waits.
-            let passes = match &*refusal.error.code {
-                "no_provider_available" => pause <= SHORT,
+            let passes = match &refusal.error.code {
+                RouterCode::NoProviderAvailable => pause <= SHORT,
                 _ => matches!(refusal.error.status(), 429 | 503),
             };
             problem = refusal.error.message;
