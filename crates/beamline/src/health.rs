@@ -1,4 +1,5 @@
-//! `/health`, `/ready` and `/metrics`, on the HTTP port and (as `/healthz`, `/readyz`) on the operations port.
+//! The endpoints `/health`, `/ready` and `/metrics` of the HTTP port, and `/healthz`, `/readyz` and `/metrics` of the
+//! operations port.
 
 use axum::extract::{ConnectInfo, State};
 use axum::http::{HeaderMap, StatusCode, header};
@@ -6,27 +7,43 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
-use serde_json::{Value, json};
+use serde::Serialize;
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 
-/// Whether one thing that readiness depends on works now, else what is wrong.
+/// Checks one condition of readiness; the error says what is wrong.
 pub type Check = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send + Sync>;
 
-/// What reverse proxies add.
+/// Headers that reverse proxies add.
 const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
-/// A check that does not answer in this time has failed.
+/// A check that takes longer has failed.
 const CHECK_MAX: Duration = Duration::from_secs(2);
 
 pub struct Health {
     pub checks: Vec<(&'static str, Check)>,
     pub metrics: PrometheusHandle,
-    /// Serve `/metrics` on the HTTP port to anyone, not only to this machine.
+    /// Serves `/metrics` on the HTTP port to every machine, not only to this one.
     pub metrics_public: bool,
-    pub draining: tokio_util::sync::CancellationToken,
+    pub draining: CancellationToken,
+}
+
+/// The body of `/health`.
+#[derive(Serialize)]
+struct Live {
+    status: &'static str,
+    version: &'static str,
+}
+
+/// The body of `/ready`: `ok` or a problem for each check.
+#[derive(Serialize)]
+struct Ready {
+    checks: BTreeMap<&'static str, String>,
+    ready: bool,
 }
 
 pub fn http_routes(health: Arc<Health>) -> Router {
@@ -45,45 +62,50 @@ pub fn ops_routes(health: Arc<Health>) -> Router {
         .with_state(health)
 }
 
-/// Liveness only: the process answers.
-async fn live() -> Json<Value> {
-    Json(json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))
+/// Liveness: the process answers.
+async fn live() -> Json<Live> {
+    Json(Live { status: "ok", version: env!("CARGO_PKG_VERSION") })
 }
 
-/// What fails, with what is wrong with it.
+/// Says which checks fail, and why.
 async fn ready(State(health): State<Arc<Health>>) -> Response {
-    report(&health, |wrong| wrong).await
+    report(&health, |problem| problem).await
 }
 
-/// What fails. What is wrong with it names servers and their users, and is for the log and the operations port.
+/// Says which checks fail. Why they fail may name servers and users, so only the operations port says that.
 async fn ready_on_http(State(health): State<Arc<Health>>) -> Response {
     report(&health, |_| "failed".into()).await
 }
 
-async fn report(health: &Health, tell: fn(String) -> String) -> Response {
-    let mut failed = false;
-    let mut report = serde_json::Map::new();
+async fn report(health: &Health, shown: fn(String) -> String) -> Response {
+    let mut ready = true;
+    let mut checks = BTreeMap::new();
     for (name, check) in &health.checks {
-        let outcome = match tokio::time::timeout(CHECK_MAX, check()).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(format!("no answer within {} s", CHECK_MAX.as_secs())),
+        let outcome = tokio::time::timeout(CHECK_MAX, check())
+            .await
+            .unwrap_or_else(|_| Err(format!("no answer within {} s", CHECK_MAX.as_secs())));
+        let text = match outcome {
+            Ok(()) => "ok".into(),
+            Err(problem) => {
+                tracing::debug!(check = name, problem, "not ready");
+                ready = false;
+                shown(problem)
+            }
         };
-        if let Err(wrong) = &outcome {
-            tracing::debug!(check = name, wrong, "not ready");
-        }
-        failed |= outcome.is_err();
-        report.insert((*name).into(), outcome.map_or_else(|wrong| tell(wrong).into(), |()| json!("ok")));
+        checks.insert(*name, text);
     }
+
     if health.draining.is_cancelled() {
-        failed = true;
-        report.insert("process".into(), json!("draining"));
+        ready = false;
+        checks.insert("process", "draining".into());
     }
-    let status = if failed {
-        StatusCode::SERVICE_UNAVAILABLE
-    } else {
+
+    let status = if ready {
         StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
     };
-    (status, Json(json!({"ready": !failed, "checks": report}))).into_response()
+    (status, Json(Ready { checks, ready })).into_response()
 }
 
 async fn metrics(State(health): State<Arc<Health>>) -> Response {
@@ -97,14 +119,14 @@ async fn metrics_on_http(
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     headers: HeaderMap,
 ) -> Response {
-    // A reverse proxy on this machine hands on what comes from anywhere.
-    let handed_on = FORWARDED.iter().any(|name| headers.contains_key(*name));
-    if (peer.ip().to_canonical().is_loopback() && !handed_on) || health.metrics_public {
+    // A reverse proxy on this machine forwards requests from anywhere.
+    let forwarded = FORWARDED.iter().any(|name| headers.contains_key(*name));
+    if (peer.ip().to_canonical().is_loopback() && !forwarded) || health.metrics_public {
         return metrics(health).await;
     }
     (
         StatusCode::FORBIDDEN,
-        "metrics are served to this machine only; ops.metrics_public = true serves them to all\n",
+        "metrics are served to this machine only; set ops.metrics_public = true to serve them to all\n",
     )
         .into_response()
 }
@@ -120,7 +142,7 @@ mod tests {
         let metrics = metrics_exporter_prometheus::PrometheusBuilder::new()
             .build_recorder()
             .handle();
-        let draining = tokio_util::sync::CancellationToken::new();
+        let draining = CancellationToken::new();
         let health = Health { checks: Vec::new(), metrics, metrics_public: false, draining };
         let mut request = Request::get("/metrics");
         if let Some(forwarded) = forwarded {
@@ -132,19 +154,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn http_port_says_what_fails_and_the_operations_port_why() {
+    async fn http_port_says_which_check_fails_and_the_operations_port_why() {
         let metrics = metrics_exporter_prometheus::PrometheusBuilder::new()
             .build_recorder()
             .handle();
-        let draining = tokio_util::sync::CancellationToken::new();
-        let away: Check = Box::new(|| Box::pin(async { Err("no route to db.internal".into()) }));
+        let draining = CancellationToken::new();
+        let unreachable: Check = Box::new(|| Box::pin(async { Err("no route to db.internal".into()) }));
         let health = Arc::new(Health {
-            checks: vec![("database", away)],
+            checks: vec![("database", unreachable)],
             metrics,
             metrics_public: false,
             draining,
         });
-        for (routes, path, told) in [
+
+        for (routes, path, expected) in [
             (http_routes(health.clone()), "/ready", "failed"),
             (ops_routes(health.clone()), "/readyz", "no route to db.internal"),
         ] {
@@ -154,13 +177,14 @@ mod tests {
                 .unwrap();
             assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
             let body = axum::body::to_bytes(answer.into_body(), 1 << 16).await.unwrap();
-            let body: Value = serde_json::from_slice(&body).unwrap();
-            assert_eq!(body["checks"]["database"], told, "{path}");
+            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(body["checks"]["database"], expected, "{path}");
+            assert_eq!(body["ready"], false, "{path}");
         }
     }
 
     #[tokio::test]
-    async fn metrics_are_for_this_machine_also_behind_a_proxy_on_it() {
+    async fn metrics_are_refused_to_other_machines_even_through_a_local_proxy() {
         for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
             assert_eq!(status(peer, None).await, StatusCode::OK, "{peer}");
             assert_eq!(status(peer, Some("203.0.113.7")).await, StatusCode::FORBIDDEN, "{peer}");

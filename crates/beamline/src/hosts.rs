@@ -51,6 +51,11 @@ impl Hosts {
         Self { names: Vec::new(), any: true }
     }
 
+    /// Whether requests may name a host other than localhost and this machine's addresses.
+    pub fn has_names(&self) -> bool {
+        self.any || !self.names.is_empty()
+    }
+
     /// Whether a request that came in on address `local` may go on.
     pub fn check(&self, request: &Parts, local: IpAddr) -> Result<(), Refusal> {
         if self.any || OPEN_TO_ALL.contains(&request.uri.path()) {

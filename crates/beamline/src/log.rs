@@ -1,26 +1,25 @@
-//! Log lines on stderr, human or JSON.
+//! Log lines on stderr, for people or as JSON.
 
-use crate::config::Settings;
+use crate::config::{LogFormat, Settings};
 use std::io::IsTerminal;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
-/// What is logged, which may change.
+/// Decides what is logged; a reload changes it.
 pub struct Filter(reload::Handle<EnvFilter, Registry>);
 
 pub fn init(settings: &Settings) -> anyhow::Result<Filter> {
     let (filter, handle) = reload::Layer::new(filter(settings)?);
     let lines = fmt::layer().with_writer(std::io::stderr);
-    let lines = if settings.values.text("log.format") == "json" {
-        lines
+    let lines = match settings.log_format {
+        LogFormat::Human => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => lines
             .json()
             .flatten_event(true)
             .with_current_span(true)
             .with_span_list(false)
-            .boxed()
-    } else {
-        lines.with_ansi(std::io::stderr().is_terminal()).boxed()
+            .boxed(),
     };
     tracing_subscriber::registry().with(filter).with(lines).init();
     Ok(Filter(handle))
@@ -33,10 +32,10 @@ impl Filter {
 }
 
 fn filter(settings: &Settings) -> anyhow::Result<EnvFilter> {
-    let mut level = settings.values.text("log.level");
+    let mut level = settings.log_level.clone();
     if level == "info" {
-        // Its events are lines of the bus as well.
+        // The bus logs the events of the NATS client itself.
         level.push_str(",async_nats=warn");
     }
-    EnvFilter::try_new(&level).map_err(|e| anyhow::anyhow!("log.level {level:?} is not a filter: {e}"))
+    EnvFilter::try_new(&level).map_err(|e| anyhow::anyhow!("log.level {level:?} is not a log filter: {e}"))
 }

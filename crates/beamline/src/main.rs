@@ -19,19 +19,27 @@ mod wiring;
 
 use clap::Parser;
 use std::process::ExitCode;
+use std::time::Duration;
 
-/// `EX_CONFIG`-style exit of a start with bad settings (sysexits' EX_USAGE, as systemd units expect).
+/// The exit code for bad settings: `EX_USAGE` of sysexits(3), after which the systemd unit does not restart the process.
 const EXIT_SETTINGS: u8 = 64;
 
-/// Half the time of many small messages went into the system's allocator.
+/// Many small messages spent half their time in the system's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// How long blocking tasks may hold up the end of the process after the drain.
+const RUNTIME_SHUTDOWN_MAX: Duration = Duration::from_secs(1);
+
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    // Fails only when a provider is installed already.
+    // Fails only if a provider is installed already.
     let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
-    let done = match cli.command {
+    exit_code(run(cli.command))
+}
+
+fn run(command: cli::Command) -> anyhow::Result<()> {
+    match command {
         cli::Command::Up(setting) => up(setting),
         cli::Command::Submit(args) => in_runtime(commands::submit::submit(args)),
         cli::Command::Ping(args) => in_runtime(commands::submit::ping(args)),
@@ -45,14 +53,17 @@ fn main() -> ExitCode {
         cli::Command::Soak(cli::Soak::Gateway(args)) => in_runtime(commands::soak::gateway(args)),
         cli::Command::Config(cli::Config::Show(setting)) => show(setting),
         cli::Command::Config(cli::Config::Check(setting)) => check(setting),
-    };
+    }
+}
+
+fn exit_code(done: anyhow::Result<()>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<config::Problems>() => {
             eprint!("beamline: {error}");
             ExitCode::from(EXIT_SETTINGS)
         }
-        // Whoever read our output has seen enough, as `head` does.
+        // The reader of our output has seen enough, as `head` does.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("beamline: {error:#}");
@@ -70,15 +81,17 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 fn up(setting: cli::Setting) -> anyhow::Result<()> {
     let layers = setting.into_layers();
     let settings = config::load(&layers)?;
-    // While there are no threads yet.
+
+    // Takes variables out of the environment, which is safe only before there are threads.
     let given = activation::Given::take(layers.environment.get("LISTEN_FDNAMES").map(String::as_str))?;
     let filter = log::init(&settings)?;
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
+
     let runtime = tokio::runtime::Runtime::new()?;
     let done = runtime.block_on(wiring::up(wiring::Start { layers, settings, given, filter }));
-    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    runtime.shutdown_timeout(RUNTIME_SHUTDOWN_MAX);
     done
 }
 

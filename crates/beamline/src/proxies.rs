@@ -50,9 +50,8 @@ impl Network {
 }
 
 impl Proxies {
-    /// Entries that cannot be read are left out; the settings are checked before.
-    pub fn new(listed: &[String]) -> Self {
-        Self(listed.iter().filter_map(|text| Network::parse(text)).collect())
+    pub fn new(networks: Vec<Network>) -> Self {
+        Self(networks)
     }
 
     fn trusts(&self, address: IpAddr) -> bool {
@@ -103,13 +102,13 @@ mod tests {
     use super::*;
 
     fn client(trusted: &[&str], peer: &str, lines: &[&str]) -> String {
-        let listed: Vec<String> = trusted.iter().map(ToString::to_string).collect();
+        let networks = trusted.iter().map(|text| Network::parse(text).unwrap()).collect();
         let mut headers = HeaderMap::new();
         for line in lines {
             headers.append(FORWARDED_FOR, HeaderValue::from_bytes(line.as_bytes()).unwrap());
         }
         let peer = SocketAddr::new(peer.parse().unwrap(), 1);
-        Proxies::new(&listed).client(peer, &headers).ip().to_string()
+        Proxies::new(networks).client(peer, &headers).ip().to_string()
     }
 
     #[test]

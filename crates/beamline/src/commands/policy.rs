@@ -69,6 +69,6 @@ fn unknown(dir: &Path, name: &PolicyName, known: &BTreeSet<PolicyName>) -> Strin
 fn directory(given: Option<PathBuf>) -> Result<PathBuf> {
     match given {
         Some(dir) => Ok(dir),
-        None => Ok(load(&Layers::from_process())?.values.path("router.policies")),
+        None => Ok(load(&Layers::from_process())?.router.policies),
     }
 }

@@ -121,5 +121,5 @@ fn failed_result(answer: &Value) -> Result<()> {
 pub fn socket(args: cli::Socket) -> Result<PathBuf> {
     let mut layers = Layers::from_process();
     layers.flags.extend(args.socket.map(|path| ("gateway.socket", path)));
-    Ok(load(&layers)?.values.path("gateway.socket"))
+    Ok(load(&layers)?.gateway.socket)
 }

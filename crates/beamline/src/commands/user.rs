@@ -10,9 +10,9 @@ pub async fn add(name: String, args: cli::DataDir) -> Result<()> {
     let mut layers = Layers::from_process();
     layers.flags.extend(args.data_dir.map(|dir| ("data_dir", dir)));
     let settings = load(&layers)?;
-    let data_dir = settings.values.path("data_dir");
-    secrets::data_dir(&data_dir)?;
-    let config = wiring::parts::webapp_config(&settings, &data_dir)?;
+    secrets::data_dir(&settings.data_dir)?;
+    let config = wiring::parts::webapp_config(&settings)?;
+
     if std::io::stdin().is_terminal() {
         write!(std::io::stderr(), "password for {name}: ")?;
     }

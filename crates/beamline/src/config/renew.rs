@@ -1,83 +1,100 @@
-//! What another look at the settings changes in a process that runs.
+//! SIGHUP: takes over the settings that a running process can change, and names those that need a restart.
 
-use super::{KEYS, Settings, Value, Values};
+use super::keys::KEYS;
+use super::problems::Problems;
+use super::settings::Settings;
+use super::tables::Values;
+use super::typed;
+use super::value::Value;
 
-/// Names of settings that are not what they were.
+/// Keys of settings that differ between the running process and the files.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Changes {
+    /// In force now.
     pub taken: Vec<&'static str>,
     /// In force after a restart only.
     pub waiting: Vec<&'static str>,
 }
 
 impl Settings {
-    /// Takes over what may change while we run, and names what may not.
-    pub fn renew(&mut self, fresh: Self) -> Changes {
+    /// Takes over the live settings of `fresh`. Fails, and changes nothing, if they do not fit the others.
+    pub fn renew(&mut self, fresh: &Self) -> Result<Changes, Problems> {
         let mut changes = Changes::default();
+        let mut tables = self.tables.clone();
+        let fresh = &fresh.tables;
+
         for key in KEYS {
-            let [old, new] = [&self.values, &fresh.values].map(|values| values.0.get(key.name).map(|(value, _)| value));
-            match (old != new, key.live) {
+            let differs = tables.values.value(key.name) != fresh.values.value(key.name);
+            match (differs, key.live) {
                 (false, _) => {}
                 (true, true) => changes.taken.push(key.name),
                 (true, false) => changes.waiting.push(key.name),
             }
-            if key.live
-                && let Some(value) = fresh.values.0.get(key.name)
-            {
-                self.values.0.insert(key.name, value.clone());
+            if key.live {
+                tables.values.take_over(key, &fresh.values);
             }
         }
-        let tables = [
-            ("worker.providers", plain(&self.providers).eq(plain(&fresh.providers))),
-            ("cluster.namespaces", plain(&self.namespaces).eq(plain(&fresh.namespaces))),
-            ("cluster.defaults", plain(&self.namespace_defaults).eq(plain(&fresh.namespace_defaults))),
+
+        let repeated = [
+            ("worker.providers", plain(&tables.providers).eq(plain(&fresh.providers))),
+            ("cluster.namespaces", plain(&tables.namespaces).eq(plain(&fresh.namespaces))),
+            ("cluster.defaults", plain(&tables.namespace_defaults).eq(plain(&fresh.namespace_defaults))),
         ];
-        changes
-            .waiting
-            .extend(tables.iter().filter(|(_, same)| !same).map(|(name, _)| *name));
-        changes
+        let differing = repeated.iter().filter(|(_, same)| !same).map(|(name, _)| *name);
+        changes.waiting.extend(differing);
+
+        *self = typed(tables, Problems::default())?;
+        Ok(changes)
     }
 }
 
-/// Without the lines that they stand on.
+/// The values without their sources: an entry that only moved to other lines of the file has not changed.
 fn plain<'a>(tables: impl IntoIterator<Item = &'a Values>) -> impl Iterator<Item = Vec<(&'a str, &'a Value)>> {
-    tables
-        .into_iter()
-        .map(|table| table.0.iter().map(|(name, (value, _))| (*name, value)).collect())
+    tables.into_iter().map(|table| table.without_sources().collect())
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::config::{Layers, Settings, load};
+    use crate::config::Settings;
+    use crate::config::testing::load_file;
+    use std::path::Path;
 
     fn read(text: &str) -> Settings {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("beamline.toml");
-        std::fs::write(&path, text).unwrap();
-        load(&Layers { file: Some(path), ..Layers::default() }).unwrap()
+        load_file(text).unwrap()
     }
 
     #[test]
-    fn limits_are_taken_over_and_the_rest_waits() {
+    fn live_settings_are_taken_over_and_the_others_wait() {
         let mut settings = read("[gateway]\nmax_in_flight = 5\nsocket = \"/a\"\n");
         let fresh = "[gateway]\nmax_in_flight = 7\nsocket = \"/b\"\n[log]\nlevel = \"debug\"\n[worker]\nslots = 3\n\
                      [[worker.providers]]\nname = \"x\"\nkind = \"echo\"\n";
         for (again, taken) in [(false, &["gateway.max_in_flight", "log.level"][..]), (true, &[])] {
-            let changes = settings.renew(read(fresh));
+            let changes = settings.renew(&read(fresh)).unwrap();
             assert_eq!(changes.taken, taken, "again: {again}");
             assert_eq!(changes.waiting, ["gateway.socket", "worker.slots", "worker.providers"], "again: {again}");
         }
-        assert_eq!(settings.values.count("gateway.max_in_flight"), 7);
-        assert_eq!(settings.values.path("gateway.socket").to_str(), Some("/a"));
-        // Back to the default, as it is no longer there.
-        assert_eq!(settings.renew(read("[gateway]\nsocket = \"/a\"\n")).waiting, [""; 0]);
-        assert_eq!(settings.values.count("gateway.max_in_flight"), 1000);
+        assert_eq!(settings.gateway.max_in_flight, 7);
+        assert_eq!(settings.gateway.socket, Path::new("/a"));
+
+        // A setting that is no longer in the file returns to its default.
+        let changes = settings.renew(&read("[gateway]\nsocket = \"/a\"\n")).unwrap();
+        assert_eq!(changes.waiting, [""; 0]);
+        assert_eq!(settings.gateway.max_in_flight, 1000);
     }
 
     #[test]
-    fn only_the_same_lines_elsewhere_in_the_file_change_nothing() {
+    fn live_setting_without_a_default_becomes_unset_again() {
+        let mut settings = read("[gateway]\nmax_in_flight_per_user = 5\n");
+        let changes = settings.renew(&read("")).unwrap();
+        assert_eq!(changes.taken, ["gateway.max_in_flight_per_user"]);
+        assert_eq!(settings.gateway.max_in_flight_per_user, None);
+        assert_eq!(settings.renew(&read("")).unwrap(), super::Changes::default());
+    }
+
+    #[test]
+    fn entries_that_move_within_the_file_are_no_change() {
         let mut settings = read("[[worker.providers]]\nname = \"x\"\nkind = \"echo\"\n");
         let moved = read("# a comment\n\n[[worker.providers]]\nkind = \"echo\"\nname = \"x\"\n");
-        assert_eq!(settings.renew(moved), super::Changes::default());
+        assert_eq!(settings.renew(&moved).unwrap(), super::Changes::default());
     }
 }

@@ -1,65 +1,102 @@
-//! Which parts can run without which others on the embedded bus, which reaches only the parts of one process.
+//! The parts that a process runs, and which of them need each other.
+//!
+//! On NATS any part runs alone. The embedded bus reaches only the parts of one process, so some parts are no use there
+//! without others.
 
-use super::Settings;
+use super::settings::{Bus, Settings};
+use std::fmt;
 
-/// All parts, in the order in which a message passes them.
-pub const ROLES: [&str; 5] = ["gateway", "router", "worker", "cluster", "webapp"];
-
-/// What a part does not work without: one of these.
-const NEEDS: &[(&str, &[&str], &str)] = &[
-    ("gateway", &["router"], "finds no router to ask"),
-    ("router", &["gateway", "webapp"], "receives no requests"),
-    ("worker", &["router"], "gets no task"),
-    ("webapp", &["cluster"], "has no node for its pages to connect to"),
-];
-/// Optional companions: the role runs without them, with reduced function.
-const WANTS: &[(&str, &str, &str)] = &[
-    ("router", "worker", "assignments wait in the stream until a worker runs on this data directory"),
-    ("webapp", "router", "in rooms nobody answers the assistant's questions"),
-];
-
-/// What is wrong with the roles.
-pub fn problems(settings: &Settings) -> Vec<String> {
-    let roles = settings.values.list("roles");
-    if roles.is_empty() {
-        return vec![format!("names no role; there are {}", ROLES.join(", "))];
-    }
-    let strange = roles.iter().filter(|role| !ROLES.contains(&role.as_str()));
-    let mut problems: Vec<String> = strange
-        .map(|role| format!("{role:?} is not a role; there are {}", ROLES.join(", ")))
-        .collect();
-    if !is_embedded(settings) {
-        return problems;
-    }
-    for (role, needs, lack) in NEEDS {
-        if settings.has_role(role) && !needs.iter().any(|need| settings.has_role(need)) {
-            let needs = needs.join(" or ");
-            problems.push(format!(
-                "the {role} {lack}: the embedded bus reaches only the parts of this process; add {needs} to roles, or set \
-                 nats.url"
-            ));
-        }
-    }
-    problems
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Gateway,
+    Router,
+    Worker,
+    Cluster,
+    Webapp,
 }
 
-/// What the roles leave undone.
-pub fn warnings(settings: &Settings) -> Vec<String> {
-    let lacks = WANTS
-        .iter()
-        .filter(|(role, want, _)| settings.has_role(role) && !settings.has_role(want));
-    let warning = |(role, want, lack): &(&str, &str, &str)| {
-        format!("roles has {role} without {want}, and the embedded bus reaches no other process: {lack}")
-    };
-    if is_embedded(settings) {
-        lacks.map(warning).collect()
-    } else {
-        Vec::new()
+use Role::{Cluster, Gateway, Router, Webapp, Worker};
+
+impl Role {
+    /// All roles, in the order in which a message passes them.
+    const ALL: [Self; 5] = [Gateway, Router, Worker, Cluster, Webapp];
+
+    /// Parses an item of the setting `roles`.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let role = Self::ALL.into_iter().find(|role| role.name() == text);
+        role.ok_or_else(|| format!("{text:?} is not a role; the roles are {}", Self::names()))
     }
+
+    pub fn names() -> String {
+        Self::ALL.map(Self::name).join(", ")
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Gateway => "gateway",
+            Router => "router",
+            Worker => "worker",
+            Cluster => "cluster",
+            Webapp => "webapp",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Roles that do not work without one of the others, and what they lack then.
+const NEEDS: &[(Role, &[Role], &str)] = &[
+    (Gateway, &[Router], "finds no router to ask"),
+    (Router, &[Gateway, Webapp], "receives no requests"),
+    (Worker, &[Router], "gets no task"),
+    (Webapp, &[Cluster], "has no node for its pages to connect to"),
+];
+/// Roles that work without the other, with reduced function.
+const WANTS: &[(Role, Role, &str)] = &[
+    (Router, Worker, "assignments wait in the stream until a worker runs on this data directory"),
+    (Webapp, Router, "in rooms nobody answers the assistant's questions"),
+];
+
+/// Returns a problem for each role that cannot work in this process.
+pub fn problems(settings: &Settings) -> Vec<String> {
+    if !is_embedded(settings) {
+        return Vec::new();
+    }
+    let unmet = NEEDS
+        .iter()
+        .filter(|(role, needs, _)| settings.has_role(*role) && !needs.iter().any(|need| settings.has_role(*need)));
+    unmet
+        .map(|(role, needs, lack)| {
+            let needs = needs.iter().map(|need| need.name()).collect::<Vec<_>>().join(" or ");
+            format!(
+                "the {role} {lack}: the embedded bus reaches only the parts of this process; add {needs} to roles, or set \
+                 nats.url"
+            )
+        })
+        .collect()
+}
+
+/// Returns a warning for each role that works with reduced function.
+pub fn warnings(settings: &Settings) -> Vec<String> {
+    if !is_embedded(settings) {
+        return Vec::new();
+    }
+    let reduced = WANTS
+        .iter()
+        .filter(|(role, want, _)| settings.has_role(*role) && !settings.has_role(*want));
+    reduced
+        .map(|(role, want, lack)| {
+            format!("roles has {role} without {want}, and the embedded bus reaches no other process: {lack}")
+        })
+        .collect()
 }
 
 fn is_embedded(settings: &Settings) -> bool {
-    settings.values.maybe_text("nats.url").is_none()
+    matches!(settings.bus, Bus::Embedded(_))
 }
 
 #[cfg(test)]
@@ -67,7 +104,7 @@ mod tests {
     use crate::config::{Layers, load};
 
     #[test]
-    fn roles_that_find_each_other_start_without_nats() {
+    fn roles_need_each_other_only_without_nats() {
         let check = |roles: &str, nats: bool, expected: Result<usize, &[&str]>| {
             let mut layers = Layers { flags: vec![("roles", roles.into())], ..Layers::default() };
             layers
@@ -98,8 +135,8 @@ mod tests {
         check("router,worker", false, Err(&["add gateway or webapp to roles"]));
         check("gateway,worker", false, Err(&["the gateway finds no router", "the worker gets no task"]));
         check("webapp", false, Err(&["the webapp has no node"]));
-        for role in super::ROLES {
-            check(role, true, Ok(0));
+        for role in super::Role::ALL {
+            check(role.name(), true, Ok(0));
         }
     }
 }

@@ -1,9 +1,9 @@
-//! The URLs of servers, as far as they can be judged without asking them. What is wrong is said without user and password.
+//! Checks the URLs of servers, as far as that works without connecting. The errors never repeat a user or a password.
 
 use std::path::Path;
 use url::Url;
 
-/// `http://127.0.0.1:11434/v1`: what comes before `/chat/completions`.
+/// The base URL of a model endpoint, without `/chat/completions`: `http://127.0.0.1:11434/v1`.
 pub fn endpoint(text: &str) -> Result<(), String> {
     const LIKE: &str = "an endpoint such as \"http://127.0.0.1:11434/v1\"";
     let url = parse(text, LIKE)?;
@@ -17,7 +17,7 @@ pub fn endpoint(text: &str) -> Result<(), String> {
         return Err("has a user or a password in it; set api_key, which is sent as a bearer token".into());
     }
     if url.query().is_some() || url.fragment().is_some() {
-        return Err("has a ? or # in it, behind which no path can be added".into());
+        return Err("has a ? or # in it, after which no path can be added".into());
     }
     if url.path().trim_end_matches('/').ends_with("/chat/completions") {
         return Err("ends with /chat/completions; remove it, Beamline appends that path".into());
@@ -25,7 +25,7 @@ pub fn endpoint(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// One server or several, with commas: `nats://host:4222`, `tls://…`, or `host:4222`.
+/// One server, or several with commas between: `nats://host:4222`, `tls://…`, or `host:4222`.
 pub fn nats(text: &str) -> Result<(), String> {
     const LIKE: &str = "a server such as \"nats://10.0.0.10:4222\"";
     for text in text.split(',').map(str::trim) {
@@ -44,19 +44,38 @@ pub fn nats(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// `redis://host:6379`, or the path of a socket.
+/// `redis://host:6379` or `redis://host:6379/1` with the number of a database, or the path of a Unix socket.
 pub fn redis(text: &str) -> Result<(), String> {
     const LIKE: &str = "a server such as \"redis://10.0.0.10:6379\"";
     let url = parse(text, LIKE)?;
     match url.scheme() {
         "redis" | "valkey" if url.host_str().is_none_or(str::is_empty) => Err(format!("names no host; write {LIKE}")),
-        "redis" | "valkey" | "unix" | "redis+unix" | "valkey+unix" => Ok(()),
+        "redis" | "valkey" => match url.path().trim_matches('/') {
+            "" => Ok(()),
+            number => database_number(number),
+        },
+        "unix" | "redis+unix" | "valkey+unix" => {
+            let number = url.query_pairs().find(|(name, _)| name == "db");
+            number.map_or(Ok(()), |(_, number)| database_number(&number))
+        }
         "rediss" | "valkeys" => Err("asks for TLS, which the client of Redis is built without; use redis://".into()),
         _ => Err(format!("does not begin with redis://; write {LIKE}")),
     }
 }
 
-/// `sqlite://path`, or `postgres://…`, of which nothing may be repeated.
+/// Redis selects its databases by number. The text is not repeated: it may be the end of a password with a slash in it.
+fn database_number(text: &str) -> Result<(), String> {
+    if text.parse::<u32>().is_ok() {
+        return Ok(());
+    }
+    Err(
+        "names a database that is not a number; write \"redis://10.0.0.10:6379/1\", or percent-encode a / in the \
+         password as %2F"
+            .into(),
+    )
+}
+
+/// `sqlite://path`, or `postgres://…`, which may hold a password.
 pub fn database(text: &str) -> Result<(), String> {
     if let Some(rest) = text.strip_prefix("sqlite:") {
         let rest = rest.strip_prefix("//").unwrap_or(rest);
@@ -77,7 +96,7 @@ pub fn database(text: &str) -> Result<(), String> {
     parse(text, "\"postgres://user:password@host/name\"").map(drop)
 }
 
-/// The text is not repeated: where it cannot be parsed, nobody knows which part of it is the password.
+/// The error does not repeat the text: if it cannot be parsed, any part of it may be the password.
 fn parse(text: &str, like: &str) -> Result<Url, String> {
     Url::parse(text).map_err(|error| format!("is not a URL ({error}); write {like}"))
 }
@@ -92,13 +111,13 @@ mod tests {
             assert_eq!(rule(text), Ok(()), "{text}");
         }
         for (text, expected) in bad {
-            let told = rule(text).expect_err(text);
-            assert!(told.contains(expected) && !told.contains("geheim"), "{text}: {told}");
+            let problem = rule(text).expect_err(text);
+            assert!(problem.contains(expected) && !problem.contains("geheim"), "{text}: {problem}");
         }
     }
 
     #[test]
-    fn endpoints_are_http_and_take_a_path() {
+    fn endpoints_are_http_urls_without_query_or_completions_path() {
         let good = ["http://127.0.0.1:11434/v1", "https://api.example.com/v1/", "http://[::1]:80", "http://localhost"];
         let bad = [
             ("127.0.0.1:11434/v1", "not a URL"),
@@ -115,26 +134,35 @@ mod tests {
     }
 
     #[test]
-    fn servers_have_a_scheme_of_theirs_and_a_host() {
+    fn nats_and_redis_servers_need_their_scheme_and_a_host() {
         let good = ["nats://10.0.0.1:4222", "tls://a, nats://b:1", "host:4222", "host", "nats://u:p@h"];
         check(
             nats,
             &good,
             &[("http://h:4222", "nats://"), ("nats://", "no host"), ("nats://h:geheim", "not a URL")],
         );
-        let good = ["redis://127.0.0.1:6379", "redis://:p@h:6379/1", "unix:///run/redis.sock"];
+        let good = [
+            "redis://127.0.0.1:6379",
+            "redis://:p@h:6379/1",
+            "redis://h/",
+            "unix:///run/redis.sock",
+            "unix:///run/redis.sock?db=2",
+        ];
         let bad = [
             ("127.0.0.1:6379", "not a URL"),
             ("localhost:6379", "does not begin with redis://"),
             ("rediss://:geheim@h", "TLS"),
             ("redis://", "no host"),
             ("http://u:geheim@h", "redis://"),
+            ("redis://h/abc", "not a number"),
+            ("redis://h/1/geheim", "not a number"),
+            ("unix:///run/redis.sock?db=abc", "not a number"),
         ];
         check(redis, &good, &bad);
     }
 
     #[test]
-    fn a_database_is_a_file_or_a_server() {
+    fn database_is_a_sqlite_file_or_a_postgres_server() {
         let good = [
             "sqlite://data/x.db",
             "sqlite:x.db",

@@ -1,16 +1,22 @@
-//! The kinds of settings: how each is written and read.
+//! The kinds of settings: how each is parsed, checked and printed.
 
+use super::problems::did_you_mean;
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
-/// What is wrong with a URL, in words that follow the setting's name and repeat no password.
+/// Checks a URL. The error completes a sentence that begins with the setting's name, and repeats no password.
 pub type Rule = fn(&str) -> Result<(), String>;
 
-/// What is longer was meant otherwise.
+/// Longer durations are almost certainly mistakes.
 const DURATION_MAX: Duration = Duration::from_secs(3650 * 86_400);
+/// The length of `sun_path` in `sockaddr_un` (unix(7)) without its final zero byte.
+const SOCKET_PATH_MAX: usize = 107;
+const LOG_LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
 #[derive(Debug, Clone, Copy)]
 pub enum Kind {
@@ -18,16 +24,18 @@ pub enum Kind {
     /// Text that is never printed.
     Secret,
     Path,
+    /// Path of a Unix socket, which the kernel limits in length.
+    SocketPath,
     Address,
-    /// What [`Rule`] accepts.
+    /// A URL that the [`Rule`] accepts.
     Url(Rule),
-    /// The same, never printed.
+    /// A URL that is never printed.
     SecretUrl(Rule),
-    /// Several of them, as a list.
+    /// A list of URLs.
     Urls(Rule),
     /// "250ms", "5s", "15m", "2h", "1d"; not 0.
     Duration,
-    /// The same, or 0.
+    /// A duration that may be 0.
     Pause,
     /// "512", "64KiB", "4MiB", "1GiB"; in bytes, not 0.
     Size,
@@ -37,9 +45,11 @@ pub enum Kind {
     Share,
     Bool,
     Choice(&'static [&'static str]),
+    /// A log level, or the directives of an `EnvFilter`.
+    LogFilter,
     /// An array of strings, or one string with commas.
     List,
-    /// The same, of variables: `NAME`, or `NAME=value`, whose value may be a secret and is never printed.
+    /// A list of environment variables: `NAME`, or `NAME=value`. A value may be a secret and is never printed.
     Variables,
 }
 
@@ -55,34 +65,32 @@ pub enum Value {
     List(Vec<String>),
 }
 
-/// What is wrong with the text, in words that follow "http.listen".
+/// Parses a value. The error completes a sentence that begins with the setting's name.
 pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
     let text = text.trim();
     match kind {
-        Kind::Text | Kind::Secret | Kind::Url(_) | Kind::SecretUrl(_) if text.is_empty() => Err("is empty".into()),
+        Kind::Text | Kind::Secret | Kind::Url(_) | Kind::SecretUrl(_) | Kind::LogFilter if text.is_empty() => {
+            Err("is empty".into())
+        }
         Kind::Text | Kind::Secret => Ok(Value::Text(text.into())),
         Kind::Url(rule) | Kind::SecretUrl(rule) => rule(text).map(|()| Value::Text(text.into())),
-        Kind::Path if text.is_empty() => Err("is an empty path".into()),
-        Kind::Path => Ok(Value::Path(text.into())),
+        Kind::LogFilter => log_filter(text).map(|()| Value::Text(text.into())),
+
+        Kind::Path | Kind::SocketPath if text.is_empty() => Err("is an empty path".into()),
+        Kind::SocketPath if text.len() > SOCKET_PATH_MAX => {
+            let length = text.len();
+            Err(format!(
+                "has {length} bytes, but the path of a Unix socket has at most {SOCKET_PATH_MAX}; shorten it"
+            ))
+        }
+        Kind::Path | Kind::SocketPath => Ok(Value::Path(text.into())),
         Kind::Address => text
             .parse()
             .or_else(|_| text.replacen("localhost", "127.0.0.1", 1).parse())
             .map(Value::Address)
             .map_err(|_| format!("is {text:?}, not an address such as \"127.0.0.1:8000\"")),
-        Kind::Duration | Kind::Pause => {
-            let duration = duration(text)
-                .ok_or_else(|| format!("is {text:?}, not a duration such as \"250ms\", \"5s\", \"15m\" or \"2h\""))?;
-            let least = if matches!(kind, Kind::Pause) {
-                Duration::ZERO
-            } else {
-                Duration::from_millis(1)
-            };
-            if !(least..=DURATION_MAX).contains(&duration) {
-                let days = DURATION_MAX.as_secs() / 86_400;
-                return Err(format!("is {text:?}, and must be from {least:?} to {days} days"));
-            }
-            Ok(Value::Duration(duration))
-        }
+        Kind::Duration => duration(text, Duration::from_millis(1)).map(Value::Duration),
+        Kind::Pause => duration(text, Duration::ZERO).map(Value::Duration),
         Kind::Size => size(text)
             .filter(|bytes| *bytes > 0)
             .map(Value::Number)
@@ -95,6 +103,7 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
             Ok(share) if share > 0.0 && share <= 1.0 => Ok(Value::Share(share)),
             _ => Err(format!("is {text:?}, not a number above 0, at most 1")),
         },
+
         Kind::Bool => match text {
             "true" | "1" | "yes" | "on" => Ok(Value::Bool(true)),
             "false" | "0" | "no" | "off" => Ok(Value::Bool(false)),
@@ -102,6 +111,7 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
         },
         Kind::Choice(choices) if choices.contains(&text) => Ok(Value::Text(text.into())),
         Kind::Choice(choices) => Err(format!("is {text:?}, not one of {}", choices.join(", "))),
+
         Kind::List | Kind::Variables | Kind::Urls(_) => {
             let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
             list(kind, items.map(String::from).collect())
@@ -109,27 +119,45 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
     }
 }
 
-/// The items of an array, or what is wrong with them.
+/// Checks the items of an array.
 pub fn list(kind: Kind, items: Vec<String>) -> Result<Value, String> {
-    if let Kind::Urls(rule) = kind {
-        items.iter().try_for_each(|item| rule(item))?;
-    }
-    if matches!(kind, Kind::Variables) {
-        let mut seen = BTreeSet::new();
-        for item in &items {
-            let (name, value) = variable(item);
-            if name.is_empty() || name.contains('\0') || value.is_some_and(|value| value.contains('\0')) {
-                return Err(format!("holds {name:?}, which is no variable; write NAME or NAME=value"));
-            }
-            if !seen.insert(name) {
-                return Err(format!("holds {name} twice"));
-            }
-        }
+    match kind {
+        Kind::Urls(rule) => items.iter().try_for_each(|item| rule(item))?,
+        Kind::Variables => variables(&items)?,
+        _ => {}
     }
     Ok(Value::List(items))
 }
 
-/// An item of [`Kind::Variables`]: its name, and the value that it sets.
+fn variables(items: &[String]) -> Result<(), String> {
+    let mut seen = BTreeSet::new();
+    for item in items {
+        let (name, value) = variable(item);
+        if name.is_empty() || name.contains('\0') || value.is_some_and(|value| value.contains('\0')) {
+            return Err(format!("lists {name:?}, which is not a variable; write NAME or NAME=value"));
+        }
+        if !seen.insert(name) {
+            return Err(format!("lists {name} twice"));
+        }
+    }
+    Ok(())
+}
+
+/// `EnvFilter` reads a bare word that is no level as the name of a target: it logs everything of that target and nothing
+/// else. A mistyped level must not silence the log that way, so a bare word has to be a level.
+fn log_filter(text: &str) -> Result<(), String> {
+    for word in text.split(',').filter(|word| !word.is_empty()) {
+        let is_bare = !word.contains(['=', '[', ']', '{', '}']);
+        if is_bare && word.parse::<LevelFilter>().is_err() {
+            let (levels, hint) = (LOG_LEVELS.join(", "), did_you_mean(LOG_LEVELS.into_iter(), word));
+            return Err(format!("has {word:?}, which is neither a level ({levels}) nor TARGET=LEVEL{hint}"));
+        }
+    }
+    EnvFilter::try_new(text).map_err(|e| format!("is not a log filter: {e}"))?;
+    Ok(())
+}
+
+/// Splits an item of [`Kind::Variables`] into its name and the value that it sets.
 pub fn variable(item: &str) -> (&str, Option<&str>) {
     match item.split_once('=') {
         Some((name, value)) => (name, Some(value)),
@@ -137,7 +165,17 @@ pub fn variable(item: &str) -> (&str, Option<&str>) {
     }
 }
 
-fn duration(text: &str) -> Option<Duration> {
+fn duration(text: &str, min: Duration) -> Result<Duration, String> {
+    let duration = duration_of(text)
+        .ok_or_else(|| format!("is {text:?}, not a duration such as \"250ms\", \"5s\", \"15m\" or \"2h\""))?;
+    if !(min..=DURATION_MAX).contains(&duration) {
+        let days = DURATION_MAX.as_secs() / 86_400;
+        return Err(format!("is {text:?}, and must be from {min:?} to {days} days"));
+    }
+    Ok(duration)
+}
+
+fn duration_of(text: &str) -> Option<Duration> {
     let split = text.find(|c: char| !c.is_ascii_digit())?;
     let (digits, unit) = text.split_at(split);
     let number: u64 = digits.parse().ok()?;
@@ -166,7 +204,7 @@ fn size(text: &str) -> Option<u64> {
     number.checked_mul(unit)
 }
 
-/// As it would be written in the file.
+/// Renders a value as the settings file would write it, without secrets.
 pub fn render(kind: Kind, value: &Value) -> String {
     match (kind, value) {
         (Kind::Secret | Kind::SecretUrl(_), _) => "\"[REDACTED]\"".into(),
@@ -202,7 +240,7 @@ pub fn render(kind: Kind, value: &Value) -> String {
     }
 }
 
-/// A URL without whom it signs in as and with what.
+/// Redacts the user and password of a URL.
 fn without_password(text: &str) -> Cow<'_, str> {
     let Some((scheme, rest)) = text.split_once("://") else {
         return text.into();
@@ -219,7 +257,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_rendered_is_read_back() {
+    fn rendered_values_are_read_back() {
         for (kind, text) in [
             (Kind::Duration, "250ms"),
             (Kind::Duration, "90s"),
@@ -238,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_is_shown_without_its_password() {
+    fn urls_are_rendered_without_their_password() {
         let list = Value::List(vec!["redis://:geheim@a:6379/1".into(), "redis://b".into()]);
         assert_eq!(render(Kind::List, &list), r#"["redis://[REDACTED]@a:6379/1", "redis://b"]"#);
         let url = Value::Text("nats://me:ge@heim@host".into());
@@ -247,17 +285,17 @@ mod tests {
     }
 
     #[test]
-    fn variables_are_shown_without_their_values() {
+    fn variables_are_rendered_without_their_values() {
         let value = parse(Kind::Variables, "PATH, TOKEN=geheim=,EMPTY=").unwrap();
         assert_eq!(render(Kind::Variables, &value), r#"["PATH", "TOKEN=[REDACTED]", "EMPTY=[REDACTED]"]"#);
-        for (text, problem) in [("A,A=1", "holds A twice"), ("=1", "holds \"\""), ("A=x\0geheim", "holds \"A\"")] {
-            let told = parse(Kind::Variables, text).unwrap_err();
-            assert!(told.contains(problem) && !told.contains("geheim"), "{told}");
+        for (text, problem) in [("A,A=1", "lists A twice"), ("=1", "lists \"\""), ("A=x\0geheim", "lists \"A\"")] {
+            let error = parse(Kind::Variables, text).unwrap_err();
+            assert!(error.contains(problem) && !error.contains("geheim"), "{error}");
         }
     }
 
     #[test]
-    fn bad_values_say_what_would_be_good() {
+    fn errors_repeat_the_bad_value() {
         for (kind, text) in [
             (Kind::Duration, "5"),
             (Kind::Duration, "5 sec"),
@@ -281,5 +319,29 @@ mod tests {
             let problem = parse(kind, text).unwrap_err();
             assert!(problem.contains(text), "{problem}");
         }
+    }
+
+    #[test]
+    fn mistyped_log_level_is_refused() {
+        for good in ["info", "WARN", "off", "info,cluster=debug", "info,[span{field=1}]=trace"] {
+            assert!(parse(Kind::LogFilter, good).is_ok(), "{good}");
+        }
+        for (bad, expected) in [
+            ("wran", "did you mean warn?"),
+            ("info,cluster", "\"cluster\", which is neither a level"),
+            ("info,cluster=loud", "is not a log filter"),
+            (" ", "is empty"),
+        ] {
+            let problem = parse(Kind::LogFilter, bad).unwrap_err();
+            assert!(problem.contains(expected), "{bad}: {problem}");
+        }
+    }
+
+    #[test]
+    fn socket_path_has_at_most_107_bytes() {
+        let path = |length: usize| format!("/{}", "s".repeat(length - 1));
+        assert!(parse(Kind::SocketPath, &path(107)).is_ok());
+        let problem = parse(Kind::SocketPath, &path(108)).unwrap_err();
+        assert!(problem.contains("has 108 bytes") && problem.contains("107"), "{problem}");
     }
 }

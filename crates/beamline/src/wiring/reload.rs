@@ -1,4 +1,4 @@
-//! SIGHUP: the settings are read again, and certificates; what may change while we run does.
+//! SIGHUP: reads the settings again, and the bus's certificates; changes what a running process can change.
 
 use super::parts;
 use crate::config::{self, Changes, Layers, Settings};
@@ -8,23 +8,24 @@ use bus::Bus;
 use std::convert::Infallible;
 use tokio::signal::unix::Signal;
 
-/// What the process runs with, and from where it came.
+/// What the process runs with, and where it came from.
 pub struct Reload {
     pub layers: Layers,
     pub settings: Settings,
     pub filter: log::Filter,
     pub bus: Bus,
     pub gateway: Option<gateway::Control>,
-    /// For the service manager, when it is done.
+    /// What the service manager shows before and after a reload.
     pub status: String,
 }
 
 impl Reload {
-    /// At each signal; one that comes meanwhile is another reload.
+    /// Reloads at each signal. A signal that comes during a reload causes another one.
     pub async fn run(mut self, hangups: &mut Signal) -> Infallible {
         while hangups.recv().await.is_some() {
             notify::reloading();
             let done = self.once().await;
+
             let outcome = if done { "done" } else { "refused" };
             metrics::counter!("beamline_reloads_total", "outcome" => outcome).increment(1);
             let status = if done {
@@ -39,11 +40,16 @@ impl Reload {
 
     async fn once(&mut self) -> bool {
         tracing::info!("SIGHUP: reading the settings again");
+        // Settings first: new limits take effect even if the certificates cannot be used.
+        self.reload_settings() && self.reload_bus().await
+    }
+
+    fn reload_settings(&mut self) -> bool {
         let fresh = match config::load(&self.layers) {
             Ok(fresh) => fresh,
             Err(problems) => {
                 for problem in problems.0 {
-                    tracing::error!(at = problem.at, "the settings are left as they were: {}", problem.what);
+                    tracing::error!(at = problem.at, "the settings stay as they were: {}", problem.what);
                 }
                 return false;
             }
@@ -51,46 +57,49 @@ impl Reload {
         for warning in &fresh.warnings {
             tracing::warn!("{warning}");
         }
-        match self.take(fresh) {
-            Ok(Changes { taken, waiting }) => {
-                let settings = if taken.is_empty() {
-                    "none has changed".into()
-                } else {
-                    taken.join(", ")
-                };
-                tracing::info!(settings, "reloaded");
-                if !waiting.is_empty() {
-                    tracing::warn!(settings = waiting.join(", "), "changed, and needs a restart");
-                }
-            }
+
+        let changes = match self.take(&fresh) {
+            Ok(changes) => changes,
             Err(error) => {
-                tracing::error!("the settings are left as they were: {error:#}");
+                tracing::error!("the settings stay as they were: {error:#}");
                 return false;
             }
+        };
+        let taken = if changes.taken.is_empty() {
+            "none has changed".into()
+        } else {
+            changes.taken.join(", ")
+        };
+        tracing::info!(settings = taken, "reloaded");
+        if !changes.waiting.is_empty() {
+            tracing::warn!(settings = changes.waiting.join(", "), "these settings changed, and each needs a restart");
         }
-        // Limits hold even if the certificates are bad, and those in use stay.
-        match self.bus.reload().await {
-            Ok(()) => true,
-            Err(error) => {
-                // The connections that there are stay: nothing is disconnected.
-                let error = match error {
-                    bus::Error::Disconnected(problem) => problem,
-                    other => other.to_string(),
-                };
-                tracing::error!(error, "the bus keeps the certificates and credentials that it has");
-                false
-            }
-        }
+        true
     }
 
-    /// All or nothing.
-    fn take(&mut self, fresh: Settings) -> Result<Changes> {
+    /// Makes the bus read its certificates and credentials again.
+    async fn reload_bus(&self) -> bool {
+        let Err(error) = self.bus.reload().await else {
+            return true;
+        };
+        let error = match error {
+            // The text of this error says that the bus is disconnected, but its open connections stay.
+            bus::Error::Disconnected(problem) => problem,
+            other => other.to_string(),
+        };
+        tracing::error!(error, "the bus keeps its present certificates and credentials");
+        false
+    }
+
+    /// Takes over all live settings, or none.
+    fn take(&mut self, fresh: &Settings) -> Result<Changes> {
         let mut settings = self.settings.clone();
-        let changes = settings.renew(fresh);
+        let changes = settings.renew(fresh)?;
         let gateway = match &self.gateway {
             Some(gateway) => Some((gateway, parts::gateway_config(&settings)?)),
             None => None,
         };
+
         self.filter.set(&settings)?;
         if let Some((gateway, config)) = gateway {
             gateway.reload(config);

@@ -40,6 +40,9 @@ const ABSENCES: &[Absence] = &[
         except: &[
             ("crates/wire/", "messages live here"),
             ("crates/beamline/src/config", "the settings file"),
+            ("crates/beamline/src/commands/keys.rs", "claims of a token: signed here, read by the cluster"),
+            ("crates/beamline/src/health.rs", "bodies of the health endpoints, which only this crate serves"),
+            ("crates/beamline/src/wiring/announce.rs", "the line `ready {…}` on stdout"),
             ("crates/cluster/src/token.rs", "claims of a token: signed here and read here"),
             ("crates/gateway/src/waiters.rs", "reads the envelope of a result"),
             ("crates/webapp/src/auth.rs", "bodies of the sign-in endpoints, which only this crate serves"),
