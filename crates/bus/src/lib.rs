@@ -116,6 +116,13 @@ pub trait BusApi: Send + Sync + 'static {
     /// Live subscribers of the subject receive the message, too. With [`nats`], they also receive duplicates.
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended>;
 
+    /// Makes several writes in this order.
+    ///
+    /// The embedded bus commits all of them together, or none. Over [`nats`], a write starts once the one before is
+    /// acknowledged, except that neighbouring puts are made at the same time; the first failure ends them. So put them in
+    /// an order in which what a crash leaves is safe to repeat. A batch must not put one key twice.
+    async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>>;
+
     /// Opens a durable consumer. Consumers with the same name share its messages.
     async fn consume(&self, config: ConsumerConfig) -> Result<Consumer>;
 
@@ -144,6 +151,24 @@ pub trait BusApi: Send + Sync + 'static {
 
     /// A short description for `status` and logs, for example `local` or `nats 127.0.0.1:4222`.
     fn describe(&self) -> String;
+}
+
+/// One step of [`BusApi::write`].
+pub enum Write<'a> {
+    /// As [`BusApi::kv_put`].
+    Put { bucket: &'a str, key: &'a str, value: Bytes, expected: Option<u64> },
+    /// As [`BusApi::append`].
+    Append { message: Message, msg_id: Option<&'a str> },
+    /// As [`Delivery::ack`], for a delivery of the same bus.
+    Ack(&'a Delivery),
+}
+
+/// What a step of [`BusApi::write`] has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    Put { revision: u64 },
+    Appended(Appended),
+    Acked,
 }
 
 /// The live messages of one subscription. Dropping it unsubscribes.
@@ -263,7 +288,7 @@ pub struct Delivery {
     pub sequence: u64,
     /// When the message was stored, in milliseconds since the Unix epoch.
     pub stored_ms: u64,
-    pub(crate) acker: Arc<dyn Acker>,
+    pub(crate) acker: Acker,
     /// The permit of [`ConsumerConfig::max_in_hand`], released when the delivery is dropped.
     pub(crate) _place: tokio::sync::OwnedSemaphorePermit,
 }
@@ -280,9 +305,19 @@ pub enum Outcome {
     Term,
 }
 
-#[async_trait]
-pub trait Acker: Send + Sync {
-    async fn settle(&self, outcome: Outcome) -> Result<()>;
+/// Settles a delivery on the bus that it came from.
+pub(crate) enum Acker {
+    Local(local::Settle),
+    Nats(nats::Settle),
+}
+
+impl Acker {
+    async fn settle(&self, outcome: Outcome) -> Result<()> {
+        match self {
+            Self::Local(settle) => settle.settle(outcome).await,
+            Self::Nats(settle) => settle.settle(outcome).await,
+        }
+    }
 }
 
 impl Delivery {

@@ -1,6 +1,7 @@
 //! The embedded bus: subjects in memory, streams and buckets in one SQLite file under the data directory.
 
 mod consumer;
+mod engine;
 mod record;
 mod state;
 mod store;
@@ -8,12 +9,14 @@ pub(crate) mod subjects;
 mod takeover;
 
 use crate::{
-    Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Message, Result, StreamConfig, StreamInfo,
-    Subscription,
+    Acker, Appended, Bus, BusApi, Consumer, ConsumerConfig, Delivery, Error, Headers, Message, Result, StreamConfig,
+    StreamInfo, Subscription, Write, Written,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
+pub(crate) use consumer::Settle;
 pub use journal::Durability;
+use state::{NewMessage, Step};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,6 +114,23 @@ impl BusApi for Local {
         Ok(appended)
     }
 
+    async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>> {
+        let steps: Vec<Step> = writes.iter().map(|write| self.step(write)).collect::<Result<_>>()?;
+        let written = self.store.write(steps).await?;
+
+        for (write, written) in writes.into_iter().zip(&written) {
+            match (write, written) {
+                (Write::Append { message, .. }, Written::Appended(appended)) if !appended.duplicate => {
+                    self.store.wake(&message.subject);
+                    self.subjects.publish(message);
+                }
+                (Write::Ack(Delivery { acker: Acker::Local(settle), .. }), _) => settle.wake_consumers(),
+                _ => {}
+            }
+        }
+        Ok(written)
+    }
+
     async fn consume(&self, config: ConsumerConfig) -> Result<Consumer> {
         consumer::start(self.store.clone(), config, &self.tasks, &self.cancel).await
     }
@@ -138,6 +158,28 @@ impl BusApi for Local {
 
     fn describe(&self) -> String {
         "local".into()
+    }
+}
+
+impl Local {
+    /// The step of the store that makes this write.
+    fn step(&self, write: &Write<'_>) -> Result<Step> {
+        match write {
+            Write::Put { bucket, key, value, expected } => {
+                check_size(value.len())?;
+                let (bucket, key) = (bucket.to_string(), key.to_string());
+                Ok(Step::Put { bucket, key, value: value.clone(), expected: *expected })
+            }
+            Write::Append { message, msg_id } => {
+                check(message)?;
+                let stream = self.store.stream_name(&message.subject)?;
+                Ok(Step::Append { stream, message: NewMessage::new(message, *msg_id) })
+            }
+            Write::Ack(delivery) => match &delivery.acker {
+                Acker::Local(settle) => Ok(settle.step()),
+                Acker::Nats(_) => Err(Error::Storage("the delivery is of another bus".into())),
+            },
+        }
     }
 }
 

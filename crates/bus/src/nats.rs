@@ -17,7 +17,7 @@ mod subscription;
 use crate::local::subjects::{check_pattern, check_subject};
 use crate::{
     Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Message, Result, StreamConfig, StreamInfo,
-    Subscription,
+    Subscription, Write, Written,
 };
 use access::Access;
 use async_nats::jetstream::kv;
@@ -25,6 +25,7 @@ use async_trait::async_trait;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
+pub(crate) use consumer::Settle;
 use futures_util::future::try_join_all;
 use inbox::Awaited;
 use parking_lot::RwLock;
@@ -144,6 +145,33 @@ impl BusApi for Nats {
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
         check_subject(&message.subject)?;
         streams::append(self.pool.of(&message.subject).await?, message, msg_id, APPEND_DEADLINE).await
+    }
+
+    async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>> {
+        let mut written = Vec::with_capacity(writes.len());
+        let mut writes = writes.into_iter().peekable();
+        while let Some(write) = writes.next() {
+            match write {
+                Write::Put { bucket, key, value, expected } => {
+                    let mut puts = vec![self.kv_put(bucket, key, value, expected)];
+                    while let Some(Write::Put { bucket, key, value, expected }) =
+                        writes.next_if(|next| matches!(next, Write::Put { .. }))
+                    {
+                        puts.push(self.kv_put(bucket, key, value, expected));
+                    }
+                    let revisions = try_join_all(puts).await?;
+                    written.extend(revisions.into_iter().map(|revision| Written::Put { revision }));
+                }
+                Write::Append { message, msg_id } => {
+                    written.push(Written::Appended(self.append(message, msg_id).await?));
+                }
+                Write::Ack(delivery) => {
+                    delivery.ack().await?;
+                    written.push(Written::Acked);
+                }
+            }
+        }
+        Ok(written)
     }
 
     async fn consume(&self, config: ConsumerConfig) -> Result<Consumer> {

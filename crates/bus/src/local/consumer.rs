@@ -1,8 +1,8 @@
 //! The pump of an embedded consumer: it claims available messages and sends them to the consumer until that is dropped.
 
+use super::state::Step;
 use super::store::{ConsumerHandle, Store};
 use crate::{Acker, Consumer, ConsumerConfig, Delivery, Outcome, Result};
-use async_trait::async_trait;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -50,7 +50,7 @@ async fn pump(
             Ok(claim) => {
                 let more = claim.messages.len() == room;
                 for claimed in claim.messages {
-                    let acker = Arc::new(Settle {
+                    let acker = Acker::Local(Settle {
                         store: store.clone(),
                         consumer: consumer.clone(),
                         sequence: claimed.sequence,
@@ -120,15 +120,24 @@ async fn reserve(
     Some(permits)
 }
 
-struct Settle {
+pub struct Settle {
     store: Arc<Store>,
     consumer: ConsumerHandle,
     sequence: u64,
 }
 
-#[async_trait]
-impl Acker for Settle {
-    async fn settle(&self, outcome: Outcome) -> Result<()> {
+impl Settle {
+    /// The step of a batch that acknowledges the delivery.
+    pub fn step(&self) -> Step {
+        Step::Ack { consumer: self.consumer.config.clone(), sequence: self.sequence }
+    }
+
+    /// A settled delivery makes room under `max_ack_pending`.
+    pub fn wake_consumers(&self) {
+        self.consumer.work.notify_waiters();
+    }
+
+    pub async fn settle(&self, outcome: Outcome) -> Result<()> {
         self.store.settle(&self.consumer, self.sequence, outcome).await
     }
 }

@@ -16,7 +16,7 @@ pub use snapshot::Cursor;
 use super::record::{
     ConsumerRecord, DroppedRecord, EntryRecord, Group, Kind, MessageRecord, RemovedRecord, Stored, StreamRecord,
 };
-use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, Retention, StreamConfig, StreamInfo};
+use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, Retention, StreamConfig, StreamInfo, Written};
 use bytes::Bytes;
 use consumer::Consumer;
 use journal::Place;
@@ -27,6 +27,48 @@ use std::time::Duration;
 
 /// Messages or entries that one call of [`State::prune`] removes from each stream and bucket.
 const PRUNE_MAX: usize = 1000;
+
+/// A message that is about to be stored. The caller prepares it, which spares the engine's thread the work.
+pub struct NewMessage {
+    subject: Arc<str>,
+    stored: Stored,
+    /// Bytes of `stored` in the log.
+    size: u64,
+    /// Hash of its message id.
+    id: Option<u128>,
+}
+
+impl NewMessage {
+    pub fn new(message: &Message, msg_id: Option<&str>) -> Self {
+        let stored = Stored::of(message);
+        let size = prost::Message::encoded_len(&stored) as u64;
+        Self {
+            subject: message.subject.clone(),
+            stored,
+            size,
+            id: msg_id.map(seen::hash),
+        }
+    }
+}
+
+/// One step of [`State::write`].
+pub enum Step {
+    Put { bucket: String, key: String, value: Bytes, expected: Option<u64> },
+    Append { stream: &'static str, message: NewMessage },
+    Ack { consumer: Arc<ConsumerConfig>, sequence: u64 },
+}
+
+impl Step {
+    /// Whether both put the same key.
+    fn puts_what(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Put { bucket, key, .. }, Self::Put { bucket: other_bucket, key: other_key, .. }) => {
+                (bucket, key) == (other_bucket, other_key)
+            }
+            _ => false,
+        }
+    }
+}
 
 #[derive(Default)]
 pub struct State {
@@ -130,58 +172,81 @@ impl State {
         stream.config = Some(config);
     }
 
-    /// Errors: the stream is full, which only a work queue can be.
-    pub fn append(
-        &mut self,
-        group: &mut Group,
-        name: &str,
-        message: &Message,
-        msg_id: Option<&str>,
-        now_ms: u64,
-    ) -> Result<Appended> {
+    /// Stores the message, unless its id was seen within the dedup window. Fails if the stream is a full work queue.
+    pub fn append(&mut self, group: &mut Group, name: &str, new: &NewMessage, now_ms: u64) -> Result<Appended> {
         let (stream, config) = self.declared(name)?;
-        let id = msg_id.map(seen::hash);
-        if let Some(sequence) = id.and_then(|id| stream.seen.get(id, now_ms, config.dedup_window)) {
+        if let Some(sequence) = stream.duplicate_of(new, &config, now_ms) {
             return Ok(Appended { sequence, duplicate: true });
         }
-        let stored = Stored::of(message);
-        let size = prost::Message::encoded_len(&stored) as u64;
-        if config.retention == Retention::WorkQueue && stream.bytes + size > config.max_bytes {
-            let max = config.max_bytes;
-            let text = format!("stream {name} holds its {max} bytes; its consumers are behind, try again later");
-            return Err(Error::Storage(text));
-        }
+        stream.ensure_room(&config, new.size)?;
 
         stream.last += 1;
         let sequence = stream.last;
+        let id_hash = new.id.map(|id| Bytes::copy_from_slice(&id.to_be_bytes()));
         let record = MessageRecord {
             stream: name.into(),
             sequence,
             stored_ms: now_ms,
-            subject: message.subject.to_string(),
-            id_hash: id
-                .map(|id| Bytes::copy_from_slice(&id.to_be_bytes()))
-                .unwrap_or_default(),
+            subject: new.subject.to_string(),
+            id_hash: id_hash.unwrap_or_default(),
             place: None,
         };
-        let place = group.push_with(Kind::Message(record), &stored);
-        if let Some(id) = id {
+        let place = group.push_with(Kind::Message(record), &new.stored);
+
+        if let Some(id) = new.id {
             stream.seen.insert(id, sequence, now_ms);
         }
-        for consumer in stream
-            .consumers
-            .values_mut()
-            .filter(|consumer| consumer.wants(&message.subject))
-        {
-            consumer.pending += 1;
+        for consumer in stream.consumers.values_mut() {
+            consumer.pending += u64::from(consumer.wants(&new.subject));
         }
-        let subject = stream.interned(&message.subject);
+        let subject = stream.interned(&new.subject);
         stream.bytes += u64::from(place.len);
         stream
             .messages
             .insert(sequence, StoredAt { place, stored_ms: now_ms, subject });
         self.rows.hold(place);
         Ok(Appended { sequence, duplicate: false })
+    }
+
+    /// Takes all steps in their order, or none: every step is checked before the first one changes anything.
+    pub fn write(&mut self, group: &mut Group, steps: &[Step], now_ms: u64, clock_ms: u64) -> Result<Vec<Written>> {
+        for (index, step) in steps.iter().enumerate() {
+            self.check(step, now_ms)?;
+            // Each step is checked against the state before the batch, which two puts of one key would outdate.
+            if steps[..index].iter().any(|earlier| earlier.puts_what(step)) {
+                return Err(Error::Storage("a batch puts one key twice".into()));
+            }
+        }
+
+        let taken = steps.iter().map(|step| match step {
+            Step::Put { bucket, key, value, expected } => self
+                .kv_put(group, bucket, key, value, *expected, now_ms)
+                .map(|revision| Written::Put { revision }),
+            Step::Append { stream, message } => self.append(group, stream, message, now_ms).map(Written::Appended),
+            Step::Ack { consumer, sequence } => self
+                .settle(group, consumer, *sequence, Outcome::Ack, clock_ms)
+                .map(|()| Written::Acked),
+        });
+        Ok(taken.map(|written| written.expect("the step was checked")).collect())
+    }
+
+    /// Fails as taking the step would.
+    fn check(&mut self, step: &Step, now_ms: u64) -> Result<()> {
+        match step {
+            Step::Put { bucket, key, expected, .. } => self.check_revision(bucket, key, *expected, now_ms),
+            Step::Append { stream, message } => {
+                let (stream, config) = self.declared(stream)?;
+                match stream.duplicate_of(message, &config, now_ms) {
+                    Some(_) => Ok(()),
+                    None => stream.ensure_room(&config, message.size),
+                }
+            }
+            Step::Ack { consumer, .. } => {
+                let (stream, _) = self.declared(consumer.stream)?;
+                let known = stream.consumers.contains_key(&consumer.name);
+                known.then_some(()).ok_or_else(|| unknown(consumer))
+            }
+        }
     }
 
     /// Makes the consumer, or changes the filter of a known one.
@@ -284,10 +349,7 @@ impl State {
         expected: Option<u64>,
         now_ms: u64,
     ) -> Result<u64> {
-        let current = self.kv_get(bucket, key, now_ms)?.map_or(0, |(_, revision)| revision);
-        if expected.is_some_and(|expected| expected != current) {
-            return Err(Error::WrongRevision(key.into()));
-        }
+        self.check_revision(bucket, key, expected, now_ms)?;
         self.revision += 1;
         let revision = self.revision;
         let record = EntryRecord {
@@ -304,6 +366,14 @@ impl State {
             self.rows.release(old.place);
         }
         Ok(revision)
+    }
+
+    fn check_revision(&self, bucket: &str, key: &str, expected: Option<u64>, now_ms: u64) -> Result<()> {
+        let current = self.kv_get(bucket, key, now_ms)?.map_or(0, |(_, revision)| revision);
+        if expected.is_some_and(|expected| expected != current) {
+            return Err(Error::WrongRevision(key.into()));
+        }
+        Ok(())
     }
 
     /// Removes some of what has outlived its age or its stream's bytes; whether there may be more.
@@ -400,6 +470,21 @@ impl State {
 }
 
 impl Stream {
+    /// The sequence of the message that was stored under the same id within the dedup window.
+    fn duplicate_of(&self, new: &NewMessage, config: &StreamConfig, now_ms: u64) -> Option<u64> {
+        self.seen.get(new.id?, now_ms, config.dedup_window)
+    }
+
+    /// A work queue refuses what would take it over its bytes; other streams make room when they are pruned.
+    fn ensure_room(&self, config: &StreamConfig, size: u64) -> Result<()> {
+        let (name, max) = (config.name, config.max_bytes);
+        if config.retention == Retention::WorkQueue && self.bytes + size > max {
+            let text = format!("stream {name} holds its {max} bytes; its consumers are behind, try again later");
+            return Err(Error::Storage(text));
+        }
+        Ok(())
+    }
+
     /// Streams have few subjects: neighbours share theirs.
     fn interned(&self, subject: &Arc<str>) -> Arc<str> {
         let newest = self.messages.last_key_value().map(|(_, message)| &message.subject);

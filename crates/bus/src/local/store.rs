@@ -1,50 +1,23 @@
-//! The engine of streams, consumers and buckets: one thread owns the state and the log, everybody else sends it operations.
-//!
-//! Operations that wait while a commit runs share the next one. An answer leaves after the commit that holds the operation,
-//! and reads are operations too: nobody sees what a crash could still undo.
+//! The handle to the embedded bus's streams, consumers and buckets: it turns calls into operations of the engine.
 
-use super::record::{Group, Stored};
-use super::state::{Cursor, State, millis};
+use super::engine::{Engine, Operation, Shared, Values};
+use super::record::Group;
+use super::state::{NewMessage, State, Step, millis};
 use super::subjects::matches;
-use super::takeover;
 use crate::clock::unix_ms;
-use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, StreamConfig, StreamInfo};
+use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, StreamConfig, StreamInfo, Written};
 use bytes::Bytes;
-use journal::{Commit, Durability, Log, Part, Place};
-use parking_lot::{Mutex, RwLock};
-use std::collections::{HashMap, VecDeque};
-use std::path::{Path, PathBuf};
+use journal::Durability;
+use parking_lot::RwLock;
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 /// Operations that wait at most; more make their callers wait.
 const QUEUE_MAX: usize = 4096;
-/// Operations that share one commit at most.
-const BATCH_MAX: usize = 512;
-/// A group that has grown this large is committed before the next operation runs.
-const GROUP_BYTES: usize = 4 * 1024 * 1024;
-/// Newest groups kept in memory: most values are read soon after they were written.
-const CACHE_BYTES: usize = 64 * 1024 * 1024;
-/// A snapshot begins after this many bytes of groups, or twice the size of the last one if that is more.
-const SNAPSHOT_BYTES_MIN: u64 = 16 * 1024 * 1024;
-/// What one commit adds to a snapshot.
-const PART_BYTES: usize = 64 * 1024;
-/// Rows that one commit drops.
-const DROPPED_ROWS_MAX: usize = 256;
-/// Dead bytes that are not worth compacting.
-const COMPACT_SLACK: u64 = 64 * 1024 * 1024;
-/// Free pages (4 KiB) that the file keeps, and how many more go back to the disk at once.
-const FREE_PAGES_KEPT: u64 = 16 * 1024;
-const PAGES_GIVEN_BACK: u64 = 2 * 1024;
-/// After a failed commit the log is opened again, this often until that works.
-const REOPEN_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Changes the state and describes that in the group; what it returns runs after the commit.
-type Operation = Box<dyn FnOnce(&mut State, &mut Group) -> Answer + Send>;
-/// Runs only if the commit went well. Else the caller learns it from the dropped end of its channel.
-type Answer = Box<dyn FnOnce(&Values) + Send>;
 
 /// A cheap handle to the engine; its thread ends with the last one.
 pub struct Store {
@@ -58,14 +31,6 @@ struct Stream {
     subjects: Vec<String>,
     /// Something became available.
     work: Arc<Notify>,
-}
-
-#[derive(Default)]
-struct Shared {
-    /// Why the log refuses writes.
-    failure: Mutex<Option<String>>,
-    /// A consumer has got on and the log does not have that yet.
-    unflushed: AtomicBool,
 }
 
 /// What a pump needs to claim and settle.
@@ -161,13 +126,32 @@ impl Store {
 
     pub async fn append(&self, message: &Message, msg_id: Option<&str>) -> Result<Appended> {
         let (name, work) = self.stream_of(&message.subject)?;
-        let (message, msg_id) = (message.clone(), msg_id.map(String::from));
+        let new = NewMessage::new(message, msg_id);
         let now = unix_ms();
         let appended = self
-            .run(move |state, group| state.append(group, name, &message, msg_id.as_deref(), now))
+            .run(move |state, group| state.append(group, name, &new, now))
             .await?;
         work.notify_waiters();
         Ok(appended)
+    }
+
+    /// Runs all steps in one commit, or none: see [`State::write`]. The caller notifies consumers with [`Store::wake`].
+    pub async fn write(&self, steps: Vec<Step>) -> Result<Vec<Written>> {
+        let (now, clock) = (unix_ms(), self.clock_ms());
+        self.run(move |state, group| state.write(group, &steps, now, clock))
+            .await
+    }
+
+    /// Wakes the consumers of a stream that takes `subject`.
+    pub fn wake(&self, subject: &str) {
+        if let Ok((_, work)) = self.stream_of(subject) {
+            work.notify_waiters();
+        }
+    }
+
+    /// The name of the stream that takes `subject`.
+    pub fn stream_name(&self, subject: &str) -> Result<&'static str> {
+        self.stream_of(subject).map(|(name, _)| name)
     }
 
     fn stream_of(&self, subject: &str) -> Result<(&'static str, Arc<Notify>)> {
@@ -273,8 +257,7 @@ impl Store {
     pub async fn prune(&self) -> Result<()> {
         let now = unix_ms();
         while self.run(move |state, group| Ok(state.prune(group, now))).await? {}
-        self.run_then(|_, _| Ok(()), |(), values| Ok(values.log.give_back(FREE_PAGES_KEPT, PAGES_GIVEN_BACK)?))
-            .await
+        self.run_then(|_, _| Ok(()), |(), values| Ok(values.give_back()?)).await
     }
 
     /// Notes in the log how far consumers have got, if that has changed: so that what a crash interrupts counts as delivered.
@@ -290,227 +273,12 @@ impl Store {
     }
 }
 
-/// Reads values: from memory while their group is among the newest, else from the log.
-struct Values {
-    log: Log,
-    /// Consecutive groups, the oldest first.
-    recent: VecDeque<Bytes>,
-    first: u64,
-    bytes: usize,
-}
-
-impl Values {
-    fn new(log: Log) -> Self {
-        Self { first: log.last() + 1, log, recent: VecDeque::new(), bytes: 0 }
-    }
-
-    fn committed(&mut self, group: Bytes) {
-        self.bytes += group.len();
-        self.recent.push_back(group);
-        while self.bytes > CACHE_BYTES
-            && let Some(oldest) = self.recent.pop_front()
-        {
-            self.bytes -= oldest.len();
-            self.first += 1;
-        }
-    }
-
-    fn get(&self, place: Place) -> Result<Bytes> {
-        let index = place
-            .row
-            .checked_sub(self.first)
-            .and_then(|index| usize::try_from(index).ok());
-        if let Some(group) = index.and_then(|index| self.recent.get(index)) {
-            let start = place.offset as usize;
-            return Ok(group.slice(start..start + place.len as usize));
-        }
-        Ok(self.log.read(place)?)
-    }
-
-    fn message(&self, place: Place) -> Result<Message> {
-        let unreadable =
-            |error: prost::DecodeError| Error::Storage(format!("a stored message cannot be read: {error}"));
-        let stored: Stored = prost::Message::decode(self.get(place)?).map_err(unreadable)?;
-        Ok(stored.into_message())
-    }
-}
-
-/// Owns the state and the log.
-struct Engine {
-    path: PathBuf,
-    durability: Durability,
-    state: State,
-    /// `None` after a failed commit, until the log is open again.
-    values: Option<Values>,
-    /// How far the snapshot that is being written has got.
-    snapshot: Option<Cursor>,
-    /// Bytes of it so far; of the complete one.
-    snapshot_bytes: u64,
-    last_snapshot_bytes: u64,
-    /// Bytes of groups since the last snapshot began.
-    since_snapshot: u64,
-    next_reopen: Instant,
-    shared: Arc<Shared>,
-}
-
-impl Engine {
-    fn open(path: &Path, durability: Durability, shared: Arc<Shared>) -> Result<Self> {
-        let (values, state) = load(path, durability)?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            durability,
-            state,
-            values: Some(values),
-            snapshot: None,
-            snapshot_bytes: 0,
-            last_snapshot_bytes: 0,
-            since_snapshot: 0,
-            next_reopen: Instant::now(),
-            shared,
-        })
-    }
-
-    fn run(mut self, mut queue: mpsc::Receiver<Operation>) {
-        let mut batch = Vec::with_capacity(BATCH_MAX);
-        while queue.blocking_recv_many(&mut batch, BATCH_MAX) > 0 {
-            if self.values.is_none() {
-                self.reopen();
-            }
-            let mut operations = batch.drain(..);
-            while operations.len() > 0 {
-                self.commit_some(&mut operations);
-            }
-        }
-        self.commit_some(&mut std::iter::once::<Operation>(Box::new(|state, group| {
-            state.flush_cursors(group);
-            Box::new(|_| {})
-        })));
-    }
-
-    /// Runs operations until their group is large, commits it, and answers them.
-    fn commit_some(&mut self, operations: &mut dyn Iterator<Item = Operation>) {
-        let Some(values) = &mut self.values else {
-            // Dropped: their callers are told why.
-            operations.for_each(drop);
-            return;
-        };
-        let mut group = Group::new(values.log.last() + 1);
-        let mut answers = Vec::new();
-        while group.len() < GROUP_BYTES
-            && let Some(operation) = operations.next()
-        {
-            answers.push(operation(&mut self.state, &mut group));
-        }
-
-        if !group.is_empty()
-            && let Err(error) = self.write(group)
-        {
-            self.fail(&error);
-            return;
-        }
-        if let Some(values) = &self.values {
-            answers.into_iter().for_each(|answer| answer(values));
-        }
-    }
-
-    /// Commits the group, and with it a part of the upkeep: a snapshot goes on, dead rows go, sparse ones are rewritten.
-    fn write(&mut self, mut group: Group) -> Result<()> {
-        let Some(values) = &mut self.values else { return Ok(()) };
-        self.state.flush_cursors(&mut group);
-        let newest = values.log.snapshot_since();
-        compact(&mut self.state, values, &mut group, newest)?;
-        let drop_rows = self.state.take_dead_rows(newest, DROPPED_ROWS_MAX);
-        let part = self
-            .snapshot
-            .take()
-            .map(|cursor| self.state.snapshot_part(cursor, PART_BYTES));
-
-        let (row, bytes) = (group.row(), group.into_bytes());
-        let last = part.as_ref().is_some_and(|(_, cursor)| *cursor == Cursor::Done);
-        values.log.commit(&Commit {
-            group: &bytes,
-            part: part.as_ref().map(|(data, _)| Part { data, last }),
-            drop_rows: &drop_rows,
-        })?;
-        let size = bytes.len() as u64;
-        self.state.row_added(row, size);
-        values.committed(bytes);
-
-        self.since_snapshot += size;
-        if let Some((data, cursor)) = part {
-            self.snapshot_bytes += data.len() as u64;
-            match cursor {
-                Cursor::Done => self.last_snapshot_bytes = self.snapshot_bytes,
-                unfinished => self.snapshot = Some(unfinished),
-            }
-        } else if self.since_snapshot > SNAPSHOT_BYTES_MIN.max(2 * self.last_snapshot_bytes) {
-            values.log.begin_snapshot();
-            self.snapshot = Some(Cursor::Start);
-            (self.snapshot_bytes, self.since_snapshot) = (0, 0);
-        }
-        Ok(())
-    }
-
-    /// The state is ahead of the log now: nothing is answered from it any more.
-    fn fail(&mut self, error: &Error) {
-        tracing::error!(%error, path = %self.path.display(), "the bus cannot write; it refuses everything until it can");
-        *self.shared.failure.lock() = Some(format!("the bus cannot write to {}: {error}", self.path.display()));
-        self.values = None;
-        self.snapshot = None;
-        self.next_reopen = Instant::now() + REOPEN_INTERVAL;
-    }
-
-    /// Takes the state back from what the disk has.
-    fn reopen(&mut self) {
-        if Instant::now() < self.next_reopen {
-            return;
-        }
-        self.next_reopen = Instant::now() + REOPEN_INTERVAL;
-        match load(&self.path, self.durability) {
-            Ok((values, mut state)) => {
-                state.adopt(&self.state);
-                self.state = state;
-                self.values = Some(values);
-                self.shared.failure.lock().take();
-                tracing::warn!(path = %self.path.display(), "the bus has opened its log again and tries to write");
-            }
-            Err(error) => tracing::error!(%error, "cannot open the bus's log again; trying once more soon"),
-        }
-    }
-}
-
-fn load(path: &Path, durability: Durability) -> Result<(Values, State)> {
-    let mut log = Log::open(path, durability)?;
-    takeover::older_format(&mut log)?;
-    let state = std::cell::RefCell::new(State::default());
-    log.replay(|part| state.borrow_mut().apply(0, part), |row, group| state.borrow_mut().apply(row, group))?;
-    let mut state = state.into_inner();
-    let damaged = |what| journal::Error::Damaged { path: path.to_path_buf(), what };
-    state.finish_replay(&log.rows()?).map_err(damaged)?;
-    Ok((Values::new(log), state))
-}
-
-/// Moves what lives in one sparse row to the group.
-fn compact(state: &mut State, values: &Values, group: &mut Group, newest: u64) -> Result<()> {
-    let Some(row) = state.row_to_compact(newest, COMPACT_SLACK) else {
-        return Ok(());
-    };
-    let data = values.log.read_row(row)?;
-    let moved = super::record::each(row, &data, |kind, place| {
-        if let Some(place) = place {
-            let start = place.offset as usize;
-            state.relocate(group, kind, place, &data[start..start + place.len as usize]);
-        }
-        Ok(())
-    });
-    moved.map_err(Error::Storage)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Retention;
     use journal::rusqlite::Connection;
+    use parking_lot::Mutex;
 
     fn stream(retention: Retention) -> StreamConfig {
         StreamConfig {

@@ -12,7 +12,6 @@ use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::message::{AckKind, Message as JetMessage};
 use async_nats::jetstream::stream::RetentionPolicy;
 use async_nats::{HeaderMap, StatusCode, Subject, Subscriber};
-use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use std::sync::Arc;
@@ -289,7 +288,7 @@ impl Pump {
         let mut converted = convert::from_nats(message.message);
         // The reply subject is the address for acknowledgements, not a request to answer.
         converted.reply = None;
-        let acker = Arc::new(Settle { link: self.link.clone(), reply });
+        let acker = Acker::Nats(Settle { link: self.link.clone(), reply });
         Some(Delivery {
             message: converted,
             delivered,
@@ -301,15 +300,14 @@ impl Pump {
     }
 }
 
-struct Settle {
+pub struct Settle {
     link: Arc<Link>,
     reply: Subject,
 }
 
-#[async_trait]
-impl Acker for Settle {
+impl Settle {
     /// Waits for the server to confirm an ack or term; a nak or progress report is only sent.
-    async fn settle(&self, outcome: Outcome) -> Result<()> {
+    pub async fn settle(&self, outcome: Outcome) -> Result<()> {
         let kind = match outcome {
             Outcome::Ack => AckKind::Ack,
             Outcome::Term => AckKind::Term,

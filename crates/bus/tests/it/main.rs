@@ -2,6 +2,7 @@
 //! and over several.
 
 mod access;
+mod batches;
 mod buckets;
 mod consumers;
 mod embedded;
@@ -76,6 +77,10 @@ conformance! {
     consumers::burst_arrives_complete_and_in_order,
     consumers::max_in_hand_bounds_what_a_consumer_takes,
     consumers::closed_consumer_returns_undelivered_messages,
+    batches::batch_puts_appends_and_acknowledges,
+    batches::failed_step_ends_a_batch,
+    batches::duplicate_append_does_not_fail_a_batch,
+    batches::large_message_refuses_a_batch,
     buckets::values_are_returned_with_their_revision,
     buckets::put_with_expected_revision_detects_conflicts,
     buckets::exactly_one_concurrent_create_wins,

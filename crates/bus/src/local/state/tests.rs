@@ -153,7 +153,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
     fn a_crash_at_any_commit_brings_back_what_was_committed(
-        steps in proptest::collection::vec((0_u8..12, 0_u8..40, 0_u64..600_000), 1..250),
+        steps in proptest::collection::vec((0_u8..14, 0_u8..40, 0_u64..600_000), 1..250),
     ) {
         let (mut disk, mut state, mut now) = (Disk::default(), State::default(), 10_000_000);
         let mut group = Group::new(1);
@@ -173,7 +173,7 @@ proptest! {
                     let message = Message { subject: subject.into(), payload, ..Message::default() };
                     let id = which.to_string();
                     // A full work queue refuses.
-                    let _ = state.append(&mut group, of.0, &message, (which > 20).then_some(id.as_str()), now);
+                    let _ = state.append(&mut group, of.0, &NewMessage::new(&message, (which > 20).then_some(id.as_str())), now);
                 }
                 4 | 5 => {
                     let (claimed, _) = state.claim(&mut group, &config, usize::from(which) % 5 + 1, now).unwrap();
@@ -191,7 +191,26 @@ proptest! {
                     let key = (which % 7).to_string();
                     state.kv_put(&mut group, "B", &key, &vec![which; usize::from(which)], None, now).unwrap();
                 }
-                10 => while state.prune(&mut group, now) {},
+                10 | 11 => {
+                    // Atomic: a refused batch changes nothing, an accepted one holds all of its steps.
+                    let before = format!("{:?}", seen_by_users(&state, &disk, now));
+                    let message = Message { subject: format!("{}.a", of.0).into(), ..Message::default() };
+                    let expected = (which % 3 == 0).then_some(0);
+                    let taken = taken.entry(of.1).or_default();
+                    let mut batch = vec![
+                        Step::Append { stream: of.0, message: NewMessage::new(&message, None) },
+                        Step::Put { bucket: "B".into(), key: (which % 7).to_string(), value: "b".into(), expected },
+                    ];
+                    batch.extend(taken.pop().map(|sequence| Step::Ack { consumer: config.into(), sequence }));
+                    match state.write(&mut group, &batch, now, now) {
+                        Ok(written) => prop_assert_eq!(written.len(), batch.len()),
+                        Err(_) => {
+                            prop_assert!(group.is_empty());
+                            prop_assert_eq!(before, format!("{:?}", seen_by_users(&state, &disk, now)));
+                        }
+                    }
+                }
+                12 => while state.prune(&mut group, now) {},
                 _ if disk.open.is_none() => disk.open = Some((disk.last, Vec::new(), Cursor::Start)),
                 _ => {
                     // A crash: deliveries are due again, and life goes on from what the disk has.
@@ -223,7 +242,7 @@ fn bytes_and_age_bound_a_stream_and_its_ids() {
     };
     for n in 0..3000 {
         state
-            .append(&mut group, "log", &message, Some(&n.to_string()), 1000)
+            .append(&mut group, "log", &NewMessage::new(&message, Some(&n.to_string())), 1000)
             .unwrap();
     }
     while state.prune(&mut group, 1000) {}
@@ -233,7 +252,7 @@ fn bytes_and_age_bound_a_stream_and_its_ids() {
     assert_eq!((owed("all"), owed("some")), (info.messages, info.messages), "dropped messages are owed to nobody");
     assert!(
         state
-            .append(&mut group, "log", &message, Some("0"), 1000)
+            .append(&mut group, "log", &NewMessage::new(&message, Some("0")), 1000)
             .unwrap()
             .duplicate,
         "its id outlives a message"
@@ -244,7 +263,7 @@ fn bytes_and_age_bound_a_stream_and_its_ids() {
     assert_eq!(state.info("log").unwrap().messages, 0);
     assert!(
         !state
-            .append(&mut group, "log", &message, Some("0"), later)
+            .append(&mut group, "log", &NewMessage::new(&message, Some("0")), later)
             .unwrap()
             .duplicate
     );
@@ -261,7 +280,11 @@ fn a_full_work_queue_refuses_and_keeps_what_it_has() {
         ..Message::default()
     };
     let stored = (0..100)
-        .take_while(|_| state.append(&mut group, "work", &message, None, 0).is_ok())
+        .take_while(|_| {
+            state
+                .append(&mut group, "work", &NewMessage::new(&message, None), 0)
+                .is_ok()
+        })
         .count();
     assert!((30..40).contains(&stored), "{stored}");
     assert_eq!(state.info("work").unwrap().messages, stored as u64);
