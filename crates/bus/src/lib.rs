@@ -86,6 +86,21 @@ pub enum Error {
     Storage(String),
 }
 
+impl Error {
+    /// Whether the same call may succeed later.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::NoResponders(_)
+            | Self::Timeout(_)
+            | Self::Disconnected(_)
+            | Self::NoStream(_)
+            | Self::WrongRevision(_)
+            | Self::Storage(_) => true,
+            Self::TooLarge { .. } | Self::InvalidSubject(_) => false,
+        }
+    }
+}
+
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[async_trait]
@@ -121,7 +136,7 @@ pub trait BusApi: Send + Sync + 'static {
     /// The embedded bus commits all of them together, or none. Over [`nats`], a write starts once the one before is
     /// acknowledged, except that neighbouring puts are made at the same time; the first failure ends them. So put them in
     /// an order in which what a crash leaves is safe to repeat. A batch must not put one key twice.
-    async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>>;
+    async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete>;
 
     /// Opens a durable consumer. Consumers with the same name share its messages.
     async fn consume(&self, config: ConsumerConfig) -> Result<Consumer>;
@@ -156,7 +171,7 @@ pub trait BusApi: Send + Sync + 'static {
 /// One step of [`BusApi::write`].
 pub enum Write<'a> {
     /// As [`BusApi::kv_put`].
-    Put { bucket: &'a str, key: &'a str, value: Bytes, expected: Option<u64> },
+    Put { bucket: &'a str, key: String, value: Bytes, expected: Option<u64> },
     /// As [`BusApi::append`].
     Append { message: Message, msg_id: Option<&'a str> },
     /// As [`Delivery::ack`], for a delivery of the same bus.
@@ -169,6 +184,27 @@ pub enum Written {
     Put { revision: u64 },
     Appended(Appended),
     Acked,
+}
+
+/// Why a batch failed, and what the steps before that have done. The embedded bus undoes those, so there are none.
+#[derive(Debug, thiserror::Error)]
+#[error("the batch failed after {} steps", .written.len())]
+pub struct Incomplete {
+    #[source]
+    pub error: Error,
+    pub written: Vec<Written>,
+}
+
+impl From<Error> for Incomplete {
+    fn from(error: Error) -> Self {
+        Self { error, written: Vec::new() }
+    }
+}
+
+impl From<Incomplete> for Error {
+    fn from(incomplete: Incomplete) -> Self {
+        incomplete.error
+    }
 }
 
 /// The live messages of one subscription. Dropping it unsubscribes.

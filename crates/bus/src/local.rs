@@ -9,8 +9,8 @@ pub(crate) mod subjects;
 mod takeover;
 
 use crate::{
-    Acker, Appended, Bus, BusApi, Consumer, ConsumerConfig, Delivery, Error, Headers, Message, Result, StreamConfig,
-    StreamInfo, Subscription, Write, Written,
+    Acker, Appended, Bus, BusApi, Consumer, ConsumerConfig, Delivery, Error, Headers, Incomplete, Message, Result,
+    StreamConfig, StreamInfo, Subscription, Write, Written,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -114,7 +114,7 @@ impl BusApi for Local {
         Ok(appended)
     }
 
-    async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>> {
+    async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete> {
         let steps: Vec<Step> = writes.iter().map(|write| self.step(write)).collect::<Result<_>>()?;
         let written = self.store.write(steps).await?;
 
@@ -167,7 +167,7 @@ impl Local {
         match write {
             Write::Put { bucket, key, value, expected } => {
                 check_size(value.len())?;
-                let (bucket, key) = (bucket.to_string(), key.to_string());
+                let (bucket, key) = (bucket.to_string(), key.clone());
                 Ok(Step::Put { bucket, key, value: value.clone(), expected: *expected })
             }
             Write::Append { message, msg_id } => {

@@ -16,8 +16,8 @@ mod subscription;
 
 use crate::local::subjects::{check_pattern, check_subject};
 use crate::{
-    Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Message, Result, StreamConfig, StreamInfo,
-    Subscription, Write, Written,
+    Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Incomplete, Message, Result, StreamConfig,
+    StreamInfo, Subscription, Write, Written,
 };
 use access::Access;
 use async_nats::jetstream::kv;
@@ -106,6 +106,20 @@ impl Nats {
     }
 }
 
+impl Nats {
+    /// Makes puts at the same time; other steps of a batch are not its business.
+    async fn put_all(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>> {
+        let puts = writes.into_iter().filter_map(|write| match write {
+            Write::Put { bucket, key, value, expected } => Some(async move {
+                let revision = self.kv_put(bucket, &key, value, expected).await?;
+                Ok(Written::Put { revision })
+            }),
+            Write::Append { .. } | Write::Ack(_) => None,
+        });
+        try_join_all(puts).await
+    }
+}
+
 /// Encodes a bucket key. Keys of the bus are arbitrary strings; NATS allows few characters and no empty key.
 fn encode_key(key: &str) -> String {
     format!("k{}", URL_SAFE_NO_PAD.encode(key))
@@ -147,28 +161,25 @@ impl BusApi for Nats {
         streams::append(self.pool.of(&message.subject).await?, message, msg_id, APPEND_DEADLINE).await
     }
 
-    async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>> {
+    async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete> {
         let mut written = Vec::with_capacity(writes.len());
-        let mut writes = writes.into_iter().peekable();
-        while let Some(write) = writes.next() {
-            match write {
-                Write::Put { bucket, key, value, expected } => {
-                    let mut puts = vec![self.kv_put(bucket, key, value, expected)];
-                    while let Some(Write::Put { bucket, key, value, expected }) =
-                        writes.next_if(|next| matches!(next, Write::Put { .. }))
-                    {
-                        puts.push(self.kv_put(bucket, key, value, expected));
-                    }
-                    let revisions = try_join_all(puts).await?;
-                    written.extend(revisions.into_iter().map(|revision| Written::Put { revision }));
+        let mut rest = writes.into_iter().peekable();
+        while let Some(first) = rest.next() {
+            let step = match first {
+                Write::Put { .. } => {
+                    let mut puts = vec![first];
+                    puts.extend(std::iter::from_fn(|| rest.next_if(|next| matches!(next, Write::Put { .. }))));
+                    self.put_all(puts).await
                 }
                 Write::Append { message, msg_id } => {
-                    written.push(Written::Appended(self.append(message, msg_id).await?));
+                    let appended = self.append(message, msg_id).await;
+                    appended.map(|appended| vec![Written::Appended(appended)])
                 }
-                Write::Ack(delivery) => {
-                    delivery.ack().await?;
-                    written.push(Written::Acked);
-                }
+                Write::Ack(delivery) => delivery.ack().await.map(|()| vec![Written::Acked]),
+            };
+            match step {
+                Ok(done) => written.extend(done),
+                Err(error) => return Err(Incomplete { error, written }),
             }
         }
         Ok(written)

@@ -1,6 +1,7 @@
 //! Records of pushed tasks in the bucket TASKS: what routers and workers know of a task by its tenant and request id.
 
-use crate::{Bus, Error, Result};
+use crate::{Bus, Error, Result, Write};
+use bytes::Bytes;
 use wire::limits::ID_MAX;
 use wire::router::{ExecResult, TaskQuery, TaskState};
 use wire::subjects::{BUCKET_TASKS, assignment_key, task_key};
@@ -14,9 +15,23 @@ pub struct Record {
 }
 
 impl Record {
+    /// The write of [`Record::save`], for a batch.
+    pub fn into_write<'a>(self) -> Write<'a> {
+        let value = encode(&self.task);
+        Write::Put {
+            bucket: BUCKET_TASKS,
+            key: self.key,
+            value,
+            expected: Some(self.revision),
+        }
+    }
+
     /// Writes the record back; [`Error::WrongRevision`] if somebody else has changed it meanwhile.
     pub async fn save(&self, bus: &Bus) -> Result<()> {
-        put(bus, &self.key, &self.task, self.revision).await
+        let value = encode(&self.task);
+        bus.kv_put(BUCKET_TASKS, &self.key, value, Some(self.revision))
+            .await
+            .map(drop)
     }
 }
 
@@ -50,21 +65,28 @@ pub async fn of_result(bus: &Bus, result: &ExecResult) -> Result<Option<Record>>
     Ok(record.filter(is_its))
 }
 
-/// Makes the record of a new task; [`Error::WrongRevision`] if there is one.
-pub async fn create(bus: &Bus, task: &TaskState) -> Result<()> {
-    put(bus, &task_key(task.tenant(), &task.task_id), task, 0).await
+/// The writes that make the record of a new task: the first fails with [`Error::WrongRevision`] if there is one.
+pub fn create<'a>(task: &TaskState) -> Vec<Write<'a>> {
+    let record = Write::Put {
+        bucket: BUCKET_TASKS,
+        key: task_key(task.tenant(), &task.task_id),
+        value: encode(task),
+        expected: Some(0),
+    };
+    std::iter::once(record).chain(note_assignment(task)).collect()
 }
 
-/// Notes whose task an assignment is of, for a result that does not name its tenant.
-pub async fn note_assignment(bus: &Bus, task: &TaskState) -> Result<()> {
-    let Some(assignment_id) = &task.assignment_id else {
-        return Ok(());
-    };
+/// The write that notes whose task an assignment is of, for a result that does not name its tenant.
+pub fn note_assignment<'a>(task: &TaskState) -> Option<Write<'a>> {
+    let assignment_id = task.assignment_id.as_ref()?;
     let named = TaskQuery { request_id: task.task_id.clone(), tenant_id: Some(task.tenant().into()) };
-    let named = serde_json::to_vec(&named).expect("a query is JSON").into();
-    bus.kv_put(BUCKET_TASKS, &assignment_key(assignment_id), named, None)
-        .await
-        .map(drop)
+    let value = serde_json::to_vec(&named).expect("a query is JSON").into();
+    Some(Write::Put {
+        bucket: BUCKET_TASKS,
+        key: assignment_key(assignment_id),
+        value,
+        expected: None,
+    })
 }
 
 /// Changes a task's record; tries again where another writer came between. `None`: there is no such task.
@@ -88,9 +110,8 @@ pub async fn update(
     Err(Error::WrongRevision(request_id.into()))
 }
 
-async fn put(bus: &Bus, key: &str, task: &TaskState, expected: u64) -> Result<()> {
-    let bytes = serde_json::to_vec(task).expect("a task is JSON").into();
-    bus.kv_put(BUCKET_TASKS, key, bytes, Some(expected)).await.map(drop)
+fn encode(task: &TaskState) -> Bytes {
+    serde_json::to_vec(task).expect("a task is JSON").into()
 }
 
 async fn read(bus: &Bus, key: String) -> Result<Option<Record>> {

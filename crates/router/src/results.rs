@@ -2,13 +2,14 @@
 
 use crate::Router;
 use bus::clock::unix_ms;
-use bus::{Consumer, Delivery, Message};
+use bus::tasks::Record;
+use bus::{Consumer, Delivery, Message, Write, Written};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wire::router::{DEFAULT_TENANT, ExecResult, ResultStatus, State, Usage, VERSION};
+use wire::router::{DEFAULT_TENANT, ExecResult, ResultStatus, State, TaskState, Usage, VERSION};
 use wire::subjects;
 
 /// Results handled at once.
@@ -17,6 +18,9 @@ const CONCURRENT: usize = 64;
 const MAX_DELIVER: u32 = 10;
 /// Between tries: 1, 2, then 4 s.
 const BACKOFF: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4)];
+
+/// Attempts at a task's record that others are changing.
+const ATTEMPTS_MAX: usize = 16;
 
 pub async fn run(router: Arc<Router>, mut results: Consumer, cancel: CancellationToken) {
     let places = Arc::new(Semaphore::new(CONCURRENT));
@@ -47,8 +51,8 @@ async fn handle(router: &Router, delivery: &Delivery) {
         Ok(_) if delivery.delivered > MAX_DELIVER => {
             bus::dead_letter::bury(&router.bus, delivery, "the result could not be recorded").await
         }
-        Ok(result) => match record(router, &result).await {
-            Ok(()) => delivery.ack().await,
+        Ok(result) => match record(router, &result, delivery).await {
+            Ok(()) => Ok(()),
             Err(error) => {
                 tracing::warn!(%error, request_id = result.request_id, "a result was not recorded; it comes again");
                 let tries = (delivery.delivered as usize - 1).min(BACKOFF.len() - 1);
@@ -78,23 +82,59 @@ fn check(result: &ExecResult) -> Result<(), String> {
     Ok(())
 }
 
-/// Safe to repeat: the usage has the assignment's id, the task's record is final once.
-async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
-    let task = bus::tasks::of_result(&router.bus, result)
-        .await?
-        .map(|record| record.task);
-    // The record is written last: an assignment that has its result is done, however long ago that was.
-    if task.as_ref().is_some_and(|task| task.result.is_some()) {
-        return Ok(());
+/// Records the result and acknowledges it: the usage event, then the task's record, then the acknowledgement. Safe to
+/// repeat: the usage event has the assignment's id, and the record is final once.
+async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bus::Result<()> {
+    let msg_id = format!("usage-{}", result.assignment_id);
+    for _ in 0..ATTEMPTS_MAX {
+        let record = bus::tasks::of_result(&router.bus, result).await?;
+        // The record is written last: an assignment that has its result is done, however long ago that was.
+        if record.as_ref().is_some_and(|record| record.task.result.is_some()) {
+            return delivery.ack().await;
+        }
+        let task = record.as_ref().map(|record| record.task.clone());
+
+        let payload = serde_json::to_vec(&usage(task.as_ref(), result))
+            .expect("usage is JSON")
+            .into();
+        let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
+        let mut writes = vec![Write::Append { message, msg_id: Some(&msg_id) }];
+        writes.extend(record.map(|record| finished(record, result).into_write()));
+        writes.push(Write::Ack(delivery));
+        let (written, error) = match router.bus.write(writes).await {
+            Ok(written) => (written, None),
+            Err(bus::Incomplete { error, written }) => (written, Some(error)),
+        };
+
+        // Counted even if the record could not be written, because the next attempt finds the usage event there.
+        if matches!(written.first(), Some(Written::Appended(usage)) if !usage.duplicate) {
+            router.stats.ended(result);
+            if let Some(task) = &task {
+                crate::outcomes::publish(router, task, result).await;
+            }
+        }
+        match error {
+            None => {
+                log(result, task.as_ref());
+                return Ok(());
+            }
+            // The record was changed between the two: read it again.
+            Some(bus::Error::WrongRevision(_)) => {}
+            Some(error) => return Err(error),
+        }
     }
-    // Who pays was settled when the task was taken; a result need not name anybody.
-    let tenant_id = task
-        .as_ref()
-        .map(|task| task.tenant().to_string())
-        .or_else(|| result.tenant_id.clone());
-    let usage = Usage {
+    Err(bus::Error::WrongRevision(result.request_id.clone()))
+}
+
+/// Who pays was settled when the task was taken; a result need not name a tenant.
+fn payer<'a>(task: Option<&'a TaskState>, result: &'a ExecResult) -> Option<&'a str> {
+    task.map(TaskState::tenant).or(result.tenant_id.as_deref())
+}
+
+fn usage(task: Option<&TaskState>, result: &ExecResult) -> Usage {
+    Usage {
         version: VERSION.into(),
-        tenant_id: tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
+        tenant_id: payer(task, result).unwrap_or(DEFAULT_TENANT).into(),
         provider_id: result.provider_id.clone(),
         event_type: result.job.job_type.clone(),
         latency_ms: result.latency_ms,
@@ -104,47 +144,27 @@ async fn record(router: &Router, result: &ExecResult) -> bus::Result<()> {
         timestamp: unix_ms(),
         assignment_id: result.assignment_id.clone(),
         request_id: result.request_id.clone(),
-    };
-    let payload = serde_json::to_vec(&usage).expect("usage is JSON").into();
-    let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
-    let usage = router
-        .bus
-        .append(message, Some(&format!("usage-{}", result.assignment_id)))
-        .await?;
-    // Here, not at the end: should the record fail, the next try finds the usage there already.
-    if !usage.duplicate {
-        router.stats.ended(result);
-        if let Some(task) = &task {
-            crate::outcomes::publish(router, task, result).await;
-        }
     }
+}
 
-    let state = match result.status {
-        ResultStatus::Success => State::Completed,
-        ResultStatus::Cancelled => State::Cancelled,
-        ResultStatus::Error | ResultStatus::Timeout => State::Failed,
+/// The task's record with its result. A cancelled task stays cancelled.
+fn finished(mut record: Record, result: &ExecResult) -> Record {
+    record.task.state = match (record.task.state, result.status) {
+        (State::Cancelled, _) | (_, ResultStatus::Cancelled) => State::Cancelled,
+        (_, ResultStatus::Success) => State::Completed,
+        (_, ResultStatus::Error | ResultStatus::Timeout) => State::Failed,
     };
-    if let Some(task) = &task {
-        bus::tasks::update(&router.bus, task.tenant(), &task.task_id, |task| {
-            if task.result.is_none() && task.assignment_id.as_deref() == Some(&result.assignment_id) {
-                task.state = if task.state == State::Cancelled {
-                    State::Cancelled
-                } else {
-                    state
-                };
-                task.result = Some(result.clone());
-            }
-        })
-        .await?;
-    }
-    let (trace_id, request_id) = (&result.trace_id, &result.request_id);
+    record.task.result = Some(result.clone());
+    record
+}
+
+fn log(result: &ExecResult, task: Option<&TaskState>) {
     tracing::info!(
-        trace_id,
-        tenant_id,
-        request_id,
+        trace_id = result.trace_id,
+        tenant_id = payer(task, result),
+        request_id = result.request_id,
         status = result.status.as_str(),
         latency_ms = result.latency_ms,
         "ended"
     );
-    Ok(())
 }

@@ -1,10 +1,9 @@
 //! Pushed tasks: handed over once however often they are asked for, queried, cancelled.
 
 use crate::Router;
-use crate::breakers::Place;
 use crate::decide::{Chosen, tenant_header};
 use bus::tasks::Record;
-use bus::{Bus, Message, Subscription};
+use bus::{Bus, Incomplete, Message, Subscription, Write};
 use sha1::{Digest, Sha1};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -16,48 +15,27 @@ use wire::subjects;
 
 const QUEUE_MAX: usize = 1024;
 
-/// Stores the task and appends its assignment; the task as it counts (the first one, for a repeated request), and its
-/// decision.
+/// Stores the task and appends its assignment. Returns the task that counts, which for a repeated request is the first
+/// one, and its decision.
 ///
-/// The task's record is made first, with the assignment's id: whoever repeats the request after a crash appends the same
-/// assignment, which the stream takes once.
-/// A task that is known has its answer, whatever policies and breakers say by now.
+/// A known task keeps its decision, whatever policies and breakers say by now.
 pub async fn push(router: &Router, request: &DecideRequest) -> Result<(TaskState, Decision), ErrorBody> {
-    let (task, place) = match known(router, request).await? {
-        Some(task) => (task, None),
-        None => begin(router, request).await?,
+    let task = match known(router, request).await? {
+        Some(task) => task,
+        None => match begin(router, request).await? {
+            Some(task) => task,
+            // Another request with this id was faster.
+            None => known(router, request)
+                .await?
+                .ok_or_else(|| ErrorBody::new(RouterCode::Unavailable, "the task expired just now; try again"))?,
+        },
     };
-    let decision = task
-        .decision
-        .clone()
-        .ok_or_else(|| ErrorBody::new(RouterCode::Internal, "the task's record has no decision"))?;
-    if !task.state.is_final() {
-        let assignment = assignment(request, &task, decision.clone());
-        let mut headers = bus::Headers::new()
-            .with("tenant_id", &request.tenant_id)
-            .with("version", VERSION);
-        if let Some(trace) = &request.trace_id {
-            headers.insert("trace_id", trace);
-        }
-        let payload = serde_json::to_vec(&assignment).expect("an assignment is JSON").into();
-        let message = Message { subject: subjects::ASSIGN.into(), reply: None, headers, payload };
-        let appended = router
-            .bus
-            .append(message, Some(&assignment.assignment_id))
-            .await
-            .map_err(unavailable)?;
-        if let Some(place) = place.filter(|_| !appended.duplicate) {
-            place.keep(assignment.options.deadline_ms, router.uptime_ms());
-        }
-    }
+    let decision = task.decision.clone();
+    let decision = decision.ok_or_else(|| ErrorBody::new(RouterCode::Internal, "the task's record has no decision"))?;
     Ok((task, decision))
 }
 
-fn unavailable(error: bus::Error) -> ErrorBody {
-    ErrorBody::new(RouterCode::Unavailable, format!("the assignment was not stored: {error}"))
-}
-
-/// The task of this request, if it was pushed before; a conflict if another request of its tenant was.
+/// The task of this request, if it was pushed before; a conflict if another request of its tenant has its id.
 async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskState>, ErrorBody> {
     let found = bus::tasks::load(&router.bus, &request.tenant_id, &request.request_id)
         .await
@@ -69,20 +47,27 @@ async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
         let text = "a task of this request_id with another body exists; choose another request_id";
         return Err(ErrorBody::new(RouterCode::IdempotencyConflict, text));
     }
-    if !task.state.is_final() {
-        // Whoever began it may have ended before this.
-        bus::tasks::note_assignment(&router.bus, &task)
-            .await
-            .map_err(unavailable)?;
+
+    // Whoever made the record may have ended before its assignment was appended.
+    if let (false, Some(decision), Some(id)) = (task.state.is_final(), &task.decision, &task.assignment_id) {
+        let assignment = assignment(request, id.clone(), decision.clone());
+        let mut writes = Vec::from_iter(bus::tasks::note_assignment(&task));
+        writes.push(append(request, &assignment));
+        let written = router.bus.write(writes).await;
+        written.map_err(|incomplete| unavailable(incomplete.error))?;
     }
     Ok(Some(task))
 }
 
-/// Decides and makes the task's record; of many at once the first one counts, and the others give their places back.
-async fn begin<'a>(router: &'a Router, request: &DecideRequest) -> Result<(TaskState, Option<Place<'a>>), ErrorBody> {
+/// Decides, then makes the task's record and appends its assignment. `None`: the task has a record already.
+///
+/// The record holds the assignment's id. So if a router ends between the two writes, whoever repeats the request appends
+/// the same assignment, which the stream takes once.
+async fn begin(router: &Router, request: &DecideRequest) -> Result<Option<TaskState>, ErrorBody> {
     let assignment_id = uuid::Uuid::now_v7().to_string();
     let Chosen { decision, choice, place } = router.decide(request, &assignment_id)?;
-    let fresh = TaskState {
+    let assignment = assignment(request, assignment_id.clone(), decision.clone());
+    let task = TaskState {
         task_id: request.request_id.clone(),
         state: State::Assigned,
         decision: Some(decision),
@@ -92,28 +77,44 @@ async fn begin<'a>(router: &'a Router, request: &DecideRequest) -> Result<(TaskS
         digest: digest(request),
         choice: Some(choice),
     };
-    // Both before the assignment leaves, since its result may come at once.
-    let bus = &router.bus;
-    let (created, noted) = tokio::join!(bus::tasks::create(bus, &fresh), bus::tasks::note_assignment(bus, &fresh));
-    noted.map_err(unavailable)?;
-    match created {
-        Ok(()) => Ok((fresh, Some(place))),
-        Err(bus::Error::WrongRevision(_)) => {
-            let task = known(router, request).await?;
-            let task =
-                task.ok_or_else(|| ErrorBody::new(RouterCode::Unavailable, "the task expired just now; try again"))?;
-            Ok((task, None))
+
+    // The record comes first, because the result may come as soon as the assignment is there.
+    let mut writes = bus::tasks::create(&task);
+    writes.push(append(request, &assignment));
+    match router.bus.write(writes).await {
+        Ok(_) => {
+            place.keep(assignment.options.deadline_ms, router.uptime_ms());
+            Ok(Some(task))
         }
-        Err(error) => Err(unavailable(error)),
+        Err(Incomplete { error: bus::Error::WrongRevision(_), .. }) => Ok(None),
+        Err(incomplete) => Err(unavailable(incomplete.error)),
     }
 }
 
-fn assignment(request: &DecideRequest, task: &TaskState, decision: Decision) -> ExecAssignment {
+fn append<'a>(request: &DecideRequest, assignment: &'a ExecAssignment) -> Write<'a> {
+    let mut headers = bus::Headers::new()
+        .with("tenant_id", &request.tenant_id)
+        .with("version", VERSION);
+    if let Some(trace) = &request.trace_id {
+        headers.insert("trace_id", trace);
+    }
+    let payload = serde_json::to_vec(assignment).expect("an assignment is JSON").into();
+    Write::Append {
+        message: Message { subject: subjects::ASSIGN.into(), reply: None, headers, payload },
+        msg_id: Some(&assignment.assignment_id),
+    }
+}
+
+fn unavailable(error: bus::Error) -> ErrorBody {
+    ErrorBody::new(RouterCode::Unavailable, format!("the assignment was not stored: {error}"))
+}
+
+fn assignment(request: &DecideRequest, assignment_id: String, decision: Decision) -> ExecAssignment {
     let options = request.options.clone().unwrap_or_default();
     let expected = decision.expected_latency_ms.saturating_mul(5).clamp(5_000, 60_000);
     ExecAssignment {
         version: VERSION.into(),
-        assignment_id: task.assignment_id.clone().unwrap_or_default(),
+        assignment_id,
         request_id: request.request_id.clone(),
         tenant_id: request.tenant_id.clone(),
         executor: Executor { provider_id: decision.provider_id.clone(), channel: "nats".into() },

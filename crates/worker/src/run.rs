@@ -2,7 +2,8 @@
 
 use crate::provider::{Job, Limit, Outcome, Output};
 use crate::{ACK_WAIT, Worker};
-use bus::{Bus, Consumer, Delivery, Message, Subscription};
+use bus::tasks::Record;
+use bus::{Bus, Consumer, Delivery, Message, Subscription, Write};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -17,6 +18,14 @@ use wire::subjects;
 
 /// Deliveries of one assignment (contract: assign 5); the next one becomes a dead letter and an error result.
 const MAX_DELIVER: u32 = 5;
+
+/// A task's record says "running" once its work has taken this long. Most tasks end sooner, which saves a write.
+const RUNNING_AFTER: Duration = Duration::from_millis(20);
+
+/// How long a result is kept that the bus does not take. After that its assignment is redelivered and runs again.
+const STORE_DEADLINE: Duration = Duration::from_secs(120);
+/// Pauses between attempts to store a result: the first, and the longest.
+const STORE_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// What runs now, so that it can be counted and cancelled. One request may run twice at a time, when the stream believed
 /// that its first run was lost.
@@ -138,8 +147,8 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     match begin(&worker.bus, &assignment).await? {
         Begin::Run => {}
         Begin::Cancelled => {
-            store(worker, &assignment, Outcome::cancelled(), None).await?;
-            return delivery.ack().await;
+            let result = result(&assignment, Outcome::cancelled(), None);
+            return finish(worker, delivery, &result, give_up).await;
         }
         Begin::Done => return delivery.ack().await,
     }
@@ -156,7 +165,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
         let mut work = std::pin::pin!(provider.run(&job, &output, limit, &run.stop));
         tokio::select! {
             outcome = &mut work => (outcome, false),
-            never = keep(delivery) => match never {},
+            never = attend(&worker.bus, delivery, &assignment, &run.stop) => match never {},
             () = give_up.cancelled() => {
                 run.stop.cancel();
                 (work.await, true)
@@ -178,10 +187,11 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     let (status, error_code) = (outcome.status.as_str(), outcome.error_code);
     // The text may repeat the prompt: it is for whoever asked, not for the log.
     let error_bytes = outcome.error.as_ref().map(String::len);
-    store(worker, &assignment, outcome, Some(Ran { took, chunks: output.count() })).await?;
+    let result = result(&assignment, outcome, Some(Ran { took, chunks: output.count() }));
+    finish(worker, delivery, &result, give_up).await?;
     let took_ms = took.as_millis() as u64;
     tracing::info!(trace_id, tenant_id, request_id, status, error_code, error_bytes, took_ms, "ran");
-    delivery.ack().await
+    Ok(())
 }
 
 /// The assignment in a payload, or why it is a dead letter.
@@ -217,19 +227,53 @@ async fn fail(
     code: &'static str,
     text: String,
 ) -> bus::Result<()> {
-    store(worker, assignment, Outcome::failed(code, text.clone()), None).await?;
+    store(&worker.bus, &result(assignment, Outcome::failed(code, text.clone()), None), None).await?;
     bus::dead_letter::bury(&worker.bus, delivery, &text).await
 }
 
-/// Says "in progress" at a third of the time after which the stream would deliver again. A bus that is away for a moment
-/// does not end the work: at worst it runs twice, and leaves one result.
-async fn keep(delivery: &Delivery) -> Infallible {
+/// Looks after an assignment while its work goes on: its record says "running", and the stream hears "in progress" at a
+/// third of the time after which it would deliver again. A bus that is away for a moment does not end the work: at worst
+/// it runs twice, and leaves one result.
+async fn attend(bus: &Bus, delivery: &Delivery, assignment: &ExecAssignment, stop: &CancellationToken) -> Infallible {
+    tokio::time::sleep(RUNNING_AFTER).await;
+    if let Err(error) = mark_running(bus, assignment, stop).await {
+        let request_id = &assignment.request_id;
+        tracing::warn!(%error, request_id, "cannot record that the task runs; its record still says assigned");
+    }
     loop {
         tokio::time::sleep(ACK_WAIT / 3).await;
         if let Err(error) = delivery.in_progress().await {
             tracing::warn!(%error, "the stream was not told that an assignment is in progress");
         }
     }
+}
+
+/// Records that the task runs. Stops the work if the task was cancelled meanwhile.
+async fn mark_running(bus: &Bus, assignment: &ExecAssignment, stop: &CancellationToken) -> bus::Result<()> {
+    loop {
+        let Some(mut record) = record_of(bus, assignment).await? else {
+            return Ok(());
+        };
+        match record.task.state {
+            State::Queued | State::Assigned => record.task.state = State::Running,
+            State::Cancelled => {
+                stop.cancel();
+                return Ok(());
+            }
+            State::Running | State::Completed | State::Failed => return Ok(()),
+        }
+        match record.save(bus).await {
+            // It was changed between the two: look again.
+            Err(bus::Error::WrongRevision(_)) => {}
+            saved => return saved,
+        }
+    }
+}
+
+/// The task's record. Assignments need none, and one of another assignment says nothing about this one.
+async fn record_of(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Option<Record>> {
+    let record = bus::tasks::load(bus, &assignment.tenant_id, &assignment.request_id).await?;
+    Ok(record.filter(|record| record.task.assignment_id.as_ref() == Some(&assignment.assignment_id)))
 }
 
 enum Begin {
@@ -240,26 +284,13 @@ enum Begin {
     Done,
 }
 
-/// Records that the task runs, unless it has ended.
+/// Whether the task is still to be run.
 async fn begin(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Begin> {
-    loop {
-        // Assignments need no record: one of another assignment says nothing about this one.
-        let record = bus::tasks::load(bus, &assignment.tenant_id, &assignment.request_id).await?;
-        let ours = record.filter(|record| record.task.assignment_id.as_ref() == Some(&assignment.assignment_id));
-        let Some(mut record) = ours else { return Ok(Begin::Run) };
-        match record.task.state {
-            _ if record.task.result.is_some() => return Ok(Begin::Done),
-            State::Cancelled => return Ok(Begin::Cancelled),
-            State::Running => return Ok(Begin::Run),
-            State::Queued | State::Assigned | State::Completed | State::Failed => record.task.state = State::Running,
-        }
-        match record.save(bus).await {
-            Ok(()) => return Ok(Begin::Run),
-            // It was cancelled or ended just now: look again.
-            Err(bus::Error::WrongRevision(_)) => {}
-            Err(error) => return Err(error),
-        }
-    }
+    Ok(match record_of(bus, assignment).await? {
+        Some(record) if record.task.result.is_some() => Begin::Done,
+        Some(record) if record.task.state == State::Cancelled => Begin::Cancelled,
+        _ => Begin::Run,
+    })
 }
 
 /// Of a run: what never ran took no time and costs nothing.
@@ -268,9 +299,36 @@ struct Ran {
     chunks: u64,
 }
 
-async fn store(worker: &Worker, assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -> bus::Result<()> {
+/// Stores the result of a run and acknowledges its assignment. While the bus does not take it, this tries again and the
+/// assignment stays in progress: running it again would repeat its effects.
+async fn finish(
+    worker: &Worker,
+    delivery: &Delivery,
+    result: &ExecResult,
+    give_up: &CancellationToken,
+) -> bus::Result<()> {
+    let deadline = Instant::now() + STORE_DEADLINE;
+    let (mut pause, longest) = STORE_PAUSE;
+    loop {
+        let error = match store(&worker.bus, result, Some(delivery)).await {
+            Err(error) if error.is_transient() && Instant::now() < deadline => error,
+            stored => return stored,
+        };
+        let request_id = &result.request_id;
+        tracing::warn!(%error, request_id, "the result was not stored; trying again");
+        tokio::select! {
+            () = give_up.cancelled() => return Err(error),
+            () = tokio::time::sleep(pause) => pause = longest.min(2 * pause),
+        }
+        // An error here is the same as the one above.
+        let _ = delivery.in_progress().await;
+    }
+}
+
+/// The result of an assignment: `ran` says how it ran, if it ran at all.
+fn result(assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -> ExecResult {
     let now = bus::clock::unix_ms();
-    let result = ExecResult {
+    ExecResult {
         version: VERSION.into(),
         assignment_id: assignment.assignment_id.clone(),
         request_id: assignment.request_id.clone(),
@@ -287,27 +345,39 @@ async fn store(worker: &Worker, assignment: &ExecAssignment, outcome: Outcome, r
         error_message: outcome.error,
         retry_after_seconds: outcome.retry_after_seconds,
         chunks: Some(ran.map_or(0, |ran| ran.chunks)),
-    };
-    match append(&worker.bus, &result).await {
+    }
+}
+
+/// Stores the result, and acknowledges `delivery` if there is one.
+async fn store(bus: &Bus, result: &ExecResult, delivery: Option<&Delivery>) -> bus::Result<()> {
+    match append(bus, result, delivery).await {
         // Nobody could ever take it, and running again would not make it smaller.
         Err(bus::Error::TooLarge { size, max }) => {
             let text = format!("the output makes a result of {size} bytes, more than the bus takes ({max})");
-            let (error_code, error_message) = (Some("output".into()), Some(text));
-            let status = ResultStatus::Error;
-            append(&worker.bus, &ExecResult { status, output: None, error_code, error_message, ..result }).await
+            let result = ExecResult {
+                status: ResultStatus::Error,
+                output: None,
+                error_code: Some("output".into()),
+                error_message: Some(text),
+                ..result.clone()
+            };
+            append(bus, &result, delivery).await
         }
         stored => stored,
     }
 }
 
-async fn append(bus: &Bus, result: &ExecResult) -> bus::Result<()> {
+async fn append(bus: &Bus, result: &ExecResult, delivery: Option<&Delivery>) -> bus::Result<()> {
     let payload = serde_json::to_vec(result).expect("a result is JSON").into();
     let mut headers = bus::Headers::new();
     if let Some(trace) = &result.trace_id {
         headers.insert("trace_id", trace);
     }
     let message = Message { subject: subjects::RESULT.into(), reply: None, headers, payload };
-    bus.append(message, Some(&format!("result-{}", result.assignment_id)))
-        .await
-        .map(drop)
+    let msg_id = format!("result-{}", result.assignment_id);
+
+    let mut writes = vec![Write::Append { message, msg_id: Some(&msg_id) }];
+    writes.extend(delivery.map(Write::Ack));
+    bus.write(writes).await?;
+    Ok(())
 }

@@ -11,8 +11,8 @@ fn append(payload: &str) -> Write<'static> {
     Write::Append { message: message("s.a", payload), msg_id: None }
 }
 
-fn put(key: &str, expected: Option<u64>) -> Write<'_> {
-    Write::Put { bucket: "B", key, value: key.to_string().into(), expected }
+fn put(key: &str, expected: Option<u64>) -> Write<'static> {
+    Write::Put { bucket: "B", key: key.into(), value: key.to_string().into(), expected }
 }
 
 /// A work queue with one message that was delivered, and an empty bucket.
@@ -56,11 +56,16 @@ pub async fn failed_step_ends_a_batch(bus: Bus) {
     let revision = bus.kv_put("B", "one", "before".into(), None).await.unwrap();
 
     let writes = vec![put("one", Some(revision + 1)), append("second"), Write::Ack(&delivery)];
-    let refused = bus.write(writes).await;
-    assert!(matches!(&refused, Err(Error::WrongRevision(key)) if key == "one"), "{refused:?}");
+    let refused = bus.write(writes).await.unwrap_err();
+    assert!(matches!(&refused.error, Error::WrongRevision(key) if key == "one"), "{refused:?}");
+    assert_eq!(refused.written, []);
 
     let info = bus.stream_info("S").await.unwrap();
-    assert_eq!((info.messages, info.consumers), (1, vec![("c".to_string(), 1)]), "neither appended nor acknowledged");
+    assert_eq!(
+        (info.messages, info.consumers),
+        (1, vec![("c".to_string(), 1)]),
+        "neither appended nor acknowledged"
+    );
     bus.write(vec![put("one", Some(revision)), append("second"), Write::Ack(&delivery)])
         .await
         .unwrap();
@@ -81,6 +86,6 @@ pub async fn large_message_refuses_a_batch(bus: Bus) {
     let (_consumer, delivery) = with_delivery(&bus).await;
     let large = message("s.a", &"x".repeat(wire::limits::BUS_MESSAGE_MAX + 1));
     let writes = vec![Write::Append { message: large, msg_id: None }, put("one", None), Write::Ack(&delivery)];
-    assert!(matches!(bus.write(writes).await, Err(Error::TooLarge { .. })));
+    assert!(matches!(bus.write(writes).await.unwrap_err().error, Error::TooLarge { .. }));
     assert_eq!(bus.kv_get("B", "one").await.unwrap(), None);
 }

@@ -52,6 +52,33 @@ pub async fn nobody_has_the_provider(place: Place) {
 }
 
 #[tokio::test]
+async fn job_that_ends_during_an_outage_runs_once() {
+    let mut place = Place::nats().await;
+    let exists = |name: &str| place.dir.path().join(name).exists();
+    let _worker = place
+        .shell("echo run >> $DIR/runs; while [ ! -e $DIR/go ]; do sleep 0.02; done; touch $DIR/ended", |_| {})
+        .await;
+    place.assign("r", "sh", json!({})).await;
+    testkit::eventually(SOON, || async { exists("runs") }).await;
+
+    let mut server = place.server.take().unwrap();
+    server.kill();
+    place.file("go");
+    testkit::eventually(SOON, || async { exists("ended") }).await;
+    server.restart().await;
+
+    // Sooner than the stream would deliver the assignment again.
+    testkit::eventually(SOON, || async {
+        let stored = place.bus.stream_info(subjects::STREAM_RESULT).await;
+        stored.is_ok_and(|info| info.messages == 1)
+    })
+    .await;
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
+    let runs = std::fs::read_to_string(place.dir.path().join("runs")).unwrap();
+    assert_eq!(runs, "run\n");
+}
+
+#[tokio::test]
 async fn assignments_that_cannot_be_read_are_dead_letters() {
     let place = Place::local().await;
     let mut results = place.results().await;

@@ -53,7 +53,7 @@ on_both! {
 struct Place {
     dir: TempDir,
     bus: Bus,
-    _server: Option<NatsServer>,
+    server: Option<NatsServer>,
 }
 
 impl Place {
@@ -72,7 +72,7 @@ impl Place {
 
     async fn with(dir: TempDir, bus: Bus, server: Option<NatsServer>) -> Self {
         bus::streams::declare(&bus).await.unwrap();
-        Self { dir, bus, _server: server }
+        Self { dir, bus, server }
     }
 
     async fn worker(&self, config: Config) -> Worker {
