@@ -5,10 +5,12 @@
 
 mod codes;
 mod framing;
+mod method;
 mod raw;
 
 pub use codes::{Disconnect, ErrorCode, Unsubscribe};
 pub use framing::{Encoding, FrameError, Framed, decode_commands, decode_replies, encode_command, encode_reply};
+pub use method::Method;
 
 use bytes::Bytes;
 use prost::Message;
@@ -37,7 +39,7 @@ macro_rules! messages {
 }
 
 messages! {
-    /// A message from a client. The first field that is set counts; a command without any is a pong.
+    /// A message from a client, whose first set field is its [`Method`]. A command without any field is a pong.
     Command {
         id: u32 [uint32, tag = "1"],
         connect: Option<ConnectRequest> [message, optional, tag = "4"],
