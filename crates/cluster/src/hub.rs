@@ -18,6 +18,9 @@ const SHARDS: usize = 64;
 /// Publications that wait for one subscription to become live; what comes beyond is missed, and that is told.
 const COLLECTED_MAX: usize = 4096;
 
+/// Clients do not reach these channels, since no namespace has the name `ready`.
+const PROBE_PREFIX: &str = "$ready:";
+
 pub struct Hub {
     shards: Vec<Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>>>,
     hasher: RandomState,
@@ -121,6 +124,11 @@ impl<'a> Encoded<'a> {
 }
 
 impl Hub {
+    /// The channel on which this node checks that it is ready.
+    pub fn probe_channel(node: &str) -> String {
+        format!("{PROBE_PREFIX}{node}")
+    }
+
     fn shard(&self, channel: &str) -> &Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>> {
         &self.shards[self.hasher.hash_one(channel) as usize % SHARDS]
     }
@@ -226,7 +234,7 @@ impl Hub {
     /// A publication to everybody on the channel here. Engines call it in the order of offsets; `epoch` is the life of
     /// the history that the offset counts in.
     pub fn publication(&self, channel: &str, publication: &Publication, epoch: &str) {
-        if channel.starts_with("$ready:") {
+        if channel.starts_with(PROBE_PREFIX) {
             for probe in self.probes.lock().remove(channel).into_iter().flatten() {
                 let _ = probe.send(());
             }

@@ -1,73 +1,75 @@
 //! WebSocket nodes: channels with history, recovery, presence and RPC, over the Centrifuge client protocol v2.
 //!
-//! A connection is one task ([`session`]); the [`hub`] knows who on this node follows which channel; an [`engine`] keeps
-//! history and carries publications between nodes.
+//! A connection is one task ([`session`]). The [`hub`] knows which clients of this node follow which channel, and
+//! delivers to them. An [`engine`] keeps the histories and carries publications between nodes.
 
 mod authorize;
 mod bus_api;
 mod client;
 mod commands;
 mod engine;
-mod http;
 mod hub;
+mod node;
+mod operations;
 mod place;
+mod ready;
 mod rules;
 mod server_api;
 mod session;
 mod status;
 mod token;
+mod upgrade;
 
+pub use ready::Ready;
 pub use rules::{Namespace, Overrides, Rules, namespaces};
 
+use axum::routing::{get, post};
 use bus::Bus;
 use engine::Engine;
-use parking_lot::Mutex;
-use std::collections::HashMap;
+use node::Node;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::Duration;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-use wire::realtime::Disconnect;
 
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Name of this node; unique in the cluster.
+    /// The name of this node, unique in the cluster.
     pub node: String,
-    /// Where browsers reach it, for the console.
+    /// Where browsers reach the node; shown in the console.
     pub address: String,
     pub max_connections: usize,
     pub ping_interval: Duration,
-    /// A client must answer a ping within.
+    /// A client must answer a ping within this time.
     pub pong_timeout: Duration,
-    /// A client must send its connect command within.
+    /// A client must send its connect command within this time.
     pub connect_timeout: Duration,
-    /// Connection and subscription tokens are JWTs signed with it (HS256).
+    /// The HS256 secret of connection and subscription tokens.
     pub token_secret: Vec<u8>,
-    /// Opens the server API.
+    /// The key of the server API; empty closes it.
     pub api_key: String,
-    /// Origins besides our own that pages may connect from, as `https://…`.
+    /// Origins, as `https://…`, whose pages may connect besides those of the node's own host; `*` allows all.
     pub origins: Vec<String>,
-    /// Bytes that may wait for one slow client.
+    /// Bytes that may wait for a slow client before it is disconnected.
     pub client_queue: usize,
-    /// A client whose token has expired may bring a new one within.
+    /// How long a connection or subscription outlives its token, so that the client can refresh it.
     pub refresh_grace: Duration,
-    /// Clients are moved over this long at a shutdown.
+    /// A drain spreads its disconnects over this time.
     pub drain_period: Duration,
     pub namespaces: Vec<Namespace>,
-    /// Of channels without a namespace.
+    /// The rules of channels without a namespace.
     pub defaults: Rules,
     pub engine: EngineConfig,
 }
 
 #[derive(Debug, Clone)]
 pub enum EngineConfig {
-    /// One node; histories are kept in a file of this directory. `boot_id` is the boot of the machine (on Linux
-    /// `/proc/sys/kernel/random/boot_id`), by which a power cut is told from the death of a process; empty: unknown, and
-    /// after an unclean end channels begin a new epoch.
+    /// One node, which keeps its histories in a file of this directory. `boot_id` names the boot of the machine (on Linux
+    /// `/proc/sys/kernel/random/boot_id`) and tells a power cut from the death of the process. If it is empty, every
+    /// unclean end counts as a power cut, after which channels begin a new epoch.
     Memory { dir: PathBuf, boot_id: String },
-    /// Any number of nodes. One URL, or those of a Redis Cluster with commas between.
+    /// Any number of nodes. The URL of one server, or the URLs of a Redis Cluster separated by commas.
     Redis { url: String },
 }
 
@@ -95,47 +97,31 @@ impl Default for Config {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("the bus refused: {0}")]
+    #[error("cannot subscribe on the bus: {0}")]
     Bus(#[from] bus::Error),
-    #[error("channel history: {0}")]
+    #[error("cannot open the channel histories: {0}")]
     Journal(#[from] journal::Error),
     #[error("cannot use Redis at {url}: {problem}; is it running, and are the URL and password right?")]
     Redis { url: String, problem: String },
-    #[error("the token secret is empty; tokens would be worthless")]
+    #[error("the token secret is empty, so anybody could sign a token; set one")]
     NoSecret,
     #[error("a loop of the node panicked: {0}")]
     Panic(#[from] tokio::task::JoinError),
-    #[error("{0} ended before the node was stopped; without it channels do not work, so the node ends too")]
+    #[error("{0} ended unexpectedly; channels do not work without it, so the node stops")]
     LoopEnded(&'static str),
 }
 
-/// Engine connected, subjects subscribed; nothing is served yet.
+/// A node with its engine connected and its bus subjects subscribed, which does not serve yet.
 pub struct Bound {
     node: Arc<Node>,
-    operations: bus_api::Operations,
-}
-
-pub(crate) struct Node {
-    config: Config,
-    bus: Bus,
-    hub: Arc<hub::Hub>,
-    engine: Arc<dyn Engine>,
-    tokens: token::Tokens,
-    clients: Mutex<HashMap<u64, Arc<client::Client>>>,
-    next_client: AtomicU64,
-    /// Sockets, those included that have not said who they are.
-    connections: AtomicUsize,
-    stats: status::Stats,
-    sessions: TaskTracker,
-    /// Where those of `sessions` run that are started when a session panics.
-    runtime: tokio::runtime::Handle,
-    stopping: CancellationToken,
+    requests: bus_api::Requests,
 }
 
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     if config.token_secret.is_empty() {
         return Err(Error::NoSecret);
     }
+
     let hub = Arc::new(hub::Hub::default());
     let engine: Arc<dyn Engine> = match &config.engine {
         EngineConfig::Memory { dir, boot_id } => {
@@ -144,64 +130,58 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         }
         EngineConfig::Redis { url } => engine::redis::Redis::connect(url, hub.clone()).await?,
     };
-    let operations = bus_api::Operations::subscribe(&bus).await?;
-    let node = Node {
-        tokens: token::Tokens::new(&config.token_secret),
-        hub,
-        engine,
-        clients: Mutex::default(),
-        next_client: AtomicU64::new(1),
-        connections: AtomicUsize::new(0),
-        stats: status::Stats::default(),
-        sessions: TaskTracker::new(),
-        runtime: tokio::runtime::Handle::current(),
-        stopping: CancellationToken::new(),
-        bus,
-        config,
-    };
-    Ok(Bound { node: Arc::new(node), operations })
+
+    let requests = bus_api::Requests::subscribe(&bus).await?;
+    let node = Arc::new(Node::new(config, bus, hub, engine));
+    Ok(Bound { node, requests })
 }
 
 impl Bound {
-    /// `/connection/websocket` and `/api/<method>`.
+    /// `/connection/websocket` and `/api/<operation>`.
     pub fn routes(&self) -> axum::Router {
-        http::routes(self.node.clone())
+        axum::Router::new()
+            .route("/connection/websocket", get(upgrade::handle))
+            .route("/api/{operation}", post(server_api::handle))
+            .with_state(self.node.clone())
     }
 
     pub fn ready(&self) -> Ready {
-        Ready { node: self.node.clone() }
+        let node = &self.node;
+        Ready::new(&node.config.node, node.hub.clone(), node.engine.clone())
     }
 
-    /// Serves until cancelled, then moves the clients away, paced. A loop that ends by itself ends the node: its clients
-    /// are moved away as well, and the error says what happened.
+    /// Serves until cancelled, then drains. If one of the node's loops ends by itself, the node drains as well and returns
+    /// an error that names the loop.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
-        let Self { node, operations } = self;
-        let ended = CancellationToken::new();
-        let mut loops = tokio::task::JoinSet::new();
-        loops.spawn(named("the loop of bus requests", bus_api::run(node.clone(), operations, ended.clone())));
-        loops.spawn(named("the loop of status reports", status::run(node.clone(), ended.clone())));
-        loops.spawn(named("the loop of the engine", engine::run(node.engine.clone(), ended.clone())));
+        let Self { node, requests } = self;
+        let stop = CancellationToken::new();
+        let mut loops = JoinSet::new();
+        loops.spawn(named("the loop of bus requests", bus_api::run(node.clone(), requests, stop.clone())));
+        loops.spawn(named("the loop of status reports", status::run(node.clone(), stop.clone())));
+        loops.spawn(named("the loop of the engine", engine::run(node.engine.clone(), stop.clone())));
 
         let mut outcome = tokio::select! {
             () = cancel.cancelled() => Ok(()),
             Some(early) = loops.join_next() => Err(early.map_or_else(Error::Panic, Error::LoopEnded)),
         };
         if let Err(error) = &outcome {
-            tracing::error!(%error, "the node cannot go on; its clients are moved away");
+            tracing::error!(%error, "the node failed; draining its clients");
         }
 
+        // The loops run until the last client is gone: a departure still needs the engine.
         node.drain().await;
-        ended.cancel();
-        while let Some(done) = loops.join_next().await {
-            if let Err(panic) = done {
+        stop.cancel();
+        while let Some(ended) = loops.join_next().await {
+            if let Err(panic) = ended {
                 outcome = outcome.and(Err(panic.into()));
             }
         }
-        // After a failure the end was not orderly, and is not noted as one.
+
+        // An engine that is not closed treats the next start as one after a crash, which is right after a failure.
         if outcome.is_ok()
             && let Err(error) = node.engine.close().await
         {
-            tracing::warn!(%error, "the engine was not closed; channels may begin a new epoch at the next start");
+            tracing::warn!(%error, "cannot close the engine; channels may begin a new epoch at the next start");
         }
         outcome
     }
@@ -210,80 +190,4 @@ impl Bound {
 async fn named(name: &'static str, run: impl Future<Output = ()>) -> &'static str {
     run.await;
     name
-}
-
-/// How long the publication of a readiness check stays in its history.
-const READY_HISTORY_TTL: Duration = Duration::from_secs(10);
-
-/// Whether channels work now.
-#[derive(Clone)]
-pub struct Ready {
-    node: Arc<Node>,
-}
-
-impl Ready {
-    /// Publishes through the engine and waits for the delivery on this node. The publication goes into a history, because a
-    /// Redis that has become a read-only replica still delivers publications that it need not store.
-    pub async fn check(&self) -> Result<(), String> {
-        let channel = format!("$ready:{}", self.node.config.node);
-        let arrived = self.node.hub.probe(&channel);
-        let engine = &self.node.engine;
-        engine.follow(&channel).await.map_err(|e| e.to_string())?;
-        let rules = Rules {
-            history_size: 1,
-            history_ttl: READY_HISTORY_TTL,
-            durable: false,
-            ..Rules::default()
-        };
-        engine
-            .publish(&channel, Default::default(), &rules, None)
-            .await
-            .map_err(|e| e.to_string())?;
-        let arrived = tokio::time::timeout(Duration::from_secs(5), arrived).await;
-        match arrived {
-            Ok(Ok(())) => Ok(()),
-            _ => Err("a publication was not delivered within 5 s".into()),
-        }
-    }
-}
-
-impl Node {
-    fn stats(&self) -> &status::Stats {
-        &self.stats
-    }
-
-    async fn drain(&self) {
-        self.stopping.cancel();
-        let clients: Vec<_> = self.clients.lock().values().cloned().collect();
-        let pause = self.config.drain_period / u32::try_from(clients.len().max(1)).unwrap_or(u32::MAX);
-        let mut due = tokio::time::Instant::now();
-        for client in clients {
-            client.outbox.close(Disconnect::Shutdown);
-            due += pause;
-            // Timers have millisecond steps: many short pauses are taken together.
-            if due > tokio::time::Instant::now() + Duration::from_millis(2) {
-                tokio::time::sleep_until(due).await;
-            }
-        }
-        self.sessions.close();
-        if tokio::time::timeout(Duration::from_secs(5), self.sessions.wait())
-            .await
-            .is_err()
-        {
-            tracing::warn!("some clients did not take their goodbye; their sockets are closed");
-        }
-    }
-
-    /// Ends the connections of a user on this node: all of them, or those of one sign-in.
-    fn disconnect(&self, user: &str, login: Option<&str>, code: Disconnect) {
-        // First, so that a connection that is being opened with such a token is either refused or among the clients.
-        if let Some(login) = login {
-            self.tokens.end(login);
-        }
-        let clients = self.clients.lock();
-        let meant = clients
-            .values()
-            .filter(|client| client.user == user && login.is_none_or(|login| client.is_of_login(login)));
-        meant.for_each(|client| client.outbox.close(code));
-    }
 }

@@ -1,21 +1,23 @@
 //! What a connection takes on its node, and gives back however its session ends.
 
+use crate::Node;
 use crate::client::Client;
-use crate::{Node, commands};
+use crate::commands;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 
-/// A connection slot of the node, and the client that was authenticated on it. A session that ends gives both back
-/// with [`Place::leave`]; dropping it does the same for one that panicked.
+/// A connection slot of the node, and the client that connected on it. A session gives both back with [`Place::leave`]
+/// when it ends; if it panics, dropping the place does the same.
 pub struct Place {
     node: Arc<Node>,
     client: Arc<OnceLock<Arc<Client>>>,
 }
 
 impl Place {
-    /// `None`: the node is full.
+    /// Takes a slot; `None` if the node has `max_connections`.
     pub fn take(node: &Arc<Node>) -> Option<Self> {
         let before = node.connections.fetch_add(1, Relaxed);
+        // Counted first: dropping the place of a refused connection gives the slot back.
         let place = Self { node: node.clone(), client: Arc::default() };
         (before < node.config.max_connections).then_some(place)
     }
@@ -24,17 +26,17 @@ impl Place {
         &self.node
     }
 
-    /// Filled by the connect command.
+    /// Set by the connect command.
     pub fn client(&self) -> &Arc<OnceLock<Arc<Client>>> {
         &self.client
     }
 
-    /// Takes the client off its channels, then gives the place back. The connection counts until then, so that departures
+    /// Ends the client's subscriptions, then gives the slot back. The connection counts until then, so that departures
     /// cannot pile up on a node whose engine is slow.
     pub async fn leave(mut self) {
         let client = std::mem::take(&mut self.client);
         if let Some(client) = client.get() {
-            commands::disconnected(&self.node, client).await;
+            commands::leave_all(&self.node, client).await;
         }
     }
 }
@@ -47,12 +49,12 @@ impl Drop for Place {
             return;
         };
 
-        // The session did not reach its end. The count moves to this task, which a drain waits for.
+        // The session panicked before `leave`. The slot moves to a task, which a drain waits for.
         let place = Self { node: self.node.clone(), client: Arc::default() };
         let departure = async move {
-            tracing::error!(client = client.id, "a session panicked; its subscriptions and its place are given back");
+            tracing::error!(client = client.id, "a session panicked; ending its subscriptions and freeing its slot");
             place.node.stats().panicked();
-            commands::disconnected(&place.node, &client).await;
+            commands::leave_all(&place.node, &client).await;
         };
         self.node.sessions.spawn_on(departure, &self.node.runtime);
     }

@@ -1,16 +1,22 @@
-//! `POST /api/<method>` with `X-API-Key`: the same operations for programs that speak HTTP.
+//! The server API: `POST /api/<operation>` with `X-API-Key`, for programs that speak HTTP.
 
 use crate::Node;
+use crate::operations::Operation;
 use axum::Json;
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use wire::channels::{ApiAnswer, Failure};
+use wire::limits::PUBLICATION_MAX;
 use wire::realtime::ErrorCode;
 
-pub async fn handle(State(node): State<Arc<Node>>, Path(method): Path<String>, request: Request) -> Response {
+/// A publication and what stands around it.
+const BODY_MAX: usize = PUBLICATION_MAX + 64 * 1024;
+
+pub async fn handle(State(node): State<Arc<Node>>, Path(name): Path<String>, request: Request) -> Response {
     let expected = node.config.api_key.as_bytes();
     let given = request.headers().get("x-api-key").map_or(&[][..], |key| key.as_bytes());
     // Compared in constant time, so that timing does not reveal how much of the key is right.
@@ -18,18 +24,29 @@ pub async fn handle(State(node): State<Arc<Node>>, Path(method): Path<String>, r
         let error = failure(ErrorCode::Unauthorized, "X-API-Key is missing or wrong; `beamline api-key` prints it");
         return (StatusCode::UNAUTHORIZED, Json(error)).into_response();
     }
-    let body = match crate::http::body(request).await {
+
+    let body = match body(request).await {
         Ok(body) => body,
         Err(response) => return response,
     };
-    let body = if body.is_empty() {
-        bytes::Bytes::from_static(b"{}")
-    } else {
-        body
+    let Some(operation) = Operation::from_name(&name) else {
+        return Json(failure(ErrorCode::MethodNotFound, format!("no operation {name:?}"))).into_response();
     };
-    match node.operate(&method, &body).await {
+    match node.operate(operation, &body).await {
         Ok(result) => Json(ApiAnswer::Result(result)).into_response(),
         Err((code, message)) => Json(failure(code, message)).into_response(),
+    }
+}
+
+/// The whole body; no body is an empty request.
+async fn body(request: Request) -> Result<Bytes, Response> {
+    match axum::body::to_bytes(request.into_body(), BODY_MAX).await {
+        Ok(body) if body.is_empty() => Ok(Bytes::from_static(b"{}")),
+        Ok(body) => Ok(body),
+        Err(_) => {
+            let text = format!("the body is longer than {BODY_MAX} bytes, or was cut off\n");
+            Err((StatusCode::PAYLOAD_TOO_LARGE, text).into_response())
+        }
     }
 }
 

@@ -1,35 +1,34 @@
-//! A WebSocket connection: reads commands, has them carried out, writes what its outbox holds. One task.
+//! A WebSocket connection: reads commands, has them carried out, and writes what its outbox holds. One task.
 
-use crate::Node;
-use crate::client::{Client, Outbox, frame};
-use crate::commands;
+use crate::client::{Outbox, frame};
+use crate::commands::{self, Connection};
 use crate::place::Place;
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::io::{ErrorKind, IoSlice};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use wire::limits::CLIENT_MESSAGE_MAX;
-use wire::realtime::{Command, Disconnect, Encoding, Reply, decode_commands};
+use wire::realtime::{Disconnect, Encoding, Reply, decode_commands};
 use wire::websocket::{self, Decoder, Event, Opcode};
 
 const READ_CHUNK: usize = 4 * 1024;
 /// Frames in one write.
 const WRITE_SLICES: usize = 64;
-/// RPCs of one client that run at once.
-pub const RPCS_MAX: usize = 32;
-/// A client must take any bytes of what it is owed within.
+/// A client that takes no bytes for this long is gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A client has this long to take what is left for it, and its goodbye.
+/// Time for a client to take its last frames and the close frame.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
-/// And this long to close its side.
+/// Time for a client to close its side after the close frame.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a client asked for with its upgrade.
+/// What a client asked for in its upgrade request.
 #[derive(Debug, Clone, Copy)]
 pub struct Transport {
     pub encoding: Encoding,
@@ -40,10 +39,10 @@ pub struct Transport {
 /// How a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// The client left or its connection broke.
+    /// The connection broke, or the client stopped reading.
     Gone,
     Closed(Disconnect),
-    /// The WebSocket protocol was broken; its close code.
+    /// The client broke the WebSocket protocol, or sent a close frame: the close code of our answer.
     Violation(u16),
 }
 
@@ -51,7 +50,8 @@ pub async fn run(place: Place, stream: TcpStream, early: Bytes, transport: Trans
     let node = place.node().clone();
     let mut session = Session::new(&place, stream, early, transport);
     let exit = session.serve().await;
-    // With it goes the command that it is in the middle of: nothing is subscribed behind the departure.
+
+    // Dropping the session drops the command in progress, which could otherwise subscribe after the departure.
     drop(session);
     place.leave().await;
     node.stats().ended(exit);
@@ -59,28 +59,34 @@ pub async fn run(place: Place, stream: TcpStream, early: Bytes, transport: Trans
 }
 
 struct Session {
-    node: Arc<Node>,
+    connection: Connection,
     stream: TcpStream,
-    transport: Transport,
     decoder: Decoder,
     input: BytesMut,
-    /// Frames on their way; the first may be cut.
+    /// Frames to write. The first may be partly written.
     output: VecDeque<Bytes>,
-    outbox: Arc<Outbox>,
-    /// Filled by its connect command.
-    client: Arc<OnceLock<Arc<Client>>>,
-    connected: bool,
-    /// The commands of one message, carried out in order; nothing more is read meanwhile.
+    phase: Phase,
+    /// The commands of one message. Nothing more is read while they are carried out.
     current: Option<BoxFuture<'static, Outcome>>,
+    /// RPCs in flight, and the ends of expired subscriptions.
     rpcs: FuturesUnordered<BoxFuture<'static, ()>>,
-    next_ping: Instant,
-    pong_due: Option<Instant>,
+    /// When the client must have taken some bytes; `None` while there are none to take.
     write_due: Option<Instant>,
-    /// When its connection token, and the grace after it, are over.
-    expires: Option<Instant>,
 }
 
-/// When a connection token ends.
+enum Phase {
+    /// The connect command must succeed before this time.
+    Connecting { until: Instant },
+    Connected {
+        next_ping: Instant,
+        /// When the pong to the oldest unanswered ping is due.
+        pong_due: Option<Instant>,
+        /// When the connection token ends, with its grace.
+        token_end: Option<Instant>,
+    },
+}
+
+/// When a connection token expires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenEnd {
     Never,
@@ -94,12 +100,10 @@ impl TokenEnd {
     }
 }
 
-/// What the commands of a message came to.
+/// What the session has to do after the commands of a message.
 #[derive(Default)]
 pub struct Outcome {
-    /// There was a connect command that succeeded.
-    pub connected: bool,
-    /// Of the last connect or refresh that succeeded.
+    /// The end of the newest token, if a connect or refresh succeeded.
     pub token_end: Option<TokenEnd>,
     pub rpcs: Vec<BoxFuture<'static, ()>>,
     pub close: Option<Disconnect>,
@@ -107,73 +111,70 @@ pub struct Outcome {
 
 impl Session {
     fn new(place: &Place, stream: TcpStream, early: Bytes, transport: Transport) -> Self {
-        let (node, now) = (place.node().clone(), Instant::now());
-        Self {
+        let node = place.node().clone();
+        let until = Instant::now() + node.config.connect_timeout;
+        let connection = Connection {
             outbox: Arc::new(Outbox::new(node.config.client_queue)),
-            stream,
+            client: place.client().clone(),
             transport,
+            node,
+        };
+        Self {
+            connection,
+            stream,
             decoder: Decoder::new(CLIENT_MESSAGE_MAX),
             input: BytesMut::from(&early[..]),
             output: VecDeque::new(),
-            client: place.client().clone(),
-            connected: false,
+            phase: Phase::Connecting { until },
             current: None,
             rpcs: FuturesUnordered::new(),
-            next_ping: now + node.config.connect_timeout,
-            pong_due: None,
             write_due: None,
-            expires: None,
-            node,
         }
     }
 
     async fn serve(&mut self) -> Exit {
+        let Err(exit) = self.exchange().await;
+        self.say_goodbye(exit).await;
+        exit
+    }
+
+    /// Reads, carries out and writes until there is a reason to stop.
+    async fn exchange(&mut self) -> Result<Infallible, Exit> {
+        self.decode()?;
         let mut closing: Option<Disconnect> = None;
-        if let Err(exit) = self.decode() {
-            return self.goodbye(exit).await;
-        }
         loop {
             if closing.is_none() {
-                closing = self.outbox.take(&mut self.output);
+                closing = self.connection.outbox.take(&mut self.output);
             }
-            if let Err(exit) = self.write() {
-                return exit;
-            }
+            self.write()?;
+            // A client that is closed as slow does not get its backlog first.
             if let Some(code) = closing
                 && (self.output.is_empty() || code == Disconnect::Slow)
             {
-                return self.goodbye(Exit::Closed(code)).await;
+                return Err(Exit::Closed(code));
             }
+
             let due = self.due();
+            let connecting = matches!(self.phase, Phase::Connecting { .. });
             tokio::select! {
-                () = self.outbox.changed.notified(), if closing.is_none() => {}
-                // Those that have said who they are are moved away paced.
-                () = self.node.stopping.cancelled(), if !self.connected => {
-                    return self.goodbye(Exit::Closed(Disconnect::Shutdown)).await;
+                () = self.connection.outbox.changed.notified(), if closing.is_none() => {}
+                // A drain paces the disconnects of connected clients; the others hold nothing and go at once.
+                () = self.connection.node.stopping.cancelled(), if connecting => {
+                    return Err(Exit::Closed(Disconnect::Shutdown));
                 }
-                ready = self.stream.writable(), if !self.output.is_empty() => {
-                    if ready.is_err() { return Exit::Gone; }
-                }
+                ready = self.stream.writable(), if !self.output.is_empty() => ready.map_err(|_| Exit::Gone)?,
                 ready = self.stream.readable(), if self.current.is_none() && closing.is_none() => {
-                    if ready.is_err() { return Exit::Gone; }
-                    if let Err(exit) = self.read().and_then(|()| self.decode()) {
-                        if exit == Exit::Gone { return exit; }
-                        return self.goodbye(exit).await;
-                    }
+                    ready.map_err(|_| Exit::Gone)?;
+                    self.read()?;
+                    self.decode()?;
                 }
                 outcome = current(&mut self.current) => {
                     self.current = None;
                     self.apply(outcome);
-                    if let Err(exit) = self.decode() {
-                        return self.goodbye(exit).await;
-                    }
+                    self.decode()?;
                 }
                 Some(()) = self.rpcs.next(), if !self.rpcs.is_empty() => {}
-                () = tokio::time::sleep_until(due) => match self.timer() {
-                    Ok(()) => {}
-                    Err(Exit::Gone) => return Exit::Gone,
-                    Err(exit) => return self.goodbye(exit).await,
-                },
+                () = tokio::time::sleep_until(due) => self.timer()?,
             }
         }
     }
@@ -188,32 +189,33 @@ impl Session {
         }
     }
 
-    /// Takes messages until one has commands to carry out.
+    /// Decodes frames until one has commands, which become `current`, or no complete frame is left.
     fn decode(&mut self) -> Result<(), Exit> {
         while self.current.is_none() {
             let event = match self.decoder.decode(&mut self.input) {
                 Ok(Some(event)) => event,
                 Ok(None) => break,
                 Err(violation) => {
-                    tracing::debug!(%violation, "WebSocket violation");
+                    tracing::debug!(%violation, "a client broke the WebSocket protocol");
                     return Err(Exit::Violation(violation.close_code()));
                 }
             };
             match event {
-                // JSON in a binary frame is read as well; protobuf in a text frame cannot be.
-                Event::Text(_) if self.transport.encoding == Encoding::Protobuf => {
+                // JSON may come in a binary frame as well, but protobuf is never text.
+                Event::Text(_) if self.connection.transport.encoding == Encoding::Protobuf => {
                     return Err(Exit::Closed(Disconnect::BadRequest));
                 }
                 Event::Text(message) | Event::Binary(message) => self.message(&message)?,
                 Event::Ping(payload) => {
                     let mut pong = BytesMut::new();
                     websocket::encode(Opcode::Pong, &payload, &mut pong);
-                    self.outbox.push(pong.freeze());
+                    self.connection.outbox.push(pong.freeze());
                 }
-                Event::Pong => self.pong_due = None,
+                Event::Pong => self.pong(),
                 Event::Close(code) => return Err(Exit::Violation(code.unwrap_or(1000))),
             }
         }
+
         if self.input.is_empty() && self.input.capacity() > 0 {
             // An idle connection holds no buffer.
             self.input = BytesMut::new();
@@ -222,54 +224,65 @@ impl Session {
     }
 
     fn message(&mut self, message: &Bytes) -> Result<(), Exit> {
-        let commands = decode_commands(self.transport.encoding, message).map_err(|error| {
-            tracing::debug!(%error, "a client's message cannot be read");
+        let connection = &self.connection;
+        let mut commands = decode_commands(connection.transport.encoding, message).map_err(|error| {
+            tracing::debug!(%error, "cannot read a client's message");
             Exit::Closed(Disconnect::BadRequest)
         })?;
-        let (pongs, commands): (Vec<Command>, Vec<Command>) =
-            commands.into_iter().partition(|command| *command == Command::default());
-        if !pongs.is_empty() {
-            self.pong_due = None;
-        }
+
+        let received = commands.len();
+        commands.retain(|command| !command.is_pong());
+        let pongs = received - commands.len();
         if !commands.is_empty() {
-            self.node.stats().message_in(commands.len());
-            let (node, client, outbox) = (self.node.clone(), self.client.clone(), self.outbox.clone());
-            let room = RPCS_MAX.saturating_sub(self.rpcs.len());
-            self.current = Some(Box::pin(commands::carry_out(node, client, outbox, self.transport, commands, room)));
+            connection.node.stats().message_in(commands.len());
+            let carried_out = commands::carry_out(connection.clone(), commands, self.rpcs.len());
+            self.current = Some(Box::pin(carried_out));
+        }
+        if pongs > 0 {
+            self.pong();
         }
         Ok(())
     }
 
-    fn apply(&mut self, outcome: Outcome) {
-        if outcome.connected {
-            self.connected = true;
-            self.next_ping = Instant::now() + self.node.config.ping_interval;
-        }
-        match outcome.token_end {
-            None => {}
-            Some(TokenEnd::Never) => self.expires = None,
-            Some(TokenEnd::In(seconds)) => {
-                let ends = Duration::from_secs(seconds.into()) + self.node.config.refresh_grace;
-                self.expires = Some(Instant::now() + ends);
-            }
-        }
-        self.rpcs.extend(outcome.rpcs);
-        if let Some(code) = outcome.close {
-            self.outbox.close(code);
+    fn pong(&mut self) {
+        if let Phase::Connected { pong_due, .. } = &mut self.phase {
+            *pong_due = None;
         }
     }
 
+    fn apply(&mut self, outcome: Outcome) {
+        if let Some(end) = outcome.token_end {
+            self.present_token(end);
+        }
+        self.rpcs.extend(outcome.rpcs);
+        if let Some(code) = outcome.close {
+            self.connection.outbox.close(code);
+        }
+    }
+
+    /// A connect or refresh succeeded. The first one begins the phase in which the client is pinged.
+    fn present_token(&mut self, end: TokenEnd) {
+        let (now, config) = (Instant::now(), &self.connection.node.config);
+        let ends = match end {
+            TokenEnd::Never => None,
+            TokenEnd::In(seconds) => Some(now + Duration::from_secs(seconds.into()) + config.refresh_grace),
+        };
+        match &mut self.phase {
+            Phase::Connecting { .. } => {
+                self.phase =
+                    Phase::Connected { next_ping: now + config.ping_interval, pong_due: None, token_end: ends };
+            }
+            Phase::Connected { token_end, .. } => *token_end = ends,
+        }
+    }
+
+    /// Writes as much of the output as the socket takes.
     fn write(&mut self) -> Result<(), Exit> {
         while !self.output.is_empty() {
-            let slices: Vec<IoSlice<'_>> = self
-                .output
-                .iter()
-                .take(WRITE_SLICES)
-                .map(|frame| IoSlice::new(frame))
-                .collect();
-            match self.stream.try_write_vectored(&slices) {
+            match self.stream.try_write_vectored(&slices(&self.output)) {
                 Ok(written) => {
-                    self.written(written);
+                    self.connection.outbox.written(written);
+                    drop_written(&mut self.output, written);
                     self.write_due = Some(Instant::now() + WRITE_TIMEOUT);
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
@@ -279,114 +292,132 @@ impl Session {
                 Err(_) => return Err(Exit::Gone),
             }
         }
+
         self.write_due = None;
         if self.output.capacity() > WRITE_SLICES {
+            // A backlog that was written leaves no memory behind.
             self.output = VecDeque::new();
         }
         Ok(())
     }
 
-    fn written(&mut self, mut bytes: usize) {
-        self.outbox.written(bytes);
-        while bytes > 0 {
-            let first = self.output.front_mut().expect("written bytes came from frames");
-            if bytes < first.len() {
-                first.advance(bytes);
-                return;
-            }
-            bytes -= first.len();
-            self.output.pop_front();
-        }
-    }
-
+    /// When [`Self::timer`] is to be called next.
     fn due(&self) -> Instant {
-        [self.pong_due, self.write_due, self.expires]
+        let (first, others) = match self.phase {
+            Phase::Connecting { until } => (until, [None, None]),
+            Phase::Connected { next_ping, pong_due, token_end } => (next_ping, [pong_due, token_end]),
+        };
+        others
             .into_iter()
+            .chain([self.write_due])
             .flatten()
-            .fold(self.next_ping, Instant::min)
+            .fold(first, Instant::min)
     }
 
     fn timer(&mut self) -> Result<(), Exit> {
         let now = Instant::now();
-        let over = |due: Option<Instant>| due.is_some_and(|due| due <= now);
-        if over(self.write_due) {
+        let is_over = |due: Option<Instant>| due.is_some_and(|due| due <= now);
+        if is_over(self.write_due) {
             return Err(Exit::Gone);
         }
-        if over(self.pong_due) {
-            return Err(Exit::Closed(Disconnect::NoPong));
+
+        match &mut self.phase {
+            Phase::Connecting { until } if *until <= now => Err(Exit::Closed(Disconnect::Stale)),
+            Phase::Connecting { .. } => Ok(()),
+            Phase::Connected { pong_due, .. } if is_over(*pong_due) => Err(Exit::Closed(Disconnect::NoPong)),
+            Phase::Connected { token_end, .. } if is_over(*token_end) => Err(Exit::Closed(Disconnect::Expired)),
+            Phase::Connected { next_ping, pong_due, .. } => {
+                if *next_ping <= now {
+                    let config = &self.connection.node.config;
+                    pong_due.get_or_insert(now + config.pong_timeout);
+                    *next_ping = now + config.ping_interval;
+                    self.ping();
+                }
+                Ok(())
+            }
         }
-        if over(self.expires) {
-            return Err(Exit::Closed(Disconnect::Expired));
-        }
-        if self.next_ping <= now {
-            let Some(client) = self.client.get().filter(|_| self.connected) else {
-                return Err(Exit::Closed(Disconnect::Stale));
-            };
-            self.rpcs.extend(commands::expire_subscriptions(&self.node, client));
-            self.outbox.push(if self.transport.frame_pings {
-                let mut ping = BytesMut::new();
-                websocket::encode(Opcode::Ping, b"", &mut ping);
-                ping.freeze()
-            } else {
-                frame(self.transport.encoding, &Reply::default())
-            });
-            self.pong_due.get_or_insert(now + self.node.config.pong_timeout);
-            self.next_ping = now + self.node.config.ping_interval;
-        }
-        Ok(())
     }
 
-    /// The close frame behind whatever frame is half written, then the end.
-    async fn goodbye(&mut self, exit: Exit) -> Exit {
+    /// Pings the client, and ends its expired subscriptions on the same occasion.
+    fn ping(&mut self) {
+        let Connection { node, client, outbox, transport } = &self.connection;
+        if let Some(client) = client.get() {
+            self.rpcs.extend(commands::expire(node, client));
+        }
+        outbox.push(if transport.frame_pings {
+            let mut ping = BytesMut::new();
+            websocket::encode(Opcode::Ping, b"", &mut ping);
+            ping.freeze()
+        } else {
+            frame(transport.encoding, &Reply::default())
+        });
+    }
+
+    /// Writes the close frame behind what is due before it, and closes the socket in good order.
+    async fn say_goodbye(&mut self, exit: Exit) {
         let (code, reason) = match exit {
-            Exit::Gone => return exit,
+            Exit::Gone => return,
             Exit::Closed(disconnect) => (disconnect as u16, disconnect.reason()),
             Exit::Violation(code) => (code, ""),
         };
-        let mut close = BytesMut::new();
-        websocket::encode_close(code, reason, &mut close);
         if exit == Exit::Closed(Disconnect::Slow) {
-            // No more of its backlog than the frame it is in the middle of.
+            // The first frame may be partly written, and the close frame cannot stand in the middle of it.
             self.output.truncate(1);
         } else {
-            self.outbox.take(&mut self.output);
+            self.connection.outbox.take(&mut self.output);
         }
+        let mut close = BytesMut::new();
+        websocket::encode_close(code, reason, &mut close);
         self.output.push_back(close.freeze());
-        let farewell = async {
-            while !self.output.is_empty() {
-                let slices: Vec<IoSlice<'_>> = self.output.iter().map(|frame| IoSlice::new(frame)).collect();
-                match self.stream.try_write_vectored(&slices) {
-                    Ok(mut written) => {
-                        while let Some(first) = self.output.front_mut() {
-                            if written < first.len() {
-                                first.advance(written);
-                                break;
-                            }
-                            written -= first.len();
-                            self.output.pop_front();
-                        }
+
+        let _ = timeout(GOODBYE_TIMEOUT, self.flush()).await;
+        // Closing a socket with unread bytes resets it, and the client might lose the close frame.
+        let _ = timeout(LINGER_TIMEOUT, self.linger()).await;
+    }
+
+    async fn flush(&mut self) {
+        while !self.output.is_empty() {
+            match self.stream.try_write_vectored(&slices(&self.output)) {
+                Ok(written) => drop_written(&mut self.output, written),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    if self.stream.writable().await.is_err() {
+                        return;
                     }
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                        if self.stream.writable().await.is_err() {
-                            return;
-                        }
-                    }
-                    Err(_) => return,
                 }
+                Err(_) => return,
             }
-        };
-        let _ = tokio::time::timeout(GOODBYE_TIMEOUT, farewell).await;
-        // Closing with unread bytes would reset the connection before the client has read its goodbye.
-        let lingering = async {
-            let mut rest = [0; 1024];
-            let _ = tokio::io::AsyncWriteExt::shutdown(&mut self.stream).await;
-            while matches!(tokio::io::AsyncReadExt::read(&mut self.stream, &mut rest).await, Ok(read) if read > 0) {}
-        };
-        let _ = tokio::time::timeout(LINGER_TIMEOUT, lingering).await;
-        exit
+        }
+    }
+
+    /// Shuts our side down and reads until the client has closed its own.
+    async fn linger(&mut self) {
+        let mut rest = [0; 1024];
+        let _ = self.stream.shutdown().await;
+        while matches!(self.stream.read(&mut rest).await, Ok(read) if read > 0) {}
     }
 }
 
+fn slices(output: &VecDeque<Bytes>) -> Vec<IoSlice<'_>> {
+    output
+        .iter()
+        .take(WRITE_SLICES)
+        .map(|frame| IoSlice::new(frame))
+        .collect()
+}
+
+/// Removes bytes that were written from the front.
+fn drop_written(output: &mut VecDeque<Bytes>, mut written: usize) {
+    while let Some(first) = output.front_mut() {
+        if written < first.len() {
+            first.advance(written);
+            return;
+        }
+        written -= first.len();
+        output.pop_front();
+    }
+}
+
+/// Resolves with the outcome of the current commands; never, if there are none.
 async fn current(future: &mut Option<BoxFuture<'static, Outcome>>) -> Outcome {
     match future {
         Some(future) => future.await,

@@ -1,5 +1,6 @@
 //! Connection and subscription tokens: JWTs signed with the deployment's secret.
 
+use bus::clock::unix_seconds;
 use bytes::Bytes;
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
@@ -129,6 +130,11 @@ impl Tokens {
             Err(error) => Err(Refusal::Invalid(error.to_string())),
         }
     }
+}
+
+/// Seconds until `exp`.
+pub fn ttl(exp: u64) -> u32 {
+    u32::try_from(exp.saturating_sub(unix_seconds())).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

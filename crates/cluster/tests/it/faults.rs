@@ -52,7 +52,7 @@ async fn a_session_that_panics_gives_everything_back() {
     ann.subscribe(to("news")).await;
     assert_eq!(bob.push().await.join.unwrap().info.unwrap().user, "ann");
 
-    let _fault = tracing::subscriber::set_default(PanicAt("a client's message cannot be read"));
+    let _fault = tracing::subscriber::set_default(PanicAt("cannot read a client's message"));
     futures_util::SinkExt::send(&mut ann.socket, Message::text("{"))
         .await
         .unwrap();

@@ -7,7 +7,8 @@ use std::time::Duration;
 use testkit::eventually;
 use tokio_tungstenite::tungstenite::Message;
 use wire::realtime::{
-    Command, ConnectRequest, Encoding, PresenceRequest, PublishRequest, RefreshRequest, SendRequest, SubscribeRequest,
+    Command, ConnectRequest, Encoding, PresenceRequest, PublishRequest, RefreshRequest, RpcRequest, SendRequest,
+    SubscribeRequest,
 };
 
 #[tokio::test]
@@ -91,6 +92,29 @@ async fn commands_out_of_order_are_bad_requests() {
     }
     let mut client = Client::connect(&node, "ann").await;
     assert_eq!(code(&client.ask(Command::default().clone()).await), 104, "a command of no known method");
+}
+
+#[tokio::test]
+async fn first_method_of_a_command_counts() {
+    let node = Node::start().await;
+    let rpc = || Some(RpcRequest { method: "nobody".into(), ..RpcRequest::default() });
+    let send = || Some(SendRequest { data: "1".into() });
+    for encoding in ENCODINGS {
+        let mut client = Client::connect_in(&node, encoding, "ann").await;
+        let both = Command { subscribe: Some(to("news")), rpc: rpc(), ..Command::default() };
+        assert!(client.ask(both).await.subscribe.is_some());
+
+        // A `send` needs no id, whatever follows it. A `send` that does not count excuses no missing id.
+        client
+            .send(&[Command { send: send(), rpc: rpc(), ..Command::default() }])
+            .await;
+        client.nothing_pushed().await;
+        let subscribe = Some(to("more"));
+        client
+            .send(&[Command { subscribe, send: send(), ..Command::default() }])
+            .await;
+        assert_eq!(client.closed().await, 3501);
+    }
 }
 
 #[tokio::test]

@@ -58,7 +58,7 @@ const ABSENCES: &[Absence] = &[
         within: &["crates/"],
         except: &[
             ("crates/wire/", "subjects live here"),
-            ("crates/cluster/src/bus_api.rs", "exchanged between nodes only"),
+            ("crates/cluster/src/operations.rs", "exchanged between nodes only"),
             ("crates/webapp/src/app/sessions.rs", "exchanged between web apps only"),
             ("crates/webapp/src/chat/rooms.rs", "exchanged between web apps only"),
             ("crates/webapp/src/live.rs", "exchanged between web apps only"),
