@@ -1,22 +1,22 @@
-//! Whether the router is worth asking: a circuit breaker as a state machine that is told the time.
+//! The circuit breaker before the router: a state machine that takes the time as an argument.
 //!
-//! Closed until failures in a row, or their share among enough calls of the last seconds, say that the router does not
-//! answer. Open for a while, longer each time a probe fails. Half open: a few probes at once; enough that succeed close it.
+//! It opens after several failures in a row, or when failures are a large enough share of the recent calls. It stays open
+//! for a while, longer each time a probe fails. Half open, it lets a few probes through, and enough successes close it.
 
 use std::time::{Duration, Instant};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Config {
-    /// Failures in a row that open it.
+    /// Failures in a row that open the breaker.
     pub consecutive_failures: u32,
-    /// Share of failures in [`Config::window`] that opens it, from this many calls on.
+    /// Share of failures in [`Config::window`] that opens the breaker, once the window has `min_calls` calls.
     pub failure_rate: f64,
     pub min_calls: u32,
     pub window: Duration,
-    /// Open for this long at first, twice as long after each failed probe, up to the maximum.
+    /// How long it stays open at first; doubled after each failed probe, up to the maximum.
     pub open_for: Duration,
     pub open_for_max: Duration,
-    /// Half open: calls let through at once, and how many must succeed.
+    /// Half open: how many calls may be in flight at once, and how many must succeed to close it.
     pub probes: u32,
     pub successes: u32,
 }
@@ -55,20 +55,20 @@ impl State {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// The router answered, whatever it said.
+    /// The router answered, even if it rejected the request.
     Answered,
-    /// It did not, or not in time, or said that it cannot work.
+    /// No answer in time, or the router reported that it cannot work.
     Failed,
-    /// Nobody is there to answer: known at once, and true for every call after.
+    /// No responders: known at once, and true for every later call.
     Nobody,
-    /// Tells nothing: it asked for less load, we lost the bus, or the caller went away.
+    /// No evidence either way: the router shed load, the bus was lost, or the caller went away.
     Neutral,
 }
 
-/// Leave to make one call; its outcome is told to [`Breaker::settle`].
+/// Permission for one call, whose outcome must be reported to [`Breaker::settle`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pass {
-    /// A call of an earlier state says nothing about this one.
+    /// Outcomes of calls that began in an earlier state are ignored.
     generation: u64,
 }
 
@@ -77,7 +77,7 @@ pub struct Breaker {
     config: Config,
     phase: Phase,
     generation: u64,
-    /// The next time it opens, for so long.
+    /// How long it stays open the next time.
     open_for: Duration,
 }
 
@@ -102,7 +102,7 @@ impl Breaker {
         }
     }
 
-    /// What a call would find now: the phase changes with calls alone, and there may be none.
+    /// The state that a call would find now. Only calls change the phase, so an open breaker without calls stays open.
     pub fn state_at(&self, now: Instant) -> State {
         match self.phase {
             Phase::Open { until } if now >= until => State::HalfOpen,
@@ -110,7 +110,7 @@ impl Breaker {
         }
     }
 
-    /// When an open one lets calls through again.
+    /// How long until an open breaker lets calls through again.
     pub fn open_for_another(&self, now: Instant) -> Duration {
         match self.phase {
             Phase::Open { until } => until.saturating_duration_since(now),
@@ -118,13 +118,13 @@ impl Breaker {
         }
     }
 
-    /// From now on; a window already begun keeps its length.
+    /// Applies to later calls. A window that has begun keeps its length.
     pub fn configure(&mut self, config: Config) {
         self.config = config;
         self.open_for = config.open_for;
     }
 
-    /// Leave to call; else after how long to ask again.
+    /// Permits a call. The error is the time after which to try again.
     pub fn pass(&mut self, now: Instant) -> Result<Pass, Duration> {
         if let Phase::Open { until } = self.phase {
             if now < until {
@@ -190,12 +190,12 @@ impl Breaker {
 
 const BUCKETS: usize = 10;
 
-/// Calls and failures of the last while, forgotten a tenth at a time.
+/// Calls and failures in a sliding window, which moves on in steps of a tenth.
 #[derive(Debug)]
 struct Window {
     step: Duration,
     began: Option<Instant>,
-    /// Number of the newest step, and each step's calls and failures by its number modulo [`BUCKETS`].
+    /// The number of the newest step. The calls and failures of a step are in the bucket of its number modulo [`BUCKETS`].
     newest: u64,
     buckets: [(u32, u32); BUCKETS],
 }
@@ -241,12 +241,12 @@ mod tests {
     }
 
     fn call(breaker: &mut Breaker, outcome: Outcome, now: Instant) {
-        let pass = breaker.pass(now).expect("let through");
+        let pass = breaker.pass(now).expect("the breaker permits the call");
         breaker.settle(pass, outcome, now);
     }
 
     #[test]
-    fn failures_in_a_row_open_it_and_probes_close_it() {
+    fn failures_in_a_row_open_the_breaker_and_probes_close_it() {
         let (mut breaker, now) = breaker();
         for _ in 0..4 {
             call(&mut breaker, Outcome::Failed, now);
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn without_calls_it_is_half_open_once_its_time_is_over() {
+    fn open_breaker_reports_half_open_once_its_time_is_over() {
         let (mut breaker, now) = breaker();
         call(&mut breaker, Outcome::Nobody, now);
         assert_eq!(breaker.state_at(now + Duration::from_millis(499)), State::Open);
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn other_settings_hold_from_the_next_call() {
+    fn new_settings_apply_to_the_next_call() {
         let (mut breaker, now) = breaker();
         call(&mut breaker, Outcome::Failed, now);
         breaker.configure(Config { consecutive_failures: 2, ..Config::default() });
@@ -284,14 +284,14 @@ mod tests {
     }
 
     #[test]
-    fn nobody_there_opens_it_at_once() {
+    fn no_responders_opens_the_breaker_at_once() {
         let (mut breaker, now) = breaker();
         call(&mut breaker, Outcome::Nobody, now);
         assert_eq!(breaker.state(), State::Open);
     }
 
     #[test]
-    fn a_share_of_failures_opens_it_once_there_are_enough_calls() {
+    fn failure_rate_opens_the_breaker_once_there_are_enough_calls() {
         let (mut breaker, start) = breaker();
         for n in 0..19u32 {
             let outcome = if n % 2 == 0 { Outcome::Failed } else { Outcome::Answered };
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn old_failures_are_forgotten() {
+    fn failures_outside_the_window_do_not_count() {
         let (mut breaker, start) = breaker();
         for round in 0..10u32 {
             for n in 0..16 {
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wish_for_less_load_never_closes_a_probe() {
+    fn load_shed_by_the_router_does_not_use_up_probes() {
         let (mut breaker, now) = breaker();
         call(&mut breaker, Outcome::Nobody, now);
         let later = now + Duration::from_secs(1);
@@ -326,31 +326,31 @@ mod tests {
     }
 
     #[test]
-    fn probes_are_bounded_and_each_failure_waits_longer() {
+    fn probes_are_bounded_and_each_failed_probe_doubles_the_wait() {
         let (mut breaker, mut now) = breaker();
         call(&mut breaker, Outcome::Nobody, now);
         for wait in [1000, 2000, 4000, 8000, 10_000, 10_000] {
             now += breaker.pass(now).unwrap_err();
             let probes: Vec<Pass> = (0..3).map(|_| breaker.pass(now).unwrap()).collect();
-            assert!(breaker.pass(now).is_err(), "a fourth probe waits");
+            assert!(breaker.pass(now).is_err(), "a fourth probe is not permitted");
             breaker.settle(probes[0], Outcome::Failed, now);
-            // The others were of the state that has ended.
+            // The other probes belong to the state that has ended.
             breaker.settle(probes[1], Outcome::Answered, now);
             breaker.settle(probes[2], Outcome::Answered, now);
             assert_eq!(breaker.pass(now), Err(Duration::from_millis(wait)));
         }
     }
 
-    /// The breaker, said as plainly as possible: every call is remembered.
+    /// The simplest model of the breaker: it remembers every call.
     struct Model {
         calls: Vec<(Instant, bool)>,
         in_a_row: u32,
     }
 
     proptest! {
-        /// While closed, it opens exactly when a plain count over remembered calls says so (give or take one step of time).
+        /// A closed breaker opens exactly when a count over all remembered calls says so, up to one step of time.
         #[test]
-        fn closed_it_agrees_with_a_plain_count(steps in prop::collection::vec((0..1500u64, 0..10u8), 1..300)) {
+        fn closed_breaker_agrees_with_a_count_of_all_calls(steps in prop::collection::vec((0..1500u64, 0..10u8), 1..300)) {
             let config = Config { consecutive_failures: 1000, ..Config::default() };
             let start = Instant::now();
             let (mut breaker, mut now) = (Breaker::new(config), start);
@@ -361,10 +361,11 @@ mod tests {
                 call(&mut breaker, if failed { Outcome::Failed } else { Outcome::Answered }, now);
                 model.calls.push((now, failed));
                 model.in_a_row = if failed { model.in_a_row + 1 } else { 0 };
-                // Steps are whole tenths of the window, counted from the first call.
+                // Steps are tenths of the window, counted from the first call.
                 let began = model.calls[0].0;
                 let step = |at: Instant| (at - began).as_millis() / 1000;
-                let recent: Vec<bool> = model.calls.iter().filter(|(at, _)| step(*at) + 10 > step(now)).map(|(_, f)| *f).collect();
+                let recent = model.calls.iter().filter(|(at, _)| step(*at) + 10 > step(now));
+                let recent: Vec<bool> = recent.map(|(_, failed)| *failed).collect();
                 let failures = recent.iter().filter(|failed| **failed).count();
                 let opens = failed && recent.len() >= 20 && failures * 2 >= recent.len();
                 prop_assert_eq!(breaker.state() == State::Open, opens);
@@ -374,9 +375,9 @@ mod tests {
             }
         }
 
-        /// Whatever happens: probes stay bounded, and it is never open for longer than it may be.
+        /// Probes stay bounded, and the breaker never stays open longer than its maximum.
         #[test]
-        fn its_bounds_hold(steps in prop::collection::vec((0..3000u64, 0..6u8), 1..400)) {
+        fn bounds_hold_for_any_sequence_of_calls(steps in prop::collection::vec((0..3000u64, 0..6u8), 1..400)) {
             let mut breaker = Breaker::new(Config::default());
             let mut now = Instant::now();
             let mut passes = Vec::new();
@@ -388,7 +389,8 @@ mod tests {
                         Err(wait) => prop_assert!(wait <= Config::default().open_for_max),
                     },
                     action => if let Some(pass) = passes.pop() {
-                        let outcome = [Outcome::Answered, Outcome::Failed, Outcome::Nobody, Outcome::Neutral][usize::from(action) - 2];
+                        let outcomes = [Outcome::Answered, Outcome::Failed, Outcome::Nobody, Outcome::Neutral];
+                        let outcome = outcomes[usize::from(action) - 2];
                         breaker.settle(pass, outcome, now);
                     },
                 }

@@ -1,13 +1,11 @@
 //! Why a request failed, and how each entry reports it: as an error frame on the socket, as an error body over HTTP.
 
+use crate::reply::RETRY_AFTER_MS;
 use crate::router::Refused;
 use serde_json::{Map, Value};
 use std::time::Duration;
 use wire::ipc::{ErrorCode, ErrorPayload};
 use wire::router::{ErrorBody, IntakeCode, RouterCode};
-
-/// When to try again after an overload or a disconnection that ends by itself.
-pub const RETRY_AFTER_MS: u64 = 100;
 
 /// An error on its way to the client.
 #[derive(Debug)]
@@ -17,7 +15,7 @@ pub struct Failure {
     body: Box<ErrorBody>,
     /// When to try again, if the gateway itself refuses.
     retry_after: Option<Duration>,
-    /// It ends a stream.
+    /// Whether it ends a stream that has begun.
     pub in_stream: bool,
 }
 
@@ -51,7 +49,7 @@ impl Failure {
         Self { in_stream: true, ..self }
     }
 
-    /// The router knows no such task, policy or extension.
+    /// Whether the router knows no such task, policy or extension.
     pub fn is_not_found(&self) -> bool {
         self.body.status() == 404
     }

@@ -1,9 +1,8 @@
-//! `POST /api/v1/routes/decide` with `X-API-Key`: a decide request for programs that speak HTTP. The router's answer comes
-//! back byte for byte, its error under the HTTP status that stands for it.
+//! The HTTP entry: `POST /api/v1/routes/decide` with `X-API-Key`. The router's answer comes back byte for byte, and its
+//! error under the HTTP status of its code.
 
-use crate::Gateway;
 use crate::failure::Failure;
-use crate::forward;
+use crate::{Gateway, Shared, router};
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -20,7 +19,7 @@ use wire::limits::DECIDE_MAX;
 use wire::router::{Context, ErrorBody, ErrorResponse, IntakeCode, RequestHead, RouterCode};
 use wire::{subjects, trace};
 
-/// When to try again after too many requests in flight.
+/// When to retry after too many requests in flight.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 pub fn routes(gateway: Arc<Gateway>) -> axum::Router {
@@ -34,7 +33,7 @@ async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Respon
     match answer(&gateway, request, &mut asked).await {
         Ok(answer) => respond(StatusCode::OK, answer.into(), None),
         Err(failure) => {
-            gateway.stats.failed(failure.code);
+            gateway.shared.stats.failed(failure.code);
             refuse(failure.into_body(), asked)
         }
     }
@@ -42,8 +41,9 @@ async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Respon
 
 async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) -> Result<Bytes, Failure> {
     let started = Instant::now();
+    let Shared { admission, router, stats } = &*gateway.shared;
     let (parts, body) = request.into_parts();
-    if !authorized(&parts.headers, &gateway.config().api_key) {
+    if !authorized(&parts.headers, &admission.settings().api_key) {
         let text = "X-API-Key is missing or wrong; `beamline api-key` prints it";
         return Err(Failure::reported(ErrorCode::Forbidden, ErrorBody::new(RouterCode::Unauthorized, text)));
     }
@@ -53,40 +53,37 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
         let large = ErrorBody::invalid(IntakeCode::PayloadTooLarge, text);
         return Err(Failure::reported(ErrorCode::InvalidPayload, large));
     };
-    // Not before: somebody whose body is slow to come would keep it from others.
-    let Ok(_place) = gateway.take_place(gateway.uid) else {
+    // Taken only now: a client that sends its body slowly would keep the place from others.
+    let Ok(_place) = admission.request(admission.uid()) else {
         let busy = Failure::new(ErrorCode::Overloaded, "too many requests in flight");
         return Err(busy.retry_after(RETRY_AFTER));
     };
-    gateway.stats.taken();
+    stats.taken();
 
-    // Read for its headers and the errors that we make ourselves; the router judges the request.
+    // Read only for the headers and for errors of the gateway itself: the router validates the request.
     *asked = serde_json::from_slice(&body).unwrap_or_default();
     let headers = headers(&parts.headers, asked);
-    let due = started + gateway.config().request_timeout;
-    let answer = gateway
-        .router
-        .ask(&gateway.bus, subjects::DECIDE, headers, body, due)
-        .await;
-    gateway.stats.forwarded(started.elapsed());
+    let due = started + admission.settings().request_timeout;
+    let answer = router.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
+    stats.forwarded(started.elapsed());
     answer.map_err(Failure::from)
 }
 
-/// As for any request to the router. A trace is that of `traceparent`, else the body's, else a new one; a header that
-/// would not fit stays away, and the router says what is wrong with the body.
+/// The trace id is that of `traceparent`, else that of the body, else a new one. An id that is not valid as a header is left
+/// out: the router then reports what is wrong with the body.
 fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
     let text = |name: &str| given.get(name).and_then(|value| value.to_str().ok());
     let parent = text("traceparent").filter(|parent| trace::trace_id_of(parent).is_some());
     let trace_id = match (parent.and_then(trace::trace_id_of), asked.trace_id.take()) {
         (Some(trace), _) => Some(trace.to_string()),
         (None, Some(trace)) => Some(trace).filter(|trace| id::is_valid(trace)),
-        (None, None) => Some(forward::new_trace_id()),
+        (None, None) => Some(router::new_trace_id()),
     };
     let parent = parent
         .map(String::from)
         .or_else(|| trace::traceparent(trace_id.as_deref()?, rand::random()));
     let tenant_id = asked.tenant_id.as_deref().filter(|tenant| id::is_tenant(tenant));
-    let headers = forward::headers(trace_id.as_deref(), parent.as_deref(), tenant_id);
+    let headers = router::headers(trace_id.as_deref(), parent.as_deref(), tenant_id);
     asked.trace_id = trace_id;
     headers
 }

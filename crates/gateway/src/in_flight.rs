@@ -1,5 +1,6 @@
-//! Limits requests in flight: a global limit, and a share of it for each user. Connections are limited the same way.
-//! The limits are arguments, as they may be others each time.
+//! Counts requests in flight and connections against a global limit and a share of it for each user.
+//!
+//! The limits are arguments, because a reload can change them between two calls.
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -11,11 +12,11 @@ pub struct Places(Mutex<Held>);
 #[derive(Debug, Default)]
 struct Held {
     all: usize,
-    /// Users who hold some.
+    /// Only users who hold at least one place.
     by_user: HashMap<u32, usize>,
 }
 
-/// One request in flight, or one connection, until it is dropped.
+/// Counts as one request in flight, or one connection, until it is dropped.
 #[derive(Debug)]
 pub struct Place {
     places: Arc<Places>,
@@ -30,8 +31,8 @@ pub enum Full {
 }
 
 impl Places {
-    /// A place if fewer than `limit` are held, and fewer than `share` by this user. After a limit is
-    /// lowered, places above it stay valid; no new place is given until enough are returned.
+    /// Gives a place if fewer than `limit` are held, and fewer than `share` by this user. Lowering a limit keeps existing
+    /// holders; new places wait until the count drops below it.
     pub fn take(self: &Arc<Self>, uid: u32, limit: usize, share: usize) -> Result<Place, Full> {
         let mut held = self.0.lock();
         if held.all >= limit {
@@ -68,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_user_at_its_share_leaves_the_rest_to_others() {
+    fn user_at_its_share_leaves_the_rest_to_others() {
         let places = Arc::new(Places::default());
         let take = |uid| places.take(uid, 6, 4);
         let mut of_one: Vec<Place> = (0..4).map(|_| take(1).unwrap()).collect();
@@ -84,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_at_once_exactly_the_limit_is_taken() {
+    fn concurrent_takers_get_exactly_the_limit() {
         let places = Arc::new(Places::default());
         let start = std::sync::Barrier::new(8);
         let burst = |uid: u32| {
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limits_may_come_down_below_what_is_held() {
+    fn lowering_the_limits_keeps_existing_holders() {
         let places = Arc::new(Places::default());
         let mut held: Vec<Place> = (0..4).map(|_| places.take(1, 4, 4).unwrap()).collect();
         for expected in [Full::All, Full::All] {

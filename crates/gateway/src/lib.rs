@@ -1,19 +1,28 @@
-//! Takes tasks from local processes on a Unix socket and carries them over the bus to the router and back.
+//! The gateway: takes tasks from local processes on a Unix socket, sends them to the router over the bus, and returns the
+//! answers.
 //!
-//! A connection is one task ([`session`]); its requests run inside it, so whatever a client left behind ends with it.
+//! One task serves each connection (`connection`). Its requests run inside that task, so they end with the connection.
+//! What a connection does is decided by [`session`], which does no IO.
 
+mod admission;
 mod breaker;
+mod budget;
+mod connection;
 mod deadline;
+mod exchange;
 mod failure;
+mod follow;
 mod forward;
 mod http;
 mod in_flight;
 mod output;
 mod pressure;
 mod reload;
+mod reply;
+mod request;
 mod retry;
 mod router;
-mod session;
+pub mod session;
 mod socket;
 mod stats;
 mod waiters;
@@ -21,56 +30,60 @@ mod waiters;
 pub use breaker::Config as BreakerConfig;
 pub use reload::Control;
 
-use arc_swap::{ArcSwap, Guard};
+use admission::Admission;
 use bus::Bus;
-use in_flight::{Full, Place};
-use std::collections::{BTreeMap, BTreeSet};
+use in_flight::Full;
+use pressure::Poller;
+use reply::Reply;
+use stats::Stats;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixStream;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use wire::ipc::{ErrorCode, ErrorPayload, Frame, FrameType, Version};
-use wire::router::DEFAULT_TENANT;
+use waiters::Waiters;
+use wire::ipc::{ErrorCode, Frame, Version};
 
 #[derive(Debug, Clone)]
 pub struct Config {
     /// At most 107 bytes.
     pub socket: PathBuf,
     pub max_connections: usize,
-    /// Of these, what one user may have. `None`: an equal part, as of [`Self::max_in_flight`].
+    /// Connections that one user may have. `None`: an equal part, as for [`Self::max_in_flight_per_user`].
     pub max_connections_per_user: Option<usize>,
-    /// Requests in flight over all connections.
+    /// Requests in flight on all connections together.
     pub max_in_flight: usize,
-    /// Of these, what one user may have over all of its connections; HTTP counts as our own user. `None`: an equal part
-    /// for each user who may connect, root aside, so that none of them can keep out another.
+    /// Requests in flight that one user may have on all of its connections; HTTP counts as the user that this process runs
+    /// as. `None`: an equal part for each user who may connect, root aside, so that no user can keep out another.
     pub max_in_flight_per_user: Option<usize>,
-    /// Requests in flight on one connection, by the version of their frames.
+    /// Requests in flight on one connection, by the protocol version of their frames.
     pub max_in_flight_v1: usize,
     pub max_in_flight_v2: usize,
-    /// A frame that has begun must be complete within.
+    /// How long a frame may take to arrive once its first byte has.
     pub read_timeout: Duration,
-    /// A client must take some of its answers within.
+    /// How long a client may read nothing while replies wait for it.
     pub write_timeout: Duration,
-    /// A request without a deadline of its own; waiting for a result lasts as long as an assignment may, on top.
+    /// The deadline of a request that names none. Waiting for a result adds the time that an assignment may take.
     pub request_timeout: Duration,
-    /// A longer deadline of a request counts as this.
+    /// The longest deadline; longer ones are shortened to it.
     pub max_deadline: Duration,
-    /// Bytes of unfinished frames, all connections together.
+    /// Bytes of unfinished frames on all connections together.
     pub receive_budget: usize,
-    /// Bytes of finished answers that wait for their readers, all connections together.
+    /// Bytes of finished replies that wait for their readers, on all connections together.
     pub reply_budget: usize,
-    /// Requests in flight when a drain begins may take this long; a quarter of it more, and whoever does not read is left.
+    /// How long requests in flight may take when a drain begins. After a further quarter, clients that are not reading are
+    /// disconnected.
     pub drain_timeout: Duration,
-    /// Who may connect besides our own user and root. Others can only reach the socket if this is not empty.
+    /// Users who may connect besides root and the user that this process runs as. While it is empty, the mode of the socket
+    /// keeps others out.
     pub allowed_uids: Vec<u32>,
-    /// Tenants that a uid may speak for, `*` for any. Empty: everybody speaks for `default` alone.
+    /// Tenants that each uid may speak for; `*` stands for any. Empty: every user speaks for `default` only.
     pub tenants: BTreeMap<u32, Vec<String>>,
-    /// Opens the HTTP way in; empty: nobody.
+    /// The key of the HTTP entry; while it is empty, every HTTP request is refused.
     pub api_key: String,
-    /// When the router is not asked for a while.
+    /// When requests are refused because the router does not answer.
     pub breaker: breaker::Config,
 }
 
@@ -107,71 +120,45 @@ pub enum Error {
     Bus(#[from] bus::Error),
 }
 
-/// Listening; nothing is accepted yet.
+/// A gateway that listens but accepts nothing yet.
 pub struct Bound {
     gateway: Arc<Gateway>,
     listener: socket::Listener,
     results: bus::Subscription,
 }
 
-/// What all sessions share.
+/// What sessions and the HTTP entry share.
 struct Gateway {
-    live: ArcSwap<Live>,
-    /// Our own.
-    uid: u32,
+    shared: Arc<Shared>,
+    waiters: Waiters,
     bus: Bus,
-    waiters: waiters::Waiters,
-    stats: stats::Stats,
-    connections: Arc<in_flight::Places>,
-    in_flight: Arc<in_flight::Places>,
-    router: router::Access,
 }
 
-/// What a reload replaces, together.
-struct Live {
-    config: Config,
-    /// Requests in flight that one user may have.
-    share: usize,
-    /// Connections that one user may have.
-    connection_share: usize,
-    /// What is left of [`Config::receive_budget`]; permits are KiB.
-    receive: Arc<Semaphore>,
-    /// What is left of [`Config::reply_budget`]; permits are KiB.
-    replies: Arc<Semaphore>,
+/// What sessions share. It does no IO by itself.
+pub struct Shared {
+    pub admission: Admission,
+    pub router: router::Access,
+    pub stats: Stats,
 }
 
-impl Live {
-    /// `own` is the user that we run as.
-    /// `before` keeps the budgets that stay as they are.
-    fn new(config: Config, before: Option<&Self>, own: u32) -> Self {
-        let budget = |bytes, kept: Option<(usize, &Arc<Semaphore>)>| match kept {
-            Some((before, semaphore)) if before == bytes => semaphore.clone(),
-            _ => Arc::new(Semaphore::new(bytes / 1024)),
-        };
+impl Shared {
+    /// `uid` is the user that this process runs as.
+    pub fn new(config: Config, uid: u32) -> Self {
         Self {
-            share: config.share(config.max_in_flight, config.max_in_flight_per_user, own),
-            connection_share: config.share(config.max_connections, config.max_connections_per_user, own),
-            receive: budget(config.receive_budget, before.map(|live| (live.receive_budget, &live.receive))),
-            replies: budget(config.reply_budget, before.map(|live| (live.reply_budget, &live.replies))),
-            config,
+            router: router::Access::new(config.breaker, config.request_timeout),
+            stats: Stats::default(),
+            admission: Admission::new(config, uid),
         }
     }
 }
 
-impl std::ops::Deref for Live {
-    type Target = Config;
-
-    fn deref(&self) -> &Config {
-        &self.config
-    }
-}
-
+/// Opens the socket and subscribes to results. Nothing is accepted before [`Bound::run`].
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let listener = socket::Listener::bind(&config.socket, !config.allowed_uids.is_empty()).await?;
     prepare(config, listener, bus).await
 }
 
-/// On a socket that somebody else has bound, whatever [`Config::socket`] says; nor is its file removed.
+/// Like [`bind`], on a socket that was inherited: [`Config::socket`] is ignored, and the socket's file stays afterwards.
 pub async fn adopt(mut config: Config, given: std::os::unix::net::UnixListener, bus: Bus) -> Result<Bound, Error> {
     let listener = socket::Listener::adopt(given)?;
     config.socket = listener.path().into();
@@ -183,14 +170,9 @@ async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result
     let results = bus.subscribe(wire::subjects::RESULT, None, waiters::QUEUE_MAX).await?;
     let uid = nix::unistd::geteuid().as_raw();
     let gateway = Gateway {
-        connections: Arc::default(),
-        in_flight: Arc::default(),
-        router: router::Access::new(config.breaker, config.request_timeout),
-        waiters: waiters::Waiters::default(),
-        stats: stats::Stats::default(),
+        shared: Arc::new(Shared::new(config, uid)),
+        waiters: Waiters::default(),
         bus,
-        live: ArcSwap::from_pointee(Live::new(config.clone(), None, uid)),
-        uid,
     };
     Ok(Bound { gateway: Arc::new(gateway), listener, results })
 }
@@ -200,209 +182,98 @@ impl Bound {
         self.listener.path()
     }
 
-    /// The HTTP way in.
+    /// The routes of the HTTP entry.
     pub fn routes(&self) -> axum::Router {
         http::routes(self.gateway.clone())
     }
 
     pub fn control(&self) -> Control {
-        Control::new(self.gateway.clone(), self.listener.file().cloned())
+        Control::new(self.gateway.shared.clone(), self.listener.file().cloned())
     }
 
     /// Serves until cancelled; then answers what is in flight and closes.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { gateway, listener, results } = self;
+        let Gateway { shared, waiters, bus } = &*gateway;
+
+        // These outlive the sessions, which need them while they drain.
         let ended = CancellationToken::new();
-        let loops = TaskTracker::new();
-        loops.spawn(waiters::run(gateway.clone(), results, ended.clone()));
-        loops.spawn(stats::run(gateway.clone(), ended.clone()));
-        loops.spawn(pressure::run(gateway.clone(), ended.clone()));
+        let background = TaskTracker::new();
+        background.spawn(waiters.clone().run(results, ended.clone()));
+        background.spawn(stats::run(shared.clone(), bus.clone(), ended.clone()));
+        background.spawn(Poller::new(shared.router.pressure(), bus.clone()).run(ended.clone()));
 
         let sessions = TaskTracker::new();
-        loop {
-            let accepted = tokio::select! {
-                () = cancel.cancelled() => break,
-                accepted = listener.accept() => accepted,
-            };
-            let stream = match accepted {
-                Ok(stream) => stream,
+        while let Some(accepted) = cancel.run_until_cancelled(listener.accept()).await {
+            match accepted {
+                Ok(stream) => accept(&gateway, stream, &sessions, &cancel),
                 Err(error) => {
-                    // Out of descriptors: wait for some to come back rather than spin.
-                    tracing::warn!(%error, "cannot accept an IPC connection");
+                    // Usually out of file descriptors: waiting for some to be closed avoids a busy loop.
+                    tracing::warn!(%error, "cannot accept an IPC connection; retrying");
                     tokio::time::sleep(Duration::from_millis(50)).await;
-                    continue;
                 }
-            };
-            let Some(peer) = gateway.peer(&stream) else {
-                refuse(&stream, ErrorCode::Forbidden, NOT_ADMITTED);
-                continue;
-            };
-            let place = match gateway.take_connection(peer.uid) {
-                Ok(place) => place,
-                Err(full) => {
-                    let limit = match full {
-                        Full::All => "gateway.max_connections",
-                        Full::User => "gateway.max_connections_per_user",
-                    };
-                    gateway.stats.failed(ErrorCode::Overloaded);
-                    let text = format!("Too many connections; {limit} is the limit");
-                    refuse(&stream, ErrorCode::Overloaded, &text);
-                    continue;
-                }
-            };
-            let session = session::run(gateway.clone(), stream, peer, cancel.clone());
-            sessions.spawn(async move {
-                session.await;
-                drop(place);
-            });
+            }
         }
+
         drop(listener);
         sessions.close();
         sessions.wait().await;
+
         ended.cancel();
-        loops.close();
-        loops.wait().await;
+        background.close();
+        background.wait().await;
         Ok(())
     }
 }
 
+/// Starts a session, unless the user may not connect or a limit is reached.
+fn accept(gateway: &Arc<Gateway>, stream: UnixStream, sessions: &TaskTracker, cancel: &CancellationToken) {
+    let Shared { admission, stats, .. } = &*gateway.shared;
+    let uid = stream.peer_cred().ok().map(|peer| peer.uid());
+    let Some(uid) = uid.filter(|uid| admission.admits(*uid)) else {
+        tracing::warn!(uid, "refused an IPC connection; gateway.allowed_uids says who may connect");
+        stats.failed(ErrorCode::Forbidden);
+        return refuse(&stream, Reply::error(ErrorCode::Forbidden, NOT_ADMITTED));
+    };
+
+    let place = match admission.connection(uid) {
+        Ok(place) => place,
+        Err(full) => {
+            let limit = match full {
+                Full::All => "gateway.max_connections",
+                Full::User => "gateway.max_connections_per_user",
+            };
+            stats.failed(ErrorCode::Overloaded);
+            let text = format!("Too many connections; {limit} is the limit");
+            return refuse(&stream, Reply::overloaded(&text));
+        }
+    };
+
+    let connection = connection::run(gateway.clone(), stream, uid, cancel.clone());
+    sessions.spawn(async move {
+        connection.await;
+        drop(place);
+    });
+}
+
 const NOT_ADMITTED: &str = "This user may not connect; gateway.allowed_uids says who may";
 
-/// Who is at the other end.
-#[derive(Debug, Clone, Copy)]
-struct Peer {
-    uid: u32,
-}
-
-impl Config {
-    /// Root speaks for any tenant, others for those that are theirs.
-    fn may_speak_for(&self, uid: u32, tenant: &str) -> bool {
-        let of_all = || tenant == DEFAULT_TENANT;
-        let theirs = |tenants: &Vec<String>| tenants.iter().any(|theirs| theirs == "*" || theirs == tenant);
-        uid == 0
-            || if self.tenants.is_empty() {
-                of_all()
-            } else {
-                self.tenants.get(&uid).is_some_and(theirs)
-            }
-    }
-
-    /// Whose tasks a user means who names no tenant: those of `default` first if it may speak for it, as its submits
-    /// without a tenant go there; then those of its own tenants, in the order of the settings.
-    fn tenants_of(&self, uid: u32) -> Vec<String> {
-        if uid == 0 || self.tenants.is_empty() {
-            return vec![DEFAULT_TENANT.into()];
-        }
-        let theirs = self.tenants.get(&uid).into_iter().flatten();
-        let named = theirs
-            .filter(|tenant| !["*", DEFAULT_TENANT].contains(&tenant.as_str()))
-            .cloned();
-        let default = self
-            .may_speak_for(uid, DEFAULT_TENANT)
-            .then(|| DEFAULT_TENANT.to_string());
-        default.into_iter().chain(named).collect()
-    }
-
-    /// What one user may have of `all`, where we run as `own`.
-    fn share(&self, all: usize, set: Option<usize>, own: u32) -> usize {
-        let others: BTreeSet<u32> = self
-            .allowed_uids
-            .iter()
-            .copied()
-            .filter(|uid| ![0, own].contains(uid))
-            .collect();
-        let equal = (all / (1 + others.len())).max(1);
-        set.unwrap_or(equal).min(all)
-    }
-}
-
-impl Gateway {
-    /// The settings of this moment: for a look, not to be kept.
-    fn config(&self) -> Guard<Arc<Live>> {
-        self.live.load()
-    }
-
-    /// Whether this user may use the gateway.
-    fn admits(&self, uid: u32) -> bool {
-        uid == 0 || uid == self.uid || self.config().allowed_uids.contains(&uid)
-    }
-
-    /// A place for one more request of this user.
-    fn take_place(&self, uid: u32) -> Result<Place, Full> {
-        let config = self.config();
-        self.in_flight.take(uid, config.max_in_flight, config.share)
-    }
-
-    /// A place for one more connection of this user.
-    fn take_connection(&self, uid: u32) -> Result<Place, Full> {
-        let config = self.config();
-        self.connections
-            .take(uid, config.max_connections, config.connection_share)
-    }
-
-    fn peer(&self, stream: &UnixStream) -> Option<Peer> {
-        let uid = stream.peer_cred().ok()?.uid();
-        let admitted = self.admits(uid);
-        if !admitted {
-            tracing::warn!(uid, "refused an IPC connection; gateway.allowed_uids says who may");
-            self.stats.failed(ErrorCode::Forbidden);
-        }
-        admitted.then_some(Peer { uid })
-    }
-}
-
-/// One error frame into the empty buffer of a new connection, which is then closed.
-fn refuse(stream: &UnixStream, code: ErrorCode, text: &str) {
-    let mut error = ErrorPayload::new(code, text);
-    if code == ErrorCode::Overloaded {
-        error.error.retry_after_ms = Some(failure::RETRY_AFTER_MS);
-    }
+/// Writes one error frame into the empty buffer of a new connection, which is then closed.
+fn refuse(stream: &UnixStream, reply: Reply) {
     let mut bytes = bytes::BytesMut::new();
-    Frame::new(Version::V1, FrameType::ResponseError, error.encode()).encode(&mut bytes);
+    Frame::new(Version::V1, reply.kind, reply.payload).encode(&mut bytes);
     let _ = stream.try_write(&bytes);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use wire::ipc::FrameType;
 
-    #[test]
-    fn each_user_who_may_connect_has_an_equal_share() {
-        let share = |all, allowed_uids: &[u32], set| {
-            Config { allowed_uids: allowed_uids.to_vec(), ..Config::default() }.share(all, set, 999)
-        };
-        assert_eq!(share(1000, &[], None), 1000, "alone");
-        assert_eq!(share(1000, &[0, 999], None), 1000, "root and ourselves are let in anyway");
-        assert_eq!(share(1000, &[1000], None), 500);
-        assert_eq!(share(1000, &[1000, 1001, 1000], None), 333);
-        assert_eq!(share(2, &[1000, 1001, 1002], None), 1);
-        assert_eq!((share(1000, &[1000], Some(700)), share(10, &[], Some(700))), (700, 10));
-    }
-
-    #[tokio::test]
-    async fn a_user_at_its_share_of_connections_leaves_the_rest_to_others() {
-        let dir = tempfile::tempdir().unwrap();
-        let bus = bus::local::Local::open(dir.path()).await.unwrap();
-        let config = Config { socket: dir.path().join("s"), max_connections: 4, ..Config::default() };
-        let config = Config { allowed_uids: vec![70_001], ..config };
-        let bound = bind(config.clone(), bus).await.unwrap();
-        let gateway = &bound.gateway;
-        let greedy = [(); 2].map(|()| gateway.take_connection(70_001).unwrap());
-        assert_eq!(gateway.take_connection(70_001).unwrap_err(), Full::User);
-        let ours = [(); 2].map(|()| gateway.take_connection(gateway.uid).unwrap());
-        assert_eq!(gateway.take_connection(70_001).unwrap_err(), Full::All);
-        drop((greedy, ours));
-        bound
-            .control()
-            .reload(Config { max_connections_per_user: Some(1), ..config });
-        let _one = gateway.take_connection(70_001).unwrap();
-        assert_eq!(gateway.take_connection(70_001).unwrap_err(), Full::User);
-    }
-
-    /// A session of a made-up user, since tests run as one user.
+    /// Starts a session of that user. The uid is made up, because tests run as one user.
     fn connect(gateway: &Arc<Gateway>, uid: u32) -> UnixStream {
         let (client, stream) = UnixStream::pair().unwrap();
-        tokio::spawn(session::run(gateway.clone(), stream, Peer { uid }, CancellationToken::new()));
+        tokio::spawn(connection::run(gateway.clone(), stream, uid, CancellationToken::new()));
         client
     }
 
@@ -415,7 +286,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_cancel_without_a_tenant_stops_the_task_that_a_submit_without_one_began() {
+    async fn cancel_without_a_tenant_cancels_the_task_of_a_submit_without_one() {
         let dir = tempfile::tempdir().unwrap();
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
         let config = Config {
@@ -456,7 +327,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn others_are_served_while_one_user_holds_all_of_its_share() {
+    async fn others_are_served_while_one_user_holds_its_whole_share() {
         let dir = tempfile::tempdir().unwrap();
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
         let allowed_uids = vec![70_001, 70_002];
@@ -499,7 +370,7 @@ mod tests {
         assert!(refused["error"]["retry_after_ms"].as_u64().is_some_and(|ms| ms > 0));
 
         // All others have theirs, also when each takes all of it.
-        for uid in [70_002, gateway.uid] {
+        for uid in [70_002, gateway.shared.admission.uid()] {
             let mut other = connect(&gateway, uid);
             for id in 0..2 {
                 submit(&mut other, id).await;

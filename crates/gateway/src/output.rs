@@ -1,14 +1,15 @@
 //! A task's output on its way from the bus to a client.
 
-use crate::forward::Reply;
+use crate::reply::{Reply, Slot};
+use tokio::sync::mpsc;
 use wire::ipc::{FrameType, StreamData};
 use wire::router::{Awaited, OutputChunk};
 
-/// Output in order, of the newest attempt: when a worker starts again, `seq` starts at 0 again.
+/// Orders the output of one task and keeps only that of the newest attempt: a worker that starts again begins at `seq` 0.
 pub struct OutputReader {
     pub task: Awaited,
     attempt: u32,
-    /// The number that the next piece has; so many have come.
+    /// The `seq` of the next piece; as many have arrived.
     pub next: u64,
 }
 
@@ -17,23 +18,50 @@ impl OutputReader {
         Self { task, attempt: 0, next: 0 }
     }
 
-    /// The frame for a message on the subject of the request, unless it has come before or is of another task.
+    /// Makes a frame from a message on the output subject of the request. `None` if the message repeats one that has
+    /// arrived before, or belongs to another task.
     pub fn take(&mut self, payload: &[u8]) -> Option<Reply> {
         let chunk: OutputChunk = serde_json::from_slice(payload).ok()?;
-        // A router that does not say the assignment knows one task of an id, whoever's it is.
-        if !self
-            .task
-            .owns(&chunk.assignment_id, chunk.tenant_id.as_deref())
-            .unwrap_or(true)
-        {
+        // A router that does not name the assignment knows only one task with this id, whatever its tenant.
+        let owned = self.task.owns(&chunk.assignment_id, chunk.tenant_id.as_deref());
+        let repeated = chunk.attempt < self.attempt || (chunk.attempt == self.attempt && chunk.seq < self.next);
+        if !owned.unwrap_or(true) || repeated {
             return None;
         }
-        if chunk.attempt < self.attempt || (chunk.attempt == self.attempt && chunk.seq < self.next) {
-            return None;
-        }
+
         (self.attempt, self.next) = (chunk.attempt, chunk.seq + 1);
         let data = StreamData { task_id: chunk.request_id, seq: chunk.seq, data: chunk.data };
-        Some((FrameType::StreamData, serde_json::to_vec(&data).expect("JSON").into()))
+        let payload = serde_json::to_vec(&data).expect("output is JSON");
+        Some(Reply::new(FrameType::StreamData, payload))
+    }
+}
+
+/// Sends the pieces of one stream to its session, before the stream's last frame.
+pub struct Pieces {
+    slot: Slot,
+    session: mpsc::Sender<(Slot, Reply)>,
+    sent: u64,
+}
+
+impl Pieces {
+    pub fn new(slot: Slot, session: mpsc::Sender<(Slot, Reply)>) -> Self {
+        Self { slot, session, sent: 0 }
+    }
+
+    /// Waits while the client does not read. Cancelling it sends nothing.
+    pub async fn send(&mut self, piece: Reply) {
+        // Sending fails only if the session has ended, and the session runs this request.
+        let _ = self.session.send((self.slot, piece)).await;
+        self.sent += 1;
+    }
+
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    #[cfg(test)]
+    pub fn nowhere() -> Self {
+        Self::new(Slot::V2(1), mpsc::channel(1).0)
     }
 }
 
@@ -44,8 +72,9 @@ mod tests {
     #[test]
     fn output_of_another_task_with_the_same_request_id_is_left_out() {
         let chunk = |assignment: &str, tenant: Option<&str>, seq: u64| {
-            let mut chunk = serde_json::json!({"request_id": "r", "assignment_id": assignment, "attempt": 1, "seq": seq,
-                "data": assignment});
+            let mut chunk = serde_json::json!({
+                "request_id": "r", "assignment_id": assignment, "attempt": 1, "seq": seq, "data": assignment,
+            });
             if let Some(tenant) = tenant {
                 chunk["tenant_id"] = tenant.into();
             }
@@ -55,11 +84,12 @@ mod tests {
             tenant_id: "acme".into(),
             assignment_id: assignment.map(String::from),
         };
+
         let mut reader = OutputReader::new(task(Some("a")));
         assert!(reader.take(chunk("b", Some("beta"), 0).as_bytes()).is_none());
         assert!(reader.take(chunk("b", None, 7).as_bytes()).is_none());
         assert!(reader.take(chunk("a", None, 0).as_bytes()).is_some());
-        assert_eq!(reader.next, 1, "another's numbers are not counted");
+        assert_eq!(reader.next, 1, "pieces of other tasks are not counted");
 
         let mut reader = OutputReader::new(task(None));
         assert!(reader.take(chunk("b", Some("beta"), 0).as_bytes()).is_none());

@@ -1,13 +1,11 @@
-//! Whether the router wants to be left alone: it is asked how loaded it is, and while it says that it refuses, decide
-//! requests are refused here, in its words.
+//! Load shedding: polls the router and, while it reports `active`, rejects decide requests with the router's own refusal.
 //!
-//! Each answer is that of one router of the queue group, as each decision is. So of several routers, of which some are
-//! overloaded, the gateway refuses for about that share of the time, and those refuse about that share of requests:
-//! nobody needs to know how many there are. No answer changes nothing, and a word that is not repeated is soon forgotten:
-//! a router that cannot be asked is the breaker's matter.
+//! One router of the queue group answers each poll, as one decides each request. If some of several routers are
+//! overloaded, the gateway therefore rejects for about that share of the time, without knowing how many there are.
+//! A poll that fails changes nothing, and a report that is not repeated soon expires: a router that cannot be reached is
+//! the breaker's concern.
 
-use crate::Gateway;
-use bus::Headers;
+use bus::{Bus, Headers};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -18,31 +16,35 @@ use tokio_util::sync::CancellationToken;
 use wire::router::{Backpressure, BackpressureStatus, ErrorBody, RouterCode, StatusReply, VERSION};
 use wire::subjects;
 
-/// Between two questions while there are requests; and the least, however many requests the router has just refused.
-const ASK_EVERY: Duration = Duration::from_secs(1);
-const ASK_AGAIN: Duration = Duration::from_millis(100);
-/// For an answer, and how long what it says holds.
+/// How often the router is polled while there are requests.
+const POLL_EVERY: Duration = Duration::from_secs(1);
+/// The shortest time between two polls, however many requests the router refuses.
+const POLL_PAUSE: Duration = Duration::from_millis(100);
 const ANSWER_WITHIN: Duration = Duration::from_secs(1);
+/// How long a report holds if it is not repeated.
 const HOLDS_FOR: Duration = Duration::from_secs(3);
-/// When to try again where the router does not say it, seconds.
+/// When clients should retry if the router does not say, seconds.
 const RETRY_AFTER: u64 = 1;
 
+/// What requests and the [`Poller`] share.
 #[derive(Default)]
 pub struct Pressure {
-    word: Word,
-    /// There was a request since it was last asked.
+    report: Report,
+    /// Whether there was a request since the last poll.
     wanted: AtomicBool,
-    /// The router has refused one for its load.
+    /// Notified when the router refuses a request because of its load.
     refused: Notify,
 }
 
 impl Pressure {
-    /// The refusal of a decide request, where the router would only be asked in vain.
+    /// Rejects a decide request while the router is overloaded.
     pub fn check(&self) -> Result<(), Box<ErrorBody>> {
+        // Reading first keeps the cache line shared between the threads that send requests.
         if !self.wanted.load(Relaxed) {
             self.wanted.store(true, Relaxed);
         }
-        let Some(retry_after) = self.word.refuses(Instant::now()) else {
+
+        let Some(retry_after) = self.report.overload(Instant::now()) else {
             return Ok(());
         };
         metrics::counter!("beamline_gateway_held_back_total").increment(1);
@@ -50,88 +52,106 @@ impl Pressure {
         Err(Box::new(error.retry_after(retry_after)))
     }
 
-    /// The router has refused a request for its load: is it more than that one?
+    /// Polls soon: the router has refused a request because of its load, and others may meet the same.
     pub fn refused(&self) {
         self.refused.notify_one();
     }
-
-    fn heard(&self, data: &Backpressure, now: Instant) {
-        let before = self.word.refuses(now).is_some();
-        let active = data.status == BackpressureStatus::Active;
-        self.word
-            .is(active.then(|| data.policy.retry_after_seconds.unwrap_or(RETRY_AFTER)), now);
-        if before != active {
-            tracing::warn!(status = data.status.as_str(), "the router's load");
-        }
-    }
 }
 
-/// Asks while there are requests to be decided.
-pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
-    let pressure = gateway.router.pressure();
-    let mut ticks = tokio::time::interval(ASK_EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        let refused = tokio::select! {
-            () = cancel.cancelled() => return,
-            _ = ticks.tick() => false,
-            () = pressure.refused.notified() => true,
-        };
-        let refuses = pressure.word.refuses(Instant::now()).is_some();
-        metrics::gauge!("beamline_gateway_held_back").set(if refuses { 1.0 } else { 0.0 });
-        if !pressure.wanted.swap(false, Relaxed) && !refused {
-            continue;
-        }
-        let headers = Headers::new().with("version", VERSION);
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            answer = gateway.bus.request(subjects::BACKPRESSURE, headers, Bytes::new(), ANSWER_WITHIN) => {
-                match answer.map_err(|e| e.to_string()).and_then(|message| load(&message.payload)) {
-                    Ok(load) => pressure.heard(&load, Instant::now()),
-                    Err(error) => {
-                        metrics::counter!("beamline_gateway_status_failures_total").increment(1);
-                        tracing::debug!(error, "the router did not say how loaded it is");
-                    }
-                }
+/// Polls the router while there are requests to decide.
+pub struct Poller {
+    pressure: Arc<Pressure>,
+    bus: Bus,
+}
+
+impl Poller {
+    pub fn new(pressure: Arc<Pressure>, bus: Bus) -> Self {
+        Self { pressure, bus }
+    }
+
+    pub async fn run(self, cancel: CancellationToken) {
+        let mut ticks = tokio::time::interval(POLL_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let refused = tokio::select! {
+                () = cancel.cancelled() => return,
+                _ = ticks.tick() => false,
+                () = self.pressure.refused.notified() => true,
+            };
+
+            let overloaded = self.pressure.report.overload(Instant::now()).is_some();
+            metrics::gauge!("beamline_gateway_held_back").set(if overloaded { 1.0 } else { 0.0 });
+            let wanted = self.pressure.wanted.swap(false, Relaxed);
+            if !wanted && !refused {
+                continue;
+            }
+
+            let poll = async {
+                self.poll().await;
+                tokio::time::sleep(POLL_PAUSE).await;
+            };
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = poll => {}
             }
         }
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            () = tokio::time::sleep(ASK_AGAIN) => {}
+    }
+
+    async fn poll(&self) {
+        let headers = Headers::new().with("version", VERSION);
+        let asked = self
+            .bus
+            .request(subjects::BACKPRESSURE, headers, Bytes::new(), ANSWER_WITHIN);
+        let answer = asked.await.map_err(|e| e.to_string());
+        match answer.and_then(|message| read(&message.payload)) {
+            Ok(backpressure) => self.heard(&backpressure, Instant::now()),
+            Err(error) => {
+                metrics::counter!("beamline_gateway_status_failures_total").increment(1);
+                tracing::debug!(error, "the router did not report its load");
+            }
+        }
+    }
+
+    fn heard(&self, data: &Backpressure, now: Instant) {
+        let report = &self.pressure.report;
+        let before = report.overload(now).is_some();
+        let active = data.status == BackpressureStatus::Active;
+        report.update(active.then(|| data.policy.retry_after_seconds.unwrap_or(RETRY_AFTER)), now);
+        if before != active {
+            tracing::warn!(status = data.status.as_str(), "the router's backpressure changed");
         }
     }
 }
 
-fn load(payload: &[u8]) -> Result<Backpressure, String> {
+fn read(payload: &[u8]) -> Result<Backpressure, String> {
     let reply: StatusReply<Backpressure> = serde_json::from_slice(payload).map_err(|e| e.to_string())?;
     reply
         .data
         .ok_or_else(|| reply.error.unwrap_or_else(|| "the reply has no data".into()))
 }
 
-/// The router's last word, as a state machine that is told the time.
+/// The router's newest report. Time is an argument.
 #[derive(Default)]
-struct Word {
-    /// Spares the requests of all days the lock.
+struct Report {
+    /// Fast path: avoids the lock when not overloaded.
     any: AtomicBool,
-    /// When to try again, and how long that holds.
-    refusal: Mutex<Option<(u64, Instant)>>,
+    /// When clients should retry, and until when the report holds.
+    overload: Mutex<Option<(u64, Instant)>>,
 }
 
-impl Word {
-    fn is(&self, retry_after: Option<u64>, now: Instant) {
-        *self.refusal.lock() = retry_after.map(|retry_after| (retry_after, now + HOLDS_FOR));
-        self.any.store(retry_after.is_some(), Relaxed);
+impl Report {
+    /// `overload` is when clients should retry, in seconds; `None` if the router takes requests.
+    fn update(&self, overload: Option<u64>, now: Instant) {
+        *self.overload.lock() = overload.map(|retry_after| (retry_after, now + HOLDS_FOR));
+        self.any.store(overload.is_some(), Relaxed);
     }
 
-    fn refuses(&self, now: Instant) -> Option<u64> {
+    fn overload(&self, now: Instant) -> Option<u64> {
         if !self.any.load(Relaxed) {
             return None;
         }
-        self.refusal
-            .lock()
-            .filter(|(_, until)| now < *until)
-            .map(|(retry_after, _)| retry_after)
+        let overload = self.overload.lock().filter(|(_, until)| now < *until);
+        overload.map(|(retry_after, _)| retry_after)
     }
 }
 
@@ -140,16 +160,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_word_holds_until_the_next_or_until_it_is_old() {
-        let word = Word::default();
+    fn report_holds_until_the_next_one_or_until_it_expires() {
+        let report = Report::default();
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        assert_eq!(word.refuses(at(0)), None);
-        word.is(Some(30), at(0));
-        assert_eq!((word.refuses(at(0)), word.refuses(at(2999)), word.refuses(at(3000))), (Some(30), Some(30), None));
-        word.is(Some(5), at(2999));
-        assert_eq!(word.refuses(at(5998)), Some(5));
-        word.is(None, at(4000));
-        assert_eq!(word.refuses(at(4000)), None);
+        assert_eq!(report.overload(at(0)), None);
+
+        report.update(Some(30), at(0));
+        for (ms, expected) in [(0, Some(30)), (2999, Some(30)), (3000, None)] {
+            assert_eq!(report.overload(at(ms)), expected, "after {ms} ms");
+        }
+
+        report.update(Some(5), at(2999));
+        assert_eq!(report.overload(at(5998)), Some(5));
+        report.update(None, at(4000));
+        assert_eq!(report.overload(at(4000)), None);
     }
 }

@@ -1,53 +1,53 @@
 //! Settings that change while the gateway runs.
 
-use crate::{Config, Gateway, Live, socket};
+use crate::{Config, Shared, socket};
 use std::sync::Arc;
 
-/// A hand on a gateway that runs.
+/// A handle that reloads the settings of a running gateway.
 #[derive(Clone)]
 pub struct Control {
-    gateway: Arc<Gateway>,
+    shared: Arc<Shared>,
     file: Option<socket::File>,
 }
 
 impl Control {
-    pub(crate) fn new(gateway: Arc<Gateway>, file: Option<socket::File>) -> Self {
-        Self { gateway, file }
+    pub(crate) fn new(shared: Arc<Shared>, file: Option<socket::File>) -> Self {
+        Self { shared, file }
     }
 
-    /// Takes effect at once, also for open connections: what is in flight goes on, and what is above a limit that came
-    /// down ends before anything new begins. The socket stays where it is.
+    /// Takes effect at once, also for open connections. What is in flight goes on; while more is in flight than a lowered
+    /// limit allows, nothing new begins. The socket's path does not change.
     pub fn reload(&self, mut config: Config) {
-        let gateway = &self.gateway;
-        let before = gateway.live.load_full();
-        config.socket = before.socket.clone();
-        if (config.breaker, config.request_timeout) != (before.breaker, before.request_timeout) {
-            gateway.router.configure(config.breaker, config.request_timeout);
+        let Shared { admission, router, .. } = &*self.shared;
+        {
+            let before = admission.settings();
+            config.socket = before.socket.clone();
+            if (config.breaker, config.request_timeout) != (before.breaker, before.request_timeout) {
+                router.configure(config.breaker, config.request_timeout);
+            }
         }
+
         let shared = !config.allowed_uids.is_empty();
         if let Some(file) = &self.file
             && let Err(error) = file.share(shared)
         {
-            tracing::error!(%error, shared, "cannot change who may reach the gateway's socket");
+            tracing::error!(%error, shared, "cannot change who may reach the gateway's socket; change its mode by hand");
         }
-        // What holds a part of an old budget keeps it until it ends, which is soon.
-        gateway
-            .live
-            .store(Arc::new(Live::new(config, Some(&before), gateway.uid)));
+        admission.reload(config);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::{Config, Peer, bind, session};
+    use crate::{Config, bind, connection};
     use bytes::BytesMut;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio_util::sync::CancellationToken;
     use wire::ipc::{Decoder, ErrorCode, Frame, FrameType, Version};
 
-    /// Tests run as root, whom nobody shuts out; so the peer is made up here.
+    /// The uid is made up: tests run as root, who is always admitted.
     #[tokio::test]
-    async fn a_user_who_is_shut_out_gets_no_more_on_an_open_connection() {
+    async fn user_removed_from_the_settings_is_refused_on_an_open_connection() {
         let dir = tempfile::tempdir().unwrap();
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
         let with = |uid: u32| Config {
@@ -57,9 +57,9 @@ mod tests {
         };
         let bound = bind(with(12345), bus).await.unwrap();
         let (control, (mut client, stream)) = (bound.control(), tokio::net::UnixStream::pair().unwrap());
-        let session = session::run(bound.gateway.clone(), stream, Peer { uid: 12345 }, CancellationToken::new());
+        let session = connection::run(bound.gateway.clone(), stream, 12345, CancellationToken::new());
         let session = tokio::spawn(session);
-        // No router runs, so who is let through is told so.
+        // No router runs: UNAVAILABLE means that the request was let through.
         for (allowed, expected) in
             [(12345, ErrorCode::Unavailable), (23456, ErrorCode::Forbidden), (12345, ErrorCode::Unavailable)]
         {

@@ -1,8 +1,8 @@
-//! A budget for second tries, so that they never become the load that keeps a router down.
+//! The retry budget: it keeps retries from becoming the load that keeps a router down.
 
 use std::time::Instant;
 
-/// What each first try adds, and what every second adds.
+/// Retries that each request adds to the budget, and that each second adds.
 const PER_REQUEST: f64 = 0.2;
 const PER_SECOND: f64 = 10.0;
 const SAVED_MAX: f64 = 100.0;
@@ -23,7 +23,7 @@ impl Budget {
         self.saved = (self.saved + PER_REQUEST).min(SAVED_MAX);
     }
 
-    /// Whether a second try may be made now.
+    /// Takes one retry from the budget. Returns false if there is none.
     pub fn take(&mut self, now: Instant) -> bool {
         self.pass_time(now);
         let enough = self.saved >= 1.0;
@@ -48,7 +48,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn second_tries_are_a_fifth_of_the_requests_and_ten_a_second() {
+    fn retries_are_a_fifth_of_the_requests_plus_ten_a_second() {
         let mut budget = Budget::new();
         let start = Instant::now();
         let mut tries = 0;
@@ -57,12 +57,12 @@ mod tests {
             budget.request(now);
             tries += u32::from(budget.take(now));
         }
-        // 20 % of 10,000, ten a second for ten seconds, and what was saved at first.
+        // 20 % of 10,000 requests, ten a second for ten seconds, and the ten of an unused budget.
         assert!((2090..=2120).contains(&tries), "{tries}");
     }
 
     #[test]
-    fn what_is_saved_is_bounded() {
+    fn saved_retries_are_bounded() {
         let mut budget = Budget::new();
         let start = Instant::now();
         budget.request(start);

@@ -1,4 +1,4 @@
-//! The way to the router: what it says of its load and a breaker before it, and a bounded number of second tries.
+//! The path to the router: load shedding, the circuit breaker, and a bounded number of retries.
 
 use crate::breaker::{Breaker, Config, Outcome, Pass, State};
 use crate::pressure::Pressure;
@@ -6,38 +6,39 @@ use crate::retry::Budget;
 use bus::{Bus, Headers, Message};
 use bytes::Bytes;
 use parking_lot::Mutex;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-use wire::router::{AnswerHead, ErrorBody, RouterCode};
+use wire::router::{AnswerHead, ErrorBody, RouterCode, VERSION};
 use wire::subjects;
 
-/// A request that had less time than this, or than most of what requests have, says nothing about the router when it
-/// runs out of it.
+/// A timeout counts against the breaker only if the request had at least this much time, or 90 % of the request timeout if
+/// that is less.
 const FAIR_CHANCE: Duration = Duration::from_millis(500);
-/// Before a second try, half of it to one and a half.
+/// The mean pause before a retry, with a jitter of half of it in either direction.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What the gateway's requests share.
+/// The access to the router that all requests share.
 pub struct Access {
     breaker: Mutex<Breaker>,
     retries: Mutex<Budget>,
-    pressure: Pressure,
+    pressure: Arc<Pressure>,
     fair_chance_us: AtomicU64,
 }
 
-/// Why there is no answer to give.
+/// Why a request to the router has no answer.
 #[derive(Debug)]
 pub enum Refused {
     /// The breaker is open.
     Open {
         retry_after: Duration,
     },
-    /// No router listens, which opens the breaker.
+    /// No router is running, which opens the breaker.
     Nobody {
         retry_after: Duration,
     },
     Bus(bus::Error),
-    /// The router's own word.
+    /// The router rejected the request.
     Router(Box<ErrorBody>),
     Unreadable(String),
 }
@@ -47,7 +48,7 @@ impl Access {
         Self {
             breaker: Mutex::new(Breaker::new(config)),
             retries: Mutex::new(Budget::new()),
-            pressure: Pressure::default(),
+            pressure: Arc::default(),
             fair_chance_us: fair_chance_us(request_timeout).into(),
         }
     }
@@ -57,17 +58,18 @@ impl Access {
         self.fair_chance_us.store(fair_chance_us(request_timeout), Relaxed);
     }
 
-    /// What a request would find now.
+    /// The breaker's state that a request would find now.
     pub fn state(&self) -> State {
         self.breaker.lock().state_at(Instant::now())
     }
 
-    pub fn pressure(&self) -> &Pressure {
-        &self.pressure
+    pub fn pressure(&self) -> Arc<Pressure> {
+        self.pressure.clone()
     }
 
-    /// The router's answer, byte for byte. Requests carry ids by which the router takes a repeat once, so one that met a
-    /// lost bus or a router that was just unavailable is sent again while there is time and budget.
+    /// Returns the router's answer byte for byte. A request that failed because the bus was disconnected, or because the
+    /// router was unavailable, is retried while there is time and retry budget. That is safe: the router recognises a
+    /// repeated request by its id.
     pub async fn ask(
         &self,
         bus: &Bus,
@@ -76,7 +78,7 @@ impl Access {
         payload: Bytes,
         due: Instant,
     ) -> Result<Bytes, Refused> {
-        // Questions about tasks, and cancelling them, cost an overloaded router little or help it.
+        // Only decide requests are shed: queries cost an overloaded router little, and cancelling tasks helps it.
         if subject == subjects::DECIDE {
             self.pressure.check().map_err(Refused::Router)?;
         }
@@ -85,18 +87,18 @@ impl Access {
         loop {
             let refused = match self.once(bus, subject, headers.clone(), payload.clone(), due).await {
                 Ok(answer) => return Ok(answer),
-                // The breaker that these tries have opened does not hide why.
+                // If these attempts opened the breaker, their own error says more than that it is open.
                 Err(refused @ Refused::Open { .. }) => return Err(before.unwrap_or(refused)),
                 Err(refused) => refused,
             };
-            let passes = match &refused {
+            let temporary = match &refused {
                 Refused::Bus(bus::Error::Disconnected(_)) => true,
                 Refused::Router(error) => error.code == RouterCode::Unavailable,
                 _ => false,
             };
             let pause = PAUSE.mul_f64(0.5 + rand::random::<f64>());
             let now = Instant::now();
-            if !passes || now + pause >= due || !self.retries.lock().take(now) {
+            if !temporary || now + pause >= due || !self.retries.lock().take(now) {
                 return Err(refused);
             }
             metrics::counter!("beamline_gateway_retries_total").increment(1);
@@ -154,7 +156,7 @@ impl Access {
         }
     }
 
-    /// A change of state is said once, by whoever caused it.
+    /// Changes the breaker, and logs a change of its state exactly once.
     fn observed<R>(&self, step: impl FnOnce(&mut Breaker) -> R) -> R {
         let mut breaker = self.breaker.lock();
         let before = breaker.state();
@@ -164,18 +166,18 @@ impl Access {
         if before != after {
             let (from, to) = (before.as_str(), after.as_str());
             metrics::counter!("beamline_gateway_breaker_transitions_total", "to" => to).increment(1);
-            tracing::warn!(from, to, "the breaker on the way to the router");
+            tracing::warn!(from, to, "the circuit breaker for the router changed its state");
         }
         result
     }
 }
 
 fn fair_chance_us(request_timeout: Duration) -> u64 {
-    // At most half a second, which fits.
+    // At most FAIR_CHANCE, which fits.
     FAIR_CHANCE.min(request_timeout.mul_f64(0.9)).as_micros() as u64
 }
 
-/// One call in flight; dropped without a word when the caller goes away.
+/// One call in flight. Dropping it reports no outcome: the caller went away.
 struct Call<'a> {
     access: &'a Access,
     pass: Option<Pass>,
@@ -183,10 +185,10 @@ struct Call<'a> {
 
 impl Call<'_> {
     fn settle(mut self, outcome: Outcome) {
-        self.tell(outcome);
+        self.report(outcome);
     }
 
-    fn tell(&mut self, outcome: Outcome) {
+    fn report(&mut self, outcome: Outcome) {
         if let Some(pass) = self.pass.take() {
             self.access
                 .observed(|breaker| breaker.settle(pass, outcome, Instant::now()));
@@ -196,8 +198,24 @@ impl Call<'_> {
 
 impl Drop for Call<'_> {
     fn drop(&mut self) {
-        self.tell(Outcome::Neutral);
+        self.report(Outcome::Neutral);
     }
+}
+
+/// 32 hex digits.
+pub fn new_trace_id() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
+}
+
+/// The headers of every request to the router.
+pub fn headers(trace_id: Option<&str>, traceparent: Option<&str>, tenant_id: Option<&str>) -> Headers {
+    let mut headers = Headers::new().with("version", VERSION);
+    for (name, value) in [("trace_id", trace_id), ("tenant_id", tenant_id), ("traceparent", traceparent)] {
+        if let Some(value) = value {
+            headers.insert(name, value);
+        }
+    }
+    headers
 }
 
 fn read(payload: Bytes) -> Result<Bytes, Refused> {
@@ -205,6 +223,6 @@ fn read(payload: Bytes) -> Result<Bytes, Refused> {
     match head.error {
         None if head.ok => Ok(payload),
         Some(error) => Err(Refused::Router(error)),
-        None => Err(Refused::Unreadable("it refuses without an error".into())),
+        None => Err(Refused::Unreadable("ok is false, but there is no error".into())),
     }
 }

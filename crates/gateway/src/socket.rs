@@ -1,4 +1,4 @@
-//! The listening socket: private from the moment it exists, never in the place of a living one.
+//! The listening socket: it is private from the moment it exists, and never replaces one that is in use.
 
 use crate::Error;
 use std::fs::{DirBuilder, TryLockError};
@@ -9,21 +9,21 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 
-/// `sun_path` less its final zero.
+/// The size of `sun_path` without its terminating zero.
 const PATH_MAX: usize = 107;
-/// Another start takes milliseconds.
+/// How long another gateway may hold the lock while it starts; it takes milliseconds.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 const LOCK_LOOK: Duration = Duration::from_millis(5);
 
-/// Dropping it removes the socket file, if it is still ours.
+/// Dropping it removes the socket file, if that is still the one that it created.
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
-    /// None when somebody else has bound it.
+    /// `None` if the socket was inherited.
     file: Option<File>,
 }
 
-/// The socket file that we have made.
+/// A socket file that this process created.
 #[derive(Debug, Clone)]
 pub struct File {
     path: PathBuf,
@@ -31,7 +31,7 @@ pub struct File {
 }
 
 impl Listener {
-    /// `shared`: other users may reach it; who they are is checked on each connection.
+    /// `shared`: other users can reach the socket, and each connection is checked.
     pub async fn bind(path: &Path, shared: bool) -> Result<Self, Error> {
         let problem = |problem: String| Error::Socket { path: path.display().to_string(), problem };
         let bytes = path.as_os_str().len();
@@ -54,7 +54,7 @@ impl Listener {
         })
     }
 
-    /// Listens on what somebody else has bound; its file, and who may reach it, stay theirs.
+    /// Listens on an inherited socket. Its file and its mode stay as they are.
     pub fn adopt(given: std::os::unix::net::UnixListener) -> Result<Self, Error> {
         let address = given.local_addr().ok();
         let path = address
@@ -107,7 +107,7 @@ impl File {
         std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode)
     }
 
-    /// Lets other users reach it, or no longer.
+    /// Sets whether other users can reach the socket.
     pub fn share(&self, shared: bool) -> std::io::Result<()> {
         if !self.is_there() {
             return Ok(());
@@ -126,8 +126,7 @@ fn parent(path: &Path) -> &Path {
         .unwrap_or(Path::new("."))
 }
 
-/// One gateway at a time looks whether a path is free and takes it; those that start together would all find it free.
-/// The directory is locked until it is dropped.
+/// Locks the directory, until it is dropped: several gateways that start at once could all find the path free.
 async fn alone(directory: &std::fs::File) -> Result<(), String> {
     let give_up = tokio::time::Instant::now() + LOCK_WAIT;
     loop {
@@ -144,7 +143,7 @@ async fn alone(directory: &std::fs::File) -> Result<(), String> {
     }
 }
 
-/// Only a socket that nobody listens on may be replaced.
+/// Checks that the path is free, or holds a socket that nobody listens on.
 async fn make_way(path: &Path) -> Result<(), String> {
     let found = match std::fs::symlink_metadata(path) {
         Ok(found) => found,
@@ -174,8 +173,8 @@ fn holder(pid: i32) -> String {
     format!(": {} (pid {pid})", name.trim())
 }
 
-/// Bound in a directory that only we may enter, given its mode there, then renamed into place: at no moment could
-/// anybody else connect. The directory is named by its descriptor, so that a long path still fits.
+/// Binds in a directory that only this user may enter, sets the mode there, then renames the socket into place: at no
+/// moment could another user connect. The directory is named by its descriptor, so that a long path still fits.
 fn bind_private(path: &Path, mode: u32) -> std::io::Result<UnixListener> {
     let private = parent(path).join(format!(".beamline-{}", uuid::Uuid::new_v4().simple()));
     DirBuilder::new().mode(0o700).create(&private)?;
@@ -201,18 +200,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn private_and_gone_afterwards() {
+    async fn socket_is_private_and_removed_afterwards() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = Listener::bind(&path, false).await.unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left beside the socket");
         drop(listener);
         assert!(!path.exists());
     }
 
     #[tokio::test]
-    async fn one_that_was_handed_over_is_used_and_left_where_it_is() {
+    async fn inherited_socket_is_used_and_left_in_place() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let given = std::os::unix::net::UnixListener::bind(&path).unwrap();
@@ -226,7 +225,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_does_not_listen_on_a_path_is_not_taken() {
+    async fn inherited_socket_that_does_not_listen_on_a_path_is_refused() {
         use socket2::{Domain, SockAddr, Socket, Type};
         let dir = tempfile::tempdir().unwrap();
         let make = |domain, kind, listens: bool, address: SockAddr| {
@@ -255,7 +254,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn others_may_reach_it_when_they_are_let_in_later() {
+    async fn mode_follows_whether_other_users_are_allowed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = Listener::bind(&path, false).await.unwrap();
@@ -267,7 +266,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stale_socket_is_replaced_a_living_one_is_not() {
+    async fn stale_socket_is_replaced_but_one_in_use_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
@@ -278,7 +277,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_no_socket_is_left_alone() {
+    async fn path_that_is_not_a_socket_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let [file, folder, link] = ["file", "folder", "link"].map(|name| dir.path().join(name));
         std::fs::write(&file, "precious").unwrap();
@@ -291,7 +290,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_path_of_the_full_length_works_and_a_longer_one_is_refused() {
+    async fn path_of_the_full_length_works_and_a_longer_one_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let room = PATH_MAX - dir.path().as_os_str().len() - 1;
         let full = dir.path().join("x".repeat(room));

@@ -1,8 +1,8 @@
-//! What the gateway counts, and says of itself every second.
+//! The gateway's counters, and the status that it publishes every second.
 
-use crate::Gateway;
+use crate::Shared;
 use crate::breaker::State;
-use bus::Message;
+use bus::{Bus, Message};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,15 +25,18 @@ struct Inner {
 }
 
 impl Stats {
+    /// Counts a request that was admitted.
     pub fn taken(&self) {
         self.requests.fetch_add(1, Relaxed);
     }
 
+    /// Counts an error that a client gets.
     pub fn failed(&self, code: ErrorCode) {
         *self.inner.lock().errors.entry(code.name().into()).or_default() += 1;
         metrics::counter!("beamline_gateway_errors_total", "code" => code.name()).increment(1);
     }
 
+    /// Counts a request that has ended.
     pub fn forwarded(&self, took: Duration) {
         self.inner.lock().forward_us.add(took);
         metrics::histogram!("beamline_gateway_request_duration_seconds").record(took.as_secs_f64());
@@ -46,7 +49,8 @@ impl Stats {
     }
 }
 
-pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
+/// Publishes the gateway's status every second, until cancelled.
+pub async fn run(shared: Arc<Shared>, bus: Bus, cancel: CancellationToken) {
     let id = format!("gateway-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]);
     let started = Instant::now();
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
@@ -55,32 +59,38 @@ pub async fn run(gateway: Arc<Gateway>, cancel: CancellationToken) {
             () = cancel.cancelled() => return,
             _ = ticks.tick() => {}
         }
-        let stats = &gateway.stats;
-        let errors_by_code = stats.inner.lock().errors.clone();
-        let status = GatewayStatus {
-            gateway: id.clone(),
-            socket: gateway.config().socket.display().to_string(),
-            uptime_s: started.elapsed().as_secs(),
-            connections: gateway.connections.held(),
-            in_flight: gateway.in_flight.held(),
-            requests_total: stats.requests.load(Relaxed),
-            errors_by_code,
-            forward_us: stats.forward_us(),
-            breaker: gateway.router.state().as_str().into(),
-        };
-        let open = gateway.router.state() == State::Open;
+
+        let status = status(&shared, id.clone(), started.elapsed());
+        let open = status.breaker == State::Open.as_str();
         metrics::gauge!("beamline_gateway_breaker_open").set(if open { 1.0 } else { 0.0 });
         metrics::gauge!("beamline_gateway_connections").set(status.connections as f64);
         metrics::gauge!("beamline_gateway_in_flight").set(status.in_flight as f64);
         metrics::counter!("beamline_gateway_requests_total").absolute(status.requests_total);
+
         let payload = serde_json::to_vec(&status).expect("a status is JSON").into();
         let message = Message {
             subject: wire::subjects::GATEWAY_STATUS.into(),
             payload,
             ..Message::default()
         };
-        if let Err(error) = gateway.bus.publish(message).await {
-            tracing::debug!(%error, "the gateway's status was not published");
+        if let Err(error) = bus.publish(message).await {
+            tracing::debug!(%error, "cannot publish the gateway's status");
         }
+    }
+}
+
+fn status(shared: &Shared, gateway: String, uptime: Duration) -> GatewayStatus {
+    let Shared { admission, router, stats } = shared;
+    let errors_by_code = stats.inner.lock().errors.clone();
+    GatewayStatus {
+        gateway,
+        socket: admission.settings().socket.display().to_string(),
+        uptime_s: uptime.as_secs(),
+        connections: admission.connections_held(),
+        in_flight: admission.requests_held(),
+        requests_total: stats.requests.load(Relaxed),
+        errors_by_code,
+        forward_us: stats.forward_us(),
+        breaker: router.state().as_str().into(),
     }
 }

@@ -1,6 +1,5 @@
-//! Who waits for which result: one subscription to the results for all requests of the gateway.
+//! Waits for results: one subscription serves all requests of the gateway.
 
-use crate::Gateway;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -9,11 +8,11 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use wire::router::{Awaited, ExecResult};
 
-/// Results that may wait to be handed out; one that is dropped is found by the next look at the task's state.
+/// Results that may wait in the subscription. One that is dropped is found by the next look at the task's record.
 pub const QUEUE_MAX: usize = 65_536;
 
-#[derive(Default)]
-pub struct Waiters(Mutex<Table>);
+#[derive(Clone, Default)]
+pub struct Waiters(Arc<Mutex<Table>>);
 
 #[derive(Default)]
 struct Table {
@@ -28,7 +27,7 @@ struct Waiting {
 }
 
 enum Phase {
-    /// The router has not answered, so the assignment is not known: a result that may be the task's is kept until it is.
+    /// The router has not answered, so the assignment is unknown. A result that may be the task's is kept until then.
     Undecided {
         early: Option<Heard>,
         finished: oneshot::Sender<Finished>,
@@ -39,14 +38,14 @@ enum Phase {
     Ended,
 }
 
-/// A result as it was published, and what of it the gateway reads.
+/// A result as it was published, and the field of it that the gateway reads.
 #[derive(Debug, Clone)]
 pub struct Finished {
     pub result: Bytes,
     pub chunks: Option<u64>,
 }
 
-/// A result and whose it is.
+/// A result, and the task that it belongs to.
 #[derive(Clone)]
 struct Heard {
     assignment_id: String,
@@ -55,7 +54,7 @@ struct Heard {
 }
 
 impl Finished {
-    /// The plain result, with its request id: as it came, or taken out of its envelope.
+    /// Reads a result and its request id. The bytes stay as they came, unless an envelope has to be removed.
     fn decode(payload: &Bytes) -> Option<(String, Heard)> {
         let result = ExecResult::decode(payload).ok()?;
         let enveloped = serde_json::from_slice::<Envelope>(payload).is_ok_and(|e| e.kind.is_some());
@@ -85,11 +84,12 @@ impl Waiting {
         let owned = self.task.owns(&heard.assignment_id, heard.tenant_id.as_deref());
         self.phase = match std::mem::replace(&mut self.phase, Phase::Ended) {
             Phase::Undecided { early, finished } => {
-                // One kept at most: a wrong one costs no more than the time until the next look at the record.
-                let keeps = owned == Some(true) || owned.is_none() && early.is_none();
-                Phase::Undecided { early: if keeps { Some(heard.clone()) } else { early }, finished }
+                // Only one is kept: keeping the wrong one costs no more than the time until the next look at the record.
+                let keeps = owned == Some(true) || (owned.is_none() && early.is_none());
+                let early = if keeps { Some(heard.clone()) } else { early };
+                Phase::Undecided { early, finished }
             }
-            // A router that does not say the assignment knows one task of an id, whoever's it is.
+            // A router that does not name the assignment knows only one task with this id, whatever its tenant.
             Phase::Decided { finished } if owned.unwrap_or(true) => {
                 let _ = finished.send(heard.finished.clone());
                 Phase::Ended
@@ -112,40 +112,66 @@ impl Waiting {
     }
 }
 
-/// One wait; dropping it takes it off the table.
+/// One wait for a result; dropping it ends the wait.
 pub struct Waiter {
-    gateway: Arc<Gateway>,
+    waiters: Waiters,
     request_id: String,
     number: u64,
     pub finished: oneshot::Receiver<Finished>,
 }
 
-impl Waiter {
-    /// From now on the result of this tenant's request is not missed.
-    pub fn register(gateway: &Arc<Gateway>, request_id: &str, tenant_id: &str) -> Self {
+impl Waiters {
+    /// Waits for the result of this tenant's request: from now on it is not missed.
+    pub fn register(&self, request_id: &str, tenant_id: &str) -> Waiter {
         let (sender, finished) = oneshot::channel();
         let task = Awaited { tenant_id: tenant_id.into(), assignment_id: None };
-        let mut table = gateway.waiters.0.lock();
+        let phase = Phase::Undecided { early: None, finished: sender };
+
+        let mut table = self.0.lock();
         table.next += 1;
         let number = table.next;
-        let phase = Phase::Undecided { early: None, finished: sender };
         table
             .by_request
             .entry(request_id.into())
             .or_default()
             .push(Waiting { number, task, phase });
         drop(table);
-        Self {
-            gateway: gateway.clone(),
-            request_id: request_id.into(),
-            number,
-            finished,
+
+        Waiter { waiters: self.clone(), request_id: request_id.into(), number, finished }
+    }
+
+    /// Hands each result to the requests that wait for it, until cancelled.
+    pub async fn run(self, mut results: bus::Subscription, cancel: CancellationToken) {
+        loop {
+            let message = tokio::select! {
+                () = cancel.cancelled() => return,
+                message = results.next() => message,
+            };
+            let Some(message) = message else { return };
+            self.publish(&message.payload);
         }
     }
 
-    /// The router has answered, so it is known which result ends this wait.
+    fn publish(&self, payload: &Bytes) {
+        if self.0.lock().by_request.is_empty() {
+            return;
+        }
+        let Some((request_id, heard)) = Finished::decode(payload) else {
+            tracing::warn!("cannot read a result; requests that wait for it find it in the task's record");
+            return;
+        };
+
+        let mut table = self.0.lock();
+        for waiting in table.by_request.get_mut(&request_id).into_iter().flatten() {
+            waiting.hear(&heard);
+        }
+    }
+}
+
+impl Waiter {
+    /// Tells which task the router decided, and so which result ends this wait.
     pub fn decided(&self, task: &Awaited) {
-        let mut table = self.gateway.waiters.0.lock();
+        let mut table = self.waiters.0.lock();
         let waiting = table.by_request.get_mut(&self.request_id).into_iter().flatten();
         for waiting in waiting.filter(|waiting| waiting.number == self.number) {
             waiting.decided(task.clone());
@@ -155,33 +181,12 @@ impl Waiter {
 
 impl Drop for Waiter {
     fn drop(&mut self) {
-        let mut table = self.gateway.waiters.0.lock();
+        let mut table = self.waiters.0.lock();
         if let Some(waiting) = table.by_request.get_mut(&self.request_id) {
             waiting.retain(|waiting| waiting.number != self.number);
             if waiting.is_empty() {
                 table.by_request.remove(&self.request_id);
             }
-        }
-    }
-}
-
-pub async fn run(gateway: Arc<Gateway>, mut results: bus::Subscription, cancel: CancellationToken) {
-    loop {
-        let message = tokio::select! {
-            () = cancel.cancelled() => return,
-            message = results.next() => message,
-        };
-        let Some(message) = message else { return };
-        if gateway.waiters.0.lock().by_request.is_empty() {
-            continue;
-        }
-        let Some((request_id, heard)) = Finished::decode(&message.payload) else {
-            tracing::warn!("a result could not be read; whoever waits for it will find it by the task's state");
-            continue;
-        };
-        let mut table = gateway.waiters.0.lock();
-        for waiting in table.by_request.get_mut(&request_id).into_iter().flatten() {
-            waiting.hear(&heard);
         }
     }
 }
@@ -217,7 +222,7 @@ mod tests {
         waiting.decided(Awaited { tenant_id: "acme".into(), assignment_id });
     }
 
-    /// What ends the wait, of these results before and after the router's answer.
+    /// Checks which result ends the wait, given those that arrive before and after the router's answer.
     #[track_caller]
     fn check(
         before: &[(&str, Option<&str>)],
@@ -229,7 +234,7 @@ mod tests {
         before
             .iter()
             .for_each(|(assignment, tenant)| waiting.hear(&heard(assignment, *tenant)));
-        assert!(finished.try_recv().is_err(), "nothing ends it before the router's answer");
+        assert!(finished.try_recv().is_err(), "no result ends the wait before the router has answered");
         decided(&mut waiting, answer);
         after
             .iter()
@@ -239,14 +244,14 @@ mod tests {
     }
 
     #[test]
-    fn only_the_result_of_its_own_assignment_ends_a_wait() {
+    fn only_the_result_of_the_own_assignment_ends_a_wait() {
         let (ours, other, nobody) = (Some("acme"), Some("beta"), None);
         check(&[], Some("a"), &[("b", ours), ("b", nobody), ("a", nobody)], Some("a"));
         check(&[], Some("a"), &[("b", other)], None);
         check(&[("a", nobody), ("b", other)], Some("a"), &[], Some("a"));
         check(&[("b", nobody), ("a", ours), ("c", nobody)], Some("a"), &[], Some("a"));
         check(&[("b", other), ("b", nobody)], Some("a"), &[], None);
-        // A router that does not say the assignment.
+        // The router does not name the assignment.
         check(&[("b", other)], None, &[("b", other), ("a", nobody)], Some("a"));
         check(&[("a", nobody)], None, &[], Some("a"));
     }

@@ -1,19 +1,18 @@
 //! Finished answers that wait for their reader, and their share of the gateway's budget for them.
 
-use crate::Gateway;
-use crate::failure::RETRY_AFTER_MS;
-use crate::forward::Reply;
-use tokio::sync::OwnedSemaphorePermit;
-use wire::ipc::{ErrorCode, ErrorPayload, FrameType};
+use crate::Shared;
+use crate::budget;
+use crate::reply::Reply;
+use wire::ipc::ErrorCode;
 
-/// An answer up to this size is free of the budget; the limits of requests in flight bound their number.
+/// A reply up to this size is not charged against the budget; the limits of requests in flight bound their number.
 const FREE_REPLY: usize = 4 * 1024;
 
 #[derive(Debug)]
 pub struct Held {
     pub reply: Reply,
-    /// Returned when the answer goes on to its client or ends with its session.
-    _budget: Option<OwnedSemaphorePermit>,
+    /// Returned when the reply is written to the output, or when the session ends.
+    _budget: Option<budget::Share>,
 }
 
 impl From<Reply> for Held {
@@ -23,42 +22,30 @@ impl From<Reply> for Held {
 }
 
 impl Held {
-    /// The answer, or code 10 in its place if [`crate::Config::reply_budget`] has no room for it.
-    pub fn within_budget(gateway: &Gateway, reply: Reply) -> Self {
-        if reply.1.len() <= FREE_REPLY {
+    /// The reply; or code 10 in its place if [`crate::Config::reply_budget`] has no room for it.
+    pub fn within_budget(shared: &Shared, reply: Reply) -> Self {
+        if reply.payload.len() <= FREE_REPLY {
             return reply.into();
         }
-        let live = gateway.config();
-        // One that is larger than the whole budget takes all of it.
-        let kib = reply.1.len().div_ceil(1024).min(live.reply_budget / 1024);
-        let permits = u32::try_from(kib).expect("frames are at most 4 MiB");
-        match live.replies.clone().try_acquire_many_owned(permits) {
-            Ok(permit) => Self { reply, _budget: Some(permit) },
-            Err(_) => overloaded(gateway, reply.0).into(),
+        let claim = shared.admission.settings().replies.claim(reply.payload.len());
+        match claim.try_take() {
+            Some(share) => Self { reply, _budget: Some(share) },
+            None => overloaded(shared, reply).into(),
         }
     }
 }
 
-fn overloaded(gateway: &Gateway, kind: FrameType) -> Reply {
-    gateway.stats.failed(ErrorCode::Overloaded);
+fn overloaded(shared: &Shared, reply: Reply) -> Reply {
+    shared.stats.failed(ErrorCode::Overloaded);
     let text = "The request was carried out, but too many answers wait for clients that do not read \
                 (gateway.reply_budget); read what is there, then query the task";
-    let mut error = ErrorPayload::new(ErrorCode::Overloaded, text);
-    error.error.retry_after_ms = Some(RETRY_AFTER_MS);
-    let in_stream = matches!(kind, FrameType::StreamComplete | FrameType::StreamError);
-    (
-        if in_stream {
-            FrameType::StreamError
-        } else {
-            FrameType::ResponseError
-        },
-        error.encode().into(),
-    )
+    let error = Reply::overloaded(text);
+    if reply.ends_stream() { error.in_stream() } else { error }
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::{Config, Gateway, Peer, bind, session};
+    use crate::{Config, Gateway, bind, connection};
     use bus::{Bus, Message};
     use bytes::BytesMut;
     use serde_json::{Value, json};
@@ -118,8 +105,8 @@ mod tests {
 
     fn connect(gateway: &Arc<Gateway>) -> UnixStream {
         let (client, stream) = UnixStream::pair().unwrap();
-        let peer = Peer { uid: gateway.uid };
-        tokio::spawn(session::run(gateway.clone(), stream, peer, CancellationToken::new()));
+        let uid = gateway.shared.admission.uid();
+        tokio::spawn(connection::run(gateway.clone(), stream, uid, CancellationToken::new()));
         client
     }
 
@@ -166,8 +153,9 @@ mod tests {
                 submit(client, version, &format!("{at}-{id}")).await;
             }
         }
-        let budget = || gateway.config().replies.available_permits();
-        testkit::eventually(PATIENCE, async || gateway.in_flight.held() == 0 && budget() < BUDGET / 1024).await;
+        let budget = || gateway.shared.admission.settings().replies.left();
+        testkit::eventually(PATIENCE, async || gateway.shared.admission.requests_held() == 0 && budget() < BUDGET)
+            .await;
 
         // Who reads is served, also with what has no room in the budget.
         let (mut reader, mut input) = (connect(&gateway), BytesMut::new());
@@ -184,7 +172,7 @@ mod tests {
         // Beside the budget: what each socket and output have taken.
         let most = BUDGET / LARGE + CLIENTS * 4;
         assert!((BUDGET / LARGE / 2..=most).contains(&whole), "{whole} of {most}");
-        testkit::eventually(PATIENCE, async || budget() == BUDGET / 1024).await;
+        testkit::eventually(PATIENCE, async || budget() == BUDGET).await;
     }
 
     #[tokio::test]
@@ -198,7 +186,7 @@ mod tests {
         let slow = held.recv().await.unwrap();
         for id in 0..BEHIND {
             submit(&mut client, Version::V1, &id.to_string()).await;
-            testkit::eventually(PATIENCE, async || gateway.in_flight.held() == 1).await;
+            testkit::eventually(PATIENCE, async || gateway.shared.admission.requests_held() == 1).await;
         }
         decide(&bus, slow, &json!("held")).await;
         let first = answer(&mut client, &mut input).await;

@@ -15,6 +15,8 @@ mod script;
 mod sequence;
 mod sequences;
 mod session;
+mod simulation;
+mod simulations;
 mod sizes;
 mod stalled;
 

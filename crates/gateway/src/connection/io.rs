@@ -1,0 +1,73 @@
+//! What a connection waits for on its socket and its clock.
+
+use crate::budget::Share;
+use futures_util::future::BoxFuture;
+use std::cell::RefCell;
+use std::pin::Pin;
+use std::task::{Poll, ready};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, Interest, ReadBuf};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+
+const SCRATCH_SIZE: usize = 64 * 1024;
+const HANGUP_POLL: Duration = Duration::from_millis(100);
+
+thread_local! {
+    /// The receive buffer of all connections on this thread, so that a connection that waits holds no buffer of its own.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH_SIZE]);
+}
+
+/// Waits for bytes and passes them to `take`. Returns how many there were; 0 at the end of the stream. Cancelling it loses
+/// nothing.
+pub async fn receive(reader: &mut OwnedReadHalf, mut take: impl FnMut(&[u8])) -> std::io::Result<usize> {
+    std::future::poll_fn(|context| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut buffer = ReadBuf::new(scratch);
+            ready!(Pin::new(&mut *reader).poll_read(context, &mut buffer))?;
+            if !buffer.filled().is_empty() {
+                take(buffer.filled());
+            }
+            Poll::Ready(Ok(buffer.filled().len()))
+        })
+    })
+    .await
+}
+
+/// Passes the bytes that have arrived to `take`. Returns whether there were any.
+pub fn read_once(reader: &OwnedReadHalf, mut take: impl FnMut(&[u8])) -> bool {
+    SCRATCH.with_borrow_mut(|scratch| match reader.try_read(scratch) {
+        Ok(read) if read > 0 => {
+            take(&scratch[..read]);
+            true
+        }
+        Ok(_) | Err(_) => false,
+    })
+}
+
+/// Waits for the share of the budget, or forever if none is awaited.
+pub async fn granted(budget: &mut Option<BoxFuture<'static, Share>>) -> Share {
+    match budget {
+        Some(share) => share.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until then, or forever.
+pub async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns when the client has closed both directions. Watched while its frames are not read.
+pub async fn gone(stream: &OwnedWriteHalf) {
+    loop {
+        match stream.ready(Interest::READABLE | Interest::WRITABLE).await {
+            Ok(ready) if ready.is_write_closed() => return,
+            Err(_) => return,
+            // Unread bytes keep the socket readable, so there is no change to wait for.
+            Ok(_) => tokio::time::sleep(HANGUP_POLL).await,
+        }
+    }
+}

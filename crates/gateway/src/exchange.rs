@@ -1,0 +1,252 @@
+//! One request's way to the router and back.
+
+use crate::Gateway;
+use crate::deadline::Deadline;
+use crate::failure::Failure;
+use crate::reply::{PAYLOAD_MAX, Reply};
+use crate::router;
+use bytes::Bytes;
+use serde_json::{Map, Value};
+use std::sync::Arc;
+use std::time::Instant;
+use wire::ipc::{ErrorCode, ExchangeContext, TaskRef, TaskSubmit, Wait};
+use wire::router::{DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskQuery, TaskState, VERSION};
+use wire::{subjects, trace};
+
+/// A request in flight, with everything that its messages, errors and log lines name.
+pub struct Exchange {
+    pub gateway: Arc<Gateway>,
+    uid: u32,
+    pub request_id: String,
+    trace_id: String,
+    /// W3C trace context; `None` if the trace id does not have the form for one.
+    traceparent: Option<String>,
+    pub tenant_id: String,
+    pub deadline: Deadline,
+}
+
+impl Exchange {
+    pub fn of_submit(gateway: Arc<Gateway>, uid: u32, submit: &TaskSubmit, deadline: Deadline) -> Self {
+        // The trace of a well-formed traceparent wins over the trace id beside it.
+        let given = submit.traceparent.as_deref();
+        let given = given.and_then(|parent| Some((parent, trace::trace_id_of(parent)?)));
+        let trace_id = match (given, &submit.trace_id) {
+            (Some((_, trace_id)), _) => trace_id.to_string(),
+            (None, Some(trace_id)) => trace_id.clone(),
+            (None, None) => router::new_trace_id(),
+        };
+
+        let request_id = submit.request_id.clone();
+        Self {
+            gateway,
+            uid,
+            request_id: request_id.unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
+            traceparent: match given {
+                Some((parent, _)) => Some(parent.into()),
+                None => trace::traceparent(&trace_id, rand::random()),
+            },
+            trace_id,
+            tenant_id: submit.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
+            deadline,
+        }
+    }
+
+    /// An exchange about a task that exists already.
+    pub fn about(gateway: Arc<Gateway>, uid: u32, task: &TaskRef, deadline: Deadline) -> Self {
+        let trace_id = router::new_trace_id();
+        Self {
+            gateway,
+            uid,
+            request_id: task.task_id.clone(),
+            traceparent: trace::traceparent(&trace_id, rand::random()),
+            trace_id,
+            tenant_id: task.tenant_id.clone().unwrap_or_else(|| DEFAULT_TENANT.into()),
+            deadline,
+        }
+    }
+
+    /// Sends the submit to the router, if this user may make it and there is time left. The decision comes back byte for
+    /// byte.
+    pub async fn decide(&self, submit: TaskSubmit) -> Result<Bytes, Failure> {
+        let request = self.decide_request(submit);
+        let request = serde_json::to_vec(&request).map_err(|e| Failure::new(ErrorCode::Internal, e.to_string()))?;
+        self.request_router(subjects::DECIDE, request).await
+    }
+
+    fn decide_request(&self, submit: TaskSubmit) -> DecideRequest {
+        let waits = submit.wait != Wait::Decision;
+        let fields = [
+            ("file", submit.file.map(Value::from)),
+            ("line", submit.line.map(Value::from)),
+            ("context", submit.context),
+            ("params", submit.params.map(Value::from)),
+        ];
+        let payload: Map<String, Value> = fields
+            .into_iter()
+            .filter_map(|(name, value)| Some((name.into(), value?)))
+            .collect();
+
+        // Nobody waits past the client's own deadline, so the task need not run any longer.
+        let options = self.deadline.own.filter(|_| waits).map(|own| RequestOptions {
+            deadline_ms: Some(u64::try_from(own.as_millis()).unwrap_or(u64::MAX)),
+            ..RequestOptions::default()
+        });
+        DecideRequest {
+            version: VERSION.into(),
+            request_id: self.request_id.clone(),
+            tenant_id: self.tenant_id.clone(),
+            task: Task { task_type: submit.task_type, payload: Some(payload), payload_ref: None },
+            policy_id: submit.policy_id,
+            trace_id: Some(self.trace_id.clone()),
+            constraints: None,
+            metadata: None,
+            push_assignment: waits || submit.push_assignment,
+            assignment_subject: None,
+            options,
+            run_id: None,
+            flow_id: None,
+            step_id: None,
+            idempotency_key: submit.idempotency_key,
+            deadline: None,
+        }
+    }
+
+    /// Finds the task of the tenant that the client names, else of the first of the user's tenants that has a task with
+    /// this id. The exchange is then one of that tenant.
+    pub async fn find(&mut self, named: Option<String>) -> Result<TaskState, Failure> {
+        let tenants = match named {
+            Some(tenant) => vec![tenant],
+            None => self.gateway.shared.admission.settings().tenants_of(self.uid),
+        };
+        // A user without any tenant gets the same refusal as on a submit.
+        self.check_tenant(tenants.first().map_or(DEFAULT_TENANT, String::as_str))?;
+
+        let mut found = Err(Failure::rejected(ErrorBody::unknown_task(&self.request_id)));
+        for tenant in tenants {
+            self.tenant_id = tenant;
+            found = self.record().await;
+            if !found.as_ref().is_err_and(Failure::is_not_found) {
+                break;
+            }
+        }
+        found
+    }
+
+    /// Reads the task's record.
+    pub async fn record(&self) -> Result<TaskState, Failure> {
+        self.ask(subjects::GET_DECISION).await
+    }
+
+    /// Cancels the task. It is looked up first, because a router of the previous version cancels a task of any tenant.
+    pub async fn cancel(&mut self, named: Option<String>) -> Result<TaskState, Failure> {
+        self.find(named).await?;
+        self.ask(subjects::CANCEL).await
+    }
+
+    /// Asks the router about this tenant's task.
+    async fn ask(&self, subject: &str) -> Result<TaskState, Failure> {
+        let query = TaskQuery { request_id: self.request_id.clone(), tenant_id: None };
+        let query = serde_json::to_vec(&query).expect("a query is JSON");
+        let reply = self.request_router(subject, query).await?;
+
+        let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply).map_err(|e| {
+            Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {}", wire::unfit(&e)))
+        })?;
+        // A router of the previous version answers for any tenant.
+        if answer.task.tenant() != self.tenant_id {
+            return Err(Failure::rejected(ErrorBody::unknown_task(&self.request_id)));
+        }
+        Ok(answer.task)
+    }
+
+    async fn request_router(&self, subject: &str, payload: Vec<u8>) -> Result<Bytes, Failure> {
+        let headers = router::headers(Some(&self.trace_id), self.traceparent.as_deref(), Some(&self.tenant_id));
+        let timeout = self.gateway.shared.admission.settings().request_timeout;
+        let due = self.deadline.at.min(Instant::now() + timeout);
+        let asked = self
+            .gateway
+            .shared
+            .router
+            .ask(&self.gateway.bus, subject, headers, payload.into(), due);
+        Ok(asked.await?)
+    }
+
+    /// Refuses a request whose deadline has passed while it waited for its turn.
+    pub fn check_time(&self) -> Result<(), Failure> {
+        if Instant::now() < self.deadline.at {
+            return Ok(());
+        }
+        Err(Failure::new(ErrorCode::Timeout, "The deadline passed before the request could begin"))
+    }
+
+    /// Refuses a tenant that the user may not speak for.
+    pub fn check_tenant(&self, tenant_id: &str) -> Result<(), Failure> {
+        let uid = self.uid;
+        if self.gateway.shared.admission.settings().may_speak_for(uid, tenant_id) {
+            return Ok(());
+        }
+        let text = format!("User {uid} may not speak for tenant {tenant_id:?}; gateway.tenants says who may");
+        Err(Failure::new(ErrorCode::Forbidden, text))
+    }
+
+    pub fn accepted(&self, submit: &TaskSubmit) {
+        tracing::info!(
+            trace_id = self.trace_id,
+            request_id = self.request_id,
+            tenant_id = self.tenant_id,
+            task_type = submit.task_type,
+            wait = ?submit.wait,
+            "request accepted"
+        );
+    }
+
+    /// Counts and logs the outcome, and makes the last frame of the answer from it.
+    pub fn end(&self, outcome: Result<Reply, Failure>, started: Instant) -> Reply {
+        let took = started.elapsed();
+        self.gateway.shared.stats.forwarded(took);
+        let took_us = took.as_micros() as u64;
+
+        let failure = match outcome {
+            Ok(reply) if reply.payload.len() <= PAYLOAD_MAX => {
+                let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
+                tracing::debug!(trace_id, request_id, tenant_id, took_us, "request answered");
+                return reply;
+            }
+            Ok(reply) => {
+                let text = format!("The answer has {} bytes, more than a frame holds", reply.payload.len());
+                let failure = Failure::new(ErrorCode::FrameTooLarge, text);
+                if reply.ends_stream() {
+                    failure.in_stream()
+                } else {
+                    failure
+                }
+            }
+            Err(failure) => failure,
+        };
+        self.failed(failure, took_us)
+    }
+
+    fn failed(&self, failure: Failure, took_us: u64) -> Reply {
+        let (code, in_stream) = (failure.code, failure.in_stream);
+        self.gateway.shared.stats.failed(code);
+        let mut payload = failure.into_payload();
+        payload.context = Some(ExchangeContext {
+            request_id: Some(self.request_id.clone()),
+            trace_id: Some(self.trace_id.clone()),
+        });
+        let reply = Reply::from_payload(&mut payload);
+
+        // A message about an invalid request quotes parts of it: they are for its sender, not for the log.
+        let error = &payload.error;
+        let reason = error.reason.as_deref();
+        let why = if reason == Some("invalid_request") {
+            "the request is not valid"
+        } else {
+            &error.message
+        };
+        let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
+        let error_code = code.name();
+        tracing::info!(trace_id, request_id, tenant_id, error_code, reason, took_us, "request failed: {why}");
+        if in_stream { reply.in_stream() } else { reply }
+    }
+}

@@ -1,0 +1,181 @@
+//! Following a task to its result: the waiter for the result, the task's output, and looks at the task's record.
+
+use crate::exchange::Exchange;
+use crate::failure::Failure;
+use crate::output::{OutputReader, Pieces};
+use crate::reply::{PAYLOAD_MAX, Reply};
+use crate::waiters::{Finished, Waiter};
+use serde_json::value::RawValue;
+use std::time::{Duration, Instant};
+use wire::ipc::{ErrorCode, FrameType, StreamComplete};
+use wire::router::{Awaited, TaskState};
+use wire::subjects;
+
+/// When the task's record is read for the first time, and how often after that. It has the result if the message was
+/// missed: during a reconnect, because a queue was full, or because the task had ended before.
+const LOOK_FIRST: Duration = Duration::from_millis(250);
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+/// How long to wait for output that the result announces; later it counts as lost.
+const OUTPUT_GRACE: Duration = Duration::from_millis(500);
+/// Messages with output that may wait for one reader.
+const OUTPUT_QUEUE: usize = 4096;
+
+/// A wait for one task's result. It begins before the router hears of the request, so that no message comes too early.
+pub struct Follow {
+    waiter: Waiter,
+    /// Present if the client wants the output too.
+    output: Option<bus::Subscription>,
+}
+
+impl Follow {
+    /// Waits for the result alone.
+    pub fn result(exchange: &Exchange) -> Self {
+        let waiter = exchange
+            .gateway
+            .waiters
+            .register(&exchange.request_id, &exchange.tenant_id);
+        Self { waiter, output: None }
+    }
+
+    /// Waits for the output and the result.
+    pub async fn stream(exchange: &Exchange) -> Result<Self, Failure> {
+        let follow = Self::result(exchange);
+        let subject = subjects::output(&exchange.request_id);
+        let output = exchange.gateway.bus.subscribe(&subject, None, OUTPUT_QUEUE).await?;
+        Ok(Self { output: Some(output), ..follow })
+    }
+
+    /// Waits until the task that the router decided has ended, passing its output on if the client wants it.
+    pub async fn run(
+        self,
+        exchange: &Exchange,
+        assignment_id: Option<String>,
+        pieces: &mut Pieces,
+    ) -> Result<Reply, Failure> {
+        let task = Awaited { tenant_id: exchange.tenant_id.clone(), assignment_id };
+        self.waiter.decided(&task);
+        let streams = self.output.is_some();
+        let following = Following {
+            exchange,
+            waiter: self.waiter,
+            output: self.output,
+            reader: OutputReader::new(task),
+            pieces,
+        };
+
+        let outcome = if streams {
+            following.to_complete().await.map_err(Failure::in_stream)
+        } else {
+            following.to_result().await
+        };
+        outcome
+    }
+}
+
+struct Following<'a> {
+    exchange: &'a Exchange,
+    waiter: Waiter,
+    output: Option<bus::Subscription>,
+    reader: OutputReader,
+    pieces: &'a mut Pieces,
+}
+
+impl Following<'_> {
+    async fn to_result(mut self) -> Result<Reply, Failure> {
+        Ok(Reply::ok(self.finished().await?.result))
+    }
+
+    async fn to_complete(mut self) -> Result<Reply, Failure> {
+        let finished = self.finished().await?;
+        self.rest_of_output(&finished).await?;
+        complete(&self.exchange.request_id, &finished)
+    }
+
+    async fn finished(&mut self) -> Result<Finished, Failure> {
+        let mut look = Instant::now() + LOOK_FIRST;
+        loop {
+            tokio::select! {
+                // Output that has arrived precedes a result that has arrived too.
+                biased;
+                Some(message) = next(&mut self.output) => self.pass(&message).await?,
+                finished = &mut self.waiter.finished => {
+                    let closed = |_| Failure::new(ErrorCode::Internal, "The result channel closed unexpectedly");
+                    return finished.map_err(closed);
+                }
+                () = tokio::time::sleep_until(look.into()) => {
+                    look += LOOK_AGAIN;
+                    if let Some(finished) = self.look().await {
+                        return Ok(finished);
+                    }
+                }
+                () = tokio::time::sleep_until(self.exchange.deadline.at.into()) => {
+                    let text = "The deadline passed before the result; the task goes on and can be queried";
+                    return Err(Failure::new(ErrorCode::Timeout, text));
+                }
+            }
+        }
+    }
+
+    /// Reads the task's record. An error is not an answer: the next look, or the deadline, decides.
+    async fn look(&mut self) -> Option<Finished> {
+        let TaskState { result, assignment_id, .. } = self.exchange.record().await.ok()?;
+        if let Some(result) = result {
+            return Some(Finished::from_result(&result));
+        }
+
+        // A router of the previous version names the assignment only here, not with its decision.
+        if self.reader.task.assignment_id.is_none() {
+            self.reader.task.assignment_id = assignment_id;
+            self.waiter.decided(&self.reader.task);
+        }
+        None
+    }
+
+    async fn rest_of_output(&mut self, finished: &Finished) -> Result<(), Failure> {
+        let mut grace = std::pin::pin!(tokio::time::sleep(OUTPUT_GRACE));
+        while finished.chunks.is_some_and(|all| self.reader.next < all) {
+            tokio::select! {
+                // Output that has arrived is passed on even if the client took long to read what preceded it.
+                biased;
+                Some(message) = next(&mut self.output) => self.pass(&message).await?,
+                () = &mut grace => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes a piece of output to the session, which takes pieces only as fast as its client reads them.
+    async fn pass(&mut self, message: &bus::Message) -> Result<(), Failure> {
+        let Some(piece) = self.reader.take(&message.payload) else {
+            return Ok(());
+        };
+        if piece.payload.len() > PAYLOAD_MAX {
+            let size = piece.payload.len();
+            let text = format!("A piece of output has {size} bytes, more than a frame holds; the task goes on");
+            return Err(Failure::new(ErrorCode::FrameTooLarge, text));
+        }
+
+        let late = |_| Failure::new(ErrorCode::Timeout, "The deadline passed before the client had read the output");
+        tokio::time::timeout_at(self.exchange.deadline.at.into(), self.pieces.send(piece))
+            .await
+            .map_err(late)
+    }
+}
+
+/// The last frame of a stream whose task has ended.
+pub fn complete(request_id: &str, finished: &Finished) -> Result<Reply, Failure> {
+    let text = std::str::from_utf8(&finished.result).ok();
+    let result = text.and_then(|text| RawValue::from_string(text.into()).ok());
+    let result = result.ok_or_else(|| Failure::new(ErrorCode::Internal, "The result is not JSON"))?;
+
+    let complete = StreamComplete { task_id: request_id.into(), result };
+    let payload = serde_json::to_vec(&complete).expect("a completion is JSON");
+    Ok(Reply::new(FrameType::StreamComplete, payload))
+}
+
+async fn next(output: &mut Option<bus::Subscription>) -> Option<bus::Message> {
+    match output {
+        Some(output) => output.next().await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,132 @@
+//! Bytes from the client that are not a whole frame yet, the clock of that frame, and its share of the receive budget.
+
+use crate::budget::{Budget, Claim, Share};
+use bytes::BytesMut;
+use std::time::{Duration, Instant};
+use wire::ipc::{Decoder, Frame, Violation};
+
+/// An unfinished frame up to this size is not charged against the receive budget.
+const FREE_RECEIVE: usize = 16 * 1024;
+
+#[derive(Default)]
+pub struct Input {
+    bytes: BytesMut,
+    /// When the frame that has begun must be complete.
+    due: Option<Instant>,
+    share: FrameShare,
+    /// The client sends no more.
+    ended: bool,
+}
+
+/// The share of the receive budget that the unfinished frame has.
+#[derive(Default)]
+enum FrameShare {
+    /// The frame is small, or its length has not arrived.
+    #[default]
+    None,
+    /// Others hold too much of the budget: nothing is read until the share is granted.
+    Awaited,
+    Granted {
+        _share: Share,
+    },
+}
+
+impl Input {
+    pub fn extend(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    pub fn end(&mut self) {
+        self.ended = true;
+        self.due = None;
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    pub fn awaits_budget(&self) -> bool {
+        matches!(self.share, FrameShare::Awaited)
+    }
+
+    /// Removes the first frame, if it is complete.
+    pub fn frame(&mut self) -> Result<Option<Frame>, Violation> {
+        let frame = Decoder.decode(&mut self.bytes)?;
+        if frame.is_some() {
+            self.share = FrameShare::None;
+            self.due = None;
+        }
+        Ok(frame)
+    }
+
+    /// Releases the buffer once all its frames are decoded: a connection that waits holds no memory for input.
+    pub fn shrink(&mut self) {
+        if self.is_empty() {
+            self.bytes = BytesMut::new();
+        }
+    }
+
+    /// Starts the clock of the frame that has begun, unless it runs already.
+    pub fn start_clock(&mut self, now: Instant, timeout: impl FnOnce() -> Duration) {
+        if self.due.is_none() && !self.is_empty() && !self.ended {
+            self.due = Some(now + timeout());
+        }
+    }
+
+    pub fn stop_clock(&mut self) {
+        self.due = None;
+    }
+
+    /// Charges the frame that has begun, if it is large, against the budget. Returns the claim if it has to wait.
+    pub fn charge(&mut self, budget: impl FnOnce() -> Budget) -> Option<Claim> {
+        let length = Decoder::peek_length(&self.bytes).ok().flatten()?;
+        if length <= FREE_RECEIVE || self.ended || !matches!(self.share, FrameShare::None) {
+            return None;
+        }
+
+        let claim = budget().claim(length);
+        match claim.try_take() {
+            Some(share) => {
+                self.grant(share);
+                None
+            }
+            None => {
+                self.share = FrameShare::Awaited;
+                Some(claim)
+            }
+        }
+    }
+
+    /// The frame that has begun may be received, and has its whole time for it again.
+    pub fn granted(&mut self, share: Share) {
+        if self.awaits_budget() {
+            self.grant(share);
+            self.due = None;
+        }
+    }
+
+    /// Gives up waiting for the budget. Returns whether the frame was waiting.
+    pub fn leave_budget(&mut self) -> bool {
+        let awaited = self.awaits_budget();
+        if awaited {
+            self.share = FrameShare::None;
+        }
+        awaited
+    }
+
+    fn grant(&mut self, share: Share) {
+        self.share = FrameShare::Granted { _share: share };
+        if let Ok(Some(length)) = Decoder::peek_length(&self.bytes) {
+            // All at once: a buffer that doubles as it grows could exceed what was granted.
+            self.bytes.reserve(length.saturating_sub(self.bytes.len()));
+        }
+    }
+}
