@@ -23,11 +23,8 @@ for target in "${targets[@]}"; do
   echo "fuzz $target: ${seconds}s"
   mkdir -p "artifacts/$target"
   log=artifacts/$target.log
-  # A session takes milliseconds: too slow to start from the shortest inputs, and some of its requests wait.
-  limits=(-max_len=8192 -timeout=5)
-  if [ "$target" = session ]; then limits=(-max_len=512 -len_control=0 -timeout=20); fi
   if ! "$CARGO_TARGET_DIR/$triple/release/$target" "corpus/$target" -artifact_prefix="artifacts/$target/" \
-    -max_total_time="$seconds" "${limits[@]}" -rss_limit_mb=1024 >"$log" 2>&1; then
+    -max_total_time="$seconds" -max_len=8192 -timeout=5 -rss_limit_mb=1024 >"$log" 2>&1; then
     tail -n 40 "$log"
     echo "fuzz $target: failed; see fuzz/$log, and reproduce it with: fuzz/target/$triple/release/$target fuzz/artifacts/$target/FILE" >&2
     exit 1
