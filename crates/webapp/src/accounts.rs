@@ -1,4 +1,4 @@
-//! People: names, passwords, and the browsers where they are signed in.
+//! Accounts: names, passwords, and the browsers in which they are signed in.
 
 use crate::db::{self, Db, now_ms};
 use argon2::Argon2;
@@ -11,12 +11,14 @@ use tokio::sync::Semaphore;
 pub const PASSWORD_MIN: usize = 8;
 pub const PASSWORD_MAX: usize = 256;
 const NAME_MAX: usize = 32;
-/// A browser stays signed in for this long.
+/// How long a browser stays signed in.
 pub const LOGIN_TTL: Duration = Duration::from_secs(30 * 86_400);
-/// Whoever waits longer for a place to hash is told to come again.
-const HASHING_MAX: Duration = Duration::from_secs(5);
-/// Names that nobody may take.
-const RESERVED: &[&str] = &[crate::chat::ASSISTANT, "everyone", "all", "here", "system"];
+/// A caller that waits longer for its turn to hash is refused as [`Error::Busy`].
+const HASHING_WAIT_MAX: Duration = Duration::from_secs(5);
+/// The user that answers in the chat. It has no account.
+pub const ASSISTANT: &str = "assistant";
+/// Names that no account may have.
+const RESERVED: &[&str] = &[ASSISTANT, "everyone", "all", "here", "system"];
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -28,9 +30,9 @@ pub enum Error {
     Wrong,
     #[error(transparent)]
     Database(#[from] db::Error),
-    #[error("the password cannot be hashed: {0}")]
+    #[error("cannot hash the password: {0}")]
     Hash(String),
-    #[error("too many people sign in just now; try again in a moment")]
+    #[error("too many people are signing in; try again in a moment")]
     Busy,
 }
 
@@ -44,14 +46,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
-    /// The name in lower case; what channels and tokens carry.
+    /// The name in lower case. Channels and tokens carry it.
     pub id: String,
     pub name: String,
 }
 
 pub struct Accounts {
     db: Db,
-    /// A hash takes 19 MiB and a core: only so many at once.
+    /// Limits concurrent hashing: each hash takes 19 MiB and a core.
     hashing: Arc<Semaphore>,
 }
 
@@ -68,6 +70,7 @@ impl Accounts {
         if self.find(&user.id).await?.is_some() {
             return Err(Error::Taken(user.name));
         }
+
         let hash = self.hash(password.to_string()).await?;
         let insert =
             "INSERT INTO users (id, name, password, created_at) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO NOTHING";
@@ -77,12 +80,14 @@ impl Accounts {
             .bind(hash)
             .bind(now_ms());
         if insert.execute(self.db.write()).await?.rows_affected() == 0 {
+            // Another web app created it since we looked.
             return Err(Error::Taken(user.name));
         }
         Ok(user)
     }
 
-    /// The user of this name and password. A name that nobody has costs the same time as a wrong password.
+    /// Returns the user with this name and password. An unknown name takes as long as a wrong password, so that timing
+    /// does not tell which names exist.
     pub async fn verify(&self, name: &str, password: &str) -> Result<User> {
         if password.len() > PASSWORD_MAX {
             return Err(Error::Wrong);
@@ -91,6 +96,7 @@ impl Accounts {
             Ok(id) => self.find(&id).await?,
             Err(_) => None,
         };
+
         let password = password.to_string();
         let Some((user, hash)) = known else {
             self.hash(password).await?;
@@ -103,16 +109,18 @@ impl Accounts {
         }
     }
 
-    /// A secret for the browser's cookie.
+    /// Signs a user in. Returns the secret for the browser's cookie.
     pub async fn sign_in(&self, user: &User) -> Result<String> {
         let token: [u8; 32] = rand::random();
         let token = hex(&token);
         let now = now_ms();
         let expires_at = now + i64::try_from(LOGIN_TTL.as_millis()).unwrap_or(i64::MAX);
+
         sqlx::query("DELETE FROM logins WHERE expires_at < $1")
             .bind(now)
             .execute(self.db.write())
             .await?;
+
         let insert = "INSERT INTO logins (token_hash, user_id, expires_at) VALUES ($1, $2, $3)";
         let insert = sqlx::query(insert)
             .bind(token_hash(&token))
@@ -122,6 +130,7 @@ impl Accounts {
         Ok(token)
     }
 
+    /// Returns the user of a sign-in, unless it has ended.
     pub async fn signed_in(&self, token: &str) -> Result<Option<User>> {
         let select = "SELECT users.id, users.name FROM logins JOIN users ON users.id = logins.user_id
             WHERE token_hash = $1 AND expires_at > $2";
@@ -130,7 +139,7 @@ impl Accounts {
         Ok(found.map(|(id, name)| User { id, name }))
     }
 
-    /// Whom it has signed out, if the token was good for anybody.
+    /// Ends a sign-in. Returns the id of its user, or `None` if there was no such sign-in.
     pub async fn sign_out(&self, token: &str) -> Result<Option<String>> {
         let delete = "DELETE FROM logins WHERE token_hash = $1 RETURNING user_id";
         let delete = sqlx::query_as(delete).bind(token_hash(token));
@@ -138,7 +147,7 @@ impl Accounts {
         Ok(ended.map(|(user,)| user))
     }
 
-    /// How a user is called; the id itself for one who came with a token and has no account.
+    /// Returns the display name of a user. A user with a token but no account is shown by id.
     pub async fn name(&self, id: &str) -> String {
         match self.find(id).await {
             Ok(Some((user, _))) => user.name,
@@ -146,7 +155,7 @@ impl Accounts {
         }
     }
 
-    /// Whether nobody has an account yet.
+    /// Whether there are no accounts yet.
     pub async fn is_empty(&self) -> Result<bool> {
         let (count,): (i64,) = sqlx::query_as("SELECT COUNT(*) FROM users")
             .fetch_one(self.db.read())
@@ -161,7 +170,7 @@ impl Accounts {
     }
 
     async fn hash(&self, password: String) -> Result<String> {
-        self.in_turn(move || {
+        self.limited(move || {
             let hash: Result<PasswordHash, _> = Argon2::default().hash_password(password.as_bytes());
             hash.map(|hash| hash.to_string())
                 .map_err(|e| Error::Hash(e.to_string()))
@@ -170,22 +179,24 @@ impl Accounts {
     }
 
     async fn matches(&self, password: String, hash: String) -> Result<bool> {
-        self.in_turn(move || {
+        self.limited(move || {
             let hash = PasswordHash::new(&hash).map_err(|e| Error::Hash(e.to_string()))?;
             Ok(Argon2::default().verify_password(password.as_bytes(), &hash).is_ok())
         })
         .await
     }
 
-    async fn in_turn<T, F>(&self, work: F) -> Result<T>
+    /// Runs hashing work on a blocking thread, within the limit on concurrent work.
+    async fn limited<T, F>(&self, work: F) -> Result<T>
     where
         T: Send + 'static,
         F: FnOnce() -> Result<T> + Send + 'static,
     {
-        let place = tokio::time::timeout(HASHING_MAX, self.hashing.clone().acquire_owned()).await;
+        let place = tokio::time::timeout(HASHING_WAIT_MAX, self.hashing.clone().acquire_owned()).await;
         let place = place.map_err(|_| Error::Busy)?.expect("the semaphore is never closed");
+
         let worked = tokio::task::spawn_blocking(move || {
-            // The work goes on when whoever asked for it has hung up; so does its hold on the place.
+            // If the caller is dropped, the work still runs to its end, and keeps its place until then.
             let _place = place;
             work()
         });
@@ -193,7 +204,7 @@ impl Accounts {
     }
 }
 
-/// Letters, digits, dots, dashes and underscores: what channel names and mentions can carry.
+/// Returns the id of a name. Its characters are those that channel names and mentions can carry.
 fn user_id(name: &str) -> Result<String> {
     let name = name.trim();
     let fits = (2..=NAME_MAX).contains(&name.len())
@@ -214,12 +225,12 @@ fn user_id(name: &str) -> Result<String> {
     Ok(id)
 }
 
-/// A cookie has 256 random bits: a plain hash keeps it as well as a slow one.
+/// A cookie has 256 random bits, so a fast hash is as safe as a slow one.
 fn token_hash(token: &str) -> String {
     hash(token.as_bytes())
 }
 
-/// What a sign-in is called in tokens: it tells nothing of the cookie, nor of what the database has of it.
+/// The name of a sign-in in connection tokens. Neither the cookie nor its hash in the database can be derived from it.
 pub fn session(token: &str) -> String {
     hash(token_hash(token).as_bytes())[..32].to_string()
 }
@@ -237,10 +248,10 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// A password that a person can type: 5 groups of 4 letters and digits, about 100 bits.
+/// Generates a password that a person can type: 5 groups of 4 letters and digits, about 100 bits.
 pub fn generate_password() -> String {
     use rand::Rng;
-    // Without those that look alike.
+    // Without letters and digits that look alike.
     const LETTERS: &[u8] = b"abcdefghjkmnpqrstuvwxyz23456789";
     let mut random = rand::rng();
     let mut group = || -> String {
@@ -262,12 +273,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_signs_up_can_sign_in_and_out() {
+    async fn new_account_signs_in_and_out() {
         let (_dir, accounts) = accounts().await;
         assert!(accounts.is_empty().await.unwrap());
         let ann = accounts.create("Ann", "correct horse").await.unwrap();
         assert_eq!(ann, User { id: "ann".into(), name: "Ann".into() });
         assert_eq!(accounts.verify("ANN", "correct horse").await.unwrap(), ann);
+
         let cookie = accounts.sign_in(&ann).await.unwrap();
         assert_eq!(accounts.signed_in(&cookie).await.unwrap(), Some(ann));
         assert_eq!(accounts.sign_out(&cookie).await.unwrap().as_deref(), Some("ann"));
@@ -276,24 +288,26 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_caller_that_hangs_up_does_not_free_its_place() {
+    async fn dropped_caller_keeps_its_place_until_the_hash_is_done() {
         let (_dir, accounts) = accounts().await;
         accounts.create("ann", "correct horse").await.unwrap();
-        // Until the work has begun, then gone.
+        // Drops the caller once the work has begun.
         let hung_up = tokio::time::timeout(Duration::ZERO, accounts.hash("x".into())).await;
         assert!(hung_up.is_err());
-        assert_eq!(accounts.hashing.available_permits(), 1, "the hash is still being made");
+        assert_eq!(accounts.hashing.available_permits(), 1, "the work is still running");
         accounts.verify("ann", "correct horse").await.unwrap();
     }
 
     #[tokio::test]
-    async fn what_does_not_fit_is_refused_with_a_reason() {
+    async fn invalid_names_and_wrong_passwords_are_refused() {
         let (_dir, accounts) = accounts().await;
         accounts.create("ann", "correct horse").await.unwrap();
         assert!(matches!(accounts.create("Ann", "battery staple").await, Err(Error::Taken(_))));
+
         for name in ["", "a", "a b", "a#b", "-a", "é", "assistant", &"x".repeat(33)] {
             assert!(matches!(accounts.create(name, "correct horse").await, Err(Error::Invalid(_))), "{name}");
         }
+
         assert!(matches!(accounts.create("bob", "short").await, Err(Error::Invalid(_))));
         for (name, password) in [("ann", "wrong"), ("nobody", "correct horse"), ("", "")] {
             assert!(matches!(accounts.verify(name, password).await, Err(Error::Wrong)), "{name}");

@@ -1,4 +1,4 @@
-//! Live web apps: a function per page, run again on each interaction of a session; only the difference is sent.
+//! Live web apps: a page is a function that runs again on each interaction of a session. Only the difference is sent.
 
 mod href;
 mod input;
@@ -15,11 +15,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 pub use ui::{Column, Series, Tone, Ui};
 
-/// What a page may fail with; its text is shown on the page.
+/// The error of a page function. The page shows its text, unless it came from the database.
 pub type PageError = Box<dyn std::error::Error + Send + Sync>;
 type PageFn = dyn Fn(&mut Ui<'_>) -> Result<(), PageError> + Send + Sync;
 
-/// Pages by path, and the data they share. Page functions must not block: they run where connections are served.
+/// Pages by path, and the data they share. Page functions must not block, since they run on the threads that serve
+/// connections.
 #[derive(Default)]
 pub struct App {
     pages: Vec<(Pattern, Arc<PageFn>)>,
@@ -32,7 +33,7 @@ impl App {
         Self::default()
     }
 
-    /// Path as `/rooms/{room}`; a page's function reads `room` with [`Ui::param`].
+    /// Adds a page. With the path `/rooms/{room}`, its function reads the room with [`Ui::param`].
     #[must_use]
     pub fn page<F>(mut self, path: &str, page: F) -> Self
     where
@@ -42,7 +43,7 @@ impl App {
         self
     }
 
-    /// Shown where no page is; without one, a page that says so.
+    /// Sets the page for all other paths. Without it, they show a plain "not found".
     #[must_use]
     pub fn fallback<F>(mut self, page: F) -> Self
     where
@@ -52,7 +53,7 @@ impl App {
         self
     }
 
-    /// Shared with every page, which reads it with [`Ui::data`].
+    /// Shares data with all pages, which read it with [`Ui::data`].
     #[must_use]
     pub fn data<T: Send + Sync + 'static>(mut self, data: Arc<T>) -> Self {
         self.data.insert(TypeId::of::<T>(), data);
@@ -103,10 +104,11 @@ fn split(path: &str) -> impl Iterator<Item = &str> {
     path.split('/').filter(|part| !part.is_empty())
 }
 
-/// Percent-encoding undone; what is not valid stays as it is.
+/// Decodes percent-encoding. Invalid sequences stay as they are.
 fn decode(part: &str) -> String {
     let bytes = part.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
+
     let mut i = 0;
     while i < bytes.len() {
         let hex = (bytes[i] == b'%').then(|| part.get(i + 1..i + 3)).flatten();
@@ -129,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_fallback_is_where_no_page_is() {
+    fn fallback_serves_paths_without_a_page() {
         let app = App::new().page("/a/{b}", |_| Ok(()));
         assert!(app.find("/b").is_none());
         let app = app.fallback(|_| Ok(()));
@@ -139,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_finds_its_page_and_parameters() {
+    fn path_is_matched_with_its_parameters() {
         let found = |pattern: &str, path: &str| Pattern::new(pattern).matches(path);
         assert_eq!(found("/", "/"), Some(vec![]));
         assert_eq!(found("/console", "/console/"), Some(vec![]));

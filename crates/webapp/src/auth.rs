@@ -1,4 +1,4 @@
-//! Signing in and out over HTTP: a cookie for the browser, short tokens for its connection.
+//! Signing in and out over HTTP. The browser gets a cookie, and short-lived tokens for its connection.
 
 use crate::accounts::{self, Accounts, LOGIN_TTL, User};
 use crate::channels::Channels;
@@ -12,14 +12,14 @@ use axum::routing::{get, post};
 use axum::{Extension, Json, Router, middleware};
 use bus::clock::unix_seconds;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const COOKIE: &str = "beamline";
 const BODY_MAX: usize = 4096;
-/// Says of a browser that an account has signed in there before; it opens nothing.
+/// Proves that an account has signed in with this browser before. It grants no access.
 const DEVICE_COOKIE: &str = "beamline-device";
 const DEVICE_TTL: Duration = Duration::from_secs(365 * 86_400);
 
@@ -28,9 +28,9 @@ pub struct Auth {
     pub token_secret: Vec<u8>,
     pub token_ttl: Duration,
     pub signup: bool,
-    /// Besides our own.
+    /// Origins whose pages may sign in, besides our own.
     pub origins: Vec<String>,
-    /// Accounts that nobody can make on the page.
+    /// Accounts that cannot be created on the page.
     pub operators: Vec<String>,
     pub channels: Channels,
     pub guesses: Guesses,
@@ -47,7 +47,7 @@ pub fn routes(auth: Arc<Auth>) -> Router {
         .with_state(auth)
 }
 
-/// A page of another site must not sign anybody in or out.
+/// Refuses POST requests of other sites, whose pages must not sign anybody in or out.
 async fn same_origin(State(auth): State<Arc<Auth>>, request: Request, next: Next) -> Response {
     if request.method() == Method::POST
         && let Some(origin) = foreign(request.headers(), &auth.origins)
@@ -55,6 +55,7 @@ async fn same_origin(State(auth): State<Arc<Auth>>, request: Request, next: Next
         let text = format!("pages of {origin} may not sign in here; add it to http.origins if they should");
         return problem(StatusCode::FORBIDDEN, text);
     }
+
     let mut response = next.run(request).await;
     response
         .headers_mut()
@@ -62,19 +63,70 @@ async fn same_origin(State(auth): State<Arc<Auth>>, request: Request, next: Next
     response
 }
 
-/// The origin of the page that asks, if it is neither ours nor known.
+/// Returns the origin of the page that sent the request, if it is neither ours nor in `known`.
 fn foreign<'a>(headers: &'a HeaderMap, known: &[String]) -> Option<&'a str> {
     let header = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let origin = header(header::ORIGIN)?;
+
     let host = origin.split_once("://").map(|(_, host)| host);
     let ours = host.is_some() && host == header(header::HOST);
     (!ours && !known.iter().any(|known| known == origin)).then_some(origin)
 }
 
-#[derive(serde::Deserialize)]
+#[derive(Deserialize)]
 struct Credentials {
     name: String,
     password: String,
+}
+
+/// The reply to a sign-in, and to a request for a fresh token.
+#[derive(Serialize)]
+struct Identity<'a> {
+    user: &'a str,
+    name: &'a str,
+    token: String,
+    /// Whether people may create accounts themselves.
+    signup: bool,
+}
+
+/// The reply to a request for a token by a browser that is not signed in.
+#[derive(Serialize)]
+struct NotSignedIn {
+    error: &'static str,
+    signup: bool,
+}
+
+#[derive(Serialize)]
+struct SignedOut {}
+
+#[derive(Serialize)]
+struct Problem {
+    error: String,
+}
+
+/// The claims of a connection token.
+#[derive(Serialize)]
+struct Claims<'a> {
+    sub: &'a str,
+    /// The sign-in that the token belongs to. Its connections end with it.
+    sid: String,
+    iat: u64,
+    exp: u64,
+    info: Info<'a>,
+}
+
+/// What other clients see of this one.
+#[derive(Serialize)]
+struct Info<'a> {
+    name: &'a str,
+}
+
+/// The claims in [`DEVICE_COOKIE`].
+#[derive(Serialize, Deserialize, Clone)]
+struct Device {
+    sub: String,
+    jti: String,
+    exp: u64,
 }
 
 type Peer = Option<Extension<ConnectInfo<SocketAddr>>>;
@@ -85,25 +137,27 @@ async fn login(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, bo
         Ok(body) => body,
         Err(rejection) => return problem(rejection.status(), rejection.body_text()),
     };
+
     let device = auth.device(&headers, &guesses::account(&name));
     let by = Try { address: address(&peer), name, device };
     let trying = match auth.guesses.trying(&by, Instant::now()) {
         Ok(trying) => trying,
-        Err(wait) => return too_many("too many tries", wait),
+        Err(wait) => return too_many("too many attempts", wait),
     };
-    let verified = auth.accounts.verify(&by.name, &password).await;
 
+    let verified = auth.accounts.verify(&by.name, &password).await;
     let ended = match &verified {
         Ok(_) => Ended::Right,
         Err(accounts::Error::Wrong) => Ended::Wrong,
         Err(_) => Ended::NotTried,
     };
     trying.ended(ended);
+
     match verified {
         Ok(user) => enter(&auth, &headers, &user).await,
         Err(error) => {
             if ended == Ended::Wrong {
-                tracing::info!(address = %by.address, "a sign-in was refused: wrong name or password");
+                tracing::info!(address = %by.address, "sign-in refused: wrong name or password");
             }
             refused(&error)
         }
@@ -112,19 +166,21 @@ async fn login(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, bo
 
 async fn signup(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, body: Body) -> Response {
     if !auth.signup {
-        return problem(StatusCode::FORBIDDEN, "accounts are made by the operator here (auth.signup is off)");
+        return problem(StatusCode::FORBIDDEN, "only an operator creates accounts here (auth.signup is off)");
     }
     let Json(Credentials { name, password }) = match body {
         Ok(body) => body,
         Err(rejection) => return problem(rejection.status(), rejection.body_text()),
     };
-    // An operator's account is made on the command line: whoever comes first must not become one.
+
+    // Operators' accounts are created on the command line, so that the first visitor cannot become an operator.
     if auth.operators.contains(&guesses::account(&name)) {
         return problem(StatusCode::BAD_REQUEST, format!("the name {name} is reserved; choose another"));
     }
     if let Err(wait) = auth.guesses.signup(address(&peer), Instant::now()) {
         return too_many("too many new accounts", wait);
     }
+
     match auth.accounts.create(&name, &password).await {
         Ok(user) => enter(&auth, &headers, &user).await,
         Err(error) => refused(&error),
@@ -138,39 +194,41 @@ async fn logout(State(auth): State<Arc<Auth>>, headers: HeaderMap) -> Response {
         return refused(&error);
     }
     let gone = format!("{COOKIE}=; HttpOnly; SameSite=Lax; Path=/; Max-Age=0");
-    ([(header::SET_COOKIE, gone)], Json(json!({}))).into_response()
+    ([(header::SET_COOKIE, gone)], Json(SignedOut {})).into_response()
 }
 
-/// A fresh token for the connection, to a browser that is signed in.
+/// Issues a fresh connection token to a browser that is signed in.
 async fn token(State(auth): State<Arc<Auth>>, headers: HeaderMap) -> Response {
     let login = cookie(&headers, COOKIE);
     let user = match login {
         Some(login) => auth.accounts.signed_in(login).await,
         None => Ok(None),
     };
+
     match user {
         Ok(Some(user)) => Json(auth.identity(&user, login.unwrap_or_default())).into_response(),
         Ok(None) => {
-            let body = json!({"error": "not signed in", "signup": auth.signup});
+            let body = NotSignedIn { error: "not signed in", signup: auth.signup };
             (StatusCode::UNAUTHORIZED, Json(body)).into_response()
         }
         Err(error) => refused(&error),
     }
 }
 
+/// Signs a user in with the browser, and the previous user of the browser out.
 async fn enter(auth: &Auth, headers: &HeaderMap, user: &User) -> Response {
-    // Whoever was signed in with this browser is no longer.
     if let Some(old) = cookie(headers, COOKIE)
         && let Err(error) = auth.end(old).await
     {
         return refused(&error);
     }
+
     let login = match auth.accounts.sign_in(user).await {
         Ok(login) => login,
         Err(error) => return refused(&error),
     };
 
-    // Behind TLS the cookies must not leave it.
+    // A page served over TLS gets cookies that the browser sends over TLS only.
     let tls = headers
         .get(header::ORIGIN)
         .is_some_and(|origin| origin.as_bytes().starts_with(b"https://"));
@@ -185,27 +243,22 @@ async fn enter(auth: &Auth, headers: &HeaderMap, user: &User) -> Response {
     (cookies, Json(auth.identity(user, &login))).into_response()
 }
 
-/// Claims of [`DEVICE_COOKIE`].
-#[derive(serde::Serialize, serde::Deserialize, Clone)]
-struct Device {
-    sub: String,
-    jti: String,
-    exp: u64,
-}
-
 impl Auth {
-    fn identity(&self, user: &User, login: &str) -> serde_json::Value {
+    fn identity<'a>(&self, user: &'a User, login: &str) -> Identity<'a> {
         let now = unix_seconds();
-        let claims = json!({
-            "sub": user.id, "sid": accounts::session(login), "iat": now, "exp": now + self.token_ttl.as_secs(),
-            "info": {"name": user.name},
-        });
+        let claims = Claims {
+            sub: &user.id,
+            sid: accounts::session(login),
+            iat: now,
+            exp: now + self.token_ttl.as_secs(),
+            info: Info { name: &user.name },
+        };
         let key = EncodingKey::from_secret(&self.token_secret);
-        let token = jsonwebtoken::encode(&Header::default(), &claims, &key).expect("claims are JSON");
-        json!({"user": user.id, "name": user.name, "token": token, "signup": self.signup})
+        let token = jsonwebtoken::encode(&Header::default(), &claims, &key).expect("claims serialize to JSON");
+        Identity { user: &user.id, name: &user.name, token, signup: self.signup }
     }
 
-    /// Ends a sign-in and the connections that it opened; those of other browsers stay.
+    /// Ends a sign-in and the connections that it opened. Connections of other browsers stay open.
     async fn end(&self, login: &str) -> accounts::Result<()> {
         let Some(user) = self.accounts.sign_out(login).await? else {
             return Ok(());
@@ -215,20 +268,21 @@ impl Auth {
             tracing::warn!(
                 user,
                 error,
-                "connections of a sign-in that is over were not closed; they end with their tokens"
+                "cannot close the connections of a user who signed out; they end when their tokens expire"
             );
         }
         Ok(())
     }
 
+    /// Makes the cookie by which [`Self::device`] recognizes the browser.
     fn known_device(&self, user: &User) -> String {
         let jti = uuid::Uuid::new_v4().simple().to_string();
         let device = Device { sub: user.id.clone(), jti, exp: unix_seconds() + DEVICE_TTL.as_secs() };
         let key = EncodingKey::from_secret(&self.device_secret());
-        jsonwebtoken::encode(&Header::default(), &device, &key).expect("claims are JSON")
+        jsonwebtoken::encode(&Header::default(), &device, &key).expect("claims serialize to JSON")
     }
 
-    /// The browser that asks, if this account has signed in there before.
+    /// Returns the id of the browser, if this account has signed in with it before.
     fn device(&self, headers: &HeaderMap, account: &str) -> Option<String> {
         let key = DecodingKey::from_secret(&self.device_secret());
         let validation = Validation::new(Algorithm::HS256);
@@ -236,7 +290,7 @@ impl Auth {
         (device.claims.sub == account).then_some(device.claims.jti)
     }
 
-    /// Another one than that of connection tokens, so that neither can stand for the other.
+    /// Differs from the secret of connection tokens, so that a device cookie is no token and a token no device cookie.
     fn device_secret(&self) -> Vec<u8> {
         accounts::hash(&[b"device".as_slice(), &self.token_secret].concat()).into_bytes()
     }
@@ -260,7 +314,8 @@ fn too_many(what: &str, wait: Wait) -> Response {
     response
 }
 
-/// Of whoever asks. An IPv6 network of 64 bits is one household, or one attacker.
+/// The address that attempts are counted by. IPv6 addresses count by their /64 network: it belongs to one household, or
+/// to one attacker.
 fn address(peer: &Peer) -> IpAddr {
     let Some(Extension(ConnectInfo(peer))) = peer else {
         return IpAddr::from([0, 0, 0, 0]);
@@ -278,15 +333,18 @@ fn refused(error: &accounts::Error) -> Response {
         accounts::Error::Wrong => StatusCode::UNAUTHORIZED,
         accounts::Error::Busy => StatusCode::SERVICE_UNAVAILABLE,
         accounts::Error::Database(_) | accounts::Error::Hash(_) => {
-            tracing::error!(%error, "accounts cannot be used");
-            return problem(StatusCode::SERVICE_UNAVAILABLE, "accounts cannot be used now; try again in a moment");
+            tracing::error!(%error, "cannot use the accounts");
+            return problem(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "accounts are not available just now; try again in a moment",
+            );
         }
     };
     problem(status, error.to_string())
 }
 
 fn problem(status: StatusCode, text: impl Into<String>) -> Response {
-    (status, Json(json!({"error": text.into()}))).into_response()
+    (status, Json(Problem { error: text.into() })).into_response()
 }
 
 #[cfg(test)]
@@ -294,7 +352,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_is_counted_with_its_household() {
+    fn ipv6_addresses_count_by_their_network() {
         let seen = |text: &str| address(&Some(Extension(ConnectInfo(SocketAddr::new(text.parse().unwrap(), 1)))));
         assert_eq!(seen("2001:db8:1:2:3::4"), seen("2001:db8:1:2:ffff::1"));
         assert_ne!(seen("2001:db8:1:2::1"), seen("2001:db8:1:3::1"));
@@ -302,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cookie_is_found_among_others() {
+    fn cookie_is_found_among_others() {
         let mut headers = HeaderMap::new();
         headers.append(header::COOKIE, HeaderValue::from_static("a=b; beamline=xyz; c=d"));
         assert_eq!(cookie(&headers, COOKIE), Some("xyz"));

@@ -1,18 +1,24 @@
-//! What the web app asks of the WebSocket nodes: publications, over the bus.
+//! Requests to the WebSocket nodes over the bus: publications, and the end of connections.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bus::{Bus, Headers};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::value::to_raw_value;
 use std::time::Duration;
 use wire::channels::{Answer, Disconnect, Position, Publish};
 use wire::subjects;
 
-const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Rooms were made or changed; every page hears it.
+/// Announces rooms that are created or deleted. Every page subscribes to it.
 pub const LOBBY: &str = "chat:lobby";
+
+/// The channel of a room.
+pub fn of_room(room: &str) -> String {
+    format!("chat:{room}")
+}
 
 #[derive(Clone)]
 pub struct Channels(Bus);
@@ -31,7 +37,7 @@ impl Channels {
         .await
     }
 
-    /// With a key, saying it again is saying it once.
+    /// Publishes JSON. A publication with a key is idempotent.
     pub async fn publish_json(&self, channel: &str, data: &impl Serialize, key: Option<String>) -> Result<(), String> {
         let data = to_raw_value(data).map_err(|e| e.to_string())?;
         self.publish(Publish {
@@ -43,7 +49,7 @@ impl Channels {
         .await
     }
 
-    /// For those who listen now; not kept.
+    /// Publishes to current subscribers only; the channel's history does not keep it.
     pub async fn publish_passing(&self, channel: &str, data: &impl Serialize) -> Result<(), String> {
         let data = to_raw_value(data).map_err(|e| e.to_string())?;
         self.publish(Publish {
@@ -55,27 +61,24 @@ impl Channels {
         .await
     }
 
-    /// Ends the connections that a sign-in of a user has opened.
+    /// Ends the connections that one sign-in of a user opened.
     pub async fn disconnect(&self, user: &str, session: &str) -> Result<(), String> {
         let disconnect = Disconnect { user: user.into(), session: Some(session.into()) };
-        let payload = serde_json::to_vec(&disconnect).map_err(|e| e.to_string())?.into();
-        let answer = self
-            .0
-            .request(subjects::CHANNELS_DISCONNECT, Headers::new(), payload, PUBLISH_TIMEOUT)
-            .await;
-        let answer = answer.map_err(|e| e.to_string())?;
-        let answer: Answer<serde_json::Value> = serde_json::from_slice(&answer.payload).map_err(|e| e.to_string())?;
-        answer.into_result().map(|_| ()).map_err(|failure| failure.message)
+        let answer = self.request::<_, serde_json::Value>(subjects::CHANNELS_DISCONNECT, &disconnect);
+        answer.await.map(|_| ())
     }
 
     async fn publish(&self, publish: Publish) -> Result<(), String> {
-        let payload = serde_json::to_vec(&publish).map_err(|e| e.to_string())?.into();
-        let answer = self
-            .0
-            .request(subjects::CHANNELS_PUBLISH, Headers::new(), payload, PUBLISH_TIMEOUT)
-            .await;
+        let answer = self.request::<_, Position>(subjects::CHANNELS_PUBLISH, &publish);
+        answer.await.map(|_| ())
+    }
+
+    async fn request<Q: Serialize, A: DeserializeOwned>(&self, subject: &str, request: &Q) -> Result<A, String> {
+        let payload = serde_json::to_vec(request).map_err(|e| e.to_string())?.into();
+        let answer = self.0.request(subject, Headers::new(), payload, REQUEST_TIMEOUT).await;
         let answer = answer.map_err(|e| e.to_string())?;
-        let answer: Answer<Position> = serde_json::from_slice(&answer.payload).map_err(|e| e.to_string())?;
-        answer.into_result().map(|_| ()).map_err(|failure| failure.message)
+
+        let answer: Answer<A> = serde_json::from_slice(&answer.payload).map_err(|e| e.to_string())?;
+        answer.into_result().map_err(|failure| failure.message)
     }
 }

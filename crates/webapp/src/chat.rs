@@ -1,6 +1,8 @@
-//! The chat: rooms, messages, and an assistant whose answers come from the router and stream into the room.
+//! The chat: rooms, messages, and an assistant whose answers are tasks that stream into the room.
 
 mod answers;
+mod prompt;
+mod publish;
 mod quotas;
 mod rooms;
 mod store;
@@ -9,12 +11,13 @@ pub use quotas::Quotas;
 pub use rooms::Rooms;
 
 use crate::accounts::Accounts;
-use crate::channels::Channels;
+use crate::channels::{self, Channels};
 use crate::db::{self, Db};
 use crate::rpc::{Caller, Handler, Refusal};
 use answers::Answers;
 use bus::Bus;
 use bytes::Bytes;
+use publish::publish;
 use quotas::{Minute, Refused};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -25,8 +28,6 @@ use tokio_util::sync::CancellationToken;
 use wire::chat::{CreateRoom, Event, History, InRoom, Message, Messages, OfMessage, RoomCreated, Send, Sent, State};
 use wire::realtime::ErrorCode;
 
-/// Who is asked by a message that begins with `@assistant`.
-pub const ASSISTANT: &str = "assistant";
 pub const METHODS: &[&str] = &[
     "chat.rooms",
     "chat.create_room",
@@ -37,13 +38,15 @@ pub const METHODS: &[&str] = &[
     "chat.stop",
     "chat.retry",
 ];
-/// Of one message, bytes.
+/// Longest text of a message, in bytes.
 const TEXT_MAX: usize = 8 * 1024;
+/// Longest nonce, in bytes.
 const NONCE_MAX: usize = 64;
+/// Messages in a page of history, unless the request says how many.
 const PAGE: i64 = 50;
 const PAGE_MAX: i64 = 100;
-/// Of one page of history, bytes, unless its first message alone has more.
-const PAGE_BYTES: usize = 256 * 1024;
+/// Most bytes of text in a page of history. A page has at least one message, however long.
+const PAGE_BYTES_MAX: usize = 256 * 1024;
 
 pub struct Chat {
     store: Store,
@@ -55,7 +58,7 @@ pub struct Chat {
 }
 
 impl Chat {
-    /// Subscribed to what answers are made of; nothing runs yet.
+    /// Loads the rooms and subscribes to everything that [`Self::run`] consumes.
     pub async fn bind(
         bus: &Bus,
         db: Db,
@@ -67,6 +70,7 @@ impl Chat {
         let store = Store::new(db.clone(), quotas);
         let rooms = Arc::new(Rooms::load(db, bus.clone(), channels.clone(), quotas, operators).await?);
         let answers = Arc::new(Answers::new(bus.clone(), store.clone(), channels.clone()));
+
         let loops = Loops { rooms: rooms.subscribe().await?, answers: answers.subscribe().await? };
         Ok((Arc::new(Self { store, rooms, channels, accounts, answers, minute: Minute::new(quotas) }), loops))
     }
@@ -76,6 +80,7 @@ impl Chat {
     }
 
     pub async fn run(&self, loops: Loops, cancel: CancellationToken) -> Result<(), crate::Error> {
+        // If the answers end by themselves, the rooms end with them.
         let stop = cancel.child_token();
         let answers = async {
             let ended = self.answers.run(loops.answers, cancel).await;
@@ -95,14 +100,15 @@ impl Chat {
         if request.nonce.is_empty() || request.nonce.len() > NONCE_MAX {
             return Err(Refusal::bad(format!("a nonce has 1 to {NONCE_MAX} bytes")));
         }
-        // PostgreSQL keeps none.
+        // PostgreSQL cannot store NUL.
         if text.contains('\0') || request.nonce.contains('\0') {
-            return Err(Refusal::bad("a message holds no NUL characters"));
+            return Err(Refusal::bad("a message must not contain NUL characters"));
         }
-        // A message that is sent again was counted the first time.
+
+        // A repeat was counted the first time.
         if !self.store.has(&caller.user, &request.nonce).await.map_err(internal)? {
             self.minute.message(&caller.user, Instant::now())?;
-            if store::asked(text).is_some() {
+            if prompt::prompt_in(text).is_some() {
                 self.minute.run(&caller.user, Instant::now())?;
             }
         }
@@ -116,27 +122,29 @@ impl Chat {
             nonce: &request.nonce,
         };
         let (message, answer) = self.store.send(&fresh).await.map_err(refused)?;
-        // From here on it is kept, whatever happens to us; and what it asks for is asked, whether or not the room hears.
-        let mut told = self.announce(&message).await;
+
+        // The message is committed, so its answer is requested even if the room cannot be notified.
+        let mut notified = self.notify(&message).await;
         if let Some(mut answer) = answer {
             self.answers.fill(&mut answer.message);
-            told = told.and(self.announce(&answer.message).await);
+            notified = notified.and(self.notify(&answer.message).await);
             self.answers.ask(answer);
         }
-        told.map(|()| Sent { message })
+        notified.map(|()| Sent { message })
     }
 
-    /// Says it to the room; once, however often it is sent.
-    async fn announce(&self, message: &Message) -> Result<(), Refusal> {
-        let told = "the message is kept, but the room has not heard it; send it again";
-        say(&self.channels, message)
+    /// Publishes a message to its room. If that fails, the sender is told to repeat it.
+    async fn notify(&self, message: &Message) -> Result<(), Refusal> {
+        let public = "the message is stored, but the room could not be notified; send it again";
+        publish(&self.channels, message)
             .await
-            .map_err(|error| Refusal::failed(told, "a room was not told", error))
+            .map_err(|error| Refusal::failed(public, "cannot notify a room", error))
     }
 
     async fn history(&self, request: History) -> Result<Messages, Refusal> {
         let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
         let limit = request.limit.unwrap_or(PAGE).clamp(1, PAGE_MAX);
+        // One more than asked for shows whether there are older ones.
         let mut messages = self
             .store
             .page(&room.id, request.before, limit + 1)
@@ -146,8 +154,9 @@ impl Chat {
             .iter_mut()
             .filter(|m| m.state == State::Streaming)
             .for_each(|m| self.answers.fill(m));
+
         let limit = usize::try_from(limit).unwrap_or_default();
-        let fitting = newest(messages.iter().map(|message| message.text.len()), limit);
+        let fitting = newest_that_fit(messages.iter().map(|message| message.text.len()), limit);
         let older = messages.len() - fitting;
         Ok(Messages { messages: messages.split_off(older), more: older > 0 })
     }
@@ -159,21 +168,25 @@ impl Chat {
         }
         let name = self.accounts.name(&caller.user).await;
         let event = Event::Typing { user: caller.user.clone(), name };
-        let told = self.channels.publish_passing(&channel(&room.id), &event).await;
-        told.map_err(|error| Refusal::internal("a room was not told who is typing", error))
+        let published = self
+            .channels
+            .publish_passing(&channels::of_room(&room.id), &event)
+            .await;
+        published.map_err(|error| Refusal::internal("cannot tell a room who is typing", error))
     }
 
-    /// Deletes a room with all that was said in it. What is still being answered there is stopped.
+    /// Deletes a room and its messages, and cancels answers that still stream into it.
     async fn delete_room(&self, caller: &Caller, request: InRoom) -> Result<(), Refusal> {
         let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
         if !self.rooms.manages(&caller.user, &room.id) {
-            return Err(denied("a room is deleted by whoever made it, or by an operator"));
+            return Err(denied("only its maker or an operator may delete a room"));
         }
-        let coming = self.store.delete_room(&room.id).await.map_err(internal)?;
+
+        let streaming = self.store.delete_room(&room.id).await.map_err(internal)?;
         tracing::info!(user = caller.user, room = room.id, "a room was deleted");
         self.rooms.deleted(&room.id).await?;
-        for answer in coming {
-            self.answers.drop_one(&answer).await;
+        for answer in streaming {
+            self.answers.abandon(&answer).await;
         }
         Ok(())
     }
@@ -186,7 +199,7 @@ impl Chat {
             .map_err(internal)?
             .ok_or_else(no_answer)?;
         if !is_asker(caller, &answer.message) && !self.rooms.manages(&caller.user, &answer.message.room) {
-            return Err(denied("an answer is stopped by whoever asked, whoever made the room, or an operator"));
+            return Err(denied("only the asker, the room's maker or an operator may stop an answer"));
         }
         if answer.message.state == State::Streaming {
             self.answers.stop(&answer).await.map_err(internal)?;
@@ -202,25 +215,26 @@ impl Chat {
             .map_err(internal)?
             .ok_or_else(no_answer)?;
         if !is_asker(caller, &answer.message) && !self.rooms.is_operator(&caller.user) {
-            return Err(denied("an answer is asked for again by whoever asked first, or by an operator"));
+            return Err(denied("only the asker or an operator may ask for an answer again"));
         }
         match answer.message.state {
-            State::Streaming => return Err(Refusal::bad("the answer is still coming")),
-            State::Done => return Err(Refusal::bad("the answer is there; ask in a new message")),
+            State::Streaming => return Err(Refusal::bad("the answer is still streaming")),
+            State::Done => return Err(Refusal::bad("the answer is complete; ask in a new message")),
             State::Failed | State::Stopped => {}
         }
+
         self.minute.run(&caller.user, Instant::now())?;
         if let Some(again) = self.store.ask_again(&answer, &caller.user).await.map_err(refused)? {
-            let told = say(&self.channels, &again.message).await;
-            // It is written: it is asked for, whether or not the room hears of it.
+            let published = publish(&self.channels, &again.message).await;
+            // The new request is committed, so it is sent even if the room cannot be notified.
             self.answers.ask(again);
-            told.map_err(|error| Refusal::internal("a room was not told", error))?;
+            published.map_err(|error| Refusal::internal("cannot notify a room", error))?;
         }
         Ok(())
     }
 }
 
-/// What [`Chat::run`] listens to.
+/// The subscriptions that [`Chat::run`] consumes.
 pub struct Loops {
     rooms: bus::Subscription,
     answers: answers::Inputs,
@@ -240,41 +254,29 @@ impl Handler for Chat {
             "chat.typing" => self.typing(&caller, read(&payload)?).await.and_then(|()| done()),
             "chat.stop" => self.stop(&caller, read(&payload)?).await.and_then(|()| done()),
             "chat.retry" => self.retry(&caller, read(&payload)?).await.and_then(|()| done()),
-            other => Err(Refusal(ErrorCode::MethodNotFound, format!("no method {other}"))),
+            other => Err(Refusal(ErrorCode::MethodNotFound, format!("there is no method {other}"))),
         }
     }
 }
 
-/// How many of the newest fit a page, by their sizes, oldest first.
-fn newest(sizes: impl DoubleEndedIterator<Item = usize>, limit: usize) -> usize {
+/// How many of the newest messages fit a page. The sizes of their texts are given oldest first.
+fn newest_that_fit(sizes: impl DoubleEndedIterator<Item = usize>, limit: usize) -> usize {
     let mut bytes = 0;
     let fits = |(n, size): (usize, usize)| {
         bytes += size;
-        n == 0 || (n < limit && bytes <= PAGE_BYTES)
+        n == 0 || (n < limit && bytes <= PAGE_BYTES_MAX)
     };
     sizes.rev().enumerate().map(fits).take_while(|fits| *fits).count()
 }
 
-fn channel(room: &str) -> String {
-    format!("chat:{room}")
-}
-
-/// Publishes a message as it is now. A person's is said once, however often it is sent; an answer's may be repeated, and
-/// replaces itself.
-async fn say(channels: &Channels, message: &Message) -> Result<(), String> {
-    let key = message.nonce.is_some().then(|| format!("message-{}", message.id));
-    let event = Event::Message { message: message.clone() };
-    channels.publish_json(&channel(&message.room), &event, key).await
-}
-
 fn read<T: DeserializeOwned>(payload: &[u8]) -> Result<T, Refusal> {
-    serde_json::from_slice(payload).map_err(|e| Refusal::bad(format!("the request does not fit: {e}")))
+    serde_json::from_slice(payload).map_err(|e| Refusal::bad(format!("cannot read the request: {e}")))
 }
 
 fn reply(answer: &impl Serialize) -> Result<Bytes, Refusal> {
     serde_json::to_vec(answer)
         .map(Bytes::from)
-        .map_err(|error| Refusal::internal("an answer is no JSON", error))
+        .map_err(|error| Refusal::internal("cannot write an answer as JSON", error))
 }
 
 fn done() -> Result<Bytes, Refusal> {
@@ -282,7 +284,7 @@ fn done() -> Result<Bytes, Refusal> {
 }
 
 fn internal(error: db::Error) -> Refusal {
-    Refusal::internal("the chat cannot use its database", error)
+    Refusal::internal("cannot use the database of the chat", error)
 }
 
 fn refused(refused: Refused) -> Refusal {
@@ -306,5 +308,5 @@ fn unknown_room() -> Refusal {
 }
 
 fn no_answer() -> Refusal {
-    Refusal::bad("this message is no answer of the assistant")
+    Refusal::bad("this message is not an answer of the assistant")
 }

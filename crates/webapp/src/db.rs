@@ -1,4 +1,4 @@
-//! The database: SQLite in the data directory, or PostgreSQL; the same statements on both.
+//! The database: SQLite in the data directory, or PostgreSQL. The same statements run on both.
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
@@ -15,9 +15,12 @@ use std::time::Duration;
 pub enum Error {
     #[error("cannot open the database {url}: {source}; is it reachable, and may this user write there?")]
     Open { url: String, source: sqlx::Error },
-    #[error("cannot make the database {}: {source}; its directory must exist, and this user must be allowed to write there", path.display())]
-    Make { path: PathBuf, source: IoError },
-    #[error("cannot bring the database to this version's tables: {0}; was it used by a newer version?")]
+    #[error(
+        "cannot create the database {}: {source}; its directory must exist, and this user must be able to write there",
+        path.display()
+    )]
+    Create { path: PathBuf, source: IoError },
+    #[error("cannot migrate the database: {0}; was it used by a newer version?")]
     Migrate(#[from] sqlx::migrate::MigrateError),
     #[error("the database refused: {0}")]
     Refused(#[from] sqlx::Error),
@@ -25,28 +28,29 @@ pub enum Error {
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A cheap handle.
+/// A cheap handle on the connection pools.
 #[derive(Clone)]
 pub struct Db {
-    /// SQLite has one writer: those who wait for it wait here rather than in a busy loop.
+    /// With SQLite, this pool has one connection, since SQLite has one writer. Writers wait for the connection instead of
+    /// polling the database's lock.
     writer: AnyPool,
     reader: AnyPool,
 }
 
-/// For the first connection.
+/// How long to wait for the first connection.
 const OPEN_MAX: Duration = Duration::from_secs(15);
-/// Shorter than a page waits for the answer to its call: it is told what is wrong, not that nobody answers.
+/// Shorter than a page waits for the answer to an RPC, so that the page learns the reason.
 const ACQUIRE_MAX: Duration = Duration::from_secs(3);
-/// `FULL`: what was acknowledged is on disk, also after a power cut.
+/// With `FULL`, acknowledged writes survive a power cut.
 const SQLITE_SETUP: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
      PRAGMA busy_timeout = 5000; PRAGMA temp_store = MEMORY";
-/// A web app that hangs in the middle of a transaction must not hold up the others on the database.
+/// A web app that hangs inside a transaction must not block the other ones.
 const POSTGRES_SETUP: &str =
     "SET statement_timeout = '10s'; SET lock_timeout = '3s'; SET idle_in_transaction_session_timeout = '5s'";
 
 impl Db {
-    /// `url` as `sqlite://path` or `postgres://…`; without one, `webapp.db` in `dir`. A SQLite file that is missing is
-    /// made, unless the URL's `mode` says otherwise; its directory is not.
+    /// Opens `url`, which is `sqlite://path` or `postgres://…`, or without it `webapp.db` in `dir`, and migrates the
+    /// database. Creates a missing SQLite file unless the `mode` in the URL forbids it, but not its directory.
     pub async fn open(url: Option<&str>, dir: &Path) -> Result<Self> {
         sqlx::any::install_default_drivers();
         let file = match url {
@@ -55,9 +59,10 @@ impl Db {
         };
         let sqlite = file.is_some();
         let url = match file {
-            Some((path, parameters)) => prepare(&path, parameters).map_err(|source| Error::Make { path, source })?,
+            Some((path, parameters)) => prepare(&path, parameters).map_err(|source| Error::Create { path, source })?,
             None => url.unwrap_or_default().to_string(),
         };
+
         let failed = |source| Error::Open { url: without_password(&url), source };
         let options = AnyConnectOptions::from_str(&url).map_err(failed)?;
         let pool = |size| {
@@ -71,11 +76,13 @@ impl Db {
                 })
             })
         };
-        // On a connection of its own, without the limits of the others.
+
+        // Migrations may take long: they use a connection without the timeouts of the pools.
         let connection = tokio::time::timeout(OPEN_MAX, AnyConnection::connect_with(&options)).await;
         let mut connection = connection.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map_err(failed)?;
         sqlx::migrate!().run(&mut connection).await?;
         connection.close().await?;
+
         let writer = pool(if sqlite { 1 } else { 8 })
             .connect_with(options.clone())
             .await
@@ -88,7 +95,7 @@ impl Db {
         Ok(Self { writer, reader })
     }
 
-    /// Of this database, for as long as it exists.
+    /// Returns the id of this database, which never changes.
     pub async fn id(&self) -> Result<String> {
         let fresh = uuid::Uuid::new_v4().simple().to_string();
         let insert = "INSERT INTO deployment (one, id) VALUES (1, $1) ON CONFLICT (one) DO NOTHING";
@@ -103,7 +110,7 @@ impl Db {
         &self.reader
     }
 
-    /// For single statements that write.
+    /// The pool for single statements that write. For several, use [`Self::begin`].
     pub fn write(&self) -> &AnyPool {
         &self.writer
     }
@@ -126,11 +133,11 @@ fn sqlite_file(url: &str) -> Option<(PathBuf, &str)> {
     Some((percent_decode_str(path).decode_utf8_lossy().as_ref().into(), parameters))
 }
 
-/// Makes the file where it is missing, private to its owner, as it holds messages and the hashes of passwords. Gives its
-/// URL, whatever characters are in the path.
+/// Creates the file if it is missing, readable for its owner only, since it holds messages and password hashes. Returns
+/// its URL, with any special characters of the path encoded.
 fn prepare(path: &Path, parameters: &str) -> std::io::Result<String> {
     const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'_').remove(b'-');
-    // As a URL's path it may have no `..` in it, so the directory's own name is used.
+    // The path of a URL must not contain `..`, so resolve the directory.
     let name = path.file_name().ok_or(ErrorKind::InvalidFilename)?;
     let parent = path
         .parent()
@@ -146,7 +153,8 @@ fn prepare(path: &Path, parameters: &str) -> std::io::Result<String> {
     }
     let path = path
         .to_str()
-        .ok_or_else(|| IoError::new(ErrorKind::InvalidFilename, "its path is not UTF-8"))?;
+        .ok_or_else(|| IoError::new(ErrorKind::InvalidFilename, "its path is not valid UTF-8"))?;
+
     let path = utf8_percent_encode(path, KEPT);
     Ok(if parameters.is_empty() {
         format!("sqlite://{path}")
@@ -155,7 +163,7 @@ fn prepare(path: &Path, parameters: &str) -> std::io::Result<String> {
     })
 }
 
-/// The next message's id, in the order of commits.
+/// Takes the next id of a message. It locks a row until the transaction ends, so messages commit in the order of ids.
 pub async fn next_message_id(connection: &mut AnyConnection) -> Result<i64> {
     let (id,): (i64,) = sqlx::query_as("UPDATE message_ids SET last = last + 1 RETURNING last")
         .fetch_one(connection)
@@ -172,7 +180,7 @@ fn without_password(url: &str) -> String {
     let Some((scheme @ ("postgres" | "postgresql"), rest)) = url.split_once("://") else {
         return url.to_string();
     };
-    // A password may also be among the parameters.
+    // The parameters may contain a password as well.
     let rest = rest.split('?').next().unwrap_or_default();
     match rest.rsplit_once('@') {
         Some((_, host)) => format!("{scheme}://…@{host}"),
@@ -186,7 +194,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[tokio::test]
-    async fn a_directory_that_is_not_there_is_named() {
+    async fn error_names_the_missing_directory() {
         let error = Db::open(None, Path::new("/nowhere/at/all"))
             .await
             .err()
@@ -196,7 +204,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_sqlite_url_makes_its_file_and_no_directory() {
+    async fn sqlite_url_creates_the_file_but_no_directory() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["plain.db", "with space.db", "100%.db", "what?.db", "a#b.db", "up/../é.db"] {
             std::fs::create_dir_all(dir.path().join("up")).unwrap();
@@ -215,6 +223,7 @@ mod tests {
                 assert_eq!(mode & 0o777, 0o600, "{url}");
             }
         }
+
         let missing = format!("sqlite://{}/missing/x.db", dir.path().display());
         let error = Db::open(Some(&missing), dir.path())
             .await
@@ -222,13 +231,14 @@ mod tests {
             .expect("refused")
             .to_string();
         assert!(error.contains("missing/x.db") && error.contains("its directory must exist"), "{error}");
+
         let only_there = format!("sqlite://{}/other.db?mode=rw", dir.path().display());
         assert!(Db::open(Some(&only_there), dir.path()).await.is_err());
         assert!(!dir.path().join("other.db").exists() && !dir.path().join("missing").exists());
     }
 
     #[tokio::test]
-    async fn a_data_directory_may_have_any_name() {
+    async fn data_directory_may_have_any_name() {
         let dir = tempfile::tempdir().unwrap();
         let odd = dir.path().join("my data? 100% #1");
         std::fs::create_dir(&odd).unwrap();
@@ -237,14 +247,14 @@ mod tests {
     }
 
     #[test]
-    fn a_password_in_the_url_is_not_shown() {
+    fn password_in_the_url_is_hidden() {
         assert_eq!(without_password("postgres://me:secret@db/x"), "postgres://…@db/x");
         assert_eq!(without_password("postgres://db/x?user=me&password=secret"), "postgres://db/x");
         assert_eq!(without_password("sqlite:///tmp/x.db"), "sqlite:///tmp/x.db");
     }
 
     #[tokio::test]
-    async fn ids_follow_each_other_and_survive() {
+    async fn ids_are_consecutive_and_survive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         for expected in [[1, 2], [3, 4]] {
             let db = Db::open(None, dir.path()).await.unwrap();
@@ -253,6 +263,7 @@ mod tests {
                 assert_eq!(next_message_id(&mut tx).await.unwrap(), id);
                 tx.commit().await.unwrap();
             }
+
             let mut lost = db.begin().await.unwrap();
             next_message_id(&mut lost).await.unwrap();
             lost.rollback().await.unwrap();

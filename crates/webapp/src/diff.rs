@@ -1,10 +1,10 @@
-//! From the tree the page holds to the tree a run built, as the fewest deltas: unchanged nodes keep their ids.
+//! Computes the deltas that turn the tree on the page into the tree that a run built. Nodes that stay keep their ids.
 
 use crate::tree::{Element, Node, Prop, Props};
 use std::collections::HashMap;
 use wire::app::{AppendText, Delta, Insert, Move, Op, Remove, Update};
 
-/// Ids of one session's nodes; 0 is the root.
+/// Assigns ids to the nodes of one session. The root has id 0.
 #[derive(Debug, Default)]
 pub struct Ids(u64);
 
@@ -15,7 +15,7 @@ impl Ids {
     }
 }
 
-/// A tree of all new nodes.
+/// Makes a tree of new nodes.
 pub fn adopt(elements: Vec<Element>, ids: &mut Ids) -> Vec<Node> {
     elements.into_iter().map(|element| adopt_one(element, ids)).collect()
 }
@@ -31,14 +31,14 @@ fn adopt_one(element: Element, ids: &mut Ids) -> Node {
     }
 }
 
-/// The new tree, and the deltas that make it of the old one when applied in order.
+/// Returns the new tree, and the deltas that turn the old one into it when applied in order.
 pub fn diff(old: Vec<Node>, new: Vec<Element>, ids: &mut Ids) -> (Vec<Node>, Vec<Delta>) {
     let mut deltas = Vec::new();
     let nodes = children(0, old, new, ids, &mut deltas);
     (nodes, deltas)
 }
 
-/// What makes two siblings the same: kind, widget, and key or place among those of the kind without a key.
+/// Returns what identifies each sibling across runs: kind, key and widget, with a count for those that share all three.
 fn identities<'a, T>(
     siblings: &'a [T],
     of: impl Fn(&'a T) -> (&'static str, &'a str, &'a str),
@@ -54,7 +54,7 @@ fn identities<'a, T>(
 }
 
 fn children(parent: u64, old: Vec<Node>, new: Vec<Element>, ids: &mut Ids, deltas: &mut Vec<Delta>) -> Vec<Node> {
-    // For each new sibling, which old one it is.
+    // The index of the old sibling that each new one continues.
     let matched: Vec<Option<usize>> = {
         let known = identities(&old, |node| (node.kind, &node.key, &node.widget));
         let known: HashMap<_, _> = known
@@ -68,9 +68,10 @@ fn children(parent: u64, old: Vec<Node>, new: Vec<Element>, ids: &mut Ids, delta
             .map(|identity| known.get(&identity).copied())
             .collect()
     };
+
     let mut kept = vec![false; old.len()];
     matched.iter().flatten().for_each(|&i| kept[i] = true);
-    // What the page shows as the deltas so far have left it.
+    // The ids of the children on the page once the deltas so far are applied.
     let mut shown = Vec::with_capacity(new.len());
     for (node, kept) in old.iter().zip(kept) {
         if kept {
@@ -79,6 +80,7 @@ fn children(parent: u64, old: Vec<Node>, new: Vec<Element>, ids: &mut Ids, delta
             deltas.push(op(Op::Remove(Remove { id: node.id })));
         }
     }
+
     let stays = longest_increasing(&matched);
     let mut old: Vec<Option<Node>> = old.into_iter().map(Some).collect();
     let mut nodes: Vec<Node> = Vec::with_capacity(new.len());
@@ -126,6 +128,7 @@ fn props(id: u64, old: &Props, new: &Props, deltas: &mut Vec<Delta>) {
             _ => set.push(value.to_wire(name)),
         }
     }
+
     let gone = old
         .iter()
         .filter(|(name, _)| !new.iter().any(|(known, _)| known == name));
@@ -135,9 +138,9 @@ fn props(id: u64, old: &Props, new: &Props, deltas: &mut Vec<Delta>) {
     }
 }
 
-/// Which of the matched siblings can stay where they are: the most whose old places go up.
+/// Marks the matched siblings that need not move: a longest subsequence whose old places ascend.
 fn longest_increasing(places: &[Option<usize>]) -> Vec<bool> {
-    // `tails[n]` is where the best run of n + 1 ends; `before` links a run's members.
+    // `tails[n]` is the index where the best subsequence of length n + 1 ends; `before` links to the previous member.
     let mut tails: Vec<usize> = Vec::new();
     let mut before = vec![None; places.len()];
     for (i, place) in places.iter().enumerate() {
@@ -150,6 +153,7 @@ fn longest_increasing(places: &[Option<usize>]) -> Vec<bool> {
             tails[length] = i;
         }
     }
+
     let mut stays = vec![false; places.len()];
     let mut at = tails.last().copied();
     while let Some(i) = at {
@@ -163,7 +167,7 @@ fn position(shown: &[u64], id: u64) -> usize {
     shown
         .iter()
         .position(|&other| other == id)
-        .expect("a placed node is shown")
+        .expect("a node that was placed is on the page")
 }
 
 fn op(op: Op) -> Delta {
@@ -171,7 +175,7 @@ fn op(op: Op) -> Delta {
 }
 
 fn to_u32(index: usize) -> u32 {
-    u32::try_from(index).expect("a tree is bounded far below")
+    u32::try_from(index).expect("a tree has far fewer nodes")
 }
 
 #[cfg(test)]
@@ -180,7 +184,7 @@ mod tests {
     use proptest::prelude::*;
     use wire::app;
 
-    /// The page's side, kept as simple as it can be.
+    /// A minimal model of the page.
     #[derive(Debug, PartialEq, Clone)]
     struct Page(app::Node);
 
@@ -293,7 +297,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn deltas_applied_to_the_old_tree_make_the_new_one(runs in prop::collection::vec(trees(), 2..5)) {
+        fn deltas_turn_the_old_tree_into_the_new_one(runs in prop::collection::vec(trees(), 2..5)) {
             let mut ids = Ids::default();
             let mut runs = runs.into_iter();
             let mut nodes = adopt(runs.next().unwrap(), &mut ids);
@@ -309,7 +313,7 @@ mod tests {
         }
 
         #[test]
-        fn the_same_tree_again_is_no_delta(tree in trees()) {
+        fn unchanged_tree_has_no_deltas(tree in trees()) {
             let mut ids = Ids::default();
             let nodes = adopt(tree.clone(), &mut ids);
             prop_assert_eq!(diff(nodes, tree, &mut ids).1, Vec::new());
@@ -323,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_moved_is_moved() {
+    fn only_moved_nodes_are_moved() {
         let mut ids = Ids::default();
         let nodes = adopt(keyed(&["a", "b", "c", "d", "e"]), &mut ids);
         let (nodes, deltas) = diff(nodes, keyed(&["e", "a", "b", "c", "d"]), &mut ids);
@@ -333,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_grew_is_appended() {
+    fn grown_text_is_appended() {
         let mut ids = Ids::default();
         let nodes = adopt(vec![Element::new("text").text("text", "Hel")], &mut ids);
         let (_, deltas) = diff(nodes, vec![Element::new("text").text("text", "Hello")], &mut ids);

@@ -1,4 +1,4 @@
-//! The pages' files, out of the binary.
+//! Serves the files of the front end, which are embedded in the binary.
 
 use axum::Router;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
@@ -22,7 +22,7 @@ const SECURITY: [(&str, &str); 5] = [
     ("permissions-policy", "camera=(), microphone=(), geolocation=()"),
 ];
 
-/// Everything that no other route takes: a file, or the page for a place inside an app.
+/// Handles every path that no other route takes: a file, or a place inside an app, which is served by the page.
 pub fn routes() -> Router {
     Router::new().fallback(serve)
 }
@@ -32,9 +32,10 @@ async fn serve(method: Method, uri: Uri, headers: HeaderMap) -> Response {
         return StatusCode::NOT_FOUND.into_response();
     }
     let path = uri.path().trim_start_matches('/');
-    // A place inside an app has no extension; a file that is not there is a mistake.
+    // A path without an extension is a place inside an app. With one it is a file, which may be missing.
     let is_place = !path.rsplit('/').next().unwrap_or_default().contains('.');
     let name = if is_place { "index.html" } else { path };
+
     let mut response = file(name, &headers).unwrap_or_else(|| missing(is_place));
     for (name, value) in SECURITY {
         response.headers_mut().insert(name, HeaderValue::from_static(value));
@@ -42,7 +43,7 @@ async fn serve(method: Method, uri: Uri, headers: HeaderMap) -> Response {
     response
 }
 
-/// In the best encoding that the browser takes; compressed when built, not now.
+/// Returns a file in the best encoding that the browser accepts. Files were compressed when they were built.
 fn file(name: &str, headers: &HeaderMap) -> Option<Response> {
     let accepted = headers
         .get(header::ACCEPT_ENCODING)
@@ -53,6 +54,7 @@ fn file(name: &str, headers: &HeaderMap) -> Option<Response> {
             .split(',')
             .any(|one| one.split(';').next().is_some_and(|one| one.trim() == encoding))
     };
+
     let kind = mime_guess::from_path(name).first_or_octet_stream();
     let encoded = [("br", "br"), ("gzip", "gz")]
         .into_iter()
@@ -66,12 +68,14 @@ fn file(name: &str, headers: &HeaderMap) -> Option<Response> {
         Some((file, encoding)) => (file, Some(encoding)),
         None => (Files::get(name)?, None),
     };
-    // Names under assets/ change with their contents.
+
+    // Names under assets/ contain a hash of the contents, so they can be cached for ever.
     let caching = if name.starts_with("assets/") {
         "public, max-age=31536000, immutable"
     } else {
         "no-cache"
     };
+
     let mut response = file.data.into_response();
     let out = response.headers_mut();
     out.insert(header::CONTENT_TYPE, HeaderValue::from_str(kind.as_ref()).ok()?);
@@ -85,7 +89,7 @@ fn file(name: &str, headers: &HeaderMap) -> Option<Response> {
 
 fn missing(is_place: bool) -> Response {
     if is_place {
-        let text = "This binary was built without its pages. Build them first: make frontend, then cargo build.\n";
+        let text = "This binary was built without the front end. Build it first: make frontend, then cargo build.\n";
         return (StatusCode::SERVICE_UNAVAILABLE, text).into_response();
     }
     (StatusCode::NOT_FOUND, "There is no such file.\n").into_response()

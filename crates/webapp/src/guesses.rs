@@ -1,19 +1,19 @@
 //! Slows down whoever guesses passwords, and nobody else.
 //!
-//! A few wrong passwords delay further tries from that address; many, from any addresses, delay all browsers in which the
-//! account has never signed in. A browser in which it has signed in is counted separately, so strangers cannot lock the
-//! owner out.
+//! A few wrong passwords delay further tries from that address; many, from any addresses, delay all browsers in which
+//! the account has never signed in. A browser in which it has signed in is counted separately, so strangers cannot lock
+//! the owner out.
 
 use crate::limits::{Backoff, Rate, Wait};
 use parking_lot::Mutex;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Tries at all names together, a minute.
+/// Tries per minute from one address, over all names.
 const PER_ADDRESS: u32 = 60;
-/// Tries of a browser that is known, a minute.
+/// Tries per minute from one known browser.
 const PER_DEVICE: u32 = 20;
-/// New accounts: at once, then one each pause.
+/// New accounts from one address: a burst of this many, then one per pause.
 const SIGNUPS: u32 = 50;
 const SIGNUP_PAUSE: Duration = Duration::from_secs(60);
 /// Wrong passwords for one name that cost nothing: from one address or known browser, and from all strangers.
@@ -22,11 +22,11 @@ const FREE_ANYWHERE: u32 = 20;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_HERE_MAX: Duration = Duration::from_secs(60);
 const PAUSE_ANYWHERE_MAX: Duration = Duration::from_secs(30);
-/// Wrong passwords are forgotten after so long without one.
+/// Wrong passwords are forgotten after this long without another one.
 const FORGET: Duration = Duration::from_secs(15 * 60);
 const NAME_MAX: usize = 64;
 
-/// Who tries.
+/// One try to sign in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Try {
     pub address: IpAddr,
@@ -41,7 +41,7 @@ pub struct Try {
 pub enum Ended {
     Right,
     Wrong,
-    /// The password was not looked at.
+    /// The password was not checked.
     NotTried,
 }
 
@@ -92,14 +92,14 @@ impl Default for Guesses {
 }
 
 impl Guesses {
-    /// Like [`Self::begin`], for a caller that may be dropped while it looks at the password.
+    /// Like [`Self::begin`], for a caller that may be dropped while it checks the password.
     pub fn trying<'a>(&'a self, by: &'a Try, now: Instant) -> Result<Trying<'a>, Wait> {
         self.begin(by, now)?;
         Ok(Trying { guesses: self, by, how: Ended::NotTried })
     }
 
-    /// Whether the password may be looked at. It counts as wrong until [`Self::ended`] says otherwise, so that tries
-    /// beside each other get no further than tries after each other.
+    /// Allows the password to be checked, or returns how long to wait. The try counts as wrong until [`Self::ended`], so
+    /// that concurrent tries get no further than consecutive ones.
     fn begin(&self, by: &Try, now: Instant) -> Result<(), Wait> {
         let counts = &mut *self.0.lock();
         if let Some(device) = &by.device {
@@ -113,7 +113,7 @@ impl Guesses {
         let here = (by.address, name);
         counts.here.check(&here, now)?;
         counts.anywhere.check(&here.1, now)?;
-        // Last: what was refused for its name is no load, and does not count against the others at this address.
+        // Checked last, so that a try that was refused for its name does not count against others at this address.
         counts.addresses.take(&by.address, now)?;
         counts.here.failed(&here, now);
         counts.anywhere.failed(&here.1, now);
@@ -144,7 +144,7 @@ impl Guesses {
     }
 }
 
-/// The account that a name means, bounded.
+/// Returns the account that a typed name means, cut to a bounded length.
 pub fn account(name: &str) -> String {
     name.trim().chars().take(NAME_MAX).collect::<String>().to_lowercase()
 }

@@ -1,7 +1,7 @@
-//! How often somebody may do something, counted by key. Time is an argument.
+//! Limits how often something may be done, for each key separately. Time is an argument.
 //!
-//! Each key is counted for itself, and no moment resets them all. Memory is bounded. Expired keys are evicted first, then
-//! those with the smallest count, so an attacker who invents keys cannot evict the entry that slows him down.
+//! Memory is bounded. Expired keys are evicted first, then those with the smallest count, so an attacker who invents
+//! keys cannot evict the entry that slows him down.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -21,7 +21,7 @@ impl Wait {
     }
 }
 
-/// So many at once, then one each `every` (the generic cell rate algorithm).
+/// Allows a burst, then one event each `every` (the generic cell rate algorithm).
 pub struct Rate<K> {
     burst: u32,
     every: Duration,
@@ -34,7 +34,7 @@ impl<K: Eq + Hash + Clone> Rate<K> {
         Self { burst, every, keys: HashMap::new() }
     }
 
-    /// `n` a minute, as many at once.
+    /// Allows `n` per minute, all of them at once if need be.
     pub fn per_minute(n: u32) -> Self {
         Self::new(n, Duration::from_secs(60) / n.max(1))
     }
@@ -55,12 +55,13 @@ impl<K: Eq + Hash + Clone> Rate<K> {
     }
 }
 
-/// Failures are free at first, then each one has to be waited out, twice as long as the one before up to `longest`.
+/// The first `free` failures cost nothing. Each further one costs a wait, twice as long as the one before, up to
+/// `longest`.
 pub struct Backoff<K> {
     free: u32,
     first: Duration,
     longest: Duration,
-    /// Without a failure for this long, a key is back at nothing.
+    /// After this long without a failure, a key's failures are forgotten.
     forget: Duration,
     keys: HashMap<K, Failures>,
 }
@@ -90,6 +91,7 @@ impl<K: Eq + Hash + Clone> Backoff<K> {
         if self.keys.len() >= KEYS_MAX && !self.keys.contains_key(key) {
             evict(&mut self.keys, |failures| lives(failures).then_some((failures.count, failures.last)));
         }
+
         let count = self
             .keys
             .get(key)
@@ -117,12 +119,13 @@ impl<K: Eq + Hash + Clone> Backoff<K> {
     }
 }
 
-/// Drops what has nothing to remember (`None`), else the tenth that has the least.
+/// Evicts keys without weight. If almost all have some, also evicts the tenth with the least.
 fn evict<K: Eq + Hash + Clone, V, O: Ord + Copy>(keys: &mut HashMap<K, V>, weight: impl Fn(&V) -> Option<O>) {
     keys.retain(|_, value| weight(value).is_some());
     if keys.len() < KEYS_MAX / 10 * 9 {
         return;
     }
+
     let mut weights: Vec<O> = keys.values().filter_map(&weight).collect();
     let (_, limit, _) = weights.select_nth_unstable(KEYS_MAX / 10);
     let limit = *limit;

@@ -1,21 +1,22 @@
 //! The element tree of one session: what a run builds ([`Element`]) and what the page holds ([`Node`]).
 
+use serde::Serialize;
 use serde_json::Value as Json;
 use wire::app;
 
-/// As an app function built it; not yet known to the page.
+/// An element as a page function built it. The page does not know it yet.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Element {
     pub kind: &'static str,
-    /// Tells siblings of one kind apart when they move; empty: by their order.
+    /// Identifies the element among siblings of its kind when they move. If empty, their order does.
     pub key: String,
-    /// Widgets: the name under which the page reports a value.
+    /// For a widget: the name under which the page reports its value.
     pub widget: String,
     pub props: Props,
     pub children: Vec<Element>,
 }
 
-/// As the page holds it.
+/// An element as the page holds it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
     pub id: u64,
@@ -26,7 +27,7 @@ pub struct Node {
     pub children: Vec<Node>,
 }
 
-/// A name appears once.
+/// Each name appears once.
 pub type Props = Vec<(&'static str, Prop)>;
 
 #[derive(Debug, Clone, PartialEq)]
@@ -34,7 +35,7 @@ pub enum Prop {
     Text(String),
     Number(f64),
     Flag(bool),
-    /// Lists and records.
+    /// A list or a record.
     Json(Json),
 }
 
@@ -59,8 +60,9 @@ impl Element {
     }
 
     #[must_use]
-    pub fn json(self, name: &'static str, json: Json) -> Self {
-        self.prop(name, Prop::Json(json))
+    pub fn json(self, name: &'static str, value: impl Serialize) -> Self {
+        // Only a map with keys other than strings would fail, and no prop is one.
+        self.prop(name, Prop::Json(serde_json::to_value(value).unwrap_or_default()))
     }
 
     #[must_use]
@@ -104,7 +106,7 @@ impl Prop {
     }
 }
 
-/// The widget of this name, anywhere in the tree.
+/// Finds a widget by its name, anywhere in the tree.
 pub fn find<'a>(nodes: &'a [Node], widget: &str) -> Option<&'a Node> {
     nodes.iter().find_map(|node| {
         if node.widget == widget {

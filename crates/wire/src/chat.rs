@@ -94,6 +94,36 @@ pub enum Event {
     },
 }
 
+/// The payload of the task that answers a message to the assistant.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Prompt {
+    pub prompt: String,
+    pub room: String,
+    pub user: String,
+    /// The conversation so far, oldest first. The last turn is the prompt.
+    pub messages: Vec<Turn>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Turn {
+    pub role: Role,
+    pub content: String,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    User,
+    Assistant,
+}
+
+/// The metadata of the task that answers a message to the assistant.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
+pub struct PromptMetadata {
+    pub room: String,
+    pub user: String,
+}
+
 /// The request of `chat.create_room`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CreateRoom {

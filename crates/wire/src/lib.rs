@@ -5,6 +5,7 @@
 pub mod app;
 pub mod channels;
 pub mod chat;
+pub mod console;
 pub mod id;
 pub mod ipc;
 pub mod limits;

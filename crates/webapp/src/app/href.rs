@@ -1,12 +1,12 @@
-//! Which addresses a page may send somebody to.
+//! Decides where a page may send its user.
 
-/// A place inside the app, whatever a browser makes of it: a path of our own origin. A backslash is a slash to browsers,
-/// and control characters and spaces are dropped by them; no path of ours has any.
+/// Whether every browser resolves `href` to a path of our own origin. Browsers read a backslash as a slash, and drop
+/// control characters and spaces, so a path with any of them is refused.
 pub fn is_internal(href: &str) -> bool {
     href.starts_with('/') && !href.starts_with("//") && is_plain(href)
 }
 
-/// What a link may have: a place inside the app, or one outside by a scheme that cannot run anything.
+/// Whether a link may have this address: inside the app, or outside with a scheme that cannot run code.
 pub fn is_safe(href: &str) -> bool {
     let outside = ["https://", "http://", "mailto:", "#"];
     let starts = |start: &&str| {
@@ -24,9 +24,9 @@ fn is_plain(href: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// The page's own test (`frontend/test/unit/href.test.ts`) has the same rows.
+    /// The same table is in the front end's test, `frontend/test/unit/href.test.ts`.
     #[test]
-    fn only_paths_of_our_own_are_inside() {
+    fn only_paths_of_our_origin_are_internal() {
         for (href, internal, safe) in [
             ("/", true, true),
             ("/rooms/general", true, true),

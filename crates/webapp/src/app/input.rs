@@ -1,21 +1,21 @@
-//! What a page reports of a widget, checked against what was shown to it.
+//! Checks what a page reports of a widget against what the widget offered.
 
 use crate::tree::{Node, Prop};
 use serde_json::Value as Json;
 
-/// Of a text field.
+/// Longest text of a text field, in bytes.
 pub const TEXT_MAX: usize = 64 * 1024;
 
 #[derive(Debug, PartialEq)]
 pub enum Input {
     Value(Json),
-    /// Of a button: true in the next run, and only there.
+    /// A button was clicked: it returns true in the next run only.
     Click,
 }
 
-/// The value as it is remembered; else why it cannot be what this widget reports.
+/// Returns the value to remember, or why this widget cannot report it.
 pub fn read(node: &Node, value: &Json) -> Result<Input, String> {
-    let refused = |wanted: &str| Err(format!("{} {:?} reports {wanted}", node.kind, node.widget));
+    let refused = |wanted: &str| Err(format!("{} {:?} must report {wanted}", node.kind, node.widget));
     match node.kind {
         "button" if node.prop("disabled") == Some(&Prop::Flag(true)) => Err("the button is disabled".into()),
         "button" | "form" => Ok(Input::Click),
@@ -45,7 +45,7 @@ pub fn read(node: &Node, value: &Json) -> Result<Input, String> {
             Some(index) if index < list(node, "labels").len() as u64 => Ok(Input::Value(index.into())),
             _ => refused("the index of a tab"),
         },
-        kind => Err(format!("an element of kind {kind} reports nothing")),
+        kind => Err(format!("an element of kind {kind} has no value to report")),
     }
 }
 
@@ -84,19 +84,22 @@ mod tests {
     }
 
     #[test]
-    fn a_page_cannot_report_what_was_not_offered() {
+    fn values_that_were_not_offered_are_refused() {
         let slider = || Element::new("slider").number("min", 0.0).number("max", 10.0);
         check(slider(), json!(3.5), Some(json!(3.5)));
         check(slider(), json!(1e300), Some(json!(10.0)));
         check(slider(), json!("3"), None);
+
         let select = || Element::new("selectbox").json("options", json!([{"value": "a", "label": "A"}]));
         check(select(), json!("a"), Some(json!("a")));
         check(select(), json!("b"), None);
         check(select(), json!({"value": "a", "label": "A"}), None);
+
         let tabs = || Element::new("tabs").json("labels", json!(["one", "two"]));
         check(tabs(), json!(1), Some(json!(1)));
         check(tabs(), json!(2), None);
         check(tabs(), json!(-1), None);
+
         check(Element::new("text_input"), json!("x".repeat(TEXT_MAX + 1)), None);
         check(Element::new("checkbox"), json!(1), None);
         check(Element::new("heading"), json!("x"), None);

@@ -1,4 +1,4 @@
-//! What a session remembers between runs: widget values and typed state. Both survive a restart as JSON.
+//! What a session remembers between runs: the values of widgets, and typed state. Both survive a restart as JSON.
 
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
@@ -8,18 +8,18 @@ use std::any::{Any, type_name};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-/// Values of widgets that are not shown now are kept up to this many.
+/// Beyond this many values, those of widgets that are not on the page are forgotten.
 const WIDGETS_MAX: usize = 1000;
 
 #[derive(Default)]
 pub struct Memory {
     pub widgets: BTreeMap<String, Json>,
     states: HashMap<&'static str, Box<dyn Slot>>,
-    /// Restored, and not yet asked for by its type.
+    /// States that were restored and that no run has asked for yet, by type name.
     dormant: BTreeMap<String, Json>,
 }
 
-/// A value of the session; a cheap handle on it.
+/// A cheap handle on a value of the session.
 pub struct State<T>(Arc<Mutex<T>>);
 
 impl<T: Clone> State<T> {
@@ -69,7 +69,7 @@ impl Memory {
         let name = type_name::<T>();
         let dormant = &mut self.dormant;
         let slot = self.states.entry(name).or_insert_with(|| {
-            // A type that has changed its shape starts anew.
+            // If a new version changed the type, the state starts over.
             let restored = dormant
                 .remove(name)
                 .and_then(|json| serde_json::from_value::<T>(json).ok());
@@ -78,11 +78,11 @@ impl Memory {
         let typed = slot
             .as_any()
             .downcast_ref::<Arc<Mutex<T>>>()
-            .expect("a type's name is its own");
+            .expect("a type name belongs to one type");
         State(typed.clone())
     }
 
-    /// Forgets widgets that the last run did not show, once there are too many.
+    /// Forgets the values of widgets that the last run did not show, if there are too many.
     pub fn prune(&mut self, shown: impl Fn(&str) -> bool) {
         if self.widgets.len() > WIDGETS_MAX {
             self.widgets.retain(|key, _| shown(key));
@@ -121,7 +121,7 @@ mod tests {
     struct Counter(u32);
 
     #[test]
-    fn state_survives_as_json_also_when_nobody_asked_for_it_between() {
+    fn state_survives_two_restarts_without_being_read_between() {
         let mut memory = Memory::default();
         memory.state::<Counter>().update(|counter| counter.0 += 3);
         memory.widgets.insert("k".into(), Json::from("v"));

@@ -1,20 +1,21 @@
-//! What a page function builds with. Widgets return their value; layout takes closures.
+//! The interface of page functions. Widgets return their value; layout elements take closures.
 
 use super::state::{Memory, State};
 use super::{App, href};
+use crate::channels;
 use crate::tree::Element;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Value as Json, json};
+use serde_json::Value as Json;
 use std::any::{TypeId, type_name};
 use std::collections::{HashMap, HashSet};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-/// Elements of one page; more end the run with an error.
+/// Most elements of one page. A run that builds more fails.
 pub const ELEMENTS_MAX: usize = 5_000;
 
-/// Who looks at which place.
+/// Who visits which place.
 #[derive(Debug, Clone, Default)]
 pub struct Visit {
     pub user: String,
@@ -24,7 +25,7 @@ pub struct Visit {
     pub params: Vec<(String, String)>,
 }
 
-/// What a run asks for besides elements.
+/// What a run does besides building elements.
 #[derive(Debug, Default)]
 pub struct Effects {
     pub navigate: Option<String>,
@@ -52,23 +53,32 @@ impl Tone {
     }
 }
 
-/// One line of a live chart: a dotted path into each sample.
+/// One line of a live chart.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Series {
+    /// A dotted path into each sample.
     pub path: &'static str,
     pub label: &'static str,
-    /// The value is a total: its change a second is shown.
+    /// Whether the value is a total, of which the change per second is shown.
     pub rate: bool,
 }
 
-/// A column of a table: which field, under what head, shown how (`int`, `bytes`, `percent`, `ms`, `us`, `duration`,
-/// `badge`; empty: as it is).
+/// A column of a table.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Column {
+    /// The field of a row that the column shows.
     pub key: &'static str,
     pub label: &'static str,
+    /// `int`, `bytes`, `percent`, `ms`, `us`, `duration` or `badge`; empty to show the value as it is.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub format: &'static str,
+}
+
+/// An option of a select box.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Choice<'a> {
+    value: &'a str,
+    label: &'a str,
 }
 
 pub struct Ui<'a> {
@@ -77,14 +87,15 @@ pub struct Ui<'a> {
     memory: &'a mut Memory,
     clicked: &'a HashSet<String>,
     effects: Effects,
-    /// Siblings built so far, where we are.
+    /// The children built so far of the element that is open.
     siblings: Vec<Element>,
-    /// Of the widgets here: place, then counts by kind.
+    /// The place of the open element. Names of widgets begin with it.
     scope: String,
+    /// How many children of each kind the open element has.
     counts: HashMap<&'static str, usize>,
     next_key: Option<String>,
     built: usize,
-    /// The first thing that the page's function did wrong.
+    /// The first mistake of the page function.
     problem: Option<String>,
 }
 
@@ -105,7 +116,7 @@ impl<'a> Ui<'a> {
         }
     }
 
-    /// What was built, unless it was too much or something in it was wrong.
+    /// Returns what was built, unless it is too much or the page function made a mistake.
     pub(super) fn finish(self) -> Result<(Vec<Element>, Effects), String> {
         if let Some(problem) = self.problem {
             return Err(problem);
@@ -116,7 +127,7 @@ impl<'a> Ui<'a> {
         Ok((self.siblings, self.effects))
     }
 
-    // ── Where and who ──────────────────────────────────────────────────────────────────────────────────────────────
+    // The session: its user, place and data.
 
     pub fn user(&self) -> &str {
         &self.visit.user
@@ -130,7 +141,7 @@ impl<'a> Ui<'a> {
         &self.visit.path
     }
 
-    /// A part of the path that the page's pattern names.
+    /// The value of a parameter that the page's path names.
     pub fn param(&self, name: &str) -> Option<&str> {
         self.visit
             .params
@@ -143,22 +154,23 @@ impl<'a> Ui<'a> {
         &self.visit.query
     }
 
-    /// What [`App::data`] was given for this type.
+    /// The data of this type, as given to [`App::data`].
     ///
     /// # Panics
-    /// If it was given nothing; the session shows the error and lives on.
+    /// If the app has no data of this type. The panic fails the run; the session goes on.
     pub fn data<T: Send + Sync + 'static>(&self) -> Arc<T> {
         let data = self.app.data.get(&TypeId::of::<T>());
-        let data = data.unwrap_or_else(|| panic!("the app was given no data of type {}", type_name::<T>()));
-        data.clone().downcast().expect("stored under its own type")
+        let data =
+            data.unwrap_or_else(|| panic!("the app has no data of type {}; give it with App::data", type_name::<T>()));
+        data.clone().downcast().expect("data is stored under its own type")
     }
 
-    /// This session's value of type `T`, kept between runs and over restarts.
+    /// The session's value of type `T`. It survives runs and restarts.
     pub fn state<T: Default + Serialize + DeserializeOwned + Send + 'static>(&mut self) -> State<T> {
         self.memory.state()
     }
 
-    /// Sends the person to a place inside the app, such as `/console?tab=1`; anywhere else is an error of the run.
+    /// Sends the user to a place inside the app, such as `/console?tab=1`. Any other place fails the run.
     pub fn navigate(&mut self, path: impl Into<String>) {
         let path = path.into();
         if href::is_internal(&path) {
@@ -174,15 +186,15 @@ impl<'a> Ui<'a> {
         self.effects.toasts.push((tone, text.into()));
     }
 
-    /// Gives the next element a key: it stays the same element, with its state, wherever it moves among its siblings.
+    /// Gives the next element a key. With it, the element keeps its state when it moves among its siblings.
     pub fn key(&mut self, key: impl Into<String>) -> &mut Self {
         self.next_key = Some(key.into());
         self
     }
 
-    // ── Layout ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    // Layout.
 
-    /// The whole page under its title.
+    /// The whole page, with its title.
     pub fn page<R>(&mut self, title: &str, build: impl FnOnce(&mut Self) -> R) -> R {
         self.nest(Element::new("page").text("title", title), build)
     }
@@ -203,9 +215,9 @@ impl<'a> Ui<'a> {
         self.nest(Element::new("container").text("direction", "column"), build)
     }
 
-    /// As many columns as weights; build them with [`Self::column`].
+    /// One column for each weight. Build them with [`Self::column`].
     pub fn columns<R>(&mut self, weights: &[u32], build: impl FnOnce(&mut Self) -> R) -> R {
-        self.nest(Element::new("columns").json("weights", json!(weights)), build)
+        self.nest(Element::new("columns").json("weights", weights), build)
     }
 
     pub fn column<R>(&mut self, build: impl FnOnce(&mut Self) -> R) -> R {
@@ -220,24 +232,25 @@ impl<'a> Ui<'a> {
         self.nest(Element::new("expander").text("label", label), build)
     }
 
-    /// Builds only the tab that is chosen; returns which.
+    /// Builds the chosen tab only, and returns its index.
     pub fn tabs(&mut self, labels: &[&str], build: impl FnOnce(&mut Self, usize)) -> usize {
-        let (key, value) = self.widget("tabs", json!(0));
+        let (key, value) = self.widget("tabs", 0.into());
         let chosen = usize::try_from(value.as_u64().unwrap_or(0))
             .unwrap_or(0)
             .min(labels.len().saturating_sub(1));
         let element = Element::new("tabs")
             .number("value", chosen as f64)
-            .json("labels", json!(labels));
+            .json("labels", labels);
+
         self.nest(Element { widget: key, ..element }, |ui| {
-            // Another tab is another element, not the same one with other contents.
+            // A key for each tab, so that another tab is another element and not the same one with other contents.
             ui.key(labels.get(chosen).copied().unwrap_or_default());
             ui.nest(Element::new("tab"), |ui| build(ui, chosen));
         });
         chosen
     }
 
-    /// Widgets whose values are sent together; true in the run that its button asked for.
+    /// Widgets whose values are sent together. Returns true in the run after the form was submitted.
     pub fn form<R>(&mut self, submit: &str, build: impl FnOnce(&mut Self) -> R) -> (bool, R) {
         let key = self.widget_key("form");
         let submitted = self.clicked.contains(&key);
@@ -253,7 +266,9 @@ impl<'a> Ui<'a> {
         let outer = self.scope.len();
         self.scope.push('/');
         self.scope.push_str(&place);
+
         let result = build(self);
+
         self.scope.truncate(outer);
         self.counts = counts;
         element.children = std::mem::replace(&mut self.siblings, siblings);
@@ -261,7 +276,7 @@ impl<'a> Ui<'a> {
         result
     }
 
-    /// What tells this element from its siblings: its key, or its kind and count.
+    /// Returns what identifies the next element among its siblings: its kind with its key or its count.
     fn place(&mut self, kind: &'static str) -> String {
         let count = self.counts.entry(kind).or_default();
         *count += 1;
@@ -273,7 +288,7 @@ impl<'a> Ui<'a> {
 
     fn push(&mut self, element: Element) {
         self.built += 1;
-        // Counted on, so that the error can say how many there would have been.
+        // Elements beyond the limit are still counted, for the error.
         if self.built <= ELEMENTS_MAX {
             self.siblings.push(element);
         }
@@ -284,9 +299,9 @@ impl<'a> Ui<'a> {
         self.push(element);
     }
 
-    // ── Show ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    // Elements that show something.
 
-    /// Level 1 to 4.
+    /// `level` is 1 to 4.
     pub fn heading(&mut self, level: u8, text: impl Into<String>) {
         self.show(
             Element::new("heading")
@@ -316,7 +331,7 @@ impl<'a> Ui<'a> {
     }
 
     pub fn table(&mut self, columns: &[Column], rows: Json) {
-        self.show(Element::new("table").json("columns", json!(columns)).json("rows", rows));
+        self.show(Element::new("table").json("columns", columns).json("rows", rows));
     }
 
     pub fn metric(&mut self, label: &str, value: impl Into<String>, unit: &str) {
@@ -349,10 +364,10 @@ impl<'a> Ui<'a> {
         self.show(Element::new("divider"));
     }
 
-    /// Shown as chosen where `href` is the place we are at.
+    /// A link. It is shown as active if `href` is the current path.
     pub fn link(&mut self, href: &str, label: &str) {
         if !href::is_safe(href) {
-            let problem = format!("a link cannot lead to {href:?}; it begins with one slash, https:// or mailto:");
+            let problem = format!("a link cannot lead to {href:?}; it must start with one slash, https:// or mailto:");
             self.problem.get_or_insert(problem);
         }
         let active = self.visit.path == href;
@@ -364,7 +379,7 @@ impl<'a> Ui<'a> {
         );
     }
 
-    /// From 0.0 to 1.0.
+    /// `value` is 0.0 to 1.0.
     pub fn progress(&mut self, label: &str, value: f64) {
         self.show(
             Element::new("progress")
@@ -373,9 +388,9 @@ impl<'a> Ui<'a> {
         );
     }
 
-    // ── Widgets ────────────────────────────────────────────────────────────────────────────────────────────────────
+    // Widgets.
 
-    /// True in the run that a click asked for.
+    /// Returns true in the run after a click.
     pub fn button(&mut self, label: &str) -> bool {
         let key = self.widget_key("button");
         let clicked = self.clicked.contains(&key);
@@ -432,30 +447,23 @@ impl<'a> Ui<'a> {
         value
     }
 
-    /// The option chosen; the first one until somebody chooses.
+    /// Returns the chosen option, which is the first one at the start.
     pub fn radio(&mut self, label: &str, options: &[&str]) -> String {
-        let element = Element::new("radio")
-            .text("label", label)
-            .json("options", json!(options));
+        let element = Element::new("radio").text("label", label).json("options", options);
         self.choice_widget(element, options.iter().map(|option| (*option).to_string()).collect())
     }
 
-    /// Options as value and label; returns the value.
+    /// Takes options as pairs of value and label, and returns the chosen value.
     pub fn selectbox(&mut self, label: &str, options: &[(&str, &str)]) -> String {
-        let listed: Vec<Json> = options
-            .iter()
-            .map(|(value, label)| json!({"value": value, "label": label}))
-            .collect();
-        let element = Element::new("selectbox")
-            .text("label", label)
-            .json("options", listed.into());
+        let choices: Vec<Choice<'_>> = options.iter().map(|&(value, label)| Choice { value, label }).collect();
+        let element = Element::new("selectbox").text("label", label).json("options", choices);
         self.choice_widget(element, options.iter().map(|(value, _)| (*value).to_string()).collect())
     }
 
     fn choice_widget(&mut self, element: Element, options: Vec<String>) -> String {
         let first = options.first().cloned().unwrap_or_default();
         let (widget, value) = self.widget(element.kind, first.clone().into());
-        // An option that is offered no longer is not chosen any more.
+        // The chosen option may have been removed since.
         let value = options
             .into_iter()
             .find(|option| value == option.as_str())
@@ -464,7 +472,7 @@ impl<'a> Ui<'a> {
         value
     }
 
-    /// A widget's name and its value now.
+    /// Returns a widget's name and its current value.
     fn widget(&mut self, kind: &'static str, default: Json) -> (String, Json) {
         let key = self.widget_key(kind);
         let value = self.memory.widgets.get(&key).cloned().unwrap_or(default);
@@ -476,39 +484,35 @@ impl<'a> Ui<'a> {
         format!("{}/{place}", self.scope)
     }
 
-    // ── Bound to a channel: they move without a run ────────────────────────────────────────────────────────────────
+    // Elements bound to a channel. They update without a run.
 
-    /// What opens the dialog for a new room; the room is then at `href` followed by its id.
+    /// A button that opens the dialog for a new room, whose address will be `href` followed by its id.
     pub fn new_room(&mut self, href: &str) {
         self.show(Element::new("new_room").text("href", href));
     }
 
-    /// A room: its messages, who is there, and a field to write in.
+    /// A room: its messages, the people in it, and a field for a new message.
     ///
-    /// `manages`: this person may delete the room and stop any answer in it; `operates`: ask again for any.
+    /// With `manages` the user may delete the room and stop any answer in it; with `operates`, ask again for any.
     pub fn chat(&mut self, room: &str, title: &str, assistant: &str, manages: bool, operates: bool) {
         let element = Element::new("chat")
             .text("room", room)
-            .text("channel", format!("chat:{room}"));
+            .text("channel", channels::of_room(room));
         let me = self.visit.user.clone();
         let element = element.text("title", title).text("me", me).text("assistant", assistant);
         self.show(element.flag("manages", manages).flag("operates", operates));
     }
 
-    /// `window`: seconds shown.
+    /// A line for each series, over the last `window` seconds.
     pub fn live_line_chart(&mut self, channel: &str, title: &str, unit: &str, series: &[Series], window: u32) {
         let element = Element::new("live_line_chart")
             .text("channel", channel)
             .text("title", title)
             .text("unit", unit);
-        self.show(
-            element
-                .json("series", json!(series))
-                .number("window", f64::from(window)),
-        );
+        self.show(element.json("series", series).number("window", f64::from(window)));
     }
 
-    /// One line a name of the object at `path`.
+    /// A line for each name in the object at `path`, over the last `window` seconds.
     pub fn live_breakdown(&mut self, channel: &str, title: &str, path: &str, rate: bool, window: u32) {
         let element = Element::new("live_breakdown")
             .text("channel", channel)
@@ -526,9 +530,9 @@ impl<'a> Ui<'a> {
         self.show(element.number("digits", f64::from(digits)));
     }
 
-    /// The records at `path`; `empty` is shown when there are none.
+    /// A table of the records at `path`. Shows `empty` when there are none.
     pub fn live_table(&mut self, channel: &str, path: &str, columns: &[Column], empty: &str) {
         let element = Element::new("live_table").text("channel", channel).text("path", path);
-        self.show(element.json("columns", json!(columns)).text("empty", empty));
+        self.show(element.json("columns", columns).text("empty", empty));
     }
 }

@@ -1,11 +1,13 @@
-//! The assistant's answers: asked for at the router, relayed to the room piece by piece, ended by the result.
+//! The assistant's answers. An answer is a task: it is requested from the router, its output is relayed to the room
+//! piece by piece, and its result ends it.
 //!
-//! An answer's row is committed before it is asked for, and asking again with the same request changes nothing: after a
-//! crash every answer that has not ended is asked for again.
+//! An answer is committed to the database before it is requested, and a repeated request is idempotent. So after a crash
+//! every answer that has not ended is requested again.
 
-use super::store::{ANSWER_MAX_MS, Answer, REQUEST_PREFIX, Store, TENANT};
-use super::{channel, say};
-use crate::channels::Channels;
+use super::prompt::{ANSWER_MAX_MS, REQUEST_PREFIX, TENANT};
+use super::publish::publish;
+use super::store::{Answer, Store};
+use crate::channels::{self, Channels};
 use crate::db::{Result, now_ms};
 use bus::{Bus, Consumer, ConsumerConfig, Delivery, Headers, Subscription};
 use parking_lot::Mutex;
@@ -17,23 +19,26 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::chat::{Event, Message, State};
 use wire::router::{
-    AnswerHead, Awaited, DecideRequest, ErrorResponse, ExecResult, OutputChunk, ResultStatus, RouterCode, TaskQuery,
+    AnswerHead, Awaited, DecideRequest, ErrorBody, ErrorResponse, ExecResult, OutputChunk, ResultStatus, RouterCode,
+    TaskQuery,
 };
 use wire::subjects;
 
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Pauses between tries while no router answers; then the answer fails and can be asked for again.
+/// Pauses in ms between attempts to reach a router. After the last one the answer fails.
 const ASK_PAUSES: [u64; 7] = [100, 200, 500, 1000, 2000, 5000, 10_000];
-/// While no provider can take it, only after pauses up to this one.
-const SHORT: u64 = 500;
-/// An answer without a result for this long beyond its time has failed.
+/// While no provider is available, attempts end after a pause of this many ms: outages last longer than people wait.
+const NO_PROVIDER_PAUSE_MAX: u64 = 500;
+/// An answer fails if its result is late by this much.
 const GRACE_MS: i64 = 60_000;
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
-/// An answer that nobody here has heard of for this long is asked for again: whoever took its message may be gone.
+/// A streaming answer of this age that this web app does not know is requested again: the web app that took the message
+/// may have died before it could.
 const ORPHAN_MS: i64 = 15_000;
-/// A room is told how an answer ended for so many deliveries of its result.
-const TELL_MAX: u32 = 20;
-/// Of an answer, bytes; the rest is left out. As JSON six times as much at worst, which still fits a publication.
+/// Give up notifying the room after this many deliveries of a result.
+const NOTIFY_DELIVERIES_MAX: u32 = 20;
+/// Largest text of an answer in bytes; the rest is cut off. JSON escapes make it six times as long at worst, which still
+/// fits a publication.
 const TEXT_MAX: usize = 128 * 1024;
 const OUTPUT_QUEUE: usize = 4096;
 
@@ -41,7 +46,7 @@ pub struct Answers {
     bus: Bus,
     store: Store,
     channels: Channels,
-    /// Of those that have not ended, what has come, by request id.
+    /// The output so far of answers that have not ended, by request id.
     partial: Mutex<HashMap<String, Partial>>,
     asking: TaskTracker,
     stopping: CancellationToken,
@@ -68,6 +73,13 @@ fn task(assignment_id: Option<String>) -> Awaited {
     Awaited { tenant_id: TENANT.into(), assignment_id }
 }
 
+enum Decision {
+    /// With the id of the assignment, if the router names it.
+    Accepted(Option<String>),
+    Refused(ErrorBody),
+}
+
+/// The subscriptions that [`Answers::run`] consumes.
 pub struct Inputs {
     output: Subscription,
     results: Consumer,
@@ -88,7 +100,7 @@ impl Answers {
 
     pub async fn subscribe(&self) -> bus::Result<Inputs> {
         bus::streams::declare(&self.bus).await?;
-        let all = format!("{}*", subjects::OUTPUT_PREFIX);
+        let output = format!("{}*", subjects::OUTPUT_PREFIX);
         let results = ConsumerConfig {
             stream: subjects::STREAM_RESULT,
             name: "webapp-chat".into(),
@@ -99,7 +111,7 @@ impl Answers {
             from_start: true,
         };
         Ok(Inputs {
-            output: self.bus.subscribe(&all, None, OUTPUT_QUEUE).await?,
+            output: self.bus.subscribe(&output, None, OUTPUT_QUEUE).await?,
             results: self.bus.consume(results).await?,
         })
     }
@@ -108,23 +120,26 @@ impl Answers {
         for answer in self.store.streaming().await? {
             self.ask(answer);
         }
+
         tokio::join!(
             self.relay(inputs.output, cancel.clone()),
             self.take_results(inputs.results, cancel.clone()),
             self.sweep(cancel.clone()),
         );
+
         self.stopping.cancel();
         self.asking.close();
         self.asking.wait().await;
         Ok(())
     }
 
-    /// Has the router find somebody to answer, in the background.
+    /// Requests an answer from the router, in the background.
     pub fn ask(self: &Arc<Self>, answer: Answer) {
         self.partial
             .lock()
             .entry(answer.request_id.clone())
             .or_insert_with(|| Partial::of(&answer.message));
+
         let answers = self.clone();
         self.asking.spawn(async move {
             let asked = tokio::select! {
@@ -137,54 +152,68 @@ impl Answers {
         });
     }
 
+    /// Returns why the answer cannot be had, in words for the room.
     async fn try_to_ask(&self, answer: &Answer) -> Result<(), String> {
         let request: DecideRequest = serde_json::from_str(&answer.request).map_err(|e| e.to_string())?;
-        let trace_id = request.trace_id.unwrap_or_default();
+        let trace_id = request.trace_id.as_deref().unwrap_or_default();
+        let request_id = &answer.request_id;
+
         let mut problem = String::new();
         for pause in [0].into_iter().chain(ASK_PAUSES) {
             tokio::time::sleep(Duration::from_millis(pause)).await;
-            if !self.partial.lock().contains_key(&answer.request_id) {
+            if !self.partial.lock().contains_key(request_id) {
                 return Ok(()); // stopped meanwhile
             }
-            let headers = Headers::new()
-                .with("trace_id", &trace_id)
-                .with("tenant_id", &request.tenant_id)
-                .with("version", &request.version);
-            let reply = self
-                .bus
-                .request(subjects::DECIDE, headers, answer.request.clone().into(), ASK_TIMEOUT)
-                .await;
-            let reply = match reply {
-                Ok(reply) => reply.payload,
+
+            let refusal = match self.decide(&request, answer, trace_id).await {
+                Ok(Decision::Accepted(assignment_id)) => {
+                    if let Some(partial) = self.partial.lock().get_mut(request_id) {
+                        partial.task = task(assignment_id);
+                    }
+                    tracing::debug!(trace_id, request_id, "the router accepted the request for an answer");
+                    return Ok(());
+                }
+                Ok(Decision::Refused(refusal)) => refusal,
                 Err(error) => {
-                    tracing::debug!(trace_id, request_id = answer.request_id, %error, "no router has answered");
+                    tracing::debug!(trace_id, request_id, %error, "no router has answered");
                     problem = format!("no router can be reached; try again (trace {trace_id})");
                     continue;
                 }
             };
-            let Ok(refusal) = serde_json::from_slice::<ErrorResponse>(&reply) else {
-                let head = serde_json::from_slice::<AnswerHead>(&reply).ok();
-                if let Some(partial) = self.partial.lock().get_mut(&answer.request_id) {
-                    partial.task = task(head.and_then(|head| head.assignment_id));
-                }
-                tracing::debug!(trace_id, request_id = answer.request_id, "an answer was asked for");
-                return Ok(());
+
+            let temporary = match &refusal.code {
+                RouterCode::NoProviderAvailable => pause <= NO_PROVIDER_PAUSE_MAX,
+                _ => matches!(refusal.status(), 429 | 503),
             };
-            // What cannot pass by waiting fails now; a provider that is out is out for longer than a person waits.
-            let passes = match &refusal.error.code {
-                RouterCode::NoProviderAvailable => pause <= SHORT,
-                _ => matches!(refusal.error.status(), 429 | 503),
-            };
-            problem = refusal.error.message;
-            if !passes {
+            problem = refusal.message;
+            if !temporary {
                 break;
             }
         }
-        tracing::warn!(trace_id, request_id = answer.request_id, problem, "an answer could not be asked for");
+
+        tracing::warn!(trace_id, request_id, problem, "cannot request an answer");
         Err(problem)
     }
 
-    /// Adds what has come of a streaming answer.
+    /// Asks the router once. An error means that none has answered.
+    async fn decide(&self, request: &DecideRequest, answer: &Answer, trace_id: &str) -> bus::Result<Decision> {
+        let headers = Headers::new()
+            .with("trace_id", trace_id)
+            .with("tenant_id", &request.tenant_id)
+            .with("version", &request.version);
+        let reply = self
+            .bus
+            .request(subjects::DECIDE, headers, answer.request.clone().into(), ASK_TIMEOUT)
+            .await?;
+
+        if let Ok(refusal) = serde_json::from_slice::<ErrorResponse>(&reply.payload) {
+            return Ok(Decision::Refused(refusal.error));
+        }
+        let head = serde_json::from_slice::<AnswerHead>(&reply.payload).ok();
+        Ok(Decision::Accepted(head.and_then(|head| head.assignment_id)))
+    }
+
+    /// Adds the output so far to the message of a streaming answer.
     pub fn fill(&self, message: &mut Message) {
         let partial = self.partial.lock();
         if let Some(partial) = partial.values().find(|partial| partial.id == message.id) {
@@ -194,13 +223,14 @@ impl Answers {
         }
     }
 
-    /// Forgets an answer whose room is deleted, and has the router end its task.
-    pub async fn drop_one(&self, answer: &Answer) {
+    /// Drops an answer whose room was deleted, and cancels its task.
+    pub async fn abandon(&self, answer: &Answer) {
         self.partial.lock().remove(&answer.request_id);
         self.cancel(answer).await;
     }
 
-    /// Asks the router to cancel; the result ends the message. A task it does not know ends here.
+    /// Cancels the task of an answer, whose result then ends the answer. If no router knows the task, there will be no
+    /// result, so the answer ends right away.
     pub async fn stop(&self, answer: &Answer) -> Result<()> {
         if !self.cancel(answer).await {
             self.end(&answer.request_id, State::Stopped, None, None).await?;
@@ -208,11 +238,10 @@ impl Answers {
         Ok(())
     }
 
-    /// Whether a router knows the task and ends it.
+    /// Returns whether a router knew the task and cancels it.
     async fn cancel(&self, answer: &Answer) -> bool {
-        let query =
-            serde_json::to_vec(&TaskQuery { request_id: answer.request_id.clone(), tenant_id: Some(TENANT.into()) })
-                .expect("a query is JSON");
+        let query = TaskQuery { request_id: answer.request_id.clone(), tenant_id: Some(TENANT.into()) };
+        let query = serde_json::to_vec(&query).expect("a query serializes to JSON");
         let reply = self
             .bus
             .request(subjects::CANCEL, Headers::new(), query.into(), ASK_TIMEOUT)
@@ -220,15 +249,13 @@ impl Answers {
         reply.is_ok_and(|reply| serde_json::from_slice::<ErrorResponse>(&reply.payload).is_err())
     }
 
+    /// Relays the output of answers to their rooms.
     async fn relay(&self, mut output: Subscription, cancel: CancellationToken) {
         while let Some(message) = tokio::select! { () = cancel.cancelled() => None, message = output.next() => message }
         {
-            // Most of the output on the bus is none of ours.
-            if !message
-                .subject
-                .strip_prefix(subjects::OUTPUT_PREFIX)
-                .is_some_and(|id| id.starts_with(REQUEST_PREFIX))
-            {
+            // The subscription also receives the output of all other tasks.
+            let request_id = message.subject.strip_prefix(subjects::OUTPUT_PREFIX);
+            if !request_id.is_some_and(|id| id.starts_with(REQUEST_PREFIX)) {
                 continue;
             }
             let Ok(chunk) = serde_json::from_slice::<OutputChunk>(&message.payload) else {
@@ -237,17 +264,19 @@ impl Answers {
             if !self.is_open(&chunk.request_id).await {
                 continue;
             }
+
             let Some((room, event)) = self.add(&chunk) else {
                 continue;
             };
-            // Not kept in the channel: a page that misses a piece sees the gap and reads the message again.
-            if let Err(error) = self.channels.publish_passing(&channel(&room), &event).await {
-                tracing::debug!(request_id = chunk.request_id, error, "a piece of an answer was not published");
+            // The channel's history need not keep pieces: a page that misses one sees the gap and reloads the message.
+            let channel = channels::of_room(&room);
+            if let Err(error) = self.channels.publish_passing(&channel, &event).await {
+                tracing::debug!(request_id = chunk.request_id, error, "cannot publish a piece of an answer");
             }
         }
     }
 
-    /// Whether it is an answer that has not ended; another web app may have asked for it.
+    /// Whether the answer has not ended. One that another web app requested is looked up, and remembered.
     async fn is_open(&self, request_id: &str) -> bool {
         if self.partial.lock().contains_key(request_id) {
             return true;
@@ -264,16 +293,20 @@ impl Answers {
         }
     }
 
+    /// Appends a piece of output. Returns the room and its event, or `None` for a piece that is foreign, repeated or late,
+    /// or does not fit.
     fn add(&self, chunk: &OutputChunk) -> Option<(String, Event)> {
         let text = match &chunk.data {
             Json::String(text) => text.clone(),
             other => other.to_string(),
         };
+
         let mut partials = self.partial.lock();
         let partial = partials.get_mut(&chunk.request_id)?;
         if !is_of(&partial.task, &chunk.assignment_id, chunk.tenant_id.as_deref()) {
             return None;
         }
+
         let seq = chunk.seq + 1;
         if chunk.attempt > partial.attempt {
             (partial.attempt, partial.seq) = (chunk.attempt, 0);
@@ -283,9 +316,10 @@ impl Answers {
             return None;
         }
         if seq > partial.seq + 1 {
-            // What is kept of an answer that is stopped must not read as if it were whole.
+            // Marks the gap: if the answer is stopped, this text is kept.
             partial.text.push('…');
         }
+
         partial.seq = seq;
         partial.text.push_str(&text);
         Some((partial.room.clone(), Event::Delta { id: partial.id, attempt: chunk.attempt, seq, text }))
@@ -299,18 +333,18 @@ impl Answers {
             let settled = match &taken {
                 Ok(()) => delivery.ack().await,
                 Err(error) => {
-                    tracing::warn!(error, "an answer could not be ended; trying again");
+                    tracing::warn!(error, "cannot end an answer; trying again");
                     delivery.nak(Duration::from_secs(1)).await
                 }
             };
             if let Err(error) = settled {
-                tracing::debug!(%error, "a result was not settled; it comes again");
+                tracing::debug!(%error, "cannot settle a result; it will be redelivered");
             }
         }
     }
 
     async fn take_result(&self, delivery: &Delivery) -> Result<(), String> {
-        // What cannot be read is the router's to bury.
+        // The router moves unreadable results to the DLQ.
         let Ok(result) = ExecResult::decode(&delivery.message.payload) else {
             return Ok(());
         };
@@ -322,9 +356,11 @@ impl Answers {
             .lock()
             .get(&result.request_id)
             .map(|partial| partial.task.clone());
-        if !is_of(&known.unwrap_or_else(|| task(None)), &result.assignment_id, result.tenant_id.as_deref()) {
+        let awaited = known.unwrap_or_else(|| task(None));
+        if !is_of(&awaited, &result.assignment_id, result.tenant_id.as_deref()) {
             return Ok(());
         }
+
         let error = result.error_message.clone().or(result.error_code.clone());
         let (state, error) = match result.status {
             ResultStatus::Success => (State::Done, None),
@@ -333,39 +369,42 @@ impl Answers {
             ResultStatus::Error => (State::Failed, Some(error.unwrap_or_else(|| "the answer failed".into()))),
         };
         let text = result.output.as_ref().map(text_of);
-        let told = self
+        let notified = self
             .end(&result.request_id, state, text, error)
             .await
             .map_err(|e| e.to_string())?;
-        if !told && delivery.delivered < TELL_MAX {
-            return Err("the room was not told".into());
+        if !notified && delivery.delivered < NOTIFY_DELIVERIES_MAX {
+            return Err("cannot notify the room".into());
         }
+
         let trace_id = result.trace_id.as_deref().unwrap_or_default();
         tracing::info!(trace_id, request_id = result.request_id, state = state.as_str(), "an answer ended");
         Ok(())
     }
 
-    /// Ends an answer in the database, then in the room; whether the room has been told. Without a text, what has come
-    /// so far stays.
+    /// Ends an answer in the database, then in the room. Returns whether the room was notified. Without a text, the
+    /// output so far becomes the text.
     async fn end(&self, request_id: &str, state: State, text: Option<String>, error: Option<String>) -> Result<bool> {
         let partial = self.partial.lock().get(request_id).cloned();
         let text = text
             .or_else(|| partial.as_ref().map(|partial| partial.text.clone()))
             .unwrap_or_default();
+
         let ended = self
             .store
             .finish(request_id, state, cut(&text), error.as_deref())
             .await?;
         self.partial.lock().remove(request_id);
-        // Had it ended before, a crash may have come between that and the room: say again how it ended.
+
+        // It may have ended before a crash that came before the notification, so notify the room again.
         let message = match ended {
             Some(message) => Some(message),
             None => self.store.answer_of(request_id).await?.map(|answer| answer.message),
         };
         if let Some(mut message) = message.filter(|message| message.state != State::Streaming) {
             message.attempt = partial.map(|partial| partial.attempt);
-            if let Err(error) = say(&self.channels, &message).await {
-                tracing::warn!(request_id, error, "a room was not told that an answer ended; it shows when read again");
+            if let Err(error) = publish(&self.channels, &message).await {
+                tracing::warn!(request_id, error, "cannot notify a room that an answer ended");
                 return Ok(false);
             }
         }
@@ -374,7 +413,7 @@ impl Answers {
 
     async fn fail(&self, request_id: &str, problem: &str) {
         if let Err(error) = self.end(request_id, State::Failed, None, Some(problem.into())).await {
-            tracing::error!(request_id, %error, "an answer failed, and that could not be written; it is tried again later");
+            tracing::error!(request_id, %error, "cannot write that an answer failed; the next sweep tries again");
         }
     }
 
@@ -383,23 +422,24 @@ impl Answers {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while tokio::select! { () = cancel.cancelled() => false, _ = ticks.tick() => true } {
             if let Err(error) = self.sweep_once(now_ms()).await {
-                tracing::warn!(%error, "open answers cannot be read");
+                tracing::warn!(%error, "cannot sweep the streaming answers");
             }
             if let Err(error) = self.store.forget_spent(now_ms()).await {
-                tracing::warn!(%error, "what was spent of old quotas was not removed");
+                tracing::warn!(%error, "cannot delete old records of spent quotas");
             }
         }
     }
 
-    /// Fails what nobody will answer any more, so that nothing streams for ever; asks again for what nobody may have
-    /// asked for; forgets what another web app has ended.
+    /// Fails answers whose time is up, requests orphans again, and forgets answers that another web app ended.
     async fn sweep_once(self: &Arc<Self>, now: i64) -> Result<()> {
+        // Before the query: an answer that is added meanwhile may be missing from `open`.
         let before: HashSet<String> = self.partial.lock().keys().cloned().collect();
         let open = self.store.streaming().await?;
         let ids: HashSet<&str> = open.iter().map(|answer| &*answer.request_id).collect();
         self.partial
             .lock()
             .retain(|id, _| ids.contains(&**id) || !before.contains(id));
+
         for answer in open {
             let age = now - answer.asked_at;
             if age > i64::try_from(ANSWER_MAX_MS).unwrap_or(i64::MAX) + GRACE_MS {
@@ -413,13 +453,13 @@ impl Answers {
     }
 }
 
-/// Whether output or a result is the answer's: another tenant's task may have the same request id. A v1 worker names no
-/// tenant, and nobody else is told the request ids of answers.
+/// Whether output or a result belongs to the answer: another tenant's task may have the same request id. A v1 worker does
+/// not name the tenant; that is safe, since nobody else learns the request ids of answers.
 fn is_of(task: &Awaited, assignment_id: &str, tenant_id: Option<&str>) -> bool {
     task.owns(assignment_id, tenant_id).unwrap_or(true)
 }
 
-/// An output as a message: its text, or its JSON.
+/// The text that the room shows for an output: its text, or its JSON as a code block.
 fn text_of(output: &Json) -> String {
     match output {
         Json::String(text) => text.clone(),
@@ -463,13 +503,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_another_web_app_has_ended_is_forgotten() {
+    async fn answer_ended_by_another_web_app_is_forgotten() {
         let dir = tempfile::tempdir().unwrap();
         let answers = answers(dir.path()).await;
         let answer = asked(&answers).await;
         assert!(answers.is_open(&answer.request_id).await);
         answers.sweep_once(answer.asked_at).await.unwrap();
-        assert_eq!(answers.partial.lock().len(), 1, "it has not ended");
+        assert_eq!(answers.partial.lock().len(), 1, "it has not ended yet");
+
         answers
             .store
             .finish(&answer.request_id, State::Done, "hello", None)
@@ -481,12 +522,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pieces_are_taken_once_and_a_gap_shows() {
+    async fn pieces_are_appended_once_and_a_gap_is_marked() {
         let dir = tempfile::tempdir().unwrap();
         let answers = answers(dir.path()).await;
         let answer = asked(&answers).await;
         assert!(answers.is_open(&answer.request_id).await);
         let pieces = [(1, 0, "a"), (1, 0, "a"), (1, 3, "d"), (1, 2, "c"), (2, 0, "A"), (1, 4, "e"), (2, 1, "B")];
+
         let taken = pieces.map(|(attempt, seq, text)| {
             let chunk = json!({
                 "request_id": answer.request_id, "assignment_id": "a", "attempt": attempt, "seq": seq, "data": text,
@@ -494,13 +536,14 @@ mod tests {
             let taken = answers.add(&serde_json::from_value(chunk).unwrap()).is_some();
             (taken, answers.partial.lock()[&answer.request_id].text.clone())
         });
+
         let expected =
             [(true, "a"), (false, "a"), (true, "a…d"), (false, "a…d"), (true, "A"), (false, "A"), (true, "AB")];
         assert_eq!(taken, expected.map(|(taken, text)| (taken, text.to_string())));
     }
 
     #[tokio::test]
-    async fn another_tenants_task_of_the_same_request_id_does_not_write_into_an_answer() {
+    async fn task_of_another_tenant_with_the_same_request_id_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         let answers = answers(dir.path()).await;
         let answer = asked(&answers).await;
@@ -513,7 +556,7 @@ mod tests {
             }
             answers.add(&serde_json::from_value(chunk).unwrap()).is_some()
         };
-        assert!(!add("b", Some("acme"), 0), "its tenant is another");
+        assert!(!add("b", Some("acme"), 0), "another tenant");
         assert!(add("a", Some(TENANT), 0));
         answers
             .partial
@@ -522,21 +565,23 @@ mod tests {
             .unwrap()
             .task
             .assignment_id = Some("a".into());
-        assert!(!add("b", None, 1), "its assignment is another");
-        assert!(add("a", None, 1), "a v1 worker names no tenant");
+        assert!(!add("b", None, 1), "another assignment");
+        assert!(add("a", None, 1), "a v1 worker does not name the tenant");
         assert_eq!(answers.partial.lock()[&answer.request_id].text, "aa");
     }
 
     #[tokio::test]
-    async fn what_nobody_asked_for_is_asked_for_and_in_the_end_it_fails() {
+    async fn orphaned_answer_is_requested_again_and_finally_fails() {
         let dir = tempfile::tempdir().unwrap();
         let answers = answers(dir.path()).await;
         let mut routers = answers.bus.subscribe(subjects::DECIDE, None, 8).await.unwrap();
         let answer = asked(&answers).await;
         answers.sweep_once(answer.asked_at + ORPHAN_MS).await.unwrap();
-        assert!(answers.partial.lock().is_empty(), "whoever took the message may still ask");
+        assert!(answers.partial.lock().is_empty(), "the web app that took the message may still request it");
+
         answers.sweep_once(answer.asked_at + ORPHAN_MS + 1).await.unwrap();
         assert_eq!(routers.next().await.unwrap().payload, answer.request.clone());
+
         let late = answer.asked_at + i64::try_from(ANSWER_MAX_MS).unwrap() + GRACE_MS + 1;
         answers.sweep_once(late).await.unwrap();
         let failed = answers.store.answer(answer.message.id).await.unwrap().unwrap().message;

@@ -11,7 +11,7 @@ use sqlx::AnyConnection;
 use std::time::{Duration, Instant};
 use wire::realtime::ErrorCode;
 
-/// Notes that one is typing: at once, then one each pause. More are dropped.
+/// Typing notices: a burst of this many, then one per pause. More are dropped.
 const TYPING: u32 = 10;
 const TYPING_PAUSE: Duration = Duration::from_secs(1);
 const HOUR_MS: i64 = 3_600_000;
@@ -20,7 +20,7 @@ const HOURS: i64 = 24;
 /// Quotas of each user.
 #[derive(Debug, Clone, Copy)]
 pub struct Quotas {
-    /// Answers of the assistant that come at the same time.
+    /// Answers of the assistant that stream at the same time.
     pub runs_at_once: u32,
     pub runs_per_minute: u32,
     pub runs_per_day: u32,
@@ -45,7 +45,7 @@ impl Default for Quotas {
 /// A quota that is used up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Over {
-    #[error("you have {0} answers coming, the most at once; wait for one to end, or stop it")]
+    #[error("you have {0} answers streaming, which is the limit; wait for one to end, or stop it")]
     AtOnce(u32),
     #[error("you may {what} {most} times a minute; try again in {wait_s} s")]
     Minute { what: &'static str, most: u32, wait_s: u64 },
@@ -63,14 +63,14 @@ impl From<Over> for Refusal {
     }
 }
 
-/// Why something is not written.
+/// Why the store refused to write.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
     #[error(transparent)]
     Database(#[from] Error),
     #[error(transparent)]
     Over(#[from] Over),
-    #[error("the room is not there")]
+    #[error("there is no such room")]
     NoRoom,
 }
 
@@ -80,7 +80,7 @@ impl From<sqlx::Error> for Refused {
     }
 }
 
-/// Spent at once, or by the hour.
+/// Amounts that are charged to quotas.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Spent {
     pub messages: i64,
@@ -92,11 +92,11 @@ const ASK: &str = "ask the assistant";
 const SEND: &str = "send a message";
 
 impl Quotas {
-    /// Charges `more` to the user's daily quota in the caller's transaction; charges nothing and fails if that would exceed
-    /// it. On an error the caller rolls back.
+    /// Charges `more` to the user's daily quota in the caller's transaction. Fails if that exceeds the quota; the caller
+    /// must then roll back.
     pub async fn spend(&self, tx: &mut AnyConnection, user: &str, more: Spent, now_ms: i64) -> Result<(), Refused> {
         let hour = now_ms / HOUR_MS;
-        // Written before it is summed: the row's lock makes parallel transactions of a user take turns.
+        // Insert before the sum: the lock on the row makes concurrent transactions of a user take turns.
         let insert = "INSERT INTO quota_spent (user_id, hour, messages, runs, rooms) VALUES ($1, $2, $3, $4, $5)
             ON CONFLICT (user_id, hour) DO UPDATE SET messages = quota_spent.messages + excluded.messages,
             runs = quota_spent.runs + excluded.runs, rooms = quota_spent.rooms + excluded.rooms";
@@ -124,25 +124,25 @@ impl Quotas {
         Ok(())
     }
 
-    /// Whether a user may have another answer coming.
+    /// Fails if the user has as many streaming answers as allowed.
     pub async fn at_once(&self, tx: &mut AnyConnection, user: &str) -> Result<(), Refused> {
         let count = "SELECT COUNT(*) FROM messages WHERE state = 'streaming' AND asker = $1";
-        let (coming,): (i64,) = sqlx::query_as(count).bind(user).fetch_one(tx).await?;
-        if coming >= i64::from(self.runs_at_once) {
+        let (streaming,): (i64,) = sqlx::query_as(count).bind(user).fetch_one(tx).await?;
+        if streaming >= i64::from(self.runs_at_once) {
             return Err(Over::AtOnce(self.runs_at_once).into());
         }
         Ok(())
     }
 }
 
-/// Forgets what was spent before the day that counts.
+/// Deletes records of quotas spent more than a day ago.
 pub async fn forget(db: &crate::db::Db, now_ms: i64) -> Result<()> {
     let delete = sqlx::query("DELETE FROM quota_spent WHERE hour <= $1").bind(now_ms / HOUR_MS - HOURS);
     delete.execute(db.write()).await?;
     Ok(())
 }
 
-/// What users have done within the last minute.
+/// The quotas per minute, counted in memory.
 pub struct Minute {
     quotas: Quotas,
     rates: Mutex<Rates>,
@@ -174,7 +174,7 @@ impl Minute {
         taken.map_err(|wait| over(ASK, self.quotas.runs_per_minute, wait))
     }
 
-    /// Whether others may be told that a user is typing.
+    /// Whether a typing notice may go out.
     pub fn typing(&self, user: &str, now: Instant) -> bool {
         self.rates.lock().typing.take(&user.to_string(), now).is_ok()
     }

@@ -1,7 +1,7 @@
-//! The rooms, few enough to keep in memory; every web app reloads when one of them makes a room.
+//! The rooms. They are few, so every web app keeps them in memory, and reloads them when one of them changes a room.
 
 use super::quotas::{Quotas, Refused, Spent};
-use crate::channels::{Channels, LOBBY};
+use crate::channels::{self, Channels, LOBBY};
 use crate::db::{Db, Result, now_ms};
 use crate::rpc::Refusal;
 use bus::{Bus, Subscription};
@@ -12,14 +12,14 @@ use tokio_util::sync::CancellationToken;
 use wire::chat::{Event, Room};
 use wire::realtime::ErrorCode;
 
-/// Core, to every web app: the rooms have changed.
+/// On this subject, a web app tells all others that the rooms have changed.
 const CHANGED: &str = "beamline.webapp.v1.rooms";
-/// A word of a change may be lost.
+/// The notice of a change may be lost, so rooms are also reloaded this often.
 const RELOAD_EVERY: Duration = Duration::from_secs(10);
+/// Longest name in bytes.
 const NAME_MAX: usize = 48;
 const ROOMS_MAX: usize = 500;
-
-/// Deleted rooms whose links still say so.
+/// How many deleted rooms are remembered, so that a link to one says that it was deleted.
 const GONE_MAX: i64 = 1000;
 
 pub struct Rooms {
@@ -29,7 +29,7 @@ pub struct Rooms {
     quotas: Quotas,
     operators: Vec<String>,
     known: RwLock<Known>,
-    /// One at a time: what was read first must not overwrite what was read later.
+    /// Makes reloads take turns: an older result must not overwrite a newer one.
     reloading: tokio::sync::Mutex<()>,
 }
 
@@ -56,6 +56,7 @@ impl Rooms {
         self.bus.subscribe(CHANGED, None, 64).await
     }
 
+    /// Reloads the rooms after each change, until cancelled.
     pub async fn follow(&self, mut changes: Subscription, cancel: CancellationToken) {
         let mut ticks = tokio::time::interval(RELOAD_EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -65,8 +66,9 @@ impl Rooms {
                 change = changes.next() => if change.is_none() { return },
                 _ = ticks.tick() => {}
             }
+
             if let Err(error) = self.reload().await {
-                tracing::warn!(%error, "the rooms were not read again");
+                tracing::warn!(%error, "cannot reload the rooms");
             }
         }
     }
@@ -84,7 +86,7 @@ impl Rooms {
             .map(|made| made.room.clone())
     }
 
-    /// Whether there was a room of this id, which was deleted.
+    /// Whether a room with this id was deleted.
     pub fn is_gone(&self, id: &str) -> bool {
         self.known.read().gone.contains(id)
     }
@@ -93,88 +95,88 @@ impl Rooms {
         self.operators.iter().any(|operator| operator == user)
     }
 
-    /// Whether a user may delete a room, and stop anybody's answers in it: its maker and operators may.
+    /// Whether a user may delete a room and stop any answer in it: the room's maker and operators may.
     pub fn manages(&self, user: &str, room: &str) -> bool {
         let made = |made: &Made| made.room.id == room && made.maker == user;
         self.is_operator(user) || self.known.read().all.iter().any(made)
     }
 
-    /// The room of this name, made now if there is none.
+    /// Returns the room with this name, and creates it if there is none.
     pub async fn create(&self, name: &str, maker: &str) -> Result<Room, Refusal> {
         let name = name.trim().trim_start_matches('#');
         let id = slug(name);
         if id.is_empty() || id == "lobby" || name.len() > NAME_MAX || name.contains(char::is_control) {
             let text = format!(
-                "a room's name has 1 to {NAME_MAX} bytes, with a letter or digit and no control characters, and is not “lobby”"
+                "a room's name has 1 to {NAME_MAX} bytes, at least one letter or digit, \
+                 no control characters, and is not “lobby”"
             );
             return Err(Refusal::bad(text));
         }
+
         if let Some(known) = self.get(&id) {
             return Ok(known);
         }
         if self.known.read().all.len() >= ROOMS_MAX {
-            return Err(Refusal(
-                ErrorCode::LimitExceeded,
-                format!("there are {ROOMS_MAX} rooms, the most there can be"),
-            ));
+            let text = format!("there are {ROOMS_MAX} rooms, which is the limit; delete one first");
+            return Err(Refusal(ErrorCode::LimitExceeded, text));
         }
 
         self.insert(&id, name, maker).await.map_err(|refused| match refused {
             Refused::Over(over) => over.into(),
-            other => Refusal::internal("a room cannot be written", other),
+            other => Refusal::internal("cannot store a room", other),
         })?;
         self.changed().await?;
         let room = self
             .get(&id)
-            .ok_or_else(|| Refusal::again("the room was deleted just now; make it again"))?;
-        let told = self
-            .channels
-            .publish_json(LOBBY, &Event::Room { room: room.clone() }, None)
-            .await;
-        if let Err(error) = told {
-            tracing::warn!(error, "pages were not told of a new room; they see it when they are loaded again");
+            .ok_or_else(|| Refusal::again("the room was deleted just now; create it again"))?;
+
+        let event = Event::Room { room: room.clone() };
+        if let Err(error) = self.channels.publish_json(LOBBY, &event, None).await {
+            tracing::warn!(error, "cannot announce a new room to open pages; they show it after a reload");
         }
         Ok(room)
     }
 
-    /// Writes a new room, or one in place of a deleted one; nothing, if another was faster.
+    /// Inserts a room, or replaces a deleted one with the same id. Does nothing if the room exists meanwhile.
     async fn insert(&self, id: &str, name: &str, maker: &str) -> Result<(), Refused> {
         let now = now_ms();
         let mut tx = self.db.begin().await?;
+
         let insert =
             "INSERT INTO rooms (id, name, created_at, maker) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO UPDATE
             SET name = excluded.name, created_at = excluded.created_at, maker = excluded.maker, deleted_at = NULL
             WHERE rooms.deleted_at IS NOT NULL";
         let insert = sqlx::query(insert).bind(id).bind(name).bind(now).bind(maker);
         if insert.execute(&mut *tx).await?.rows_affected() > 0 {
-            self.quotas
-                .spend(&mut tx, maker, Spent { rooms: 1, ..Spent::default() }, now)
-                .await?;
+            let spent = Spent { rooms: 1, ..Spent::default() };
+            self.quotas.spend(&mut tx, maker, spent, now).await?;
         }
         tx.commit().await?;
         Ok(())
     }
 
-    /// Tells everybody that a room is deleted.
+    /// Announces that a room was deleted: to all web apps, to the room and to the lobby.
     pub async fn deleted(&self, id: &str) -> Result<(), Refusal> {
         self.changed().await?;
+
         let gone = Event::Gone { room: id.into() };
-        let room = self.channels.publish_passing(&super::channel(id), &gone).await;
+        let room = self.channels.publish_passing(&channels::of_room(id), &gone).await;
         let lobby = self.channels.publish_json(LOBBY, &gone, None).await;
         if let Err(error) = room.and(lobby) {
-            tracing::warn!(error, "pages were not told that a room is deleted; they see it when they are loaded again");
+            tracing::warn!(error, "cannot announce a deleted room to open pages; they hide it after a reload");
         }
         Ok(())
     }
 
-    /// Reads the rooms again, here and in the other web apps.
+    /// Reloads the rooms here, and tells the other web apps to do so.
     async fn changed(&self) -> Result<(), Refusal> {
         self.reload()
             .await
-            .map_err(|error| Refusal::internal("the rooms cannot be read", error))?;
+            .map_err(|error| Refusal::internal("cannot read the rooms", error))?;
+
         let notice = bus::Message { subject: CHANGED.into(), ..bus::Message::default() };
         if let Err(error) = self.bus.publish(notice).await {
-            tracing::warn!(%error, "other web apps were not told of a change of rooms; they look again soon");
+            tracing::warn!(%error, "cannot tell other web apps that the rooms changed; they reload within 10 s");
         }
         Ok(())
     }
@@ -183,8 +185,10 @@ impl Rooms {
         let _turn = self.reloading.lock().await;
         let select = "SELECT id, name, maker FROM rooms WHERE deleted_at IS NULL ORDER BY created_at, id";
         let rooms: Vec<(String, String, String)> = sqlx::query_as(select).fetch_all(self.db.read()).await?;
+
         let select = "SELECT id FROM rooms WHERE deleted_at IS NOT NULL ORDER BY deleted_at DESC LIMIT $1";
         let gone: Vec<(String,)> = sqlx::query_as(select).bind(GONE_MAX).fetch_all(self.db.read()).await?;
+
         let all = rooms
             .into_iter()
             .map(|(id, name, maker)| Made { room: Room { id, name }, maker })
@@ -194,7 +198,7 @@ impl Rooms {
     }
 }
 
-/// What a channel and a path can carry: ASCII letters and digits, dashes between.
+/// Makes a room's id of its name: ASCII letters and digits with single dashes between, as channels and paths can carry.
 fn slug(name: &str) -> String {
     let mut slug = String::new();
     for c in name.chars().flat_map(char::to_lowercase) {
@@ -212,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_becomes_what_a_path_can_carry() {
+    fn room_id_is_made_of_letters_digits_and_dashes() {
         assert_eq!(slug("Release  Planning 2"), "release-planning-2");
         assert_eq!(slug(" #ops! "), "ops");
         assert_eq!(slug("!!"), "");

@@ -1,22 +1,11 @@
-//! Messages in the database. What is returned has been committed.
+//! Messages in the database. Whatever a method returns has been committed.
 
+use super::prompt::{self, CONTEXT_MESSAGES_MAX};
 use super::quotas::{self, Quotas, Refused, Spent};
-use crate::chat::ASSISTANT;
+use crate::accounts::ASSISTANT;
 use crate::db::{Db, Result, next_message_id, now_ms};
-use serde_json::json;
-use sqlx::FromRow;
+use sqlx::{AnyConnection, FromRow};
 use wire::chat::{Message, State};
-use wire::router::{DEFAULT_TENANT, DecideRequest, RequestOptions, Task, VERSION};
-
-/// Answers' request ids begin with it, so that others' tasks are told apart at a glance.
-pub const REQUEST_PREFIX: &str = "chat-";
-/// Whose tasks the answers are.
-pub const TENANT: &str = DEFAULT_TENANT;
-/// An answer may take this long, milliseconds.
-pub const ANSWER_MAX_MS: u64 = 120_000;
-/// Of what was said before, an assistant is told this many messages and bytes.
-const CONTEXT_MESSAGES: i64 = 20;
-const CONTEXT_BYTES: usize = 16 * 1024;
 
 #[derive(Clone)]
 pub struct Store {
@@ -24,6 +13,7 @@ pub struct Store {
     quotas: Quotas,
 }
 
+/// A message to be stored.
 pub struct New<'a> {
     pub room: &'a str,
     pub user: &'a str,
@@ -32,12 +22,12 @@ pub struct New<'a> {
     pub nonce: &'a str,
 }
 
-/// An assistant's message, and the task that fills it.
+/// A message of the assistant, and the task that fills it.
 #[derive(Debug, Clone)]
 pub struct Answer {
     pub message: Message,
     pub request_id: String,
-    /// The decide request, as it was made first: a repeat is the same to the byte.
+    /// The decide request as it was first made. A repeat sends the same bytes.
     pub request: String,
     pub asked_at: i64,
 }
@@ -89,6 +79,26 @@ impl Row {
     }
 }
 
+impl New<'_> {
+    fn message(&self, id: i64) -> Message {
+        Message {
+            id,
+            room: self.room.into(),
+            user: self.user.into(),
+            name: self.name.into(),
+            text: self.text.into(),
+            at: now_ms(),
+            nonce: Some(self.nonce.into()),
+            state: State::Done,
+            reply_to: None,
+            asker: None,
+            error: None,
+            attempt: None,
+            seq: None,
+        }
+    }
+}
+
 impl Store {
     pub fn new(db: Db, quotas: Quotas) -> Self {
         Self { db, quotas }
@@ -102,128 +112,78 @@ impl Store {
         Ok(select.fetch_optional(self.db.read()).await?.is_some())
     }
 
-    /// Keeps a message, and in the same commit the answer that it asks for. Sent again, it is the one that is there.
+    /// Stores a message, and in the same commit the answer that it asks for. For a repeat, returns the message that is
+    /// stored already, with its answer if that is still streaming.
     pub async fn send(&self, new: &New<'_>) -> Result<(Message, Option<Answer>), Refused> {
         let mut tx = self.db.begin().await?;
-        // Takes the lock that orders messages, before looking whether this one is there.
+        // Taking an id locks the order of messages, so a concurrent repeat waits here for the commit of the first.
         let id = next_message_id(&mut tx).await?;
-        let known = format!("SELECT {COLUMNS} FROM messages WHERE user_id = $1 AND nonce = $2");
-        let known: Option<Row> = sqlx::query_as(sqlx::AssertSqlSafe(known))
-            .bind(new.user)
-            .bind(new.nonce)
-            .fetch_optional(&mut *tx)
-            .await?;
-        if let Some(known) = known {
+        if let Some(message) = sent_before(&mut tx, new).await? {
             tx.rollback().await?;
-            let message = known.message();
-            let answer = self.answer_to(message.id).await?;
-            return Ok((message, answer.filter(|answer| answer.message.state == State::Streaming)));
+            let answer = self.streaming_answer_to(message.id).await?;
+            return Ok((message, answer));
         }
-        let there = sqlx::query("SELECT 1 FROM rooms WHERE id = $1 AND deleted_at IS NULL").bind(new.room);
-        if there.fetch_optional(&mut *tx).await?.is_none() {
-            return Err(Refused::NoRoom);
-        }
-        let prompt = asked(new.text);
-        if prompt.is_some() {
-            self.quotas.at_once(&mut tx, new.user).await?;
-        }
-        let spent = Spent { messages: 1, runs: i64::from(prompt.is_some()), ..Spent::default() };
-        self.quotas.spend(&mut tx, new.user, spent, now_ms()).await?;
 
-        let message = Message {
-            id,
-            room: new.room.into(),
-            user: new.user.into(),
-            name: new.name.into(),
-            text: new.text.into(),
-            at: now_ms(),
-            nonce: Some(new.nonce.into()),
-            state: State::Done,
-            reply_to: None,
-            asker: None,
-            error: None,
-            attempt: None,
-            seq: None,
-        };
+        let prompt = prompt::prompt_in(new.text);
+        require_room(&mut tx, new.room).await?;
+        self.charge(&mut tx, new.user, prompt.is_some()).await?;
+
+        let message = new.message(id);
         insert(&mut tx, &message, None).await?;
-        let mut answer = None;
-        if let Some(prompt) = prompt {
-            let before =
-                format!("SELECT {COLUMNS} FROM messages WHERE room = $1 AND id < $2 ORDER BY id DESC LIMIT $3");
-            let before = sqlx::query_as(sqlx::AssertSqlSafe(before))
-                .bind(new.room)
-                .bind(id)
-                .bind(CONTEXT_MESSAGES);
-            let before: Vec<Row> = before.fetch_all(&mut *tx).await?;
-            let made = Answer {
-                message: Message {
-                    id: next_message_id(&mut tx).await?,
-                    user: ASSISTANT.into(),
-                    name: ASSISTANT.into(),
-                    text: String::new(),
-                    nonce: None,
-                    state: State::Streaming,
-                    reply_to: Some(id),
-                    asker: Some(new.user.into()),
-                    ..message.clone()
-                },
-                request_id: new_request_id(),
-                request: String::new(),
-                asked_at: message.at,
-            };
-            let made = Answer { request: request(&made.request_id, &message, prompt, before), ..made };
-            insert(&mut tx, &made.message, Some(&made)).await?;
-            answer = Some(made);
-        }
+        let answer = match prompt {
+            Some(prompt) => Some(insert_answer(&mut tx, &message, prompt).await?),
+            None => None,
+        };
         tx.commit().await?;
         Ok((message, answer))
     }
 
-    /// The last `limit` messages before one (or of all), oldest first.
+    /// Charges a message to the user's quotas, and a run if it asks for an answer.
+    async fn charge(&self, tx: &mut AnyConnection, user: &str, asks: bool) -> Result<(), Refused> {
+        if asks {
+            self.quotas.at_once(tx, user).await?;
+        }
+        let spent = Spent { messages: 1, runs: i64::from(asks), ..Spent::default() };
+        self.quotas.spend(tx, user, spent, now_ms()).await
+    }
+
+    /// The last `limit` messages before the one with id `before` (or of all), oldest first.
     pub async fn page(&self, room: &str, before: Option<i64>, limit: i64) -> Result<Vec<Message>> {
-        let select = format!("SELECT {COLUMNS} FROM messages WHERE room = $1 AND id < $2 ORDER BY id DESC LIMIT $3");
-        let select = sqlx::query_as(sqlx::AssertSqlSafe(select))
+        let select = select("WHERE room = $1 AND id < $2 ORDER BY id DESC LIMIT $3")
             .bind(room)
             .bind(before.unwrap_or(i64::MAX))
             .bind(limit);
-        let rows: Vec<Row> = select.fetch_all(self.db.read()).await?;
+        let rows = select.fetch_all(self.db.read()).await?;
         Ok(rows.into_iter().rev().map(Row::message).collect())
     }
 
     pub async fn answer(&self, id: i64) -> Result<Option<Answer>> {
-        self.one_answer("id = $1", |query| query.bind(id)).await
+        self.one_answer(select("WHERE id = $1").bind(id)).await
     }
 
     pub async fn answer_of(&self, request_id: &str) -> Result<Option<Answer>> {
-        let request_id = request_id.to_string();
-        self.one_answer("request_id = $1", |query| query.bind(request_id)).await
+        self.one_answer(select("WHERE request_id = $1").bind(request_id)).await
     }
 
-    async fn answer_to(&self, id: i64) -> Result<Option<Answer>> {
-        self.one_answer("reply_to = $1", |query| query.bind(id)).await
+    async fn streaming_answer_to(&self, id: i64) -> Result<Option<Answer>> {
+        let answer = self.one_answer(select("WHERE reply_to = $1").bind(id)).await?;
+        Ok(answer.filter(|answer| answer.message.state == State::Streaming))
     }
 
-    async fn one_answer<F>(&self, which: &str, bind: F) -> Result<Option<Answer>>
-    where
-        F: FnOnce(Query<Row>) -> Query<Row>,
-    {
-        let select = format!("SELECT {COLUMNS} FROM messages WHERE {which}");
-        let row = bind(sqlx::query_as(sqlx::AssertSqlSafe(select)))
-            .fetch_optional(self.db.read())
-            .await?;
+    async fn one_answer(&self, select: Select<'_>) -> Result<Option<Answer>> {
+        let row = select.fetch_optional(self.db.read()).await?;
         Ok(row.and_then(Row::answer))
     }
 
-    /// Answers that have not ended.
+    /// All answers that have not ended.
     pub async fn streaming(&self) -> Result<Vec<Answer>> {
-        let select = format!("SELECT {COLUMNS} FROM messages WHERE state = 'streaming' ORDER BY id");
-        let rows: Vec<Row> = sqlx::query_as(sqlx::AssertSqlSafe(select))
+        let rows = select("WHERE state = 'streaming' ORDER BY id")
             .fetch_all(self.db.read())
             .await?;
         Ok(rows.into_iter().filter_map(Row::answer).collect())
     }
 
-    /// Ends an answer; the message as it is now, unless it had ended before (what failed may still succeed).
+    /// Ends an answer and returns its message, or `None` if it had already ended. A failed answer may still succeed.
     pub async fn finish(
         &self,
         request_id: &str,
@@ -231,7 +191,7 @@ impl Store {
         text: &str,
         error: Option<&str>,
     ) -> Result<Option<Message>> {
-        // Whatever a provider says; PostgreSQL keeps no NUL.
+        // A provider may return NUL, which PostgreSQL cannot store.
         let (text, error) = (text.replace('\0', "\u{fffd}"), error.map(|error| error.replace('\0', "\u{fffd}")));
         let update = "UPDATE messages SET state = $1, text = $2, error = $3
             WHERE request_id = $4 AND (state = 'streaming' OR (state = 'failed' AND $1 = 'done'))";
@@ -246,27 +206,23 @@ impl Store {
         Ok(self.answer_of(request_id).await?.map(|answer| answer.message))
     }
 
-    /// Asks for an ended answer anew, at the expense of `user`; nothing, if another has done so just now.
+    /// Asks for an ended answer again and charges it to `user`. Returns `None` if it was asked for again meanwhile.
     pub async fn ask_again(&self, answer: &Answer, user: &str) -> Result<Option<Answer>, Refused> {
-        let request_id = new_request_id();
-        let mut request: DecideRequest = match serde_json::from_str(&answer.request) {
-            Ok(request) => request,
-            Err(_) => return Ok(None),
+        let request_id = prompt::new_request_id();
+        let Some(request) = prompt::renew(&answer.request, &request_id) else {
+            return Ok(None);
         };
-        request.request_id.clone_from(&request_id);
-        request.trace_id = Some(uuid::Uuid::new_v4().simple().to_string());
-        let request = serde_json::to_string(&request).expect("a request is JSON");
 
         let mut tx = self.db.begin().await?;
-        // Takes the lock that orders messages: two that are asked at once are counted one after the other.
+        // Taking an id locks the order of messages, so concurrent requests are counted one after the other.
         next_message_id(&mut tx).await?;
-        self.quotas
-            .at_once(&mut tx, answer.message.asker.as_deref().unwrap_or(user))
-            .await?;
-        self.quotas
-            .spend(&mut tx, user, Spent { runs: 1, ..Spent::default() }, now_ms())
-            .await?;
-        let update = "UPDATE messages SET state = 'streaming', text = '', error = NULL, request_id = $1, request = $2, asked_at = $3
+        let asker = answer.message.asker.as_deref().unwrap_or(user);
+        self.quotas.at_once(&mut tx, asker).await?;
+        let spent = Spent { runs: 1, ..Spent::default() };
+        self.quotas.spend(&mut tx, user, spent, now_ms()).await?;
+
+        let update = "UPDATE messages SET state = 'streaming', text = '', error = NULL,
+            request_id = $1, request = $2, asked_at = $3
             WHERE request_id = $4 AND state IN ('failed', 'stopped')";
         let update = sqlx::query(update)
             .bind(&request_id)
@@ -281,16 +237,16 @@ impl Store {
         Ok(self.answer_of(&request_id).await?)
     }
 
-    /// Deletes a room with all its messages; the answers that were still coming.
+    /// Deletes a room and all its messages. Returns the answers that were still streaming.
     pub async fn delete_room(&self, room: &str) -> Result<Vec<Answer>> {
         let mut tx = self.db.begin().await?;
-        // Takes the lock that orders messages: none is written behind it.
+        // Taking an id locks the order of messages, so none is inserted after the delete.
         next_message_id(&mut tx).await?;
-        let coming = format!("SELECT {COLUMNS} FROM messages WHERE state = 'streaming' AND room = $1");
-        let coming: Vec<Row> = sqlx::query_as(sqlx::AssertSqlSafe(coming))
+        let streaming = select("WHERE state = 'streaming' AND room = $1")
             .bind(room)
             .fetch_all(&mut *tx)
             .await?;
+
         sqlx::query("DELETE FROM messages WHERE room = $1")
             .bind(room)
             .execute(&mut *tx)
@@ -298,18 +254,68 @@ impl Store {
         let update = sqlx::query("UPDATE rooms SET deleted_at = $1 WHERE id = $2 AND deleted_at IS NULL");
         update.bind(now_ms()).bind(room).execute(&mut *tx).await?;
         tx.commit().await?;
-        Ok(coming.into_iter().filter_map(Row::answer).collect())
+        Ok(streaming.into_iter().filter_map(Row::answer).collect())
     }
 
-    /// Forgets what no quota counts any more.
+    /// Deletes records of spent quotas that no longer count.
     pub async fn forget_spent(&self, now_ms: i64) -> Result<()> {
         quotas::forget(&self.db, now_ms).await
     }
 }
 
-type Query<T> = sqlx::query::QueryAs<'static, sqlx::Any, T, sqlx::any::AnyArguments>;
+type Select<'q> = sqlx::query::QueryAs<'q, sqlx::Any, Row, sqlx::any::AnyArguments>;
 
-async fn insert(connection: &mut sqlx::AnyConnection, message: &Message, answer: Option<&Answer>) -> Result<()> {
+/// Selects messages. `clauses` follows the table's name.
+fn select<'q>(clauses: &str) -> Select<'q> {
+    sqlx::query_as(sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM messages {clauses}")))
+}
+
+async fn sent_before(tx: &mut AnyConnection, new: &New<'_>) -> Result<Option<Message>> {
+    let select = select("WHERE user_id = $1 AND nonce = $2")
+        .bind(new.user)
+        .bind(new.nonce);
+    Ok(select.fetch_optional(tx).await?.map(Row::message))
+}
+
+async fn require_room(tx: &mut AnyConnection, room: &str) -> Result<(), Refused> {
+    let select = sqlx::query("SELECT 1 FROM rooms WHERE id = $1 AND deleted_at IS NULL").bind(room);
+    match select.fetch_optional(tx).await? {
+        Some(_) => Ok(()),
+        None => Err(Refused::NoRoom),
+    }
+}
+
+/// Inserts the answer to a message, empty and streaming, with the request for it.
+async fn insert_answer(tx: &mut AnyConnection, message: &Message, prompt: &str) -> Result<Answer> {
+    let before = select("WHERE room = $1 AND id < $2 ORDER BY id DESC LIMIT $3")
+        .bind(&message.room)
+        .bind(message.id)
+        .bind(CONTEXT_MESSAGES_MAX);
+    let before: Vec<Row> = before.fetch_all(&mut *tx).await?;
+    let before = before.into_iter().map(Row::message).collect();
+
+    let request_id = prompt::new_request_id();
+    let answer = Answer {
+        request: prompt::request(&request_id, message, prompt, before),
+        request_id,
+        asked_at: message.at,
+        message: Message {
+            id: next_message_id(&mut *tx).await?,
+            user: ASSISTANT.into(),
+            name: ASSISTANT.into(),
+            text: String::new(),
+            nonce: None,
+            state: State::Streaming,
+            reply_to: Some(message.id),
+            asker: Some(message.user.clone()),
+            ..message.clone()
+        },
+    };
+    insert(tx, &answer.message, Some(&answer)).await?;
+    Ok(answer)
+}
+
+async fn insert(connection: &mut AnyConnection, message: &Message, answer: Option<&Answer>) -> Result<()> {
     let insert = format!(
         "INSERT INTO messages ({COLUMNS}) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)"
     );
@@ -333,76 +339,10 @@ async fn insert(connection: &mut sqlx::AnyConnection, message: &Message, answer:
     Ok(())
 }
 
-fn new_request_id() -> String {
-    format!("{REQUEST_PREFIX}{}", uuid::Uuid::now_v7().simple())
-}
-
-/// What an assistant is asked by this text; none if it is not addressed.
-pub fn asked(text: &str) -> Option<&str> {
-    let (at, rest) = text.split_at_checked(1 + ASSISTANT.len())?;
-    let addressed = at.strip_prefix('@')?.eq_ignore_ascii_case(ASSISTANT);
-    let ends = !rest.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.'));
-    let prompt = rest.trim_start_matches([',', ':']).trim();
-    (addressed && ends).then_some(if prompt.is_empty() { "help" } else { prompt })
-}
-
-fn request(request_id: &str, message: &Message, prompt: &str, before: Vec<Row>) -> String {
-    // Newest first until it is enough, then in the order it was said.
-    let mut room_left = CONTEXT_BYTES;
-    let mut turns = vec![json!({"role": "user", "content": prompt})];
-    for row in before {
-        let assistant = row.user_id == ASSISTANT;
-        let content = if assistant {
-            row.text
-        } else {
-            format!("{}: {}", row.name, row.text)
-        };
-        if content.len() > room_left {
-            break;
-        }
-        room_left -= content.len();
-        if !content.is_empty() {
-            turns.push(json!({"role": if assistant { "assistant" } else { "user" }, "content": content}));
-        }
-    }
-    turns.reverse();
-    let payload = json!({"prompt": prompt, "room": message.room, "user": message.user, "messages": turns});
-    let metadata = json!({"room": message.room, "user": message.user});
-    let object = |value: serde_json::Value| value.as_object().cloned();
-    let request = DecideRequest {
-        version: VERSION.into(),
-        request_id: request_id.into(),
-        tenant_id: TENANT.into(),
-        task: Task { task_type: "chat".into(), payload: object(payload), payload_ref: None },
-        policy_id: None,
-        trace_id: Some(uuid::Uuid::new_v4().simple().to_string()),
-        constraints: None,
-        metadata: object(metadata),
-        push_assignment: true,
-        assignment_subject: None,
-        options: Some(RequestOptions { deadline_ms: Some(ANSWER_MAX_MS), ..RequestOptions::default() }),
-        run_id: None,
-        flow_id: None,
-        step_id: None,
-        idempotency_key: None,
-        deadline: None,
-    };
-    serde_json::to_string(&request).expect("a request is JSON")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_assistant_is_addressed_at_the_beginning() {
-        assert_eq!(asked("@assistant status"), Some("status"));
-        assert_eq!(asked("@Assistant, who is here?"), Some("who is here?"));
-        assert_eq!(asked("@assistant"), Some("help"));
-        for other in ["assistant", "hi @assistant", "@assistants", "@assistant-2 x", "@", "é"] {
-            assert_eq!(asked(other), None, "{other}");
-        }
-    }
+    use wire::router::DecideRequest;
 
     async fn store() -> (tempfile::TempDir, Store) {
         let dir = tempfile::tempdir().unwrap();
@@ -415,56 +355,54 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_message_sent_again_is_the_same_message() {
+    async fn repeated_message_is_stored_once() {
         let (_dir, store) = store().await;
         let (first, answer) = store.send(&new("@assistant status", "n")).await.unwrap();
         let (again, same) = store.send(&new("@assistant status", "n")).await.unwrap();
         assert_eq!(first, again);
-        assert_eq!(answer.unwrap().request, same.unwrap().request, "the repeat asks the same to the byte");
+        assert_eq!(answer.unwrap().request, same.unwrap().request, "the repeat sends the same bytes");
+
         let page = store.page("general", None, 10).await.unwrap();
         assert_eq!(page.iter().map(|m| (m.id, &*m.user)).collect::<Vec<_>>(), [(1, "ann"), (2, "assistant")]);
     }
 
     #[tokio::test]
-    async fn an_answer_ends_once_and_can_be_asked_for_again() {
+    async fn failed_answer_may_still_succeed_but_a_done_one_is_final() {
+        let (_dir, store) = store().await;
+        let (_, answer) = store.send(&new("@assistant hi", "n")).await.unwrap();
+        let id = answer.as_ref().unwrap().request_id.as_str();
+        assert_eq!(store.streaming().await.unwrap().len(), 1);
+
+        let failed = store.finish(id, State::Failed, "", Some("no worker")).await.unwrap();
+        let failed = failed.unwrap();
+        assert_eq!((failed.state, failed.error.as_deref()), (State::Failed, Some("no worker")));
+        assert_eq!(store.finish(id, State::Stopped, "", None).await.unwrap(), None);
+
+        let late = store.finish(id, State::Done, "text", None).await.unwrap().unwrap();
+        assert_eq!((late.state, &*late.text, late.error), (State::Done, "text", None));
+        let again = store.ask_again(answer.as_ref().unwrap(), "ann").await.unwrap();
+        assert!(again.is_none(), "a done answer is kept");
+    }
+
+    #[tokio::test]
+    async fn stopped_answer_can_be_asked_for_again_once() {
         let (_dir, store) = store().await;
         let (_, answer) = store.send(&new("@assistant hi", "n")).await.unwrap();
         let answer = answer.unwrap();
-        assert_eq!(store.streaming().await.unwrap().len(), 1);
-        let failed = store
-            .finish(&answer.request_id, State::Failed, "", Some("no worker"))
-            .await
-            .unwrap()
-            .unwrap();
-        assert_eq!((failed.state, failed.error.as_deref()), (State::Failed, Some("no worker")));
-        assert_eq!(
-            store
-                .finish(&answer.request_id, State::Stopped, "", None)
-                .await
-                .unwrap(),
-            None
-        );
-        let late = store
-            .finish(&answer.request_id, State::Done, "text", None)
-            .await
-            .unwrap()
-            .unwrap();
-        assert_eq!((late.state, &*late.text, late.error), (State::Done, "text", None));
-        assert!(store.ask_again(&answer, "ann").await.unwrap().is_none(), "what is there is not wiped");
-
-        let (_, answer) = store.send(&new("@assistant hi", "n2")).await.unwrap();
-        let answer = answer.unwrap();
-        store
+        let stopped = store
             .finish(&answer.request_id, State::Stopped, "", None)
             .await
-            .unwrap()
             .unwrap();
+        assert!(stopped.is_some());
+
         let again = store.ask_again(&answer, "ann").await.unwrap().unwrap();
         assert_eq!((again.message.state, &*again.message.text), (State::Streaming, ""));
         assert_ne!(again.request_id, answer.request_id);
-        assert!(store.ask_again(&answer, "ann").await.unwrap().is_none(), "asked again already");
         let request: DecideRequest = serde_json::from_str(&again.request).unwrap();
         assert_eq!(request.request_id, again.request_id);
+
+        let third = store.ask_again(&answer, "ann").await.unwrap();
+        assert!(third.is_none(), "it was asked for again already");
     }
 
     #[tokio::test]

@@ -1,21 +1,19 @@
-//! A room, bound straight to its channel.
+//! The page of a room. The chat element subscribes to the room's channel itself, so messages need no run.
 
-use super::sidebar;
+use super::sidebar::{room_href, sidebar};
+use crate::accounts::ASSISTANT;
 use crate::app::{PageError, Ui};
-use crate::chat::{ASSISTANT, Rooms};
-
-pub fn href(room: &str) -> String {
-    format!("/rooms/{room}")
-}
+use crate::chat::Rooms;
 
 pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
     let rooms = ui.data::<Rooms>();
     let Some(wanted) = ui.param("room") else {
         if let Some(first) = rooms.all().first() {
-            ui.navigate(href(&first.id));
+            ui.navigate(room_href(&first.id));
         }
         return Ok(());
     };
+
     let room = rooms.get(wanted);
     let gone = room.is_none() && rooms.is_gone(wanted);
     let missing = if gone { "Deleted" } else { "Not found" };
@@ -35,7 +33,8 @@ pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
             }
             None => {
                 ui.heading(1, "Not found");
-                ui.empty("There is no such room", "Choose one from the list, or make it with the + beside “Rooms”.");
+                let hint = "Choose one from the list, or create one with the + beside “Rooms”.";
+                ui.empty("There is no such room", hint);
                 ui.link("/", "To the start");
             }
         });

@@ -1,8 +1,8 @@
-//! The operations console: live numbers of every part, from channel `ops:live`.
+//! The operations console: live figures of every part, from the channel `ops:live`.
 
-use super::sidebar;
+use super::sidebar::sidebar;
 use crate::app::{Column, PageError, Series, Ui};
-use crate::live::CHANNEL;
+use wire::console::CHANNEL;
 
 pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
     ui.page("Console", |ui| {
@@ -16,6 +16,7 @@ pub fn page(ui: &mut Ui<'_>) -> Result<(), PageError> {
                 )
             });
             let window = window.parse().unwrap_or(60);
+
             ui.tabs(&["Overview", "Providers", "Nodes", "Queues"], |ui, tab| match tab {
                 0 => overview(ui, window),
                 1 => providers(ui, window),
@@ -38,6 +39,7 @@ fn overview(ui: &mut Ui<'_>, window: u32) {
         metric(ui, "totals.decisions", "Decisions", true, "/s");
         metric(ui, "totals.errors", "Errors", true, "/s");
     });
+
     ui.columns(&[1, 1], |ui| {
         ui.column(|ui| {
             let series = [
@@ -53,6 +55,7 @@ fn overview(ui: &mut Ui<'_>, window: u32) {
                 Series { path: "totals.publications", label: "publications", rate: true },
             ];
             ui.live_line_chart(CHANNEL, "Deliveries a second", "/s", &series, window);
+
             let series = [
                 Series { path: "forward_us.p50", label: "request p50", rate: false },
                 Series { path: "forward_us.p99", label: "request p99", rate: false },
@@ -66,7 +69,8 @@ fn overview(ui: &mut Ui<'_>, window: u32) {
 
 fn providers(ui: &mut Ui<'_>, window: u32) {
     ui.live_breakdown(CHANNEL, "Decisions by provider", "decisions_by_provider", true, window);
-    ui.card("Providers", "what workers have on offer", |ui| {
+
+    ui.card("Providers", "what the workers offer", |ui| {
         let columns = [
             column("name", "Provider", ""),
             column("kind", "Kind", ""),
@@ -77,14 +81,10 @@ fn providers(ui: &mut Ui<'_>, window: u32) {
             column("p50", "p50", "ms"),
             column("p95", "p95", "ms"),
         ];
-        ui.live_table(
-            CHANNEL,
-            "providers",
-            &columns,
-            "No worker has said that it is there. Start one with --roles worker.",
-        );
+        ui.live_table(CHANNEL, "providers", &columns, "No worker has reported. Start one with --roles worker.");
     });
-    let about = "providers that fail are left alone for a while: by everybody, or by the tasks of one policy";
+
+    let about = "a provider that fails gets no tasks for a while: from anybody, or under one policy";
     ui.card("Breakers", about, |ui| {
         let columns = [
             column("provider", "Provider", ""),
@@ -97,9 +97,10 @@ fn providers(ui: &mut Ui<'_>, window: u32) {
         ];
         ui.live_table(CHANNEL, "breakers", &columns, "No provider has been called yet.");
     });
+
     ui.card(
         "Policies",
-        "broken or vanished files, conditions that fail, names that are probably mistyped",
+        "files that are broken or missing, conditions that fail, names that are probably mistyped",
         |ui| {
             let columns = [
                 column("policy", "Policy", ""),
@@ -127,8 +128,9 @@ fn nodes(ui: &mut Ui<'_>, window: u32) {
             column("uptime_s", "Up", "duration"),
             column("draining", "Draining", ""),
         ];
-        ui.live_table(CHANNEL, "nodes", &columns, "No node has said that it is there.");
+        ui.live_table(CHANNEL, "nodes", &columns, "No node has reported.");
     });
+
     ui.card("Routers", "", |ui| {
         let columns = [
             column("router", "Router", ""),
@@ -136,8 +138,9 @@ fn nodes(ui: &mut Ui<'_>, window: u32) {
             column("in_flight", "In flight", "int"),
             column("uptime_s", "Up", "duration"),
         ];
-        ui.live_table(CHANNEL, "routers", &columns, "No router has said that it is there.");
+        ui.live_table(CHANNEL, "routers", &columns, "No router has reported.");
     });
+
     ui.card("Gateways", "", |ui| {
         let columns = [
             column("gateway", "Gateway", ""),
@@ -148,8 +151,9 @@ fn nodes(ui: &mut Ui<'_>, window: u32) {
             column("requests_total", "Requests", "int"),
             column("uptime_s", "Up", "duration"),
         ];
-        ui.live_table(CHANNEL, "gateways", &columns, "No gateway has said that it is there.");
+        ui.live_table(CHANNEL, "gateways", &columns, "No gateway has reported.");
     });
+
     ui.card("Workers", "", |ui| {
         let columns = [
             column("worker_id", "Worker", ""),
@@ -159,15 +163,16 @@ fn nodes(ui: &mut Ui<'_>, window: u32) {
             column("completed_total", "Completed", "int"),
             column("failed_total", "Failed", "int"),
         ];
-        ui.live_table(CHANNEL, "workers", &columns, "No worker has said that it is there.");
+        ui.live_table(CHANNEL, "workers", &columns, "No worker has reported.");
     });
+
     let series = [Series { path: "totals.channels", label: "channels", rate: false }];
     ui.live_line_chart(CHANNEL, "Channels", "", &series, window);
 }
 
 fn queues(ui: &mut Ui<'_>, window: u32) {
     ui.live_breakdown(CHANNEL, "Waiting in streams", "streams", false, window);
-    ui.muted("ASSIGN holds what no worker has finished; DLQ what could not be handled at all.");
+    ui.muted("ASSIGN holds tasks that no worker has finished; DLQ holds messages that could not be handled.");
 }
 
 fn column(key: &'static str, label: &'static str, format: &'static str) -> Column {

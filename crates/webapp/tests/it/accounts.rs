@@ -1,4 +1,4 @@
-//! Signing in over HTTP, and the pages' files.
+//! Signing in over HTTP, and the files of the front end.
 
 use crate::rig::{ADMIN_PASSWORD, Home, Kind, PATIENCE, Rig};
 use axum::body::{Body, to_bytes};
@@ -60,17 +60,19 @@ fn cookie(answer: &Answer) -> String {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn people_sign_up_in_and_out(#[case] kind: Kind) {
+async fn user_signs_up_in_and_out(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let signed_up = credentials(&rig, "/auth/signup", "Ann", "correct horse").await;
     assert_eq!((signed_up.status, &signed_up.body["user"]), (StatusCode::OK, &json!("ann")));
     assert_eq!(credentials(&rig, "/auth/signup", "ann", "correct horse").await.status, StatusCode::CONFLICT);
+
     let wrong = credentials(&rig, "/auth/login", "ann", "wrong").await;
     assert_eq!(
         (wrong.status, &wrong.body["error"]),
         (StatusCode::UNAUTHORIZED, &json!("name or password is wrong"))
     );
+
     let signed_in = credentials(&rig, "/auth/login", "ann", "correct horse").await;
     let cookie = cookie(&signed_in);
     let who = token(&rig, &cookie).await;
@@ -80,6 +82,7 @@ async fn people_sign_up_in_and_out(#[case] kind: Kind) {
     let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(claims).unwrap();
     let claims: Value = serde_json::from_slice(&claims).unwrap();
     assert_eq!((&claims["sub"], &claims["info"]["name"]), (&json!("ann"), &json!("Ann")));
+
     ask(
         &rig,
         post("/auth/logout")
@@ -96,17 +99,17 @@ async fn people_sign_up_in_and_out(#[case] kind: Kind) {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn the_first_start_makes_an_administrator_whose_password_works(#[case] kind: Kind) {
+async fn first_start_creates_an_admin_who_can_sign_in(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     assert!(rig.is_new);
     assert_eq!(credentials(&rig, "/auth/login", "admin", ADMIN_PASSWORD).await.status, StatusCode::OK);
     rig.stop().await;
-    assert!(!home.start().await.is_new, "only once");
+    assert!(!home.start().await.is_new, "the admin is created once");
 }
 
 #[tokio::test]
-async fn another_site_cannot_sign_anybody_in() {
+async fn pages_of_other_sites_cannot_sign_in() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     let body = || json!({"name": "ann", "password": "correct horse"}).to_string();
@@ -116,15 +119,19 @@ async fn another_site_cannot_sign_anybody_in() {
             .body(body().into())
             .unwrap()
     };
+
     for origin in ["https://evil.example", "null", "https://chat.example.evil.example"] {
         assert_eq!(ask(&rig, from(origin)).await.status, StatusCode::FORBIDDEN, "{origin}");
     }
     let ours = ask(&rig, from("https://chat.example")).await;
     assert_eq!(ours.status, StatusCode::OK);
-    assert!(ours.headers[header::SET_COOKIE].to_str().unwrap().contains("Secure"), "behind TLS it stays there");
+    assert!(
+        ours.headers[header::SET_COOKIE].to_str().unwrap().contains("Secure"),
+        "a cookie set over TLS is sent over TLS only"
+    );
 }
 
-/// A sign-in from an address, with cookies.
+/// Signs in from an address, with cookies.
 async fn sign_in_from(rig: &Rig, address: [u8; 4], name: &str, password: &str, cookies: &str) -> Answer {
     let body = json!({"name": name, "password": password}).to_string();
     let peer = ConnectInfo(SocketAddr::from((address, 1)));
@@ -149,7 +156,7 @@ fn cookies(answer: &Answer) -> String {
 
 const PROXY: [u8; 4] = [10, 0, 0, 1];
 
-/// Guesses until seconds have to be waited out: a pause that a slow hash outlasts is followed by one twice as long.
+/// Guesses until the wait is 2 s or more. A hash may take longer than the first wait, so that one may go unnoticed.
 async fn guess_until_refused(rig: &Rig, name: &str, cookies: &str) {
     testkit::eventually(6 * PATIENCE, async || {
         let answer = sign_in_from(rig, PROXY, name, "guess", cookies).await;
@@ -163,7 +170,7 @@ async fn guess_until_refused(rig: &Rig, name: &str, cookies: &str) {
 }
 
 #[tokio::test]
-async fn seventy_wrong_passwords_for_one_name_lock_out_nobody() {
+async fn wrong_passwords_for_one_name_lock_out_nobody_else() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     for name in ["ann", "bob"] {
@@ -180,9 +187,9 @@ async fn seventy_wrong_passwords_for_one_name_lock_out_nobody() {
             assert!((1..=60).contains(&wait), "{wait}");
         }
     }
-    assert!(refused >= 50, "guessing is slowed down: {refused}");
+    assert!(refused >= 50, "only {refused} of 70 guesses were refused");
 
-    // Behind the same proxy, another person; and the owner, in the browser that she uses.
+    // Another user behind the same proxy can sign in, and so can the owner in her own browser.
     assert_eq!(sign_in_from(&rig, PROXY, "bob", "correct horse", "").await.status, StatusCode::OK);
     assert_eq!(
         sign_in_from(&rig, PROXY, "ann", "correct horse", &anns_browser)
@@ -190,20 +197,25 @@ async fn seventy_wrong_passwords_for_one_name_lock_out_nobody() {
             .status,
         StatusCode::OK
     );
+
     guess_until_refused(&rig, "ann", "").await;
     let stranger = sign_in_from(&rig, PROXY, "ann", "correct horse", "").await;
-    assert_eq!(stranger.status, StatusCode::TOO_MANY_REQUESTS, "the right password does not show while one waits");
-    // The owner's cookie is no help with other accounts.
+    assert_eq!(
+        stranger.status,
+        StatusCode::TOO_MANY_REQUESTS,
+        "the right password is refused too, or a guesser would learn it"
+    );
+    // The device cookie of one account does not help with another.
     guess_until_refused(&rig, "bob", &anns_browser).await;
 }
 
 #[tokio::test]
-async fn sign_in_that_the_client_gave_up_is_no_wrong_password() {
+async fn abandoned_sign_in_does_not_count_as_a_wrong_password() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     assert_eq!(credentials(&rig, "/auth/signup", "ann", "correct horse").await.status, StatusCode::OK);
     for _ in 0..10 {
-        // Polled once: the try has begun, then its client hangs up.
+        // Poll once, so that the try begins, then drop it as if the client hung up.
         let sign_in = sign_in_from(&rig, PROXY, "ann", "correct horse", "");
         assert!(tokio::time::timeout(Duration::ZERO, sign_in).await.is_err());
     }
@@ -211,7 +223,7 @@ async fn sign_in_that_the_client_gave_up_is_no_wrong_password() {
 }
 
 #[tokio::test]
-async fn operators_name_cannot_be_taken_on_the_page() {
+async fn name_of_an_operator_cannot_be_registered_on_the_page() {
     let dir = tempfile::tempdir().unwrap();
     let config = webapp::Config { operators: vec!["olga".into()], ..crate::rig::config(dir.path()) };
     let bus = bus::local::Local::open(dir.path()).await.unwrap();
@@ -224,11 +236,12 @@ async fn operators_name_cannot_be_taken_on_the_page() {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn signing_out_ends_the_connections_of_that_browser(#[case] kind: Kind) {
+async fn sign_out_ends_the_connections_of_that_browser_only(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let phone = cookies(&credentials(&rig, "/auth/signup", "ann", "correct horse").await);
     let laptop = cookies(&credentials(&rig, "/auth/login", "ann", "correct horse").await);
+
     let mut sessions = Vec::new();
     for cookie in [&phone, &laptop] {
         let token = token(&rig, cookie).await.body["token"].as_str().unwrap().to_string();
@@ -237,7 +250,7 @@ async fn signing_out_ends_the_connections_of_that_browser(#[case] kind: Kind) {
             .unwrap();
         let claims: Value = serde_json::from_slice(&claims).unwrap();
         sessions.push(claims["sid"].as_str().unwrap().to_string());
-        assert!(!cookie.contains(&sessions[0]), "the cookie's secret is in no token");
+        assert!(!cookie.contains(&sessions[0]), "no token contains the secret of the cookie");
     }
     assert_ne!(sessions[0], sessions[1]);
 
@@ -251,6 +264,7 @@ async fn signing_out_ends_the_connections_of_that_browser(#[case] kind: Kind) {
     .await;
     assert_eq!(rig.disconnected(), [("ann".to_string(), sessions[1].clone())]);
     assert_eq!(token(&rig, &phone).await.status, StatusCode::OK, "the other browser is still signed in");
+
     ask(
         &rig,
         post("/auth/logout")
@@ -259,9 +273,9 @@ async fn signing_out_ends_the_connections_of_that_browser(#[case] kind: Kind) {
             .unwrap(),
     )
     .await;
-    assert_eq!(rig.disconnected().len(), 1, "signed out already");
+    assert_eq!(rig.disconnected().len(), 1, "a repeated sign-out does nothing");
 
-    // Whoever signs in with the same browser takes the place of the one before.
+    // Another user who signs in with the same browser signs the previous one out.
     let body = json!({"name": "bob", "password": "correct horse"}).to_string();
     ask(&rig, post("/auth/signup").header("cookie", &phone).body(body.into()).unwrap()).await;
     assert_eq!(rig.disconnected()[1..], [("ann".to_string(), sessions[0].clone())]);
@@ -269,27 +283,28 @@ async fn signing_out_ends_the_connections_of_that_browser(#[case] kind: Kind) {
 }
 
 #[tokio::test]
-async fn bad_bodies_are_refused() {
+async fn invalid_bodies_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     for body in ["", "{", "[]", r#"{"name":1,"password":2}"#, r#"{"name":"ann"}"#] {
         let answer = ask(&rig, post("/auth/login").body(body.into()).unwrap()).await;
         assert!(answer.status.is_client_error() && answer.body["error"].is_string(), "{body}: {}", answer.status);
     }
+
     let large = ask(&rig, post("/auth/login").body("x".repeat(10_000).into()).unwrap()).await;
     assert_eq!(large.status, StatusCode::PAYLOAD_TOO_LARGE);
     assert_eq!(credentials(&rig, "/auth/signup", "a b", "correct horse").await.status, StatusCode::BAD_REQUEST);
 }
 
 #[tokio::test]
-async fn a_place_inside_an_app_is_the_page_and_a_missing_file_is_missing() {
+async fn places_are_served_by_the_page_and_missing_files_are_not_found() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     for (path, status) in
         [("/rooms/general", 200), ("/console", 200), ("/assets/none.js", 404), ("/../etc/passwd", 200)]
     {
         let answer = ask(&rig, Request::get(path).body(Body::empty()).unwrap()).await;
-        // Without a built page a place says how to build it.
+        // A binary without the front end answers 503 for the page.
         let status = if status == 200 && answer.status == 503 {
             503
         } else {

@@ -1,4 +1,4 @@
-//! The chat: what is acknowledged is kept, and every answer ends.
+//! The chat. Acknowledged messages are durable, and every answer ends.
 
 use crate::rig::{Home, Kind, PATIENCE, Rig, decided, router};
 use bus::{Bus, Message};
@@ -41,7 +41,7 @@ fn is_answer(state: &'static str) -> impl Fn(&Value) -> bool {
     move |event| event["message"]["user"] == "assistant" && event["message"]["state"] == state
 }
 
-/// The first decide request's id.
+/// Waits for the first decide request, and returns its id.
 async fn asked(seen: &parking_lot::Mutex<Vec<bytes::Bytes>>) -> String {
     testkit::eventually(PATIENCE, async || !seen.lock().is_empty()).await;
     let request: Value = serde_json::from_slice(&seen.lock()[0]).unwrap();
@@ -52,7 +52,7 @@ async fn asked(seen: &parking_lot::Mutex<Vec<bytes::Bytes>>) -> String {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn an_answer_streams_and_ends(#[case] kind: Kind) {
+async fn answer_streams_and_ends(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
@@ -70,6 +70,7 @@ async fn an_answer_streams_and_ends(#[case] kind: Kind) {
     output(&rig.bus, &request_id, 1, 1, "goes").await;
     rig.event(ROOM, |event| event["type"] == "delta" && event["seq"] == 2)
         .await;
+
     let history = rig
         .chat("bob", "chat.history", json!({"room": "general"}))
         .await
@@ -84,9 +85,9 @@ async fn an_answer_streams_and_ends(#[case] kind: Kind) {
         (&json!("It goes well."), &sent["message"]["id"])
     );
     let deltas = rig.events(ROOM).iter().filter(|event| event["type"] == "delta").count();
-    assert_eq!(deltas, 2, "a piece that comes again is said once");
+    assert_eq!(deltas, 2, "a repeated piece is published once");
 
-    // A result that comes again, and pieces that come late, change nothing.
+    // A repeated result and late pieces change nothing.
     result(&rig.bus, &request_id, "error", json!({"text": "other"})).await;
     output(&rig.bus, &request_id, 2, 0, "again").await;
     rig.chat("ann", "chat.send", send("next", "n2")).await.unwrap();
@@ -101,7 +102,7 @@ async fn an_answer_streams_and_ends(#[case] kind: Kind) {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn an_answer_ends_whatever_it_holds(#[case] kind: Kind) {
+async fn nul_in_an_answer_is_replaced(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
@@ -113,17 +114,19 @@ async fn an_answer_ends_whatever_it_holds(#[case] kind: Kind) {
 }
 
 #[tokio::test]
-async fn a_result_that_comes_while_the_database_is_away_is_not_lost() {
+async fn result_survives_a_database_outage() {
     let mut home = Home::new(Kind::Postgres).await;
     let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
     rig.chat("ann", "chat.send", send("@assistant hi", "n")).await.unwrap();
     let request_id = asked(&seen).await;
+
     let postgres = home.postgres.as_mut().unwrap();
     postgres.kill();
     result(&rig.bus, &request_id, "success", json!("hello")).await;
     let (code, _) = rig.chat("ann", "chat.send", send("lost?", "n2")).await.unwrap_err();
-    assert_eq!(code, 100, "an error, not silence");
+    assert_eq!(code, 100, "the caller gets an error");
+
     postgres.restart().await;
     let done = rig.event(ROOM, is_answer("done")).await;
     assert_eq!(done["message"]["text"], "hello");
@@ -132,21 +135,21 @@ async fn a_result_that_comes_while_the_database_is_away_is_not_lost() {
 }
 
 #[tokio::test]
-async fn a_web_app_that_cannot_begin_ends() {
+async fn web_app_ends_if_it_cannot_start() {
     let mut home = Home::new(Kind::Postgres).await;
     let bus = bus::local::Local::open(home.dir.path()).await.unwrap();
     let bound = webapp::bind(home.config(), bus).await.unwrap();
     home.postgres.as_mut().unwrap().kill();
     let ended = tokio::time::timeout(2 * PATIENCE, bound.run(CancellationToken::new())).await;
-    let error = ended.expect("half a web app does not live on").unwrap_err().to_string();
+    let error = ended.expect("the web app ends by itself").unwrap_err().to_string();
     assert!(error.contains("the database"), "{error}");
 }
 
 #[tokio::test]
-async fn a_web_app_that_hangs_does_not_hold_up_the_others() {
+async fn hanging_web_app_does_not_block_the_others() {
     let home = Home::new(Kind::Postgres).await;
     let rig = home.start().await;
-    // As one that was stopped between the message's id and the commit.
+    // Plays a web app that hangs between taking a message's id and the commit.
     sqlx::any::install_default_drivers();
     let mut hanging = sqlx::AnyConnection::connect(&home.config().database_url.unwrap())
         .await
@@ -156,8 +159,9 @@ async fn a_web_app_that_hangs_does_not_hold_up_the_others() {
         .await
         .unwrap();
     hanging.execute("UPDATE message_ids SET last = last + 1").await.unwrap();
+
     let sent = testkit::eventually(PATIENCE, async || rig.chat("ann", "chat.send", send("hi", "n")).await.is_ok());
-    // Meanwhile what needs no lock is answered.
+    // Reads need no lock, so they are answered meanwhile.
     let read = async || {
         rig.chat("bob", "chat.history", json!({"room": "general"}))
             .await
@@ -168,7 +172,7 @@ async fn a_web_app_that_hangs_does_not_hold_up_the_others() {
 }
 
 #[tokio::test]
-async fn a_page_of_history_is_bounded_whatever_answers_hold() {
+async fn page_of_history_is_bounded_in_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     let (_router, seen) = router(&rig.bus, decided).await;
@@ -182,6 +186,7 @@ async fn a_page_of_history_is_bounded_whatever_answers_hold() {
         testkit::eventually(PATIENCE, async || rig.events(ROOM).iter().filter(|e| is_answer("done")(e)).count() > n)
             .await;
     }
+
     let mut seen = Vec::new();
     let mut before = Value::Null;
     loop {
@@ -197,11 +202,11 @@ async fn a_page_of_history_is_bounded_whatever_answers_hold() {
             break;
         }
     }
-    assert_eq!(seen, (1..=10).rev().collect::<Vec<_>>(), "pages leave nothing out");
+    assert_eq!(seen, (1..=10).rev().collect::<Vec<_>>(), "the pages have all messages");
 }
 
 #[tokio::test]
-async fn a_question_is_asked_though_the_room_does_not_hear_of_it() {
+async fn answer_is_requested_even_if_the_room_cannot_be_notified() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     let (_router, seen) = router(&rig.bus, decided).await;
@@ -210,7 +215,8 @@ async fn a_question_is_asked_though_the_room_does_not_hear_of_it() {
         .chat("ann", "chat.send", send("@assistant hi", "n"))
         .await
         .unwrap_err();
-    assert!(code == 100 && text.contains("the message is kept"), "{code} {text}");
+    assert!(code == 100 && text.contains("the message is stored"), "{code} {text}");
+
     let request_id = asked(&seen).await;
     result(&rig.bus, &request_id, "success", json!("hello")).await;
     let ended = async || {
@@ -221,11 +227,12 @@ async fn a_question_is_asked_though_the_room_does_not_hear_of_it() {
         history["messages"][1]["state"] == "done"
     };
     testkit::eventually(PATIENCE, ended).await;
+
     rig.refuse_publications(false);
     rig.event(ROOM, is_answer("done")).await;
 }
 
-/// A life of the web app that ends as by SIGKILL: its tasks are dropped wherever they are.
+/// Runs a web app and then drops its tasks wherever they are, as SIGKILL would.
 fn until_killed<T>(life: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let lived = runtime.block_on(life);
@@ -236,11 +243,11 @@ fn until_killed<T>(life: impl Future<Output = T>) -> T {
 #[rstest]
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
-fn a_kill_between_the_message_and_the_question_is_made_good(#[case] kind: Kind) {
+fn answer_is_requested_after_a_kill_before_the_request(#[case] kind: Kind) {
     let home = until_killed(Home::new(kind));
     until_killed(async {
         let rig = home.start().await;
-        // No router: the question cannot be asked yet, but the message is acknowledged.
+        // There is no router, so the message is acknowledged but its answer cannot be requested.
         rig.chat("ann", "chat.send", send("@assistant status", "n"))
             .await
             .unwrap();
@@ -255,7 +262,7 @@ fn a_kill_between_the_message_and_the_question_is_made_good(#[case] kind: Kind) 
         let rig = home.start().await;
         let (_router, seen) = router(&rig.bus, decided).await;
         let request_id = asked(&seen).await;
-        assert_eq!(seen.lock()[0], first, "asked the same to the byte, which the router takes once");
+        assert_eq!(seen.lock()[0], first, "the same bytes, so the router accepts the request once");
         result(&rig.bus, &request_id, "success", json!({"text": "fine"})).await;
         rig.event(ROOM, is_answer("done")).await;
     });
@@ -265,7 +272,7 @@ fn a_kill_between_the_message_and_the_question_is_made_good(#[case] kind: Kind) 
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn a_refused_question_fails_visibly_and_can_be_asked_again(#[case] kind: Kind) {
+async fn refused_request_fails_the_answer_which_can_be_retried(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let refuse = |request: &Value| {
@@ -288,20 +295,20 @@ async fn a_refused_question_fails_visibly_and_can_be_asked_again(#[case] kind: K
             .unwrap_err()
             .0,
         107,
-        "it is still coming"
+        "it is still streaming"
     );
     result(&rig.bus, &request_id, "success", json!({"text": "hello"})).await;
     let done = rig.event(ROOM, is_answer("done")).await;
     assert_eq!((&done["message"]["id"], &done["message"]["text"]), (&id, &json!("hello")));
     let (code, _) = rig.chat("ann", "chat.retry", json!({"message": id})).await.unwrap_err();
-    assert_eq!(code, 107, "what is answered is not wiped");
+    assert_eq!(code, 107, "a complete answer is kept");
 }
 
 #[rstest]
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn a_stopped_answer_keeps_what_has_come(#[case] kind: Kind) {
+async fn stopped_answer_keeps_its_output(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
@@ -311,7 +318,7 @@ async fn a_stopped_answer_keeps_what_has_come(#[case] kind: Kind) {
     let request_id = asked(&seen).await;
     output(&rig.bus, &request_id, 1, 0, "Once upon").await;
     let delta = rig.event(ROOM, |event| event["type"] == "delta").await;
-    // Nobody answers the cancel here, so it ends without a worker's word.
+    // No router answers the cancel, so the web app ends the answer itself.
     rig.chat("ann", "chat.stop", json!({"message": delta["id"]}))
         .await
         .unwrap();
@@ -326,7 +333,7 @@ async fn a_stopped_answer_keeps_what_has_come(#[case] kind: Kind) {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn a_message_sent_again_is_said_once(#[case] kind: Kind) {
+async fn repeated_message_is_published_once(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let first = rig.chat("ann", "chat.send", send("hello", "n")).await.unwrap();
@@ -334,14 +341,14 @@ async fn a_message_sent_again_is_said_once(#[case] kind: Kind) {
     assert_eq!(first["message"], again["message"]);
     assert_eq!(rig.events(ROOM).len(), 1);
     let other = rig.chat("bob", "chat.send", send("hello", "n")).await.unwrap();
-    assert_ne!(first["message"]["id"], other["message"]["id"], "a nonce is its sender's own");
+    assert_ne!(first["message"]["id"], other["message"]["id"], "nonces of different senders are independent");
 }
 
 #[rstest]
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn rooms_are_made_once_and_told_to_everybody(#[case] kind: Kind) {
+async fn room_is_created_once_and_announced(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     let made = rig
@@ -367,7 +374,7 @@ async fn rooms_are_made_once_and_told_to_everybody(#[case] kind: Kind) {
     assert_eq!(ids, ["general", "random", "release-planning"]);
 }
 
-/// A web app with these quotas, on the home's bus and database.
+/// Starts a web app with these quotas and the operator olga.
 async fn start_with(home: &Home, quotas: webapp::Quotas) -> Rig {
     let config = webapp::Config { quotas, operators: vec!["olga".into()], ..home.config() };
     home.start_as(config).await
@@ -377,7 +384,7 @@ async fn start_with(home: &Home, quotas: webapp::Quotas) -> Rig {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn answer_is_stopped_and_asked_again_by_its_asker_or_an_operator_only(#[case] kind: Kind) {
+async fn only_asker_maker_and_operator_manage_an_answer(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = start_with(&home, webapp::Quotas::default()).await;
     let (_router, seen) = router(&rig.bus, decided).await;
@@ -395,14 +402,18 @@ async fn answer_is_stopped_and_asked_again_by_its_asker_or_an_operator_only(#[ca
     assert!(code == 103 && text.contains("operator"), "{code} {text}");
     rig.chat("max", "chat.stop", this.clone())
         .await
-        .expect("whoever made the room");
+        .expect("the room's maker may stop");
     rig.event("chat:den", is_answer("stopped")).await;
     for user in ["bob", "max"] {
         assert_eq!(rig.chat(user, "chat.retry", this.clone()).await.unwrap_err().0, 103, "{user}");
     }
     rig.chat("ann", "chat.retry", this.clone()).await.unwrap();
-    rig.chat("olga", "chat.stop", this.clone()).await.expect("an operator");
-    rig.chat("olga", "chat.retry", this.clone()).await.expect("an operator");
+    rig.chat("olga", "chat.stop", this.clone())
+        .await
+        .expect("an operator may stop");
+    rig.chat("olga", "chat.retry", this.clone())
+        .await
+        .expect("an operator may retry");
     rig.chat("ann", "chat.stop", this).await.unwrap();
 }
 
@@ -410,7 +421,7 @@ async fn answer_is_stopped_and_asked_again_by_its_asker_or_an_operator_only(#[ca
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn quotas_bound_one_user_and_no_other_and_outlive_a_restart(#[case] kind: Kind) {
+async fn quotas_count_by_user_and_survive_a_restart(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let quotas = webapp::Quotas {
         runs_at_once: 2,
@@ -427,18 +438,21 @@ async fn quotas_bound_one_user_and_no_other_and_outlive_a_restart(#[case] kind: 
     rig.chat("ann", "chat.send", ask(2)).await.unwrap();
     rig.chat("ann", "chat.send", ask(2))
         .await
-        .expect("sent again, it is the same message");
+        .expect("a repeat is not charged");
     let (code, text) = rig.chat("ann", "chat.send", ask(3)).await.unwrap_err();
-    assert!(code == 111 && text.contains("2 answers coming"), "{code} {text}");
-    rig.chat("bob", "chat.send", ask(3)).await.expect("another user");
-    let coming = rig
+    assert!(code == 111 && text.contains("2 answers streaming"), "{code} {text}");
+    rig.chat("bob", "chat.send", ask(3))
+        .await
+        .expect("another user has an own quota");
+
+    let streaming = rig
         .events(ROOM)
         .into_iter()
         .find(|event| event["message"]["asker"] == "ann")
         .unwrap();
-    let first = json!({"message": coming["message"]["id"]});
+    let first = json!({"message": streaming["message"]["id"]});
     rig.chat("ann", "chat.stop", first.clone()).await.unwrap();
-    rig.chat("ann", "chat.send", ask(4)).await.expect("one has ended");
+    rig.chat("ann", "chat.send", ask(4)).await.expect("an answer has ended");
     rig.chat("ann", "chat.stop", first.clone()).await.unwrap();
 
     rig.chat("ann", "chat.create_room", json!({"name": "one"}))
@@ -446,7 +460,7 @@ async fn quotas_bound_one_user_and_no_other_and_outlive_a_restart(#[case] kind: 
         .unwrap();
     rig.chat("ann", "chat.create_room", json!({"name": "one"}))
         .await
-        .expect("it is there");
+        .expect("the room exists already");
     rig.chat("ann", "chat.delete_room", json!({"room": "one"}))
         .await
         .unwrap();
@@ -474,11 +488,11 @@ async fn quotas_bound_one_user_and_no_other_and_outlive_a_restart(#[case] kind: 
 }
 
 #[tokio::test]
-async fn rooms_made_in_parallel_cannot_exceed_the_daily_quota() {
+async fn rooms_created_concurrently_cannot_exceed_the_daily_quota() {
     const CALLS: i64 = 4;
     let home = Home::new(Kind::Postgres).await;
     let rig = start_with(&home, webapp::Quotas { rooms_per_day: 1, ..webapp::Quotas::default() }).await;
-    // Quotas can be read and not written until all calls are there.
+    // Lets quotas be read but not written, until all calls are waiting.
     let mut holder = sqlx::AnyConnection::connect(&home.postgres.as_ref().unwrap().url())
         .await
         .unwrap();
@@ -505,11 +519,11 @@ async fn rooms_made_in_parallel_cannot_exceed_the_daily_quota() {
         "{made:?}"
     );
     let rooms = rig.chat("ann", "chat.rooms", json!({})).await.unwrap();
-    assert_eq!(rooms["rooms"].as_array().unwrap().len(), 3, "two that nobody made, and one");
+    assert_eq!(rooms["rooms"].as_array().unwrap().len(), 3, "the two initial rooms and a new one");
 }
 
 #[tokio::test]
-async fn stored_message_is_acknowledged_again_when_the_minute_is_used_up() {
+async fn repeats_do_not_use_up_the_quota_per_minute() {
     let home = Home::new(Kind::Sqlite).await;
     let quotas = webapp::Quotas { messages_per_minute: 2, runs_per_minute: 1, ..webapp::Quotas::default() };
     let rig = start_with(&home, quotas).await;
@@ -522,12 +536,12 @@ async fn stored_message_is_acknowledged_again_when_the_minute_is_used_up() {
     }
     rig.chat("ann", "chat.send", send("hi", "n2"))
         .await
-        .expect("the repeats have used up nothing");
+        .expect("the repeats were not charged");
     assert_eq!(rig.chat("ann", "chat.send", send("hi", "n3")).await.unwrap_err().0, 111);
 }
 
 #[tokio::test]
-async fn messages_of_a_minute_are_bounded() {
+async fn messages_and_typing_notices_are_rate_limited() {
     let home = Home::new(Kind::Sqlite).await;
     let rig = start_with(&home, webapp::Quotas { messages_per_minute: 3, ..webapp::Quotas::default() }).await;
     for n in 0..3 {
@@ -536,6 +550,7 @@ async fn messages_of_a_minute_are_bounded() {
     let (code, text) = rig.chat("ann", "chat.send", send("hi", "3")).await.unwrap_err();
     assert!(code == 111 && text.contains("3 times a minute; try again in"), "{code} {text}");
     rig.chat("bob", "chat.send", send("hi", "3")).await.unwrap();
+
     for _ in 0..50 {
         rig.chat("ann", "chat.typing", json!({"room": "general"}))
             .await
@@ -546,14 +561,14 @@ async fn messages_of_a_minute_are_bounded() {
         .iter()
         .filter(|event| event["type"] == "typing")
         .count();
-    assert!(typing < 20, "{typing} notes that somebody types");
+    assert!(typing < 20, "{typing} typing notices");
 }
 
 #[rstest]
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn rooms_are_deleted_by_their_maker_with_all_that_was_said(#[case] kind: Kind) {
+async fn maker_deletes_a_room_with_its_messages(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = start_with(&home, webapp::Quotas::default()).await;
     let (_router, seen) = router(&rig.bus, decided).await;
@@ -566,13 +581,13 @@ async fn rooms_are_deleted_by_their_maker_with_all_that_was_said(#[case] kind: K
     let request_id = asked(&seen).await;
     for (user, room) in [("bob", &here), ("ann", &json!({"room": "general"}))] {
         let (code, text) = rig.chat(user, "chat.delete_room", room.clone()).await.unwrap_err();
-        assert!(code == 103 && text.contains("made it"), "{user} {room}: {code} {text}");
+        assert!(code == 103 && text.contains("its maker"), "{user} {room}: {code} {text}");
     }
 
     let (deleted, cancelled) = tokio::join!(rig.chat("ann", "chat.delete_room", here.clone()), cancels.next());
     deleted.unwrap();
     let cancelled: Value = serde_json::from_slice(&cancelled.unwrap().payload).unwrap();
-    assert_eq!(cancelled["request_id"], request_id, "what is still being answered there ends");
+    assert_eq!(cancelled["request_id"], request_id, "the task of the streaming answer is cancelled");
     for channel in ["chat:lobby", "chat:den"] {
         rig.event(channel, |event| *event == json!({"type": "gone", "room": "den"}))
             .await;
@@ -580,31 +595,34 @@ async fn rooms_are_deleted_by_their_maker_with_all_that_was_said(#[case] kind: K
     for method in ["chat.history", "chat.typing", "chat.delete_room"] {
         assert_eq!(rig.chat("bob", method, here.clone()).await.unwrap_err().0, 107, "{method}");
     }
-    // Late output and results have nowhere to go.
+    // Late output and results are ignored.
     output(&rig.bus, &request_id, 1, 0, "late").await;
     result(&rig.bus, &request_id, "success", json!("late")).await;
 
-    // A room of the same name is another one, and its maker is whoever made it last.
+    // A new room with the same name is empty, and belongs to its new maker.
     rig.chat("bob", "chat.create_room", den).await.unwrap();
     let history = rig.chat("ann", "chat.history", here.clone()).await.unwrap();
     assert_eq!(history["messages"], json!([]));
     assert_eq!(rig.chat("ann", "chat.delete_room", here.clone()).await.unwrap_err().0, 103);
-    rig.chat("olga", "chat.delete_room", here).await.expect("an operator");
+    rig.chat("olga", "chat.delete_room", here)
+        .await
+        .expect("an operator may delete");
     rig.chat("olga", "chat.delete_room", json!({"room": "random"}))
         .await
-        .expect("also of rooms that nobody made");
+        .expect("an operator may delete rooms without a maker");
 }
 
 #[tokio::test]
-async fn database_errors_are_for_the_log_and_pages_get_a_trace() {
+async fn database_errors_are_hidden_behind_a_trace_id() {
     let mut home = Home::new(Kind::Postgres).await;
     let rig = home.start().await;
     let (_router, seen) = router(&rig.bus, decided).await;
-    // Once it has begun: a web app that cannot begin ends.
+    // Wait until the web app has started: one that cannot start ends.
     rig.chat("ann", "chat.send", send("@assistant hi", "first"))
         .await
         .unwrap();
     asked(&seen).await;
+
     home.postgres.as_mut().unwrap().kill();
     for (method, request) in [
         ("chat.send", send("hi", "n")),
@@ -628,7 +646,7 @@ async fn database_errors_are_for_the_log_and_pages_get_a_trace() {
 }
 
 #[tokio::test]
-async fn bad_requests_are_refused_with_a_reason() {
+async fn invalid_requests_are_refused_with_a_reason() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     let long = "x".repeat(8 * 1024 + 1);
@@ -656,6 +674,7 @@ async fn bad_requests_are_refused_with_a_reason() {
         let (code, text) = rig.chat("ann", method, request.clone()).await.expect_err("refused");
         assert!(code == 107 && !text.is_empty(), "{method} {request}: {code} {text}");
     }
+
     let (code, _) = rig.rpc("ann", "chat.send", &b"\xff not json"[..]).await.unwrap_err();
     assert_eq!(code, 107);
     assert_eq!(rig.events(ROOM), Vec::<Value>::new());

@@ -1,4 +1,4 @@
-//! The web app on the embedded bus, spoken to as nodes, routers and browsers speak to it.
+//! Drives a web app on the embedded bus, in the roles of nodes, routers and browsers.
 
 mod accounts;
 mod chat;

@@ -1,4 +1,4 @@
-//! App sessions, as a page sees them.
+//! Page sessions, in the role of a page.
 
 use crate::rig::{Home, Kind, Rig};
 use rstest::rstest;
@@ -29,7 +29,7 @@ fn deltas(told: &[Body]) -> Vec<Delta> {
 fn whole(told: &[Body]) -> Vec<Node> {
     match deltas(told).first().and_then(|delta| delta.op.clone()) {
         Some(Op::Reset(reset)) => reset.children,
-        other => panic!("the whole tree was to come first, not {other:?}"),
+        other => panic!("expected the whole tree first, got {other:?}"),
     }
 }
 
@@ -55,7 +55,7 @@ fn shown_tab(nodes: &[Node]) -> wire::app::Value {
 }
 
 #[tokio::test]
-async fn an_interaction_sends_the_difference_only() {
+async fn interaction_sends_only_the_difference() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
@@ -73,14 +73,14 @@ async fn an_interaction_sends_the_difference_only() {
     );
 
     rig.say("ann", SESSION, event(&tabs, "1")).await.unwrap();
-    assert_eq!(deltas(&rig.told(SESSION, "ann")), [], "nothing has changed");
+    assert_eq!(deltas(&rig.told(SESSION, "ann")), [], "nothing changed");
 }
 
 #[rstest]
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn a_session_goes_on_after_a_restart(#[case] kind: Kind) {
+async fn session_survives_a_restart(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = home.start().await;
     rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
@@ -89,7 +89,7 @@ async fn a_session_goes_on_after_a_restart(#[case] kind: Kind) {
     rig.stop().await;
 
     let rig = home.start().await;
-    // The page does not know of the restart; its next word is an event.
+    // The page does not notice the restart; its next message is an event.
     rig.say("ann", SESSION, event(&tabs, "3")).await.unwrap();
     assert_eq!(shown_tab(&whole(&rig.told(SESSION, "ann"))), wire::app::Value::Number(3.0));
     rig.stop().await;
@@ -99,7 +99,7 @@ async fn a_session_goes_on_after_a_restart(#[case] kind: Kind) {
     assert_eq!(
         shown_tab(&whole(&rig.told(SESSION, "ann"))),
         wire::app::Value::Number(3.0),
-        "the choice is remembered"
+        "the chosen tab is remembered"
     );
     rig.stop().await;
 }
@@ -108,7 +108,7 @@ async fn a_session_goes_on_after_a_restart(#[case] kind: Kind) {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn a_session_is_in_one_of_several_web_apps_and_moves_when_that_one_dies(#[case] kind: Kind) {
+async fn session_lives_in_one_web_app_and_moves_when_that_one_dies(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let first = home.start().await;
     let second = first.beside(home.config()).await;
@@ -118,7 +118,8 @@ async fn a_session_is_in_one_of_several_web_apps_and_moves_when_that_one_dies(#[
         first.say("ann", id, rerun("/console", true)).await.unwrap();
         tabs = find(&whole(&first.told(id, "ann")), "tabs").unwrap().key.clone();
     }
-    // Whichever takes the call, it is the difference to what the page holds.
+
+    // Whichever web app takes the call, the page gets the difference to its tree.
     for tab in ["1", "2", "0", "3", "1", "2"] {
         for id in &ids {
             first.say("ann", id, event(&tabs, tab)).await.unwrap();
@@ -127,8 +128,9 @@ async fn a_session_is_in_one_of_several_web_apps_and_moves_when_that_one_dies(#[
             assert!(!changes.is_empty() && !changes.iter().any(is_reset), "{changes:?}");
         }
     }
+
     let foreign = first.say("bob", &ids[0], event(&tabs, "1")).await.unwrap_err();
-    assert_eq!(foreign.0, 103, "also handed on: {}", foreign.1);
+    assert_eq!(foreign.0, 103, "also refused when forwarded: {}", foreign.1);
 
     second.die().await;
     for id in &ids {
@@ -142,7 +144,7 @@ async fn a_session_is_in_one_of_several_web_apps_and_moves_when_that_one_dies(#[
 }
 
 #[tokio::test]
-async fn the_start_leads_to_a_room_and_a_wrong_place_says_so() {
+async fn root_navigates_to_a_room_and_unknown_places_say_so() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     rig.say("ann", SESSION, rerun("/", true)).await.unwrap();
@@ -151,6 +153,7 @@ async fn the_start_leads_to_a_room_and_a_wrong_place_says_so() {
         panic!("{told:?}")
     };
     assert_eq!(to.path, "/rooms/general");
+
     rig.say("ann", SESSION, rerun(&to.path, false)).await.unwrap();
     let changes = deltas(&rig.told(SESSION, "ann"));
     let nodes: Vec<Node> = changes
@@ -158,6 +161,7 @@ async fn the_start_leads_to_a_room_and_a_wrong_place_says_so() {
         .filter_map(|d| if let Some(Op::Insert(i)) = d.op { i.node } else { None })
         .collect();
     assert!(find(&nodes, "chat").is_some(), "{nodes:?}");
+
     for place in ["/nowhere", "/rooms/nowhere"] {
         rig.say("ann", SESSION, rerun(place, true)).await.unwrap();
         assert!(find(&whole(&rig.told(SESSION, "ann")), "empty").is_some(), "{place}");
@@ -165,7 +169,7 @@ async fn the_start_leads_to_a_room_and_a_wrong_place_says_so() {
 }
 
 #[tokio::test]
-async fn link_to_a_deleted_room_says_so() {
+async fn page_of_a_deleted_room_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     rig.chat("ann", "chat.create_room", serde_json::json!({"name": "den"}))
@@ -183,6 +187,7 @@ async fn link_to_a_deleted_room_says_so() {
             .unwrap()
     };
     assert_eq!(manages(&tree), wire::app::Value::Flag(true));
+
     let bobs = "ffeeddccbbaa99887766554433221100";
     rig.say("bob", bobs, rerun("/rooms/den", true)).await.unwrap();
     assert_eq!(manages(&whole(&rig.told(bobs, "bob"))), wire::app::Value::Flag(false));
@@ -202,7 +207,7 @@ async fn link_to_a_deleted_room_says_so() {
 }
 
 #[tokio::test]
-async fn what_a_page_may_not_say_is_refused_and_the_session_lives_on() {
+async fn invalid_messages_are_refused_and_the_session_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
@@ -223,29 +228,32 @@ async fn what_a_page_may_not_say_is_refused_and_the_session_lives_on() {
         let (code, text) = rig.say("ann", SESSION, said.clone()).await.expect_err("refused");
         assert_eq!(code, 107, "{said:?}: {text}");
     }
+
     let garbage = rig.rpc("ann", "app.event", &b"\xff\xff\xff"[..]).await.unwrap_err();
     assert_eq!(garbage.0, 107);
     for session in ["", "short", "0011223344556677889900112233445g", &"0".repeat(65)] {
         assert_eq!(rig.say("ann", session, rerun("/", true)).await.unwrap_err().0, 107, "{session}");
     }
-    assert_eq!(rig.say("bob", SESSION, event(&tabs, "1")).await.unwrap_err().0, 103, "another's session");
-    assert_eq!(rig.say("", SESSION, event(&tabs, "1")).await.unwrap_err().0, 101, "nobody's call");
+    assert_eq!(rig.say("bob", SESSION, event(&tabs, "1")).await.unwrap_err().0, 103, "the session of another user");
+    assert_eq!(rig.say("", SESSION, event(&tabs, "1")).await.unwrap_err().0, 101, "a call without a user");
     rig.say("ann", SESSION, event(&tabs, "1")).await.unwrap();
 }
 
 #[tokio::test]
-async fn the_console_is_fed_by_one_web_app_of_several() {
+async fn one_of_several_web_apps_publishes_the_console() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     let other = tempfile::tempdir().unwrap();
     let second = Rig::on(rig.bus.clone(), crate::rig::config(other.path())).await;
+
     let count = || rig.events("ops:live").len() + second.events("ops:live").len();
     testkit::eventually(crate::rig::PATIENCE, async || count() >= 4).await;
+
     let times: Vec<i64> = [&rig, &second]
         .iter()
         .flat_map(|rig| rig.events("ops:live"))
         .map(|sample| sample["t"].as_i64().unwrap())
         .collect();
     let seconds: std::collections::HashSet<i64> = times.iter().map(|t| t / 800).collect();
-    assert!(seconds.len() + 2 >= times.len(), "about one sample a second, not two: {times:?}");
+    assert!(seconds.len() + 2 >= times.len(), "more than one sample a second: {times:?}");
 }

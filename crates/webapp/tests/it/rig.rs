@@ -1,4 +1,4 @@
-//! A running web app, with a node that takes what it publishes.
+//! A running web app, with a fake node that records what it publishes.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -23,14 +23,14 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 pub const ADMIN_PASSWORD: &str = "abcd-efgh";
 const SECRET: &[u8] = b"a secret of at least thirty-two bytes";
 
-/// What a test's web apps keep their data in.
+/// The database of a test.
 #[derive(Clone, Copy)]
 pub enum Kind {
     Sqlite,
     Postgres,
 }
 
-/// A data directory and the database beside it, which outlive the web apps of a test.
+/// A data directory and a database that outlive the web apps of a test.
 pub struct Home {
     pub dir: TempDir,
     pub postgres: Option<PostgresServer>,
@@ -62,7 +62,7 @@ impl Home {
 pub struct Rig {
     pub bus: Bus,
     pub routes: axum::Router,
-    /// Nobody had an account.
+    /// Whether the database had no accounts at the start.
     pub is_new: bool,
     published: Arc<Mutex<Vec<Publish>>>,
     disconnected: Arc<Mutex<Vec<Disconnect>>>,
@@ -90,7 +90,7 @@ impl Rig {
         }
     }
 
-    /// Another web app on the same bus.
+    /// Starts another web app on the same bus.
     pub async fn beside(&self, config: webapp::Config) -> Self {
         Self::with(self.bus.clone(), config, self.published.clone(), self.refusing.clone(), JoinSet::new()).await
     }
@@ -107,6 +107,7 @@ impl Rig {
         if is_new {
             assert!(bound.create_admin(ADMIN_PASSWORD).await.unwrap());
         }
+
         let routes = bound.routes();
         let cancel = CancellationToken::new();
         let stop = cancel.clone();
@@ -123,29 +124,29 @@ impl Rig {
         }
     }
 
-    /// In good order; the directory can be used again.
+    /// Drains the web app. The directory can then be used again.
     pub async fn stop(mut self) {
         self.cancel.cancel();
-        // The node goes on until the bus is closed: only the web app is waited for.
+        // The fake node never ends by itself, so the first task to end is the web app.
         tokio::time::timeout(PATIENCE, self.tasks.join_next())
             .await
-            .expect("drains in time")
+            .expect("the web app drains in time")
             .unwrap()
             .unwrap();
         self.tasks.shutdown().await;
     }
 
-    /// As by SIGKILL: its tasks are dropped wherever they are.
+    /// Drops all tasks wherever they are, as SIGKILL would.
     pub async fn die(mut self) {
         self.tasks.shutdown().await;
     }
 
-    /// As nodes whose engine is away.
+    /// Makes the fake node refuse publications, as if its engine were down.
     pub fn refuse_publications(&self, refuse: bool) {
         self.refusing.store(refuse, Relaxed);
     }
 
-    /// An RPC as a node hands it over; the error's code and text.
+    /// Makes an RPC as a node would. An error has its code and text.
     pub async fn rpc(&self, user: &str, method: &str, payload: impl Into<Bytes>) -> Result<Bytes, (u32, String)> {
         let headers = Headers::new().with(channels::RPC_USER, user);
         let subject = subjects::rpc(method).unwrap();
@@ -170,7 +171,7 @@ impl Rig {
         self.rpc(user, "app.event", back.encode_to_vec()).await
     }
 
-    /// What has been published on a channel, as JSON.
+    /// All JSON published on a channel so far.
     pub fn events(&self, channel: &str) -> Vec<Value> {
         let published = self.published.lock();
         let data = published
@@ -180,7 +181,7 @@ impl Rig {
         data.map(|data| serde_json::from_str(data.get()).unwrap()).collect()
     }
 
-    /// What a session was told since it was asked last.
+    /// Removes and returns what was published to a session.
     pub fn told(&self, session: &str, user: &str) -> Vec<Body> {
         let channel = format!("app:{session}#{user}");
         let mut published = self.published.lock();
@@ -194,7 +195,7 @@ impl Rig {
             .collect()
     }
 
-    /// The connections that nodes were asked to end, as user and session.
+    /// The disconnects that nodes were asked for, as user and sign-in.
     pub fn disconnected(&self) -> Vec<(String, String)> {
         let disconnected = self.disconnected.lock();
         disconnected
@@ -203,7 +204,7 @@ impl Rig {
             .collect()
     }
 
-    /// Waits for a published event that fits.
+    /// Waits for an event on a channel that satisfies `fits`.
     pub async fn event(&self, channel: &str, fits: impl Fn(&Value) -> bool) -> Value {
         let mut found = None;
         testkit::eventually(PATIENCE, || {
@@ -225,7 +226,7 @@ pub fn config(dir: &Path) -> webapp::Config {
 }
 
 async fn open_bus(dir: &Path) -> Bus {
-    // The life before this one may still be closing its files.
+    // The previous web app of the test may still be closing its files.
     let bus = Mutex::new(None);
     testkit::eventually(PATIENCE, async || {
         let opened = bus::local::Local::open(dir).await.ok();
@@ -234,10 +235,10 @@ async fn open_bus(dir: &Path) -> Bus {
         is_open
     })
     .await;
-    bus.into_inner().expect("it was opened")
+    bus.into_inner().expect("eventually returns once it is open")
 }
 
-/// Takes publications as the nodes do.
+/// Accepts publications and records them, once for each idempotency key.
 async fn node(
     bus: Bus,
     published: Arc<Mutex<Vec<Publish>>>,
@@ -252,7 +253,7 @@ async fn node(
             let publish: Publish = serde_json::from_slice(&request.payload).unwrap();
             let known = |p: &Publish| publish.idempotency_key.is_some() && p.idempotency_key == publish.idempotency_key;
             let answer = if refusing.load(Relaxed) {
-                Answer::failure(100, "the engine is away")
+                Answer::failure(100, "the engine is down")
             } else {
                 let mut published = published.lock();
                 if !published.iter().any(known) {
@@ -268,7 +269,7 @@ async fn node(
     }
 }
 
-/// Takes requests to end connections as the nodes do.
+/// Accepts requests to end connections and records them.
 async fn disconnects(bus: Bus, asked: Arc<Mutex<Vec<Disconnect>>>) -> impl Future<Output = ()> + Send + 'static {
     let mut requests = bus
         .subscribe(subjects::CHANNELS_DISCONNECT, Some(subjects::NODES_GROUP), 64)
@@ -285,7 +286,7 @@ async fn disconnects(bus: Bus, asked: Arc<Mutex<Vec<Disconnect>>>) -> impl Futur
     }
 }
 
-/// Answers decide requests with what `answer` makes of them, and keeps them.
+/// A fake router: answers decide requests with `answer`, and records them.
 pub async fn router(bus: &Bus, answer: fn(&Value) -> Value) -> (JoinSet<()>, Arc<Mutex<Vec<Bytes>>>) {
     let mut requests = bus
         .subscribe(subjects::DECIDE, Some(subjects::DECIDE_GROUP), 64)

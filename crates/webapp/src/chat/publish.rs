@@ -1,0 +1,13 @@
+//! Publishes messages to the channel of their room.
+
+use crate::channels::{self, Channels};
+use wire::chat::{Event, Message};
+
+/// Publishes the current version of a message. A person's message is published once, however often this is called. An
+/// answer's versions replace each other, so a repeat does no harm.
+pub async fn publish(channels: &Channels, message: &Message) -> Result<(), String> {
+    let key = message.nonce.is_some().then(|| format!("message-{}", message.id));
+    let event = Event::Message { message: message.clone() };
+    let channel = channels::of_room(&message.room);
+    channels.publish_json(&channel, &event, key).await
+}
