@@ -1,5 +1,6 @@
 // The WebSocket connection to a node. It sends commands, recovers subscriptions by offset and epoch, and reconnects.
 import { signal, type ReadonlySignal } from "@preact/signals";
+import { asksToResubscribe, ErrorCode, isLocalError, isTerminal } from "./codec/codes";
 import { joinFrames, splitFrames, type Partially } from "./codec/proto";
 import * as wire from "./codec/realtime";
 
@@ -53,10 +54,6 @@ export class CommandError extends Error {
 const PROTOCOL = "centrifuge-protobuf";
 /** Namespaces in which only services may publish. A publication by a client there is a forgery and is ignored. */
 const SERVICES_ONLY = ["app:", "chat:", "ops:"];
-/** The code of a command that found no connection, or lost it before the reply. */
-export const NOT_CONNECTED = 0;
-const UNAUTHORIZED = 101;
-const ALREADY_SUBSCRIBED = 105;
 /** How late the server's ping may be, in ms, before the connection counts as lost. */
 const PING_GRACE = 10_000;
 
@@ -81,6 +78,20 @@ interface Subscription {
 export function backoff(attempt: number, random: number, first = 500, cap = 20_000): number {
   const upper = Math.min(cap, first * 2 ** (attempt + 1));
   return Math.round(first + random * (upper - first));
+}
+
+/** A message of the server. An empty frame is a ping. */
+type Received = { ping: true } | { ping: false; reply: wire.Reply };
+
+/** Returns null if any of the messages is unreadable. */
+function decode(frame: ArrayBuffer): Received[] | null {
+  try {
+    return splitFrames(new Uint8Array(frame)).map((message) =>
+      message.length === 0 ? { ping: true } : { ping: false, reply: wire.reply.decode(message) },
+    );
+  } catch {
+    return null;
+  }
 }
 
 function forged(channel: string, publication: wire.Publication): boolean {
@@ -183,7 +194,8 @@ export class Connection {
     this.options.token().then(
       (token) => {
         if (generation !== this.generation) return;
-        if (token === null) this.statusSignal.value = { name: "closed", code: UNAUTHORIZED, reason: "signed out" };
+        if (token === null)
+          this.statusSignal.value = { name: "closed", code: ErrorCode.unauthorized, reason: "signed out" };
         else this.openSocket(token, generation);
       },
       () => {
@@ -210,15 +222,10 @@ export class Connection {
     };
 
     socket.onmessage = (message: MessageEvent) => {
-      if (!current()) return;
-      if (!(message.data instanceof ArrayBuffer)) return;
-      try {
-        for (const frame of splitFrames(new Uint8Array(message.data))) {
-          this.receive(wire.reply.decode(frame), frame.length === 0);
-        }
-      } catch {
-        this.lost("received an unreadable message");
-      }
+      if (!current() || !(message.data instanceof ArrayBuffer)) return;
+      const received = decode(message.data);
+      if (received) received.forEach((one) => this.receive(one));
+      else this.lost("received an unreadable message");
     };
 
     socket.onclose = (close: CloseEvent) => {
@@ -228,39 +235,47 @@ export class Connection {
   }
 
   private async handshake(token: string, generation: number): Promise<void> {
+    let result: wire.ConnectResult;
     try {
       const reply = await this.request({ connect: { token, name: "beamline" } });
-      if (generation !== this.generation) return;
-      const result = reply.connect ?? wire.connectResult.empty();
-      this.attempts = 0;
-      this.pingInterval = result.ping * 1000;
-      this.echoPing = result.pong;
-      this.watchPing();
-      if (result.expires) this.refreshIn(result.ttl);
-      for (const subscription of this.subscriptions.values()) void this.join(subscription);
-      this.statusSignal.value = { name: "connected", client: result.client, node: result.node };
+      result = reply.connect ?? wire.connectResult.empty();
     } catch (error) {
-      if (generation !== this.generation) return;
-      this.lost(error instanceof Error ? error.message : "cannot connect");
+      if (generation === this.generation) this.lost(error instanceof Error ? error.message : "cannot connect");
+      return;
     }
+    if (generation !== this.generation) return;
+
+    this.attempts = 0;
+    this.pingInterval = result.ping * 1000;
+    this.echoPing = result.pong;
+    this.watchPing();
+    if (result.expires) this.refreshIn(result.ttl);
+
+    for (const subscription of this.subscriptions.values()) void this.join(subscription);
+    this.statusSignal.value = { name: "connected", client: result.client, node: result.node };
   }
 
   private async join(subscription: Subscription): Promise<void> {
     clearTimeout(subscription.timer);
     const generation = this.generation;
     const { channel, position } = subscription;
+    const current = (): boolean => generation === this.generation && this.subscriptions.get(channel) === subscription;
+
     const request: Partially<wire.Command> = {
       subscribe: { channel, joinLeave: true, recoverable: true, positioned: true },
     };
     if (position && request.subscribe) Object.assign(request.subscribe, { recover: true, ...position });
+
+    let result: wire.SubscribeResult;
     try {
-      const result = (await this.request(request)).subscribe ?? wire.subscribeResult.empty();
-      if (generation !== this.generation || this.subscriptions.get(channel) !== subscription) return;
-      this.joined(subscription, result);
+      result = (await this.request(request)).subscribe ?? wire.subscribeResult.empty();
     } catch (error) {
-      if (generation !== this.generation || this.subscriptions.get(channel) !== subscription) return;
-      this.notJoined(subscription, error instanceof CommandError ? error : new CommandError(0, String(error), true));
+      if (!current()) return;
+      const known = error instanceof CommandError;
+      this.notJoined(subscription, known ? error : new CommandError(ErrorCode.notConnected, String(error), true));
+      return;
     }
+    if (current()) this.joined(subscription, result);
   }
 
   private joined(subscription: Subscription, result: wire.SubscribeResult): void {
@@ -272,19 +287,19 @@ export class Connection {
     const start = recovered && subscription.position ? { ...subscription.position, epoch: result.epoch } : last;
     subscription.position = start;
 
-    for (const listener of [...subscription.listeners]) listener.subscribed?.({ recovered, position: start });
+    this.notify(subscription, (listener) => listener.subscribed?.({ recovered, position: start }));
     for (const publication of result.publications) this.deliver(subscription, publication);
     if (last.offset > subscription.position.offset) subscription.position = last;
   }
 
   private notJoined(subscription: Subscription, error: CommandError): void {
-    if (error.code === ALREADY_SUBSCRIBED) return;
-    if (error.temporary || error.code < 100) {
+    if (error.code === ErrorCode.alreadySubscribed) return;
+    if (error.temporary || isLocalError(error.code)) {
       this.rejoinLater(subscription);
       return;
     }
     this.subscriptions.delete(subscription.channel);
-    for (const listener of [...subscription.listeners]) listener.failed?.(error);
+    this.notify(subscription, (listener) => listener.failed?.(error));
   }
 
   private rejoinLater(subscription: Subscription): void {
@@ -296,16 +311,15 @@ export class Connection {
     );
   }
 
-  private receive(reply: wire.Reply, ping: boolean): void {
-    if (ping) {
+  private receive(received: Received): void {
+    if (received.ping) {
       this.watchPing();
       if (this.echoPing) this.write(new Uint8Array(0));
-      return;
-    }
-    if (reply.push) {
-      this.pushed(reply.push);
-      return;
-    }
+    } else if (received.reply.push) this.pushed(received.reply.push);
+    else this.replied(received.reply);
+  }
+
+  private replied(reply: wire.Reply): void {
     const waiting = this.pending.get(reply.id);
     if (!waiting) return;
     this.pending.delete(reply.id);
@@ -321,13 +335,15 @@ export class Connection {
     }
     const subscription = this.subscriptions.get(push.channel);
     if (!subscription) return;
-    if (push.pub) this.deliver(subscription, push.pub);
-    else if (push.join?.info) for (const l of [...subscription.listeners]) l.join?.(push.join.info);
-    else if (push.leave?.info) for (const l of [...subscription.listeners]) l.leave?.(push.leave.info);
-    else if (push.unsubscribe) {
-      const { code, reason } = push.unsubscribe;
-      if (code >= 2500) this.rejoinLater(subscription);
-      else this.notJoined(subscription, new CommandError(Math.max(code, 100), reason, false));
+
+    const { pub, join, leave, unsubscribe } = push;
+    if (pub) this.deliver(subscription, pub);
+    else if (join?.info) this.notify(subscription, (listener) => listener.join?.(join.info as wire.ClientInfo));
+    else if (leave?.info) this.notify(subscription, (listener) => listener.leave?.(leave.info as wire.ClientInfo));
+    else if (unsubscribe) {
+      const { code, reason } = unsubscribe;
+      if (asksToResubscribe(code)) this.rejoinLater(subscription);
+      else this.notJoined(subscription, new CommandError(Math.max(code, ErrorCode.internal), reason, false));
     }
   }
 
@@ -341,19 +357,33 @@ export class Connection {
     // A forged publication advances the position but is not delivered.
     if (forged(subscription.channel, publication)) return;
     const now = subscription.position ?? { epoch: "", offset: 0 };
-    for (const listener of [...subscription.listeners]) listener.publication(publication, now);
+    this.notify(subscription, (listener) => listener.publication(publication, now));
+  }
+
+  /**
+   * Calls every listener. One that throws has a bug. The browser reports it as an uncaught error, and neither the
+   * connection nor the other listeners notice.
+   */
+  private notify(subscription: Subscription, call: (listener: Listener) => void): void {
+    for (const listener of [...subscription.listeners]) {
+      try {
+        call(listener);
+      } catch (error) {
+        reportError(error);
+      }
+    }
   }
 
   private request(command: Partially<wire.Command>): Promise<wire.Reply> {
     return new Promise((resolve, reject) => {
       if (!this.socket || this.socket.readyState !== this.socket.OPEN) {
-        reject(new CommandError(NOT_CONNECTED, "not connected", true));
+        reject(new CommandError(ErrorCode.notConnected, "not connected", true));
         return;
       }
       const id = ++this.lastId;
       const timer = setTimeout(() => {
         this.pending.delete(id);
-        reject(new CommandError(1, "the server did not respond in time", true));
+        reject(new CommandError(ErrorCode.timeout, "the server did not respond in time", true));
       }, this.commandTimeout);
       this.pending.set(id, { resolve, reject, timer });
       this.write(wire.command.encode({ ...command, id }));
@@ -406,8 +436,7 @@ export class Connection {
   }
 
   private ended(code: number, reason: string): void {
-    const terminal = (code >= 3500 && code < 4000) || (code >= 4500 && code < 5000);
-    if (!terminal) {
+    if (!isTerminal(code)) {
       this.lost(reason || "the connection was lost");
       return;
     }
@@ -450,7 +479,7 @@ export class Connection {
     this.pending.clear();
     for (const { reject, timer } of pending) {
       clearTimeout(timer);
-      reject(new CommandError(NOT_CONNECTED, "the connection was lost", true));
+      reject(new CommandError(ErrorCode.notConnected, "the connection was lost", true));
     }
   }
 

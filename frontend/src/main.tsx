@@ -2,6 +2,7 @@ import { render } from "preact";
 import { effect, signal } from "@preact/signals";
 import "./theme.css";
 import { whoami, type Account } from "./auth";
+import { CloseCode } from "./codec/codes";
 import { Connection } from "./connection";
 import { LoginPage } from "./pages/login";
 import { Shell } from "./pages/shell";
@@ -15,10 +16,10 @@ type View =
   | { name: "app"; session: Session };
 
 const view = signal<View>({ name: "loading" });
-/** Asked for once: it is of the page, whoever signs in. */
+/** The session belongs to the page, whoever signs in, so its id is taken once. */
 const ownId = sessionId();
-/** What a node says when the sign-in of a connection is over. */
-const SIGNED_OUT = [3500, 3503];
+/** The close codes of a connection whose user has signed out. */
+const SIGNED_OUT: number[] = [CloseCode.invalidToken, CloseCode.forceDisconnect];
 
 async function begin(): Promise<void> {
   view.value = { name: "loading" };
@@ -48,14 +49,17 @@ async function open(account: Account): Promise<void> {
       return null;
     },
   });
+
   const session = new Session(connection, { user: account.user, name: account.name }, id);
   session.start();
   connection.open();
-  // Another window has signed out, and this one's connection was closed with it.
+
+  // A sign-out in another window closes the connection of this one too.
   effect(() => {
     const status = connection.status.value;
     if (status.name === "closed" && SIGNED_OUT.includes(status.code)) void leaveIfSignedOut();
   });
+
   window.addEventListener("online", () => connection.retryNow());
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) connection.retryNow();

@@ -53,10 +53,12 @@ export class Session {
         this.started = true;
         this.rerun(!whole);
       },
-      publication: (publication) => this.receive(forward.decode(publication.data)),
-      failed: (error) => {
-        this.failure.value = { message: `cannot open this page: ${error.message}`, traceId: "" };
+      publication: (publication) => {
+        const message = decode(publication.data);
+        if (message) this.receive(message);
+        else this.fail("received an unreadable message");
       },
+      failed: (error) => this.fail(`cannot open this page: ${error.message}`),
     });
 
     window.addEventListener("popstate", () => this.arrived());
@@ -108,6 +110,11 @@ export class Session {
 
   dismiss(id: number): void {
     this.toasts.value = this.toasts.peek().filter((note) => note.id !== id);
+  }
+
+  private fail(message: string): void {
+    this.busy.value = false;
+    this.failure.value = { message, traceId: "" };
   }
 
   private arrived(): void {
@@ -170,6 +177,15 @@ export class Session {
     } else if (message.toast) {
       this.toast(message.toast.tone, message.toast.text);
     }
+  }
+}
+
+/** Returns null if the message is unreadable. */
+function decode(bytes: Uint8Array): Forward | null {
+  try {
+    return forward.decode(bytes);
+  } catch {
+    return null;
   }
 }
 

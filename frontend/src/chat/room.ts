@@ -1,7 +1,8 @@
 // The state of a room. It is kept while other rooms are shown, so that switching back is instant.
 import { effect, signal } from "@preact/signals";
+import { ErrorCode } from "../codec/codes";
 import type { ClientInfo } from "../codec/realtime";
-import { NOT_CONNECTED, CommandError, type Position } from "../connection";
+import { CommandError, type Position } from "../connection";
 import { fromBytes, num, object, str, type Json, type JsonObject } from "../json";
 import { randomHex, type Session } from "../session";
 import { emptyChat, readHistory, readMessage, reduce, type Action, type ChatState, type Message } from "./reducer";
@@ -210,7 +211,7 @@ export class Room {
       const sent = readMessage(object(await this.session.rpc("chat.send", { room: this.id, text, nonce }))["message"]);
       if (sent) this.dispatch({ type: "message", message: { ...sent, nonce } });
     } catch (error) {
-      if (error instanceof CommandError && error.code === NOT_CONNECTED) return false;
+      if (error instanceof CommandError && error.code === ErrorCode.notConnected) return false;
       this.dispatch({ type: "outgoing", nonce, state: "failed", error: (error as Error).message });
     }
     return true;

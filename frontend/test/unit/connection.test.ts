@@ -9,7 +9,9 @@ import {
   type Position,
   type Subscribed,
 } from "../../src/connection";
-import type { ClientInfo } from "../../src/codec/realtime";
+import { CloseCode, ErrorCode } from "../../src/codec/codes";
+import { joinFrames } from "../../src/codec/proto";
+import { reply, type ClientInfo } from "../../src/codec/realtime";
 import { FakeServer } from "./server";
 
 const text = (data: Uint8Array): string => new TextDecoder().decode(data);
@@ -189,6 +191,54 @@ describe("subscribe", () => {
     await settle();
     expect(server.socket.of("subscribe").map(({ channel }) => channel)).toEqual(["a", "b"]);
     expect(server.socket.frames).toBe(2);
+  });
+
+  it("reports a listener that throws, and nobody else notices", async () => {
+    const reported: unknown[] = [];
+    vi.stubGlobal("reportError", (error: unknown) => reported.push(error));
+    const connection = await connected();
+    const bug = new Error("a bug of the listener");
+    const fail = (): never => {
+      throw bug;
+    };
+    const heard = new Heard();
+    connection.subscribe("c", { publication: fail, subscribed: fail, join: fail, leave: fail });
+    connection.subscribe("c", heard);
+    await settle();
+
+    server.socket.say(
+      { push: { channel: "c", pub: { data: data("a"), offset: 1 } } },
+      { push: { channel: "c", join: { info: { user: "ann" } } } },
+      { push: { channel: "c", leave: { info: { user: "ann" } } } },
+      { push: { channel: "c", pub: { data: data("b"), offset: 2 } } },
+    );
+    vi.unstubAllGlobals();
+
+    expect(reported).toEqual([bug, bug, bug, bug, bug]);
+    expect([heard.publications, heard.people]).toEqual([
+      ["a", "b"],
+      ["+ann", "-ann"],
+    ]);
+    expect(connection.connected).toBe(true);
+    expect(server.socket.of("subscribe")).toHaveLength(1);
+  });
+
+  it("reports a listener that throws on a refusal", async () => {
+    const reported: unknown[] = [];
+    vi.stubGlobal("reportError", (error: unknown) => reported.push(error));
+    server.subscribe = () => ({ error: { code: ErrorCode.unauthorized, message: "unauthorized" } });
+    const connection = await connected();
+    const heard = new Heard();
+    connection.subscribe("c", {
+      publication: () => undefined,
+      failed: () => {
+        throw new Error("a bug of the listener");
+      },
+    });
+    connection.subscribe("c", heard);
+    await settle();
+    vi.unstubAllGlobals();
+    expect([reported.length, heard.failures]).toEqual([1, [ErrorCode.unauthorized]]);
   });
 
   it("shares one subscription and ends it with the last listener", async () => {
@@ -408,8 +458,8 @@ describe("reconnect", () => {
 
   it("treats a disconnect push like a close", async () => {
     const connection = await connected();
-    server.socket.say({ push: { disconnect: { code: 3503, reason: "force disconnect" } } });
-    expect(connection.status.value).toMatchObject({ name: "closed", code: 3503 });
+    server.socket.say({ push: { disconnect: { code: CloseCode.forceDisconnect, reason: "force disconnect" } } });
+    expect(connection.status.value).toMatchObject({ name: "closed", code: CloseCode.forceDisconnect });
   });
 
   it("drops a connection with unreadable messages and ignores a replaced socket", async () => {
@@ -418,8 +468,21 @@ describe("reconnect", () => {
     first.raw(Uint8Array.of(9, 1));
     expect(connection.status.value).toMatchObject({ name: "waiting", reason: "received an unreadable message" });
     await vi.advanceTimersByTimeAsync(1_000);
-    first.drop(3503);
+    first.drop(CloseCode.forceDisconnect);
     expect(connection.connected).toBe(true);
+  });
+
+  it("drops a frame with an unreadable message whole, and recovers its publications", async () => {
+    const connection = await connected();
+    const heard = new Heard();
+    connection.subscribe("c", heard);
+    await settle();
+
+    const readable = reply.encode({ push: { channel: "c", pub: { data: data("a"), offset: 1 } } });
+    server.socket.raw(joinFrames([readable, Uint8Array.of(0xff)]));
+    expect(heard.publications).toEqual([]);
+    await vi.advanceTimersByTimeAsync(1_000);
+    expect(server.socket.of("subscribe")[0]).toMatchObject({ recover: true, offset: 0 });
   });
 
   it("close stops every timer and retry", async () => {

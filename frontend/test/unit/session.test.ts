@@ -146,6 +146,17 @@ describe("messages from the server", () => {
     expect(session.store.ready.value).toBe(true);
   });
 
+  it("show a failure when one is unreadable, and the connection stays", async () => {
+    const session = await started();
+    tree();
+    server.publish(CHANNEL, Uint8Array.of(0xff), ++offset);
+    expect(session.failure.value?.message).toBe("received an unreadable message");
+    expect([session.busy.value, session.connection.connected]).toEqual([false, true]);
+
+    forwards({ runFinished: {} });
+    expect(session.failure.value).toBeNull();
+  });
+
   it("show an error until a run has finished", async () => {
     const session = await started();
     forwards({ error: { message: "division by zero", traceId: "abc" } });
