@@ -16,6 +16,7 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -29,7 +30,8 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 /// was lost.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 const RETRY_DELAY: Duration = Duration::from_millis(500);
-const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
+/// A server that is merely slow must not make a consumer leave its messages to their ack wait.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(5);
 const ACK_DEADLINE: Duration = Duration::from_secs(5);
 const API_PREFIX: &str = "$JS.API";
 
@@ -255,9 +257,15 @@ impl Pump {
                     tracing::error!(stream = self.config.stream, "message without JetStream metadata ignored");
                     continue;
                 };
-                // Does not block: only this task fills the queue, and it requested no more than fits.
-                if self.sender.send(delivery).await.is_err() {
-                    return Ok(None);
+                // Only this task fills the queue, and it requested no more than fits. A `send` could be cancelled while it
+                // waits for the scheduler, and the message would come back only after its ack wait.
+                match self.sender.try_send(delivery) {
+                    Ok(()) => {}
+                    Err(TrySendError::Full(delivery)) => crate::give_back(&delivery).await,
+                    Err(TrySendError::Closed(delivery)) => {
+                        crate::give_back(&delivery).await;
+                        return Ok(None);
+                    }
                 }
                 continue;
             };
