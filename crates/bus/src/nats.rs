@@ -4,6 +4,7 @@
 //! its default is 1 MiB, and the product's largest message needs 8 MB.
 
 mod access;
+mod buckets;
 mod consumer;
 mod convert;
 mod credentials;
@@ -20,17 +21,14 @@ use crate::{
     StreamInfo, Subscription, Write, Written,
 };
 use access::Access;
-use async_nats::jetstream::kv;
 use async_trait::async_trait;
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
 pub(crate) use consumer::Settle;
 use futures_util::future::try_join_all;
 use inbox::Awaited;
 use parking_lot::RwLock;
 use pool::Pool;
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,9 +37,6 @@ use tokio_util::task::TaskTracker;
 
 const APPEND_DEADLINE: Duration = Duration::from_secs(5);
 const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
-
-/// Bytes of the headers that a bucket's entry travels with, and more.
-const KV_HEADERS_MAX: usize = 128;
 
 /// Replies go here, one message a subject: no order is theirs to keep.
 const INBOXES: &str = "_INBOX.";
@@ -74,8 +69,8 @@ pub struct NatsConfig {
 pub struct Nats {
     access: Arc<Access>,
     pool: Pool,
-    /// By bucket name; one store per connection, in the order of the pool.
-    buckets: RwLock<HashMap<String, Vec<kv::Store>>>,
+    /// Names of the declared buckets.
+    buckets: RwLock<HashSet<&'static str>>,
     tasks: TaskTracker,
     cancel: CancellationToken,
     /// Ends the background tasks when the last handle is dropped.
@@ -93,20 +88,13 @@ impl Nats {
         Ok(Arc::new(Self { access, pool, buckets: RwLock::default(), tasks, cancel, _end: end }))
     }
 
-    /// The bucket, over the calling thread's connection.
-    fn bucket(&self, bucket: &str) -> Result<kv::Store> {
-        let link = self.pool.mine();
-        link.connected()?;
-        let missing = || Error::Storage(format!("bucket {bucket} is not declared"));
-        self.buckets
-            .read()
-            .get(bucket)
-            .map(|stores| stores[link.number].clone())
-            .ok_or_else(missing)
+    fn declared(&self, bucket: &str) -> Result<()> {
+        let declared = self.buckets.read().contains(bucket);
+        declared
+            .then_some(())
+            .ok_or_else(|| Error::Storage(format!("bucket {bucket} is not declared")))
     }
-}
 
-impl Nats {
     /// Makes puts at the same time; other steps of a batch are not its business.
     async fn put_all(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>> {
         let puts = writes.into_iter().filter_map(|write| match write {
@@ -118,11 +106,6 @@ impl Nats {
         });
         try_join_all(puts).await
     }
-}
-
-/// Encodes a bucket key. Keys of the bus are arbitrary strings; NATS allows few characters and no empty key.
-fn encode_key(key: &str) -> String {
-    format!("k{}", URL_SAFE_NO_PAD.encode(key))
 }
 
 #[async_trait]
@@ -195,39 +178,20 @@ impl BusApi for Nats {
 
     async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()> {
         streams::declare_kv(self.pool.mine(), bucket, max_age).await?;
-        let stores = try_join_all(self.pool.links().iter().map(|link| streams::bucket(link, bucket))).await?;
-        self.buckets.write().insert(bucket.into(), stores);
+        self.buckets.write().insert(bucket);
         Ok(())
     }
 
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
-        self.pool.mine().check_size(value.len() + KV_HEADERS_MAX)?;
-        let store = self.bucket(bucket)?;
-        let name = encode_key(key);
-        let Some(expected) = expected else {
-            return store.put(name, value).await.map_err(|e| Error::Storage(e.to_string()));
-        };
-        // The last sequence of a missing key is 0, so `update` with 0 creates it.
-        store
-            .update(name, value, expected)
-            .await
-            .map_err(|error| match error.kind() {
-                kv::UpdateErrorKind::WrongLastRevision => Error::WrongRevision(key.into()),
-                _ => Error::Storage(error.to_string()),
-            })
+        self.declared(bucket)?;
+        buckets::put(self.pool.mine(), bucket, key, value, expected).await
     }
 
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
-        let entry = self
-            .bucket(bucket)?
-            .entry(encode_key(key))
-            .await
-            .map_err(|e| Error::Storage(e.to_string()))?;
-        let held = entry.filter(|entry| entry.operation == kv::Operation::Put);
-        Ok(held.map(|entry| (entry.value, entry.revision)))
+        self.declared(bucket)?;
+        buckets::get(self.pool.mine(), bucket, key).await
     }
 
-    /// A round trip through the server on each connection. Everything published before it has reached the server.
     async fn health(&self) -> Result<()> {
         self.pool.health(HEALTH_DEADLINE).await
     }

@@ -30,6 +30,12 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 /// was lost.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 const RETRY_DELAY: Duration = Duration::from_millis(500);
+/// Pauses after refused pulls: the first, and the longest.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Pulls that may wait at the server for one consumer. Each process that shares it has one; the default of 512 would
+/// bound the fleet.
+const WAITING_MAX: i64 = 16_384;
 /// A server that is merely slow must not make a consumer leave its messages to their ack wait.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(5);
 const ACK_DEADLINE: Duration = Duration::from_secs(5);
@@ -67,10 +73,14 @@ async fn ensure(link: &Link, config: &ConsumerConfig) -> Result<()> {
     let existing = stream.get_consumer::<pull::Config>(&config.name).await.ok();
     // A work queue's consumers always start with the stored messages; the server accepts nothing else.
     let all = config.from_start || stream.cached_info().config.retention == RetentionPolicy::WorkQueue;
-    let deliver_policy = match existing {
-        Some(consumer) => consumer.cached_info().config.deliver_policy,
-        None if all => DeliverPolicy::All,
-        None => DeliverPolicy::New,
+    // Servers refuse to change these two.
+    let (deliver_policy, max_waiting) = match existing {
+        Some(consumer) => {
+            let current = &consumer.cached_info().config;
+            (current.deliver_policy, current.max_waiting)
+        }
+        None if all => (DeliverPolicy::All, WAITING_MAX),
+        None => (DeliverPolicy::New, WAITING_MAX),
     };
 
     let wanted = pull::Config {
@@ -79,6 +89,7 @@ async fn ensure(link: &Link, config: &ConsumerConfig) -> Result<()> {
         ack_policy: AckPolicy::Explicit,
         ack_wait: config.ack_wait,
         max_deliver: -1,
+        max_waiting,
         max_ack_pending: i64::try_from(config.max_ack_pending.max(1)).unwrap_or(i64::MAX),
         filter_subject: config.filter.clone().unwrap_or_default(),
         ..Default::default()
@@ -88,6 +99,16 @@ async fn ensure(link: &Link, config: &ConsumerConfig) -> Result<()> {
         .await
         .map(drop)
         .map_err(|error| failed(&error))
+}
+
+/// How a pull ended.
+enum PullEnd {
+    /// It is used up or has expired.
+    Done,
+    /// The consumer was dropped.
+    Dropped,
+    /// The server did not take the pull now, for this reason.
+    Refused(String),
 }
 
 struct Pump {
@@ -182,6 +203,7 @@ impl Pump {
         let half = self.sender.max_capacity().div_ceil(2);
         let least = if self.config.max_in_hand > PULL_MAX { half } else { 1 };
 
+        let mut pause = PAUSE_MIN;
         for number in 0_u64.. {
             let Ok(room) = self.sender.reserve_many(least).await else {
                 return Ok(());
@@ -195,8 +217,15 @@ impl Pump {
             self.request(&reply, permits.num_permits())
                 .await
                 .map_err(|error| error.to_string())?;
-            if self.receive(incoming, &reply, permits).await?.is_none() {
-                return Ok(());
+            match self.receive(incoming, &reply, permits).await? {
+                PullEnd::Done => pause = PAUSE_MIN,
+                PullEnd::Dropped => return Ok(()),
+                PullEnd::Refused(why) => {
+                    let (stream, consumer) = (self.config.stream, &self.config.name);
+                    tracing::debug!(why, stream, consumer, "the server refused a pull; trying again");
+                    tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+                    pause = PAUSE_MAX.min(2 * pause);
+                }
             }
         }
         Ok(())
@@ -235,13 +264,13 @@ impl Pump {
         self.link.publish(message).await
     }
 
-    /// Delivers the messages of one pull until it is used up or has ended. `None` means that the consumer was dropped.
+    /// Delivers the messages of one pull until it ends. An error means that the server may have lost the consumer.
     async fn receive(
         &self,
         incoming: &mut Subscriber,
         reply: &str,
         mut permits: OwnedSemaphorePermit,
-    ) -> Result<Option<()>, String> {
+    ) -> Result<PullEnd, String> {
         while permits.num_permits() > 0 {
             let message = timeout_at(Instant::now() + SILENCE_MAX, incoming.next()).await;
             let message = message
@@ -251,7 +280,7 @@ impl Pump {
             // Messages carry no status; status messages report on the pull itself.
             let Some(status) = message.status else {
                 let Some(permit) = permits.split(1) else {
-                    return Ok(Some(()));
+                    return Ok(PullEnd::Done);
                 };
                 let Some(delivery) = self.delivery(message, permit) else {
                     tracing::error!(stream = self.config.stream, "message without JetStream metadata ignored");
@@ -264,7 +293,7 @@ impl Pump {
                     Err(TrySendError::Full(delivery)) => crate::give_back(&delivery).await,
                     Err(TrySendError::Closed(delivery)) => {
                         crate::give_back(&delivery).await;
-                        return Ok(None);
+                        return Ok(PullEnd::Dropped);
                     }
                 }
                 continue;
@@ -278,11 +307,18 @@ impl Pump {
             let ended = [StatusCode::TIMEOUT, StatusCode::NOT_FOUND].contains(&status);
             let text = message.description.unwrap_or_default();
             if ended || text.contains("Batch Completed") {
-                return Ok(Some(()));
+                return Ok(PullEnd::Done);
+            }
+            // The consumer is there and has too many pulls, or its server is about to change.
+            if ["Exceeded MaxWaiting", "Leadership Change", "Server Shutdown"]
+                .iter()
+                .any(|why| text.contains(why))
+            {
+                return Ok(PullEnd::Refused(text));
             }
             return Err(format!("{status} {text}"));
         }
-        Ok(Some(()))
+        Ok(PullEnd::Done)
     }
 
     /// `None` if the message carries no JetStream metadata.

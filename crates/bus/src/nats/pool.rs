@@ -63,11 +63,6 @@ impl Pool {
         Ok(link)
     }
 
-    /// All connections, by [`Link::number`].
-    pub fn links(&self) -> &[Arc<Link>] {
-        &self.links
-    }
-
     /// Waits until what was subscribed over `link` receives messages published on any connection.
     ///
     /// In a cluster of servers the subscription has to propagate to each of them. A message sent over `link` takes the

@@ -6,10 +6,11 @@ use super::link::Link;
 use crate::{Appended, Error, Message, Result, Retention, StreamConfig, StreamInfo};
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamByNameErrorKind, GetStreamErrorKind};
+use async_nats::jetstream::publish::PublishAck;
+use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
 use async_nats::jetstream::{ErrorCode, kv};
 use futures_util::TryStreamExt;
-use serde_json::Value;
 use std::time::Duration;
 
 pub async fn declare(link: &Link, stream: StreamConfig) -> Result<()> {
@@ -57,15 +58,10 @@ pub async fn declare_kv(link: &Link, bucket: &str, max_age: Option<Duration>) ->
     create_or_update(link, &stream, |config| {
         config.max_age = max_age;
         config.duplicate_window = within(config.duplicate_window, max_age);
+        // Reads depend on it.
+        config.allow_direct = true;
     })
     .await
-}
-
-/// Opens a declared bucket over this connection.
-pub async fn bucket(link: &Link, bucket: &str) -> Result<kv::Store> {
-    let failed = |error| Error::Storage(format!("cannot open bucket {bucket}: {error}"));
-    link.connected()?;
-    link.jetstream.get_key_value(bucket).await.map_err(failed)
 }
 
 /// The dedup window, shortened to `max_age`, because the server refuses a longer one. A `max_age` of zero is unlimited.
@@ -131,7 +127,8 @@ pub async fn append(link: &Link, message: Message, msg_id: Option<&str>, deadlin
         .ask(subject, headers, message.payload, Awaited::PubAck, deadline)
         .await
     {
-        Ok(ack) => stored(subject, &ack.payload),
+        Ok(ack) => stored(&ack.payload)
+            .map_err(|refused| Error::Storage(format!("cannot append to {subject}: {}", refused.why))),
         Err(Error::NoResponders(_)) => Err(Error::NoStream(subject.into())),
         // With a live subscriber on the subject, the server does not report a missing stream: look for it.
         Err(Error::Timeout(_)) => match link.jetstream.stream_by_subject(subject).await {
@@ -142,20 +139,20 @@ pub async fn append(link: &Link, message: Message, msg_id: Option<&str>, deadlin
     }
 }
 
-/// Parses the acknowledgement of an append.
-fn stored(subject: &str, ack: &[u8]) -> Result<Appended> {
-    let ack: Value = serde_json::from_slice(ack).unwrap_or_default();
-    match ack["seq"].as_u64() {
-        Some(sequence) if ack.get("error").is_none() => {
-            Ok(Appended { sequence, duplicate: ack["duplicate"].as_bool().unwrap_or(false) })
-        }
-        _ => {
-            let why = ack["error"]["description"]
-                .as_str()
-                .unwrap_or("the reply is not an acknowledgement");
-            Err(Error::Storage(format!("cannot append to {subject}: {why}")))
-        }
+/// Parses the server's acknowledgement of a publish.
+pub fn stored(ack: &[u8]) -> Result<Appended, Refused> {
+    match serde_json::from_slice(ack) {
+        Ok(Response::Ok(PublishAck { sequence, duplicate, .. })) => Ok(Appended { sequence, duplicate }),
+        Ok(Response::Err { error }) => Err(Refused { code: Some(error.error_code()), why: error.to_string() }),
+        Err(_) => Err(Refused { code: None, why: "the reply is not an acknowledgement".into() }),
     }
+}
+
+/// Why a publish was not stored.
+pub struct Refused {
+    /// The server's error code.
+    pub code: Option<ErrorCode>,
+    pub why: String,
 }
 
 pub async fn info(link: &Link, name: &str) -> Result<StreamInfo> {

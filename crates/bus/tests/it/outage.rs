@@ -2,6 +2,7 @@
 
 use crate::traffic::Traffic;
 use crate::{SOON, connect, connect_with, consumer, message, soon, stream, text};
+use async_nats::jetstream::consumer::pull;
 use bus::nats::{Nats, NatsConfig};
 use bus::{Error, Headers, Retention};
 use std::time::Duration;
@@ -24,6 +25,45 @@ async fn lost_connection_fails_requests_in_flight_at_once() {
     let (outcome, ()) = soon(async { tokio::join!(request, kill) }).await;
 
     assert!(matches!(outcome, Err(Error::Disconnected(_))), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn lost_connection_fails_bucket_calls_in_flight_at_once() {
+    let mut server = NatsServer::start().await;
+    let bus = connect(&server).await;
+    bus.declare_kv("B", Some(LONG)).await.unwrap();
+
+    // A paused server answers nothing, so both calls are in flight when it dies.
+    server.pause();
+    let kill = async {
+        tokio::task::yield_now().await;
+        server.kill();
+    };
+    let calls = async { tokio::join!(bus.kv_put("B", "key", "x".into(), None), bus.kv_get("B", "key"), kill) };
+    let (put, get, ()) = soon(calls).await;
+
+    assert!(matches!(put, Err(Error::Disconnected(_))), "{put:?}");
+    assert!(matches!(get, Err(Error::Disconnected(_))), "{get:?}");
+}
+
+#[tokio::test]
+async fn consumer_waits_while_the_server_refuses_its_pulls() {
+    let server = NatsServer::start().await;
+    let bus = connect(&server).await;
+    bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
+    // An operator's consumer that takes one pull at a time.
+    let jetstream = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+    let narrow = pull::Config { durable_name: Some("c".into()), max_waiting: 1, ..Default::default() };
+    jetstream.create_consumer_on_stream(narrow, "S").await.unwrap();
+
+    let first = bus.consume(consumer("c")).await.unwrap();
+    let mut second = bus.consume(consumer("c")).await.unwrap();
+    soon(first.close()).await;
+    bus.append(message("s.a", "1"), None).await.unwrap();
+
+    let delivery = soon(second.next()).await.unwrap();
+    assert_eq!(text(&delivery.message), "1");
+    delivery.ack().await.unwrap();
 }
 
 #[tokio::test]
