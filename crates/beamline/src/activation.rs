@@ -1,4 +1,5 @@
-//! Sockets that the service manager has bound for us, so that nobody is turned away while we start.
+//! Socket activation: takes over the sockets that the service manager has bound, so that clients can connect before and
+//! while this process starts.
 
 use anyhow::{Context, Result, bail, ensure};
 use listenfd::ListenFd;
@@ -6,7 +7,7 @@ use socket2::SockRef;
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 
-/// Each is taken out by the part it is for.
+/// The sockets by the listener that they are for.
 #[derive(Debug, Default)]
 pub struct Given {
     pub gateway: Option<UnixListener>,
@@ -16,9 +17,9 @@ pub struct Given {
 }
 
 impl Given {
-    /// By their names (`FileDescriptorName=`, with colons between them in LISTEN_FDNAMES): `http`, `ops` and `grpc` are
-    /// TCP, and any other is the gateway's, as systemd's own names say nothing. To be called before there are threads: it
-    /// takes LISTEN_FDS out of the environment.
+    /// Assigns the sockets by their names (`FileDescriptorName=`, separated by colons in LISTEN_FDNAMES): `http`, `ops`
+    /// and `grpc` are TCP; any other name is the gateway's socket, because systemd's default name is that of the unit.
+    /// Call this before there are threads: it removes LISTEN_FDS from the environment.
     pub fn take(names: Option<&str>) -> Result<Self> {
         let mut sockets = ListenFd::from_env();
         let names: Vec<&str> = names.unwrap_or_default().split(':').collect();
@@ -27,8 +28,8 @@ impl Given {
             let name = names.get(index).copied().unwrap_or_default();
             given.place(name, &mut sockets, index).with_context(|| {
                 format!(
-                    "the service manager's socket {name:?} is not one for us; http, ops and grpc are TCP, any other name \
-                     is the gateway's Unix socket (FileDescriptorName= and ListenStream= of the .socket unit)"
+                    "cannot use the service manager's socket {name:?}; http, ops and grpc must be TCP, any other name must be \
+                     the gateway's Unix socket (FileDescriptorName= and ListenStream= of the .socket unit)"
                 )
             })?;
         }
@@ -41,16 +42,16 @@ impl Given {
             "ops" => &mut self.ops,
             "grpc" => &mut self.grpc,
             _ => {
-                ensure!(self.gateway.is_none(), "the gateway has one already");
+                ensure!(self.gateway.is_none(), "the gateway already has a socket");
                 self.gateway = sockets.take_unix_listener(index)?;
                 return Ok(());
             }
         };
-        ensure!(place.is_none(), "there is one of that name already");
+        ensure!(place.is_none(), "another socket has the same name");
         let Some(listener) = sockets.take_tcp_listener(index)? else {
-            bail!("it was taken before")
+            bail!("it is already in use")
         };
-        ensure!(SockRef::from(&listener).is_listener()?, "it does not listen");
+        ensure!(SockRef::from(&listener).is_listener()?, "it is not a listening socket");
         listener.set_nonblocking(true)?;
         *place = Some(listener);
         Ok(())

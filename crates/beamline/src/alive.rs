@@ -1,4 +1,4 @@
-//! Whether this process serves: asked from outside, as a client would.
+//! The self-check behind the watchdog: connects to this process as a client would.
 
 use bytes::BytesMut;
 use std::net::SocketAddr;
@@ -7,17 +7,17 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use wire::ipc::{Decoder, Frame, FrameType, Version};
 
-/// The way in that is tried.
+/// The entrance that the self-check tries.
 #[derive(Debug, Clone)]
 pub enum Door {
-    /// The gateway's socket, which our own user may always use.
+    /// The gateway's socket, to which the process's own user may always connect.
     Gateway(PathBuf),
-    /// Where there is no gateway: the operations port.
+    /// The operations port, in a process without a gateway.
     Operations(SocketAddr),
 }
 
 impl Door {
-    /// Ends when there is an answer; how long that may take, the caller knows.
+    /// Waits for an answer. The caller sets the timeout.
     pub async fn answers(&self) -> Result<(), String> {
         match self {
             Self::Gateway(path) => gateway(path).await.map_err(|e| format!("the gateway's socket: {e}")),
@@ -28,12 +28,12 @@ impl Door {
     }
 }
 
-/// Any frame will do: a gateway that is full refuses, and is alive.
+/// Accepts any frame as an answer: a gateway at its limit refuses the connection, and is alive.
 async fn gateway(path: &PathBuf) -> std::io::Result<()> {
     let mut stream = UnixStream::connect(path).await?;
     let mut bytes = BytesMut::new();
     Frame::new(Version::V1, FrameType::Ping, Vec::new()).encode(&mut bytes);
-    // One that refuses may have closed already; what it said can still be read.
+    // A gateway that refuses may have closed the connection already; its frame can still be read.
     let _ = stream.write_all(&bytes).await;
     bytes.clear();
     loop {
@@ -56,7 +56,7 @@ async fn operations(address: SocketAddr) -> std::io::Result<()> {
     if answer.starts_with(b"HTTP/1.1 200 ") {
         Ok(())
     } else {
-        Err(std::io::Error::other("it does not say that it lives"))
+        Err(std::io::Error::other("health check did not return 200"))
     }
 }
 
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
     use tokio::net::{TcpListener, UnixListener};
 
-    /// What the door says to one who finds this behind it.
+    /// Whether the check passes against a socket that sends `says`.
     async fn behind_gateway(says: &'static [u8]) -> bool {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
@@ -87,11 +87,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn any_frame_is_a_sign_of_life_and_nothing_else() {
+    async fn gateway_check_passes_on_any_whole_frame_only() {
         let mut refusal = BytesMut::new();
         Frame::new(Version::V1, FrameType::ResponseError, "{}").encode(&mut refusal);
         let refusal: &'static [u8] = Vec::leak(refusal.to_vec());
-        assert!(behind_gateway(refusal).await, "one that is full lives");
+        assert!(behind_gateway(refusal).await, "a gateway at its limit is alive");
         assert!(!behind_gateway(&refusal[..5]).await);
         assert!(!behind_gateway(b"").await);
         assert!(!behind_gateway(b"HTTP/1.1 200 OK").await);
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_operations_port_must_say_200() {
+    async fn operations_check_passes_on_status_200_only() {
         assert!(behind_operations(b"HTTP/1.1 200 OK\r\n\r\n").await);
         assert!(!behind_operations(b"HTTP/1.1 503 Service Unavailable\r\n\r\n").await);
         assert!(!behind_operations(b"").await);

@@ -1,4 +1,4 @@
-//! The command line, as typed.
+//! The command line, as clap parses it.
 
 use crate::config::Layers;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -15,21 +15,21 @@ pub struct Cli {
 pub enum Command {
     /// Run the parts (all of them unless --roles says otherwise)
     Up(Setting),
-    /// Hand a task to the gateway and print the answer
+    /// Submit a task to the gateway and print the answer
     Submit(Submit),
-    /// Ask the gateway whether it is there
+    /// Check that the gateway answers
     Ping(Socket),
     /// Print a connection token for the real-time endpoint
     Token(Token),
-    /// Print the key of the server API
+    /// Print the key of the server API and of decisions over HTTP
     ApiKey(DataDir),
-    /// Manage the people who may sign in
+    /// Manage the accounts that may sign in
     #[command(subcommand)]
     User(User),
     /// Check the policies, or delete one
     #[command(subcommand)]
     Policy(Policy),
-    /// Drive a running part for a long time, and say whether it held
+    /// Load a running part for a long time, and judge whether it held up
     #[command(subcommand)]
     Soak(Soak),
     /// Show or check the settings
@@ -37,16 +37,16 @@ pub enum Command {
     Config(Config),
 }
 
-/// Settings that have a flag; all others are in the file and the environment.
+/// Settings that have a flag; the file and the environment set the others.
 #[derive(Debug, Args, Default)]
 pub struct Setting {
     /// Settings file [default: beamline.toml where it exists]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Directory of everything the embedded mode keeps
+    /// Directory for everything that is stored on this machine
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<String>,
-    /// Address of pages, WebSocket and API; port 0 takes a free one
+    /// Address of pages, WebSocket and API; port 0 picks a free one
     #[arg(long, value_name = "ADDR")]
     pub http: Option<String>,
     /// Address of metrics and health
@@ -61,16 +61,16 @@ pub struct Setting {
     /// Parts to run: gateway,router,worker,cluster,webapp
     #[arg(long, value_name = "LIST")]
     pub roles: Option<String>,
-    /// NATS in place of the embedded bus
+    /// NATS server to use instead of the embedded bus
     #[arg(long, value_name = "URL")]
     pub nats_url: Option<String>,
-    /// Redis in place of the memory engine
+    /// Redis to use instead of the memory engine
     #[arg(long, value_name = "URL")]
     pub redis_url: Option<String>,
-    /// Database in place of the embedded SQLite
+    /// Database to use instead of the embedded SQLite
     #[arg(long, value_name = "URL")]
     pub database_url: Option<String>,
-    /// human or json
+    /// Format of the log lines: human or json
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
 }
@@ -101,32 +101,33 @@ impl Setting {
 
 #[derive(Debug, Args)]
 pub struct Socket {
-    /// Path of the gateway's Unix socket [default: as the settings say]
+    /// Path of the gateway's Unix socket [default: from the settings]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum Wait {
-    /// Who will handle it
+    /// The provider that was selected
     Decision,
-    /// Its result
+    /// The result of the task
     Result,
-    /// Its output as it comes, then its result
+    /// The output as it is produced, then the result
     Stream,
 }
 
 #[derive(Debug, Args)]
 pub struct Submit {
-    /// Task type, which the policies decide by
+    /// Task type, by which policies select a provider
     #[arg(long = "type", value_name = "TYPE")]
     pub task_type: String,
+    /// What to wait for
     #[arg(long, value_enum, default_value = "decision")]
     pub wait: Wait,
     /// Give up after this long, for example 30s
     #[arg(long, value_name = "DURATION")]
     pub timeout: Option<String>,
-    /// Tenant to speak for
+    /// Tenant to act for
     #[arg(long, value_name = "NAME")]
     pub tenant: Option<String>,
     /// The task's parameters, a JSON object; `-` reads them from standard input
@@ -138,7 +139,7 @@ pub struct Submit {
 
 #[derive(Debug, Args)]
 pub struct DataDir {
-    /// Directory of everything the embedded mode keeps [default: as the settings say]
+    /// Directory for everything that is stored on this machine [default: from the settings]
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<String>,
 }
@@ -147,10 +148,10 @@ pub struct DataDir {
 pub struct Token {
     #[command(flatten)]
     pub data_dir: DataDir,
-    /// Whom the token names
+    /// User that the token names
     #[arg(long, value_name = "NAME")]
     pub user: String,
-    /// How long it is good for
+    /// Lifetime of the token
     #[arg(long, value_name = "DURATION", default_value = "15m")]
     pub ttl: String,
 }
@@ -167,20 +168,20 @@ pub enum User {
 
 #[derive(Debug, Subcommand)]
 pub enum Policy {
-    /// Check all policies of a directory; fails if one cannot serve
+    /// Check all policies of a directory; fails if one cannot be used
     Lint {
-        /// Directory of <tenant>/<policy>.{json,yaml,toml} [default: as the settings say]
+        /// Directory of <tenant>/<policy>.{json,yaml,toml} [default: from the settings]
         #[arg(value_name = "DIR")]
         dir: Option<PathBuf>,
     },
-    /// Delete a policy for good: its file, and the last good version that the routers keep
+    /// Delete a policy for good: its file, and the last good version that routers keep
     Delete {
         #[arg(value_name = "TENANT/POLICY")]
         name: String,
-        /// The policy directory [default: as the settings say]
+        /// The policy directory [default: from the settings]
         #[arg(long, value_name = "DIR")]
         policies: Option<PathBuf>,
-        /// Delete it although the directory has no file of that name, because the file was lost
+        /// Delete the policy even though its file is missing from the directory
         #[arg(long)]
         vanished: bool,
     },
@@ -188,7 +189,7 @@ pub enum Policy {
 
 #[derive(Debug, Subcommand)]
 pub enum Soak {
-    /// Send requests, account for every one, and watch memory and descriptors of the gateway's process
+    /// Send requests, account for every one, and watch the memory and descriptors of the gateway's process
     Gateway(SoakGateway),
 }
 
@@ -196,41 +197,42 @@ pub enum Soak {
 pub struct SoakGateway {
     #[command(flatten)]
     pub socket: Socket,
-    /// How long, for example 2h
+    /// Duration of the soak, for example 2h
     #[arg(long = "for", value_name = "DURATION", default_value = "2h")]
     pub duration: String,
+    /// Number of clients
     #[arg(long, value_name = "N", default_value = "16")]
     pub clients: usize,
-    /// Requests in flight of each client
+    /// Requests that each client keeps in flight
     #[arg(long, value_name = "N", default_value = "4")]
     pub in_flight: usize,
-    /// End after so many requests, if that comes first
+    /// End after this many requests, if that comes first
     #[arg(long, value_name = "N")]
     pub requests: Option<u64>,
-    /// Requests a second of all clients together, without bursts [default: as fast as their answers come]
+    /// Requests per second of all clients together, without bursts [default: as fast as answers arrive]
     #[arg(long, value_name = "N")]
     pub rate: Option<f64>,
-    /// Of each request
+    /// Deadline of each request
     #[arg(long, value_name = "DURATION")]
     pub deadline: Option<String>,
-    /// Take the router's place on this NATS and answer every request after its deadline; no router may run there
+    /// Replace the router on this NATS and answer every request after its deadline; no router may run there
     #[arg(long, value_name = "URL", requires = "deadline")]
     pub late_router: Option<String>,
-    /// The gateway's metrics, such as http://127.0.0.1:9090/metrics: its tasks and requests in flight are watched too
+    /// URL of the gateway's metrics, such as http://127.0.0.1:9090/metrics, to watch its tasks and requests in flight too
     #[arg(long, value_name = "URL")]
     pub metrics: Option<String>,
-    /// Task type, which the policies decide by
+    /// Task type, by which policies select a provider
     #[arg(long = "type", value_name = "TYPE", default_value = "echo")]
     pub task_type: String,
-    /// Write what was seen to this file, as JSON; also while it runs
+    /// Write the evidence to this file as JSON, also while the soak runs
     #[arg(long, value_name = "FILE")]
     pub evidence: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum Config {
-    /// Print the effective settings and where each came from
+    /// Print the effective settings, and where each came from
     Show(Setting),
-    /// Check them, and start nothing
+    /// Check the settings without starting anything
     Check(Setting),
 }

@@ -1,4 +1,4 @@
-//! The subcommands beside `up`.
+//! The subcommands besides `up` and `config`.
 
 pub mod keys;
 pub mod policy;

@@ -1,56 +1,56 @@
-//! What `/metrics` has to say of each figure, and figures that are there from the start: an alert on an increase sees the
-//! first one only where there was a zero before.
+//! Describes every metric, and registers counters without labels at 0: an alert on an increase sees the first event only
+//! if there was a zero before it.
 
 use anyhow::{Context, Result};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 
-/// Upper bounds of durations, seconds: from what a decision takes to what a slow answer does.
+/// Upper bounds of the histogram buckets in seconds, from the time of a decision to that of a slow answer.
 const BUCKETS: &[f64] = &[0.000_025, 0.000_1, 0.000_25, 0.001, 0.002_5, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0];
 
-/// Name, whether it has labels, and help.
+/// Name, whether the counter has labels, and help.
 const COUNTERS: &[(&str, bool, &str)] = &[
-    ("beamline_bus_bad_headers_total", false, "Headers that the bus could not carry and left out"),
+    ("beamline_bus_bad_headers_total", false, "Headers that the bus could not carry and omitted"),
     ("beamline_bus_dropped_total", false, "Messages dropped because a subscriber's queue was full"),
-    ("beamline_bus_late_replies_total", false, "Replies that came after their request had given up"),
+    ("beamline_bus_late_replies_total", false, "Replies that arrived after their request had timed out"),
     (
         "beamline_bus_message_ids_forgotten_total",
         false,
-        "Message ids that the embedded bus forgot before their time, for want of room: a repeat is not recognized",
+        "Message ids that the embedded bus forgot early because its memory for them was full; a repeat of such a message is not recognized",
     ),
-    ("beamline_cluster_connects_total", false, "Connections that said who they are"),
-    ("beamline_cluster_deliveries_total", false, "Publications handed to a connection"),
-    ("beamline_cluster_disconnects_total", true, "Ends of connections, by close code"),
-    ("beamline_cluster_messages_in_total", false, "Commands from clients"),
-    ("beamline_cluster_publications_total", false, "Publications taken"),
+    ("beamline_cluster_connects_total", false, "Connections that sent a valid connect command"),
+    ("beamline_cluster_deliveries_total", false, "Publications queued for a connection"),
+    ("beamline_cluster_disconnects_total", true, "Closed connections, by close code"),
+    ("beamline_cluster_messages_in_total", false, "Commands received from clients"),
+    ("beamline_cluster_publications_total", false, "Publications accepted"),
     ("beamline_cluster_refused_total", false, "Connections refused because the node was full"),
     (
         "beamline_dead_letters_total",
         false,
-        "Messages that nobody could handle; they are in the stream DLQ",
+        "Messages that could not be handled; the stream DLQ has them",
     ),
     (
         "beamline_gateway_breaker_transitions_total",
         true,
-        "Changes of the breaker on the way to the router, by its new state",
+        "State changes of the gateway's breaker for the router, by new state",
     ),
     ("beamline_gateway_errors_total", true, "Requests refused, by error code"),
     (
         "beamline_gateway_held_back_total",
         false,
-        "Decide requests that the gateway refused because the router says that it is overloaded",
+        "Decide requests that the gateway refused because the router reported overload",
     ),
-    ("beamline_gateway_requests_total", false, "Requests taken"),
-    ("beamline_gateway_retries_total", false, "Requests sent to the router a second time"),
+    ("beamline_gateway_requests_total", false, "Requests received"),
+    ("beamline_gateway_retries_total", false, "Requests that were sent to the router again"),
     (
         "beamline_gateway_status_failures_total",
         false,
-        "Questions about the router's load that got no answer",
+        "Polls of the router's load that got no answer",
     ),
     ("beamline_reloads_total", true, "Reloads by SIGHUP, by outcome: done or refused"),
     (
         "beamline_router_contract_violations_total",
         true,
-        "Headers of requests that were wrong and ignored, by name",
+        "Invalid request headers that were ignored, by name",
     ),
     ("beamline_router_decisions_total", true, "Decisions, by reason"),
     ("beamline_router_errors_total", true, "Requests refused, by error code"),
@@ -58,43 +58,43 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     (
         "beamline_router_rule_errors_total",
         true,
-        "Conditions of policies that failed to evaluate, by tenant, policy and rule",
+        "Policy conditions that failed to evaluate, by tenant, policy and rule",
     ),
-    ("beamline_webapp_page_errors_total", false, "Runs of a page that failed"),
-    ("beamline_worker_runs_total", true, "Runs of tasks, by provider and how they ended"),
+    ("beamline_webapp_page_errors_total", false, "Page runs that failed"),
+    ("beamline_worker_runs_total", true, "Task runs, by provider and status"),
 ];
 
 const GAUGES: &[(&str, &str)] = &[
-    ("beamline_cluster_channels", "Channels that somebody on this node follows"),
+    ("beamline_cluster_channels", "Channels with subscribers on this node"),
     ("beamline_cluster_connections", "Open WebSocket connections of this node"),
     (
         "beamline_gateway_breaker_open",
-        "1 while the breaker on the way to the router is open: requests are refused at once",
+        "1 while the gateway's breaker for the router is open and requests are refused at once",
     ),
     ("beamline_gateway_connections", "Open IPC connections"),
-    ("beamline_gateway_held_back", "1 while the router says that it is overloaded"),
+    ("beamline_gateway_held_back", "1 while the router reports overload"),
     ("beamline_gateway_in_flight", "Requests in flight"),
     ("beamline_process_resident_bytes", "Resident memory of the process"),
     (
         "beamline_router_policies_broken",
-        "Policies whose file cannot be used; their last good version serves, or none",
+        "Policies whose file cannot be used; the last good version is in force, or none",
     ),
-    ("beamline_runtime_tasks", "Tasks of the process that have not ended"),
-    ("beamline_webapp_sessions", "Sessions of pages in memory"),
+    ("beamline_runtime_tasks", "Async tasks of the process that have not ended"),
+    ("beamline_webapp_sessions", "Page sessions in memory"),
 ];
 
 const HISTOGRAMS: &[(&str, &str)] = &[
     (
         "beamline_cluster_publish_duration_seconds",
-        "From a publication's arrival to the engine's acknowledgement",
+        "Time from a publication's arrival to the engine's acknowledgement",
     ),
-    ("beamline_gateway_request_duration_seconds", "From a request to its last answer"),
+    ("beamline_gateway_request_duration_seconds", "Time from a request to its last answer"),
     (
         "beamline_router_decide_duration_seconds",
-        "From a decide request to its answer, the stored assignment included",
+        "Time from a decide request to its answer, including the stored assignment",
     ),
-    ("beamline_webapp_run_duration_seconds", "One run of a page"),
-    ("beamline_worker_run_duration_seconds", "One run of a task, by provider"),
+    ("beamline_webapp_run_duration_seconds", "Time of a page run"),
+    ("beamline_worker_run_duration_seconds", "Time of a task run, by provider"),
 ];
 
 pub fn install() -> Result<PrometheusHandle> {
@@ -120,9 +120,8 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    /// Every figure of the sources is described here, and nothing else is.
     #[test]
-    fn every_figure_is_described() {
+    fn exactly_the_metrics_of_the_sources_are_described() {
         let mut used = std::collections::BTreeSet::new();
         let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("..")];
         while let Some(folder) = folders.pop() {

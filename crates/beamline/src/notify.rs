@@ -1,45 +1,45 @@
-//! What the service manager is told (`sd_notify`), in the words of systemd. Without one nobody hears it.
+//! Notifications to the service manager (`sd_notify`). Without a service manager they do nothing.
 
 use sd_notify::NotifyState;
 use std::convert::Infallible;
 use std::time::Duration;
 
-/// A check of our own that takes longer has failed; less, when the service manager is less patient.
+/// A self-check that takes longer has failed. A short `WatchdogSec=` shortens it further.
 const CHECK_MAX: Duration = Duration::from_secs(5);
 
 pub fn ready(status: &str) {
-    tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+    send(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
-/// Until [`ready`] says that it is done.
+/// Reports a reload, which lasts until [`ready`] is called.
 pub fn reloading() {
     match NotifyState::monotonic_usec_now() {
-        Ok(now) => tell(&[NotifyState::Reloading, now]),
-        Err(error) => tracing::warn!(%error, "no clock to tell the service manager of a reload"),
+        Ok(now) => send(&[NotifyState::Reloading, now]),
+        Err(error) => tracing::warn!(%error, "cannot read the clock to report a reload to the service manager"),
     }
 }
 
 pub fn stopping() {
-    tell(&[NotifyState::Stopping, NotifyState::Status("draining")]);
+    send(&[NotifyState::Stopping, NotifyState::Status("draining")]);
 }
 
 pub fn status(text: &str) {
-    tell(&[NotifyState::Status(text)]);
+    send(&[NotifyState::Status(text)]);
 }
 
-/// Says that we are alive, at twice the pace that is asked for (`WatchdogSec=`), and only after `alive` has found it so:
-/// a process that hangs says nothing and is started anew.
+/// Reports twice per `WatchdogSec=` that the process is alive, each time after `alive` has checked it. The service manager
+/// restarts a process that stops reporting.
 pub async fn watchdog<F: Future<Output = Result<(), String>>>(alive: impl Fn() -> F) -> Infallible {
     let Some(patience) = sd_notify::watchdog_enabled() else {
         return std::future::pending().await;
     };
-    beat(patience, alive, || tell(&[NotifyState::Watchdog])).await
+    beat(patience, alive, || send(&[NotifyState::Watchdog])).await
 }
 
 async fn beat<F: Future<Output = Result<(), String>>>(
     patience: Duration,
     alive: impl Fn() -> F,
-    mut tell: impl FnMut(),
+    mut send_beat: impl FnMut(),
 ) -> Infallible {
     loop {
         match tokio::time::timeout(CHECK_MAX.min(patience / 4), alive())
@@ -47,20 +47,20 @@ async fn beat<F: Future<Output = Result<(), String>>>(
             .unwrap_or(Err("no answer".into()))
         {
             Ok(()) => {
-                tell();
+                send_beat();
                 tokio::time::sleep(patience / 2).await;
             }
             Err(problem) => {
-                tracing::error!(problem, "this process does not serve; the service manager will restart it");
+                tracing::error!(problem, "the self-check failed; the service manager restarts this process unless it recovers");
                 tokio::time::sleep(patience / 16).await;
             }
         }
     }
 }
 
-fn tell(states: &[NotifyState<'_>]) {
+fn send(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "the service manager cannot be told how we do; is $NOTIFY_SOCKET right?");
+        tracing::warn!(%error, "cannot notify the service manager; is $NOTIFY_SOCKET right?");
     }
 }
 
@@ -70,7 +70,7 @@ mod tests {
     use std::cell::{Cell, RefCell};
 
     #[tokio::test(start_paused = true)]
-    async fn it_beats_twice_as_often_as_asked_and_not_while_the_check_fails() {
+    async fn watchdog_beats_twice_per_period_and_stops_while_the_check_fails() {
         let start = tokio::time::Instant::now();
         let seconds = || start.elapsed().as_secs();
         let beats = RefCell::new(Vec::new());
@@ -86,6 +86,6 @@ mod tests {
         let beating = beat(Duration::from_secs(32), &alive, || beats.borrow_mut().push(seconds()));
         let _ = tokio::time::timeout(Duration::from_secs(185), beating).await;
         assert_eq!(*beats.borrow(), [0, 16, 32, 48, 80, 96, 112, 142, 158, 174]);
-        assert!(checks.get() > beats.borrow().len(), "it looks again soon");
+        assert!(checks.get() > beats.borrow().len(), "a failed check is repeated soon");
     }
 }

@@ -1,4 +1,4 @@
-//! Secrets of this deployment: made on first start, kept in the data directory, readable by its owner only.
+//! The secrets of a deployment: created at the first start, stored in the data directory, readable by its owner only.
 
 use anyhow::{Context, Result, bail};
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -6,14 +6,14 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Signs connection tokens (HS256).
+/// The key that signs connection tokens (HS256).
 pub const TOKEN_SECRET: &str = "token-secret";
-/// Opens the server API.
+/// The key of the server API and of decisions over HTTP.
 pub const API_KEY: &str = "api-key";
-/// Of the first account, until somebody removes the file.
+/// The password of the first account, until somebody removes the file.
 pub const ADMIN_PASSWORD: &str = "admin-password";
 
-/// Makes the data directory, private to its owner, where it is missing.
+/// Creates the data directory, private to its owner, if it is missing.
 pub fn data_dir(dir: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
@@ -22,7 +22,7 @@ pub fn data_dir(dir: &Path) -> Result<()> {
         .with_context(|| format!("cannot create the data directory {}", dir.display()))
 }
 
-/// The secret of this name, made now if it does not exist.
+/// Reads a secret of at least 32 characters; creates it if it does not exist.
 pub fn load_or_create(dir: &Path, name: &str) -> Result<String> {
     let random = || {
         rand::random::<[u8; 32]>()
@@ -32,12 +32,12 @@ pub fn load_or_create(dir: &Path, name: &str) -> Result<String> {
     };
     let secret = load_or_make(dir, name, random)?;
     if secret.len() < 32 {
-        bail!("{} is too short for a secret; remove it and a new one is made", dir.join(name).display());
+        bail!("{} is too short for a secret; remove it, and the next start creates a new one", dir.join(name).display());
     }
     Ok(secret)
 }
 
-/// The same, of whatever form.
+/// Reads a secret; stores the one that `make` returns if it does not exist.
 pub fn load_or_make(dir: &Path, name: &str, make: impl FnOnce() -> String) -> Result<String> {
     data_dir(dir)?;
     let fresh = make();
@@ -64,7 +64,7 @@ pub fn read(dir: &Path, name: &str) -> Result<String> {
     Ok(text.trim().to_string())
 }
 
-/// A reader sees the whole secret or no file: it is written beside and linked into place.
+/// Writes the secret to a temporary file and links that into place, so that a reader sees the whole secret or no file.
 fn write_new(dir: &Path, name: &str, secret: &str) -> std::io::Result<()> {
     let partial = dir.join(format!(".{name}.{}", std::process::id()));
     let mut file = OpenOptions::new()
@@ -79,7 +79,7 @@ fn write_new(dir: &Path, name: &str, secret: &str) -> std::io::Result<()> {
     let linked = std::fs::hard_link(&partial, dir.join(name));
     std::fs::remove_file(&partial)?;
     linked?;
-    // The name is on disk too.
+    // Sync the directory, so that the name survives a power failure too.
     File::open(dir)?.sync_all()
 }
 
@@ -89,7 +89,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn a_secret_is_made_once_and_private() {
+    fn secret_is_created_once_and_private() {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("data");
         let first = load_or_create(&data, TOKEN_SECRET).unwrap();
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn an_emptied_secret_is_not_accepted() {
+    fn emptied_secret_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(API_KEY), "\n").unwrap();
         assert!(

@@ -24,7 +24,7 @@ use tokio::net::UnixStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use wire::ipc::FrameType;
+use wire::ipc::{FrameType, TaskSubmit};
 
 /// How long past its deadline a request may stay open before it counts as unanswered.
 const LATE: Duration = Duration::from_secs(5);
@@ -64,7 +64,7 @@ pub struct Evidence {
     pub machine: Machine,
     /// Milliseconds since the epoch.
     pub began_ms: u64,
-    pub settings: serde_json::Value,
+    pub settings: SettingsUsed,
     /// Process id of the gateway.
     pub pid: u32,
     /// Whether the soak was over when this evidence was written.
@@ -91,6 +91,37 @@ pub struct Evidence {
     pub rss_bytes_per_hour: f64,
     /// The reasons for which the soak failed; empty when it passed.
     pub problems: Vec<String>,
+}
+
+/// The settings of the soak, without what identifies this machine.
+#[derive(Debug, Serialize)]
+pub struct SettingsUsed {
+    pub seconds: f64,
+    pub requests: Option<u64>,
+    pub per_second: Option<f64>,
+    pub clients: usize,
+    pub in_flight_each: usize,
+    pub deadline_ms: Option<f64>,
+    /// Whether a late router answered the requests.
+    pub late_router: bool,
+    pub task_type: String,
+    pub payload_bytes: usize,
+}
+
+impl From<&Config> for SettingsUsed {
+    fn from(config: &Config) -> Self {
+        Self {
+            seconds: config.duration.as_secs_f64(),
+            requests: config.requests,
+            per_second: config.per_second,
+            clients: config.clients,
+            in_flight_each: config.in_flight,
+            deadline_ms: config.deadline.map(|deadline| deadline.as_secs_f64() * 1000.0),
+            late_router: config.late_router.is_some(),
+            task_type: config.task_type.clone(),
+            payload_bytes: config.payload,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -128,11 +159,10 @@ pub enum Error {
 pub async fn gateway(
     config: &Config,
     stop: CancellationToken,
-    mut so_far: impl FnMut(&Evidence),
+    so_far: impl FnMut(&Evidence),
 ) -> Result<Evidence, Error> {
     let pid = listener(&config.socket).await?;
     process::look(pid).ok_or(Error::Process(pid))?;
-
     let source = config.metrics.as_deref().map(Source::new).transpose()?;
     let before = match &source {
         Some(source) => Some(source.read().await?),
@@ -140,16 +170,37 @@ pub async fn gateway(
     };
 
     // Subscribe the late router before the first request is sent.
-    let mut late_router = JoinSet::new();
     let late_end = CancellationToken::new();
-    if let Some(url) = &config.late_router {
-        let router = LateRouter::start(url, config.deadline.ok_or(Error::NoDeadline)?).await?;
-        late_router.spawn(router.run(late_end.clone()));
-    }
+    let late_router = start_late_router(config, &late_end).await?;
 
     let mut seen = Seen::new(pid, before);
-    let began = Instant::now();
-    let load = Arc::new(Load::new(config, began, stop));
+    let load = Arc::new(Load::new(config, stop));
+    let lanes = start_lanes(config, &load).await?;
+    sample(config, &load, lanes, source.as_ref(), &mut seen, so_far).await;
+    let took = load.began.elapsed();
+
+    late_end.cancel();
+    seen.late_router = replies_of(late_router).await;
+    seen.ended = true;
+    Ok(settle(config, seen, &load, source.as_ref(), took).await)
+}
+
+/// Runs the late router, if the soak has one, until `end`; its task returns the number of replies that it published.
+async fn start_late_router(config: &Config, end: &CancellationToken) -> Result<JoinSet<u64>, Error> {
+    let mut running = JoinSet::new();
+    if let Some(url) = &config.late_router {
+        let router = LateRouter::start(url, config.deadline.ok_or(Error::NoDeadline)?).await?;
+        running.spawn(router.run(end.clone()));
+    }
+    Ok(running)
+}
+
+async fn replies_of(mut late_router: JoinSet<u64>) -> Option<u64> {
+    late_router.join_next().await?.ok()
+}
+
+/// Connects the clients. Each of them has one lane for every request that it keeps in flight.
+async fn start_lanes(config: &Config, load: &Arc<Load>) -> Result<JoinSet<()>, Error> {
     let mut lanes = JoinSet::new();
     for _ in 0..config.clients {
         let client = Client::connect(&config.socket).await?;
@@ -157,45 +208,46 @@ pub async fn gateway(
             lanes.spawn(lane(client.clone(), load.clone()));
         }
     }
+    Ok(lanes)
+}
 
+/// Samples the gateway's process until all lanes have ended.
+async fn sample(
+    config: &Config,
+    load: &Load,
+    mut lanes: JoinSet<()>,
+    source: Option<&Source>,
+    seen: &mut Seen,
+    mut so_far: impl FnMut(&Evidence),
+) {
     let mut every = SAMPLE_EVERY;
-    let mut due = began;
+    let mut due = load.began;
     loop {
         tokio::select! {
             // A lane that panicked leaves its request unanswered, which the tally shows.
             joined = lanes.join_next() => if joined.is_none() {
-                break;
+                return;
             },
             () = tokio::time::sleep_until(due) => {
-                let figures = match &source {
+                let figures = match source {
                     Some(source) => source.read().await.ok(),
                     None => None,
                 };
                 // Once the lanes wind down, a sample would not show the process under the load that is judged.
-                if let Some(holds) = process::look(pid) && !load.is_over() {
-                    seen.samples.push(Sample { second: began.elapsed().as_secs_f64(), holds, figures });
-                    so_far(&verdict::judge(config, &seen, &load.tally.lock(), began.elapsed()));
+                if let Some(holds) = process::look(seen.pid) && !load.is_over() {
+                    let took = load.began.elapsed();
+                    seen.samples.push(Sample { second: took.as_secs_f64(), holds, figures });
+                    so_far(&verdict::judge(config, seen, &load.tally.lock(), took));
                 }
 
                 if seen.samples.len() >= SAMPLES_MAX {
                     every *= 2;
-                    let mut number = 0;
-                    seen.samples.retain(|_| { number += 1; number % 2 == 1 });
+                    seen.drop_every_second_sample();
                 }
-
                 due = Instant::now() + every;
             }
         }
     }
-
-    let took = began.elapsed();
-
-    late_end.cancel();
-    while let Some(answers) = late_router.join_next().await {
-        seen.late_router = answers.ok();
-    }
-    seen.ended = true;
-    Ok(settle(config, seen, &load, source.as_ref(), took).await)
 }
 
 /// Judges the soak again and again until it passes or the gateway's metrics have had the time to settle.
@@ -238,12 +290,21 @@ impl Seen {
             late_router: None,
         }
     }
+
+    fn drop_every_second_sample(&mut self) {
+        let mut number = 0;
+        self.samples.retain(|_| {
+            number += 1;
+            number % 2 == 1
+        });
+    }
 }
 
 /// The state that all lanes share. A lane sends one request after another.
 struct Load {
     payload: Bytes,
     deadline: Option<Duration>,
+    began: Instant,
     end: Instant,
     stop: CancellationToken,
     pace: Option<Mutex<Pace>>,
@@ -252,10 +313,12 @@ struct Load {
 }
 
 impl Load {
-    fn new(config: &Config, began: Instant, stop: CancellationToken) -> Self {
+    fn new(config: &Config, stop: CancellationToken) -> Self {
+        let began = Instant::now();
         Self {
             payload: request(config),
             deadline: config.deadline,
+            began,
             end: began + config.duration,
             stop,
             pace: config.per_second.map(|rate| Mutex::new(Pace::new(rate, began))),
@@ -322,7 +385,10 @@ async fn listener(socket: &Path) -> Result<u32, Error> {
 }
 
 fn request(config: &Config) -> Bytes {
-    let params = serde_json::json!({"text": "x".repeat(config.payload)});
-    let submit = serde_json::json!({"command": "task_submit", "task_type": config.task_type, "params": params});
-    submit.to_string().into()
+    let text = "x".repeat(config.payload);
+    let submit = TaskSubmit {
+        params: Some([("text".to_string(), text.into())].into_iter().collect()),
+        ..TaskSubmit::new(&config.task_type)
+    };
+    serde_json::to_vec(&submit).expect("a submit is always JSON").into()
 }

@@ -41,7 +41,7 @@ pub fn api_key(args: cli::DataDir) -> Result<()> {
 fn existing(args: cli::DataDir, name: &str) -> Result<String> {
     let dir = data_dir(args)?;
     let missing =
-        || format!("no beamline has run with the data directory {} yet; start it, or set --data-dir", dir.display());
+        || format!("no beamline has run with the data directory {} yet; run beamline up first, or set --data-dir", dir.display());
     secrets::read(&dir, name).with_context(missing)
 }
 

@@ -1,4 +1,4 @@
-//! `beamline policy`: checks the policies, and deletes one.
+//! `beamline policy`: checks all policies, or deletes one.
 
 use crate::config::{Layers, load};
 use anyhow::{Context, Result, bail};
@@ -20,26 +20,27 @@ pub fn lint(dir: Option<PathBuf>) -> Result<()> {
     }
     match errors {
         0 => {
-            println!("{}: {} policies can serve", dir.display(), findings.policies);
+            println!("{}: {} policies can be used", dir.display(), findings.policies);
             Ok(())
         }
-        _ => bail!("{}: {errors} problems found; policies with an error will be refused", dir.display()),
+        _ => bail!("{}: {errors} problems found; routers refuse policies with an error", dir.display()),
     }
 }
 
-/// With `vanished`, also a policy that the directory knows nothing of (any more).
+/// Deletes a policy; with `vanished`, also one that the directory has no file of.
 pub fn delete(name: &str, dir: Option<PathBuf>, vanished: bool) -> Result<()> {
     let Some(name) = PolicyName::parse(name) else {
-        bail!("{name:?} does not name a policy; write it as TENANT/POLICY, for example acme/default");
+        bail!("{name:?} is not the name of a policy; write TENANT/POLICY, for example acme/default");
     };
     let dir = directory(dir)?;
     if !dir.is_dir() {
-        bail!("there is no policy directory {}; name it by --policies", dir.display());
+        bail!("there is no policy directory {}; name it with --policies", dir.display());
     }
     let known = router::policy_names(&dir);
     if !vanished && !known.contains(&name) {
         bail!("{}", unknown(&dir, &name, &known));
     }
+
     let user = nix::unistd::getuid();
     let by = nix::unistd::User::from_uid(user)
         .ok()
@@ -48,6 +49,7 @@ pub fn delete(name: &str, dir: Option<PathBuf>, vanished: bool) -> Result<()> {
     let deleted_ms = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis())?;
     let removed = router::delete_policy(&dir, &name, &Tombstone { deleted_ms, by })
         .with_context(|| format!("cannot delete {name} from {}", dir.display()))?;
+
     for path in &removed {
         println!("removed {}", path.display());
     }
@@ -63,7 +65,7 @@ fn unknown(dir: &Path, name: &PolicyName, known: &BTreeSet<PolicyName>) -> Strin
         false => format!("tenant {:?} has {}", name.tenant, own.join(", ")),
     };
     let dir = dir.display();
-    format!("there is no policy {name} in {dir}; {own}; if its file was lost, delete it with --vanished")
+    format!("there is no policy {name} in {dir}; {own}; if its file was lost, add --vanished to delete it")
 }
 
 fn directory(given: Option<PathBuf>) -> Result<PathBuf> {

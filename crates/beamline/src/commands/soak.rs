@@ -1,4 +1,4 @@
-//! `beamline soak`: a running part under load for a long time.
+//! `beamline soak`: puts a running part under load for a long time.
 
 use crate::cli;
 use crate::config::parse_duration;
@@ -9,16 +9,16 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Of each task's text.
+/// Length of each task's text, in bytes.
 const PAYLOAD: usize = 256;
-/// Between two writes of the evidence while it runs.
+/// Interval between writes of the evidence while the soak runs.
 const WRITE_EVERY: Duration = Duration::from_secs(30);
 
 pub async fn gateway(args: cli::SoakGateway) -> Result<()> {
     let deadline = args.deadline.as_deref().map(parse_duration).transpose();
     ensure!(args.rate.is_none_or(|rate| rate.is_finite() && rate > 0.0), "--rate must be more than 0");
     ensure!(args.clients > 0 && args.in_flight > 0, "--clients and --in-flight must be more than 0");
-    let commit = option_env!("BEAMLINE_COMMIT").unwrap_or("commit not known");
+    let commit = option_env!("BEAMLINE_COMMIT").unwrap_or("unknown commit");
     let config = Config {
         duration: parse_duration(&args.duration).map_err(|what| anyhow!("--for {what}"))?,
         deadline: deadline.map_err(|what| anyhow!("--deadline {what}"))?,
@@ -33,6 +33,7 @@ pub async fn gateway(args: cli::SoakGateway) -> Result<()> {
         payload: PAYLOAD,
         build: format!("{} ({commit})", env!("CARGO_PKG_VERSION")),
     };
+
     let file = args.evidence.as_deref();
     let mut written = Instant::now();
     let so_far = |seen: &Evidence| {
@@ -45,6 +46,7 @@ pub async fn gateway(args: cli::SoakGateway) -> Result<()> {
             }
         }
     };
+
     let stop = CancellationToken::new();
     let (mut ended, mut interrupted) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let soak = checks::soak::gateway(&config, stop.clone(), so_far);
@@ -52,11 +54,12 @@ pub async fn gateway(args: cli::SoakGateway) -> Result<()> {
     let seen = loop {
         tokio::select! {
             seen = &mut soak => break seen?,
-            // What was seen until then counts.
+            // A soak that is interrupted is judged by what it has seen.
             _ = ended.recv() => stop.cancel(),
             _ = interrupted.recv() => stop.cancel(),
         }
     };
+
     if let Some(file) = file {
         write(file, &seen)?;
     }
@@ -68,7 +71,7 @@ pub async fn gateway(args: cli::SoakGateway) -> Result<()> {
     bail!("failed: {}", seen.problems.join("; "))
 }
 
-/// All of it or what was there before.
+/// Replaces the file atomically: a reader sees the old or the new evidence.
 fn write(file: &Path, seen: &Evidence) -> Result<()> {
     let failed = || format!("cannot write {}", file.display());
     let beside = file.with_extension("part");
@@ -96,9 +99,9 @@ fn print(seen: &Evidence) {
         );
     }
     if let (Some(after), Some(late)) = (seen.after, seen.late_replies) {
-        println!("afterwards: {} in flight, {} tasks; {late} replies came too late", after.in_flight, after.tasks);
+        println!("afterwards: {} in flight, {} tasks; {late} replies were late", after.in_flight, after.tasks);
     }
     if let Some(given) = seen.late_router {
-        println!("the late router got {given} of the requests; the others' deadlines passed before they were sent");
+        println!("{given} requests reached the late router; the deadlines of the others passed before they were sent");
     }
 }

@@ -1,15 +1,16 @@
-//! `beamline submit`, `beamline ping`: a program's side of the gateway.
+//! `beamline submit` and `beamline ping`: clients of the gateway.
 
 use crate::cli;
 use crate::config::{Layers, load, parse_duration};
 use anyhow::{Context, Result, bail};
 use client::{Client, StreamEvent};
-use serde_json::{Value, json};
+use serde_json::{Map, Value};
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::time::Duration;
+use wire::ipc::{TaskSubmit, Wait};
 
-/// An answer about a deadline comes after it.
+/// How long past the deadline to wait: the gateway reports a missed deadline after it.
 const GRACE: Duration = Duration::from_secs(2);
 
 pub async fn ping(args: cli::Socket) -> Result<()> {
@@ -23,6 +24,7 @@ pub async fn submit(args: cli::Submit) -> Result<()> {
     let timeout = timeout.map_err(|what| anyhow::anyhow!("--timeout {what}"))?;
     let request = request(&args, timeout)?;
     let client = Client::connect(&socket(args.socket)?).await?;
+
     let answered = async {
         match args.wait {
             cli::Wait::Decision | cli::Wait::Result => {
@@ -33,45 +35,46 @@ pub async fn submit(args: cli::Submit) -> Result<()> {
             cli::Wait::Stream => stream(&client, &request).await,
         }
     };
-    // The gateway knows the deadline and says more about it than we could.
+
+    // The gateway knows the deadline too, and its error says more than ours.
     let patience = timeout.map_or(Duration::MAX, |timeout| timeout + GRACE);
     let answered = tokio::time::timeout(patience, answered).await;
     answered.context("no answer within --timeout; the task may still run")?
 }
 
 fn request(args: &cli::Submit, timeout: Option<Duration>) -> Result<Value> {
-    let mut text = args.params.clone();
+    let submit = TaskSubmit {
+        params: Some(params(&args.params)?),
+        request_id: Some(uuid::Uuid::now_v7().to_string()),
+        trace_id: Some(uuid::Uuid::new_v4().simple().to_string()),
+        tenant_id: args.tenant.clone(),
+        timeout_ms: timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+        wait: match args.wait {
+            cli::Wait::Decision => Wait::Decision,
+            cli::Wait::Result => Wait::Result,
+            cli::Wait::Stream => Wait::Stream,
+        },
+        ..TaskSubmit::new(&args.task_type)
+    };
+    Ok(serde_json::to_value(submit)?)
+}
+
+/// Parses the task's parameters, which `-` reads from standard input.
+fn params(argument: &str) -> Result<Map<String, Value>> {
+    let mut text = argument.to_string();
     if text == "-" {
         text.clear();
         std::io::stdin()
             .read_to_string(&mut text)
             .context("cannot read the parameters from standard input")?;
     }
-    let params: Value =
-        serde_json::from_str(&text).with_context(|| format!("the parameters are not JSON: {text:.60}"))?;
-    if !params.is_object() {
-        bail!("the parameters are JSON, but not an object; write them as {{\"prompt\": …}}");
+    match serde_json::from_str(&text).with_context(|| format!("the parameters are not JSON: {text:.60}"))? {
+        Value::Object(params) => Ok(params),
+        _ => bail!("the parameters are JSON, but not an object; write them as {{\"prompt\": …}}"),
     }
-    let mut request = json!({
-        "version": "1", "command": "task_submit", "request_id": uuid::Uuid::now_v7().to_string(),
-        "trace_id": uuid::Uuid::new_v4().simple().to_string(),
-        "task_type": args.task_type, "params": params,
-        "wait": match args.wait {
-            cli::Wait::Decision => "decision",
-            cli::Wait::Result => "result",
-            cli::Wait::Stream => "stream",
-        },
-    });
-    if let Some(timeout) = timeout {
-        request["timeout_ms"] = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).into();
-    }
-    if let Some(tenant) = &args.tenant {
-        request["tenant_id"] = tenant.as_str().into();
-    }
-    Ok(request)
 }
 
-/// Output goes to stdout as it comes; how it ended, to stderr.
+/// Writes the output to stdout as it arrives. An error, which goes to stderr, says how a task failed.
 async fn stream(client: &Client, request: &Value) -> Result<()> {
     let mut events = client.stream(request).await?;
     let mut out = std::io::stdout();
@@ -89,7 +92,7 @@ async fn stream(client: &Client, request: &Value) -> Result<()> {
             StreamEvent::Complete(complete) => {
                 let result = serde_json::to_value(&complete)?;
                 match &result["result"]["output"] {
-                    // A provider need not stream: then all of its output is in the result.
+                    // A provider that does not stream has its whole output in the result.
                     output if !streamed && !output.is_null() => writeln!(out, "{output:#}")?,
                     _ => writeln!(out)?,
                 }
@@ -100,7 +103,7 @@ async fn stream(client: &Client, request: &Value) -> Result<()> {
     bail!("the stream ended without a result")
 }
 
-/// A task that failed makes the command fail too.
+/// Fails if the task failed, so that the command does too.
 fn failed_result(answer: &Value) -> Result<()> {
     let result = ["result", "exec_result"]
         .iter()
@@ -112,7 +115,7 @@ fn failed_result(answer: &Value) -> Result<()> {
             let reason = result["error_message"]
                 .as_str()
                 .or(result["error_code"].as_str())
-                .unwrap_or("no reason was given");
+                .unwrap_or("the result gives no reason");
             bail!("the task ended with status {status}: {reason}")
         }
     }

@@ -1,4 +1,4 @@
-//! `beamline user`: the people who may sign in.
+//! `beamline user`: manages the accounts that may sign in.
 
 use crate::cli;
 use crate::config::{Layers, load};
@@ -20,7 +20,7 @@ pub async fn add(name: String, args: cli::DataDir) -> Result<()> {
     std::io::stdin().lock().read_line(&mut password)?;
     let password = password.trim_end_matches(['\r', '\n']);
     if password.is_empty() {
-        bail!("no password came; it is read from standard input");
+        bail!("the password is empty; write it to standard input");
     }
     let user = webapp::add_user(&config, &name, password).await?;
     println!("{} may sign in", user.name);

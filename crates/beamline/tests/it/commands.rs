@@ -91,7 +91,7 @@ async fn policy_lint_names_file_and_line_and_fails_on_errors() {
     write("default/default.yaml", &rule("task.type == 'chat'"));
     let output = run_in(dir.path(), &["policy", "lint"]).await.success();
     let warning = "warning: policies/acme/default.yaml:4: rules[0].when: unknown variable \"taks\"";
-    assert!(output.starts_with(warning) && output.contains("policies: 2 policies can serve"), "{output}");
+    assert!(output.starts_with(warning) && output.contains("policies: 2 policies can be used"), "{output}");
 
     write("acme/other.json", "{\n\"providers\": 7}");
     write("acme/default.json", "{}");
@@ -153,5 +153,5 @@ async fn a_deleted_policy_stays_deleted_and_a_vanished_one_serves_on() {
     assert!(policies.join("acme/lost.deleted").exists());
 
     let output = process.run(&["policy", "delete", "../default"]).await;
-    assert!(output.stderr.contains("does not name a policy"), "{}", output.stderr);
+    assert!(output.stderr.contains("is not the name of a policy"), "{}", output.stderr);
 }

@@ -20,7 +20,7 @@ async fn tcp(address: &str, bytes: &[u8]) -> TcpStream {
 
 async fn ends_in_time(mut process: Process) {
     assert_eq!(process.ended().await, Some(0), "{}", process.log());
-    assert!(!process.log().contains("not drained within"), "{}", process.log());
+    assert!(!process.log().contains("did not drain within"), "{}", process.log());
 }
 
 #[tokio::test]

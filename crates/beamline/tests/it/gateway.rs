@@ -1,8 +1,8 @@
 //! The five end-to-end scenarios of the gateway, each by name: `cargo test -p beamline --test it e2e_3`.
 //!
-//! The gateway is a process of its own on a real nats-server; so are the router and the worker, but for what the router
-//! cannot cause. There a responder on NATS does as its script says: in scenario 2 for the rows that [`rows`] names, in
-//! scenario 3 with replies around and after the deadline.
+//! The gateway runs in its own process on a real nats-server, and so do the router and the worker. Where the real router
+//! cannot cause the behaviour under test, a scripted responder on NATS replaces it: in scenario 2 for the rows that
+//! [`rows`] names, in scenario 3 for replies around and after the deadline.
 
 mod overload;
 mod rows;
@@ -22,19 +22,19 @@ use wire::ipc::{ErrorDetail, FrameType};
 use wire::router::RouterCode;
 use wire::subjects;
 
-/// Requests of scenario 4 (unless the environment's `HAPPY` says another number), the connections that share them, and
-/// how many of them each has in flight.
+/// Scenario 4: the number of requests (the environment's `HAPPY` overrides it), of connections that share them, and of
+/// requests in flight on each connection.
 const HAPPY: usize = 1000;
 const HAPPY_CLIENTS: usize = 4;
 const HAPPY_AT_ONCE: usize = 100;
-/// How often scenario 5 kills NATS, how many requests it lets go well or wrong in between, and when it gives up.
+/// Scenario 5: how often it kills NATS, how many requests succeed or fail between two changes, and when it gives up.
 const STORMS: usize = 10;
 const STORM_REQUESTS: usize = 20;
 const STORM_PATIENCE: Duration = Duration::from_secs(120);
-/// Requests that time out in scenario 3: rounds of so many at once.
+/// Scenario 3: rounds of concurrent requests that time out.
 const TIMEOUT_ROUNDS: u64 = 5;
 const TIMEOUTS_AT_ONCE: u64 = 200;
-/// The intake error of an `invalid_request` that has a status of its own, 413.
+/// The intake error that gives an `invalid_request` the status 413.
 const TOO_LARGE: &str = "PAYLOAD_TOO_LARGE";
 
 fn submit(task_type: &str, fields: Value) -> Value {
@@ -60,7 +60,7 @@ fn refused(outcome: Result<Value, Error>) -> ErrorDetail {
     }
 }
 
-/// The next request of a client to a router.
+/// Returns the next request of a client to a router.
 async fn captured(wire: &mut Subscription) -> (Message, Value) {
     loop {
         let next = tokio::time::timeout(PATIENCE, wire.next());
@@ -102,11 +102,11 @@ async fn e2e_1_subjects_and_headers() {
         "trace_id": trace, "idempotency_key": "k", "task": task});
     assert_eq!(payload, expected);
 
-    // Without any id of its own: made here, and the same in header and payload.
+    // A request without ids gets them from the gateway, the same in header and payload.
     let waits = json!({"wait": "result", "timeout_ms": 9000});
     assert_eq!(client.submit(&submit("echo", waits)).await.unwrap()["status"], "success");
     let (message, payload) = captured(&mut wire).await;
-    assert_eq!(payload["trace_id"], has_a_trace_of_its_own(&message));
+    assert_eq!(payload["trace_id"], generated_trace_id(&message));
     assert_eq!(message.headers.get("tenant_id"), Some("default"));
     assert_eq!((&payload["push_assignment"], &payload["options"]["deadline_ms"]), (&json!(true), &json!(9000)));
 
@@ -114,12 +114,12 @@ async fn e2e_1_subjects_and_headers() {
     client.query(task).await.unwrap();
     client.cancel(task).await.unwrap();
     client.subscribe(task).await.unwrap().next().await.unwrap();
-    // A cancel looks for the task first. Whose it is, stands in the header.
+    // A cancel looks the task up first. The header names the tenant that the task belongs to.
     for subject in [subjects::GET_DECISION, subjects::GET_DECISION, subjects::CANCEL, subjects::GET_DECISION] {
         let (message, payload) = captured(&mut wire).await;
         assert_eq!((&*message.subject, payload), (subject, json!({"request_id": task})));
         assert_eq!((message.headers.get("version"), message.headers.get("tenant_id")), (Some("1"), Some("default")));
-        has_a_trace_of_its_own(&message);
+        generated_trace_id(&message);
     }
 
     // The same over HTTP.
@@ -130,11 +130,11 @@ async fn e2e_1_subjects_and_headers() {
     let (message, payload) = captured(&mut wire).await;
     assert_eq!((&*message.subject, payload), (subjects::DECIDE, request));
     assert_eq!((message.headers.get("version"), message.headers.get("tenant_id")), (Some("1"), Some("acme")));
-    assert_eq!(answer["context"], json!({"request_id": "r-2", "trace_id": has_a_trace_of_its_own(&message)}));
+    assert_eq!(answer["context"], json!({"request_id": "r-2", "trace_id": generated_trace_id(&message)}));
 }
 
-/// Its id, in both forms.
-fn has_a_trace_of_its_own(message: &Message) -> String {
+/// Returns the message's trace id, after checking that both headers carry it.
+fn generated_trace_id(message: &Message) -> String {
     let trace = message.headers.get("trace_id").unwrap();
     let parent = message.headers.get("traceparent").unwrap();
     assert_eq!(trace.len(), 32);
@@ -143,7 +143,7 @@ fn has_a_trace_of_its_own(message: &Message) -> String {
 }
 
 #[tokio::test]
-async fn e2e_1_what_the_gateway_sends_the_router_accepts() {
+async fn e2e_1_router_accepts_every_golden_request() {
     let stage = Stage::start().await;
     let mut wire = stage.bus.subscribe(subjects::DECIDE, None, 4096).await.unwrap();
     let _parts = stage.part("router,worker").await;
@@ -176,7 +176,8 @@ async fn e2e_1_what_the_gateway_sends_the_router_accepts() {
     for case in requests {
         let text = case["text"].as_str().unwrap();
         let (status, _, answer) = stage.post_decide(&key, text).await;
-        // A golden request may ask for what no provider can give, or for an answer by a day that is over; it is read.
+        // A golden request may have constraints that no provider meets, or a deadline in the past. Both errors show that
+        // the router has read it.
         let outcome = answer["error"]["code"].as_str().unwrap_or("ok");
         assert!(["ok", "no_provider_available", "deadline_exceeded"].contains(&outcome), "{case}: {answer}");
         assert_eq!(status == 200, outcome == "ok");
@@ -189,7 +190,7 @@ async fn e2e_1_what_the_gateway_sends_the_router_accepts() {
     assert_eq!(
         (status, &answer["error"]["code"]),
         (400, &json!("invalid_request")),
-        "the router does look: {answer}"
+        "the router checks requests: {answer}"
     );
 }
 
@@ -200,47 +201,70 @@ async fn e2e_2_errors_that_the_router_causes() {
     let mut seen = BTreeSet::from([overloaded(&stage, &client).await]);
 
     let router = stage.part("router").await;
-    let weightless = router.dir.path().join("policies/default");
-    std::fs::create_dir_all(&weightless).unwrap();
-    let policy = json!({"version": "1.0", "providers": [{"name": "echo", "weight": 0}]}).to_string();
-    std::fs::write(weightless.join("weightless.json"), policy).unwrap();
-    // Where there are policy files, the built-in policy serves nobody.
-    let policy = json!({"version": "1.0", "providers": [{"name": "echo", "weight": 100}]}).to_string();
-    std::fs::write(weightless.join("default.json"), policy).unwrap();
+    write_policies(&router);
+    policies_are_in_use(&client).await;
 
-    let pushed = json!({"request_id": "twice", "push_assignment": true, "params": {"n": 1}});
-    eventually(PATIENCE, async || client.submit(&submit("echo", pushed.clone())).await.is_ok()).await;
+    seen.extend(errors_over_the_socket(&client).await);
+    seen.extend(errors_over_http(&stage).await);
+    // Last, because it opens the gateway's breaker: there is no stream for assignments.
+    seen.insert(error_without_assign_stream(&stage, &client).await);
+
+    assert_eq!(
+        seen.iter().map(String::as_str).collect::<BTreeSet<_>>(),
+        rows::BY_THE_ROUTER.iter().copied().collect()
+    );
+}
+
+/// Once there are policy files, the built-in policy serves nobody: besides the weightless policy there is a default one.
+fn write_policies(router: &Process) {
+    let directory = router.dir.path().join("policies/default");
+    std::fs::create_dir_all(&directory).unwrap();
+    for (name, weight) in [("weightless", 0), ("default", 100)] {
+        let policy = json!({"version": "1.0", "providers": [{"name": "echo", "weight": weight}]});
+        std::fs::write(directory.join(format!("{name}.json")), policy.to_string()).unwrap();
+    }
+}
+
+/// The task that [`policies_are_in_use`] submits; another task with the same id is a conflict.
+fn submit_twice(n: u32) -> Value {
+    submit("echo", json!({"request_id": "twice", "push_assignment": true, "params": {"n": n}}))
+}
+
+async fn policies_are_in_use(client: &Client) {
+    eventually(PATIENCE, async || client.submit(&submit_twice(1)).await.is_ok()).await;
     eventually(PATIENCE, async || {
         let outcome = client.submit(&submit("echo", json!({"policy_id": "weightless"}))).await;
         refused(outcome).reason.as_deref() != Some("policy_not_found")
     })
     .await;
-    for (fields, status, reason, intake) in [
-        (
-            json!({"idempotency_key": "k".repeat(257)}),
-            400,
-            "invalid_request",
-            Some("SCHEMA_VALIDATION_FAILED"),
-        ),
-        (json!({"policy_id": "none"}), 404, "policy_not_found", None),
-        (
-            json!({"request_id": "twice", "push_assignment": true, "params": {"n": 2}}),
-            409,
-            "idempotency_conflict",
-            None,
-        ),
-        (json!({"context": "x".repeat(1_100_000)}), 413, "invalid_request", Some("PAYLOAD_TOO_LARGE")),
-        (json!({"policy_id": "weightless"}), 500, "decision_failed", None),
+}
+
+/// Returns the reasons that were seen.
+async fn errors_over_the_socket(client: &Client) -> Vec<String> {
+    let mut seen = Vec::new();
+    let long_key = submit("echo", json!({"idempotency_key": "k".repeat(257)}));
+    let too_large = submit("echo", json!({"context": "x".repeat(1_100_000)}));
+    for (submit, status, reason, intake) in [
+        (long_key, 400, "invalid_request", Some("SCHEMA_VALIDATION_FAILED")),
+        (submit("echo", json!({"policy_id": "none"})), 404, "policy_not_found", None),
+        (submit_twice(2), 409, "idempotency_conflict", None),
+        (too_large, 413, "invalid_request", Some("PAYLOAD_TOO_LARGE")),
+        (submit("echo", json!({"policy_id": "weightless"})), 500, "decision_failed", None),
     ] {
-        let error = refused(client.submit(&submit("echo", fields)).await);
+        let error = refused(client.submit(&submit).await);
         assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(status), Some(reason)));
         assert_eq!(error.details.as_ref().and_then(|d| d["intake_error_code"].as_str()), intake, "{error:?}");
-        seen.insert(reason.to_string());
+        seen.push(reason.to_string());
     }
+
     let error = refused(client.query("nobody's").await.map(|task| json!(task)));
     assert_eq!((error.code, error.status, error.reason.as_deref()), (12, Some(404), Some("not_found")));
     seen.extend(error.reason);
+    seen
+}
 
+/// Returns the codes that were seen, except for `unauthorized`, which is the gateway's own.
+async fn errors_over_http(stage: &Stage) -> Vec<String> {
     let key = stage.api_key().await;
     let request = |fields: Value| {
         let mut request = json!({"version": "1", "request_id": "r", "tenant_id": "default",
@@ -251,46 +275,38 @@ async fn e2e_2_errors_that_the_router_causes() {
             .extend(fields.as_object().unwrap().clone());
         request.to_string()
     };
+
+    let unmet = json!({"constraints": {"max_latency_ms": 0.0, "max_cost": -1.0}});
+    let mut seen = Vec::new();
     for (key, fields, expected, code) in [
         (&*key, json!({}), 200, None),
         (&*key, json!({"version": "7"}), 400, Some("invalid_request")),
         ("wrong", json!({}), 401, Some("unauthorized")),
         (&*key, json!({"policy_id": "none"}), 404, Some("policy_not_found")),
         (&*key, json!({"policy_id": "weightless"}), 500, Some("decision_failed")),
-        (
-            &*key,
-            json!({"constraints": {"max_latency_ms": 0.0, "max_cost": -1.0}}),
-            503,
-            Some("no_provider_available"),
-        ),
+        (&*key, unmet, 503, Some("no_provider_available")),
         (&*key, json!({"deadline": 1}), 504, Some("deadline_exceeded")),
     ] {
         let (status, _, answer) = stage.post_decide(key, &request(fields)).await;
         assert_eq!((status, answer["error"]["code"].as_str()), (expected, code), "{answer}");
-        // That one is the gateway's own.
         seen.extend(code.filter(|code| *code != "unauthorized").map(String::from));
     }
+    seen
+}
 
-    // Last, as it speaks against the router: nowhere to put an assignment.
+async fn error_without_assign_stream(stage: &Stage, client: &Client) -> String {
     let deleted = stage
         .bus
         .request("$JS.API.STREAM.DELETE.ASSIGN", Headers::new(), Bytes::new(), PATIENCE)
         .await;
     assert!(deleted.unwrap().payload.ends_with(b"\"success\":true}"));
+
     let error = refused(client.submit(&submit("echo", json!({"push_assignment": true}))).await);
-    assert_eq!(
-        (error.code, error.status, error.reason.as_deref()),
-        (12, Some(503), Some("unavailable")),
-        "{error:?}"
-    );
-    seen.extend(error.reason);
-    assert_eq!(
-        seen.iter().map(String::as_str).collect::<BTreeSet<_>>(),
-        rows::BY_THE_ROUTER.iter().copied().collect()
-    );
+    assert_eq!((error.code, error.status), (12, Some(503)), "{error:?}");
+    error.reason.unwrap()
 }
 
-/// A router that stores one assignment at a time refuses others meanwhile: the reason.
+/// Overloads a router that stores one assignment at a time, and returns the reason for which it refuses others.
 async fn overloaded(stage: &Stage, client: &Client) -> String {
     let url = stage.nats.url();
     let settings = format!("roles = \"router\"\n[nats]\nurl = \"{url}\"\n[router]\nmax_in_flight = 1\n");
@@ -313,7 +329,7 @@ async fn overloaded(stage: &Stage, client: &Client) -> String {
 #[tokio::test]
 async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
     let stage = Stage::start().await;
-    // The task's type is the code that it is refused with.
+    // The responder refuses each task with the code that is the task's type.
     let _responder = stage
         .responder(async |request| {
             let code = request["task"]["type"].as_str().unwrap();
@@ -335,7 +351,7 @@ async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
     let key = stage.api_key().await;
     let statuses: BTreeSet<u16> = RouterCode::KNOWN.iter().map(RouterCode::status).collect();
     assert_eq!(statuses, BTreeSet::from([400, 401, 403, 404, 409, 429, 500, 503, 504]));
-    // The gateway asks again where a router is just unavailable, until that opens the breaker: so it comes last.
+    // The gateway retries a request whose router is unavailable, and such failures open the breaker: that row comes last.
     let mut rows = RouterCode::KNOWN.to_vec();
     rows.sort_by_key(|code| *code == RouterCode::Unavailable);
     let rows = rows.iter().map(|code| (code.as_str(), code.status()));
@@ -381,7 +397,7 @@ async fn e2e_3_timeouts_and_late_replies() {
     let mut raw = Raw::connect(&stage).await;
     let before = stage.holds().await;
 
-    // A thousand timeouts, every one answered too late. (Their deadline is too short to speak against the router.)
+    // A thousand timeouts, each of them answered too late. Their deadline is too short to count against the router.
     for round in 0..TIMEOUT_ROUNDS {
         let ids = 1000 * (round + 1)..1000 * (round + 1) + TIMEOUTS_AT_ONCE;
         for id in ids.clone() {
@@ -399,8 +415,8 @@ async fn e2e_3_timeouts_and_late_replies() {
     let all = (TIMEOUT_ROUNDS * TIMEOUTS_AT_ONCE) as f64;
     eventually(PATIENCE, async || late().await == all).await;
 
-    // Around the deadline: one outcome each, and the outcome that is due where it is not a matter of luck.
-    // (Less than a deadline that speaks against the router.)
+    // Replies around the deadline: each request has one outcome, which is certain except close to the deadline. The
+    // deadline is shorter than those that count against the router.
     let deadline = Duration::from_millis(450);
     let (in_time, late_for_certain) = ([0, 20], [1500, 2000]);
     let delays: Vec<u64> = in_time.into_iter().chain(late_for_certain).chain(440..=460).collect();
@@ -416,18 +432,18 @@ async fn e2e_3_timeouts_and_late_replies() {
         };
         let answered = *kind == FrameType::ResponseOk;
         assert!(answered || answer["error"]["code"] == 5, "{delay} ms: {answer}");
-        assert!(answered || !in_time.contains(delay), "{delay} ms: a reply in time is no timeout");
-        assert!(!answered || !late_for_certain.contains(delay), "{delay} ms: a late reply is no answer");
+        assert!(answered || !in_time.contains(delay), "{delay} ms: a reply in time became a timeout");
+        assert!(!answered || !late_for_certain.contains(delay), "{delay} ms: a late reply became an answer");
         timeouts += f64::from(!answered);
     }
-    // One at the very deadline may be neither late nor an answer.
+    // A reply at the very deadline may be neither a late reply nor an answer.
     eventually(PATIENCE, async || late().await >= all + 2.0).await;
     assert!(late().await <= all + timeouts);
 
     raw.submit(1, deadline, &after(0)).await;
     let mut outcomes = Outcomes::new();
     raw.take(&mut outcomes).await;
-    assert_eq!(outcomes[&1][0].0, FrameType::ResponseOk, "the breaker stayed closed: {outcomes:?}");
+    assert_eq!(outcomes[&1][0].0, FrameType::ResponseOk, "the breaker should have stayed closed: {outcomes:?}");
     assert_eq!(stage.metric("beamline_gateway_breaker_open").await, 0.0);
     stage.is_as_before(before).await;
 }
@@ -456,12 +472,12 @@ async fn e2e_4_happy_path() {
     }
     let answered: Vec<String> = clients.join_all().await.into_iter().flatten().collect();
     assert_eq!(answered.len(), happy_ones);
-    assert_eq!(answered.iter().collect::<BTreeSet<_>>().len(), happy_ones, "each its own answer");
+    assert_eq!(answered.iter().collect::<BTreeSet<_>>().len(), happy_ones, "each request gets its own answer");
     eventually(PATIENCE, async || stage.metric("beamline_gateway_requests_total").await == happy_ones as f64).await;
     eventually(PATIENCE, async || stage.metric("beamline_gateway_in_flight").await == 0.0).await;
 }
 
-/// One request, every second one for its result; the request id in its answer.
+/// Submits one request, every second one for its result, and returns the request id of its answer.
 async fn happy(client: Client, request_id: String, n: usize) -> String {
     let wait = ["decision", "result"][n % 2];
     let fields =
@@ -490,17 +506,39 @@ async fn e2e_5_reconnect_storm() {
     assert_eq!(outcomes[&0][0].0, FrameType::ResponseOk);
     let before = stage.holds().await;
 
-    // 100 a second; NATS goes when a request has been answered, and comes when one has been refused.
+    let sent = storm(&mut stage, &mut raw, &fine, &mut outcomes).await;
+    while outcomes.len() < sent as usize {
+        raw.take(&mut outcomes).await;
+    }
+    // A second answer to any of them arrives before the answer to this.
+    for (id, again) in raw.outcomes(sent..sent).await {
+        outcomes.entry(id).or_default().extend(again);
+    }
+    assert_eq!(outcomes.len(), sent as usize);
+    let refused = single_outcomes(&outcomes);
+
+    // The gateway has counted the same.
+    eventually(PATIENCE, async || stage.metric("beamline_gateway_requests_total").await == sent as f64).await;
+    assert_eq!(stage.metric("beamline_gateway_errors_total").await, refused as f64);
+
+    recovers(&stage, &fine).await;
+    stage.is_as_before(before).await;
+}
+
+/// Sends 100 requests a second while NATS goes down and comes back, and returns the number of all requests so far. NATS
+/// changes its state when enough requests have shown the present one.
+async fn storm(stage: &mut Stage, raw: &mut Raw, fine: &Value, outcomes: &mut Outcomes) -> u64 {
     let mut tick = tokio::time::interval(Duration::from_millis(10));
     let (mut sent, mut storms, mut down) = (1, 0, false);
     let (mut seen, mut in_this_state) = (0, 0);
     let give_up = tokio::time::Instant::now() + STORM_PATIENCE;
+
     while storms < STORMS || down {
         assert!(tokio::time::Instant::now() < give_up, "storm {storms}, down: {down}");
         tokio::select! {
-            () = raw.take(&mut outcomes) => {}
+            () = raw.take(outcomes) => {}
             _ = tick.tick() => {
-                raw.submit(sent, Duration::from_secs(2), &fine).await;
+                raw.submit(sent, Duration::from_secs(2), fine).await;
                 sent += 1;
             }
         }
@@ -509,16 +547,17 @@ async fn e2e_5_reconnect_storm() {
             continue;
         }
         seen = answers;
+
         let ok = outcomes
             .values()
             .filter(|outcome| outcome[0].0 == FrameType::ResponseOk)
             .count();
         let now = if down { outcomes.len() - ok } else { ok };
         in_this_state = if in_this_state == 0 { now } else { in_this_state };
-        // Enough of them that the state is felt.
         if now < in_this_state + STORM_REQUESTS {
             continue;
         }
+
         in_this_state = 0;
         if down {
             stage.nats.restart().await;
@@ -528,16 +567,13 @@ async fn e2e_5_reconnect_storm() {
         }
         down = !down;
     }
-    while outcomes.len() < sent as usize {
-        raw.take(&mut outcomes).await;
-    }
+    sent
+}
 
-    // A second answer to one of them would have come before this.
-    for (id, again) in raw.outcomes(sent..sent).await {
-        outcomes.entry(id).or_default().extend(again);
-    }
+/// Checks that each request had a single outcome, an answer or an explicit error, and returns the number of errors.
+fn single_outcomes(outcomes: &Outcomes) -> u64 {
     let mut refused = 0;
-    for (id, outcome) in &outcomes {
+    for (id, outcome) in outcomes {
         let [(kind, answer)] = &outcome[..] else {
             panic!("request {id} has {} outcomes: {outcome:?}", outcome.len())
         };
@@ -545,19 +581,17 @@ async fn e2e_5_reconnect_storm() {
         assert!(*kind == FrameType::ResponseOk || explicit, "request {id}: {answer}");
         refused += u64::from(explicit);
     }
-    assert_eq!(outcomes.len(), sent as usize);
-    // The gateway has counted the same.
-    eventually(PATIENCE, async || stage.metric("beamline_gateway_requests_total").await == sent as f64).await;
-    assert_eq!(stage.metric("beamline_gateway_errors_total").await, refused as f64);
+    refused
+}
 
+/// Waits until the breaker is closed, then checks that requests succeed.
+async fn recovers(stage: &Stage, fine: &Value) {
     let client = stage.client().await;
     eventually(PATIENCE, async || {
-        client.submit(&fine).await.is_ok() && stage.metric("beamline_gateway_breaker_open").await == 0.0
+        client.submit(fine).await.is_ok() && stage.metric("beamline_gateway_breaker_open").await == 0.0
     })
     .await;
     for _ in 0..100 {
-        client.submit(&fine).await.unwrap();
+        client.submit(fine).await.unwrap();
     }
-    drop(client);
-    stage.is_as_before(before).await;
 }

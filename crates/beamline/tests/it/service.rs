@@ -170,7 +170,7 @@ async fn the_watchdog_is_told_only_while_the_gateway_answers() {
 
     std::fs::rename(&aside, &socket).unwrap();
     ear.hears("WATCHDOG=1").await;
-    assert!(process.log().contains("this process does not serve"));
+    assert!(process.log().contains("the self-check failed"));
 }
 
 #[tokio::test]

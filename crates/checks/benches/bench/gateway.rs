@@ -26,7 +26,11 @@ const CLIENTS: usize = 64;
 const TIMEOUT: Duration = Duration::from_secs(5);
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-const ANSWER: &[u8] = br#"{"ok":true,"decision":{"provider_id":"echo","priority":50,"expected_latency_ms":0,"expected_cost":0.0,"reason":"weighted","policy_id":"default","policy_version":"1"},"context":{"request_id":"r"}}"#;
+const ANSWER: &[u8] = concat!(
+    r#"{"ok":true,"decision":{"provider_id":"echo","priority":50,"expected_latency_ms":0,"expected_cost":0.0,"#,
+    r#""reason":"weighted","policy_id":"default","policy_version":"1"},"context":{"request_id":"r"}}"#
+)
+.as_bytes();
 
 pub async fn run(report: &mut Report) -> Result {
     ping(report).await?;
@@ -115,8 +119,47 @@ async fn on_local_bus(report: &mut Report) -> Result {
 /// An echo responder stands in for the router, so that the gateway's own share shows.
 async fn through_nats(report: &mut Report) -> Result {
     let server = NatsServer::start().await;
-
+    let dir = tempfile::tempdir()?;
     let mut tasks = JoinSet::new();
+    respond_over_nats(&server, &mut tasks).await?;
+
+    let asker = async_nats::connect(server.url()).await?;
+    let relay = dir.path().join("bare");
+    bare::relay(&relay, asker.clone(), &mut tasks)?;
+    let gateway = Gateway::over_nats(&server, None).await?;
+    let narrow = Gateway::over_nats(&server, Some(1)).await?;
+
+    let paths = Paths {
+        gateway: raw(&gateway.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?,
+        over_one: raw(&narrow.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?,
+        four_clients: raw(&gateway.socket, 4, FrameType::TaskSubmit, &submit(), CLIENTS / 4).await?,
+        relay: raw(&relay, CLIENTS, FrameType::TaskSubmit, &decide_request(), 1).await?,
+        direct: direct_over_nats(asker),
+    };
+    warm(&[&paths.gateway, &paths.direct, &paths.relay, &paths.over_one]).await?;
+    one_in_flight(report, &paths).await?;
+    many_in_flight(report, &paths).await?;
+
+    tasks.shutdown().await;
+    narrow.stop().await;
+    gateway.stop().await;
+    Ok(())
+}
+
+/// The ways from a client to the responder on NATS.
+struct Paths {
+    gateway: Ask,
+    /// Through a gateway with a single connection to NATS.
+    over_one: Ask,
+    /// Through the gateway with as many requests in flight, from four clients.
+    four_clients: Ask,
+    /// Through the smallest program that could replace the gateway.
+    relay: Ask,
+    /// From a NATS client, without a gateway.
+    direct: Ask,
+}
+
+async fn respond_over_nats(server: &NatsServer, tasks: &mut JoinSet<()>) -> Result {
     let responder = async_nats::connect(server.url()).await?;
     let mut requests = responder
         .queue_subscribe(subjects::DECIDE, subjects::DECIDE_GROUP.into())
@@ -130,12 +173,11 @@ async fn through_nats(report: &mut Report) -> Result {
             }
         }
     });
+    Ok(())
+}
 
-    let asker = async_nats::connect(server.url()).await?;
-    let dir = tempfile::tempdir()?;
-    let bare = dir.path().join("bare");
-    bare::relay(&bare, asker.clone(), &mut tasks)?;
-    let direct: Ask = Arc::new(move |_| {
+fn direct_over_nats(asker: async_nats::Client) -> Ask {
+    Arc::new(move |_| {
         let client = asker.clone();
         let answer = async move {
             client
@@ -143,49 +185,40 @@ async fn through_nats(report: &mut Report) -> Result {
                 .await
         };
         answer.map(|answer| answer.map(drop).map_err(|e| e.to_string())).boxed()
-    });
+    })
+}
 
-    let connect = async |connections| {
-        let config = bus::nats::NatsConfig { url: server.url(), connections, ..Default::default() };
-        Gateway::start(bus::nats::Nats::connect(config).await?).await
-    };
-    let (gateway, narrow) = (connect(None).await?, connect(Some(1)).await?);
+async fn one_in_flight(report: &mut Report, paths: &Paths) -> Result {
+    let ours = measure(1, ROUND / 2, &paths.gateway).await?.p50;
+    let peer = measure(1, ROUND / 2, &paths.direct).await?.p50;
+    let least = measure(1, ROUND / 2, &paths.relay).await?.p50;
 
-    let over_one = raw(&narrow.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?;
-    let through = raw(&gateway.socket, CLIENTS, FrameType::TaskSubmit, &submit(), 1).await?;
-    let few = raw(&gateway.socket, 4, FrameType::TaskSubmit, &submit(), CLIENTS / 4).await?;
-    let bare = raw(&bare, CLIENTS, FrameType::TaskSubmit, &decide_request(), 1).await?;
-    warm(&[&through, &direct, &bare, &over_one]).await?;
-
-    let ours = measure(1, ROUND / 2, &through).await?.p50;
-    let peer = measure(1, ROUND / 2, &direct).await?.p50;
-    let least = measure(1, ROUND / 2, &bare).await?.p50;
     let row = "gateway through NATS, one in flight, p50";
     report.row(row, Figure::Micros(ours), Some(("direct client", Figure::Micros(peer))), "");
     report.row(row, Figure::Micros(ours), Some(("a bare relay", Figure::Micros(least))), "");
     report.row("gateway through NATS, added to one in flight, p50", Figure::Micros(ours - peer), None, "≤ 25 µs");
+    Ok(())
+}
 
-    let ours = measure(CLIENTS, ROUND, &through).await?.per_second;
-    let peer = measure(CLIENTS, ROUND, &direct).await?.per_second;
-    let least = measure(CLIENTS, ROUND, &bare).await?.per_second;
-    let fewer = measure(4, ROUND, &few).await?.per_second * (CLIENTS / 4) as f64;
+async fn many_in_flight(report: &mut Report, paths: &Paths) -> Result {
+    let ours = measure(CLIENTS, ROUND, &paths.gateway).await?.per_second;
+    let peer = measure(CLIENTS, ROUND, &paths.direct).await?.per_second;
+    let least = measure(CLIENTS, ROUND, &paths.relay).await?.per_second;
+    let fewer = measure(4, ROUND, &paths.four_clients).await?.per_second * (CLIENTS / 4) as f64;
+
     let row = format!("gateway through NATS, {CLIENTS} clients, 256 B");
     let direct = ("direct client", Figure::PerSecond(peer));
     report.row(&row, Figure::PerSecond(ours), Some(direct), "≥ 40,000/s and ≥ 0.8 of the peer");
     report.row(&row, Figure::PerSecond(ours), Some(("a bare relay", Figure::PerSecond(least))), "");
 
-    let one = Figure::PerSecond(measure(CLIENTS, ROUND, &over_one).await?.per_second);
+    let one = Figure::PerSecond(measure(CLIENTS, ROUND, &paths.over_one).await?.per_second);
     report.row(&format!("gateway over one connection to NATS, {CLIENTS} clients"), one, Some(direct), "");
 
     let row = format!("gateway through NATS, 4 clients, {} in flight each", CLIENTS / 4);
     report.row(&row, Figure::PerSecond(fewer), Some(direct), "");
 
-    let half = paced(CLIENTS, ROUND, ours / 2.0, &through).await?;
+    let half = paced(CLIENTS, ROUND, ours / 2.0, &paths.gateway).await?;
     report.row("gateway through NATS, half of that load, p99", Figure::Micros(half.p99), None, "< 2,000 µs");
-
-    tasks.shutdown().await;
-    narrow.stop().await;
-    gateway.stop().await;
     Ok(())
 }
 
@@ -215,6 +248,11 @@ impl Gateway {
             let _ = gateway.run(stop).await;
         });
         Ok(Self { socket, cancel, tasks, _dir: dir })
+    }
+
+    async fn over_nats(server: &NatsServer, connections: Option<usize>) -> Result<Self> {
+        let config = bus::nats::NatsConfig { url: server.url(), connections, ..Default::default() };
+        Self::start(bus::nats::Nats::connect(config).await?).await
     }
 
     async fn stop(mut self) {

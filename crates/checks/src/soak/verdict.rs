@@ -1,8 +1,7 @@
 //! Judges a soak: it passes when every request is accounted for and the gateway's process has not grown.
 
-use super::{Config, Evidence, Sample, Seen, Tally};
+use super::{Config, Evidence, Sample, Seen, SettingsUsed, Tally};
 use crate::slope::{median, theil_sen};
-use serde_json::json;
 use std::time::{Duration, UNIX_EPOCH};
 use wire::ipc::ErrorCode;
 
@@ -21,52 +20,17 @@ const RATE_SHARE: f64 = 0.9;
 
 pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evidence {
     let seconds = took.as_secs_f64();
-    let accounted = tally.answered + tally.refused();
-
-    let late_replies = seen
-        .after
-        .or(seen.samples.last().and_then(|sample| sample.figures))
-        .map(|figures| {
-            let before = seen.before.map_or(0, |before| before.late_replies);
-            figures.late_replies.saturating_sub(before)
-        });
-
-    let from = seconds * WARM_UP;
-    let settled: Vec<Sample> = seen
-        .samples
-        .iter()
-        .copied()
-        .filter(|sample| sample.second >= from)
-        .collect();
-    let rss: Vec<(f64, f64)> = settled.iter().map(|s| (s.second, s.holds.rss_bytes as f64)).collect();
-    let slope = theil_sen(&rss).unwrap_or(0.0);
+    let late_replies = late_replies(seen);
+    let settled = settled(&seen.samples, seconds);
+    let memory = Memory::of(&settled);
 
     let mut problems = Vec::new();
     if !seen.ended {
         problems.push("the soak has not ended".into());
     }
     problems.extend(requests(config, seen, tally, late_replies));
-
-    let reached = tally.sent as f64 / seconds;
-    if let Some(asked) = config.per_second
-        && seconds > 1.0
-        && reached < asked * RATE_SHARE
-    {
-        problems.push(format!(
-            "sent {reached:.0} requests a second instead of {asked:.0}: the gateway or this machine is too slow"
-        ));
-    }
-
-    let typical = median(&mut rss.iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>()).unwrap_or(0.0);
-    let grown = slope * (seconds - from);
-    let noise = if seconds < SHORT_SECONDS {
-        NOISE_BYTES_SHORT
-    } else {
-        NOISE_BYTES.max(typical * NOISE_SHARE)
-    };
-    if grown > noise {
-        problems.push(format!("resident memory grew by {grown:.0} bytes after the warm-up"));
-    }
+    problems.extend(rate(config, tally, seconds));
+    problems.extend(memory.growth(seconds));
     problems.extend(counts(&settled));
 
     let began_ms = seen.began_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
@@ -74,15 +38,15 @@ pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evi
         build: config.build.clone(),
         machine: seen.machine.clone(),
         began_ms: u64::try_from(began_ms).unwrap_or(u64::MAX),
-        settings: settings(config),
+        settings: SettingsUsed::from(config),
         pid: seen.pid,
         ended: seen.ended,
         seconds,
         sent: tally.sent,
         answered: tally.answered,
         errors: tally.errors.clone(),
-        unanswered: tally.sent - accounted,
-        per_second: reached,
+        unanswered: tally.sent - tally.answered - tally.refused(),
+        per_second: tally.sent as f64 / seconds,
         p50_us: tally.within_us(0.5),
         p99_us: tally.within_us(0.99),
         max_us: tally.within_us(1.0),
@@ -90,17 +54,58 @@ pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evi
         after: seen.after,
         late_replies,
         late_router: seen.late_router,
-        rss_bytes_per_hour: slope * 3600.0,
+        rss_bytes_per_hour: memory.bytes_per_second * 3600.0,
         problems,
     }
 }
 
-fn settings(config: &Config) -> serde_json::Value {
-    json!({
-        "seconds": config.duration.as_secs_f64(), "requests": config.requests, "per_second": config.per_second,
-        "clients": config.clients, "in_flight_each": config.in_flight,
-        "deadline_ms": config.deadline.map(|deadline| deadline.as_secs_f64() * 1000.0),
-        "late_router": config.late_router.is_some(), "task_type": config.task_type, "payload_bytes": config.payload,
+/// Late replies that the gateway counted since the soak began.
+fn late_replies(seen: &Seen) -> Option<u64> {
+    let last = seen.samples.last().and_then(|sample| sample.figures);
+    let figures = seen.after.or(last)?;
+    let before = seen.before.map_or(0, |before| before.late_replies);
+    Some(figures.late_replies.saturating_sub(before))
+}
+
+/// The samples after the warm-up.
+fn settled(samples: &[Sample], seconds: f64) -> Vec<Sample> {
+    let from = seconds * WARM_UP;
+    samples.iter().copied().filter(|sample| sample.second >= from).collect()
+}
+
+/// Resident memory after the warm-up.
+struct Memory {
+    bytes_per_second: f64,
+    typical_bytes: f64,
+}
+
+impl Memory {
+    fn of(settled: &[Sample]) -> Self {
+        let rss: Vec<(f64, f64)> = settled.iter().map(|s| (s.second, s.holds.rss_bytes as f64)).collect();
+        let mut bytes: Vec<f64> = rss.iter().map(|(_, bytes)| *bytes).collect();
+        Self {
+            bytes_per_second: theil_sen(&rss).unwrap_or(0.0),
+            typical_bytes: median(&mut bytes).unwrap_or(0.0),
+        }
+    }
+
+    fn growth(&self, seconds: f64) -> Option<String> {
+        let grown = self.bytes_per_second * (seconds - seconds * WARM_UP);
+        let noise = if seconds < SHORT_SECONDS {
+            NOISE_BYTES_SHORT
+        } else {
+            NOISE_BYTES.max(self.typical_bytes * NOISE_SHARE)
+        };
+        (grown > noise).then(|| format!("resident memory grew by {grown:.0} bytes after the warm-up"))
+    }
+}
+
+/// Checks that the soak reached the rate that it was asked for. A soak of a second cannot.
+fn rate(config: &Config, tally: &Tally, seconds: f64) -> Option<String> {
+    let asked = config.per_second?;
+    let reached = tally.sent as f64 / seconds;
+    (seconds > 1.0 && reached < asked * RATE_SHARE).then(|| {
+        format!("sent {reached:.0} requests a second instead of {asked:.0}: the gateway or this machine is too slow")
     })
 }
 

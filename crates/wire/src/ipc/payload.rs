@@ -49,6 +49,29 @@ pub struct TaskSubmit {
     pub push_assignment: bool,
 }
 
+impl TaskSubmit {
+    /// A submit of this type that sets nothing else and waits for the decision.
+    pub fn new(task_type: &str) -> Self {
+        Self {
+            command: "task_submit".into(),
+            task_type: task_type.into(),
+            file: None,
+            line: None,
+            context: None,
+            params: None,
+            tenant_id: None,
+            policy_id: None,
+            request_id: None,
+            trace_id: None,
+            traceparent: None,
+            idempotency_key: None,
+            timeout_ms: None,
+            wait: Wait::default(),
+            push_assignment: false,
+        }
+    }
+}
+
 /// TASK_QUERY, TASK_CANCEL and STREAM_SUBSCRIBE. `task_id` is the request id of the task's submit.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskRef {
