@@ -23,11 +23,7 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     ("beamline_cluster_messages_in_total", false, "Commands received from clients"),
     ("beamline_cluster_publications_total", false, "Publications accepted"),
     ("beamline_cluster_refused_total", false, "Connections refused because the node was full"),
-    (
-        "beamline_dead_letters_total",
-        false,
-        "Messages that could not be handled; the stream DLQ has them",
-    ),
+    ("beamline_dead_letters_total", false, "Messages that could not be handled; the stream DLQ has them"),
     (
         "beamline_gateway_breaker_transitions_total",
         true,
@@ -41,11 +37,7 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     ),
     ("beamline_gateway_requests_total", false, "Requests received"),
     ("beamline_gateway_retries_total", false, "Requests that were sent to the router again"),
-    (
-        "beamline_gateway_status_failures_total",
-        false,
-        "Polls of the router's load that got no answer",
-    ),
+    ("beamline_gateway_status_failures_total", false, "Polls of the router's load that got no answer"),
     ("beamline_reloads_total", true, "Reloads by SIGHUP, by outcome: done or refused"),
     (
         "beamline_router_contract_violations_total",

@@ -51,7 +51,10 @@ async fn beat<F: Future<Output = Result<(), String>>>(
                 tokio::time::sleep(patience / 2).await;
             }
             Err(problem) => {
-                tracing::error!(problem, "the self-check failed; the service manager restarts this process unless it recovers");
+                tracing::error!(
+                    problem,
+                    "the self-check failed; the service manager restarts this process unless it recovers"
+                );
                 tokio::time::sleep(patience / 16).await;
             }
         }

@@ -32,7 +32,10 @@ pub fn load_or_create(dir: &Path, name: &str) -> Result<String> {
     };
     let secret = load_or_make(dir, name, random)?;
     if secret.len() < 32 {
-        bail!("{} is too short for a secret; remove it, and the next start creates a new one", dir.join(name).display());
+        bail!(
+            "{} is too short for a secret; remove it, and the next start creates a new one",
+            dir.join(name).display()
+        );
     }
     Ok(secret)
 }

@@ -40,8 +40,12 @@ pub fn api_key(args: cli::DataDir) -> Result<()> {
 /// Reads a secret that `beamline up` has created. A secret created here would open nothing: the running process has its own.
 fn existing(args: cli::DataDir, name: &str) -> Result<String> {
     let dir = data_dir(args)?;
-    let missing =
-        || format!("no beamline has run with the data directory {} yet; run beamline up first, or set --data-dir", dir.display());
+    let missing = || {
+        format!(
+            "no beamline has run with the data directory {} yet; run beamline up first, or set --data-dir",
+            dir.display()
+        )
+    };
     secrets::read(&dir, name).with_context(missing)
 }
 
