@@ -1,8 +1,8 @@
-//! Which names this server answers to.
+//! The host names that this server answers to.
 //!
-//! A page of another site can have its own name resolve to our address (DNS rebinding): to the browser it then talks to
-//! its own origin, and only the `Host` header tells. So a request must name a host that is ours. An address cannot be
-//! rebound: the one a connection came in on is always ours.
+//! Another site can make its own name resolve to our address (DNS rebinding). The browser then takes us for that site's
+//! origin, and only the `Host` header gives it away, so a request must name one of our hosts. An IP address cannot be
+//! rebound, so the address that a connection came in on is always ours.
 
 use axum::http::request::Parts;
 use axum::http::uri::Authority;
@@ -10,13 +10,13 @@ use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use std::net::IpAddr;
 
-/// Answered whatever host is named: load balancers ask by address or by names of their own, and learn nothing secret.
+/// Paths that are answered for any host: load balancers use addresses or names of their own, and learn nothing secret.
 const OPEN_TO_ALL: [&str; 4] = ["/health", "/ready", "/healthz", "/readyz"];
 
 /// The hosts that requests may name.
 #[derive(Debug, Clone, Default)]
 pub struct Hosts {
-    /// Lower case, without ports.
+    /// In lower case, without ports.
     names: Vec<String>,
     any: bool,
 }
@@ -24,14 +24,15 @@ pub struct Hosts {
 /// Why a request is refused.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// No host, several, or none that can be read.
+    /// It names no host or several, or the name cannot be parsed.
     Unreadable,
-    /// A host that is not ours.
+    /// It names a host that is not ours.
     Foreign(String),
 }
 
 impl Hosts {
-    /// `listed` as in `http.hosts`; `origins` as in `http.origins`, whose hosts are ours too (a proxy's public name).
+    /// Takes the settings `http.hosts` and `http.origins`. The hosts of origins are ours, too: they are a proxy's
+    /// public names.
     pub fn new(listed: &[String], origins: &[String]) -> Self {
         let of_origins = origins
             .iter()
@@ -46,7 +47,7 @@ impl Hosts {
         Self { names, any: listed.iter().any(|host| host == "*") }
     }
 
-    /// Every host, for a port that is meant for other machines and not for browsers.
+    /// Allows every host, for a port that serves other machines and not browsers.
     pub fn any() -> Self {
         Self { names: Vec::new(), any: true }
     }
@@ -56,12 +57,13 @@ impl Hosts {
         self.any || !self.names.is_empty()
     }
 
-    /// Whether a request that came in on address `local` may go on.
+    /// Checks a request that came in on the address `local`.
     pub fn check(&self, request: &Parts, local: IpAddr) -> Result<(), Refusal> {
         if self.any || OPEN_TO_ALL.contains(&request.uri.path()) {
             return Ok(());
         }
-        // A proxy's form of a request names the host in its target as well; both must be ours.
+
+        // A request in absolute form, as to a proxy, names a host in its target as well. Both must be ours.
         for named in [Some(host_header(&request.headers)?), authority(&request.uri)]
             .into_iter()
             .flatten()
@@ -86,7 +88,7 @@ impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         match self {
             Self::Unreadable => {
-                (StatusCode::BAD_REQUEST, "the request must name one host, in one Host header\n").into_response()
+                (StatusCode::BAD_REQUEST, "the request must have one Host header with one host\n").into_response()
             }
             Self::Foreign(host) => {
                 let text = format!(
@@ -98,7 +100,7 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// Whether a text can stand in `http.hosts`: a name or an address without scheme, port or path, or `*`.
+/// Whether a text is valid in `http.hosts`: a name or address without scheme, port or path, or `*`.
 pub fn is_host(text: &str) -> bool {
     text == "*" || (!has_port(text) && name_of(text).is_some())
 }
@@ -120,13 +122,14 @@ fn authority(uri: &Uri) -> Option<&str> {
     uri.authority().map(Authority::as_str)
 }
 
-/// A host as it is compared: lower case, without its port and the dot that ends a full name; `None` if it is no host.
+/// Normalizes a host for comparison: lower case, without port and without the final dot of a full name. `None` if the
+/// text is no host.
 fn name_of(text: &str) -> Option<String> {
     let authority: Authority = text.parse().ok()?;
     let host = authority.host();
     let host = host.strip_suffix('.').unwrap_or(host);
-    let fits = !host.is_empty() && !text.contains('@');
-    fits.then(|| host.to_ascii_lowercase())
+    let is_host = !host.is_empty() && !text.contains('@');
+    is_host.then(|| host.to_ascii_lowercase())
 }
 
 fn address(host: &str) -> Option<IpAddr> {
@@ -155,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn loopback_names_and_addresses_are_ours_by_default() {
+    fn only_loopback_is_ours_by_default() {
         let check = |host: &str| check_with(&Hosts::default(), "127.0.0.1", "/", &[host]);
         for host in [
             "localhost",
@@ -168,6 +171,7 @@ mod tests {
         ] {
             assert_eq!(check(host), Ok(()), "{host}");
         }
+
         for (host, named) in [
             ("evil.example", "evil.example"),
             ("EVIL.example.:8000", "evil.example"),
@@ -179,6 +183,7 @@ mod tests {
         ] {
             assert_eq!(check(host), foreign(named), "{host}");
         }
+
         for host in ["", " ", "a b", "localhost@evil.example", "evil@localhost", "http://localhost", "[::1", "::1", "/"]
         {
             assert_eq!(check(host), Err(Refusal::Unreadable), "{host:?}");
@@ -186,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn request_must_name_one_host_whatever_its_form() {
+    fn request_in_any_form_must_name_one_of_our_hosts() {
         let check = |target: &str, named: &[&str]| check_with(&Hosts::default(), "127.0.0.1", target, named);
         assert_eq!(check("/", &[]), Err(Refusal::Unreadable));
         assert_eq!(check("/", &["localhost", "evil.example"]), Err(Refusal::Unreadable));
@@ -194,6 +199,7 @@ mod tests {
         assert_eq!(check("http://localhost/auth/login", &["localhost"]), Ok(()));
         assert_eq!(check("http://evil.example/auth/login", &["localhost"]), foreign("evil.example"));
         assert_eq!(check("http://localhost/auth/login", &["evil.example"]), foreign("evil.example"));
+
         for path in OPEN_TO_ALL {
             assert_eq!(check(path, &["10.0.0.7:8000"]), Ok(()), "{path}");
             assert_eq!(check(path, &[]), Ok(()), "{path}");
@@ -202,21 +208,22 @@ mod tests {
     }
 
     #[test]
-    fn listed_names_origins_and_the_address_of_the_connection_are_ours() {
+    fn listed_names_origins_and_the_local_address_are_ours() {
         let texts = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
         let hosts = Hosts::new(&texts(&["Chat.Example", "10.1.2.3"]), &texts(&["https://app.example:8443", "*"]));
         let check = |host: &str| check_with(&hosts, "::ffff:192.168.1.7", "/", &[host]);
         for host in ["chat.example:8000", "app.example", "10.1.2.3", "192.168.1.7:8000", "localhost"] {
             assert_eq!(check(host), Ok(()), "{host}");
         }
-        assert_eq!(check("evil.example"), foreign("evil.example"), "any origin is not any host");
+        assert_eq!(check("evil.example"), foreign("evil.example"), "`*` among the origins does not allow any host");
         assert_eq!(check("192.168.1.8"), foreign("192.168.1.8"));
+
         let any = Hosts::new(&texts(&["*"]), &[]);
         assert_eq!(check_with(&any, "127.0.0.1", "/", &["evil.example"]), Ok(()));
     }
 
     #[test]
-    fn setting_takes_names_and_addresses_only() {
+    fn setting_accepts_names_and_addresses_only() {
         for (text, fits) in [
             ("chat.example", true),
             ("10.0.0.1", true),

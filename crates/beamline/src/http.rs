@@ -1,4 +1,4 @@
-//! The HTTP listener: accepts, bounds, serves one `axum::Router`, drains.
+//! The HTTP listener: accepts a bounded number of connections, serves one `axum::Router`, and drains.
 
 use crate::hosts::Hosts;
 use crate::proxies::Proxies;
@@ -17,13 +17,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
-/// A request must have come whole and been answered within; what a WebSocket does after its upgrade is no part of it.
+/// Time for a request to arrive and be answered. It does not cover a WebSocket after its upgrade.
 const REQUEST_MAX: Duration = Duration::from_secs(30);
 
-/// At the end, a client has this long to finish a request that it has begun, or to read its answer.
+/// In a drain, time for a client to finish a request that it has begun to send, or to read its answer.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// What every request passes before a route sees it.
+/// The checks that every request passes before a route sees it.
 #[derive(Debug, Clone)]
 pub struct Front {
     pub hosts: Hosts,
@@ -31,17 +31,19 @@ pub struct Front {
 }
 
 impl Front {
-    /// Answers a request from `peer` that came in on the address `local`. Routes find the client, which a trusted proxy
-    /// names, in [`ConnectInfo`].
+    /// Answers a request from `peer` that came in on the address `local`. Routes find the client's address, which a
+    /// trusted proxy may have forwarded, in [`ConnectInfo`].
     async fn answer(&self, mut request: Request<Body>, routes: Router, peer: SocketAddr, local: IpAddr) -> Response {
         let (parts, body) = request.into_parts();
         if let Err(refusal) = self.hosts.check(&parts, local) {
-            tracing::debug!(%peer, ?refusal, "a request was refused for its host");
+            tracing::debug!(%peer, ?refusal, "refused a request by its Host header; http.hosts lists our names");
             return refusal.into_response();
         }
+
         let client = self.proxies.client(peer, &parts.headers);
         request = Request::from_parts(parts, body);
         request.extensions_mut().insert(ConnectInfo(client));
+
         match tokio::time::timeout(REQUEST_MAX, routes.oneshot(request)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(never)) => match never {},
@@ -50,8 +52,8 @@ impl Front {
     }
 }
 
-/// Serves until cancelled, then lets requests in progress end, within `drain`. WebSockets leave with their upgrade: the
-/// cluster ends them.
+/// Serves until cancelled, then lets the requests in progress end within `drain`. WebSockets are not among them: after
+/// the upgrade they belong to the cluster node.
 pub async fn serve(
     listener: TcpListener,
     routes: Router,
@@ -61,32 +63,35 @@ pub async fn serve(
     cancel: CancellationToken,
 ) {
     let front = Arc::new(front);
-    let places = Arc::new(Semaphore::new(max_connections));
+    let permits = Arc::new(Semaphore::new(max_connections));
     let tracker = TaskTracker::new();
     loop {
-        let place = tokio::select! {
+        let permit = tokio::select! {
             () = cancel.cancelled() => break,
-            place = places.clone().acquire_owned() => place.expect("the semaphore is never closed"),
+            permit = permits.clone().acquire_owned() => permit.expect("the semaphore is never closed"),
         };
         let stream = tokio::select! {
             () = cancel.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
+
         match stream {
             Ok((stream, peer)) => {
                 let connection = connection(stream, peer, routes.clone(), front.clone(), drain, cancel.clone());
                 tracker.spawn(async move {
                     connection.await;
-                    drop(place);
+                    drop(permit);
                 });
             }
             Err(error) => {
-                // Out of descriptors: wait for some to come back rather than spin.
-                tracing::warn!(%error, "cannot accept a connection");
+                // Usually out of file descriptors: wait until some are closed, and do not spin.
+                tracing::warn!(%error, "cannot accept an HTTP connection; trying again");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
+
+    // Closed before the drain, so that new clients go elsewhere.
     drop(listener);
     tracker.close();
     tracker.wait().await;
@@ -102,6 +107,8 @@ async fn connection(
 ) {
     let _ = stream.set_nodelay(true);
     let Ok(local) = stream.local_addr() else { return };
+
+    // Counts the requests in progress. It is closed so that its `wait` ends whenever there are none.
     let handled = TaskTracker::new();
     handled.close();
     let handlers = handled.clone();
@@ -112,6 +119,7 @@ async fn connection(
             Ok::<_, std::convert::Infallible>(answer)
         })
     });
+
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(Duration::from_secs(15))
@@ -119,15 +127,16 @@ async fn connection(
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);
+
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = cancel.cancelled() => {
             connection.as_mut().graceful_shutdown();
             tokio::select! {
                 ended = connection => ended,
-                _ = tokio::time::timeout(drain, left_alone(&handled)) => {
+                _ = tokio::time::timeout(drain, idle(&handled)) => {
                     if !handled.is_empty() {
-                        tracing::warn!(%peer, "an HTTP request was not answered within the drain; its connection is cut");
+                        tracing::warn!(%peer, "an HTTP request outlasted the drain; closing its connection");
                     }
                     return;
                 }
@@ -135,12 +144,13 @@ async fn connection(
         }
     };
     if let Err(error) = ended {
-        tracing::debug!(%peer, %error, "HTTP connection ended early");
+        tracing::debug!(%peer, %error, "an HTTP connection broke off");
     }
 }
 
-/// Ends when we have owed the client nothing for a while: a connection that is still open then waits for the client.
-async fn left_alone(handled: &TaskTracker) {
+/// Resolves when no request has been in progress for a while. A connection that is still open then only waits for its
+/// client.
+async fn idle(handled: &TaskTracker) {
     loop {
         handled.wait().await;
         tokio::time::sleep(GOODBYE).await;

@@ -1,11 +1,13 @@
-//! Binds a TCP port, unless the service manager has, and, when it is taken, says by whom.
+//! Binds a TCP port, or takes the socket that the service manager bound. If the port is taken, the error names the
+//! process that holds it.
 
 use anyhow::{Context, Result, anyhow};
 use std::net::SocketAddr;
 use std::path::Path;
 use tokio::net::TcpListener;
 
-/// A bound listener and its address: that of the one `given`, else the real port where 0 was asked.
+/// Returns the listener and its address, which has the real port if port 0 was asked for. `given` is the socket of the
+/// service manager; `setting` names the address in errors.
 pub fn bind(
     setting: &str,
     address: SocketAddr,
@@ -15,7 +17,7 @@ pub fn bind(
         .map_or_else(|| try_bind(address), TcpListener::from_std)
         .map_err(|e| match e.kind() {
             std::io::ErrorKind::AddrInUse => {
-                let by = holder(address.port()).unwrap_or_else(|| "a process that this user cannot see".into());
+                let by = holder(address.port()).unwrap_or_else(|| "a process that this user may not inspect".into());
                 anyhow!("{setting}: {address} is taken by {by}; stop it or set another address")
             }
             std::io::ErrorKind::PermissionDenied => {
@@ -25,13 +27,15 @@ pub fn bind(
         })?;
     let address = listener
         .local_addr()
-        .with_context(|| format!("{setting}: no local address"))?;
+        .with_context(|| format!("{setting}: cannot read the local address of the listener"))?;
     Ok((listener, address))
 }
 
 fn try_bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     use socket2::{Domain, Protocol, Socket, Type};
+
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    // A restart must not wait for the connections of the previous process to leave TIME_WAIT.
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
@@ -39,12 +43,13 @@ fn try_bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// "nginx (pid 123)": found as `ss` finds it, by the socket's inode in /proc.
+/// The process that listens on a port, as `nginx (pid 123)`. Like `ss`, this looks for the socket's inode in /proc.
 fn holder(port: u16) -> Option<String> {
     let inode = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .filter_map(|path| std::fs::read_to_string(path).ok())
         .find_map(|table| listening_inode(&table, port).map(String::from))?;
+
     let target = format!("socket:[{inode}]");
     for process in std::fs::read_dir("/proc").ok()?.flatten() {
         let pid = process.file_name();
@@ -52,6 +57,7 @@ fn holder(port: u16) -> Option<String> {
             continue;
         }
         let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else {
+            // A process of another user, or one that has just ended.
             continue;
         };
         let holds = |fd: std::fs::DirEntry| std::fs::read_link(fd.path()).is_ok_and(|to| to == Path::new(&target));
@@ -63,6 +69,7 @@ fn holder(port: u16) -> Option<String> {
     None
 }
 
+/// Finds the inode of the socket that listens on `port` in a table of /proc/net.
 fn listening_inode(table: &str, port: u16) -> Option<&str> {
     const LISTEN: &str = "0A";
     table.lines().skip(1).find_map(|line| {
@@ -79,7 +86,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_taken_port_names_its_holder() {
+    async fn taken_port_names_the_process_that_holds_it() {
         let (_listener, address) = bind("http.listen", "127.0.0.1:0".parse().unwrap(), None).unwrap();
         let error = bind("http.listen", address, None).unwrap_err().to_string();
         assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");

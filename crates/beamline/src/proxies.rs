@@ -1,16 +1,17 @@
-//! Where a request comes from, when reverse proxies stand between.
+//! The client's address behind reverse proxies.
 
 use axum::http::{HeaderMap, HeaderValue};
 use std::net::{IpAddr, SocketAddr};
 
-/// What proxies append to. `Forwarded` is not read: most proxies pass on a client's own, and it could name anybody.
+/// The header that proxies append to. `Forwarded` is not read: most proxies pass on what the client sent, which could
+/// name anybody.
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
-/// The reverse proxies whose word counts.
+/// The reverse proxies whose header is trusted.
 #[derive(Debug, Clone, Default)]
 pub struct Proxies(Vec<Network>);
 
-/// Addresses that share their first bits.
+/// A network: the addresses that share their first bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {
     first: IpAddr,
@@ -18,7 +19,7 @@ pub struct Network {
 }
 
 impl Network {
-    /// `10.0.0.7`, `10.0.0.0/8` or `2001:db8::/32`.
+    /// Parses `10.0.0.7`, `10.0.0.0/8` or `2001:db8::/32`.
     pub fn parse(text: &str) -> Option<Self> {
         let (address, bits) = match text.split_once('/') {
             Some((address, bits)) => (address, Some(bits.parse::<u8>().ok()?)),
@@ -26,6 +27,7 @@ impl Network {
         };
         let first: IpAddr = address.trim().parse().ok()?;
         let most = if first.is_ipv4() { 32 } else { 128 };
+
         let bits = bits.unwrap_or(most);
         (bits <= most).then_some(Self { first, bits })
     }
@@ -58,20 +60,21 @@ impl Proxies {
         self.0.iter().any(|network| network.holds(address))
     }
 
-    /// The address of the client that `peer` speaks for: the last one in `X-Forwarded-For` that is no proxy of ours. What
-    /// stands before it was written by the client itself, or by somebody whom we do not know.
+    /// The address of the client behind `peer`: the last one in `X-Forwarded-For` that is no trusted proxy. Anything
+    /// before it was written by the client or by somebody unknown.
     pub fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> SocketAddr {
         let mut client = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         if !self.trusts(client.ip()) {
             return client;
         }
+
         let lines: Vec<&[u8]> = headers
             .get_all(FORWARDED_FOR)
             .iter()
             .map(HeaderValue::as_bytes)
             .collect();
         for hop in lines.iter().rev().flat_map(|line| line.rsplit(|byte| *byte == b',')) {
-            // What stands before an unreadable hop cannot be believed. The hops after it can: the proxies wrote them.
+            // Nothing before an unreadable hop can be trusted. The hops after it can, since our proxies wrote them.
             let Some(address) = std::str::from_utf8(hop).ok().and_then(|hop| hop_address(hop.trim())) else {
                 break;
             };
@@ -84,7 +87,7 @@ impl Proxies {
     }
 }
 
-/// `192.0.2.7`, `192.0.2.7:4711`, `2001:db8::7` or `[2001:db8::7]:4711`.
+/// Parses `192.0.2.7`, `192.0.2.7:4711`, `2001:db8::7` or `[2001:db8::7]:4711`.
 fn hop_address(text: &str) -> Option<IpAddr> {
     let with_port = || text.parse::<SocketAddr>().ok().map(|address| address.ip());
     let bare = text
@@ -112,13 +115,13 @@ mod tests {
     }
 
     #[test]
-    fn client_is_the_last_address_that_no_trusted_proxy_has() {
+    fn client_is_the_last_address_that_is_no_trusted_proxy() {
         let proxies = ["127.0.0.1", "10.0.0.0/8", "2001:db8:1::/48"];
         for (peer, lines, expected) in [
-            // Nobody whom we trust: what it says of others does not count.
+            // The header of an untrusted peer does not count.
             ("203.0.113.9", &["198.51.100.1"][..], "203.0.113.9"),
             ("::ffff:203.0.113.9", &[], "203.0.113.9"),
-            // One proxy, a chain, and what the client wrote itself.
+            // One proxy, a chain of proxies, and entries that the client wrote itself.
             ("127.0.0.1", &["198.51.100.1"], "198.51.100.1"),
             ("::ffff:127.0.0.1", &["198.51.100.1"], "198.51.100.1"),
             ("127.0.0.1", &["1.1.1.1, 198.51.100.1"], "198.51.100.1"),
@@ -129,20 +132,20 @@ mod tests {
             ("127.0.0.1", &["198.51.100.1:4711"], "198.51.100.1"),
             ("127.0.0.1", &["[2001:db8:2::1]:4711"], "2001:db8:2::1"),
             ("2001:db8:1::9", &["2001:db8:2::1"], "2001:db8:2::1"),
-            // Nothing behind the proxies.
+            // Only proxies.
             ("127.0.0.1", &[], "127.0.0.1"),
             ("127.0.0.1", &["10.1.1.1"], "10.1.1.1"),
-            // What cannot be read ends the chain.
+            // An unreadable entry ends the chain.
             ("127.0.0.1", &["198.51.100.1, unknown, 10.1.1.1"], "10.1.1.1"),
             ("127.0.0.1", &["198.51.100.1, "], "127.0.0.1"),
         ] {
             assert_eq!(client(&proxies, peer, lines), expected, "{peer} {lines:?}");
         }
-        assert_eq!(client(&[], "127.0.0.1", &["198.51.100.1"]), "127.0.0.1", "nobody is trusted unless listed");
+        assert_eq!(client(&[], "127.0.0.1", &["198.51.100.1"]), "127.0.0.1", "no proxy is trusted unless it is listed");
     }
 
     #[test]
-    fn networks_are_read_and_hold_their_addresses() {
+    fn networks_parse_and_hold_their_addresses() {
         for (text, address, holds) in [
             ("10.0.0.0/8", "10.255.1.2", true),
             ("10.0.0.0/8", "11.0.0.0", false),
@@ -158,6 +161,7 @@ mod tests {
             let network = Network::parse(text).unwrap();
             assert_eq!(network.holds(address.parse().unwrap()), holds, "{text} {address}");
         }
+
         for text in ["", "10.0.0.0/33", "::/129", "10.0.0/8", "proxy.example", "10.0.0.1/", "10.0.0.1:80"] {
             assert_eq!(Network::parse(text), None, "{text}");
         }

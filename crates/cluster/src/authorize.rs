@@ -1,4 +1,4 @@
-//! Who may do what on which channel.
+//! Decides who may do what on which channel.
 
 use crate::rules::{Rules, namespace_of};
 use crate::token::Refusal;
@@ -11,12 +11,13 @@ use wire::realtime::ErrorCode;
 pub type Denied = (ErrorCode, String);
 
 impl Node {
-    /// The rules of a channel, if it may exist.
+    /// The rules of a channel; an error if its name or namespace is not valid.
     pub fn rules(&self, channel: &str) -> Result<&Rules, Denied> {
         if channel.is_empty() || channel.len() > CHANNEL_MAX || channel.chars().any(char::is_control) {
-            let text = format!("a channel's name has 1 to {CHANNEL_MAX} bytes and no control characters");
+            let text = format!("a channel name must have 1 to {CHANNEL_MAX} bytes and no control characters");
             return Err((ErrorCode::BadRequest, text));
         }
+
         crate::rules::of(channel, &self.config.namespaces, &self.config.defaults).ok_or_else(|| {
             let namespace = namespace_of(channel).unwrap_or_default();
             let text = format!("no namespace {namespace:?}; add it to [[cluster.namespaces]]");
@@ -24,7 +25,7 @@ impl Node {
         })
     }
 
-    /// Whether a client may be on a channel; `token` is the subscription's.
+    /// Whether a client may subscribe; `token` is the subscription token, which private channels need.
     pub fn may_subscribe(&self, client: &Client, channel: &str, token: &str) -> Result<Rules, Denied> {
         let rules = self.may_touch(client, channel)?;
         if channel.starts_with('$') {
@@ -36,16 +37,20 @@ impl Node {
     pub fn may_publish(&self, client: &Client, channel: &str) -> Result<Rules, Denied> {
         let rules = self.may_touch(client, channel)?;
         if !rules.publish {
-            let text = "clients may not publish here; publish = true in the channel's namespace lets them";
+            let text = "clients may not publish on this channel; set publish = true in its namespace to let them";
             return Err((ErrorCode::PermissionDenied, text.into()));
         }
+        // The subscription token was checked when the client subscribed.
         if channel.starts_with('$') && !client.is_subscribed(channel) {
-            return Err((ErrorCode::PermissionDenied, "a private channel is for its subscribers".into()));
+            return Err((
+                ErrorCode::PermissionDenied,
+                "subscribe to the private channel before publishing on it".into(),
+            ));
         }
         Ok(rules.clone())
     }
 
-    /// Whether a client may ask for a channel's history or presence: it must be on it.
+    /// Whether a client may read a channel's history and presence, which only subscribers may.
     pub fn may_read(&self, client: &Client, channel: &str) -> Result<Rules, Denied> {
         let rules = self.may_touch(client, channel)?;
         if !client.is_subscribed(channel) {
@@ -54,7 +59,7 @@ impl Node {
         Ok(rules.clone())
     }
 
-    /// Until when the token lets the client stay, and what it says of it on the channel.
+    /// Checks a subscription token. Returns when it expires, in Unix seconds, and its claim `info`.
     pub fn subscription_token(
         &self,
         client: &Client,
@@ -62,31 +67,36 @@ impl Node {
         token: &str,
     ) -> Result<(Option<u64>, Bytes), Denied> {
         if token.is_empty() {
-            return Err((ErrorCode::PermissionDenied, "a private channel needs a subscription token".into()));
+            return Err((ErrorCode::PermissionDenied, "a subscription token is required on a private channel".into()));
         }
+
         let claims = self.tokens.subscription(token).map_err(|refusal| match refusal {
             Refusal::Expired => (ErrorCode::TokenExpired, "the subscription token has expired".into()),
             Refusal::Invalid(why) => {
                 (ErrorCode::PermissionDenied, format!("the subscription token is not valid: {why}"))
             }
         })?;
+
+        // A token that another user passed on, or of another channel, opens nothing.
         if claims.channel != channel || claims.sub != client.user {
             return Err((ErrorCode::PermissionDenied, "the subscription token is for another user or channel".into()));
         }
         Ok((claims.exp, crate::token::json(claims.info)))
     }
 
+    /// What every use of a channel requires.
     fn may_touch(&self, client: &Client, channel: &str) -> Result<&Rules, Denied> {
         let rules = self.rules(channel)?;
         let denied = |text: &str| Err((ErrorCode::PermissionDenied, text.to_string()));
         if client.user.is_empty() {
-            return denied("the token names no user (claim sub)");
+            return denied("the connection token names no user; set its claim sub");
         }
+
         match channel.rsplit_once('#') {
             Some((_, users)) if !users.split(',').any(|user| user == client.user) => {
-                denied("this channel is for the users named after its #")
+                denied("only the users named after the # may use this channel")
             }
-            None if rules.user_limited => denied("channels of this namespace name their users after a #"),
+            None if rules.user_limited => denied("a channel of this namespace must name its users after a #"),
             _ => Ok(rules),
         }
     }

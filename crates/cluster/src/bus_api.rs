@@ -55,6 +55,7 @@ pub async fn run(node: Arc<Node>, mut requests: Requests, cancel: CancellationTo
             Some(message) = requests.history.next() => (Operation::History, message),
             Some(message) = requests.presence.next() => (Operation::Presence, message),
             Some(message) = requests.disconnect.next() => (Operation::Disconnect, message),
+            // Handled here: it is quick, and no answer is expected.
             Some(message) = requests.node_disconnect.next() => {
                 if let Ok(Disconnect { user, session }) = serde_json::from_slice(&message.payload) {
                     node.disconnect(&user, session.as_deref(), wire::realtime::Disconnect::ForceDisconnect);

@@ -1,36 +1,37 @@
-//! One connected client, as the rest of the node sees it: who it is, where it is subscribed, what it is owed.
+//! One connected client, as the rest of the node sees it: its identity, its subscriptions and its outbox.
 
 use bytes::{Bytes, BytesMut};
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use tokio::sync::Notify;
 use wire::realtime::{ClientInfo, Disconnect, Encoding, Push, Reply, Unsubscribe, UnsubscribePush, encode_reply};
 use wire::websocket::{self, Opcode};
 
 pub struct Client {
-    /// Of this node's life.
+    /// Unique on this node.
     pub number: u64,
     pub id: String,
     pub user: String,
-    /// The sign-in that its newest token was made for.
+    /// The sign-in of its newest token.
     login: Mutex<Option<String>>,
-    /// JSON from the token.
+    /// The claim `info` of the connection token, as JSON.
     pub info: Bytes,
     pub encoding: Encoding,
-    pub outbox: std::sync::Arc<Outbox>,
+    pub outbox: Arc<Outbox>,
     subscriptions: Mutex<HashMap<String, Held>>,
 }
 
-/// A subscription as its client holds it.
+/// What a client holds of a subscription.
 #[derive(Debug, Clone, Default)]
 pub struct Held {
     pub presence: bool,
     pub join_leave: bool,
-    /// Of a private channel's token, seconds since the epoch.
+    /// When the subscription token expires, in Unix seconds.
     pub expires: Option<u64>,
-    /// JSON from the subscription's token.
+    /// The claim `info` of the subscription token, as JSON.
     pub info: Bytes,
-    /// It missed something, was told so and has not subscribed again.
+    /// The client missed publications, was told so and has not subscribed again.
     pub lost: bool,
 }
 
@@ -41,8 +42,9 @@ impl Client {
         login: Option<String>,
         info: Bytes,
         encoding: Encoding,
-        outbox: std::sync::Arc<Outbox>,
+        outbox: Arc<Outbox>,
     ) -> Self {
+        // Unlike `number`, unique across nodes: presence is keyed by it.
         let id = uuid::Uuid::new_v4().to_string();
         Self {
             number,
@@ -60,7 +62,7 @@ impl Client {
         self.login.lock().as_deref() == Some(login)
     }
 
-    /// A refreshed token may come from another sign-in of the same user.
+    /// A new token may be of another sign-in of the same user.
     pub fn set_login(&self, login: Option<String>) {
         *self.login.lock() = login;
     }
@@ -69,7 +71,7 @@ impl Client {
         self.outbox.push_reply(frame(self.encoding, reply));
     }
 
-    /// Who it is on a channel: with what its subscription token says of it there.
+    /// The client as others see it on a channel, with the `info` of its subscription token there.
     pub fn info_on(&self, channel: &str) -> ClientInfo {
         let chan_info = self
             .subscriptions
@@ -89,7 +91,7 @@ impl Client {
         self.subscriptions.lock().get(channel).is_some_and(|held| !held.lost)
     }
 
-    /// Whether it has the channel, be it lost.
+    /// Whether the client holds the channel, even if its subscription was lost.
     pub fn holds(&self, channel: &str) -> bool {
         self.subscriptions.lock().contains_key(channel)
     }
@@ -102,14 +104,15 @@ impl Client {
         self.subscriptions.lock().insert(channel.into(), held);
     }
 
-    /// A refreshed token says until when it may stay.
+    /// Takes the expiry of a refreshed subscription token.
     pub fn extend(&self, channel: &str, expires: Option<u64>) {
         if let Some(held) = self.subscriptions.lock().get_mut(channel) {
             held.expires = expires;
         }
     }
 
-    /// It missed something on a channel: it is told to subscribe again. Its presence stays until it has, or is gone.
+    /// Tells the client that it missed publications, so that it subscribes again. Its presence stays until it has done
+    /// so or has left.
     pub fn lose(&self, channel: &str) {
         if let Some(held) = self.subscriptions.lock().get_mut(channel) {
             held.lost = true;
@@ -117,10 +120,11 @@ impl Client {
         self.unsubscribed(channel, Unsubscribe::InsufficientState);
     }
 
-    /// Tells it that a subscription is over.
+    /// Tells the client that a subscription has ended.
     pub fn unsubscribed(&self, channel: &str, code: Unsubscribe) {
         let unsubscribe = UnsubscribePush { code: code as u32, reason: code.reason().into() };
         let push = Push { unsubscribe: Some(unsubscribe), ..Push::default() };
+
         self.outbox.push(frame(self.encoding, &Reply::push(channel, push)));
     }
 
@@ -141,6 +145,7 @@ impl Client {
 pub fn frame(encoding: Encoding, reply: &Reply) -> Bytes {
     let mut payload = Vec::with_capacity(128);
     encode_reply(encoding, reply, &mut payload);
+
     let opcode = match encoding {
         Encoding::Json => Opcode::Text,
         Encoding::Protobuf => Opcode::Binary,
@@ -150,14 +155,14 @@ pub fn frame(encoding: Encoding, reply: &Reply) -> Bytes {
     frame.freeze()
 }
 
-/// What a client is owed: bounded in bytes, filled by anyone, emptied by its session.
+/// The frames that wait for a client: bounded in bytes, filled by anyone, emptied by the client's session.
 ///
-/// Answers to a client's own commands do not count against the bound: the next command waits for [`Outbox::room`], so
-/// there is never more of them than one beyond half the bound.
+/// Replies do not count against the bound. They have their own: a command is carried out only when [`Outbox::room`]
+/// resolves, so at most one reply goes beyond half the bound.
 pub struct Outbox {
     queue: Mutex<Queue>,
     limit: usize,
-    /// There is something to take.
+    /// Notified when there is something to take.
     pub changed: Notify,
     sent: Notify,
 }
@@ -165,10 +170,10 @@ pub struct Outbox {
 #[derive(Default)]
 struct Queue {
     frames: VecDeque<Bytes>,
-    /// Bytes that were pushed and are not written.
+    /// Bytes that were pushed and are not written yet.
     unsent: usize,
-    /// As many of them are answers.
-    answers: usize,
+    /// How many of the unsent bytes are replies.
+    replies: usize,
     close: Option<Disconnect>,
 }
 
@@ -182,19 +187,22 @@ impl Outbox {
         }
     }
 
-    /// What the client did not ask for: a client that does not take it in time is closed as slow.
+    /// Adds a frame that is no reply. A client whose unsent bytes would exceed the limit is closed as slow.
     pub fn push(&self, frame: Bytes) {
         let mut queue = self.queue.lock();
-        if queue.unsent > 0 && queue.unsent + frame.len() > self.limit + queue.answers {
+        // A single frame of any size is taken: it may be larger than the limit.
+        if queue.unsent > 0 && queue.unsent + frame.len() > self.limit + queue.replies {
+            // The client cannot take the backlog, and recovers it when it comes back.
             queue.frames.clear();
             queue.close.get_or_insert(Disconnect::Slow);
         }
         self.enqueue(queue, frame);
     }
 
+    /// Adds a reply to one of the client's own commands.
     pub fn push_reply(&self, frame: Bytes) {
         let mut queue = self.queue.lock();
-        queue.answers += frame.len();
+        queue.replies += frame.len();
         self.enqueue(queue, frame);
     }
 
@@ -207,14 +215,16 @@ impl Outbox {
         self.changed.notify_one();
     }
 
-    /// Resolves once there is room for a further answer.
+    /// Resolves once there is room for another reply.
     pub async fn room(&self) {
         loop {
+            // Registered before the check, so that a write in between is not missed.
             let sent = self.sent.notified();
             {
                 let mut queue = self.queue.lock();
-                queue.answers = queue.answers.min(queue.unsent);
-                if queue.answers <= self.limit / 2 || queue.close.is_some() {
+                // Frames are not marked as replies: what is unsent bounds how many of them can be left.
+                queue.replies = queue.replies.min(queue.unsent);
+                if queue.replies <= self.limit / 2 || queue.close.is_some() {
                     return;
                 }
             }
@@ -222,16 +232,17 @@ impl Outbox {
         }
     }
 
-    /// Nothing is taken any more; what waits is still written, then the goodbye.
+    /// Accepts no more frames. The session writes those that wait, then a close frame with this code.
     pub fn close(&self, code: Disconnect) {
         self.queue.lock().close.get_or_insert(code);
         self.changed.notify_one();
     }
 
-    /// Moves what waits into `frames`; the code, once it is to be closed.
+    /// Moves the waiting frames into `frames`. Returns the close code once the connection is to be closed.
     pub fn take(&self, frames: &mut VecDeque<Bytes>) -> Option<Disconnect> {
         let mut queue = self.queue.lock();
         if frames.is_empty() {
+            // The usual case: swapping moves no frames and reuses both buffers.
             std::mem::swap(frames, &mut queue.frames);
         } else {
             frames.append(&mut queue.frames);
@@ -239,6 +250,7 @@ impl Outbox {
         queue.close
     }
 
+    /// Counts written bytes, which makes room.
     pub fn written(&self, bytes: usize) {
         self.queue.lock().unsent -= bytes;
         self.sent.notify_waiters();

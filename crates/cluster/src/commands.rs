@@ -56,6 +56,7 @@ impl From<Denied> for Failure {
 pub async fn carry_out(connection: Connection, commands: Vec<Command>, rpcs: usize) -> Outcome {
     let mut outcome = Outcome::default();
     for command in commands {
+        // A client that does not read its replies is not served further.
         connection.outbox.room().await;
         let id = command.id;
         let method = command.into_method();
@@ -137,6 +138,7 @@ async fn carry_out_one(
             Reply { history: Some(history), ..Reply::default() }
         }
         Some(Method::Ping(_)) => Reply { ping: Some(PingResult {}), ..Reply::default() },
+        // Accepted and dropped: nothing here consumes messages of clients.
         Some(Method::Send(_)) => return Ok(()),
         Some(Method::Rpc(_)) if rpcs + outcome.rpcs.len() >= RPCS_MAX => {
             let text = format!("a connection may have {RPCS_MAX} RPCs in flight; wait for a reply");

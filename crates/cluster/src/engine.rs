@@ -1,4 +1,4 @@
-//! Where publications go: history, order and the way between nodes.
+//! Engines: where publications get their order, are kept and travel between nodes.
 
 pub mod memory;
 pub mod redis;
@@ -24,17 +24,17 @@ pub enum Failed {
 }
 
 impl Failed {
-    /// What a client is told; the log has the rest.
+    /// The error that a client gets; the details are in the log.
     pub fn denied(&self) -> Denied {
         let text = match self {
-            Self::Journal(_) => "the channel's history cannot be written or read now; try again",
+            Self::Journal(_) => "the channel's history cannot be read or written now; try again",
             Self::Redis(_) => "channels cannot reach Redis now; try again",
         };
         (ErrorCode::Internal, text.into())
     }
 }
 
-/// A channel's history: oldest first, and its newest position.
+/// Publications of a channel, oldest first, and its newest position.
 #[derive(Debug, Default)]
 pub struct Page {
     pub publications: Vec<Publication>,
@@ -43,8 +43,9 @@ pub struct Page {
 
 #[async_trait]
 pub trait Engine: Send + Sync {
-    /// Returns once the publication has its place in the channel's history (if it keeps one). It reaches every node
-    /// that follows the channel, in the order of offsets. A repeat with the same key is acknowledged, not repeated.
+    /// Returns once the publication is stored in the channel's history, if it keeps one. Every node that follows the
+    /// channel receives publications in the order of offsets. A repeated idempotency key is acknowledged with the
+    /// position of its first publication, and nothing is published.
     async fn publish(
         &self,
         channel: &str,
@@ -53,19 +54,20 @@ pub trait Engine: Send + Sync {
         idempotency_key: Option<String>,
     ) -> Result<Position, Failed>;
 
-    /// A join or leave, to every node that follows the channel; may be lost.
+    /// Sends a join or leave to every node that follows the channel. It may be lost.
     async fn event(&self, channel: &str, push: Push);
 
-    /// All of a channel's history, or what follows `since`.
+    /// The history of a channel: all of it, or the publications after `since`.
     async fn history(&self, channel: &str, rules: &Rules, since: Option<&Position>) -> Result<Page, Failed>;
 
-    /// Notes that a client is there, or (`None`) is not any more.
+    /// Adds a client to the channel's presence, or removes it (`None`).
     async fn present(&self, channel: &str, client: &str, info: Option<ClientInfo>) -> Result<(), Failed>;
 
     async fn presence(&self, channel: &str) -> Result<BTreeMap<String, ClientInfo>, Failed>;
 
-    /// This node has the channel's first subscriber, or lost its last.
+    /// Makes publications to the channel arrive on this node. Returns once they do.
     async fn follow(&self, channel: &str) -> Result<(), Failed>;
+    /// Called when the channel has lost its last subscriber on this node.
     async fn unfollow(&self, channel: &str);
 
     /// Runs the engine's own loop until cancelled. If it ends earlier, the node fails.
@@ -73,18 +75,19 @@ pub trait Engine: Send + Sync {
         cancel.cancelled().await;
     }
 
-    /// Housekeeping, now and then.
+    /// Removes what has expired and renews what must not; called every 15 s.
     async fn tidy(&self);
 
-    /// Ends the engine in good order. It refuses publications afterwards.
+    /// Closes the engine in good order. It refuses publications afterwards.
     async fn close(&self) -> Result<(), Failed> {
         Ok(())
     }
 
+    /// The name of the engine, for the node's status.
     fn describe(&self) -> &'static str;
 }
 
-/// The name of a new life of a channel's history.
+/// A new epoch.
 pub fn fresh_epoch() -> String {
     uuid::Uuid::new_v4().simple().to_string()[..8].to_string()
 }
@@ -93,9 +96,11 @@ pub fn fresh_epoch() -> String {
 pub async fn run(engine: Arc<dyn Engine>, cancel: CancellationToken) {
     let cancel = cancel.child_token();
     let serving = async {
+        // Ends the housekeeping as well if the engine ends by itself.
         engine.serve(cancel.clone()).await;
         cancel.cancel();
     };
+
     let tidying = async {
         let mut ticks = tokio::time::interval(TIDY_INTERVAL);
         loop {

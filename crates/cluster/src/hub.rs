@@ -1,9 +1,10 @@
-//! Who on this node follows which channel, and the delivery to them.
+//! The followers of each channel on this node, and the delivery to them.
 //!
-//! A subscription begins by collecting: what arrives while its history is read waits, and goes out behind the reply, less
-//! what the history held already. So live publications join recovered ones with no gap and no double.
+//! A subscription begins by collecting: publications that arrive while its history is read are kept, and are sent
+//! behind the subscribe reply, except those that the history already had. Live publications thus continue recovered
+//! ones without a gap or a duplicate.
 
-use crate::client::Client;
+use crate::client::{Client, frame};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -15,14 +16,15 @@ use wire::channels::Position;
 use wire::realtime::{Encoding, Publication, Push, Reply};
 
 const SHARDS: usize = 64;
-/// Publications that wait for one subscription to become live; what comes beyond is missed, and that is told.
+/// Publications that one subscription may collect. One that would need more is told that it missed some.
 const COLLECTED_MAX: usize = 4096;
-
 /// Clients do not reach these channels, since no namespace has the name `ready`.
 const PROBE_PREFIX: &str = "$ready:";
 
+type Shard = Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>>;
+
 pub struct Hub {
-    shards: Vec<Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>>>,
+    shards: Vec<Shard>,
     hasher: RandomState,
     probes: Mutex<HashMap<String, Vec<oneshot::Sender<()>>>>,
     pub deliveries: AtomicU64,
@@ -30,22 +32,23 @@ pub struct Hub {
 
 #[derive(Default)]
 struct Channel {
+    /// Keyed by the number of the client.
     subscribers: HashMap<u64, Subscriber>,
-    /// Offset of the newest publication that came by; a jump beyond the next one is a gap.
+    /// Offset of the newest publication seen. The next one has the next offset, or there is a gap.
     newest: u64,
-    /// The life of the history that `newest` counts in; empty while unknown.
+    /// The epoch of `newest`; empty while it is unknown.
     epoch: String,
 }
 
 struct Subscriber {
     client: Arc<Client>,
-    /// Publications up to this offset are not for it: it has them.
+    /// The client has the publications up to this offset.
     position: u64,
-    /// Has it been told its position: then a gap is told too.
+    /// The client knows its position and recovers, so it must be told of a gap.
     positioned: bool,
-    /// Until it is live.
+    /// `None` once the subscription is live.
     collected: Option<Collected>,
-    /// Something may have been missed while it collected: it is told so once it is live.
+    /// A publication may have been missed while it collected, which the client is told instead of going live.
     lost: bool,
 }
 
@@ -53,12 +56,12 @@ struct Subscriber {
 #[derive(Default)]
 struct Collected {
     publications: Vec<Publication>,
-    /// The life that their offsets count in; empty while none counts.
+    /// The epoch of their offsets; empty while none has an offset.
     epoch: String,
 }
 
 impl Collected {
-    /// Returns false if there is no room, or if the publication belongs to another life than those before it.
+    /// Returns false if there is no room, or if the publication is of another epoch than those before it.
     fn take(&mut self, publication: &Publication, epoch: &str) -> bool {
         if publication.offset > 0 {
             if self.epoch.is_empty() {
@@ -67,6 +70,7 @@ impl Collected {
                 return false;
             }
         }
+
         if self.publications.len() >= COLLECTED_MAX {
             return false;
         }
@@ -76,17 +80,29 @@ impl Collected {
 }
 
 impl Channel {
-    /// Offsets count in another life from here on, so positions in the previous one no longer mean anything.
-    fn begin(&mut self, epoch: &str, newest: u64) {
+    /// Continues in a new epoch, in which the positions of live subscribers mean nothing.
+    fn begin_epoch(&mut self, epoch: &str, newest: u64) {
         self.epoch = epoch.into();
         self.newest = newest;
-        for subscriber in self
-            .subscribers
+        self.subscribers
             .values_mut()
             .filter(|subscriber| subscriber.collected.is_none())
-        {
-            subscriber.position = 0;
-        }
+            .for_each(|subscriber| subscriber.position = 0);
+    }
+
+    /// Ends the subscriptions of positioned clients, which subscribe again and recover. A subscription that collects is
+    /// only marked: its client is told when it would go live.
+    fn end_positioned(&mut self, channel: &str) {
+        self.subscribers.retain(|_, subscriber| {
+            if subscriber.collected.is_some() {
+                subscriber.lost = true;
+                return true;
+            }
+            if subscriber.positioned {
+                subscriber.client.lose(channel);
+            }
+            !subscriber.positioned
+        });
     }
 }
 
@@ -101,7 +117,7 @@ impl Default for Hub {
     }
 }
 
-/// Frames of one reply, made when the first reader of an encoding needs it, then shared.
+/// The frames of one reply: each encoding is made for its first reader and shared with the others.
 struct Encoded<'a> {
     reply: &'a dyn Fn() -> Reply,
     json: Option<Bytes>,
@@ -118,8 +134,7 @@ impl<'a> Encoded<'a> {
             Encoding::Json => &mut self.json,
             Encoding::Protobuf => &mut self.protobuf,
         };
-        slot.get_or_insert_with(|| crate::client::frame(encoding, &(self.reply)()))
-            .clone()
+        slot.get_or_insert_with(|| frame(encoding, &(self.reply)())).clone()
     }
 }
 
@@ -129,15 +144,20 @@ impl Hub {
         format!("{PROBE_PREFIX}{node}")
     }
 
-    fn shard(&self, channel: &str) -> &Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>> {
+    fn shard(&self, channel: &str) -> &Shard {
         &self.shards[self.hasher.hash_one(channel) as usize % SHARDS]
     }
 
+    fn find(&self, channel: &str) -> Option<Arc<Mutex<Channel>>> {
+        self.shard(channel).lock().get(channel).cloned()
+    }
+
+    /// The number of followed channels.
     pub fn channels(&self) -> usize {
         self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
 
-    /// The followed channels now.
+    /// The channels with a subscriber on this node.
     pub fn followed(&self) -> Vec<Arc<str>> {
         self.shards
             .iter()
@@ -145,17 +165,13 @@ impl Hub {
             .collect()
     }
 
-    /// Whether anybody here is on the channel.
+    /// Whether the channel has a subscriber on this node.
     pub fn is_followed(&self, channel: &str) -> bool {
         self.shard(channel).lock().contains_key(channel)
     }
 
-    /// Puts a client on a channel, collecting.
+    /// Subscribes a client. The subscription collects until [`Self::go_live`].
     pub fn join(&self, channel: &str, client: &Arc<Client>) {
-        let mut shard = self.shard(channel).lock();
-        let name = shard
-            .get_key_value(channel)
-            .map_or_else(|| Arc::from(channel), |(name, _)| name.clone());
         let subscriber = Subscriber {
             client: client.clone(),
             position: 0,
@@ -163,6 +179,11 @@ impl Hub {
             collected: Some(Collected::default()),
             lost: false,
         };
+
+        let mut shard = self.shard(channel).lock();
+        let name = shard
+            .get_key_value(channel)
+            .map_or_else(|| Arc::from(channel), |(name, _)| name.clone());
         shard
             .entry(name)
             .or_default()
@@ -171,10 +192,11 @@ impl Hub {
             .insert(client.number, subscriber);
     }
 
-    /// Takes a client off a channel; whether it was the last one there.
+    /// Removes a client from a channel. Returns whether it was the last subscriber there.
     pub fn leave(&self, channel: &str, client: u64) -> bool {
         let mut shard = self.shard(channel).lock();
         let Some(found) = shard.get(channel) else { return false };
+        // The shard stays locked, so that nobody joins a channel that is being removed.
         let empty = {
             let mut found = found.lock();
             found.subscribers.remove(&client);
@@ -186,32 +208,37 @@ impl Hub {
         empty
     }
 
-    /// Ends the collecting: the subscribe reply (if it goes by itself), then what was collected behind `position`.
-    /// `positioned` says whether the client counts offsets.
+    /// Ends the collecting of a subscription: sends `reply`, if it is given, then the collected publications behind
+    /// `position`, the newest one of the history that was read. A `positioned` client is unsubscribed instead if it may
+    /// have missed a publication.
     pub fn go_live(&self, channel: &str, client: &Client, reply: Option<Bytes>, position: &Position, positioned: bool) {
-        let found = self.shard(channel).lock().get(channel).cloned();
-        let Some(found) = found else { return };
+        let Some(found) = self.find(channel) else { return };
         let mut found = found.lock();
+        // Under the lock of the channel, so that no live publication can get before the reply.
         if let Some(reply) = reply {
             client.outbox.push_reply(reply);
         }
         let Some(mut subscriber) = found.subscribers.remove(&client.number) else {
             return;
         };
+
         let collected = subscriber.collected.take().unwrap_or_default();
-        let two_lives = !collected.epoch.is_empty() && !position.epoch.is_empty() && collected.epoch != position.epoch;
-        if positioned && (subscriber.lost || two_lives) {
+        // The history was read before or after the epoch changed, so the collected offsets do not continue it.
+        let epochs_differ =
+            !collected.epoch.is_empty() && !position.epoch.is_empty() && collected.epoch != position.epoch;
+        if positioned && (subscriber.lost || epochs_differ) {
             client.lose(channel);
             return;
         }
 
-        if !position.epoch.is_empty() && !two_lives && !subscriber.lost {
+        // A subscriber that is up to date brings the channel up to date as well.
+        if !position.epoch.is_empty() && !epochs_differ && !subscriber.lost {
             if found.epoch != position.epoch {
-                // This history was read after the others got their positions: they belong to a life that is over.
+                // This history was read after the others got their positions, so theirs are of an epoch that has ended.
                 if !found.epoch.is_empty() {
-                    lost(channel, &mut found);
+                    found.end_positioned(channel);
                 }
-                found.begin(&position.epoch, position.offset);
+                found.begin_epoch(&position.epoch, position.offset);
             }
             found.newest = found.newest.max(position.offset);
         }
@@ -219,41 +246,44 @@ impl Hub {
         subscriber.position = position.offset;
         subscriber.positioned = positioned;
         for publication in collected.publications {
+            // Those up to the position were in the history already.
             if publication.offset == 0 || publication.offset > subscriber.position {
                 subscriber.position = subscriber.position.max(publication.offset);
                 let push = Push { r#pub: Some(publication), ..Push::default() };
-                client
-                    .outbox
-                    .push(crate::client::frame(client.encoding, &Reply::push(channel, push)));
+                client.outbox.push(frame(client.encoding, &Reply::push(channel, push)));
                 self.deliveries.fetch_add(1, Relaxed);
             }
         }
         found.subscribers.insert(client.number, subscriber);
     }
 
-    /// A publication to everybody on the channel here. Engines call it in the order of offsets; `epoch` is the life of
-    /// the history that the offset counts in.
+    /// Delivers a publication to the channel's subscribers on this node. Engines call it in the order of offsets;
+    /// `epoch` is the epoch of the offset.
     pub fn publication(&self, channel: &str, publication: &Publication, epoch: &str) {
         if channel.starts_with(PROBE_PREFIX) {
+            // A probe has no subscriber: it waits here and not in a channel.
             for probe in self.probes.lock().remove(channel).into_iter().flatten() {
                 let _ = probe.send(());
             }
         }
-        let found = self.shard(channel).lock().get(channel).cloned();
-        let Some(found) = found else { return };
+        let Some(found) = self.find(channel) else { return };
         let mut found = found.lock();
+
         let offset = publication.offset;
         if offset > 0 {
-            let other_life = !found.epoch.is_empty() && found.epoch != epoch;
+            let other_epoch = !found.epoch.is_empty() && found.epoch != epoch;
             let gap = found.newest > 0 && offset > found.newest + 1;
-            if other_life || gap {
-                lost(channel, &mut found);
+            // Before the delivery: this publication must not seem to continue what those clients have.
+            if other_epoch || gap {
+                found.end_positioned(channel);
             }
             if found.epoch != epoch {
-                found.begin(epoch, offset);
+                found.begin_epoch(epoch, offset);
             }
             found.newest = found.newest.max(offset);
         }
+
+        // Made once per encoding, and only if a subscriber needs it.
         let reply = || {
             let push = Push { r#pub: Some(publication.clone()), ..Push::default() };
             Reply::push(channel, push)
@@ -262,9 +292,11 @@ impl Hub {
         let mut delivered = 0;
         for subscriber in found.subscribers.values_mut() {
             if let Some(collected) = &mut subscriber.collected {
-                subscriber.lost |= !collected.take(publication, epoch);
+                let taken = collected.take(publication, epoch);
+                subscriber.lost |= !taken;
                 continue;
             }
+            // Without an offset it is in no history, so no position says whether the client has it.
             if offset > 0 {
                 if offset <= subscriber.position {
                     continue;
@@ -277,10 +309,9 @@ impl Hub {
         self.deliveries.fetch_add(delivered, Relaxed);
     }
 
-    /// A join or leave to everybody on the channel here.
+    /// Delivers a join or leave to the channel's live subscribers on this node.
     pub fn event(&self, channel: &str, push: &Push) {
-        let found = self.shard(channel).lock().get(channel).cloned();
-        let Some(found) = found else { return };
+        let Some(found) = self.find(channel) else { return };
         let reply = || Reply::push(channel, push.clone());
         let mut encoded = Encoded::new(&reply);
         for subscriber in found
@@ -293,15 +324,15 @@ impl Hub {
         }
     }
 
-    /// Publications may have been missed on every channel: those who count offsets subscribe again and recover.
+    /// Publications of any channel may have been missed: positioned clients subscribe again and recover.
     pub fn interrupted(&self) {
         for channel in self.followed() {
-            let found = self.shard(&channel).lock().get(&channel).cloned();
-            if let Some(found) = found {
+            if let Some(found) = self.find(&channel) {
                 let mut found = found.lock();
+                // Unknown until the next publication or subscription, which then is no gap.
                 found.newest = 0;
                 found.epoch.clear();
-                lost(&channel, &mut found);
+                found.end_positioned(&channel);
             }
         }
     }
@@ -311,26 +342,11 @@ impl Hub {
         let (sender, receiver) = oneshot::channel();
         let mut probes = self.probes.lock();
         let waiting = probes.entry(channel.into()).or_default();
-        // While nothing is delivered, those before it have given up.
+        // Earlier probes that timed out would pile up while nothing is delivered.
         waiting.retain(|sender| !sender.is_closed());
         waiting.push(sender);
         receiver
     }
-}
-
-/// Ends the subscriptions that count offsets; the client comes again and recovers. One that collects hears of it when
-/// it is live.
-fn lost(channel: &str, found: &mut Channel) {
-    found.subscribers.retain(|_, subscriber| {
-        if subscriber.collected.is_some() {
-            subscriber.lost = true;
-            return true;
-        }
-        if subscriber.positioned {
-            subscriber.client.lose(channel);
-        }
-        !subscriber.positioned
-    });
 }
 
 #[cfg(test)]
@@ -338,11 +354,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn probes_that_gave_up_are_dropped() {
+    fn abandoned_probes_are_dropped() {
         let hub = Hub::default();
         (0..100).for_each(|_| drop(hub.probe("$ready:n")));
         let mut waiting = hub.probe("$ready:n");
         assert_eq!(hub.probes.lock()["$ready:n"].len(), 1);
+
         hub.publication("$ready:n", &Publication::default(), "");
         assert!(waiting.try_recv().is_ok() && hub.probes.lock().is_empty());
     }

@@ -65,9 +65,9 @@ pub struct Config {
 
 #[derive(Debug, Clone)]
 pub enum EngineConfig {
-    /// One node, which keeps its histories in a file of this directory. `boot_id` names the boot of the machine (on Linux
-    /// `/proc/sys/kernel/random/boot_id`) and tells a power cut from the death of the process. If it is empty, every
-    /// unclean end counts as a power cut, after which channels begin a new epoch.
+    /// One node, which keeps its histories in a file of this directory. `boot_id` names the boot of the machine (on
+    /// Linux `/proc/sys/kernel/random/boot_id`) and tells a power cut from the death of the process. If it is empty,
+    /// every unclean end counts as a power cut, after which channels begin a new epoch.
     Memory { dir: PathBuf, boot_id: String },
     /// Any number of nodes. The URL of one server, or the URLs of a Redis Cluster separated by commas.
     Redis { url: String },
@@ -131,6 +131,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         EngineConfig::Redis { url } => engine::redis::Redis::connect(url, hub.clone()).await?,
     };
 
+    // Requests that arrive from here on wait until the node runs.
     let requests = bus_api::Requests::subscribe(&bus).await?;
     let node = Arc::new(Node::new(config, bus, hub, engine));
     Ok(Bound { node, requests })
@@ -150,8 +151,8 @@ impl Bound {
         Ready::new(&node.config.node, node.hub.clone(), node.engine.clone())
     }
 
-    /// Serves until cancelled, then drains. If one of the node's loops ends by itself, the node drains as well and returns
-    /// an error that names the loop.
+    /// Serves until cancelled, then drains. If one of the node's loops ends by itself, the node drains as well and
+    /// returns an error that names the loop.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { node, requests } = self;
         let stop = CancellationToken::new();

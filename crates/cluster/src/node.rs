@@ -67,13 +67,14 @@ impl Node {
         &self.stats
     }
 
-    /// Refuses new clients and closes the present ones, paced over `drain_period`. Returns when all sessions have ended,
-    /// or after a deadline.
+    /// Refuses new clients and closes the present ones, paced over `drain_period`. Returns when all sessions have
+    /// ended, or after a deadline.
     pub async fn drain(&self) {
         self.stopping.cancel();
         let clients: Vec<_> = self.clients.lock().values().cloned().collect();
         let pause = self.config.drain_period / u32::try_from(clients.len().max(1)).unwrap_or(u32::MAX);
 
+        // Due times and not pauses, so that the drain keeps its period however late a timer fires.
         let mut due = Instant::now();
         for client in clients {
             client.outbox.close(Disconnect::Shutdown);
@@ -83,6 +84,7 @@ impl Node {
             }
         }
 
+        // Waits for the cleanup after panicked sessions as well.
         self.sessions.close();
         if tokio::time::timeout(GOODBYE_MAX, self.sessions.wait()).await.is_err() {
             tracing::warn!(

@@ -73,6 +73,7 @@ impl Node {
     async fn broadcast(&self, request: Broadcast) -> Result<Positions, Denied> {
         let data = data(request.data, request.b64)?;
         let mut positions = Vec::with_capacity(request.channels.len());
+        // The first failure ends it; the channels before it keep their publication.
         for channel in &request.channels {
             let publication = Publication { data: data.clone(), ..Publication::default() };
             positions.push(self.put(channel, publication, request.skip_history, None).await?);
@@ -90,6 +91,7 @@ impl Node {
     ) -> Result<Position, Denied> {
         let mut rules = self.rules(channel)?.clone();
         if skip_history {
+            // As in a channel without history: no offset, no recovery.
             rules.history_size = 0;
         }
         self.publish(channel, publication, &rules, idempotency_key).await
@@ -102,7 +104,9 @@ impl Node {
     }
 
     async fn presence(&self, request: Presence) -> Result<PresenceResult, Denied> {
+        // Only a channel that may exist has presence.
         self.rules(&request.channel)?;
+
         let presence = self.engine.presence(&request.channel).await;
         let presence = presence.map_err(|error| error.denied())?;
         Ok(PresenceResult {

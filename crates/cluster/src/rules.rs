@@ -1,28 +1,28 @@
-//! What a channel may do, by its namespace.
+//! The rules of channels, by namespace.
 
 use std::time::Duration;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rules {
-    /// Publications kept a channel; 0: none.
+    /// Publications kept for each channel; 0 keeps none.
     pub history_size: usize,
     pub history_ttl: Duration,
-    /// Who is there can be asked.
+    /// Subscribers can ask who is subscribed.
     pub presence: bool,
-    /// Comings and goings are published.
+    /// Joins and leaves are announced to subscribers.
     pub join_leave: bool,
-    /// A client that was away gets what it missed. Needs history.
+    /// A client that was away gets the publications that it missed. Needs a history.
     pub recovery: bool,
     /// Clients may publish.
     pub publish: bool,
-    /// Only channels that name their users (`name#user1,user2`) exist.
+    /// Every channel must name its users (`name#user1,user2`).
     pub user_limited: bool,
-    /// The memory engine keeps the history through a restart.
+    /// The memory engine keeps the history across restarts.
     pub durable: bool,
 }
 
 impl Default for Rules {
-    /// Those of channels without a namespace: enough for the first hour.
+    /// The rules of channels without a namespace, open enough to try things out.
     fn default() -> Self {
         Self {
             history_size: 100,
@@ -38,17 +38,19 @@ impl Default for Rules {
 }
 
 impl Rules {
+    /// Whether publications get an offset and are kept.
     pub fn keeps_history(&self) -> bool {
         self.history_size > 0 && !self.history_ttl.is_zero()
     }
 
+    /// Whether a client that was away can get what it missed.
     pub fn recovers(&self) -> bool {
         self.recovery && self.keeps_history()
     }
 }
 
-/// What settings say of a channel's rules: what is `None` stays as it was. Who may be on a channel of the product's own
-/// apps (`user_limited`), and what is kept of it, is no setting.
+/// The rules that settings change; `None` keeps the base. `user_limited` and `durable` are no settings: the product's
+/// own apps rely on theirs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Overrides {
     pub history_size: Option<usize>,
@@ -80,8 +82,8 @@ pub struct Namespace {
     pub rules: Rules,
 }
 
-/// The built-in namespaces and those of the settings: each entry lies over the built-in namespace of its name, else over
-/// `defaults`. The built-in ones come first.
+/// The built-in namespaces, then those that only the settings have. An entry of the settings overrides the built-in
+/// namespace of its name, or else `defaults`.
 pub fn namespaces(entries: &[(String, Overrides)], defaults: &Rules) -> Vec<Namespace> {
     let mut namespaces = built_in();
     for (name, overrides) in entries {
@@ -93,12 +95,12 @@ pub fn namespaces(entries: &[(String, Overrides)], defaults: &Rules) -> Vec<Name
     namespaces
 }
 
-/// Those that the product's own apps use. Only services publish there.
+/// The namespaces of the product's own apps. Only services publish there.
 pub fn built_in() -> Vec<Namespace> {
     let closed = Rules { publish: false, presence: false, ..Rules::default() };
     let namespace = |name: &str, rules| Namespace { name: name.into(), rules };
     vec![
-        // A restarted server sends a session's page anew: nothing to keep.
+        // A page session starts again after a restart, so its deltas are not worth keeping.
         namespace(
             "app",
             Rules {
@@ -114,11 +116,13 @@ pub fn built_in() -> Vec<Namespace> {
     ]
 }
 
-/// The rules of a channel; `None` if its namespace is not known.
+/// The rules of a channel; `None` if its namespace is unknown.
 pub fn of<'a>(channel: &str, namespaces: &'a [Namespace], defaults: &'a Rules) -> Option<&'a Rules> {
     let Some(name) = namespace_of(channel) else {
         return Some(defaults);
     };
+
+    // From the end, so that a namespace that was added later wins over an earlier one of the same name.
     namespaces
         .iter()
         .rev()
@@ -128,6 +132,7 @@ pub fn of<'a>(channel: &str, namespaces: &'a [Namespace], defaults: &'a Rules) -
 
 /// The namespace in a channel's name, if it has one.
 pub fn namespace_of(channel: &str) -> Option<&str> {
+    // The `$` of a private channel comes before its namespace.
     let channel = channel.strip_prefix('$').unwrap_or(channel);
     channel.split_once(':').map(|(namespace, _)| namespace)
 }
@@ -137,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_of_an_entry_lie_over_the_built_in_namespace_or_the_defaults() {
+    fn entry_overrides_the_built_in_namespace_or_the_defaults() {
         let defaults = Rules { publish: false, history_size: 7, ..Rules::default() };
         let entry = |name: &str| (name.to_string(), Overrides { history_size: Some(5), ..Overrides::default() });
         let namespaces = namespaces(&["chat", "app", "ops", "news"].map(entry), &defaults);

@@ -29,9 +29,12 @@ pub async fn handle(State(node): State<Arc<Node>>, Path(name): Path<String>, req
         Ok(body) => body,
         Err(response) => return response,
     };
+
     let Some(operation) = Operation::from_name(&name) else {
         return Json(failure(ErrorCode::MethodNotFound, format!("no operation {name:?}"))).into_response();
     };
+
+    // An error of the operation is an answer as well, with status 200.
     match node.operate(operation, &body).await {
         Ok(result) => Json(ApiAnswer::Result(result)).into_response(),
         Err((code, message)) => Json(failure(code, message)).into_response(),

@@ -163,6 +163,7 @@ impl Session {
                     return Err(Exit::Closed(Disconnect::Shutdown));
                 }
                 ready = self.stream.writable(), if !self.output.is_empty() => ready.map_err(|_| Exit::Gone)?,
+                // While commands are in progress nothing is read, so that TCP slows a client that sends too fast.
                 ready = self.stream.readable(), if self.current.is_none() && closing.is_none() => {
                     ready.map_err(|_| Exit::Gone)?;
                     self.read()?;
@@ -212,6 +213,7 @@ impl Session {
                     self.connection.outbox.push(pong.freeze());
                 }
                 Event::Pong => self.pong(),
+                // Echoed. 1000 is a normal closure, for a close frame without a code.
                 Event::Close(code) => return Err(Exit::Violation(code.unwrap_or(1000))),
             }
         }
@@ -321,6 +323,7 @@ impl Session {
             return Err(Exit::Gone);
         }
 
+        // The order decides the close code when several are due at once.
         match &mut self.phase {
             Phase::Connecting { until } if *until <= now => Err(Exit::Closed(Disconnect::Stale)),
             Phase::Connecting { .. } => Ok(()),

@@ -1,4 +1,4 @@
-//! What a node counts, and says of itself every second.
+//! The counters of a node, and the status that it publishes every second.
 
 use crate::Node;
 use crate::session::Exit;
@@ -16,7 +16,7 @@ pub struct Stats {
     connects: AtomicU64,
     publications: AtomicU64,
     messages_in: AtomicU64,
-    slow: AtomicU64,
+    slow_disconnects: AtomicU64,
 }
 
 impl Stats {
@@ -39,12 +39,13 @@ impl Stats {
 
     pub fn ended(&self, exit: Exit) {
         if exit == Exit::Closed(Disconnect::Slow) {
-            self.slow.fetch_add(1, Relaxed);
+            self.slow_disconnects.fetch_add(1, Relaxed);
         }
+
         let code = match exit {
             Exit::Gone => "gone".to_string(),
             Exit::Closed(disconnect) => (disconnect as u16).to_string(),
-            // A client may send any of 2,000 codes: one label for them.
+            // A client may send any of 2,000 codes. They share one label, so that it cannot create metrics at will.
             Exit::Violation(1000 | 1001) => "left".to_string(),
             Exit::Violation(_) => "violation".to_string(),
         };
@@ -61,52 +62,61 @@ pub async fn run(node: Arc<Node>, cancel: CancellationToken) {
             () = cancel.cancelled() => return,
             _ = ticks.tick() => {}
         }
-        let users = {
-            let clients = node.clients.lock();
-            clients
-                .values()
-                .map(|client| &*client.user)
-                .collect::<HashSet<_>>()
-                .len()
-        };
-        let status = NodeStatus {
-            node: node.config.node.clone(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            address: node.config.address.clone(),
-            engine: node.engine.describe().into(),
-            uptime_s: started.elapsed().as_secs(),
-            connections: node.connections.load(Relaxed) as u64,
-            users: users as u64,
-            channels: node.hub.channels() as u64,
-            connects_total: node.stats().connects.load(Relaxed),
-            deliveries_total: node.hub.deliveries.load(Relaxed),
-            publications_total: node.stats().publications.load(Relaxed),
-            messages_in_total: node.stats().messages_in.load(Relaxed),
-            slow_disconnects_total: node.stats().slow.load(Relaxed),
-            rss_bytes: rss_bytes(),
-            cpu: cpu.share(),
-            draining: node.stopping.is_cancelled(),
-        };
-        metrics::gauge!("beamline_cluster_connections").set(status.connections as f64);
-        metrics::gauge!("beamline_cluster_channels").set(status.channels as f64);
-        metrics::counter!("beamline_cluster_connects_total").absolute(status.connects_total);
-        metrics::counter!("beamline_cluster_deliveries_total").absolute(status.deliveries_total);
-        metrics::counter!("beamline_cluster_publications_total").absolute(status.publications_total);
-        metrics::counter!("beamline_cluster_messages_in_total").absolute(status.messages_in_total);
-        metrics::gauge!("beamline_process_resident_bytes").set(status.rss_bytes as f64);
-        let payload = serde_json::to_vec(&status).expect("a status is JSON").into();
+
+        let status = status(&node, started.elapsed(), cpu.share());
+        record(&status);
+        let payload = serde_json::to_vec(&status).expect("a status serializes to JSON").into();
         let message = Message {
             subject: wire::subjects::NODE_STATUS.into(),
             payload,
             ..Message::default()
         };
         if let Err(error) = node.bus.publish(message).await {
-            tracing::debug!(%error, "the node's status was not published");
+            tracing::debug!(%error, "cannot publish the node's status");
         }
     }
 }
 
-/// Second field of statm, in pages of 4 KiB.
+fn status(node: &Node, uptime: Duration, cpu: f64) -> NodeStatus {
+    let users = {
+        let clients = node.clients.lock();
+        let users: HashSet<&str> = clients.values().map(|client| &*client.user).collect();
+        users.len()
+    };
+    let stats = node.stats();
+    NodeStatus {
+        node: node.config.node.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        address: node.config.address.clone(),
+        engine: node.engine.describe().into(),
+        uptime_s: uptime.as_secs(),
+        connections: node.connections.load(Relaxed) as u64,
+        users: users as u64,
+        channels: node.hub.channels() as u64,
+        connects_total: stats.connects.load(Relaxed),
+        deliveries_total: node.hub.deliveries.load(Relaxed),
+        publications_total: stats.publications.load(Relaxed),
+        messages_in_total: stats.messages_in.load(Relaxed),
+        slow_disconnects_total: stats.slow_disconnects.load(Relaxed),
+        rss_bytes: rss_bytes(),
+        cpu,
+        draining: node.stopping.is_cancelled(),
+    }
+}
+
+/// Shows the same figures as metrics.
+fn record(status: &NodeStatus) {
+    // Counters are kept by the node and set as a whole, so that both views show the same figures.
+    metrics::gauge!("beamline_cluster_connections").set(status.connections as f64);
+    metrics::gauge!("beamline_cluster_channels").set(status.channels as f64);
+    metrics::counter!("beamline_cluster_connects_total").absolute(status.connects_total);
+    metrics::counter!("beamline_cluster_deliveries_total").absolute(status.deliveries_total);
+    metrics::counter!("beamline_cluster_publications_total").absolute(status.publications_total);
+    metrics::counter!("beamline_cluster_messages_in_total").absolute(status.messages_in_total);
+    metrics::gauge!("beamline_process_resident_bytes").set(status.rss_bytes as f64);
+}
+
+/// The resident memory: the second field of statm, in pages of 4 KiB.
 fn rss_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     statm
@@ -117,7 +127,7 @@ fn rss_bytes() -> u64 {
         * 4096
 }
 
-/// Share of one core between two looks.
+/// Measures the CPU time of this process, as a share of one core.
 struct CpuMeter {
     ticks: u64,
     at: Instant,
@@ -128,16 +138,17 @@ impl CpuMeter {
         Self { ticks: Self::now(), at: Instant::now() }
     }
 
-    /// utime and stime, in hundredths of a second.
+    /// The time in user and kernel mode since the start, in hundredths of a second.
     fn now() -> u64 {
         let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-        // The name in brackets may hold spaces: fields are counted behind it.
+        // The process name in parentheses may contain spaces, so fields are counted from behind it: utime is the 12th.
         let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
         let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
         let field = |index: usize| fields.get(index).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
         field(11) + field(12)
     }
 
+    /// The share since the last call.
     fn share(&mut self) -> f64 {
         let (ticks, at) = (Self::now(), Instant::now());
         let seconds = at.duration_since(self.at).as_secs_f64().max(0.001);

@@ -11,13 +11,13 @@ use serde_json::value::RawValue;
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
-/// Sign-outs that a node remembers; beyond it the oldest is forgotten.
+/// Sign-outs that a node remembers. The oldest is forgotten first.
 const ENDED_MAX: usize = 10_000;
 
 pub struct Tokens {
     key: DecodingKey,
     validation: Validation,
-    /// Sign-ins that are over: their tokens open nothing, though they have not run out yet.
+    /// Sign-ins that have ended: their tokens are refused although they have not expired.
     ended: Mutex<Ended>,
 }
 
@@ -28,12 +28,13 @@ struct Ended {
 }
 
 impl Ended {
-    fn note(&mut self, sid: &str) {
+    fn add(&mut self, sid: &str) {
         let sid: Arc<str> = sid.into();
         if !self.known.insert(sid.clone()) {
             return;
         }
         self.oldest_first.push_back(sid);
+
         if self.oldest_first.len() > ENDED_MAX
             && let Some(oldest) = self.oldest_first.pop_front()
         {
@@ -51,18 +52,18 @@ pub enum Refusal {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Connection {
     pub sub: String,
-    /// Seconds since the epoch.
+    /// When the token expires, in Unix seconds.
     #[serde(default)]
     pub exp: Option<u64>,
     #[serde(default)]
     pub info: Option<Box<RawValue>>,
-    /// Subscribed by the server at connect.
+    /// Channels that the server subscribes at connect.
     #[serde(default)]
     pub channels: Vec<String>,
-    /// The sign-in that the token was made for: it ends with it.
+    /// The sign-in that the token was made for. It is refused once the user has signed out.
     #[serde(default)]
     pub sid: Option<String>,
-    /// Marks a subscription token.
+    /// Set in a subscription token only.
     #[serde(default)]
     channel: Option<IgnoredAny>,
 }
@@ -77,7 +78,7 @@ pub struct Subscription {
     pub info: Option<Box<RawValue>>,
 }
 
-/// A claim as it stands in the token.
+/// The bytes of a claim, as they stand in the token.
 pub fn json(claim: Option<Box<RawValue>>) -> Bytes {
     claim
         .map(|json| Bytes::from(String::from(Box::<str>::from(json))))
@@ -87,9 +88,12 @@ pub fn json(claim: Option<Box<RawValue>>) -> Bytes {
 impl Tokens {
     pub fn new(secret: &[u8]) -> Self {
         let mut validation = Validation::new(Algorithm::HS256);
+        // `exp` is optional. A grace after it is not for new connections, only for those that are open: see the
+        // session.
         validation.required_spec_claims.clear();
         validation.validate_aud = false;
         validation.leeway = 0;
+
         Self {
             key: DecodingKey::from_secret(secret),
             validation,
@@ -99,26 +103,27 @@ impl Tokens {
 
     /// Refuses the tokens of a sign-in from now on.
     pub fn end(&self, sid: &str) {
-        self.ended.lock().note(sid);
+        self.ended.lock().add(sid);
     }
 
     pub fn has_ended(&self, sid: &str) -> bool {
         self.ended.lock().known.contains(sid)
     }
 
-    /// A token for one channel opens no connection: whoever was given it may see that channel and nothing else.
+    /// Checks a connection token. A subscription token is refused: its holder may see one channel and nothing else.
     pub fn connection(&self, token: &str) -> Result<Connection, Refusal> {
         let claims: Connection = self.read(token)?;
         if claims.channel.is_some() {
-            return Err(Refusal::Invalid("it has a channel: it is a subscription token".into()));
+            return Err(Refusal::Invalid("it is a subscription token, since it has the claim channel".into()));
         }
+
         if claims.sid.as_deref().is_some_and(|sid| self.has_ended(sid)) {
             return Err(Refusal::Invalid("its user has signed out".into()));
         }
         Ok(claims)
     }
 
-    /// A connection token has no `channel`, which a subscription token must have.
+    /// Checks a subscription token. A connection token is refused, since it has no `channel`.
     pub fn subscription(&self, token: &str) -> Result<Subscription, Refusal> {
         self.read(token)
     }
@@ -132,7 +137,7 @@ impl Tokens {
     }
 }
 
-/// Seconds until `exp`.
+/// Seconds until `exp`, which is in Unix seconds; 0 if it has passed.
 pub fn ttl(exp: u64) -> u32 {
     u32::try_from(exp.saturating_sub(unix_seconds())).unwrap_or(u32::MAX)
 }
@@ -144,8 +149,9 @@ mod tests {
     #[test]
     fn oldest_sign_out_is_forgotten_first() {
         let mut ended = Ended::default();
-        (0..=ENDED_MAX).for_each(|n| ended.note(&n.to_string()));
-        ended.note("1");
+        (0..=ENDED_MAX).for_each(|n| ended.add(&n.to_string()));
+        ended.add("1");
+
         assert_eq!((ended.known.len(), ended.oldest_first.len()), (ENDED_MAX, ENDED_MAX));
         assert!(!ended.known.contains("0") && ended.known.contains("1"));
     }

@@ -39,6 +39,8 @@ pub async fn handle(State(node): State<Arc<Node>>, mut request: Request) -> Resp
         let text = "the node is full; cluster.max_connections is the limit";
         return refuse(StatusCode::SERVICE_UNAVAILABLE, text);
     };
+
+    // The upgrade resolves once hyper has sent the response, so the session needs a task of its own.
     let upgrade = hyper::upgrade::on(&mut request);
     node.sessions.spawn(serve(upgrade, place, transport));
     switching_protocols(&key, subprotocol)
@@ -114,6 +116,7 @@ fn upgrade_key(headers: &HeaderMap) -> Option<String> {
             .flat_map(|value| value.split(','))
             .any(|part| part.trim().eq_ignore_ascii_case(token))
     };
+
     let is_upgrade = has(header::UPGRADE, "websocket")
         && has(header::CONNECTION, "upgrade")
         && headers

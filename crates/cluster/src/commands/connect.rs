@@ -138,6 +138,7 @@ pub fn refresh(
         return Err(Failure::Close(Disconnect::InvalidToken));
     }
 
+    // From now on the sign-out of this sign-in closes the connection.
     client.set_login(claims.sid);
     let ttl = claims.exp.map(ttl);
     let refreshed = RefreshResult {

@@ -17,6 +17,7 @@ pub fn call(bus: Bus, client: Arc<Client>, id: u32, request: RpcRequest) -> BoxF
     Box::pin(async move {
         let answer = answer(&bus, &client, request).await;
 
+        // RPCs do not wait in the line of commands, so each waits for room by itself.
         client.outbox.room().await;
         client.reply(&match answer {
             Ok(data) => Reply { id, rpc: Some(RpcResult { data }), ..Reply::default() },
@@ -49,6 +50,7 @@ async fn answer(bus: &Bus, client: &Client, request: RpcRequest) -> Result<Bytes
             bus::Error::Timeout(_) => (ErrorCode::Internal as u32, format!("no reply from {method:?} in time")),
             other => (ErrorCode::Internal as u32, other.to_string()),
         })?;
+
     match reply.headers.get(channels::RPC_ERROR_CODE) {
         None => Ok(reply.payload),
         Some(code) => {

@@ -52,6 +52,7 @@ pub async fn prepare(
         return Err((ErrorCode::AlreadySubscribed, "already subscribed to this channel".into()));
     }
     let rules = allowed?;
+    // A lost subscription that is renewed takes no further place.
     if !client.holds(channel) && client.subscription_count() >= CHANNELS_PER_CLIENT_MAX {
         let text = format!("a connection may subscribe to {CHANNELS_PER_CLIENT_MAX} channels; unsubscribe from one");
         return Err((ErrorCode::LimitExceeded, text));

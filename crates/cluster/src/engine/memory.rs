@@ -1,7 +1,7 @@
-//! One node: histories in memory, and in a journal so that they outlive a restart.
+//! The engine of a single node: histories in memory, and in a journal so that they survive a restart.
 //!
-//! A channel's stream is locked while a publication gets its offset, is written and is handed to the hub: that is the
-//! order all readers see.
+//! A channel's stream stays locked while a publication gets its offset, is written and is delivered, so all readers see
+//! publications in the order of offsets.
 
 use super::{Engine, Failed, Page, fresh_epoch};
 use crate::Rules;
@@ -20,17 +20,19 @@ use wire::channels::Position;
 use wire::realtime::{ClientInfo, Publication, Push};
 
 const SCHEMA: &str = "
-CREATE TABLE IF NOT EXISTS channels (channel TEXT PRIMARY KEY, epoch TEXT NOT NULL, offset INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS channels (
+    channel TEXT PRIMARY KEY, epoch TEXT NOT NULL, offset INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS publications (
     channel TEXT NOT NULL, offset INTEGER NOT NULL, data BLOB NOT NULL, at_ms INTEGER NOT NULL, key TEXT,
     PRIMARY KEY (channel, offset)) WITHOUT ROWID;
 ";
 
-/// A channel that nobody published to for this long is forgotten; who comes back to it starts a new epoch.
+/// A channel without subscribers or publications for this long is forgotten. When it is used again, it begins a new
+/// epoch.
 const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
-/// The same for a channel whose history is not kept through a restart.
+/// The same for a channel whose history is not kept across restarts.
 const FORGET_VOLATILE_AFTER: Duration = Duration::from_secs(3600);
-/// And for one that nobody has published to: any client may ask for any number of them.
+/// The same for a channel without any publication, since clients can create any number of these by asking for them.
 const FORGET_EMPTY_AFTER: Duration = Duration::from_secs(300);
 
 pub struct Memory {
@@ -43,11 +45,11 @@ pub struct Memory {
 struct Stream {
     position: Position,
     history: VecDeque<Kept>,
-    /// How long the newest publication asked to be kept.
+    /// The history ttl of the newest publication.
     ttl: Duration,
     durable: bool,
     touched_ms: u64,
-    /// The journal holds none before this offset.
+    /// The journal has no publications before this offset.
     stored_from: u64,
 }
 
@@ -69,6 +71,7 @@ impl Stream {
         }
     }
 
+    /// Drops publications that are older than `ttl`.
     fn expire(&mut self, ttl: Duration, now_ms: u64) {
         let oldest = now_ms.saturating_sub(ttl.as_millis() as u64);
         while self.history.front().is_some_and(|kept| kept.at_ms < oldest) {
@@ -76,7 +79,7 @@ impl Stream {
         }
     }
 
-    /// Offset of the oldest publication that is kept, or of the next one.
+    /// The offset of the oldest publication kept, or of the next one if none is kept.
     fn oldest(&self) -> u64 {
         self.history
             .front()
@@ -93,7 +96,8 @@ impl Stream {
 }
 
 impl Memory {
-    /// `boot_id` is the boot of the machine, by which a power cut is told from the death of a process.
+    /// Opens the file in `dir`. `boot_id` names the boot of the machine and tells a power cut from the death of the
+    /// process.
     pub async fn open<'a>(
         dir: &Path,
         boot_id: &str,
@@ -106,8 +110,8 @@ impl Memory {
         if renewed > 0 {
             tracing::warn!(
                 channels = renewed,
-                "channel histories may lack what was published last (a power cut, or an older channels.db was put \
-                 back): their channels begin a new epoch"
+                "the newest publications may be missing from the channel histories (after a power cut, or because an \
+                 older channels.db was restored): the channels begin a new epoch"
             );
         }
 
@@ -116,6 +120,7 @@ impl Memory {
             stream.ttl = rules(channel).map_or(Duration::ZERO, |rules| rules.history_ttl);
             stream.expire(stream.ttl, unix_ms());
         }
+
         let shared = |(channel, stream)| (channel, Arc::new(tokio::sync::Mutex::new(stream)));
         let streams = Mutex::new(streams.into_iter().map(shared).collect());
         Ok(Arc::new(Self { hub, journal, streams, presence: Mutex::default() }))
@@ -126,14 +131,16 @@ impl Memory {
         if let Some(found) = streams.get(channel) {
             return found.clone();
         }
+
         let stream = Arc::new(tokio::sync::Mutex::new(Stream::new()));
         streams.insert(channel.into(), stream.clone());
         stream
     }
 
-    /// Drops the stream, unless somebody has taken hold of it: the map's handle and the caller's are not counted.
+    /// Drops a stream, unless somebody other than the caller uses it. Returns whether it was dropped.
     fn forget(&self, channel: &str) -> bool {
         let mut streams = self.streams.lock();
+        // One handle is the map's and one the caller's.
         let idle = streams
             .get(channel)
             .is_some_and(|stream| Arc::strong_count(stream) <= 2);
@@ -143,10 +150,12 @@ impl Memory {
         idle
     }
 
+    /// Writes a publication and removes those before `oldest`, in one transaction.
     async fn store(&self, channel: &str, kept: &Kept, epoch: &str, oldest: u64) -> Result<(), journal::Error> {
         let (channel, epoch) = (channel.to_string(), epoch.to_string());
         let (offset, at_ms, key) = (kept.publication.offset, kept.at_ms, kept.key.clone());
         let data = kept.publication.encode_to_vec();
+
         self.journal
             .write(move |db| {
                 db.prepare_cached(
@@ -156,7 +165,7 @@ impl Memory {
                 .execute(params![channel, epoch, offset])?;
                 db.prepare_cached("INSERT OR REPLACE INTO publications VALUES (?1, ?2, ?3, ?4, ?5)")?
                     .execute(params![channel, offset, data, at_ms, key])?;
-                // What is newer than the newest is of an earlier life.
+                // Higher offsets are of an earlier epoch: the channel was forgotten and is used again.
                 db.prepare_cached("DELETE FROM publications WHERE channel = ?1 AND (offset < ?2 OR offset > ?3)")?
                     .execute(params![channel, oldest, offset])?;
                 Ok(())
@@ -164,12 +173,13 @@ impl Memory {
             .await
     }
 
-    /// Removes from the journal what is not kept any more.
+    /// Removes expired publications from the journal.
     async fn unstore(&self, channel: &str, stream: &mut Stream) -> Result<(), journal::Error> {
         let oldest = stream.oldest();
         if !stream.durable || stream.stored_from >= oldest {
             return Ok(());
         }
+
         let channel = channel.to_string();
         self.journal
             .write(move |db| {
@@ -181,7 +191,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Removes a channel that was forgotten, unless it has begun anew meanwhile.
+    /// Removes a forgotten channel from the journal, unless it has begun a new epoch meanwhile.
     async fn remove(&self, channel: String, epoch: String) -> Result<(), journal::Error> {
         self.journal
             .write(move |db| {
@@ -195,17 +205,19 @@ impl Memory {
     }
 }
 
-/// Begins a new epoch in every stored channel, unless the file is certain to hold every acknowledged publication. The
-/// offsets of lost publications are given again, which must not happen within one epoch. What is stored stays readable, and
+/// Begins a new epoch in every stored channel, unless the file certainly holds every acknowledged publication: offsets
+/// of lost publications are assigned again, which must not happen within one epoch. The histories stay readable, and
 /// offsets continue from there. Returns the number of channels.
 fn renew_epochs(db: &Connection, continuity: Continuity) -> journal::rusqlite::Result<usize> {
     if continuity == Continuity::Certain {
         return Ok(0);
     }
+
     let mut statement = db.prepare("SELECT channel FROM channels")?;
     let channels = statement
         .query_map([], |row| row.get(0))?
         .collect::<Result<Vec<String>, _>>()?;
+
     let mut update = db.prepare("UPDATE channels SET epoch = ?2 WHERE channel = ?1")?;
     for channel in &channels {
         update.execute([channel, &fresh_epoch()])?;
@@ -224,12 +236,14 @@ async fn load(journal: &Journal) -> Result<HashMap<String, Stream>, journal::Err
             stream.durable = true;
             streams.insert(row.get(0)?, stream);
         }
+
         let mut statement =
             db.prepare("SELECT channel, data, at_ms, key FROM publications ORDER BY channel, offset")?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
             let channel: String = row.get(0)?;
             let data: Vec<u8> = row.get(1)?;
+            // An unreadable row is skipped, so that it does not prevent the start.
             if let (Some(stream), Ok(publication)) = (streams.get_mut(&channel), Publication::decode(&data[..])) {
                 stream.touched_ms = row.get(2)?;
                 stream
@@ -252,22 +266,27 @@ impl Engine for Memory {
         idempotency_key: Option<String>,
     ) -> Result<Position, Failed> {
         if !rules.keeps_history() {
+            // Without offsets there is no order to keep, so no lock.
             self.hub.publication(channel, &publication, "");
             return Ok(Position::default());
         }
+
         let stream = self.stream(channel);
         let mut stream = stream.lock().await;
         let at_ms = unix_ms();
         stream.expire(rules.history_ttl, at_ms);
+        // Keys live as long as their publications are in the history.
         if idempotency_key.is_some()
             && let Some(known) = stream.history.iter().find(|kept| kept.key == idempotency_key)
         {
             let epoch = stream.position.epoch.clone();
             return Ok(Position { offset: known.publication.offset, epoch });
         }
+
         let offset = stream.position.offset + 1;
         publication.offset = offset;
         let kept = Kept { publication, at_ms, key: idempotency_key };
+        // Written before it is acknowledged or delivered. If the write fails, the offset is not used.
         if rules.durable {
             let oldest = (offset + 1)
                 .saturating_sub(rules.history_size as u64)
@@ -275,6 +294,8 @@ impl Engine for Memory {
             self.store(channel, &kept, &stream.position.epoch, oldest).await?;
             stream.stored_from = oldest;
         }
+
+        // Stored: from here on nothing can fail, so memory and journal agree.
         stream.position.offset = offset;
         (stream.ttl, stream.durable, stream.touched_ms) = (rules.history_ttl, rules.durable, at_ms);
         self.hub.publication(channel, &kept.publication, &stream.position.epoch);
@@ -293,9 +314,12 @@ impl Engine for Memory {
         let stream = self.stream(channel);
         let mut stream = stream.lock().await;
         stream.expire(rules.history_ttl, unix_ms());
+
         let after = since.map_or(0, |since| since.offset);
-        let publications = stream.history.iter().map(|kept| &kept.publication);
-        let publications = publications
+        let publications = stream
+            .history
+            .iter()
+            .map(|kept| &kept.publication)
             .filter(|publication| publication.offset > after)
             .cloned()
             .collect();
@@ -330,30 +354,34 @@ impl Engine for Memory {
 
     async fn tidy(&self) {
         let now = unix_ms();
+        // Copied, so that publishers do not wait for the map while streams are tidied one after the other.
         let streams: Vec<_> = self
             .streams
             .lock()
             .iter()
             .map(|(name, stream)| (name.clone(), stream.clone()))
             .collect();
+
         for (channel, stream) in streams {
             let mut stream = stream.lock().await;
             let ttl = stream.ttl;
             stream.expire(ttl, now);
             if let Err(error) = self.unstore(&channel, &mut stream).await {
-                tracing::warn!(channel, %error, "old publications were not removed from the journal");
+                tracing::warn!(channel, %error, "cannot remove expired publications; trying again in 15 s");
             }
+
             let used = self.hub.is_followed(&channel);
             if used || now.saturating_sub(stream.touched_ms) < stream.forget_after().as_millis() as u64 {
                 continue;
             }
+
             let (durable, epoch) = (stream.durable, stream.position.epoch.clone());
             drop(stream);
             if self.forget(&channel)
                 && durable
                 && let Err(error) = self.remove(channel, epoch).await
             {
-                tracing::warn!(%error, "an old channel was not removed from the journal");
+                tracing::warn!(%error, "cannot remove a forgotten channel; it comes back at the next start");
             }
         }
     }
@@ -376,7 +404,7 @@ mod tests {
     }
 
     async fn open_in(boot: &str, dir: &Path, rules: &Rules) -> Arc<Memory> {
-        // The old one lets go of its file soon after its last handle.
+        // The previous engine closes its file a moment after its last handle is dropped.
         let deadline = std::time::Instant::now() + Duration::from_secs(10);
         loop {
             match Memory::open(dir, boot, Arc::default(), |_| Some(rules)).await {
@@ -397,7 +425,7 @@ mod tests {
         memory.journal.read(count).await.unwrap()
     }
 
-    /// As if all had been published, and the channels used, this long ago.
+    /// Makes all publications, and the last use of each channel, this much older.
     async fn age(memory: &Memory, by: Duration) {
         let by = by.as_millis() as u64;
         let streams: Vec<_> = memory.streams.lock().values().cloned().collect();
@@ -406,24 +434,27 @@ mod tests {
             stream.touched_ms -= by;
             stream.history.iter_mut().for_each(|kept| kept.at_ms -= by);
         }
+
         let sql = format!("UPDATE publications SET at_ms = at_ms - {by}");
         memory.journal.write(move |db| db.execute(&sql, [])).await.unwrap();
     }
 
     #[tokio::test]
-    async fn what_is_too_old_leaves_memory_and_file() {
+    async fn expired_publications_leave_memory_and_file() {
         let dir = tempfile::tempdir().unwrap();
         let rules = Rules { history_ttl: Duration::from_secs(60), ..Rules::default() };
         let memory = open(dir.path(), &rules).await;
         let position = publish(&memory, "a", &rules).await;
         publish(&memory, "a", &rules).await;
+
         age(&memory, Duration::from_secs(61)).await;
         publish(&memory, "a", &rules).await;
-        assert_eq!(stored(&memory).await, 1, "a publication takes the old ones with it");
+        assert_eq!(stored(&memory).await, 1, "storing a publication removes the expired ones");
+
         age(&memory, Duration::from_secs(61)).await;
         publish(&memory, "b", &rules).await;
         memory.tidy().await;
-        assert_eq!(stored(&memory).await, 1, "that of b");
+        assert_eq!(stored(&memory).await, 1, "only the publication to b is left");
 
         age(&memory, Duration::from_secs(61)).await;
         drop(memory);
@@ -434,13 +465,13 @@ mod tests {
             .values()
             .map(|stream| stream.try_lock().unwrap().history.len())
             .sum();
-        assert_eq!(kept, 0, "a restart brings nothing back that was over");
+        assert_eq!(kept, 0, "a restart brings no expired publication back");
         let page = memory.history("a", &rules, None).await.unwrap();
-        assert_eq!(page.position, Position { offset: 3, ..position }, "but the position stays");
+        assert_eq!(page.position, Position { offset: 3, ..position }, "the position stays");
     }
 
     #[tokio::test]
-    async fn an_unclean_end_of_the_machine_begins_new_epochs_and_that_of_the_process_does_not() {
+    async fn power_cut_begins_new_epochs_and_a_killed_process_does_not() {
         let dir = tempfile::tempdir().unwrap();
         let rules = Rules::default();
         let memory = open_in("first", dir.path(), &rules).await;
@@ -454,12 +485,13 @@ mod tests {
 
         let memory = open_in("second", dir.path(), &rules).await;
         let page = memory.history("a", &rules, None).await.unwrap();
-        assert_ne!(page.position.epoch, first.epoch, "a power cut may have cost acknowledged publications");
-        assert_eq!((page.position.offset, page.publications.len()), (2, 2), "what is there stays");
+        assert_ne!(page.position.epoch, first.epoch, "a power cut may have lost acknowledged publications");
+        assert_eq!((page.position.offset, page.publications.len()), (2, 2), "the stored publications stay");
         assert_eq!(publish(&memory, "a", &rules).await.offset, 3);
+
         memory.close().await.unwrap();
         let late = memory.publish("a", Publication::default(), &rules, None).await;
-        assert!(late.is_err(), "nothing is acknowledged behind the note of the end");
+        assert!(late.is_err(), "a closed engine acknowledges nothing");
         drop(memory);
 
         let memory = open_in("third", dir.path(), &rules).await;
@@ -468,7 +500,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn channels_that_nobody_uses_are_forgotten() {
+    async fn unused_channels_are_forgotten() {
         let dir = tempfile::tempdir().unwrap();
         let rules = Rules::default();
         let memory = open(dir.path(), &rules).await;
@@ -476,18 +508,20 @@ mod tests {
             memory.history(&format!("asked for {n}"), &rules, None).await.unwrap();
         }
         let first = publish(&memory, "used", &rules).await;
+
         age(&memory, FORGET_EMPTY_AFTER).await;
         memory.tidy().await;
         assert_eq!(memory.streams.lock().len(), 1);
+
         age(&memory, FORGET_AFTER).await;
         memory.tidy().await;
         assert!(memory.streams.lock().is_empty());
         assert_eq!(stored(&memory).await, 0);
 
-        // It begins anew in the moment in which it is forgotten.
+        // The channel begins a new epoch between being forgotten and being removed from the journal.
         let second = publish(&memory, "used", &rules).await;
         assert_ne!(first.epoch, second.epoch);
         memory.remove("used".into(), first.epoch).await.unwrap();
-        assert_eq!(stored(&memory).await, 1, "what was acknowledged stays");
+        assert_eq!(stored(&memory).await, 1, "the publication of the new epoch stays");
     }
 }

@@ -1,6 +1,7 @@
-//! Any number of nodes on one Redis: a stream and a position per channel, changed and published in one atomic step.
+//! The engine of any number of nodes that share a Redis. A channel has a stream and a position there; one script
+//! changes both and publishes, atomically.
 //!
-//! A node that was cut off from Redis cannot know what it missed: its positioned subscribers are told to come again, and
+//! A node that was disconnected from Redis cannot know what it missed, so its positioned clients subscribe again and
 //! recover from the stream.
 
 mod follow;
@@ -29,22 +30,22 @@ use wire::realtime::{ClientInfo, Publication, Push};
 const PREFIX: &str = "beamline:";
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(4);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A channel's position outlives its publications, so that a late client learns that it missed some.
+/// A channel's position outlives its publications, so that a client that comes back late learns that it missed some.
 const POSITION_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
-/// A presence entry that its node does not renew is gone.
+/// A presence entry that its node does not renew expires.
 const PRESENCE_TTL_MS: u64 = 60_000;
-/// One that ended this long ago is removed by whoever sees it; the clocks of nodes may differ by less.
+/// An entry that expired this long ago is removed by the node that reads it. The clocks of nodes differ by less.
 const PRESENCE_REMOVED_AFTER_MS: u64 = 600_000;
-/// Entries renewed at once.
+/// Presence entries renewed concurrently.
 const RENEWALS_MAX: usize = 64;
-/// Channels share their order with the others of their lane.
+/// Locks that keep the publications of a channel in order. Channels with the same hash share one.
 const LANES: usize = 256;
 
-/// The life of the data on the server that runs the script. Redis makes a new replication id whenever what follows may
-/// lack what was acknowledged before: each time a primary starts, whatever it has loaded, and each time a replica is
-/// promoted. The run id would not do: a primary that became the replica of another one, gave up its last writes to it and
-/// was promoted again is still the same process. The script asks, not the node: a node's connection comes back by itself
-/// and resends, so what the node knows of the server may be of another one. INFO costs about 6 µs a script.
+/// Reads the replication id of the server that runs the script, which names the life of its data. Redis makes a new one
+/// whenever acknowledged writes may have been lost: each time a primary starts, whatever it has loaded, and each time a
+/// replica is promoted. The run id would not do: a primary that became a replica, gave up its last writes and was
+/// promoted again is still the same process. The script reads it and not the node, because the node's connection
+/// reconnects by itself and resends, perhaps to another server. INFO costs about 6 µs in each script.
 macro_rules! life {
     () => {
         r"
@@ -54,8 +55,8 @@ if not life then return redis.error_reply('ERR INFO replication names no master_
     };
 }
 
-/// The channel's epoch, a new one if the position was written in another life of the data. What is stored stays, and
-/// offsets go on from there: late joiners see the history, and only recovery from the old epoch fails.
+/// Reads the channel's epoch, or begins a new one if the position was written in another life of the data. The history
+/// stays and offsets continue: new subscribers see it, and only recovery from the old epoch fails.
 /// KEYS: stream, position · ARGV: fresh epoch, position ttl ms.
 macro_rules! epoch {
     () => {
@@ -75,11 +76,11 @@ redis.call('PEXPIRE', KEYS[2], ARGV[2])
     };
 }
 
-/// Run at the start, so that a server or user without INFO fails there and not at the first publication.
+/// Runs at the start, so that a server or user without INFO fails there and not at the first publication.
 const LIFE: &str = concat!(life!(), "return life");
 
-/// KEYS: stream, position, idempotency · ARGV: fresh epoch, position ttl ms, publication, size, ttl ms, topic, key given?,
-/// publish command. A repeat answers the position that the publication was given, also in a later epoch.
+/// KEYS: stream, position, idempotency · ARGV: fresh epoch, position ttl ms, publication, size, ttl ms, topic, key
+/// given?, publish command. A repeated key returns the position of its first publication, even in a later epoch.
 const PUBLISH: &str = concat!(
     epoch!(),
     r"
@@ -99,7 +100,7 @@ return {offset, epoch}
 "
 );
 
-/// KEYS: stream, position · ARGV: fresh epoch, position ttl ms, behind this offset.
+/// KEYS: stream, position · ARGV: fresh epoch, position ttl ms, offset after which to read.
 const HISTORY: &str = concat!(
     epoch!(),
     r"
@@ -110,32 +111,35 @@ return {epoch, newest, redis.call('XRANGE', KEYS[1], '(' .. ARGV[3] .. '-0', '+'
 
 pub struct Redis {
     publish_command: &'static str,
-    /// Publications of this node to a channel go one after the other: within the connection they may overtake.
+    /// Publications of this node to a channel go one after the other, because the connection may reorder them.
     order: Vec<tokio::sync::Mutex<()>>,
     hasher: RandomState,
     connection: Commands,
     history: Script,
     follows: Follows,
-    /// Until it is served.
+    /// `None` once it runs.
     follower: Mutex<Option<Follower>>,
-    /// Those of this node, renewed now and then.
+    /// The presence entries of this node's clients, by channel and client, which it renews.
     present: Mutex<HashMap<(String, String), ClientInfo>>,
 }
 
 impl Redis {
     pub async fn connect(url: &str, hub: Arc<Hub>) -> Result<Arc<Self>, Error> {
+        // Errors reach the log and the operator, so they must not show the password.
         let failed = |e: RedisError| Error::Redis { url: without_password(url), problem: e.to_string() };
         let server = Server::new(url).map_err(failed)?;
         let mut connection = server.commands().await.map_err(failed)?;
-        let life = redis::cmd("EVAL")
+
+        redis::cmd("EVAL")
             .arg(LIFE)
             .arg(0)
             .query_async::<String>(&mut connection)
-            .await;
-        life.map_err(|error| Error::Redis {
-            url: without_password(url),
-            problem: format!("a script cannot read the replication id by INFO replication: {error}"),
-        })?;
+            .await
+            .map_err(|error| Error::Redis {
+                url: without_password(url),
+                problem: format!("a script cannot read the replication id with INFO replication: {error}"),
+            })?;
+
         let publish_command = server.publish_command();
         let (follows, follower) = Follower::connect(server, connection.clone(), hub)
             .await
@@ -154,13 +158,15 @@ impl Redis {
 }
 
 impl Redis {
-    /// Of a client that is still there, and does not leave meanwhile.
+    /// Renews a presence entry, unless its client has left.
     async fn renew(&self, entry: &(String, String)) -> Result<(), RedisError> {
         let Some(info) = self.present.lock().get(entry).cloned() else {
             return Ok(());
         };
+
         let (channel, client) = entry;
         self.write_presence(channel, client, &info).await?;
+        // The client may have left meanwhile, before the entry was written again.
         if !self.present.lock().contains_key(entry) {
             self.remove_presence(channel, &[client]).await?;
         }
@@ -169,6 +175,7 @@ impl Redis {
 
     async fn write_presence(&self, channel: &str, client: &str, info: &ClientInfo) -> Result<(), RedisError> {
         let key = key(channel, "presence");
+
         let mut write = redis::pipe();
         write
             .hset(&key, client, presence_value(info))
@@ -200,7 +207,8 @@ fn without_password(urls: &str) -> String {
 }
 
 fn key(channel: &str, of: &str) -> String {
-    // The braces keep a channel's keys on one server of a cluster; the dot, that they do not begin with the end.
+    // In a cluster, the braces keep a channel's keys on one server. The dot keeps a channel that begins with `}` from
+    // making them empty.
     format!("{PREFIX}{of}:{{.{channel}}}")
 }
 
@@ -216,9 +224,12 @@ impl Engine for Redis {
         let published = async move {
             let mut connection = self.connection.clone();
             let data = publication.encode_to_vec();
+
             let lane = &self.order[self.hasher.hash_one(channel) as usize % LANES];
             let _turn = lane.lock().await;
+
             if !rules.keeps_history() {
+                // Offset 0 and no epoch: see `follow::deliver`.
                 let payload = [b"p0::", &data[..]].concat();
                 let _: i64 = redis::cmd(self.publish_command)
                     .arg(topic(channel))
@@ -227,8 +238,9 @@ impl Engine for Redis {
                     .await?;
                 return Ok(Position::default());
             }
+
             let once = idempotency_key.as_deref().unwrap_or("");
-            // Not by its hash: where the script is not known yet, the retry would come behind later publications.
+            // EVAL and not EVALSHA: where the script is not known yet, the retry would come after later publications.
             let (offset, epoch): (u64, String) = redis::cmd("EVAL")
                 .arg(PUBLISH)
                 .arg(3)
@@ -247,8 +259,8 @@ impl Engine for Redis {
                 .await?;
             Ok::<_, Failed>(Position { offset, epoch })
         };
-        // With the wait for its turn: where Redis hangs, a queue of them would last for minutes.
-        let late = |_| Failed::Redis(server::io("no answer in time"));
+        // The wait for the turn counts, too: while Redis hangs, a queue of publications would take minutes.
+        let late = |_| Failed::Redis(server::io("no reply in time"));
         tokio::time::timeout(RESPONSE_TIMEOUT, published).await.map_err(late)?
     }
 
@@ -256,13 +268,14 @@ impl Engine for Redis {
         let mut connection = self.connection.clone();
         let mut payload = vec![b'e'];
         payload.extend(push.encode_to_vec());
+
         let sent: Result<i64, _> = redis::cmd(self.publish_command)
             .arg(topic(channel))
             .arg(payload)
             .query_async(&mut connection)
             .await;
         if let Err(error) = sent {
-            tracing::debug!(channel, %error, "a join or leave was not published");
+            tracing::debug!(channel, %error, "cannot publish a join or leave");
         }
     }
 
@@ -278,6 +291,8 @@ impl Engine for Redis {
             .arg(since.map_or(0, |since| since.offset))
             .invoke_async(&mut connection)
             .await?;
+
+        // The id of a stream entry is `<offset>-0`.
         let publications = entries.into_iter().filter_map(|(id, fields)| {
             let offset = id.split('-').next()?.parse().ok()?;
             let publication = Publication::decode(Bytes::from(fields.into_iter().next()?.1)).ok()?;
@@ -297,6 +312,7 @@ impl Engine for Redis {
                 self.write_presence(channel, client, &info).await?;
             }
             None => {
+                // First, so that an entry that cannot be removed is not renewed and expires.
                 self.present.lock().remove(&entry);
                 self.remove_presence(channel, &[client]).await?;
             }
@@ -310,6 +326,7 @@ impl Engine for Redis {
             .arg(key(channel, "presence"))
             .query_async(&mut connection)
             .await?;
+
         let now = unix_ms();
         let (mut alive, mut dead) = (BTreeMap::new(), Vec::new());
         for (client, value) in entries {
@@ -323,7 +340,8 @@ impl Engine for Redis {
                 dead.push(client);
             }
         }
-        // Those of nodes that died: where others come and go, the key itself never expires.
+        // Entries of nodes that died. The key itself does not expire while other clients come and go.
+
         if !dead.is_empty() {
             self.remove_presence(channel, &dead).await?;
         }
@@ -336,7 +354,7 @@ impl Engine for Redis {
 
     async fn unfollow(&self, channel: &str) {
         if let Err(error) = self.follows.set(channel, false).await {
-            tracing::debug!(channel, %error, "a topic was not left");
+            tracing::debug!(channel, %error, "cannot unsubscribe from a topic");
         }
     }
 
@@ -354,7 +372,7 @@ impl Engine for Redis {
             .try_for_each_concurrent(RENEWALS_MAX, |entry| self.renew(entry))
             .await;
         if let Err(error) = renewed {
-            tracing::warn!(%error, "presence was not renewed; it ends within a minute");
+            tracing::warn!(%error, "cannot renew presence entries; those of this node expire within a minute");
         }
     }
 
@@ -363,7 +381,7 @@ impl Engine for Redis {
     }
 }
 
-/// When it ends, milliseconds since the epoch, then who it is.
+/// A presence entry: when it expires, in Unix milliseconds as 8 bytes, then the client's info.
 fn presence_value(info: &ClientInfo) -> Vec<u8> {
     let mut value = (unix_ms() + PRESENCE_TTL_MS).to_be_bytes().to_vec();
     value.extend(info.encode_to_vec());
@@ -375,7 +393,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn presence_is_renewed_for_those_who_are_there() {
+    async fn presence_is_renewed_for_present_clients_only() {
         let server = testkit::RedisServer::start().await;
         let redis = Redis::connect(&server.url(), Arc::default()).await.unwrap();
         let ann = ClientInfo { user: "ann".into(), ..ClientInfo::default() };
@@ -384,6 +402,7 @@ mod tests {
             redis.present(channel, client, Some(ann.clone())).await.unwrap();
         }
         redis.present("c", "left", None).await.unwrap();
+
         for entry in [&here, &left] {
             redis.renew(entry).await.unwrap();
         }
@@ -391,7 +410,7 @@ mod tests {
         assert_eq!(present.keys().collect::<Vec<_>>(), ["here"]);
         assert_eq!(redis.present.lock().len(), 1);
 
-        // Of a node that died long ago, in a channel that lives.
+        // An entry of a node that died long ago, in a channel that is still used.
         let dead = [1_u64.to_be_bytes().to_vec(), ann.encode_to_vec()].concat();
         let key = key("c", "presence");
         let _: i64 = redis::cmd("HSET")
@@ -407,6 +426,6 @@ mod tests {
             .query_async(&mut redis.connection.clone())
             .await
             .unwrap();
-        assert_eq!(fields, 1, "it is removed");
+        assert_eq!(fields, 1, "the entry is removed");
     }
 }

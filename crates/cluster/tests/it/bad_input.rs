@@ -1,4 +1,4 @@
-//! Bytes that no client of ours would send.
+//! Input that no proper client sends.
 
 use crate::client::{Client, ENCODINGS, to};
 use crate::node::{DEADLINE, Node};
@@ -14,16 +14,16 @@ use wire::limits::CLIENT_MESSAGE_MAX;
 use wire::realtime::{Command, ConnectRequest, Encoding, SubscribeRequest};
 use wire::status::NodeStatus;
 
-/// Sends one message as a connected client; the close code.
+/// Sends one message as a connected client and expects this close code.
 async fn check(node: &Node, encoding: Encoding, message: Message, expected: u16) {
     let mut client = Client::connect_in(node, encoding, "ann").await;
-    let told = format!("{message:.60?}");
+    let sent = format!("{message:.60?}");
     client.socket.send(message).await.unwrap();
-    assert_eq!(client.closed().await, expected, "{told}");
+    assert_eq!(client.closed().await, expected, "{sent}");
 }
 
 #[tokio::test]
-async fn messages_that_cannot_be_read() {
+async fn unreadable_messages_close_the_connection() {
     let node = Node::start().await;
     for text in [
         "{",
@@ -44,12 +44,13 @@ async fn messages_that_cannot_be_read() {
     check(&node, Encoding::Protobuf, Message::text("{\"id\":1,\"ping\":{}}"), 3501).await;
     check(&node, Encoding::Protobuf, Message::text(""), 3501).await;
     check(&node, Encoding::Json, Message::binary(vec![0xff]), 3501).await;
+
     let deep = format!("{{\"id\":1,\"rpc\":{{\"method\":\"m\",\"data\":{}}}}}", "[".repeat(30_000));
     check(&node, Encoding::Json, Message::text(deep), 3501).await;
 }
 
 #[tokio::test]
-async fn messages_up_to_the_limit() {
+async fn messages_over_the_limit_close_the_connection() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let message = |size| match encoding {
@@ -57,13 +58,14 @@ async fn messages_up_to_the_limit() {
             Encoding::Protobuf => Message::binary(vec![0; size]),
         };
         check(&node, encoding, message(CLIENT_MESSAGE_MAX + 1), 1009).await;
+
         let mut client = Client::connect_in(&node, encoding, "ann").await;
         client.socket.send(message(CLIENT_MESSAGE_MAX)).await.unwrap();
         client.nothing_pushed().await;
     }
 }
 
-/// A connection that has said who it is, at the level of bytes.
+/// A connection after its upgrade, as plain bytes.
 async fn raw(node: &Node) -> TcpStream {
     let mut stream = TcpStream::connect(node.address).await.unwrap();
     let request = format!(
@@ -72,6 +74,7 @@ async fn raw(node: &Node) -> TcpStream {
         node.address
     );
     stream.write_all(request.as_bytes()).await.unwrap();
+
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         head.push(timeout(DEADLINE, stream.read_u8()).await.unwrap().unwrap());
@@ -80,7 +83,7 @@ async fn raw(node: &Node) -> TcpStream {
 }
 
 #[tokio::test]
-async fn frames_that_break_the_protocol() {
+async fn protocol_violations_are_answered_with_their_close_code() {
     let node = Node::start().await;
     for (name, bytes, expected) in [
         ("unmasked", &b"\x81\x02{}"[..], 1002),
@@ -97,6 +100,7 @@ async fn frames_that_break_the_protocol() {
     ] {
         let mut stream = raw(&node).await;
         stream.write_all(bytes).await.unwrap();
+
         let mut answer = Vec::new();
         let _ = timeout(DEADLINE, stream.read_to_end(&mut answer))
             .await
@@ -104,12 +108,12 @@ async fn frames_that_break_the_protocol() {
         assert_eq!(answer.first(), Some(&0x88), "{name}: {answer:?}");
         assert_eq!(u16::from_be_bytes([answer[2], answer[3]]), expected, "{name}");
     }
-    // All were counted out again.
-    gone(&node, 0).await;
+    // Every connection gave its slot back.
+    connections_become(&node, 0).await;
 }
 
-/// Until so many connections are left, by the node's own count.
-async fn gone(node: &Node, expected: u64) {
+/// Waits until the node counts so many connections.
+async fn connections_become(node: &Node, expected: u64) {
     let mut statuses = node.bus.subscribe(wire::subjects::NODE_STATUS, None, 16).await.unwrap();
     let counted = async {
         while serde_json::from_slice::<NodeStatus>(&statuses.next().await.unwrap().payload)
@@ -120,12 +124,12 @@ async fn gone(node: &Node, expected: u64) {
     };
     timeout(DEADLINE, counted)
         .await
-        .expect("the connections are counted out");
+        .expect("the node counts the connections in time");
 }
 
-/// A message in pieces of a byte, with a ping between its fragments, is a message.
+/// The message comes byte by byte, with a ping between its two fragments.
 #[tokio::test]
-async fn bytes_come_as_slowly_as_they_like() {
+async fn message_may_come_byte_by_byte() {
     let node = Node::start().await;
     let mut stream = raw(&node).await;
     stream.set_nodelay(true).unwrap();
@@ -144,6 +148,7 @@ async fn bytes_come_as_slowly_as_they_like() {
     for byte in [frame(0x01, one), frame(0x89, b"hi"), frame(0x80, two)].concat() {
         stream.write_all(&[byte]).await.unwrap();
     }
+
     let mut pong = [0; 4];
     stream.read_exact(&mut pong).await.unwrap();
     assert_eq!(&pong, b"\x8a\x02hi");
@@ -151,7 +156,7 @@ async fn bytes_come_as_slowly_as_they_like() {
 }
 
 #[tokio::test]
-async fn connections_that_break_off_anywhere_leave_nothing() {
+async fn connections_cut_anywhere_leave_nothing_behind() {
     let node = Node::start().await;
     let mut message = Vec::new();
     let connect = Some(ConnectRequest { token: crate::node::user("ann"), ..ConnectRequest::default() });
@@ -162,12 +167,13 @@ async fn connections_that_break_off_anywhere_leave_nothing() {
         wire::realtime::encode_command(Encoding::Json, command, &mut message);
         message.push(b'\n');
     }
+
     let mut bytes = vec![0x81, 0xfe, (message.len() >> 8) as u8, message.len() as u8, 0, 0, 0, 0];
     bytes.extend(message);
     for cut in (0..=bytes.len()).step_by(bytes.len() / 20).chain([bytes.len(); 20]) {
         raw(&node).await.write_all(&bytes[..cut]).await.unwrap();
     }
-    gone(&node, 0).await;
+    connections_become(&node, 0).await;
     eventually(DEADLINE, || async {
         let presence = node.call("presence", &json!({"channel": "chat:lobby"})).await;
         let info = node.call("info", &json!({})).await["result"]["nodes"][0].clone();
@@ -176,9 +182,8 @@ async fn connections_that_break_off_anywhere_leave_nothing() {
     .await;
 }
 
-/// A client that does not read gets what its queue holds, then a close; it costs others nothing.
 #[tokio::test]
-async fn a_slow_client_is_closed_and_costs_little() {
+async fn slow_client_is_closed_and_others_get_everything() {
     const QUEUE: usize = 128 * 1024;
     let node = Node::start_with(|config| config.client_queue = QUEUE).await;
     let mut fast = Client::connect(&node, "ann").await;
@@ -194,7 +199,7 @@ async fn a_slow_client_is_closed_and_costs_little() {
     slow.present_token(&crate::node::user("bob")).await;
     slow.subscribe(to("news")).await;
 
-    // 10 MB: more than the kernel holds for a connection and its queue together.
+    // 10 MB: more than the kernel's buffers and the client's queue hold.
     const PUBLICATIONS: usize = 200;
     let mut statuses = node.bus.subscribe(wire::subjects::NODE_STATUS, None, 16).await.unwrap();
     let text = "x".repeat(50_000);
@@ -202,6 +207,7 @@ async fn a_slow_client_is_closed_and_costs_little() {
         node.publish("news", json!(text)).await;
         fast.publication().await;
     }
+
     let mut got = 0;
     let code = loop {
         match slow.next().await {
@@ -213,6 +219,7 @@ async fn a_slow_client_is_closed_and_costs_little() {
     assert!(got < PUBLICATIONS, "{got}");
     slow.cut();
     fast.nothing_pushed().await;
+
     let counted = async {
         while serde_json::from_slice::<NodeStatus>(&statuses.next().await.unwrap().payload)
             .unwrap()
@@ -220,5 +227,7 @@ async fn a_slow_client_is_closed_and_costs_little() {
             == 0
         {}
     };
-    timeout(DEADLINE, counted).await.expect("it is counted");
+    timeout(DEADLINE, counted)
+        .await
+        .expect("the status counts the slow client");
 }

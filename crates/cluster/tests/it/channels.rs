@@ -1,4 +1,4 @@
-//! What clients do on channels.
+//! Clients on channels: publish, presence, joins and leaves, private channels, history.
 
 use crate::client::{Client, ENCODINGS, code, numbers, to};
 use crate::node::{DEADLINE, Node, now_s, token};
@@ -16,20 +16,22 @@ async fn publications_cross_encodings_byte_for_byte() {
     for client in [&mut json, &mut protobuf] {
         assert!(client.subscribe(to("news")).await.recoverable);
     }
+
     let text = r#"{"b":1.50,"a":123456789012345678901234567890,"é":"\u00e9"}"#;
     assert!(json.publish("news", text).await.publish.is_some());
     assert!(protobuf.publish("news", &b"\xff\x00"[..]).await.publish.is_some());
+
     let got = protobuf.publication().await;
     assert_eq!((&got.data[..], got.offset), (text.as_bytes(), 1));
     assert_eq!(got.info.unwrap().user, "ann");
     assert_eq!(&json.publication().await.data[..], text.as_bytes());
     let got = json.publication().await;
-    assert_eq!((&got.data[..], got.offset), (&b"\"/wA=\""[..], 2), "what is no JSON comes as base64");
+    assert_eq!((&got.data[..], got.offset), (&b"\"/wA=\""[..], 2), "binary data reaches JSON clients as base64");
     assert_eq!(&protobuf.publication().await.data[..], b"\xff\x00");
 }
 
 #[tokio::test]
-async fn presence_shows_who_is_there() {
+async fn presence_lists_current_subscribers() {
     let node = Node::start().await;
     let named = token(&json!({"sub": "ann", "info": {"name": "Ann"}}));
     for encoding in ENCODINGS {
@@ -40,10 +42,12 @@ async fn presence_shows_who_is_there() {
         for client in [&mut ann, &mut bob, &mut bob_again] {
             client.subscribe(to(&channel)).await;
         }
+
         let there = bob.presence(&channel).await.presence.unwrap().presence;
         assert_eq!(there.len(), 3);
         let info = &there[&ann.connected.client];
         assert_eq!((info.user.as_str(), &info.conn_info[..]), ("ann", &br#"{"name":"Ann"}"#[..]));
+
         let presence_stats = Some(PresenceStatsRequest { channel: channel.clone() });
         let stats = ann
             .ask(Command { presence_stats, ..Command::default() })
@@ -59,18 +63,19 @@ async fn presence_shows_who_is_there() {
         }
         bob.unsubscribe(&channel).await;
         assert_eq!(ann.presence(&channel).await.presence.unwrap().presence.len(), 1);
-        assert_eq!(code(&bob.presence(&channel).await), 103, "only for those who are there");
+        assert_eq!(code(&bob.presence(&channel).await), 103, "only subscribers may read presence");
     }
 }
 
 #[tokio::test]
-async fn joins_and_leaves_are_told() {
+async fn subscribers_receive_joins_and_leaves() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let channel = format!("chat:{}", encoding.as_str());
         let mut ann = Client::connect_in(&node, encoding, "ann").await;
         ann.subscribe(to(&channel)).await;
-        assert_eq!(ann.push().await.join.unwrap().info.unwrap().client, ann.connected.client, "one's own");
+        assert_eq!(ann.push().await.join.unwrap().info.unwrap().client, ann.connected.client, "its own join");
+
         let mut bob = Client::connect_in(&node, encoding, "bob").await;
         bob.subscribe(to(&channel)).await;
         assert_eq!(ann.push().await.join.unwrap().info.unwrap().user, "bob");
@@ -85,7 +90,7 @@ async fn joins_and_leaves_are_told() {
 }
 
 #[tokio::test]
-async fn a_subscription_token_opens_a_private_channel_and_says_who_one_is_there() {
+async fn subscription_token_opens_a_private_channel_until_it_expires() {
     let node = Node::start_with(|config| {
         config.defaults.join_leave = true;
         config.ping_interval = std::time::Duration::from_millis(100);
@@ -96,6 +101,7 @@ async fn a_subscription_token_opens_a_private_channel_and_says_who_one_is_there(
         let claims = json!({"sub": "ann", "channel": "$vip", "info": {"role": "host"}, "exp": exp});
         SubscribeRequest { token: token(&claims), ..to("$vip") }
     };
+
     let mut ann = Client::connect(&node, "ann").await;
     let subscribed = ann.subscribe(opens(now_s() + 100)).await;
     assert!(subscribed.expires && (95..=100).contains(&subscribed.ttl), "{subscribed:?}");
@@ -107,7 +113,7 @@ async fn a_subscription_token_opens_a_private_channel_and_says_who_one_is_there(
     assert_eq!(&ann.publication().await.info.unwrap().chan_info[..], br#"{"role":"host"}"#);
     ann.unsubscribe("$vip").await;
 
-    // It runs out, unless it is refreshed.
+    // The subscription ends with the token, unless it is refreshed.
     let mut bob = Client::connect(&node, "ann").await;
     assert!(ann.subscribe(opens(now_s() + 1)).await.expires);
     assert!(bob.subscribe(opens(now_s() + 1)).await.expires);
@@ -118,6 +124,7 @@ async fn a_subscription_token_opens_a_private_channel_and_says_who_one_is_there(
         .sub_refresh
         .unwrap();
     assert!(refreshed.expires && refreshed.ttl > 400);
+
     let ended = loop {
         if let Some(unsubscribe) = ann.push().await.unsubscribe {
             break unsubscribe;
@@ -125,12 +132,13 @@ async fn a_subscription_token_opens_a_private_channel_and_says_who_one_is_there(
     };
     assert_eq!(ended.code, 2501);
     assert!(bob.presence("$vip").await.presence.unwrap().presence.len() == 1);
+
     let expired = ann.try_subscribe(opens(now_s() - 1)).await;
     assert_eq!(code(&expired), 109);
 }
 
 #[tokio::test]
-async fn history_in_pages() {
+async fn history_is_read_in_pages() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let channel = format!("log-{}", encoding.as_str());
@@ -139,6 +147,7 @@ async fn history_in_pages() {
         for number in 1..=5 {
             client.publish(&channel, number.to_string()).await;
         }
+
         let ask = |limit, offset: Option<u64>, epoch: &str, reverse| HistoryRequest {
             channel: channel.clone(),
             limit,
@@ -148,6 +157,7 @@ async fn history_in_pages() {
         let position = client.history(ask(0, None, "", false)).await;
         assert_eq!((position.offset, position.publications.len()), (5, 0));
         let epoch = position.epoch;
+
         for (request, expected) in [
             (ask(-1, None, "", false), &[1, 2, 3, 4, 5][..]),
             (ask(2, None, "", false), &[1, 2]),
@@ -163,7 +173,7 @@ async fn history_in_pages() {
 }
 
 #[tokio::test]
-async fn who_has_left_hears_nothing() {
+async fn unsubscribed_client_receives_nothing() {
     let node = Node::start().await;
     let mut ann = Client::connect(&node, "ann").await;
     let mut bob = Client::connect(&node, "bob").await;
@@ -174,7 +184,8 @@ async fn who_has_left_hears_nothing() {
     ann.nothing_pushed().await;
     let ask = HistoryRequest { channel: "news".into(), limit: -1, ..HistoryRequest::default() };
     assert_eq!(code(&ann.try_history(ask).await), 103);
-    // It may come back, and the node has no channel when the last has left.
+
+    // It may subscribe again. A channel without subscribers is removed.
     ann.subscribe(to("news")).await;
     ann.cut();
     eventually(DEADLINE, || async { node.call("channels", &json!({})).await["result"]["channels"] == json!([]) }).await;

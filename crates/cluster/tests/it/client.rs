@@ -1,4 +1,4 @@
-//! A client that says what it is told to and keeps everything it hears.
+//! A client that sends what a test gives it and keeps everything that it receives.
 
 use crate::node::{DEADLINE, Node, user};
 use bytes::Bytes;
@@ -21,7 +21,7 @@ pub struct Client {
     pub socket: WebSocketStream<TcpStream>,
     pub encoding: Encoding,
     pub connected: ConnectResult,
-    /// Answers the server's pings.
+    /// Whether it answers the server's pings.
     pub pongs: bool,
     pub pings: usize,
     heard: VecDeque<Reply>,
@@ -29,18 +29,18 @@ pub struct Client {
     last_id: u32,
 }
 
-/// A subscribe request without more.
+/// A request to subscribe, without recovery.
 pub fn to(channel: &str) -> SubscribeRequest {
     SubscribeRequest { channel: channel.into(), ..SubscribeRequest::default() }
 }
 
-/// One that recovers behind where `before` stood, or `offset` later.
+/// A request to subscribe that recovers the publications after `offset` in the epoch of `before`.
 pub fn again(channel: &str, before: &SubscribeResult, offset: u64) -> SubscribeRequest {
     SubscribeRequest { recover: true, epoch: before.epoch.clone(), offset, ..to(channel) }
 }
 
 impl Client {
-    /// The WebSocket connection only.
+    /// Opens the WebSocket connection, and sends no connect command.
     pub async fn open(node: &Node, encoding: Encoding) -> Self {
         Self::open_at(node, encoding, "").await
     }
@@ -79,7 +79,11 @@ impl Client {
 
     pub async fn connect_with(node: &Node, encoding: Encoding, token: &str) -> Self {
         let mut client = Self::open(node, encoding).await;
-        client.connected = client.present_token(token).await.connect.expect("the token is taken");
+        client.connected = client
+            .present_token(token)
+            .await
+            .connect
+            .expect("the token is accepted");
         client
     }
 
@@ -88,7 +92,7 @@ impl Client {
         self.ask(Command { connect: Some(connect), ..Command::default() }).await
     }
 
-    /// All of them in one message.
+    /// Sends all commands in one message.
     pub async fn send(&mut self, commands: &[Command]) {
         let mut out = Vec::new();
         for command in commands {
@@ -97,6 +101,7 @@ impl Client {
             }
             encode_command(self.encoding, command, &mut out);
         }
+
         let message = match self.encoding {
             Encoding::Json => Message::text(String::from_utf8(out).unwrap()),
             Encoding::Protobuf => Message::binary(out),
@@ -104,7 +109,7 @@ impl Client {
         self.socket.send(message).await.unwrap();
     }
 
-    /// Sends one command and waits for its reply; pushes that come before it are kept.
+    /// Sends a command and waits for its reply. Pushes that arrive before it are kept.
     pub async fn ask(&mut self, command: Command) -> Reply {
         self.last_id += 1;
         let id = self.last_id;
@@ -122,7 +127,7 @@ impl Client {
         }
     }
 
-    /// The next reply that is not a ping; the close code once there is none any more (1006: without goodbye).
+    /// Returns the next reply that is not a ping, or the close code (1006 if there was no close frame).
     pub async fn next(&mut self) -> Result<Reply, u16> {
         loop {
             while let Some(reply) = self.heard.pop_front() {
@@ -134,9 +139,10 @@ impl Client {
                     self.send(&[Command::default()]).await;
                 }
             }
+
             let message = timeout(DEADLINE, self.socket.next())
                 .await
-                .expect("something is heard in time");
+                .expect("something arrives in time");
             let bytes = match message {
                 Some(Ok(Message::Text(text))) => Bytes::from(text),
                 Some(Ok(Message::Binary(bytes))) => bytes,
@@ -154,11 +160,11 @@ impl Client {
         }
         match self.next().await {
             Ok(Reply { push: Some(push), .. }) => push,
-            other => panic!("no push but {other:?}"),
+            other => panic!("expected a push, got {other:?}"),
         }
     }
 
-    /// Pushes that came before replies that were waited for.
+    /// Takes the pushes that arrived before awaited replies.
     pub fn kept(&mut self) -> VecDeque<Push> {
         std::mem::take(&mut self.pushes)
     }
@@ -167,10 +173,10 @@ impl Client {
         let push = self.push().await;
         push.r#pub
             .clone()
-            .unwrap_or_else(|| panic!("no publication but {push:?}"))
+            .unwrap_or_else(|| panic!("expected a publication, got {push:?}"))
     }
 
-    /// Reads to the end; the close code.
+    /// Reads until the connection is closed. Returns the close code.
     pub async fn closed(&mut self) -> u16 {
         loop {
             if let Err(code) = self.next().await {
@@ -179,7 +185,7 @@ impl Client {
         }
     }
 
-    /// Nothing more has been pushed, up to the answer of a command that is sent now.
+    /// Asserts that nothing more was pushed before the reply to a ping that is sent now.
     pub async fn nothing_pushed(&mut self) {
         let ping = Command { ping: Some(wire::realtime::PingRequest {}), ..Command::default() };
         assert!(self.ask(ping).await.ping.is_some());
@@ -220,7 +226,7 @@ impl Client {
         reply.history.clone().unwrap_or_else(|| panic!("{reply:?}"))
     }
 
-    /// The connection is gone, without goodbye.
+    /// Drops the connection without a close frame.
     pub fn cut(self) {
         drop(self.socket);
     }
@@ -231,7 +237,7 @@ pub fn code(reply: &Reply) -> u32 {
     reply
         .error
         .as_ref()
-        .unwrap_or_else(|| panic!("no error but {reply:?}"))
+        .unwrap_or_else(|| panic!("expected an error, got {reply:?}"))
         .code
 }
 

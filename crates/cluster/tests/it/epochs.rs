@@ -1,5 +1,5 @@
-//! Data that comes back older than clients have seen it begins a new epoch: no client is told `recovered` over a hole, and
-//! no position is given twice.
+//! A store that comes back with older data begins a new epoch: no client is told `recovered` over a hole, and no
+//! position is assigned twice.
 
 use crate::client::{Client, again, number, numbers, to};
 use crate::node::{DEADLINE, Node};
@@ -12,10 +12,10 @@ use wire::realtime::{Encoding, Publication, SubscribeRequest};
 
 const CHANNEL: &str = "news";
 
-/// Publications by the position at which they stand.
+/// Publications by position.
 type Publications = BTreeMap<(String, u64), u64>;
 
-/// Publishes numbers and keeps the positions that were acknowledged.
+/// Publishes numbers and keeps their acknowledged positions.
 struct Publisher<'a> {
     node: &'a Node,
     last: u64,
@@ -23,19 +23,19 @@ struct Publisher<'a> {
 }
 
 impl Publisher<'_> {
-    /// The position of the last one.
+    /// Publishes until `count` more are acknowledged. Returns the position of the last.
     async fn publish(&mut self, count: u64) -> (String, u64) {
         let mut position = Value::Null;
         for _ in 0..count {
             self.last += 1;
             let request = json!({"channel": CHANNEL, "data": self.last});
-            // While the store is away, publications are refused: those are nobody's.
+            // While the store is down, publications are refused and need not be kept.
             while !position["result"].is_object() {
                 position = self.node.call("publish", &request).await;
             }
             let (epoch, offset) = read(&position);
             let before = self.acknowledged.insert((epoch.clone(), offset), self.last);
-            assert_eq!(before, None, "position {offset} of epoch {epoch} was given twice");
+            assert_eq!(before, None, "position {offset} of epoch {epoch} was assigned twice");
             position = Value::Null;
         }
         let ((epoch, offset), _) = self.acknowledged.iter().find(|(_, n)| **n == self.last).unwrap();
@@ -48,7 +48,7 @@ fn read(answer: &Value) -> (String, u64) {
     (position["epoch"].as_str().unwrap().into(), position["offset"].as_u64().unwrap())
 }
 
-/// A client that subscribes with recovery whatever happens, and keeps what it got.
+/// A client that recovers after every interruption and keeps what it received.
 struct Reader<'a> {
     node: &'a Node,
     encoding: Encoding,
@@ -56,20 +56,20 @@ struct Reader<'a> {
     epoch: String,
     at: u64,
     got: Publications,
-    /// What it was told that it has: (epoch, from, to), the first offset not included.
-    whole: Vec<(String, u64, u64)>,
+    /// The ranges that the node called complete: (epoch, from, to), without the first offset.
+    complete: Vec<(String, u64, u64)>,
 }
 
 impl<'a> Reader<'a> {
     async fn start(node: &'a Node, encoding: Encoding) -> Self {
         let client = Client::connect_in(node, encoding, "reader").await;
-        let (epoch, got, whole) = (String::new(), Publications::new(), Vec::new());
-        let mut reader = Self { node, encoding, client, epoch, at: 0, got, whole };
+        let (epoch, got, complete) = (String::new(), Publications::new(), Vec::new());
+        let mut reader = Self { node, encoding, client, epoch, at: 0, got, complete };
         reader.subscribe().await;
         reader
     }
 
-    async fn come_again(&mut self) {
+    async fn reconnect(&mut self) {
         self.client = Client::connect_in(self.node, self.encoding, "reader").await;
         self.subscribe().await;
     }
@@ -77,6 +77,7 @@ impl<'a> Reader<'a> {
     async fn subscribe(&mut self) {
         let position = SubscribeRequest { recover: true, epoch: self.epoch.clone(), offset: self.at, ..to(CHANNEL) };
         let request = if self.epoch.is_empty() { to(CHANNEL) } else { position };
+
         let result = loop {
             let reply = self.client.try_subscribe(request.clone()).await;
             match reply.subscribe {
@@ -84,23 +85,24 @@ impl<'a> Reader<'a> {
                 None => assert!(reply.error.as_ref().is_some_and(|error| error.temporary), "{reply:?}"),
             }
         };
+
         if result.recovered {
             assert_eq!(result.epoch, self.epoch);
         } else {
             (self.epoch, self.at) = (result.epoch, result.offset);
-            self.whole.push((self.epoch.clone(), self.at, self.at));
+            self.complete.push((self.epoch.clone(), self.at, self.at));
         }
         for publication in &result.publications {
             self.take(publication);
         }
-        assert_eq!(self.at, result.offset, "what was recovered reaches up to the position");
+        assert_eq!(self.at, result.offset, "the recovered publications reach the position of the reply");
     }
 
     fn take(&mut self, publication: &Publication) {
         assert_eq!(publication.offset, self.at + 1, "a gap in epoch {}", self.epoch);
         self.at = publication.offset;
         self.got.insert((self.epoch.clone(), self.at), number(publication));
-        self.whole.last_mut().unwrap().2 = self.at;
+        self.complete.last_mut().unwrap().2 = self.at;
     }
 
     async fn read_to(&mut self, position: &(String, u64)) {
@@ -114,9 +116,9 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// It has whatever was acknowledged within what it was told that it has, and nothing else at those positions.
-    fn was_told_the_truth(&self, acknowledged: &Publications) {
-        for (epoch, from, to) in &self.whole {
+    /// Asserts that it received every acknowledged publication of the ranges that were called complete.
+    fn missed_nothing(&self, acknowledged: &Publications) {
+        for (epoch, from, to) in &self.complete {
             for offset in from + 1..=*to {
                 let position = (epoch.clone(), offset);
                 if let Some(expected) = acknowledged.get(&position) {
@@ -127,8 +129,9 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Readers that see publications 1 to 6, while `keep` makes a state of the store after 3 to which `go_back` returns.
-async fn holds_through(node: &Node, keep: impl AsyncFnOnce(), go_back: impl AsyncFnOnce()) {
+/// Runs two readers through a rollback of the store: `keep` saves its state after publication 3, `go_back` returns to
+/// it after publication 6.
+async fn recovers_from_rollback(node: &Node, keep: impl AsyncFnOnce(), go_back: impl AsyncFnOnce()) {
     let mut publisher = Publisher { node, last: 0, acknowledged: BTreeMap::new() };
     let mut stays = Reader::start(node, Encoding::Json).await;
     let mut goes = Reader::start(node, Encoding::Protobuf).await;
@@ -139,18 +142,19 @@ async fn holds_through(node: &Node, keep: impl AsyncFnOnce(), go_back: impl Asyn
     goes.read_to(&lost).await;
 
     go_back().await;
-    // Past the offset that the readers have: without a new epoch they would seem to have the first of these.
+    // Past the readers' offset: without a new epoch they would seem to have the first of these already.
     let last = publisher.publish(8).await;
     assert_ne!(last.0, kept.0, "a new epoch");
-    assert_eq!(last.1, kept.1 + 8, "offsets go on from what is there");
-    goes.come_again().await;
-    assert!(!goes.whole.is_empty() && goes.whole.last().unwrap().0 == last.0, "it is told that it missed some");
+    assert_eq!(last.1, kept.1 + 8, "offsets continue from the restored history");
+    goes.reconnect().await;
+    assert!(goes.complete.last().is_some_and(|range| range.0 == last.0), "it is told that it missed some");
     stays.read_to(&last).await;
     let last = publisher.publish(2).await;
     for reader in [&mut stays, &mut goes] {
         reader.read_to(&last).await;
-        reader.was_told_the_truth(&publisher.acknowledged);
+        reader.missed_nothing(&publisher.acknowledged);
     }
+
     let history = node.call("history", &json!({"channel": CHANNEL, "limit": -1})).await;
     let kept: Vec<u64> = history["result"]["publications"]
         .as_array()
@@ -158,11 +162,11 @@ async fn holds_through(node: &Node, keep: impl AsyncFnOnce(), go_back: impl Asyn
         .iter()
         .map(|one| one["data"].as_u64().unwrap())
         .collect();
-    assert_eq!(kept, [1, 2, 3, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], "late joiners see what is there");
+    assert_eq!(kept, [1, 2, 3, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], "new subscribers see the whole history");
 }
 
 #[tokio::test]
-async fn a_redis_that_comes_back_with_an_older_dump_begins_a_new_epoch() {
+async fn redis_restored_from_an_older_dump_begins_a_new_epoch() {
     let redis = tokio::sync::Mutex::new(RedisServer::start().await);
     let node = start(&redis.lock().await.url(), "n1").await;
     let keep = async || assert_eq!(redis.lock().await.command("SAVE").await.unwrap(), "+OK");
@@ -171,10 +175,10 @@ async fn a_redis_that_comes_back_with_an_older_dump_begins_a_new_epoch() {
         redis.kill();
         redis.restart().await;
     };
-    holds_through(&node, keep, go_back).await;
+    recovers_from_rollback(&node, keep, go_back).await;
 }
 
-/// A primary and its replica, in sync.
+/// Starts a primary and a replica that is in sync with it.
 async fn pair() -> (RedisServer, RedisServer) {
     let at_once = ["--repl-diskless-sync-delay", "0"];
     let primary = RedisServer::start_with(&at_once).await;
@@ -197,7 +201,7 @@ async fn follow(replica: &RedisServer, primary: &RedisServer) {
     .await;
 }
 
-/// The replica has what the primary has, and follows it no more.
+/// Promotes the replica once it has all writes of the primary.
 async fn promote_in_sync(primary: &RedisServer, replica: &RedisServer) {
     eventually(DEADLINE, || async {
         let offset = |text: String, name: &str| {
@@ -214,18 +218,18 @@ async fn promote_in_sync(primary: &RedisServer, replica: &RedisServer) {
 }
 
 #[tokio::test]
-async fn a_replica_that_was_promoted_without_the_last_writes_begins_a_new_epoch() {
+async fn replica_promoted_without_the_last_writes_begins_a_new_epoch() {
     let (primary, replica) = pair().await;
     let address = Forwarder::start(primary.port()).await;
     let node = start(&format!("redis://127.0.0.1:{}", address.port()), "n1").await;
     let keep = async || promote_in_sync(&primary, &replica).await;
     let go_back = async || address.switch(replica.port());
-    holds_through(&node, keep, go_back).await;
+    recovers_from_rollback(&node, keep, go_back).await;
 }
 
-/// The process is the same one all along, and so are the connections to it.
+/// The primary stays the same process, and the connections to it stay open.
 #[tokio::test]
-async fn a_primary_that_takes_its_older_data_back_from_a_replica_begins_a_new_epoch() {
+async fn primary_that_takes_older_data_back_from_its_replica_begins_a_new_epoch() {
     let (primary, replica) = pair().await;
     let node = start(&primary.url(), "n1").await;
     let keep = async || promote_in_sync(&primary, &replica).await;
@@ -233,11 +237,11 @@ async fn a_primary_that_takes_its_older_data_back_from_a_replica_begins_a_new_ep
         follow(&primary, &replica).await;
         promote_in_sync(&replica, &primary).await;
     };
-    holds_through(&node, keep, go_back).await;
+    recovers_from_rollback(&node, keep, go_back).await;
 }
 
 #[tokio::test]
-async fn a_connection_that_was_cut_keeps_the_epoch_and_loses_nothing() {
+async fn cut_connection_keeps_the_epoch_and_loses_nothing() {
     let redis = RedisServer::start().await;
     let address = Forwarder::start(redis.port()).await;
     let node = start(&format!("redis://127.0.0.1:{}", address.port()), "n1").await;
@@ -256,7 +260,7 @@ async fn a_connection_that_was_cut_keeps_the_epoch_and_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_repeat_in_a_new_epoch_answers_the_position_that_was_given() {
+async fn repeated_key_in_a_new_epoch_returns_its_first_position() {
     let redis = RedisServer::start_with(&["--appendonly", "yes", "--appendfsync", "always"]).await;
     let redis = tokio::sync::Mutex::new(redis);
     let node = start(&redis.lock().await.url(), "n1").await;
@@ -267,13 +271,14 @@ async fn a_repeat_in_a_new_epoch_answers_the_position_that_was_given() {
         redis.kill();
         redis.restart().await;
     }
+
     eventually(DEADLINE, || async { node.ready.check().await.is_ok() }).await;
     let next = read(&node.call("publish", &json!({"channel": CHANNEL, "data": 2})).await);
     assert!(next.0 != given.0 && next.1 == 2, "{next:?}");
     assert_eq!(read(&node.call("publish", &keyed).await), given);
 }
 
-/// The new subscriber learns of the epoch from the history, before any publication; nobody resubscribes in a loop.
+/// The new subscriber learns of the epoch from the history, before any publication. Nobody resubscribes in a loop.
 #[tokio::test]
 async fn new_subscriber_in_a_new_epoch_ends_the_subscriptions_of_the_old_one() {
     let redis = RedisServer::start().await;
@@ -296,9 +301,9 @@ async fn new_subscriber_in_a_new_epoch_ends_the_subscriptions_of_the_old_one() {
     }
 }
 
-/// In a channel with history and without recovery, subscribers have no position to compare with.
+/// Without recovery, subscribers have no position to compare with, even if the channel has a history.
 #[tokio::test]
-async fn subscribers_without_recovery_get_the_first_publications_of_a_new_epoch() {
+async fn subscribers_without_recovery_get_the_first_publication_of_a_new_epoch() {
     let redis = RedisServer::start().await;
     let node = Node::start_with(|config| {
         config.engine = cluster::EngineConfig::Redis { url: redis.url() };
@@ -323,7 +328,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 #[tokio::test]
-async fn an_older_channels_db_that_was_put_back_begins_a_new_epoch() {
+async fn restored_older_channels_db_begins_a_new_epoch() {
     let (dir, backup, restored) =
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let node = Node::start_in(dir.path(), |_| {}).await;
@@ -340,7 +345,7 @@ async fn an_older_channels_db_that_was_put_back_begins_a_new_epoch() {
     node.stop().await;
     crate::recovery::released(dir.path()).await;
 
-    // As the documentation says, into an empty directory; and over what is there.
+    // Restored into an empty directory, as the documentation says, and over the newer file.
     copy(backup.path(), restored.path());
     for log in ["channels.db-wal", "channels.db-shm"] {
         let _ = std::fs::remove_file(dir.path().join(log));
@@ -356,7 +361,7 @@ async fn an_older_channels_db_that_was_put_back_begins_a_new_epoch() {
         let after = ann.subscribe(position).await;
         assert!(!after.recovered && after.epoch == last.0, "{after:?}");
         let history = node.call("history", &json!({"channel": CHANNEL, "limit": -1})).await;
-        assert_eq!(history["result"]["publications"].as_array().unwrap().len(), 11, "what is there stays");
+        assert_eq!(history["result"]["publications"].as_array().unwrap().len(), 11, "the restored history stays");
         node.stop().await;
     }
 }

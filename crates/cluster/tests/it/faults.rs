@@ -1,4 +1,4 @@
-//! Faults of the code itself: a panic gives everything back, and a loop that dies ends the node.
+//! Faults of the code itself: a session that panics leaves nothing behind, and a loop that panics ends the node.
 
 use crate::client::{Client, to};
 use crate::node::{DEADLINE, Node};
@@ -10,7 +10,7 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata};
 use wire::realtime::Encoding;
 
-/// Panics where an event with this text is logged, on the thread of the test: a fault of the code at that place.
+/// Panics on the thread of the test where an event with this text is logged, like a fault of the code at that place.
 struct PanicAt(&'static str);
 
 impl tracing::Subscriber for PanicAt {
@@ -42,7 +42,22 @@ impl tracing::Subscriber for PanicAt {
 }
 
 #[tokio::test]
-async fn a_session_that_panics_gives_everything_back() {
+async fn panic_before_connect_frees_the_slot() {
+    let node = Node::start_with(|config| config.max_connections = 1).await;
+    let mut ann = Client::open(&node, Encoding::Json).await;
+    let _fault = tracing::subscriber::set_default(PanicAt("cannot read a client's message"));
+    futures_util::SinkExt::send(&mut ann.socket, Message::text("{"))
+        .await
+        .unwrap();
+    assert_eq!(ann.closed().await, 1006, "the session ends without a close frame");
+
+    // A full node would refuse the upgrade. The slot is free once the panic has unwound, which closed the socket above.
+    let _bob = Client::connect(&node, "bob").await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn panicked_session_leaves_its_channels_and_frees_its_slot() {
     let node = Node::start_with(|config| config.max_connections = 2).await;
     let mut bob = Client::connect(&node, "bob").await;
     bob.subscribe(to("chat:lobby")).await;
@@ -56,9 +71,10 @@ async fn a_session_that_panics_gives_everything_back() {
     futures_util::SinkExt::send(&mut ann.socket, Message::text("{"))
         .await
         .unwrap();
-    assert_eq!(ann.closed().await, 1006, "the session ends without a goodbye");
+    assert_eq!(ann.closed().await, 1006, "the session ends without a close frame");
 
-    assert_eq!(bob.push().await.leave.unwrap().info.unwrap().user, "ann", "the others are told");
+    assert_eq!(bob.push().await.leave.unwrap().info.unwrap().user, "ann", "the others receive the leave");
+
     let mut statuses = node.bus.subscribe(wire::subjects::NODE_STATUS, None, 16).await.unwrap();
     let empty = async {
         loop {
@@ -71,7 +87,8 @@ async fn a_session_that_panics_gives_everything_back() {
     };
     tokio::time::timeout(DEADLINE, empty)
         .await
-        .expect("the hub and the map of clients have bob only");
+        .expect("only bob is left in the hub and among the clients");
+
     let there = node.call("presence", &json!({"channel": "news"})).await;
     assert_eq!(there["result"]["presence"], json!({}));
     let there = bob.presence("chat:lobby").await.presence.unwrap().presence;
@@ -81,15 +98,15 @@ async fn a_session_that_panics_gives_everything_back() {
 }
 
 #[tokio::test]
-async fn a_follower_of_redis_that_dies_ends_the_node() {
+async fn panicked_redis_follower_ends_the_node() {
     let redis = RedisServer::start().await;
     let node = crate::redis::start(&redis.url(), "n1").await;
     let mut ann = Client::connect(&node, "ann").await;
     ann.subscribe(to("news")).await;
 
-    let _fault = tracing::subscriber::set_default(PanicAt("a message on Redis cannot be read"));
+    let _fault = tracing::subscriber::set_default(PanicAt("cannot read a message on Redis"));
     redis.command("PUBLISH beamline:topic:{.news} x").await.unwrap();
-    assert_eq!(ann.closed().await, 3001, "its clients are moved away");
+    assert_eq!(ann.closed().await, 3001, "its clients are drained");
     let error = node.failed().await;
     assert!(matches!(error, cluster::Error::Panic(_)), "{error}");
 }

@@ -1,4 +1,4 @@
-//! JSON passes byte for byte, whichever way it comes in and goes out.
+//! Embedded JSON passes byte for byte on every way in and out.
 
 use crate::client::{Client, ENCODINGS, to};
 use crate::node::{API_KEY, DEADLINE, Node, token};
@@ -9,10 +9,10 @@ use serde_json::value::RawValue;
 use wire::realtime::{Command, Encoding, HistoryRequest, RpcRequest};
 use wire::subjects;
 
-/// Unsorted and repeated keys, numbers that no float holds, and line breaks.
+/// Has unsorted and repeated keys, numbers that no float can hold, and line breaks.
 const TEXT: &str = "{\"z\":1.10,\r\n \"a\": 12345678901234567890,\n\"z\":[1e400, null]}";
 
-/// As it reaches JSON clients, whose messages are lines.
+/// [`TEXT`] as it reaches JSON clients, whose messages are single lines.
 fn one_line() -> String {
     TEXT.replace(['\r', '\n'], " ")
 }
@@ -25,7 +25,7 @@ fn expected(encoding: Encoding) -> String {
 }
 
 #[tokio::test]
-async fn publications_of_programs_pass_byte_for_byte() {
+async fn service_publications_pass_byte_for_byte() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let channel = format!("news-{}", encoding.as_str());
@@ -36,17 +36,19 @@ async fn publications_of_programs_pass_byte_for_byte() {
         let publish = format!(r#"{{"channel":"{channel}","data":{TEXT}}}"#);
         let (status, answer) = node.call_for_text(API_KEY, "publish", &publish).await;
         assert_eq!(status, 200, "{answer}");
-        assert_eq!(ann.publication().await.data, expected, "by the server API");
+        assert_eq!(ann.publication().await.data, expected, "from the server API");
+
         let bus = |subject, payload: String| node.bus.request(subject, Headers::new(), payload.into(), DEADLINE);
         bus(subjects::CHANNELS_PUBLISH, publish).await.unwrap();
-        assert_eq!(ann.publication().await.data, expected, "over the bus");
+        assert_eq!(ann.publication().await.data, expected, "from the bus");
         let broadcast = format!(r#"{{"channels":["{channel}"],"data":{TEXT}}}"#);
         bus(subjects::CHANNELS_BROADCAST, broadcast).await.unwrap();
-        assert_eq!(ann.publication().await.data, expected, "by a broadcast");
+        assert_eq!(ann.publication().await.data, expected, "from a broadcast");
 
         let ask = HistoryRequest { channel: channel.clone(), limit: -1, ..HistoryRequest::default() };
         let history = ann.history(ask).await.publications;
         assert!(history.len() == 3 && history.iter().all(|one| one.data == expected), "{history:?}");
+
         let ask = format!(r#"{{"channel":"{channel}","limit":-1}}"#);
         let (_, by_api) = node.call_for_text(API_KEY, "history", &ask).await;
         let by_bus = bus(subjects::CHANNELS_HISTORY, ask).await.unwrap().payload;
@@ -67,10 +69,12 @@ async fn null_is_data_and_invalid_json_is_refused() {
             .as_u64()
             .unwrap_or(0)
     };
+
     assert_eq!(publish(r#""data":null"#).await, 0);
     assert_eq!(ann.publication().await.data, "null");
     assert_eq!(publish(r#""data":null,"b64":"MQ==""#).await, 0);
     assert_eq!(ann.publication().await.data, "1");
+
     for invalid in [r#""data":1.}"#, r#""data":"a\nb""#.replace("\\n", "\n").as_str(), r#""data":[1,]"#, r#""data":01"#]
     {
         assert_eq!(publish(invalid).await, 107, "{invalid}");
@@ -79,7 +83,7 @@ async fn null_is_data_and_invalid_json_is_refused() {
 }
 
 #[tokio::test]
-async fn calls_pass_byte_for_byte() {
+async fn rpcs_pass_byte_for_byte() {
     let node = Node::start().await;
     let mut calls = node
         .bus
@@ -109,7 +113,7 @@ struct Claims {
 }
 
 #[tokio::test]
-async fn what_a_token_says_of_a_user_passes_byte_for_byte() {
+async fn info_of_a_token_passes_byte_for_byte() {
     let node = Node::start().await;
     let token = token(&Claims { sub: "ann", info: RawValue::from_string(TEXT.into()).unwrap() });
     for encoding in ENCODINGS {

@@ -1,4 +1,4 @@
-//! Nodes on free ports, driven over real sockets: by a client of these tests that says exactly what it is told to, and by
+//! Tests of nodes on free ports over real sockets: with a test client that sends exactly what a test gives it, and with
 //! the unmodified npm client.
 
 mod api;

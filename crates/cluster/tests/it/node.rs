@@ -1,4 +1,4 @@
-//! A node in this process, served on a free port.
+//! Starts a node in this process, served on a free port.
 
 use bus::Bus;
 use cluster::{Config, EngineConfig, Ready};
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 pub const SECRET: &[u8] = b"a secret of the tests";
 pub const API_KEY: &str = "the-key";
-/// Nothing in these tests takes this long unless it is stuck.
+/// A step that takes this long is stuck.
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
 pub struct Node {
@@ -27,7 +27,7 @@ pub struct Node {
     cancel: CancellationToken,
     node: JoinHandle<Result<(), cluster::Error>>,
     server: JoinHandle<()>,
-    /// The bus's, and the node's own if it was given none.
+    /// The directory of the bus, and that of the node unless the test gave it one.
     _dirs: [Option<TempDir>; 2],
 }
 
@@ -36,7 +36,7 @@ impl Node {
         Self::start_with(|_| {}).await
     }
 
-    /// With what `change` makes of the settings.
+    /// Starts a node whose settings `change` has edited.
     pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
         let dir = TempDir::new().unwrap();
         let mut node = Self::start_in(dir.path(), change).await;
@@ -56,11 +56,13 @@ impl Node {
             ..Config::default()
         };
         change(&mut config);
+
         install_crypto();
         let bound = cluster::bind(config, bus.clone()).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (routes, ready) = (bound.routes(), bound.ready());
+
         let cancel = CancellationToken::new();
         let node = tokio::spawn(bound.run(cancel.clone()));
         let stop = cancel.clone().cancelled_owned();
@@ -73,7 +75,7 @@ impl Node {
         Self { address, bus, ready, cancel, node, server, _dirs: [Some(bus_dir), None] }
     }
 
-    /// Asks it to stop; [`Self::stopped`] waits for the end.
+    /// Asks the node to stop; [`Self::stopped`] waits for the end.
     pub fn begin_stop(&self) {
         self.cancel.cancel();
     }
@@ -95,22 +97,20 @@ impl Node {
         self.stopped().await;
     }
 
-    /// Waits for a node that ends without being asked to, and says why.
+    /// Waits for a node to fail by itself. Returns its error.
     pub async fn failed(self) -> cluster::Error {
-        let ended = timeout(DEADLINE, self.node)
-            .await
-            .expect("the node ends by itself in time");
+        let ended = timeout(DEADLINE, self.node).await.expect("the node fails in time");
         self.cancel.cancel();
-        ended.unwrap().expect_err("a failure")
+        ended.unwrap().expect_err("the node returns an error")
     }
 
-    /// One call of the server API: HTTP status and answer.
+    /// Calls the server API. Returns the HTTP status and the answer.
     pub async fn call_with_key(&self, key: &str, method: &str, body: &str) -> (u16, Value) {
         let (status, text) = self.call_for_text(key, method, body).await;
         (status, serde_json::from_str(&text).unwrap_or(Value::Null))
     }
 
-    /// The answer as it came.
+    /// The same, with the answer as text.
     pub async fn call_for_text(&self, key: &str, method: &str, body: &str) -> (u16, String) {
         let request = format!(
             "POST /api/{method} HTTP/1.1\r\nhost: {}\r\nx-api-key: {key}\r\ncontent-type: application/json\r\n\
@@ -133,18 +133,19 @@ impl Node {
     }
 }
 
-/// Writes all and reads to the end.
+/// Sends a request and reads until the server closes the connection.
 pub async fn exchange(address: SocketAddr, request: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(request).await.unwrap();
     let mut answer = Vec::new();
     timeout(DEADLINE, stream.read_to_end(&mut answer))
         .await
-        .expect("an answer in time")
+        .expect("the server answers in time")
         .unwrap();
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+/// The status of an HTTP response.
 pub fn status(head: &str) -> u16 {
     head.split(' ')
         .nth(1)
@@ -168,7 +169,7 @@ pub fn token(claims: &impl serde::Serialize) -> String {
     sign(SECRET, claims)
 }
 
-/// Of a user, for an hour.
+/// A connection token of a user, for an hour.
 pub fn user(name: &str) -> String {
     token(&json!({"sub": name, "exp": now_s() + 3600}))
 }

@@ -1,4 +1,4 @@
-//! The judge: the unmodified npm client, in both encodings (tests/centrifuge).
+//! Drives a node with the unmodified npm client, in both encodings (tests/centrifuge).
 
 use crate::node::{API_KEY, Node, token, user};
 use bus::{Headers, Message};
@@ -24,8 +24,8 @@ async fn run(command: &mut Command) {
         .output();
     let output = timeout(DEADLINE, child)
         .await
-        .expect("ends in time")
-        .expect("node and npm are installed");
+        .expect("the command ends in time")
+        .expect("node and npm must be installed");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{command:?}\n{}\n{}", text(&output.stdout), text(&output.stderr));
 }
@@ -36,6 +36,7 @@ async fn drive(name: &str, node: &Node) {
         .subscribe(&wire::subjects::rpc("echo").unwrap(), None, 100)
         .await
         .unwrap();
+
     let bus = node.bus.clone();
     let done = CancellationToken::new();
     let end = done.clone();
@@ -51,9 +52,11 @@ async fn drive(name: &str, node: &Node) {
                 .await;
         }
     });
+
     if !folder().join("node_modules").is_dir() {
         run(Command::new("npm").args(["ci", "--ignore-scripts", "--no-audit", "--no-fund"])).await;
     }
+
     let private = |name: &str| token(&json!({"sub": name, "channel": "$vip", "info": {"role": "host"}}));
     run(Command::new("node")
         .arg(name)
@@ -70,14 +73,14 @@ async fn drive(name: &str, node: &Node) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_npm_client_agrees() {
+async fn npm_client_works() {
     let node = Node::start_with(|config| config.ping_interval = Duration::from_secs(1)).await;
     drive("client.test.mjs", &node).await;
 }
 
-/// The test of the test: a script that fails makes it fail.
+/// Checks the check: a script that fails makes its test fail.
 #[tokio::test]
 #[should_panic(expected = "deliberate")]
-async fn a_failing_script_is_a_failing_test() {
+async fn failing_script_fails_the_test() {
     run(Command::new("node").args(["-e", "console.error('deliberate'); process.exit(1)"])).await;
 }

@@ -1,4 +1,4 @@
-//! Our frames and tungstenite's: each reads what the other writes.
+//! Our WebSocket frames against tungstenite's: each side reads what the other writes.
 
 use bytes::{Bytes, BytesMut};
 use proptest::collection::vec;
@@ -8,7 +8,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocket};
 use tokio_tungstenite::tungstenite::{Error, Message};
 use wire::websocket::{Decoder, Event, Opcode, encode};
 
-/// Two heaps of bytes in place of a socket.
+/// Two buffers in place of a socket.
 #[derive(Default)]
 struct Pipe {
     read: BytesMut,
@@ -41,7 +41,7 @@ fn messages() -> impl Strategy<Value = Vec<Message>> {
     let message = prop_oneof![
         ".{0,300}".prop_map(Message::text),
         vec(any::<u8>(), 0..300).prop_map(Message::binary),
-        // Both longer forms of the length.
+        // The two longer encodings of the length.
         (126_usize..70_000).prop_map(|size| Message::binary(vec![7; size])),
         vec(any::<u8>(), 0..125).prop_map(|bytes| Message::Ping(bytes.into())),
     ];
@@ -52,17 +52,18 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 
     #[test]
-    fn we_read_what_it_writes(messages in messages(), cut in 1_usize..5000) {
+    fn decoder_reads_frames_of_tungstenite(messages in messages(), cut in 1_usize..5000) {
         let mut theirs = WebSocket::from_raw_socket(Pipe::default(), Role::Client, None);
         for message in &messages {
             theirs.send(message.clone()).unwrap();
         }
+
         let mut decoder = Decoder::new(100_000);
-        let (mut received, mut heard) = (BytesMut::new(), Vec::new());
+        let (mut received, mut decoded) = (BytesMut::new(), Vec::new());
         for piece in theirs.get_ref().written.chunks(cut) {
             received.extend_from_slice(piece);
             while let Some(event) = decoder.decode(&mut received).unwrap() {
-                heard.push(match event {
+                decoded.push(match event {
                     Event::Text(bytes) => Message::text(String::from_utf8(bytes.to_vec()).unwrap()),
                     Event::Binary(bytes) => Message::Binary(bytes),
                     Event::Ping(bytes) => Message::Ping(bytes),
@@ -70,11 +71,11 @@ proptest! {
                 });
             }
         }
-        prop_assert_eq!(heard, messages);
+        prop_assert_eq!(decoded, messages);
     }
 
     #[test]
-    fn it_reads_what_we_write(messages in messages()) {
+    fn tungstenite_reads_our_frames(messages in messages()) {
         let mut theirs = WebSocket::from_raw_socket(Pipe::default(), Role::Client, None);
         for message in &messages {
             let (opcode, payload) = match message {
@@ -85,6 +86,7 @@ proptest! {
             };
             encode(opcode, &payload, &mut theirs.get_mut().read);
         }
+
         for message in messages {
             prop_assert_eq!(theirs.read().unwrap(), message);
         }

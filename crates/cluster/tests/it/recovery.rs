@@ -1,4 +1,4 @@
-//! What was missed comes, whole and once, or the client is told that it cannot.
+//! Recovery: a client gets everything that it missed, once, or is told that it cannot.
 
 use crate::client::{Client, ENCODINGS, again, number, numbers, to};
 use crate::node::Node;
@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use wire::realtime::{Command, SubscribeRequest};
 
 #[tokio::test]
-async fn what_was_missed_comes_in_order() {
+async fn missed_publications_are_recovered_in_order() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let channel = format!("news-{}", encoding.as_str());
@@ -22,6 +22,7 @@ async fn what_was_missed_comes_in_order() {
         for number in 2..=4 {
             node.publish(&channel, json!(number)).await;
         }
+
         let mut ann = Client::connect_in(&node, encoding, "ann").await;
         let after = ann.subscribe(again(&channel, &before, 1)).await;
         assert!(after.was_recovering && after.recovered);
@@ -32,7 +33,7 @@ async fn what_was_missed_comes_in_order() {
         assert_eq!(number(&ann.publication().await), 5);
         ann.nothing_pushed().await;
 
-        // Nothing missed is a recovery too.
+        // A client that missed nothing recovers, too.
         ann.unsubscribe(&channel).await;
         let after = ann.subscribe(again(&channel, &before, 5)).await;
         assert!(after.recovered && after.publications.is_empty());
@@ -40,7 +41,7 @@ async fn what_was_missed_comes_in_order() {
 }
 
 #[tokio::test]
-async fn never_a_part_of_it() {
+async fn recovery_is_never_partial() {
     let node = Node::start_with(|config| config.defaults.history_size = 5).await;
     let mut ann = Client::connect(&node, "ann").await;
     let before = ann.subscribe(to("news")).await;
@@ -48,6 +49,7 @@ async fn never_a_part_of_it() {
     for number in 1..=7 {
         node.publish("news", json!(number)).await;
     }
+
     let other_epoch = SubscribeRequest { epoch: "other".into(), ..again("news", &before, 4) };
     for (request, expected) in [
         (again("news", &before, 0), None),
@@ -68,13 +70,14 @@ async fn never_a_part_of_it() {
 }
 
 #[tokio::test]
-async fn history_that_is_too_old_recovers_nobody() {
+async fn expired_history_recovers_nobody() {
     let ttl = std::time::Duration::from_millis(50);
     let node = Node::start_with(|config| config.defaults.history_ttl = ttl).await;
     let mut ann = Client::connect(&node, "ann").await;
     let before = ann.subscribe(to("news")).await;
     ann.unsubscribe("news").await;
     node.publish("news", json!(1)).await;
+
     testkit::eventually(crate::node::DEADLINE, || async {
         node.call("history", &json!({"channel": "news", "limit": -1})).await["result"]["publications"].is_null()
     })
@@ -84,7 +87,7 @@ async fn history_that_is_too_old_recovers_nobody() {
 }
 
 #[tokio::test]
-async fn a_restart_keeps_what_is_durable() {
+async fn restart_keeps_durable_channels_only() {
     let dir = TempDir::new().unwrap();
     let node = Node::start_in(dir.path(), |_| {}).await;
     let mut ann = Client::connect(&node, "ann").await;
@@ -105,7 +108,8 @@ async fn a_restart_keeps_what_is_durable() {
     let after = ann.subscribe(again(chat, &before.0, 1)).await;
     assert!(after.recovered, "{after:?}");
     assert_eq!(numbers(&after.publications), [1, 2, 3, 4]);
-    assert_eq!(node.call("publish", &keyed).await["result"]["offset"], 5, "the key is kept too");
+    assert_eq!(node.call("publish", &keyed).await["result"]["offset"], 5, "idempotency keys are kept, too");
+
     node.publish(chat, json!(5)).await;
     let publication = loop {
         if let Some(publication) = ann.push().await.r#pub {
@@ -115,12 +119,12 @@ async fn a_restart_keeps_what_is_durable() {
     assert_eq!((publication.offset, number(&publication)), (6, 5));
 
     let after = ann.subscribe(again(app, &before.1, 0)).await;
-    assert!(!after.recovered && after.epoch != before.1.epoch, "sessions' pages begin anew: {after:?}");
+    assert!(!after.recovered && after.epoch != before.1.epoch, "page sessions are not durable: {after:?}");
 }
 
-/// Answers do not count as slowness: a client that was away for long is not closed for what it asked for.
+/// Replies do not make a client slow: one that was away for long is not closed for what it asked for.
 #[tokio::test]
-async fn more_is_recovered_than_a_queue_holds() {
+async fn recovery_may_exceed_the_client_queue() {
     let node = Node::start_with(|config| config.client_queue = 64 * 1024).await;
     let text = "x".repeat(30_000);
     for encoding in ENCODINGS {
@@ -133,12 +137,13 @@ async fn more_is_recovered_than_a_queue_holds() {
             let subscribe = Some(again(channel, &before, 0));
             commands.push(Command { id, subscribe, ..Command::default() });
         }
+
         for _ in 0..50 {
             node.call("broadcast", &json!({"channels": channels, "data": text}))
                 .await;
         }
         ann.send(&commands).await;
-        // They arrive while the answers are on their way.
+        // These arrive while the replies are being written.
         node.call("broadcast", &json!({"channels": channels, "data": "live"}))
             .await;
         for command in commands {
@@ -150,7 +155,7 @@ async fn more_is_recovered_than_a_queue_holds() {
     }
 }
 
-/// The old one's journal is closed once its last handle is dropped, a moment after its stop.
+/// Waits until the stopped node has closed its files, a moment after its last handle is dropped.
 pub async fn released(dir: &std::path::Path) {
     let is_ours = |file: std::fs::DirEntry| std::fs::read_link(file.path()).is_ok_and(|path| path.starts_with(dir));
     testkit::eventually(crate::node::DEADLINE, || async {
@@ -164,7 +169,7 @@ async fn reopened(dir: &std::path::Path) -> Node {
     Node::start_in(dir, |_| {}).await
 }
 
-/// Small steps of xorshift: the same seed, the same test.
+/// A xorshift generator: the same seed makes the same test.
 struct Random(u64);
 
 impl Random {
@@ -176,9 +181,10 @@ impl Random {
     }
 }
 
-/// Publishers do not pause while clients come, go, are cut and recover: each sees every number once, in order.
+/// While publishers never pause, clients subscribe, unsubscribe, break off and recover. Each sees every publication
+/// once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn no_gap_and_no_double_however_they_meet() {
+async fn recovering_clients_see_no_gap_and_no_duplicate() {
     let seed = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap()
@@ -186,11 +192,11 @@ async fn no_gap_and_no_double_however_they_meet() {
         | 1;
     println!("seed {seed}");
     let node = Arc::new(Node::start_with(|config| config.defaults.history_size = 100_000).await);
-    meet(&node, &node, seed).await;
+    publish_and_recover(&node, &node, seed).await;
 }
 
-/// Clients of `reading` while `writing` publishes.
-pub async fn meet(writing: &Arc<Node>, reading: &Arc<Node>, seed: u64) {
+/// Publishes on node `writing` while clients of node `reading` recover.
+pub async fn publish_and_recover(writing: &Arc<Node>, reading: &Arc<Node>, seed: u64) {
     const PUBLISHERS: usize = 3;
     const PUBLICATIONS: u64 = 1500;
     let (channel, stop) = ("stream", Arc::new(AtomicBool::new(false)));
@@ -205,11 +211,13 @@ pub async fn meet(writing: &Arc<Node>, reading: &Arc<Node>, seed: u64) {
             }
         });
     }
+
     let mut readers = tokio::task::JoinSet::new();
     for reader in 0..6_u64 {
         let (node, stop) = (reading.clone(), stop.clone());
         readers.spawn(read(node, channel, stop, seed.wrapping_add(reader * 7919), ENCODINGS[reader as usize % 2]));
     }
+
     while let Some(done) = publishers.join_next().await {
         done.unwrap();
     }
@@ -218,6 +226,7 @@ pub async fn meet(writing: &Arc<Node>, reading: &Arc<Node>, seed: u64) {
         .as_u64()
         .unwrap();
     assert_eq!(last, PUBLICATIONS);
+
     while let Some(seen) = readers.join_next().await {
         let (first, offsets) = seen.unwrap();
         let expected: Vec<u64> = (first + 1..=last).collect();
@@ -225,7 +234,7 @@ pub async fn meet(writing: &Arc<Node>, reading: &Arc<Node>, seed: u64) {
     }
 }
 
-/// Comes and goes until `stop`, then once more: where it began, and the offsets it saw.
+/// Leaves and recovers until `stop`, then once more. Returns the offset at which it began, and those that it saw.
 async fn read(
     node: Arc<Node>,
     channel: &'static str,
@@ -241,20 +250,21 @@ async fn read(
     loop {
         let last_round = stop.load(SeqCst);
         for _ in 0..random.below(30) {
-            // Short: the publishers may be done, and nothing more comes.
+            // Short, since nothing more arrives once the publishers are done.
             let push = tokio::time::timeout(std::time::Duration::from_millis(20), client.push());
             match push.await {
-                // Told to come again: a server of the Redis Cluster may close its connection at any time.
+                // Told to subscribe again: a server of the Redis Cluster may close its connection at any time.
                 Ok(push) if push.unsubscribe.is_some() => break,
                 Ok(push) => seen.push(push.r#pub.unwrap().offset),
                 Err(_) => {}
             }
         }
+
         let at = seen.last().copied().unwrap_or(first);
         match random.below(3) {
             0 => {
                 client.unsubscribe(channel).await;
-                // What was pushed before the unsubscribe took effect counts as well.
+                // Publications that were pushed before the unsubscribe took effect count as well.
                 seen.extend(
                     client
                         .kept()
@@ -267,6 +277,7 @@ async fn read(
                 client = Client::connect_in(&node, encoding, "reader").await;
             }
         }
+
         let at = seen.last().copied().unwrap_or(at);
         position = loop {
             let reply = client.try_subscribe(again(channel, &position, at)).await;
@@ -275,6 +286,7 @@ async fn read(
                 None => assert!(reply.error.as_ref().is_some_and(|error| error.temporary), "seed {seed}: {reply:?}"),
             }
         };
+
         assert!(position.recovered, "seed {seed}: {position:?} from {at}");
         seen.extend(position.publications.iter().map(|publication| publication.offset));
         if last_round {

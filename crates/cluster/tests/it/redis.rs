@@ -1,8 +1,8 @@
-//! Nodes that share a Redis: what one takes the other delivers, and what Redis loses is told.
+//! Nodes that share a Redis: each delivers the publications of the other, and clients learn of what Redis loses.
 
 use crate::client::{Client, ENCODINGS, again, code, number, numbers, to};
 use crate::node::{DEADLINE, Node};
-use crate::recovery::meet;
+use crate::recovery::publish_and_recover;
 use cluster::EngineConfig;
 use serde_json::json;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub async fn start(url: &str, name: &str) -> Node {
 }
 
 #[tokio::test]
-async fn two_nodes_are_one() {
+async fn two_nodes_share_channels() {
     let redis = RedisServer::start().await;
     two_nodes_share(&redis.url()).await;
 }
@@ -59,7 +59,7 @@ pub async fn two_nodes_share(url: &str) {
             assert!(users.len() == 2 && users.contains(&"ann".into()) && users.contains(&"bob".into()));
         }
 
-        // Away from one node, back on the other.
+        // A client recovers on the other node.
         ann.cut();
         assert_eq!(bob.push().await.leave.unwrap().info.unwrap().user, "ann");
         for number in 2..=4 {
@@ -89,7 +89,7 @@ pub async fn two_nodes_share(url: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn no_gap_and_no_double_across_nodes() {
+async fn recovery_across_nodes_has_no_gap_and_no_duplicate() {
     let redis = RedisServer::start().await;
     meet_across(&redis.url()).await;
 }
@@ -102,16 +102,16 @@ pub async fn meet_across(url: &str) {
         | 1;
     println!("seed {seed}");
     let (one, two) = (Arc::new(start(url, "n1").await), Arc::new(start(url, "n2").await));
-    meet(&one, &two, seed).await;
+    publish_and_recover(&one, &two, seed).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_publisher_keeps_its_order() {
+async fn publications_of_one_publisher_keep_their_order() {
     let redis = RedisServer::start().await;
     crate::api::keeps_order(&start(&redis.url(), "n1").await).await;
 }
 
-/// Skips joins and the like.
+/// Waits for the end of a subscription. Returns the channel and the code; other pushes are skipped.
 pub async fn unsubscribed(client: &mut Client) -> (String, u32) {
     loop {
         if let Push { channel, unsubscribe: Some(unsubscribe), .. } = client.push().await {
@@ -121,7 +121,7 @@ pub async fn unsubscribed(client: &mut Client) -> (String, u32) {
 }
 
 #[tokio::test]
-async fn a_restarted_redis_keeps_what_it_acknowledged_and_begins_a_new_epoch() {
+async fn restarted_redis_keeps_publications_and_begins_a_new_epoch() {
     let mut redis = RedisServer::start_with(&["--appendonly", "yes", "--appendfsync", "always"]).await;
     let (one, two) = (start(&redis.url(), "n1").await, start(&redis.url(), "n2").await);
     let mut ann = Client::connect_in(&one, Encoding::Protobuf, "ann").await;
@@ -144,7 +144,8 @@ async fn a_restarted_redis_keeps_what_it_acknowledged_and_begins_a_new_epoch() {
     assert_eq!(unsubscribed(&mut ann).await, ("news".into(), 2500));
     eventually(DEADLINE, || async { two.ready.check().await.is_ok() }).await;
     assert!(bob.publish("news", "3").await.publish.is_some());
-    // Nobody but Redis itself knows that nothing was lost; clients load their state anew, and it is there.
+
+    // Only Redis itself knows that nothing was lost. Clients load their state again, and it is complete.
     let after = ann.subscribe(again("news", &before, 1)).await;
     assert!(!after.recovered && after.epoch != before.epoch && after.offset == 2, "{after:?}");
     let ask = HistoryRequest { channel: "news".into(), limit: -1, ..HistoryRequest::default() };
@@ -154,14 +155,14 @@ async fn a_restarted_redis_keeps_what_it_acknowledged_and_begins_a_new_epoch() {
     ann.nothing_pushed().await;
     assert!(bob.try_subscribe(to("other")).await.subscribe.is_some());
 
-    // Whoever left meanwhile is present no more.
+    // Clients that left while Redis was down are not present.
     let mut presence = ann.presence("news").await.presence.unwrap().presence;
     presence.remove(&ann.connected.client);
     assert!(presence.is_empty(), "{presence:?}");
 }
 
 #[tokio::test]
-async fn a_redis_that_forgot_everything_is_a_new_epoch() {
+async fn flushed_redis_begins_a_new_epoch() {
     let mut redis = RedisServer::start().await;
     let node = start(&redis.url(), "n1").await;
     let mut ann = Client::connect(&node, "ann").await;
@@ -170,7 +171,8 @@ async fn a_redis_that_forgot_everything_is_a_new_epoch() {
         node.publish("news", json!(number)).await;
         ann.publication().await;
     }
-    // With the connection up: the next publication is of another life.
+
+    // The connection stays, and the next publication is of another epoch.
     redis.command("FLUSHALL").await.unwrap();
     node.publish("news", json!(4)).await;
     assert_eq!(unsubscribed(&mut ann).await, ("news".into(), 2500));
@@ -188,11 +190,11 @@ async fn a_redis_that_forgot_everything_is_a_new_epoch() {
 }
 
 #[tokio::test]
-async fn a_node_on_a_redis_that_became_a_replica_is_not_ready() {
+async fn node_is_not_ready_while_its_redis_is_a_replica() {
     let redis = RedisServer::start().await;
     let node = start(&redis.url(), "n1").await;
     node.ready.check().await.unwrap();
-    // Of a primary that is not there: it stays read-only, and still delivers what is published.
+    // A replica of a primary that does not exist is read-only, but still delivers what is published.
     redis.command("REPLICAOF 127.0.0.1 1").await.unwrap();
     assert!(node.ready.check().await.is_err());
     redis.command("REPLICAOF NO ONE").await.unwrap();
@@ -200,7 +202,7 @@ async fn a_node_on_a_redis_that_became_a_replica_is_not_ready() {
 }
 
 #[tokio::test]
-async fn a_redis_that_hangs_is_an_error_in_time() {
+async fn hanging_redis_fails_commands_before_clients_give_up() {
     let redis = RedisServer::start().await;
     let node = start(&redis.url(), "n1").await;
     let mut ann = Client::connect(&node, "ann").await;
@@ -208,20 +210,26 @@ async fn a_redis_that_hangs_is_an_error_in_time() {
     redis.pause();
     let asked = tokio::time::Instant::now();
     assert_eq!(code(&ann.publish("news", "1").await), 100);
-    assert!(asked.elapsed() < Duration::from_secs(5), "clients wait for 5 s: {:?}", asked.elapsed());
+    assert!(asked.elapsed() < Duration::from_secs(5), "clients wait 5 s at most: {:?}", asked.elapsed());
     assert!(node.ready.check().await.is_err());
+
     let asked = tokio::time::Instant::now();
     let data = json!({"channel": "news", "data": 3});
     let answers = futures_util::future::join_all((0..20).map(|_| node.call("publish", &data))).await;
     assert!(answers.iter().all(|answer| answer["error"]["code"] == 100), "{answers:?}");
-    assert!(asked.elapsed() < Duration::from_secs(8), "they do not wait for each other: {:?}", asked.elapsed());
+    assert!(
+        asked.elapsed() < Duration::from_secs(8),
+        "publications do not wait for each other: {:?}",
+        asked.elapsed()
+    );
+
     redis.resume();
     eventually(DEADLINE, || async { node.ready.check().await.is_ok() }).await;
     assert!(ann.publish("news", "2").await.publish.is_some());
 }
 
 #[tokio::test]
-async fn a_redis_that_is_not_there_is_named_without_its_password() {
+async fn error_names_an_unreachable_redis_without_its_password() {
     let dir = tempfile::TempDir::new().unwrap();
     let bus = bus::local::Local::open(dir.path()).await.unwrap();
     let url = "redis://user:hunter2@127.0.0.1:1/".to_string();
@@ -235,7 +243,7 @@ async fn a_redis_that_is_not_there_is_named_without_its_password() {
 }
 
 #[tokio::test]
-async fn a_redis_user_without_info_fails_the_start() {
+async fn redis_user_without_info_fails_the_start() {
     let redis = RedisServer::start().await;
     redis.command("ACL SETUSER default -info").await.unwrap();
     let dir = tempfile::TempDir::new().unwrap();
@@ -247,12 +255,13 @@ async fn a_redis_user_without_info_fails_the_start() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_redis_cluster_carries_channels_as_well() {
+async fn redis_cluster_carries_channels() {
     let redis = RedisCluster::start().await;
     let urls = redis.urls().join(",");
     two_nodes_share(&urls).await;
     meet_across(&urls).await;
-    // Names that could tear a channel's keys apart.
+
+    // Names that could put a channel's keys on different servers.
     let (one, two) = (start(&urls, "n1").await, start(&urls, "n2").await);
     let mut ann = Client::connect(&one, "ann").await;
     for channel in ["}x{", "a}b{c}", "{", "{}", "chat:{x}"] {
@@ -268,7 +277,7 @@ async fn a_redis_cluster_carries_channels_as_well() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_primary_of_the_cluster_dies() {
+async fn channels_recover_when_a_primary_of_the_cluster_dies() {
     let mut redis = RedisCluster::start().await;
     let urls = redis.urls().join(",");
     let (one, two) = (start(&urls, "n1").await, start(&urls, "n2").await);
@@ -279,12 +288,15 @@ async fn a_primary_of_the_cluster_dies() {
         two.publish(channel, json!(1)).await;
         assert_eq!(number(&ann.publication().await), 1);
     }
+
     redis.kill_primary().await;
-    // All are told, since nobody knows what was missed; every channel works again on what took the place.
-    let mut told = std::collections::HashSet::new();
-    while told.len() < channels.len() {
-        told.insert(unsubscribed(&mut ann).await.0);
+    // Every subscription ends, since nobody knows what was missed.
+    let mut ended = std::collections::HashSet::new();
+    while ended.len() < channels.len() {
+        ended.insert(unsubscribed(&mut ann).await.0);
     }
+
+    // Every channel works again on the server that took over.
     redis.wait_until_whole().await;
     for channel in &channels {
         eventually(DEADLINE, || async {
@@ -305,7 +317,7 @@ async fn a_primary_of_the_cluster_dies() {
             let push = ann.push().await;
             match push.r#pub {
                 Some(publication) if push.channel == *channel && number(&publication) == 3 => break,
-                // The loss may be told once more, until every server has its place: the client comes again.
+                // Subscriptions may end again until every server has its role.
                 _ if push.unsubscribe.is_some() => {
                     ann.subscribe(to(&push.channel)).await;
                     two.publish(&push.channel, json!(3)).await;

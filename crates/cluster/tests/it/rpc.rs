@@ -1,4 +1,4 @@
-//! Calls, answered by whoever serves the method on the bus.
+//! RPCs: a client's call is answered by a service on the bus.
 
 use crate::client::{Client, ENCODINGS, code};
 use crate::node::Node;
@@ -32,7 +32,7 @@ fn call(id: u32, method: &str, data: impl Into<Bytes>) -> Command {
 }
 
 #[tokio::test]
-async fn a_call_reaches_the_bus_and_its_answer_the_client() {
+async fn rpc_reaches_the_service_and_its_answer_the_client() {
     let node = Node::start().await;
     let mut calls = serve(&node.bus, "greet").await;
     for (encoding, data) in [(Encoding::Json, &br#"{"n":1.0}"#[..]), (Encoding::Protobuf, &b"\xff\x00"[..])] {
@@ -43,6 +43,7 @@ async fn a_call_reaches_the_bus_and_its_answer_the_client() {
         assert_eq!(asked.headers.get(RPC_USER), Some("ann"));
         assert_eq!(asked.headers.get(RPC_CLIENT), Some(ann.connected.client.as_str()));
         assert_eq!(asked.headers.get(RPC_ENCODING), Some(encoding.as_str()));
+
         answer(&node.bus, &asked, Headers::new(), data).await;
         assert_eq!(&ann.reply(7).await.rpc.unwrap().data[..], data);
 
@@ -55,7 +56,7 @@ async fn a_call_reaches_the_bus_and_its_answer_the_client() {
 }
 
 #[tokio::test]
-async fn methods_that_nobody_answers() {
+async fn unserved_methods_are_not_found() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let mut ann = Client::connect_in(&node, encoding, "ann").await;
@@ -65,23 +66,25 @@ async fn methods_that_nobody_answers() {
     }
 }
 
-/// A slow call holds up neither other calls nor other commands; too many at once are refused.
+/// A slow RPC delays neither other RPCs nor other commands. Too many at once are refused.
 #[tokio::test]
-async fn calls_run_beside_each_other() {
+async fn rpcs_run_concurrently_up_to_a_limit() {
     let node = Node::start().await;
     let mut calls = serve(&node.bus, "slow").await;
     let mut ann = Client::connect(&node, "ann").await;
     let many: Vec<Command> = (100..140).map(|id| call(id, "slow", id.to_string())).collect();
     ann.send(&many).await;
+
     let mut refused = 0;
     for _ in 0..40 - 32 {
         let Reply { error: Some(error), .. } = ann.next().await.unwrap() else {
-            panic!("no error")
+            panic!("expected an error")
         };
         assert_eq!((error.code, error.temporary), (111, true));
         refused += 1;
     }
     ann.nothing_pushed().await;
+
     let mut waiting = Vec::new();
     for _ in 0..40 - refused {
         waiting.push(calls.next().await.unwrap());

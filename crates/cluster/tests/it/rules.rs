@@ -1,4 +1,4 @@
-//! Which channels there are, and for whom.
+//! Which channels exist, and who may use them.
 
 use crate::client::{Client, ENCODINGS, code, to};
 use crate::node::{Node, now_s, sign, token};
@@ -7,7 +7,7 @@ use serde_json::json;
 use wire::limits::{CHANNEL_MAX, CHANNELS_PER_CLIENT_MAX};
 use wire::realtime::{Encoding, SubscribeRequest};
 
-/// The error code of ann's attempt to subscribe; 0: she may.
+/// Subscribes and expects this error code; 0 means success.
 async fn check(client: &mut Client, channel: &str, token: &str, expected: u32) {
     let reply = client
         .try_subscribe(SubscribeRequest { token: token.into(), ..to(channel) })
@@ -17,7 +17,7 @@ async fn check(client: &mut Client, channel: &str, token: &str, expected: u32) {
 }
 
 #[tokio::test]
-async fn who_may_subscribe() {
+async fn subscribing_follows_the_rules_of_the_channel() {
     let node = Node::start().await;
     let claims = |sub: &str, channel: &str| json!({"sub": sub, "channel": channel, "exp": now_s() + 60});
     for encoding in ENCODINGS {
@@ -45,6 +45,7 @@ async fn who_may_subscribe() {
         ] {
             check(&mut ann, channel, "", expected).await;
         }
+
         check(&mut ann, "$vip", &token(&claims("ann", "$vip")), 0).await;
         check(&mut ann, "$app:x#ann", &token(&claims("ann", "$app:x#ann")), 0).await;
         check(&mut ann, "$v2", &token(&claims("bob", "$v2")), 103).await;
@@ -54,12 +55,13 @@ async fn who_may_subscribe() {
         check(&mut ann, "$v2", &token(&json!({"sub": "ann", "channel": "$v2", "exp": 1})), 109).await;
         check(&mut ann, "$app:x#bob", &token(&claims("ann", "$app:x#bob")), 103).await;
     }
+
     let mut nobody = Client::connect_with(&node, Encoding::Json, &token(&json!({"sub": ""}))).await;
     check(&mut nobody, "news", "", 103).await;
 }
 
 #[tokio::test]
-async fn who_may_publish() {
+async fn publishing_follows_the_rules_of_the_channel() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let mut ann = Client::connect_in(&node, encoding, "ann").await;
@@ -67,13 +69,13 @@ async fn who_may_publish() {
             assert_eq!(code(&ann.publish(channel, "1").await), 103, "{channel}");
         }
         assert_eq!(code(&ann.publish("nowhere:x", "1").await), 102);
-        assert_eq!(code(&ann.publish("news", "").await), 107, "a publication has data");
+        assert_eq!(code(&ann.publish("news", "").await), 107, "a publication must have data");
         assert!(ann.publish("news", "1").await.publish.is_some());
     }
 }
 
 #[tokio::test]
-async fn one_setting_of_a_built_in_namespace_does_not_open_it() {
+async fn overriding_one_rule_of_a_built_in_namespace_keeps_the_others() {
     let node = Node::start_with(|config| {
         let entry = |name: &str| (name.to_string(), Overrides { history_size: Some(5), ..Overrides::default() });
         config.namespaces = cluster::namespaces(&["app", "chat", "ops"].map(entry), &config.defaults);
@@ -90,7 +92,7 @@ async fn one_setting_of_a_built_in_namespace_does_not_open_it() {
 }
 
 #[tokio::test]
-async fn what_a_namespace_turns_off_is_named() {
+async fn error_names_the_setting_that_would_allow_it() {
     let node = Node::start_with(|config| {
         let rules = Rules { history_size: 0, presence: false, ..Rules::default() };
         config.namespaces.push(Namespace { name: "bare".into(), rules });
@@ -101,6 +103,7 @@ async fn what_a_namespace_turns_off_is_named() {
     assert!(!subscribed.recoverable && !subscribed.positioned);
     assert!(ann.publish("bare:x", "1").await.publish.is_some());
     assert_eq!(ann.publication().await.offset, 0);
+
     let reply = ann.presence("bare:x").await;
     assert_eq!(code(&reply), 108);
     assert!(reply.error.unwrap().message.contains("presence = true"));
@@ -111,7 +114,7 @@ async fn what_a_namespace_turns_off_is_named() {
 }
 
 #[tokio::test]
-async fn a_connection_holds_so_many_channels() {
+async fn connection_has_a_limit_of_channels() {
     let node = Node::start().await;
     let mut ann = Client::connect(&node, "ann").await;
     for number in 0..CHANNELS_PER_CLIENT_MAX {

@@ -1,4 +1,4 @@
-//! How a connection begins, lives and ends.
+//! The life of a connection: connect, commands, pings, tokens and close.
 
 use crate::client::{Client, ENCODINGS, code, to};
 use crate::node::{DEADLINE, Node, SECRET, exchange, now_s, sign, status, token, user};
@@ -12,21 +12,21 @@ use wire::realtime::{
 };
 
 #[tokio::test]
-async fn a_token_opens_a_connection() {
+async fn token_opens_a_connection() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let client = Client::connect_in(&node, encoding, "ann").await;
-        let said = &client.connected;
-        assert_eq!((said.node.as_str(), said.ping, said.pong), ("n1", 25, true));
-        assert!(said.expires && (3590..=3600).contains(&said.ttl), "{said:?}");
-        assert!(!said.client.is_empty() && said.version.starts_with("beamline"));
+        let result = &client.connected;
+        assert_eq!((result.node.as_str(), result.ping, result.pong), ("n1", 25, true));
+        assert!(result.expires && (3590..=3600).contains(&result.ttl), "{result:?}");
+        assert!(!result.client.is_empty() && result.version.starts_with("beamline"));
     }
     let client = Client::connect_with(&node, Encoding::Json, &token(&json!({"sub": "ann"}))).await;
     assert!(!client.connected.expires);
 }
 
 #[tokio::test]
-async fn protobuf_is_asked_for_by_subprotocol_or_query() {
+async fn query_selects_protobuf() {
     let node = Node::start().await;
     let mut client = Client::open_at(&node, Encoding::Json, "?x=1&cf_protocol=protobuf").await;
     client.encoding = Encoding::Protobuf;
@@ -34,7 +34,7 @@ async fn protobuf_is_asked_for_by_subprotocol_or_query() {
 }
 
 #[tokio::test]
-async fn tokens_that_are_refused() {
+async fn invalid_tokens_close_the_connection_and_expired_ones_do_not() {
     let node = Node::start().await;
     let unsigned = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhbm4ifQ.";
     let mut tampered = user("ann");
@@ -56,15 +56,16 @@ async fn tokens_that_are_refused() {
             assert_eq!(client.closed().await, 3500, "{token:?}");
         }
     }
+
     let mut client = Client::open(&node, Encoding::Json).await;
     let expired = token(&json!({"sub": "ann", "exp": now_s() - 10}));
     assert_eq!(code(&client.present_token(&expired).await), 109);
-    // The client may bring a better one on the same connection.
+    // The client may present another token on the same connection.
     assert!(client.present_token(&user("ann")).await.connect.is_some());
 }
 
 #[tokio::test]
-async fn who_does_not_connect_in_time_is_stale() {
+async fn client_that_does_not_connect_in_time_is_stale() {
     let node = Node::start_with(|config| config.connect_timeout = Duration::from_millis(100)).await;
     let mut client = Client::connect(&node, "ann").await;
     for encoding in ENCODINGS {
@@ -74,7 +75,7 @@ async fn who_does_not_connect_in_time_is_stale() {
 }
 
 #[tokio::test]
-async fn commands_out_of_order_are_bad_requests() {
+async fn commands_out_of_order_close_the_connection() {
     let node = Node::start().await;
     let connect = |id| Command {
         id,
@@ -90,8 +91,9 @@ async fn commands_out_of_order_are_bad_requests() {
             assert_eq!(client.closed().await, 3501, "{commands:?}");
         }
     }
+
     let mut client = Client::connect(&node, "ann").await;
-    assert_eq!(code(&client.ask(Command::default().clone()).await), 104, "a command of no known method");
+    assert_eq!(code(&client.ask(Command::default()).await), 104, "a command without a method");
 }
 
 #[tokio::test]
@@ -118,7 +120,7 @@ async fn first_method_of_a_command_counts() {
 }
 
 #[tokio::test]
-async fn several_commands_in_one_message_are_answered_in_order() {
+async fn commands_of_one_message_are_answered_in_order() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let mut client = Client::open(&node, encoding).await;
@@ -141,6 +143,7 @@ async fn several_commands_in_one_message_are_answered_in_order() {
                 Command { id: 5, presence: Some(PresenceRequest { channel }), ..none() },
             ])
             .await;
+
         assert!(client.next().await.unwrap().connect.is_some());
         assert!(client.next().await.unwrap().subscribe.is_some());
         let publication = client.next().await.unwrap().push.unwrap().r#pub.unwrap();
@@ -151,7 +154,7 @@ async fn several_commands_in_one_message_are_answered_in_order() {
 }
 
 #[tokio::test]
-async fn pings_are_answered_or_the_connection_ends() {
+async fn client_that_answers_no_ping_is_closed() {
     let node = Node::start_with(|config| {
         config.ping_interval = Duration::from_millis(60);
         config.pong_timeout = Duration::from_millis(150);
@@ -164,13 +167,14 @@ async fn pings_are_answered_or_the_connection_ends() {
             let _ = tokio::time::timeout(Duration::from_millis(20), client.next()).await;
         }
         client.nothing_pushed().await;
+
         client.pongs = false;
         assert_eq!(client.closed().await, 3012);
     }
 }
 
 #[tokio::test]
-async fn pings_may_be_frames() {
+async fn pings_are_frames_if_the_client_asks() {
     let node = Node::start_with(|config| config.ping_interval = Duration::from_millis(50)).await;
     let mut client = Client::open_at(&node, Encoding::Json, "?cf_ws_frame_ping_pong=true").await;
     let connected = client.present_token(&user("ann")).await.connect.unwrap();
@@ -186,7 +190,7 @@ async fn pings_may_be_frames() {
 }
 
 #[tokio::test]
-async fn tokens_are_refreshed_or_run_out() {
+async fn connection_ends_with_its_token_unless_refreshed() {
     let node = Node::start_with(|config| config.refresh_grace = Duration::from_millis(200)).await;
     let short = || token(&json!({"sub": "ann", "exp": now_s() + 2}));
     let refresh = |token: String| Command { refresh: Some(RefreshRequest { token }), ..Command::default() };
@@ -220,7 +224,7 @@ async fn refresh_to_a_token_without_exp_lifts_the_old_end() {
             .refresh
             .unwrap();
         assert!(!refreshed.expires && refreshed.ttl == 0, "{refreshed:?}");
-        // The other connection shows that the old end has passed.
+        // The other connection shows that the first token has expired.
         assert_eq!(leaves.closed().await, 3005);
         stays.nothing_pushed().await;
     }
@@ -275,7 +279,7 @@ async fn end_of_a_sign_in_closes_its_connections_and_no_others() {
 }
 
 #[tokio::test]
-async fn a_refresh_moves_the_connection_to_the_sign_in_of_its_token() {
+async fn refresh_moves_the_connection_to_the_sign_in_of_its_token() {
     let node = Node::start().await;
     let of = |sid: &str| token(&json!({"sub": "ann", "sid": sid, "exp": now_s() + 3600}));
     let mut client = Client::connect_with(&node, Encoding::Json, &of("laptop")).await;
@@ -297,20 +301,21 @@ async fn a_refresh_moves_the_connection_to_the_sign_in_of_its_token() {
 }
 
 #[tokio::test]
-async fn a_token_may_bring_channels() {
+async fn channels_of_the_token_are_subscribed_and_recovered() {
     let node = Node::start().await;
     for encoding in ENCODINGS {
         let token = token(&json!({"sub": "ann", "channels": ["app:a1#bob", "news", "nowhere:x"]}));
         let mut client = Client::connect_with(&node, encoding, &token).await;
         let named: Vec<&String> = client.connected.subs.keys().collect();
         assert_eq!(named, ["app:a1#bob", "news"], "the unknown namespace is left out");
+
         let before = client.connected.subs["app:a1#bob"].clone();
         assert!(before.recoverable && before.positioned);
         node.publish("app:a1#bob", json!(1)).await;
         let push = client.push().await;
         assert_eq!((push.channel.as_str(), push.r#pub.unwrap().offset), ("app:a1#bob", before.offset + 1));
 
-        // It recovers them by the positions in its connect command.
+        // The connect command has the position from which to recover.
         client.cut();
         node.publish("app:a1#bob", json!(2)).await;
         let mut client = Client::open(&node, encoding).await;
@@ -320,6 +325,7 @@ async fn a_token_may_bring_channels() {
             offset: before.offset + 1,
             ..SubscribeRequest::default()
         };
+
         let subs = [("app:a1#bob".to_string(), position)].into();
         let connect = Some(ConnectRequest { token: token.clone(), subs, ..ConnectRequest::default() });
         let connected = client
@@ -334,7 +340,7 @@ async fn a_token_may_bring_channels() {
 }
 
 #[tokio::test]
-async fn the_node_takes_as_many_connections_as_it_may() {
+async fn full_node_refuses_connections_until_one_ends() {
     let node = Node::start_with(|config| config.max_connections = 2).await;
     let first = Client::connect(&node, "ann").await;
     let _second = Client::open(&node, Encoding::Json).await;
@@ -344,7 +350,7 @@ async fn the_node_takes_as_many_connections_as_it_may() {
 }
 
 #[tokio::test]
-async fn pages_of_other_origins_are_refused() {
+async fn other_origins_are_refused() {
     let node = Node::start_with(|config| config.origins = vec!["https://app.example".into()]).await;
     let own = format!("origin: http://{}\r\n", node.address);
     for (origin, expected) in [
@@ -359,19 +365,19 @@ async fn pages_of_other_origins_are_refused() {
     }
 }
 
-/// The answer's head to an upgrade whose client then says goodbye.
+/// Asks for an upgrade and closes the connection. Returns everything that the server sent.
 async fn upgrade(node: &Node, header: &str) -> String {
     let request = format!(
         "GET /connection/websocket HTTP/1.1\r\nhost: {}\r\nupgrade: websocket\r\nconnection: keep-alive, Upgrade\r\n\
          sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n{header}\r\n",
         node.address
     );
+
     let goodbye = [&[0x88, 0x82, 0, 0, 0, 0][..], &1000_u16.to_be_bytes()].concat();
-    let refused = "HTTP/1.1 4";
     let mut bytes = request.into_bytes();
     bytes.extend(goodbye);
     let answer = exchange_closing(node, &bytes).await;
-    assert!(answer.starts_with("HTTP/1.1 "), "{refused}: {answer}");
+    assert!(answer.starts_with("HTTP/1.1 "), "{answer}");
     answer
 }
 
@@ -383,25 +389,26 @@ async fn exchange_closing(node: &Node, request: &[u8]) -> String {
     let mut answer = Vec::new();
     let _ = tokio::time::timeout(DEADLINE, stream.read_to_end(&mut answer))
         .await
-        .expect("an answer in time");
+        .expect("the server answers in time");
     String::from_utf8_lossy(&answer).into_owned()
 }
 
 #[tokio::test]
-async fn what_is_no_upgrade_is_told_so() {
+async fn request_without_an_upgrade_gets_426() {
     let node = Node::start().await;
     let request = format!("GET /connection/websocket HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\r\n", node.address);
     assert_eq!(status(&exchange(node.address, request.as_bytes()).await), 426);
 }
 
 #[tokio::test]
-async fn a_stop_says_goodbye_to_everybody() {
+async fn stop_closes_every_connection() {
     let node = Node::start().await;
     let mut clients = Vec::new();
     for number in 0..20 {
         clients.push(Client::connect_in(&node, ENCODINGS[number % 2], "ann").await);
     }
     clients.push(Client::open(&node, Encoding::Json).await);
+
     let address = node.address;
     let stopped = tokio::time::Instant::now();
     node.begin_stop();
@@ -414,7 +421,7 @@ async fn a_stop_says_goodbye_to_everybody() {
 }
 
 #[tokio::test]
-async fn ready_means_a_publication_is_delivered() {
+async fn concurrent_readiness_checks_succeed() {
     let node = Node::start().await;
     let (one, other) = tokio::join!(node.ready.check(), node.ready.check());
     assert_eq!((one, other), (Ok(()), Ok(())));

@@ -1,5 +1,5 @@
-//! This node's subscriptions on Redis: one loop that follows and unfollows, hands messages to the hub, and comes back
-//! after a loss.
+//! This node's subscriptions on Redis: one loop follows and unfollows channels, hands messages to the hub, and
+//! reconnects.
 
 use super::server::{Commands, Heard, Pushes, Server, Subscriber, io};
 use crate::hub::Hub;
@@ -13,12 +13,12 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use wire::realtime::{Publication, Push};
 
-/// In braces as the channel's keys are, so that a cluster has them on one server.
+/// The channel is in braces as in its keys, so that a cluster has topic and keys on one server.
 const TOPIC: &str = "beamline:topic:{.";
 const QUEUE_MAX: usize = 1024;
-/// A connection that is silent for this long is asked whether it lives.
+/// How often the connection is pinged.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// First and longest wait between attempts to come back.
+/// The first and the longest pause between attempts to reconnect.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
 pub fn topic(channel: &str) -> String {
@@ -29,7 +29,7 @@ fn channel(topic: &[u8]) -> Option<&str> {
     std::str::from_utf8(topic).ok()?.strip_prefix(TOPIC)?.strip_suffix('}')
 }
 
-/// Asks the loop.
+/// A handle to the loop.
 pub struct Follows(mpsc::Sender<Follow>);
 
 struct Follow {
@@ -39,10 +39,11 @@ struct Follow {
 }
 
 impl Follows {
-    /// Returns once publications to the channel arrive (or none need to any more).
+    /// Follows or unfollows a channel. Returns once its publications arrive, or no longer need to.
     pub async fn set(&self, channel: &str, on: bool) -> Result<(), RedisError> {
         let gone = || io("the node is stopping");
         let (done, answer) = oneshot::channel();
+
         self.0
             .send(Follow { channel: channel.into(), on, done })
             .await
@@ -53,22 +54,24 @@ impl Follows {
 
 pub struct Follower {
     server: Server,
-    /// It comes back by itself, once somebody uses it.
+    /// Reconnects by itself when it is used.
     commands: Commands,
     hub: Arc<Hub>,
     subscriber: Subscriber,
     pushes: Pushes,
     inbox: mpsc::Receiver<Follow>,
     followed: HashSet<String>,
-    /// Topics of a cluster that were left, as often as the server has yet to confirm it: it does so in the words by which
-    /// it drops one, and the topic may be followed again by then.
+    /// Unfollowed channels of a cluster, with the number of confirmations to come. A confirmation looks as if the
+    /// server dropped the topic, and the channel may be followed again by then.
     leaving: HashMap<String, usize>,
 }
 
-enum Lost {
-    Connection,
-    /// Nobody is left to ask, or the node stops.
-    End,
+/// Why listening stopped.
+enum Exit {
+    /// The connection is lost.
+    Lost,
+    /// The node stops.
+    Stopped,
 }
 
 impl Follower {
@@ -82,56 +85,61 @@ impl Follower {
     pub async fn run(mut self, cancel: CancellationToken) {
         loop {
             match self.listen(&cancel).await {
-                Lost::End => return,
-                Lost::Connection => {
-                    tracing::warn!("the connection to Redis is lost; coming back");
-                    if let Lost::End = self.come_back(&cancel).await {
+                Exit::Stopped => return,
+                Exit::Lost => {
+                    tracing::warn!("lost the connection to Redis; reconnecting");
+                    if self.reconnect(&cancel).await.is_none() {
                         return;
                     }
-                    tracing::info!(channels = self.followed.len(), "back on Redis; positioned subscribers recover");
+                    tracing::info!(
+                        channels = self.followed.len(),
+                        "reconnected to Redis; positioned subscribers recover"
+                    );
                     self.hub.interrupted();
                 }
             }
         }
     }
 
-    async fn listen(&mut self, cancel: &CancellationToken) -> Lost {
+    async fn listen(&mut self, cancel: &CancellationToken) -> Exit {
         let mut pings = tokio::time::interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
         pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
+
         loop {
             tokio::select! {
-                () = cancel.cancelled() => return Lost::End,
+                () = cancel.cancelled() => return Exit::Stopped,
                 heard = self.pushes.next() => match heard {
                     Heard::Message { topic, payload } => {
                         if let Some(channel) = channel(&topic) {
                             deliver(&self.hub, channel, &payload);
                         }
                     }
-                    Heard::Dropped(topic) if self.has_left(&topic) => {}
-                    Heard::Dropped(_) | Heard::Lost => return Lost::Connection,
+                    Heard::Dropped(topic) if self.confirms_unfollow(&topic) => {}
+                    Heard::Dropped(_) | Heard::Lost => return Exit::Lost,
                 },
                 follow = self.inbox.recv() => {
-                    let Some(follow) = follow else { return Lost::End };
+                    let Some(follow) = follow else { return Exit::Stopped };
                     if self.set(follow).await.is_err() {
-                        return Lost::Connection;
+                        return Exit::Lost;
                     }
                 }
-                // A host that vanished closes no connection.
+                // A host that vanished does not close its connections; only a ping finds out.
                 _ = pings.tick() => {
                     if self.subscriber.ping().await.is_err() {
-                        return Lost::Connection;
+                        return Exit::Lost;
                     }
                 }
             }
         }
     }
 
-    /// Whether a topic that the server dropped was left by us.
-    fn has_left(&mut self, topic: &[u8]) -> bool {
+    /// Whether a topic that the server dropped was unfollowed by this node.
+    fn confirms_unfollow(&mut self, topic: &[u8]) -> bool {
         let Some(name) = channel(topic) else { return true };
         let Some(times) = self.leaving.get_mut(name) else {
             return !self.followed.contains(name);
         };
+
         *times -= 1;
         if *times == 0 {
             self.leaving.remove(name);
@@ -139,7 +147,8 @@ impl Follower {
         true
     }
 
-    /// Requests of one channel may have overtaken each other on their way here: what the hub holds decides.
+    /// Requests for one channel may have overtaken each other on their way here, so an unfollow counts only if the hub
+    /// has no subscriber left. An error means that the connection is lost.
     async fn set(&mut self, Follow { channel, on, done }: Follow) -> Result<(), ()> {
         let changes = if on {
             !self.followed.contains(&channel)
@@ -150,12 +159,15 @@ impl Follower {
             let _ = done.send(Ok(()));
             return Ok(());
         }
+
         let topic = topic(&channel);
         let outcome = if on {
             self.subscriber.add(&[topic]).await
         } else {
             self.subscriber.remove(&topic).await
         };
+
+        // Even if the unsubscribe failed: the connection is replaced then, without this topic.
         if !on {
             self.followed.remove(&channel);
             if self.subscriber.confirms_by_push() {
@@ -164,42 +176,44 @@ impl Follower {
         } else if outcome.is_ok() {
             self.followed.insert(channel);
         }
+
         let ended = outcome.as_ref().map(|_| ()).map_err(|_| ());
         let _ = done.send(outcome);
         ended
     }
 
-    async fn come_back(&mut self, cancel: &CancellationToken) -> Lost {
+    /// Tries until it has a new connection with all followed topics; `None` when the node stops.
+    async fn reconnect(&mut self, cancel: &CancellationToken) -> Option<()> {
         let mut wait = RETRY.0;
         loop {
+            // Channels that lost their last subscriber meanwhile need no topic.
             self.followed.retain(|channel| self.hub.is_followed(channel));
             let topics: Vec<String> = self.followed.iter().map(|channel| topic(channel)).collect();
             let attempt = async {
-                // Both ways work again before anybody is told to come and read.
+                // Clients recover through the other connection, so it must work as well before they are told to.
                 redis::cmd("PING").query_async::<()>(&mut self.commands).await?;
                 self.server.subscribe(&topics).await
             };
-            match refusing(&mut self.inbox, cancel, attempt).await {
-                None => return Lost::End,
-                Some(Ok(again)) => {
-                    (self.subscriber, self.pushes) = again;
+            match refusing(&mut self.inbox, cancel, attempt).await? {
+                Ok(connection) => {
+                    // Confirmations of the old connection will not come.
+                    (self.subscriber, self.pushes) = connection;
                     self.leaving.clear();
-                    return Lost::Connection;
+                    return Some(());
                 }
-                Some(Err(error)) => tracing::debug!(%error, "Redis is not back"),
+                Err(error) => tracing::debug!(%error, "cannot reconnect to Redis yet"),
             }
-            // Full jitter: nodes that lost Redis together do not come back together.
+
+            // Full jitter, so that nodes that lost Redis together do not come back together.
             let share = f64::from(uuid::Uuid::new_v4().as_u128() as u16) / f64::from(u16::MAX);
             let pause = tokio::time::sleep(wait.mul_f64(share));
             wait = (wait * 2).min(RETRY.1);
-            if refusing(&mut self.inbox, cancel, pause).await.is_none() {
-                return Lost::End;
-            }
+            refusing(&mut self.inbox, cancel, pause).await?;
         }
     }
 }
 
-/// Waits for `future` and tells whoever asks meanwhile that Redis is down; `None` when the node stops.
+/// Awaits `future`, and meanwhile answers requests with an error; `None` when the node stops.
 async fn refusing<T>(
     inbox: &mut mpsc::Receiver<Follow>,
     cancel: &CancellationToken,
@@ -217,7 +231,7 @@ async fn refusing<T>(
     }
 }
 
-/// `p<offset>:<epoch>:<publication>` or `e<push>`.
+/// Delivers a message: `p<offset>:<epoch>:<publication>` or `e<push>`.
 fn deliver(hub: &Hub, channel: &str, payload: &[u8]) {
     let decoded = match payload.split_first() {
         Some((b'p', rest)) => {
@@ -227,12 +241,13 @@ fn deliver(hub: &Hub, channel: &str, payload: &[u8]) {
         _ => None,
     };
     if decoded.is_none() {
-        tracing::warn!(channel, "a message on Redis cannot be read; is another program using these topics?");
+        tracing::warn!(channel, "cannot read a message on Redis; does another program publish to these topics?");
     }
 }
 
 fn publication(bytes: &[u8]) -> Option<(Publication, &str)> {
     let mut parts = bytes.splitn(3, |byte| *byte == b':');
+    // The publication is the rest, which may contain colons.
     let offset = std::str::from_utf8(parts.next()?).ok()?.parse().ok()?;
     let epoch = std::str::from_utf8(parts.next()?).ok()?;
     let publication = Publication::decode(parts.next()?).ok()?;

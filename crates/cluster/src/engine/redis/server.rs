@@ -1,4 +1,4 @@
-//! The ways to Redis: one server, or a Redis Cluster with sharded pub/sub.
+//! Connections to Redis: to one server, or to a Redis Cluster with sharded pub/sub.
 
 use super::{CONNECT_TIMEOUT, RESPONSE_TIMEOUT};
 use futures_util::TryStreamExt;
@@ -15,14 +15,14 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-/// A command that finds Redis gone waits for this many attempts to come back, not longer.
+/// A command that finds Redis disconnected waits for this many attempts to reconnect.
 const RETRIES: usize = 2;
 const RETRY_DELAY_MAX: Duration = Duration::from_millis(500);
-/// Messages that wait for the node; when there are more, some are lost, and that is told.
+/// Messages that may wait for the node. Beyond it the connection counts as lost, and clients recover.
 const MESSAGES_MAX: usize = 64 * 1024;
 /// Topics in one SUBSCRIBE.
 const TOPICS_MAX: usize = 1000;
-/// Topics of a cluster are on many servers: each has its own command, so many at once.
+/// SSUBSCRIBEs in flight: topics of a cluster are on many servers, so each has its own command.
 const SUBSCRIBES_MAX: usize = 64;
 
 #[derive(Clone)]
@@ -37,7 +37,7 @@ impl Server {
         match &urls[..] {
             [url] => {
                 let info = url.as_str().into_connection_info()?;
-                // Publications come as pushes, which RESP2 does not have.
+                // Publications arrive as pushes, which RESP2 does not have.
                 let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
                 Ok(Self::Single(Client::open(info.set_redis_settings(settings))?))
             }
@@ -48,7 +48,7 @@ impl Server {
         }
     }
 
-    /// The command by which a publication reaches those who subscribed to its topic.
+    /// The command that publishes to a topic.
     pub fn publish_command(&self) -> &'static str {
         match self {
             Self::Single(_) => "PUBLISH",
@@ -56,6 +56,7 @@ impl Server {
         }
     }
 
+    /// Opens a connection for commands.
     pub async fn commands(&self) -> Result<Commands, RedisError> {
         match self {
             Self::Single(client) => {
@@ -87,18 +88,21 @@ impl Server {
             .max_retry_wait(RETRY_DELAY_MAX.as_millis() as u64)
     }
 
-    /// A connection of its own that hears these topics.
+    /// Opens a connection for subscriptions and subscribes to the topics.
     pub async fn subscribe(&self, topics: &[String]) -> Result<(Subscriber, Pushes), RedisError> {
         let (sender, receiver) = mpsc::channel(MESSAGES_MAX);
         let overflowed = Arc::new(AtomicBool::new(false));
         let pushes = Pushes { receiver, overflowed: overflowed.clone() };
+
         let send = move |push: PushInfo| {
+            // Runs in the connection's task, which must not wait for the node.
             let sent = sender.try_send(push);
             if matches!(sent, Err(mpsc::error::TrySendError::Full(_))) {
                 overflowed.store(true, Relaxed);
             }
             sent.map_err(|_| redis::aio::SendError)
         };
+
         let connecting = async {
             Ok::<_, RedisError>(match self {
                 Self::Single(client) => {
@@ -122,7 +126,7 @@ impl Server {
     }
 }
 
-/// Carries commands; comes back by itself.
+/// A connection for commands, which reconnects by itself.
 #[derive(Clone)]
 pub enum Commands {
     Single(ConnectionManager),
@@ -154,7 +158,7 @@ impl ConnectionLike for Commands {
     }
 }
 
-/// Carries subscriptions; once broken it is replaced.
+/// A connection for subscriptions, which is replaced once it is broken.
 pub enum Subscriber {
     Single(MultiplexedConnection),
     Cluster(ClusterConnection),
@@ -188,7 +192,7 @@ impl Subscriber {
         }
     }
 
-    /// Whether what is left is heard of as [`Heard::Dropped`].
+    /// Whether an unsubscribe is confirmed by [`Heard::Dropped`].
     pub fn confirms_by_push(&self) -> bool {
         matches!(self, Self::Cluster(_))
     }
@@ -201,19 +205,21 @@ impl Subscriber {
     }
 }
 
-/// What a [`Subscriber`] hears.
+/// The messages of a [`Subscriber`].
 pub struct Pushes {
     receiver: mpsc::Receiver<PushInfo>,
     overflowed: Arc<AtomicBool>,
 }
 
+/// What arrived on a subscription.
 pub enum Heard {
     Message {
         topic: Vec<u8>,
         payload: Vec<u8>,
     },
-    /// A shard's server does not serve this topic any more.
+    /// The server no longer delivers this topic: its shard moved, or it was unsubscribed.
     Dropped(Vec<u8>),
+    /// The connection broke, or messages were lost.
     Lost,
 }
 
@@ -224,14 +230,16 @@ impl Pushes {
                 return Heard::Lost;
             };
             if self.overflowed.load(Relaxed) {
-                tracing::warn!("the node cannot keep up with Redis");
+                tracing::warn!("messages from Redis were lost, because the node cannot keep up; its clients recover");
                 return Heard::Lost;
             }
+
             let mut data = push.data.into_iter().map(|value| match value {
                 Value::BulkString(bytes) => bytes,
                 Value::SimpleString(text) => text.into_bytes(),
                 _ => Vec::new(),
             });
+
             match (push.kind, data.next(), data.next()) {
                 (PushKind::Message | PushKind::SMessage, Some(topic), Some(payload)) => {
                     return Heard::Message { topic, payload };
@@ -251,5 +259,5 @@ pub fn io(text: &'static str) -> RedisError {
 async fn in_time<T>(answer: impl Future<Output = Result<T, RedisError>>) -> Result<T, RedisError> {
     timeout(RESPONSE_TIMEOUT, answer)
         .await
-        .unwrap_or_else(|_| Err(io("no answer in time")))
+        .unwrap_or_else(|_| Err(io("no reply in time")))
 }
