@@ -1,16 +1,16 @@
-// Which addresses a text or a server may send somebody to.
+// Decides where a text or a server may send the user.
 
-/** A backslash is a slash to browsers, and they drop control characters and spaces around: no address of ours has any. */
+/** Browsers read a backslash as a slash, and drop control characters and spaces, so no address may have any of them. */
 const NEVER = /[\u0000-\u0020\u007f-\u009f\\]/;
 
-/** A place inside the app: a path of this origin, whatever a browser makes of it. Null for anything else. */
+/** Returns the URL of a place inside the app, that is a path that every browser resolves to this origin; else null. */
 export function internalHref(href: string): URL | null {
   if (!/^\/(?!\/)/.test(href) || NEVER.test(href)) return null;
   const url = new URL(href, location.origin);
   return url.origin === location.origin ? url : null;
 }
 
-/** An address that a link may have: inside the app, or outside by a scheme that cannot run anything. */
+/** Returns the address if a link may have it: inside the app, or outside with a scheme that cannot run code. */
 export function safeHref(href: string): string | null {
   if (NEVER.test(href)) return null;
   return /^(https?:\/\/|mailto:|\/(?!\/)|#)/i.test(href) ? href : null;

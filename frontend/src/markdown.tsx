@@ -136,10 +136,14 @@ function inlineLines(lines: string[]): Inline[] {
   return lines.flatMap((line, i) => (i === 0 ? inline(line) : [{ type: "break" } as const, ...inline(line)]));
 }
 
-// In order: code, link, bare URL, bold, strikethrough, italic. All lengths are bounded, so that a text full of opening
-// marks without closing ones does not take quadratic time.
-const INLINE =
-  /`([^`]{1,4000})`|\[([^[\]]{1,500})\]\(([^()\s]{1,2000})\)|(https?:\/\/[^\s<>)]+[^\s<>).,;:!?'"])|\*\*([^*](?:.{0,4000}?[^*])?)\*\*|~~(.{1,4000}?)~~|\*([^*\s](?:[^*]{0,4000}[^*\s])?)\*|(?<![\w])_([^_\s](?:[^_]{0,4000}[^_\s])?)_(?![\w])/;
+// All lengths are bounded, so that a text full of opening marks without closing ones does not take quadratic time.
+const CODE = /`([^`]{1,4000})`/;
+const LINK = /\[([^[\]]{1,500})\]\(([^()\s]{1,2000})\)/;
+const BARE_URL = /(https?:\/\/[^\s<>)]+[^\s<>).,;:!?'"])/;
+const BOLD = /\*\*([^*](?:.{0,4000}?[^*])?)\*\*/;
+const STRIKE = /~~(.{1,4000}?)~~/;
+const ITALIC = /\*([^*\s](?:[^*]{0,4000}[^*\s])?)\*|(?<![\w])_([^_\s](?:[^_]{0,4000}[^_\s])?)_(?![\w])/;
+const INLINE = new RegExp([CODE, LINK, BARE_URL, BOLD, STRIKE, ITALIC].map((mark) => mark.source).join("|"));
 const DEEPEST = 6;
 
 export function inline(text: string, depth = 0): Inline[] {
@@ -150,6 +154,7 @@ export function inline(text: string, depth = 0): Inline[] {
     const found = INLINE.exec(rest);
     if (!found) break;
     if (found.index > 0) out.push({ type: "text", text: rest.slice(0, found.index) });
+
     const [all, code, label, href, bare, bold, strike, star, under] = found;
     if (code !== undefined) out.push({ type: "code", text: code });
     else if (label !== undefined && href !== undefined) {
@@ -160,6 +165,7 @@ export function inline(text: string, depth = 0): Inline[] {
     else if (bold !== undefined) out.push({ type: "bold", text: bold, children: inline(bold, depth + 1) });
     else if (strike !== undefined) out.push({ type: "strike", text: strike, children: inline(strike, depth + 1) });
     else out.push({ type: "italic", text: star ?? under ?? "", children: inline(star ?? under ?? "", depth + 1) });
+
     rest = rest.slice(found.index + all.length);
   }
   if (rest !== "") out.push({ type: "text", text: rest });
@@ -228,34 +234,41 @@ function BlockView({ block, tail }: { block: Block; tail?: ComponentChildren }):
     case "table":
       return (
         <>
-          <Sideways>
-            <table>
-              <thead>
-                <tr>
-                  {block.head.map((cell, i) => (
-                    <th key={i} class={`align-${block.align[i] ?? "left"}`}>
-                      {inlines(cell)}
-                    </th>
-                  ))}
-                </tr>
-              </thead>
-              <tbody>
-                {block.rows.map((row, i) => (
-                  <tr key={i}>
-                    {row.map((cell, j) => (
-                      <td key={j} class={`align-${block.align[j] ?? "left"}`}>
-                        {inlines(cell)}
-                      </td>
-                    ))}
-                  </tr>
-                ))}
-              </tbody>
-            </table>
-          </Sideways>
+          <TableView table={block} />
           {tail}
         </>
       );
   }
+}
+
+function TableView({ table: { head, align, rows } }: { table: Extract<Block, { type: "table" }> }) {
+  const side = (column: number): string => `align-${align[column] ?? "left"}`;
+  return (
+    <Sideways>
+      <table>
+        <thead>
+          <tr>
+            {head.map((cell, i) => (
+              <th key={i} class={side(i)}>
+                {inlines(cell)}
+              </th>
+            ))}
+          </tr>
+        </thead>
+        <tbody>
+          {rows.map((row, i) => (
+            <tr key={i}>
+              {row.map((cell, j) => (
+                <td key={j} class={side(j)}>
+                  {inlines(cell)}
+                </td>
+              ))}
+            </tr>
+          ))}
+        </tbody>
+      </table>
+    </Sideways>
+  );
 }
 
 function inlines(parts: Inline[]): ComponentChildren {

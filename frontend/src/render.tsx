@@ -4,15 +4,14 @@ import { Chat } from "./chat/chat";
 import { BarChart, LineChart } from "./elements/charts";
 import { Card, ColumnElement, Columns, Container, Dialog, Expander, Form, Plain, Tabs } from "./elements/layout";
 import { LiveBreakdown, LiveLineChart, LiveMetric, LiveTable } from "./elements/live";
+import type { ElementProps } from "./elements/element";
 import * as show from "./elements/show";
+import { Table } from "./elements/table";
 import * as widgets from "./elements/widgets";
 import { memo } from "./memo";
 import type { TreeNode } from "./store";
 
-const KINDS: ReadonlyMap<string, ComponentType<{ node: TreeNode }>> = new Map<
-  string,
-  ComponentType<{ node: TreeNode }>
->([
+const KINDS = new Map<string, ComponentType<ElementProps>>([
   ["page", Plain],
   ["sidebar", Plain],
   ["main", Plain],
@@ -29,7 +28,7 @@ const KINDS: ReadonlyMap<string, ComponentType<{ node: TreeNode }>> = new Map<
   ["text", show.Text],
   ["markdown", show.MarkdownElement],
   ["code", show.Code],
-  ["table", show.Table],
+  ["table", Table],
   ["metric", show.Metric],
   ["badge", show.Badge],
   ["alert", show.Alert],

@@ -87,11 +87,11 @@ export class Session {
     this.say({ rerun: { path: location.pathname, query: location.search.slice(1), reset: this.wantsTree } });
   }
 
-  /** Goes to a place inside the app, and nowhere else; the address bar always holds a link that can be shared. */
+  /** Goes to a place inside the app only. The address bar always holds a link that can be shared. */
   go(href: string): void {
     const url = internalHref(href);
     if (!url) {
-      this.toast("bad", "That link does not lead to a place in here.");
+      this.toast("bad", "That link leads outside this app.");
       return;
     }
     if (url.pathname + url.search !== here()) history.pushState(null, "", url);
@@ -192,25 +192,26 @@ function decode(bytes: Uint8Array): Forward | null {
 const here = (): string => location.pathname + location.search;
 
 const KEPT_ID = "beamline.session";
-/** The page before a reload gives its lock back at once; a duplicate's original keeps it. */
+/** How long to wait for the lock: after a reload, the previous page releases it at once. */
 const CLAIM_MS = 1_000;
 
 /**
- * 128 random bits, kept as long as the tab: a reload finds its session again. A duplicated tab starts with a copy of
- * what the tab kept, so the id is claimed: while another page holds it, this one takes a new one.
+ * Returns the session id of this page: 128 random bits, kept as long as the tab, so that a reload finds its session. A
+ * duplicated tab starts with a copy of the id. So pages claim their id, and one that cannot takes a new one.
  */
 export async function sessionId(claim: (id: string) => Promise<boolean> = claimed): Promise<string> {
   const kept = sessionStorage.getItem(KEPT_ID);
   if (kept && (await claim(kept))) return kept;
+
   const made = randomHex(16);
   sessionStorage.setItem(KEPT_ID, made);
   await claim(made);
   return made;
 }
 
-/** Whether this page is the only one with the id from now on, until it is gone. */
+/** Claims an id for as long as the page lives. Returns false if another page holds it. */
 async function claimed(id: string): Promise<boolean> {
-  // Without a secure context (http:// to another machine) there are no locks: every page is a session of its own.
+  // Without a secure context (http:// to another host) there are no locks, so every page gets a new session.
   if (!navigator.locks) return false;
   return new Promise((resolve) => {
     const held = new Promise<never>(() => undefined);

@@ -1,19 +1,16 @@
 // The list of messages, grouped by author and divided by day. It keeps its scroll position while messages arrive.
 import { memo } from "../memo";
-import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { Avatar } from "../elements/avatar";
 import { clock, day, moment } from "../format";
 import { Icon } from "../icons";
 import { Markdown } from "../markdown";
 import type { Message } from "./reducer";
 import type { Room } from "./room";
+import { useScroll } from "./scroll";
 
 /** Messages of one author within this time form a group. */
 const GROUP_MS = 5 * 60_000;
-/** Distance from the end, in pixels, within which the list follows new messages. */
-const NEAR_END = 48;
-/** Distance from the top, in pixels, at which older messages are loaded. */
-const NEAR_TOP = 120;
 /** After this time without output, the task probably waits for a provider. */
 const THINKING_MS = 2_000;
 
@@ -25,90 +22,16 @@ export interface Powers {
   operates: boolean;
 }
 
-export function MessageList({
-  room,
-  me,
-  assistant,
-  powers,
-}: {
+interface ListProps {
   room: Room;
   me: string;
   assistant: string;
   powers: Powers;
-}) {
+}
+
+export function MessageList({ room, me, assistant, powers }: ListProps) {
   const { messages, more, loaded } = room.state.value;
-  const seen = room.seenBefore.value;
-  const box = useRef<HTMLDivElement>(null);
-  const content = useRef<HTMLDivElement>(null);
-  const follow = useRef(true);
-  const before = useRef({ first: 0, height: 0 });
-  const [away, setAway] = useState(0);
-  const lastId = messages[messages.length - 1]?.id ?? 0;
-  const lastSeenAtEnd = useRef(0);
-
-  const toEnd = (): void => {
-    const el = box.current;
-    if (el) el.scrollTop = el.scrollHeight;
-    follow.current = true;
-    setAway(0);
-  };
-
-  useLayoutEffect(() => {
-    const el = box.current;
-    if (!el) return;
-    const first = messages[0]?.id ?? 0;
-    const grown = el.scrollHeight - before.current.height;
-
-    const last = messages[messages.length - 1]?.state;
-    const mine = last === "sending" || last === "waiting";
-    // After older messages were inserted above, scroll by their height so that the visible ones stay in place.
-    if (follow.current || mine) toEnd();
-    else if (first < before.current.first && grown > 0) el.scrollTop += grown;
-    before.current = { first, height: el.scrollHeight };
-
-    if (follow.current && !document.hidden) {
-      lastSeenAtEnd.current = lastId;
-      room.markRead();
-    } else setAway(messages.filter((m) => m.id > lastSeenAtEnd.current && m.user !== me).length);
-  }, [messages]);
-
-  useEffect(() => {
-    const el = box.current;
-    const inner = content.current;
-    if (!el || !inner) return;
-    // Images, fonts and a resized window change the height without a new message.
-    const observer = new ResizeObserver(() => {
-      if (follow.current) el.scrollTop = el.scrollHeight;
-      before.current.height = el.scrollHeight;
-    });
-    observer.observe(inner);
-    observer.observe(el);
-
-    const visible = (): void => {
-      if (document.hidden) room.markLeft();
-      else if (follow.current) room.markRead();
-    };
-
-    document.addEventListener("visibilitychange", visible);
-    return () => {
-      observer.disconnect();
-      document.removeEventListener("visibilitychange", visible);
-    };
-  }, [room]);
-
-  const scrolled = (): void => {
-    const el = box.current;
-    if (!el) return;
-    follow.current = el.scrollHeight - el.scrollTop - el.clientHeight < NEAR_END;
-    if (follow.current) {
-      lastSeenAtEnd.current = lastId;
-      setAway(0);
-      room.markRead();
-    }
-    if (el.scrollTop < NEAR_TOP) void room.loadOlder();
-  };
-
-  let marked = false;
+  const { box, content, following, unseen, toEnd, scrolled } = useScroll(room, messages, me);
   return (
     <div class="messages-wrap">
       <div
@@ -122,71 +45,95 @@ export function MessageList({
         aria-label="Messages"
       >
         <div class="messages-content" ref={content}>
-          {more && (
-            <div class="older">
-              {room.loadingOlder.value ? (
-                <span class="spinner" aria-label="Loading older messages" />
-              ) : (
-                <button class="ghost small" type="button" onClick={() => void room.loadOlder()}>
-                  Older messages
-                </button>
-              )}
-            </div>
-          )}
+          {more && <Older room={room} />}
           {!loaded && !room.problem.value && <Skeletons />}
-          {loaded && messages.length === 0 && (
-            <div class="empty">
-              <Icon name="chat" />
-              <strong>Nothing here yet</strong>
-              <p>
-                Say hello, or write <code>{assistant ? `@${assistant} status` : "a first message"}</code> to ask the
-                assistant.
-              </p>
+          {loaded && messages.length === 0 && <Nothing assistant={assistant} />}
+          {rows(messages, room.seenBefore.value, me).map(({ message, newDay, unread, grouped }) => (
+            <div key={message.id > 0 ? message.id : message.nonce}>
+              {newDay && <Separator kind="day" text={day(message.at)} />}
+              {unread && <Separator kind="unread" text="New" />}
+              <MessageView
+                message={message}
+                grouped={grouped}
+                mine={message.user === me}
+                assistant={message.user === assistant}
+                room={room}
+                mayStop={powers.manages || isMine(message, me)}
+                mayRetry={powers.operates || isMine(message, me)}
+              />
             </div>
-          )}
-          {messages.map((message, i) => {
-            const previous = messages[i - 1];
-            const newDay = !previous || new Date(previous.at).toDateString() !== new Date(message.at).toDateString();
-            const unread = !marked && seen > 0 && message.id > seen && message.user !== me && previous !== undefined;
-            if (unread) marked = true;
-            const grouped =
-              !newDay && !unread && previous?.user === message.user && message.at - previous.at < GROUP_MS;
-            return (
-              <div key={message.id > 0 ? message.id : message.nonce}>
-                {newDay && (
-                  <div class="day" role="separator">
-                    <span>{day(message.at)}</span>
-                  </div>
-                )}
-                {unread && (
-                  <div class="unread" role="separator">
-                    <span>New</span>
-                  </div>
-                )}
-                <MessageView
-                  message={message}
-                  grouped={grouped}
-                  mine={message.user === me}
-                  assistant={message.user === assistant}
-                  room={room}
-                  mayStop={powers.manages || isMine(message, me)}
-                  mayRetry={powers.operates || isMine(message, me)}
-                />
-              </div>
-            );
-          })}
+          ))}
         </div>
       </div>
-      {(away > 0 || !follow.current) && (
+      {(unseen > 0 || !following) && (
         <button type="button" class="to-end" onClick={toEnd}>
-          <Icon name="down" /> {away > 0 ? `${away} new` : "Latest"}
+          <Icon name="down" /> {unseen > 0 ? `${unseen} new` : "Latest"}
         </button>
       )}
     </div>
   );
 }
 
-/** Whether this person sent the message, or asked for the answer. An older server does not say who asked: it decides itself. */
+interface Row {
+  message: Message;
+  newDay: boolean;
+  /** Whether this is the first message that the user has not seen. */
+  unread: boolean;
+  /** Whether the message continues the group of the one before it. */
+  grouped: boolean;
+}
+
+/** Divides messages by day and by what the user has seen, and groups them by author. */
+function rows(messages: Message[], seen: number, me: string): Row[] {
+  const firstUnread =
+    seen > 0 ? messages.findIndex((message, i) => i > 0 && message.id > seen && message.user !== me) : -1;
+  return messages.map((message, i) => {
+    const previous = messages[i - 1];
+    const newDay = !previous || new Date(previous.at).toDateString() !== new Date(message.at).toDateString();
+    const unread = i === firstUnread;
+    const grouped = !newDay && !unread && previous.user === message.user && message.at - previous.at < GROUP_MS;
+    return { message, newDay, unread, grouped };
+  });
+}
+
+function Separator({ kind, text }: { kind: "day" | "unread"; text: string }) {
+  return (
+    <div class={kind} role="separator">
+      <span>{text}</span>
+    </div>
+  );
+}
+
+function Older({ room }: { room: Room }) {
+  return (
+    <div class="older">
+      {room.loadingOlder.value ? (
+        <span class="spinner" aria-label="Loading older messages" />
+      ) : (
+        <button class="ghost small" type="button" onClick={() => void room.loadOlder()}>
+          Older messages
+        </button>
+      )}
+    </div>
+  );
+}
+
+function Nothing({ assistant }: { assistant: string }) {
+  return (
+    <div class="empty">
+      <Icon name="chat" />
+      <strong>Nothing here yet</strong>
+      <p>
+        Say hello, or write <code>{assistant ? `@${assistant} status` : "a first message"}</code> to ask the assistant.
+      </p>
+    </div>
+  );
+}
+
+/**
+ * Whether this person sent the message, or asked for the answer. An older server does not name the asker, so everybody
+ * is offered the buttons, and that server decides.
+ */
 export const isMine = (message: Message, me: string): boolean =>
   message.user === me || message.asker === me || message.asker === "";
 
@@ -264,47 +211,47 @@ function Thinking() {
   );
 }
 
-function Footer({
-  message,
-  state,
-  room,
-  mayStop,
-  mayRetry,
-}: {
+interface FooterProps {
   message: Message;
   state: string;
   room: Room;
   mayStop: boolean;
   mayRetry: boolean;
-}) {
-  if (state === "streaming") {
-    if (!mayStop) return null;
-    return (
-      <footer>
-        <button type="button" class="small" data-testid="stop" onClick={() => room.stop(message)}>
-          <Icon name="stop" /> Stop <kbd>Esc</kbd>
-        </button>
-      </footer>
-    );
+}
+
+function Footer({ message, state, room, mayStop, mayRetry }: FooterProps) {
+  switch (state) {
+    case "streaming":
+      return mayStop ? (
+        <footer>
+          <button type="button" class="small" data-testid="stop" onClick={() => room.stop(message)}>
+            <Icon name="stop" /> Stop <kbd>Esc</kbd>
+          </button>
+        </footer>
+      ) : null;
+    case "sending":
+      return (
+        <footer class="muted">
+          <span role="status">Sending…</span>
+        </footer>
+      );
+    case "waiting":
+      return (
+        <footer class="muted">
+          <span role="status">Waiting for the connection</span>
+          <Discard room={room} message={message} />
+        </footer>
+      );
+    case "stopped":
+      return <footer class="muted">Stopped</footer>;
+    case "failed":
+      return <FailedFooter room={room} message={message} mayRetry={mayRetry} />;
+    default:
+      return null;
   }
-  if (state === "sending")
-    return (
-      <footer class="muted">
-        <span role="status">Sending…</span>
-      </footer>
-    );
-  if (state === "waiting") {
-    return (
-      <footer class="muted">
-        <span role="status">Waiting for the connection</span>
-        <button type="button" class="ghost small" onClick={() => room.discard(message)}>
-          Discard
-        </button>
-      </footer>
-    );
-  }
-  if (state === "stopped") return <footer class="muted">Stopped</footer>;
-  if (state !== "failed") return null;
+}
+
+function FailedFooter({ room, message, mayRetry }: { room: Room; message: Message; mayRetry: boolean }) {
   return (
     <footer class="bad">
       <span role="alert">
@@ -316,12 +263,16 @@ function Footer({
           <Icon name="retry" /> Retry
         </button>
       )}
-      {message.id === 0 && (
-        <button type="button" class="ghost small" onClick={() => room.discard(message)}>
-          Discard
-        </button>
-      )}
+      {message.id === 0 && <Discard room={room} message={message} />}
     </footer>
+  );
+}
+
+function Discard({ room, message }: { room: Room; message: Message }) {
+  return (
+    <button type="button" class="ghost small" onClick={() => room.discard(message)}>
+      Discard
+    </button>
   );
 }
 

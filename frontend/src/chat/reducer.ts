@@ -1,10 +1,10 @@
-// The messages of a room as a pure state: merges the channel's events, history and the user's unsent messages.
+// The messages of a room as pure state. It merges the channel's events, the history and the user's unsent messages.
 import { num, object, str, type Json } from "../json";
 
 export type MessageState = "waiting" | "sending" | "done" | "streaming" | "failed" | "stopped";
 
 export interface Message {
-  /** 0 until the server has assigned one. */
+  /** 0 until the server has confirmed the message. */
   id: number;
   nonce: string;
   user: string;
@@ -13,10 +13,10 @@ export interface Message {
   at: number;
   state: MessageState;
   replyTo: number;
-  /** Of an answer: who asked for it. */
+  /** For an answer: the user who asked for it. */
   asker: string;
   error: string;
-  /** For a streaming answer: the attempt and, in `seq`, the last delta applied; null if history did not say. */
+  /** For a streaming answer: the attempt and, in `seq`, its last delta that was applied; null if that is unknown. */
   attempt: number;
   seq: number | null;
 }
@@ -28,19 +28,19 @@ export interface ChatState {
   loaded: boolean;
   /** Whether a delta of an answer is missing, so that the room must be reloaded. */
   gap: boolean;
-  /** Counts what the channel has said. */
+  /** Counts the changes that came from the channel. */
   clock: number;
-  /** When the channel last changed a message, by id. */
+  /** The value of `clock` when the channel last changed a message, by id. */
   changed: ReadonlyMap<number, number>;
 }
 
 export type Action =
-  /** `asked`: the clock when the history was asked for. */
+  /** `asked` is the value of `clock` when the history was requested. */
   | { type: "history"; messages: Message[]; more: boolean; older: boolean; asked: number }
   | { type: "message"; message: Message }
   | { type: "delta"; id: number; seq: number; attempt: number; text: string }
   | { type: "send"; message: Message }
-  /** The progress of an unconfirmed message of the user. */
+  /** The progress of a message that the server has not confirmed. */
   | { type: "outgoing"; nonce: string; state: "waiting" | "sending" | "failed"; error: string }
   | { type: "discard"; nonce: string };
 
@@ -82,14 +82,19 @@ function touch(state: ChatState, id: number): ChatState {
   return { ...state, clock, changed: new Map(state.changed).set(id, clock) };
 }
 
-/** By id; ours that have none yet stay last, and the echo of one takes its place. */
+/**
+ * Inserts a message in the order of ids. Unconfirmed messages stay last; a confirmed one replaces the one with its nonce.
+ */
 function put(messages: Message[], message: Message): Message[] {
   const mine = message.nonce === "" ? -1 : messages.findIndex((m) => m.id === 0 && m.nonce === message.nonce);
   const rest = mine < 0 ? messages : messages.filter((_, i) => i !== mine);
+
   const index = rest.findIndex((m) => m.id === 0 || m.id >= message.id);
   if (index < 0) return [...rest, message];
   const there = rest[index];
   if (there?.id !== message.id) return [...rest.slice(0, index), message, ...rest.slice(index)];
+
+  // An unchanged text has the deltas that were applied to it, even if this version does not say how many.
   const seq = message.state === "streaming" && message.text === there.text ? there.seq : message.seq;
   return [...rest.slice(0, index), { ...message, seq }, ...rest.slice(index + 1)];
 }
@@ -100,10 +105,11 @@ function append(state: ChatState, delta: { id: number; seq: number; attempt: num
   if (!message) return state.loaded ? { ...state, gap: true } : state;
   if (message.state !== "streaming" && delta.attempt <= message.attempt) return state;
   if (delta.attempt < message.attempt) return state;
+
   let { text } = message;
   let seq = message.seq;
   if (delta.attempt > message.attempt) {
-    // Without a known attempt (from history) the text is the newest one, so keep it.
+    // A new attempt starts the text over. A text from a history that did not name the attempt is the newest: keep it.
     if (seq !== null || message.attempt > 0) {
       text = "";
       seq = 0;
@@ -111,6 +117,7 @@ function append(state: ChatState, delta: { id: number; seq: number; attempt: num
   }
   if (seq !== null && delta.attempt === message.attempt && seq > 0 && delta.seq <= seq) return state;
   if (seq !== null && delta.seq > seq + 1) return { ...state, gap: true };
+
   const next: Message = {
     ...message,
     text: text + delta.text,
@@ -134,11 +141,13 @@ function reload(
   const last = fresh[fresh.length - 1]?.id ?? 0;
   const known = new Map(state.messages.map((m) => [m.id, m]));
   const nonces = new Set(fresh.map((m) => m.nonce).filter((nonce) => nonce !== ""));
+
   // Keep older messages only if the known ones overlap with the reloaded ones; otherwise there is a gap between them.
   const joins = fresh.some((m) => known.has(m.id));
   const before = joins ? state.messages.filter((m) => m.id > 0 && m.id < from) : [];
   const after = state.messages.filter((m) => m.id > last);
   const pending = state.messages.filter((m) => m.id === 0 && !nonces.has(m.nonce));
+
   const since = (id: number): boolean => (state.changed.get(id) ?? 0) > asked;
   return {
     ...state,
@@ -146,14 +155,14 @@ function reload(
     more: before.length > 0 ? state.more : more,
     loaded: true,
     gap: false,
-    // What was said before the next history is asked for is in that history.
+    // A later history contains all changes up to its request, so older entries are not needed any more.
     changed: new Map([...state.changed].filter(([, clock]) => clock > asked)),
   };
 }
 
 /**
- * Of a message that the channel changed while its history was on the way, the state that is further on. An answer that
- * has ended does not stream again by a late history; one that was asked for anew does so by the channel.
+ * Chooses between two versions of a message that the channel changed while the history was on its way: the one that has
+ * progressed further. A late history does not make an ended answer stream again; only the channel does, after a retry.
  */
 function later(held: Message | undefined, fresh: Message): Message {
   if (!held || fresh.state !== "streaming") return fresh;
@@ -162,7 +171,7 @@ function later(held: Message | undefined, fresh: Message): Message {
   return ahead > 0 ? fresh : held;
 }
 
-/** A message as the server writes it; null if it is none. */
+/** Reads a message as the server writes it. Returns null if it has no id. */
 export function readMessage(from: Json | undefined): Message | null {
   const m = object(from);
   const id = num(m["id"]);

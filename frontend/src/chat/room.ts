@@ -217,7 +217,7 @@ export class Room {
     return true;
   }
 
-  /** Whether the message was neither discarded nor echoed by the channel meanwhile. */
+  /** Whether the message still waits: it was neither discarded nor confirmed by the channel. */
   private isPending({ nonce }: Message): boolean {
     return this.state.peek().messages.some((message) => message.id === 0 && message.nonce === nonce);
   }
@@ -291,9 +291,11 @@ export class Room {
   private isTypingHere(event: JsonObject): void {
     const user = str(event["user"]);
     if (user === "" || user === this.session.me.user) return;
+
     const until = Date.now() + TYPING_SHOWN_MS;
     const others = this.typing.peek().filter((person) => person.user !== user);
     this.typing.value = [...others, { user, name: str(event["name"], user), until }];
+
     clearTimeout(this.typingTimer);
     const expire = (): void => {
       const now = Date.now();
@@ -329,6 +331,7 @@ export class Room {
   private person(info: ClientInfo): Person {
     const named = (bytes: Uint8Array): Json | undefined =>
       bytes.length > 0 ? object(fromBytes(bytes))["name"] : undefined;
+    // Not every token carries a name. A message of the user may have it.
     const known = this.state.peek().messages.find((message) => message.user === info.user)?.name;
     const own = info.user === this.session.me.user ? this.session.me.name : undefined;
     return { user: info.user, name: str(named(info.connInfo) ?? named(info.chanInfo) ?? own ?? known ?? info.user) };
@@ -358,7 +361,7 @@ export function roomOf(session: Session, id: string, channel: string): Room {
   return room;
 }
 
-/** Forgets a room that was deleted: one of the same name is another room. */
+/** Forgets a deleted room, since a later one with the same name is another room. */
 export function forgetRoom(session: Session, id: string): void {
   const known = rooms.get(session);
   for (const [channel, room] of known ?? []) if (room.id === id) known?.delete(channel);

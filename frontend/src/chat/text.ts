@@ -27,3 +27,14 @@ export function mentionsWithoutEffect(text: string, assistant: string): boolean 
   // Full stops after a word end the sentence; one inside is part of another name.
   return !asks(after(said)) && said.split(/[\s(]+/).some((word) => asks(after(word.replace(/\.+$/, ""))));
 }
+
+/** Names offered at most. */
+const COMPLETIONS = 6;
+
+/** The part of a name that the text ends with after an @, and the names that complete it. */
+export function completions(text: string, names: string[]): { partial: string; matches: string[] } {
+  const partial = /(?:^|\s)@([\w.-]*)$/.exec(text)?.[1];
+  if (partial === undefined) return { partial: "", matches: [] };
+  const fits = (name: string): boolean => name.toLowerCase().startsWith(partial.toLowerCase()) && name !== partial;
+  return { partial, matches: names.filter(fits).slice(0, COMPLETIONS) };
+}

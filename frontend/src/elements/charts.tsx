@@ -3,8 +3,8 @@ import { useEffect, useState } from "preact/hooks";
 import type { ComponentType } from "preact";
 import { withUnit } from "../format";
 import { at, list, num, records, str, type Json } from "../json";
+import { labelsOf, type ElementProps } from "./element";
 import type { PlotProps } from "./plot";
-import { labelsOf, type ElementProps } from "./show";
 
 let loaded: ComponentType<PlotProps> | undefined;
 

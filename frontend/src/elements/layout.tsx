@@ -4,7 +4,7 @@ import { FormContext, useForm, useSession, type FormValues } from "../context";
 import { Icon } from "../icons";
 import { list, num, str, type Json } from "../json";
 import { Children } from "../render";
-import { labelsOf, type ElementProps } from "./show";
+import { labelsOf, type ElementProps } from "./element";
 
 export function Container({ node }: ElementProps) {
   const props = node.props.value;

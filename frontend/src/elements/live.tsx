@@ -4,8 +4,10 @@ import { bytes, duration, number, withUnit } from "../format";
 import { at, num, records, str, type Json, type JsonObject } from "../json";
 import { breakdown, numbers, useLive, type Sample } from "../live";
 import { ChartCard, LazyPlot } from "./charts";
+import { yesNo, type ElementProps } from "./element";
 import type { PlotSeries } from "./plot";
-import { columnsOf, DataTable, MetricCard, yesNo, type Column, type ElementProps } from "./show";
+import { MetricCard } from "./show";
+import { columnsOf, DataTable, type Column } from "./table";
 
 /** Samples shown by a spark line. */
 const SPARK = 60;
@@ -88,6 +90,8 @@ function LivePlot({ node, series }: ElementProps & { series: (samples: Sample[])
   const shown = all.filter((sample) => sample.t >= end - (range + 2) * 1000);
   const title = str(props["title"]);
   const lines = series(shown);
+  const emptyText =
+    shown.length === 0 ? "Waiting for the first sample…" : "No data yet. Send a request to see it here.";
   return (
     <ChartCard title={title}>
       {problem.value !== "" ? (
@@ -96,7 +100,7 @@ function LivePlot({ node, series }: ElementProps & { series: (samples: Sample[])
         </div>
       ) : shown.length === 0 || lines.length === 0 ? (
         <div class="plot-host empty small">
-          <p>{shown.length === 0 ? "Waiting for the first sample…" : "No data yet. Send a request to see it here."}</p>
+          <p>{emptyText}</p>
         </div>
       ) : (
         <LazyPlot

@@ -1,5 +1,6 @@
 // A line plot. The legend shows the values under the crosshair and toggles lines, a drag zooms, and a table shows the
 // same data.
+import type { RefObject, SVGAttributes } from "preact";
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { axisTime, moment, withUnit } from "../format";
 import { Icon } from "../icons";
@@ -45,123 +46,50 @@ interface Scales {
   toY: (y: number) => number;
 }
 
+/** The part of the data in view, and where it is drawn. */
+interface View {
+  xRange: Range;
+  yRange: Range;
+  x: number[];
+  lines: Line[];
+  scales: Scales;
+  /** Data units per pixel of the x axis. */
+  perPixel: number;
+}
+
 export default function Plot(props: PlotProps) {
   const { x, series, time, unit } = props;
-  const host = useRef<HTMLDivElement>(null);
-  const [width, setWidth] = useState(0);
   const [zoom, setZoom] = useState<Range | null>(null);
-  const [pointer, setPointer] = useState<number | null>(null);
-  const [pressed, setPressed] = useState<number | null>(null);
   const [hidden, setHidden] = useState<ReadonlySet<string>>(new Set());
   const [asTable, setAsTable] = useState(false);
+  const host = useRef<HTMLDivElement>(null);
+  const width = useWidth(host, asTable);
 
-  useLayoutEffect(() => {
-    const el = host.current;
-    if (!el) return;
-    const measure = (): void => setWidth(el.clientWidth);
-    measure();
-    const observer = new ResizeObserver(measure);
-    observer.observe(el);
-    return () => observer.disconnect();
-  }, [asTable]);
-
-  const boxWidth = Math.max(60, width - LEFT - RIGHT);
-  const [from, to] = zoom ?? props.span ?? [x[0] ?? 0, x[x.length - 1] ?? 1];
-  const xRange: Range = to > from ? [from, to] : [from - 1, from + 1];
-  const perPixel = (xRange[1] - xRange[0]) / boxWidth;
-  const toX = (at: number): number => (at - xRange[0]) / perPixel;
-
-  // Include one sample beyond either side, so that lines run to the edge.
-  const first = Math.max(0, x.findIndex((at) => at >= xRange[0]) - 1);
-  const after = x.findIndex((at) => at > xRange[1]);
-  const end = after < 0 ? x.length : after + 1;
-  const inside = x.slice(first, end);
-  const lines = series.map((one, i): Line => ({
-    ...one,
-    values: one.values.slice(first, end),
-    tint: `series-${i % SERIES}`,
-    shown: !hidden.has(one.label),
-  }));
-  const visible = lines.filter((line) => line.shown);
-
-  const range = yRange(visible.flatMap((line) => line.values));
-  const toY = (value: number): number => BOX_HEIGHT - ((value - range[0]) / (range[1] - range[0])) * BOX_HEIGHT;
-  const scales = { boxWidth, toX, toY };
+  const range = zoom ?? props.span ?? [x[0] ?? 0, x[x.length - 1] ?? 1];
+  const view = viewOf(x, series, range, Math.max(60, width - LEFT - RIGHT), hidden);
+  const pointer = usePointer(view, setZoom);
 
   // Follow the pointer, not a sample: samples move below the crosshair as new ones arrive.
-  const index = pointer === null ? -1 : nearest(inside, xRange[0] + pointer * perPixel);
-  const at = inside[index];
+  const index = pointer.at === null ? -1 : nearest(view.x, view.xRange[0] + pointer.at * view.perPixel);
+  const at = view.x[index];
   const when = at === undefined ? "" : time ? moment(at * 1000) : String(at);
 
-  const place = (event: PointerEvent): number => {
-    const box = (event.currentTarget as Element).getBoundingClientRect();
-    return Math.max(0, Math.min(boxWidth, event.clientX - box.left - LEFT));
-  };
-  const press = (event: PointerEvent): void => {
-    // A finger scrolls the page and moves the crosshair, but does not zoom.
-    if (event.pointerType !== "mouse" || event.button !== 0) return;
-    (event.currentTarget as Element).setPointerCapture(event.pointerId);
-    setPressed(place(event));
-  };
-  const release = (event: PointerEvent): void => {
-    if (pressed === null) return;
-    const [low, high] = [pressed, place(event)].sort((a, b) => a - b) as [number, number];
-    if (high - low >= DRAG) setZoom([xRange[0] + low * perPixel, xRange[0] + high * perPixel]);
-    setPressed(null);
-  };
   const toggle = (label: string): void => {
     const next = new Set(hidden);
     if (!next.delete(label)) next.add(label);
     setHidden(next);
   };
-
-  const label = `${props.title}: ${series.map((one) => `${one.label} ${shown(one.values[one.values.length - 1], unit)}`).join(", ")}`;
   return (
     <div class="plot">
       {asTable ? (
         <PlotTable {...props} />
       ) : (
         <div class="plot-host" ref={host} onDblClick={() => setZoom(null)}>
-          {width > 0 && (
-            <svg
-              class="plot-box"
-              width={width}
-              height={HEIGHT}
-              role="img"
-              aria-label={label}
-              onPointerMove={(event) => setPointer(place(event))}
-              onPointerDown={press}
-              onPointerUp={release}
-              onPointerLeave={() => {
-                setPointer(null);
-                setPressed(null);
-              }}
-            >
-              <Axes xRange={xRange} range={range} scales={scales} time={time} unit={unit} />
-              <svg x={LEFT} y={TOP} width={boxWidth} height={BOX_HEIGHT}>
-                <Lines
-                  x={inside}
-                  lines={visible}
-                  scales={scales}
-                  floor={series.length === 1 ? Math.max(0, range[0]) : null}
-                />
-                {pressed !== null && pointer !== null && (
-                  <rect
-                    class="selection"
-                    x={Math.min(pressed, pointer)}
-                    y={0}
-                    width={Math.abs(pointer - pressed)}
-                    height={BOX_HEIGHT}
-                  />
-                )}
-              </svg>
-              {at !== undefined && <Crosshair at={at} index={index} lines={visible} scales={scales} />}
-            </svg>
-          )}
+          {width > 0 && <Drawing {...props} width={width} view={view} pointer={pointer} index={index} />}
         </div>
       )}
       <div class="legend">
-        {lines.map((line) => (
+        {view.lines.map((line) => (
           <LegendItem
             key={line.label}
             line={line}
@@ -176,18 +104,149 @@ export default function Plot(props: PlotProps) {
             Whole range
           </button>
         )}
-        <button
-          type="button"
-          class="ghost small icon-button"
-          aria-pressed={asTable}
-          aria-label={asTable ? "Show as chart" : "Show as table"}
-          title={asTable ? "Chart" : "Table"}
-          onClick={() => setAsTable(!asTable)}
-        >
-          <Icon name={asTable ? "chart" : "table"} />
-        </button>
+        <TableSwitch asTable={asTable} onClick={() => setAsTable(!asTable)} />
       </div>
     </div>
+  );
+}
+
+/** The width of the host element in pixels; 0 before the first layout. */
+function useWidth(host: RefObject<HTMLDivElement | null>, asTable: boolean): number {
+  const [width, setWidth] = useState(0);
+  useLayoutEffect(() => {
+    const el = host.current;
+    if (!el) return;
+    const measure = (): void => setWidth(el.clientWidth);
+    measure();
+    const observer = new ResizeObserver(measure);
+    observer.observe(el);
+    return () => observer.disconnect();
+  }, [asTable]);
+  return width;
+}
+
+function viewOf(
+  x: number[],
+  series: PlotSeries[],
+  [from, to]: Range,
+  boxWidth: number,
+  hidden: ReadonlySet<string>,
+): View {
+  const xRange: Range = to > from ? [from, to] : [from - 1, from + 1];
+  const perPixel = (xRange[1] - xRange[0]) / boxWidth;
+
+  // Include one sample beyond either side, so that lines run to the edge.
+  const first = Math.max(0, x.findIndex((at) => at >= xRange[0]) - 1);
+  const after = x.findIndex((at) => at > xRange[1]);
+  const end = after < 0 ? x.length : after + 1;
+  const lines = series.map((one, i): Line => ({
+    ...one,
+    values: one.values.slice(first, end),
+    tint: `series-${i % SERIES}`,
+    shown: !hidden.has(one.label),
+  }));
+
+  const [low, high] = yRange(lines.filter((line) => line.shown).flatMap((line) => line.values));
+  const scales = {
+    boxWidth,
+    toX: (at: number): number => (at - xRange[0]) / perPixel,
+    toY: (value: number): number => BOX_HEIGHT - ((value - low) / (high - low)) * BOX_HEIGHT,
+  };
+  return { xRange, yRange: [low, high], x: x.slice(first, end), lines, scales, perPixel };
+}
+
+/** The mouse or finger over the plot. Positions are pixels from the left edge of the plot box. */
+interface Pointer {
+  at: number | null;
+  /** Where a drag started. */
+  pressed: number | null;
+  handlers: Pick<SVGAttributes<SVGSVGElement>, "onPointerMove" | "onPointerDown" | "onPointerUp" | "onPointerLeave">;
+}
+
+/** Follows the pointer. A drag with the mouse selects a range. */
+function usePointer({ xRange, perPixel, scales }: View, select: (range: Range) => void): Pointer {
+  const [at, setAt] = useState<number | null>(null);
+  const [pressed, setPressed] = useState<number | null>(null);
+
+  const place = (event: PointerEvent): number => {
+    const box = (event.currentTarget as Element).getBoundingClientRect();
+    return Math.max(0, Math.min(scales.boxWidth, event.clientX - box.left - LEFT));
+  };
+  const press = (event: PointerEvent): void => {
+    // A finger scrolls the page and moves the crosshair, but does not zoom.
+    if (event.pointerType !== "mouse" || event.button !== 0) return;
+    (event.currentTarget as Element).setPointerCapture(event.pointerId);
+    setPressed(place(event));
+  };
+  const release = (event: PointerEvent): void => {
+    if (pressed === null) return;
+    const [low, high] = [pressed, place(event)].sort((a, b) => a - b) as [number, number];
+    if (high - low >= DRAG) select([xRange[0] + low * perPixel, xRange[0] + high * perPixel]);
+    setPressed(null);
+  };
+  const leave = (): void => {
+    setAt(null);
+    setPressed(null);
+  };
+
+  const handlers = {
+    onPointerMove: (event: PointerEvent) => setAt(place(event)),
+    onPointerDown: press,
+    onPointerUp: release,
+    onPointerLeave: leave,
+  };
+  return { at, pressed, handlers };
+}
+
+interface DrawingProps extends PlotProps {
+  width: number;
+  view: View;
+  pointer: Pointer;
+  /** Index of the sample under the crosshair; -1 if there is none. */
+  index: number;
+}
+
+function Drawing({ title, series, time, unit, width, view, pointer, index }: DrawingProps) {
+  const { scales, x, lines } = view;
+  const visible = lines.filter((line) => line.shown);
+  const latest = series.map((one) => `${one.label} ${shown(one.values[one.values.length - 1], unit)}`);
+  const at = x[index];
+  return (
+    <svg
+      class="plot-box"
+      width={width}
+      height={HEIGHT}
+      role="img"
+      aria-label={`${title}: ${latest.join(", ")}`}
+      {...pointer.handlers}
+    >
+      <Axes xRange={view.xRange} range={view.yRange} scales={scales} time={time} unit={unit} />
+      <svg x={LEFT} y={TOP} width={scales.boxWidth} height={BOX_HEIGHT}>
+        <Lines x={x} lines={visible} scales={scales} floor={series.length === 1 ? Math.max(0, view.yRange[0]) : null} />
+        <Selection pointer={pointer} />
+      </svg>
+      {at !== undefined && <Crosshair at={at} index={index} lines={visible} scales={scales} />}
+    </svg>
+  );
+}
+
+function Selection({ pointer: { at, pressed } }: { pointer: Pointer }) {
+  if (pressed === null || at === null) return null;
+  return <rect class="selection" x={Math.min(pressed, at)} y={0} width={Math.abs(at - pressed)} height={BOX_HEIGHT} />;
+}
+
+function TableSwitch({ asTable, onClick }: { asTable: boolean; onClick: () => void }) {
+  return (
+    <button
+      type="button"
+      class="ghost small icon-button"
+      aria-pressed={asTable}
+      aria-label={asTable ? "Show as chart" : "Show as table"}
+      title={asTable ? "Chart" : "Table"}
+      onClick={onClick}
+    >
+      <Icon name={asTable ? "chart" : "table"} />
+    </button>
   );
 }
 

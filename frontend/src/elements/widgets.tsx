@@ -1,10 +1,10 @@
-// Input elements. Each sends its value under its key, or adds it to the form around it.
+// Input elements. Each sends its value under its key, or hands it to the form around it.
 import { useEffect, useId, useRef, useState } from "preact/hooks";
 import type { ComponentChildren } from "preact";
 import { useForm, useSession } from "../context";
 import { num, records, str, type Json } from "../json";
 import type { TreeNode } from "../store";
-import { labelsOf, type ElementProps } from "./show";
+import { labelsOf, type ElementProps } from "./element";
 
 /**
  * The value of a widget: the user's while editing, until the server sends a new one. Returns the value, a setter for

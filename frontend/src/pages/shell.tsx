@@ -1,5 +1,5 @@
 // The frame around an app: sidebar or drawer, connection state, jump dialog, banners and toasts.
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { signOut } from "../auth";
 import { forgetRoom } from "../chat/room";
 import type { Status } from "../connection";
@@ -10,42 +10,71 @@ import { Icon, Logo } from "../icons";
 import { fromBytes, object, str } from "../json";
 import { Element } from "../render";
 import type { Session } from "../session";
-import { walk, type TreeNode } from "../store";
+import type { TreeNode } from "../store";
 import { nextTheme, theme } from "../theme";
+import { Jump } from "./jump";
 
 export function Shell({ session }: { session: Session }) {
   const [drawer, setDrawer] = useState(false);
-  const { store, dialog } = session;
-  const jump = dialog.value;
-  const setJump = (value: typeof jump): void => {
-    dialog.value = value;
-  };
-
+  const { store, dialog, busy } = session;
   const { sidebar, main } = parts(store.root);
-  const place = session.location.value;
+  const jump = (): void => void (dialog.value = "place");
 
-  useEffect(() => setDrawer(false), [place, jump]);
+  useEffect(() => setDrawer(false), [session.location.value, dialog.value]);
+  useKeys(session, () => setDrawer(false));
+  useLobby(session);
 
+  return (
+    <SessionProvider value={session}>
+      <div class={`shell ${drawer ? "drawer-open" : ""}`} onClick={(event) => follow(session, event)}>
+        <SkipLink />
+        <ConnectionBanner session={session} />
+        <Topbar drawer={drawer} toggle={() => setDrawer(!drawer)} jump={jump} />
+        {drawer && <div class="scrim" onClick={() => setDrawer(false)} />}
+        <Sidebar session={session} nodes={sidebar} jump={jump} />
+        <main id="main" class="main" tabIndex={-1} aria-busy={busy.value}>
+          <div class={`run-bar ${busy.value ? "on" : ""}`} aria-hidden="true" />
+          <FailureBox session={session} />
+          {!store.ready.value ? <LoadingPage /> : main.map((node) => <Element key={node.id} node={node} />)}
+        </main>
+        {dialog.value && (
+          <Jump
+            key={dialog.value}
+            session={session}
+            fresh={dialog.value === "room"}
+            close={() => void (dialog.value = "")}
+          />
+        )}
+        <Toasts session={session} />
+      </div>
+    </SessionProvider>
+  );
+}
+
+/** Keys that work everywhere: Ctrl K and / find something, Escape closes or stops. */
+function useKeys(session: Session, closeDrawer: () => void): void {
   useEffect(() => {
     const key = (event: KeyboardEvent): void => {
       if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
         event.preventDefault();
-        setJump("place");
+        session.dialog.value = "place";
       } else if (event.key === "/" && !typingIn(event.target)) {
         event.preventDefault();
         const field = document.querySelector<HTMLElement>("[data-focus='/']");
         if (field) field.focus();
-        else setJump("place");
+        else session.dialog.value = "place";
       } else if (event.key === "Escape" && !event.defaultPrevented) {
-        setDrawer(false);
+        closeDrawer();
         session.stop();
       }
     };
     window.addEventListener("keydown", key);
     return () => window.removeEventListener("keydown", key);
   }, [session]);
+}
 
-  // Rerun when a room is created or deleted, so that every sidebar shows the rooms that exist.
+/** Reruns when a room is created or deleted, so that every sidebar shows the rooms that exist. */
+function useLobby(session: Session): void {
   useEffect(
     () =>
       session.connection.subscribe("chat:lobby", {
@@ -57,76 +86,71 @@ export function Shell({ session }: { session: Session }) {
       }),
     [session],
   );
+}
 
-  // Follow internal links in texts without leaving the page.
-  const follow = (event: MouseEvent): void => {
-    const link = (event.target as Element | null)?.closest?.("a");
-    if (!link || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey)
-      return;
-    if (link.target === "_blank" || link.origin !== location.origin || link.pathname.startsWith("/auth/")) return;
-    event.preventDefault();
-    session.go(link.pathname + link.search + link.hash);
-  };
+/** Follows internal links in texts without leaving the page. */
+function follow(session: Session, event: MouseEvent): void {
+  const link = (event.target as Element | null)?.closest?.("a");
+  if (!link || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey) return;
+  if (link.target === "_blank" || link.origin !== location.origin || link.pathname.startsWith("/auth/")) return;
+  event.preventDefault();
+  session.go(link.pathname + link.search + link.hash);
+}
 
+function SkipLink() {
   return (
-    <SessionProvider value={session}>
-      <div class={`shell ${drawer ? "drawer-open" : ""}`} onClick={follow}>
-        <a
-          class="skip"
-          href="#main"
-          onClick={(event) => {
-            event.preventDefault();
-            document.getElementById("main")?.focus();
-          }}
-        >
-          Skip to content
-        </a>
-        <ConnectionBanner session={session} />
-        <header class="topbar">
-          <button
-            type="button"
-            class="ghost icon-button"
-            aria-label="Menu"
-            aria-expanded={drawer}
-            onClick={() => setDrawer(!drawer)}
-          >
-            <Icon name="menu" />
-          </button>
-          <span class="brand">
-            <Logo />
-            <span>Beamline</span>
-          </span>
-          <button type="button" class="ghost icon-button" aria-label="Jump to" onClick={() => setJump("place")}>
-            <Icon name="search" />
-          </button>
-        </header>
-        {drawer && <div class="scrim" onClick={() => setDrawer(false)} />}
-        <nav class="sidebar" aria-label="Main">
-          <div class="brand">
-            <Logo />
-            <span>Beamline</span>
-          </div>
-          <button type="button" class="jump" onClick={() => setJump("place")}>
-            <Icon name="search" />
-            <span>Jump to…</span>
-            <kbd>Ctrl K</kbd>
-          </button>
-          <div class="sidebar-tree">
-            {sidebar.map((node) => (
-              <Element key={node.id} node={node} />
-            ))}
-          </div>
-          <Foot session={session} />
-        </nav>
-        <main id="main" class="main" tabIndex={-1} aria-busy={session.busy.value}>
-          <div class={`run-bar ${session.busy.value ? "on" : ""}`} aria-hidden="true" />
-          <FailureBox session={session} />
-          {!store.ready.value ? <LoadingPage /> : main.map((node) => <Element key={node.id} node={node} />)}
-        </main>
-        {jump && <Jump key={jump} session={session} fresh={jump === "room"} close={() => setJump("")} />}
-        <Toasts session={session} />
+    <a
+      class="skip"
+      href="#main"
+      onClick={(event) => {
+        event.preventDefault();
+        document.getElementById("main")?.focus();
+      }}
+    >
+      Skip to content
+    </a>
+  );
+}
+
+function Brand({ as: Tag }: { as: "div" | "span" }) {
+  return (
+    <Tag class="brand">
+      <Logo />
+      <span>Beamline</span>
+    </Tag>
+  );
+}
+
+function Topbar({ drawer, toggle, jump }: { drawer: boolean; toggle: () => void; jump: () => void }) {
+  return (
+    <header class="topbar">
+      <button type="button" class="ghost icon-button" aria-label="Menu" aria-expanded={drawer} onClick={toggle}>
+        <Icon name="menu" />
+      </button>
+      <Brand as="span" />
+      <button type="button" class="ghost icon-button" aria-label="Jump to" onClick={jump}>
+        <Icon name="search" />
+      </button>
+    </header>
+  );
+}
+
+function Sidebar({ session, nodes, jump }: { session: Session; nodes: TreeNode[]; jump: () => void }) {
+  return (
+    <nav class="sidebar" aria-label="Main">
+      <Brand as="div" />
+      <button type="button" class="jump" onClick={jump}>
+        <Icon name="search" />
+        <span>Jump to…</span>
+        <kbd>Ctrl K</kbd>
+      </button>
+      <div class="sidebar-tree">
+        {nodes.map((node) => (
+          <Element key={node.id} node={node} />
+        ))}
       </div>
-    </SessionProvider>
+      <Foot session={session} />
+    </nav>
   );
 }
 
@@ -275,142 +299,5 @@ function Toasts({ session }: { session: Session }) {
         </div>
       ))}
     </div>
-  );
-}
-
-interface Place {
-  href: string;
-  label: string;
-  active: boolean;
-}
-
-function places(root: TreeNode): Place[] {
-  const found = new Map<string, Place>();
-  for (const node of walk(root)) {
-    const props = node.props.value;
-    const href = str(props["href"]);
-    if (node.kind === "link" && href.startsWith("/") && !found.has(href)) {
-      found.set(href, { href, label: str(props["label"], href), active: props["active"] === true });
-    }
-  }
-  return [...found.values()];
-}
-
-/** The address prefix of rooms; undefined if this app cannot create rooms. */
-function roomsHref(root: TreeNode): string | undefined {
-  for (const node of walk(root)) if (node.kind === "new_room") return str(node.props.value["href"]);
-  return undefined;
-}
-
-/** The dialog that opens a page or a room, or with `fresh` creates a room. */
-function Jump({ session, fresh, close }: { session: Session; fresh: boolean; close: () => void }) {
-  const [query, setQuery] = useState("");
-  const [picked, setChosen] = useState<number | null>(null);
-  const dialog = useRef<HTMLDialogElement>(null);
-  useEffect(() => dialog.current?.showModal(), []);
-
-  const wanted = query.trim().toLowerCase();
-  const title = fresh ? "New room" : "Jump to";
-  const found =
-    fresh && wanted === ""
-      ? []
-      : places(session.store.root).filter((place) => place.label.toLowerCase().includes(wanted));
-  const name = query.trim().replace(/^#/, "");
-  const rooms = roomsHref(session.store.root);
-  const creates =
-    rooms !== undefined &&
-    name !== "" &&
-    !found.some((place) => place.label.toLowerCase().replace(/^#\s*/, "") === name.toLowerCase());
-
-  const count = found.length + (creates ? 1 : 0);
-  const chosen = picked ?? (fresh && creates ? found.length : 0);
-
-  const create = async (): Promise<void> => {
-    try {
-      const room = object(object(await session.rpc("chat.create_room", { name }))["room"]);
-      session.go(rooms + str(room["id"], name));
-    } catch (error) {
-      session.toast("bad", `Cannot create the room: ${(error as Error).message}`);
-    }
-  };
-  const take = (index: number): void => {
-    const place = found[index];
-    close();
-    if (place) session.go(place.href);
-    else if (creates) void create();
-  };
-  const key = (event: KeyboardEvent): void => {
-    if (event.key === "Enter") {
-      event.preventDefault();
-      take(chosen);
-    } else if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-      event.preventDefault();
-      setChosen((chosen + (event.key === "ArrowDown" ? 1 : count - 1)) % Math.max(1, count));
-    }
-  };
-  return (
-    <dialog
-      ref={dialog}
-      class="dialog jump-dialog"
-      aria-label={title}
-      onClose={close}
-      onClick={(event) => {
-        if (event.target === dialog.current) close();
-      }}
-    >
-      <div class="jump-field">
-        <Icon name={fresh ? "plus" : "search"} />
-        <input
-          type="text"
-          value={query}
-          placeholder={
-            fresh
-              ? "Name of the new room"
-              : rooms === undefined
-                ? "Jump to a page"
-                : "Jump to a room or page, or name a new room"
-          }
-          aria-label={title}
-          role="combobox"
-          aria-expanded={count > 0}
-          aria-controls="jump-list"
-          {...(count > 0 ? { "aria-activedescendant": `place-${chosen}` } : {})}
-          data-testid="jump-input"
-          onInput={(event) => {
-            setQuery(event.currentTarget.value);
-            setChosen(null);
-          }}
-          onKeyDown={key}
-        />
-      </div>
-      <ul id="jump-list" role="listbox" aria-label="Pages and rooms" hidden={count === 0}>
-        {found.map((place, i) => (
-          <li
-            key={place.href}
-            id={`place-${i}`}
-            role="option"
-            aria-selected={i === chosen}
-            onMouseEnter={() => setChosen(i)}
-            onClick={() => take(i)}
-          >
-            <span class="ellipsis">{place.label}</span>
-            {place.active && <span class="muted">open</span>}
-          </li>
-        ))}
-        {creates && (
-          <li
-            id={`place-${found.length}`}
-            role="option"
-            aria-selected={chosen === found.length}
-            onMouseEnter={() => setChosen(found.length)}
-            onClick={() => take(found.length)}
-          >
-            <Icon name="plus" />
-            <span class="ellipsis">Create room “{name}”</span>
-          </li>
-        )}
-      </ul>
-      {count === 0 && <p class="jump-hint muted">{fresh ? "Enter a name for the room." : "Nothing matches."}</p>}
-    </dialog>
   );
 }
