@@ -89,6 +89,7 @@ impl Accounts {
     /// Returns the user with this name and password. An unknown name takes as long as a wrong password, so that timing
     /// does not tell which names exist.
     pub async fn verify(&self, name: &str, password: &str) -> Result<User> {
+        // No account has such a password, so save the hash.
         if password.len() > PASSWORD_MAX {
             return Err(Error::Wrong);
         }
@@ -99,6 +100,7 @@ impl Accounts {
 
         let password = password.to_string();
         let Some((user, hash)) = known else {
+            // For its time only.
             self.hash(password).await?;
             return Err(Error::Wrong);
         };
@@ -116,6 +118,7 @@ impl Accounts {
         let now = now_ms();
         let expires_at = now + i64::try_from(LOGIN_TTL.as_millis()).unwrap_or(i64::MAX);
 
+        // Expired sign-ins are deleted here, so no task has to.
         sqlx::query("DELETE FROM logins WHERE expires_at < $1")
             .bind(now)
             .execute(self.db.write())

@@ -111,6 +111,7 @@ fn decode(part: &str) -> String {
 
     let mut i = 0;
     while i < bytes.len() {
+        // `get`, since the two digits may be cut off or inside a character.
         let hex = (bytes[i] == b'%').then(|| part.get(i + 1..i + 3)).flatten();
         match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
             Some(byte) => {

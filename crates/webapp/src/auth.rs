@@ -56,6 +56,7 @@ async fn same_origin(State(auth): State<Arc<Auth>>, request: Request, next: Next
         return problem(StatusCode::FORBIDDEN, text);
     }
 
+    // Replies carry tokens, which no cache may keep.
     let mut response = next.run(request).await;
     response
         .headers_mut()
@@ -68,6 +69,7 @@ fn foreign<'a>(headers: &'a HeaderMap, known: &[String]) -> Option<&'a str> {
     let header = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
     let origin = header(header::ORIGIN)?;
 
+    // Compares the host only: behind a proxy that ends TLS, the scheme differs.
     let host = origin.split_once("://").map(|(_, host)| host);
     let ours = host.is_some() && host == header(header::HOST);
     (!ours && !known.iter().any(|known| known == origin)).then_some(origin)
@@ -317,6 +319,7 @@ fn too_many(what: &str, wait: Wait) -> Response {
 /// The address that attempts are counted by. IPv6 addresses count by their /64 network: it belongs to one household, or
 /// to one attacker.
 fn address(peer: &Peer) -> IpAddr {
+    // Only a router that is served without connect info has no peer, as in tests.
     let Some(Extension(ConnectInfo(peer))) = peer else {
         return IpAddr::from([0, 0, 0, 0]);
     };

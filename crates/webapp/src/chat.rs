@@ -163,6 +163,7 @@ impl Chat {
 
     async fn typing(&self, caller: &Caller, request: InRoom) -> Result<(), Refusal> {
         let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
+        // Dropped silently: the page sends notices without waiting for replies.
         if !self.minute.typing(&caller.user, Instant::now()) {
             return Ok(());
         }
@@ -201,6 +202,7 @@ impl Chat {
         if !is_asker(caller, &answer.message) && !self.rooms.manages(&caller.user, &answer.message.room) {
             return Err(denied("only the asker, the room's maker or an operator may stop an answer"));
         }
+        // Stopping an answer that has just ended is no error: the button was still there.
         if answer.message.state == State::Streaming {
             self.answers.stop(&answer).await.map_err(internal)?;
         }

@@ -31,8 +31,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// A cheap handle on the connection pools.
 #[derive(Clone)]
 pub struct Db {
-    /// With SQLite, this pool has one connection, since SQLite has one writer. Writers wait for the connection instead of
-    /// polling the database's lock.
+    /// With SQLite, this pool has one connection, since SQLite has one writer. Writers wait for the connection instead
+    /// of polling the database's lock.
     writer: AnyPool,
     reader: AnyPool,
 }
@@ -87,6 +87,7 @@ impl Db {
             .connect_with(options.clone())
             .await
             .map_err(failed)?;
+        // PostgreSQL needs no separate writer: one pool serves both.
         let reader = if sqlite {
             pool(4).connect_with(options).await.map_err(failed)?
         } else {
@@ -98,6 +99,7 @@ impl Db {
     /// Returns the id of this database, which never changes.
     pub async fn id(&self) -> Result<String> {
         let fresh = uuid::Uuid::new_v4().simple().to_string();
+        // The first web app on the database chooses the id.
         let insert = "INSERT INTO deployment (one, id) VALUES (1, $1) ON CONFLICT (one) DO NOTHING";
         sqlx::query(insert).bind(fresh).execute(&self.writer).await?;
         let (id,): (String,) = sqlx::query_as("SELECT id FROM deployment")
@@ -148,6 +150,7 @@ fn prepare(path: &Path, parameters: &str) -> std::io::Result<String> {
     let given = parameters
         .split('&')
         .find_map(|parameter| parameter.strip_prefix("mode="));
+    // Append mode never truncates an existing file.
     if given.is_none_or(|mode| mode == "rwc") {
         OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
     }

@@ -85,6 +85,7 @@ fn children(parent: u64, old: Vec<Node>, new: Vec<Element>, ids: &mut Ids, delta
     let mut old: Vec<Option<Node>> = old.into_iter().map(Some).collect();
     let mut nodes: Vec<Node> = Vec::with_capacity(new.len());
     for (i, (element, from)) in new.into_iter().zip(matched).enumerate() {
+        // The place right after the previous sibling, in the list as the page has it by now.
         let after = |shown: &[u64], nodes: &[Node]| match nodes.last() {
             None => 0,
             Some(before) => 1 + position(shown, before.id),
@@ -92,6 +93,7 @@ fn children(parent: u64, old: Vec<Node>, new: Vec<Element>, ids: &mut Ids, delta
         match from.and_then(|from| old[from].take()) {
             Some(node) => {
                 if !stays[i] {
+                    // The index of a move does not count the moved node, so take it out first.
                     shown.remove(position(&shown, node.id));
                     let index = after(&shown, &nodes);
                     shown.insert(index, node.id);
@@ -119,6 +121,7 @@ fn props(id: u64, old: &Props, new: &Props, deltas: &mut Vec<Delta>) {
     for (name, value) in new {
         match (old.iter().find(|(known, _)| known == name), value) {
             (Some((_, before)), _) if before == value => {}
+            // Text that grows, such as a log, is sent as the part that was added.
             (Some((_, Prop::Text(before))), Prop::Text(now))
                 if !before.is_empty() && now.starts_with(before.as_str()) =>
             {

@@ -56,6 +56,7 @@ fn file(name: &str, headers: &HeaderMap) -> Option<Response> {
     };
 
     let kind = mime_guess::from_path(name).first_or_octet_stream();
+    // Brotli first: it is smaller.
     let encoded = [("br", "br"), ("gzip", "gz")]
         .into_iter()
         .find_map(|(encoding, extension)| {

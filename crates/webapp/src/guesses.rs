@@ -98,8 +98,8 @@ impl Guesses {
         Ok(Trying { guesses: self, by, how: Ended::NotTried })
     }
 
-    /// Allows the password to be checked, or returns how long to wait. The try counts as wrong until [`Self::ended`], so
-    /// that concurrent tries get no further than consecutive ones.
+    /// Allows the password to be checked, or returns how long to wait. The try counts as wrong until [`Self::ended`],
+    /// so that concurrent tries get no further than consecutive ones.
     fn begin(&self, by: &Try, now: Instant) -> Result<(), Wait> {
         let counts = &mut *self.0.lock();
         if let Some(device) = &by.device {
@@ -124,9 +124,11 @@ impl Guesses {
         let counts = &mut *self.0.lock();
         let here = (by.address, account(&by.name));
         match (how, &by.device) {
+            // Counted at the beginning.
             (Ended::Wrong, _) => {}
             (Ended::Right, Some(device)) => counts.known.forget(device),
             (Ended::NotTried, Some(device)) => counts.known.give_back(device),
+            // A right password from here proves nothing about strangers elsewhere, so their failures stay.
             (Ended::Right, None) => {
                 counts.here.forget(&here);
                 counts.anywhere.give_back(&here.1);

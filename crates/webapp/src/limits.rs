@@ -100,6 +100,7 @@ impl<K: Eq + Hash + Clone> Backoff<K> {
             + 1;
         let wait = match count.checked_sub(self.free + 1) {
             None => Duration::ZERO,
+            // The shift is bounded, or it would overflow after 32 failures.
             Some(doublings) => self.longest.min(self.first.saturating_mul(1 << doublings.min(20))),
         };
         self.keys
@@ -126,10 +127,12 @@ fn evict<K: Eq + Hash + Clone, V, O: Ord + Copy>(keys: &mut HashMap<K, V>, weigh
         return;
     }
 
+    // A tenth at a time, so that a full table is not scanned for each new key.
     let mut weights: Vec<O> = keys.values().filter_map(&weight).collect();
     let (_, limit, _) = weights.select_nth_unstable(KEYS_MAX / 10);
     let limit = *limit;
     let mut left = KEYS_MAX / 10;
+    // Many keys may have the same weight as the limit: count, or all of them would go.
     keys.retain(|_, value| {
         let goes = left > 0 && weight(value).is_some_and(|weight| weight <= limit);
         left -= usize::from(goes);

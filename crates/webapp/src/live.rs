@@ -163,6 +163,7 @@ impl Live {
         self.latest.forget_silent(Instant::now());
         self.compare();
 
+        // All web apps agree on the smallest id within a second. Until then, two may publish.
         let first = self.latest.webapps.0.keys().next();
         if first.is_some_and(|first| *first < self.id) {
             return;

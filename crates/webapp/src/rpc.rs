@@ -99,6 +99,7 @@ impl Methods {
                     while let Some(call) =
                         tokio::select! { () = cancel.cancelled() => None, call = calls.next() => call }
                     {
+                        // While all places are taken, calls wait in the subscription, which is bounded.
                         let place = places
                             .clone()
                             .acquire_owned()
@@ -155,6 +156,7 @@ async fn answer(bus: &Bus, handler: &impl Handler, method: &'static str, call: M
         _ => handler.call(method, caller, call.payload).await,
     };
 
+    // Without a reply subject, nobody waits for the answer.
     let Some(subject) = call.reply else { return };
     let mut reply = Message { subject, ..Message::default() };
     match answer {

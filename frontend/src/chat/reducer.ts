@@ -83,7 +83,8 @@ function touch(state: ChatState, id: number): ChatState {
 }
 
 /**
- * Inserts a message in the order of ids. Unconfirmed messages stay last; a confirmed one replaces the one with its nonce.
+ * Inserts a message in the order of ids. Unconfirmed messages stay last, and a confirmed one replaces the one with its
+ * nonce.
  */
 function put(messages: Message[], message: Message): Message[] {
   const mine = message.nonce === "" ? -1 : messages.findIndex((m) => m.id === 0 && m.nonce === message.nonce);

@@ -1,5 +1,5 @@
-// The scroll position of a list of messages. It follows new messages while the end is in view, stays in place while older
-// ones are inserted above, and marks messages as read.
+// The scroll position of a list of messages. It follows new messages while the end is in view, stays in place while
+// older ones are inserted above, and marks messages as read.
 import type { RefObject } from "preact";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { Message } from "./reducer";

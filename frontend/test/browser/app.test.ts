@@ -148,7 +148,8 @@ describe("chat", () => {
 
   it("a wide table scrolls sideways and breaks no words", async () => {
     await ann.send(
-      "| provider | what it does | where | p95 |\n|---|---|---|---|\n| local-echo-provider | says the same words again as they came | europe-west | 12 ms |",
+      "| provider | what it does | where | p95 |\n|---|---|---|---|\n" +
+        "| local-echo-provider | says the same words again as they came | europe-west | 12 ms |",
     );
     const table = ann.page.locator(".markdown .table-scroll");
     await table.waitFor();
@@ -307,7 +308,7 @@ describe("console", () => {
     await expect.poll(lastTick, { timeout: WAIT_MS }).toMatch(/^\d\d:\d\d$/);
   });
 
-  it("the crosshair shows values, the legend toggles lines, a drag zooms, and the data is available as a table", async () => {
+  it("charts have a crosshair, a legend that toggles lines, a zoom by dragging and a table", async () => {
     const title = await console_
       .byId("chart")
       .filter({ has: console_.page.locator(".plot-box .line") })
@@ -345,7 +346,8 @@ describe("console", () => {
     await console_.page.emulateMedia({ colorScheme: "dark" });
     await console_.accessible("console, dark");
     await console_.page.setViewportSize(PHONE);
-    await expect.poll(() => console_.fits(PHONE.width).then(() => true, String)).toBe(true); // charts resize in the next frame
+    // Charts resize in the next frame.
+    await expect.poll(() => console_.fits(PHONE.width).then(() => true, String)).toBe(true);
     await console_.page.setViewportSize(DESKTOP);
     await console_.page.emulateMedia({ colorScheme: "light" });
   });

@@ -30,7 +30,8 @@ export class Window {
     page.on("console", (message) => {
       if (message.type() !== "error" && message.type() !== "warning") return;
       const [text, { url }] = [message.text(), message.location()];
-      if (/401/.test(text) && url.endsWith("/auth/token")) return; // the browser logs the expected 401 of a visitor who is not signed in
+      // The browser logs the expected 401 of a visitor who is not signed in.
+      if (/401/.test(text) && url.endsWith("/auth/token")) return;
       if (this.refused?.test(text) && url.includes("/auth/")) return;
       if (this.serverDown && /ERR_CONNECTION|ERR_EMPTY_RESPONSE|WebSocket connection to/.test(text)) return;
       problem(`console: ${text} (${url})`);

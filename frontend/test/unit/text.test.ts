@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { bytesLeft, MAX_BYTES, mentionsWithoutEffect } from "../../src/chat/text";
+import { bytesLeft, completions, MAX_BYTES, mentionsWithoutEffect } from "../../src/chat/text";
 
 describe("bytes left", () => {
   it.each([
@@ -13,6 +13,23 @@ describe("bytes left", () => {
     ["世".repeat(2_731), -1],
     ["🙂".repeat(2_048), 0],
   ])("of %#", (text, expected) => expect(bytesLeft(text)).toBe(expected));
+});
+
+describe("completions", () => {
+  const names = ["assistant", "Ann", "annabel", "bob"];
+  it.each([
+    ["hello @an", "an", ["Ann", "annabel"]],
+    ["@AN", "AN", ["Ann", "annabel"]],
+    ["@", "", names],
+    ["@bob", "bob", []],
+    ["mail@an", "", []],
+    ["@an there", "", []],
+  ])("of %j", (text, partial, matches) => expect(completions(text, names)).toEqual({ partial, matches }));
+
+  it("are six at most", () => {
+    const many = Array.from({ length: 9 }, (_, i) => `n${i}`);
+    expect(completions("@n", many).matches).toEqual(many.slice(0, 6));
+  });
 });
 
 describe("the assistant is named without effect", () => {

@@ -102,6 +102,7 @@ impl Sessions {
         // A newer page may send a kind of message that this version does not know.
         let Some(said) = back.body else { return Ok(Bytes::new()) };
 
+        // A forwarded call is never forwarded again, so two web apps that disagree cannot send it in circles.
         let session = match self.locate(&back.session, &caller.user).await? {
             Place::Here(session) => session,
             Place::At(_) if forwarded => return Err(moved()),
@@ -129,6 +130,7 @@ impl Sessions {
             pending.push_back(said);
         }
 
+        // Messages that arrive during a run share the next one.
         let mut view = session.view.lock().await;
         let batch: Vec<Said> = session.pending.lock().drain(..).collect();
         if batch.is_empty() {

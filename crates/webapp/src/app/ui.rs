@@ -261,6 +261,7 @@ impl<'a> Ui<'a> {
     fn nest<R>(&mut self, mut element: Element, build: impl FnOnce(&mut Self) -> R) -> R {
         let place = self.place(element.kind);
         element.key = self.next_key.take().unwrap_or_default();
+        // `build` adds its elements to the fields of this Ui, so set those of the outer element aside.
         let siblings = std::mem::take(&mut self.siblings);
         let counts = std::mem::take(&mut self.counts);
         let outer = self.scope.len();
@@ -370,6 +371,7 @@ impl<'a> Ui<'a> {
             let problem = format!("a link cannot lead to {href:?}; it must start with one slash, https:// or mailto:");
             self.problem.get_or_insert(problem);
         }
+
         let active = self.visit.path == href;
         self.show(
             Element::new("link")

@@ -88,6 +88,7 @@ impl View {
                 // Runs are short: the one to be stopped ended before this message was read.
                 Said::Stop(_) => Ok(()),
             };
+            // The rest of the batch still counts: its messages were sent independently of each other.
             refused = outcome.err().or(refused);
         }
 
@@ -162,6 +163,7 @@ impl View {
             Some(old) => diff(old, elements, &mut self.ids),
             None => (adopt(elements, &mut self.ids), Vec::new()),
         };
+        // Even for a reset the nodes come from a diff, so that they keep their ids.
         let deltas = if reset { whole_tree(&nodes) } else { deltas };
 
         self.memory.prune(|key| tree::find(&nodes, key).is_some());
@@ -194,6 +196,7 @@ impl View {
         self.visit.params = params;
 
         let Self { memory, visit, .. } = self;
+        // The session goes on after a panic: the locks in its memory cannot be poisoned.
         let built = std::panic::catch_unwind(AssertUnwindSafe(|| {
             let mut ui = Ui::new(app, visit, memory, clicked);
             match page {

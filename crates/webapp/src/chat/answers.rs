@@ -1,8 +1,8 @@
 //! The assistant's answers. An answer is a task: it is requested from the router, its output is relayed to the room
 //! piece by piece, and its result ends it.
 //!
-//! An answer is committed to the database before it is requested, and a repeated request is idempotent. So after a crash
-//! every answer that has not ended is requested again.
+//! An answer is committed to the database before it is requested, and a repeated request is idempotent. So after a
+//! crash every answer that has not ended is requested again.
 
 use super::prompt::{ANSWER_MAX_MS, REQUEST_PREFIX, TENANT};
 use super::publish::publish;
@@ -37,8 +37,8 @@ const SWEEP_EVERY: Duration = Duration::from_secs(10);
 const ORPHAN_MS: i64 = 15_000;
 /// Give up notifying the room after this many deliveries of a result.
 const NOTIFY_DELIVERIES_MAX: u32 = 20;
-/// Largest text of an answer in bytes; the rest is cut off. JSON escapes make it six times as long at worst, which still
-/// fits a publication.
+/// Largest text of an answer in bytes; the rest is cut off. JSON escapes make it six times as long at worst, which
+/// still fits a publication.
 const TEXT_MAX: usize = 128 * 1024;
 const OUTPUT_QUEUE: usize = 4096;
 
@@ -117,6 +117,7 @@ impl Answers {
     }
 
     pub async fn run(self: &Arc<Self>, inputs: Inputs, cancel: CancellationToken) -> Result<(), crate::Error> {
+        // Their requests may have been lost in a crash.
         for answer in self.store.streaming().await? {
             self.ask(answer);
         }
@@ -127,6 +128,7 @@ impl Answers {
             self.sweep(cancel.clone()),
         );
 
+        // Requests that are still in the background end here; the next start repeats them.
         self.stopping.cancel();
         self.asking.close();
         self.asking.wait().await;
@@ -209,6 +211,7 @@ impl Answers {
         if let Ok(refusal) = serde_json::from_slice::<ErrorResponse>(&reply.payload) {
             return Ok(Decision::Refused(refusal.error));
         }
+        // The id of the assignment tells its output from that of another task with the same request id.
         let head = serde_json::from_slice::<AnswerHead>(&reply.payload).ok();
         Ok(Decision::Accepted(head.and_then(|head| head.assignment_id)))
     }
@@ -293,8 +296,8 @@ impl Answers {
         }
     }
 
-    /// Appends a piece of output. Returns the room and its event, or `None` for a piece that is foreign, repeated or late,
-    /// or does not fit.
+    /// Appends a piece of output. Returns the room and its event, or `None` for a piece that is foreign, repeated or
+    /// late, or does not fit.
     fn add(&self, chunk: &OutputChunk) -> Option<(String, Event)> {
         let text = match &chunk.data {
             Json::String(text) => text.clone(),
@@ -309,6 +312,7 @@ impl Answers {
 
         let seq = chunk.seq + 1;
         if chunk.attempt > partial.attempt {
+            // A new attempt starts the answer over.
             (partial.attempt, partial.seq) = (chunk.attempt, 0);
             partial.text.clear();
         }
@@ -351,6 +355,7 @@ impl Answers {
         if !result.request_id.starts_with(REQUEST_PREFIX) {
             return Ok(());
         }
+        // An answer that another web app requested is not known here. Its result ends it all the same.
         let known = self
             .partial
             .lock()
@@ -435,6 +440,7 @@ impl Answers {
         // Before the query: an answer that is added meanwhile may be missing from `open`.
         let before: HashSet<String> = self.partial.lock().keys().cloned().collect();
         let open = self.store.streaming().await?;
+
         let ids: HashSet<&str> = open.iter().map(|answer| &*answer.request_id).collect();
         self.partial
             .lock()
@@ -453,8 +459,8 @@ impl Answers {
     }
 }
 
-/// Whether output or a result belongs to the answer: another tenant's task may have the same request id. A v1 worker does
-/// not name the tenant; that is safe, since nobody else learns the request ids of answers.
+/// Whether output or a result belongs to the answer: another tenant's task may have the same request id. A v1 worker
+/// does not name the tenant; that is safe, since nobody else learns the request ids of answers.
 fn is_of(task: &Awaited, assignment_id: &str, tenant_id: Option<&str>) -> bool {
     task.owns(assignment_id, tenant_id).unwrap_or(true)
 }

@@ -82,6 +82,7 @@ fn conversation(prompt: &str, before: Vec<Message>) -> Vec<Turn> {
     let mut turns = vec![Turn { role: Role::User, content: prompt.into() }];
     let mut bytes_left = CONTEXT_BYTES_MAX;
     for message in before {
+        // Several people talk in a room, so their turns carry names.
         let turn = if message.user == ASSISTANT {
             Turn { role: Role::Assistant, content: message.text }
         } else {

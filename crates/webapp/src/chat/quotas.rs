@@ -92,8 +92,8 @@ const ASK: &str = "ask the assistant";
 const SEND: &str = "send a message";
 
 impl Quotas {
-    /// Charges `more` to the user's daily quota in the caller's transaction. Fails if that exceeds the quota; the caller
-    /// must then roll back.
+    /// Charges `more` to the user's daily quota in the caller's transaction. Fails if that exceeds the quota; the
+    /// caller must then roll back.
     pub async fn spend(&self, tx: &mut AnyConnection, user: &str, more: Spent, now_ms: i64) -> Result<(), Refused> {
         let hour = now_ms / HOUR_MS;
         // Insert before the sum: the lock on the row makes concurrent transactions of a user take turns.
@@ -108,6 +108,7 @@ impl Quotas {
             .execute(&mut *tx)
             .await?;
 
+        // PostgreSQL sums BIGINT as NUMERIC, which sqlx::Any cannot read.
         let select = "SELECT CAST(COALESCE(SUM(messages), 0) AS BIGINT), CAST(COALESCE(SUM(runs), 0) AS BIGINT),
             CAST(COALESCE(SUM(rooms), 0) AS BIGINT) FROM quota_spent WHERE user_id = $1 AND hour > $2";
         let select = sqlx::query_as(select).bind(user).bind(hour - HOURS);
@@ -117,6 +118,7 @@ impl Quotas {
             (runs, more.runs, self.runs_per_day, ASK),
             (rooms, more.rooms, self.rooms_per_day, "make a room"),
         ] {
+            // Only what is charged now is checked, so a quota that is used up blocks nothing else.
             if more > 0 && spent > i64::from(most) {
                 return Err(Over::Day { what, most }.into());
             }

@@ -125,6 +125,7 @@ impl Rooms {
             Refused::Over(over) => over.into(),
             other => Refusal::internal("cannot store a room", other),
         })?;
+        // Another web app may have created it, under another name.
         self.changed().await?;
         let room = self
             .get(&id)
@@ -148,6 +149,7 @@ impl Rooms {
             WHERE rooms.deleted_at IS NOT NULL";
         let insert = sqlx::query(insert).bind(id).bind(name).bind(now).bind(maker);
         if insert.execute(&mut *tx).await?.rows_affected() > 0 {
+            // In the same transaction: if the quota is exceeded, there is no room either.
             let spent = Spent { rooms: 1, ..Spent::default() };
             self.quotas.spend(&mut tx, maker, spent, now).await?;
         }
