@@ -292,7 +292,8 @@ impl Auth {
         (device.claims.sub == account).then_some(device.claims.jti)
     }
 
-    /// Differs from the secret of connection tokens, so that a device cookie is no token and a token no device cookie.
+    /// Differs from the secret of connection tokens, so that neither a device cookie is accepted as a token nor a token
+    /// as a device cookie.
     fn device_secret(&self) -> Vec<u8> {
         accounts::hash(&[b"device".as_slice(), &self.token_secret].concat()).into_bytes()
     }

@@ -270,6 +270,7 @@ mod tests {
         let names = prop::sample::subsequence(vec!["x", "y", "z"], 0..=3);
         let props = (names, prop::collection::vec(value, 3))
             .prop_map(|(names, values)| names.into_iter().zip(values).collect());
+
         let leaf = (kind, key, props).prop_map(|(kind, key, props): (_, _, Props)| Element {
             kind,
             key: key.into(),

@@ -36,7 +36,7 @@ pub struct Try {
     pub device: Option<String>,
 }
 
-/// How a try that was let through ended.
+/// How an allowed try ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
     Right,
@@ -45,7 +45,7 @@ pub enum Ended {
     NotTried,
 }
 
-/// A try that was let through. Dropping it reports how it ended; a client that hangs up before is [`Ended::NotTried`].
+/// An allowed try. Dropping it records how it ended; if the client hangs up before, that is [`Ended::NotTried`].
 pub struct Trying<'a> {
     guesses: &'a Guesses,
     by: &'a Try,
@@ -165,7 +165,7 @@ mod tests {
         }
     }
 
-    /// How many of so many tries, all at once, are let through to fail.
+    /// Makes `tries` tries at the same moment. Returns how many were allowed, all with a wrong password.
     fn wrong(guesses: &Guesses, by: &Try, tries: u32, now: Instant) -> usize {
         (0..tries).filter(|_| guesses.begin(by, now).is_ok()).count()
     }
@@ -186,17 +186,17 @@ mod tests {
         let guesses = Guesses::default();
         let mut now = Instant::now();
         let owner = Try { device: Some("laptop".into()), ..stranger(7, "ann") };
-        let mut let_through = 0;
+        let mut allowed = 0;
         for minute in 0..60 {
             for address in 0..100 {
-                let_through += wrong(&guesses, &stranger(1000 + address, "ann"), 10, now);
+                allowed += wrong(&guesses, &stranger(1000 + address, "ann"), 10, now);
             }
             assert!(guesses.begin(&stranger(7, "ann"), now).is_err(), "minute {minute}: a new browser waits");
             assert_eq!(guesses.begin(&owner, now), Ok(()), "minute {minute}");
             guesses.ended(&owner, Ended::Right);
             now += 60 * SECOND;
         }
-        assert!(let_through < 100, "a thousand tries a minute are let through {let_through} times in an hour");
+        assert!(allowed < 100, "{allowed} of a thousand tries a minute were allowed in an hour");
         now += FORGET;
         assert_eq!(guesses.begin(&stranger(7, "ann"), now), Ok(()), "nobody is locked out for good");
     }
@@ -233,7 +233,8 @@ mod tests {
             .count();
         assert_eq!(names, PER_ADDRESS as usize);
         assert_eq!(guesses.begin(&stranger(2, "n1"), now), Ok(()));
-        // No moment lets everything through again.
+
+        // The limit is continuous: there is no moment at which a new burst is allowed.
         for second in 1..120 {
             let later = now + second * SECOND;
             let names = (0..10)
@@ -241,6 +242,7 @@ mod tests {
                 .count();
             assert!(names <= 2, "second {second}: {names}");
         }
+
         let signups = (0..200)
             .filter(|_| guesses.signup(IpAddr::from([1; 4]), now).is_ok())
             .count();

@@ -172,10 +172,12 @@ mod tests {
             assert_eq!(backoff.check(&"a", now), Ok(()));
         }
         assert_eq!(waits, [0, 0, 1, 2, 4, 5, 5]);
+
         assert_eq!(backoff.check(&"b", now), Ok(()));
         now += 60 * SECOND;
         backoff.failed(&"a", now);
         assert_eq!(backoff.check(&"a", now), Ok(()), "forgotten after a quiet minute");
+
         backoff.failed(&"a", now);
         backoff.failed(&"a", now);
         assert!(backoff.check(&"a", now).is_err());

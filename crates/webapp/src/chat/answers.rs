@@ -562,6 +562,7 @@ mod tests {
             }
             answers.add(&serde_json::from_value(chunk).unwrap()).is_some()
         };
+
         assert!(!add("b", Some("acme"), 0), "another tenant");
         assert!(add("a", Some(TENANT), 0));
         answers
@@ -571,6 +572,7 @@ mod tests {
             .unwrap()
             .task
             .assignment_id = Some("a".into());
+
         assert!(!add("b", None, 1), "another assignment");
         assert!(add("a", None, 1), "a v1 worker does not name the tenant");
         assert_eq!(answers.partial.lock()[&answer.request_id].text, "aa");

@@ -252,12 +252,14 @@ fn answer_is_requested_after_a_kill_before_the_request(#[case] kind: Kind) {
             .await
             .unwrap();
     });
+
     let first = until_killed(async {
         let rig = home.start().await;
         let (_router, seen) = router(&rig.bus, decided).await;
         asked(&seen).await;
         seen.lock()[0].clone()
     });
+
     until_killed(async {
         let rig = home.start().await;
         let (_router, seen) = router(&rig.bus, decided).await;
@@ -318,6 +320,7 @@ async fn stopped_answer_keeps_its_output(#[case] kind: Kind) {
     let request_id = asked(&seen).await;
     output(&rig.bus, &request_id, 1, 0, "Once upon").await;
     let delta = rig.event(ROOM, |event| event["type"] == "delta").await;
+
     // No router answers the cancel, so the web app ends the answer itself.
     rig.chat("ann", "chat.stop", json!({"message": delta["id"]}))
         .await
@@ -364,6 +367,7 @@ async fn room_is_created_once_and_announced(#[case] kind: Kind) {
     );
     rig.event("chat:lobby", |event| event["room"]["id"] == "release-planning")
         .await;
+
     let rooms = rig.chat("bob", "chat.rooms", json!({})).await.unwrap();
     let ids: Vec<&str> = rooms["rooms"]
         .as_array()

@@ -251,6 +251,7 @@ async fn node(
     async move {
         while let Some(request) = requests.next().await {
             let publish: Publish = serde_json::from_slice(&request.payload).unwrap();
+            // Nodes apply a publication with a known idempotency key once.
             let known = |p: &Publish| publish.idempotency_key.is_some() && p.idempotency_key == publish.idempotency_key;
             let answer = if refusing.load(Relaxed) {
                 Answer::failure(100, "the engine is down")
@@ -261,6 +262,7 @@ async fn node(
                 }
                 Answer::success(Position::default())
             };
+
             let payload = serde_json::to_vec(&answer).unwrap().into();
             bus.publish(Message { subject: request.reply.unwrap(), payload, ..Message::default() })
                 .await
@@ -293,6 +295,7 @@ pub async fn router(bus: &Bus, answer: fn(&Value) -> Value) -> (JoinSet<()>, Arc
         .await
         .unwrap();
     let seen = Arc::new(Mutex::new(Vec::new()));
+
     let (bus, kept) = (bus.clone(), seen.clone());
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
