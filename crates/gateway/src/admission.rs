@@ -119,8 +119,9 @@ impl Config {
         own.any(|own| own == "*" || own == tenant)
     }
 
-    /// The tenants in which a task is looked up when the user names none, in this order: `default` first if the user may
-    /// speak for it, because submits without a tenant go there; then the user's other tenants as the settings list them.
+    /// The tenants in which a task is looked up when the user names none, in this order: `default` first if the user
+    /// may speak for it, because submits without a tenant go there; then the user's other tenants as the settings list
+    /// them.
     pub(crate) fn tenants_of(&self, uid: u32) -> Vec<String> {
         if uid == 0 || self.tenants.is_empty() {
             return vec![DEFAULT_TENANT.into()];

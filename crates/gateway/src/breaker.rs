@@ -1,7 +1,8 @@
 //! The circuit breaker before the router: a state machine that takes the time as an argument.
 //!
-//! It opens after several failures in a row, or when failures are a large enough share of the recent calls. It stays open
-//! for a while, longer each time a probe fails. Half open, it lets a few probes through, and enough successes close it.
+//! It opens after several failures in a row, or when failures are a large enough share of the recent calls. It stays
+//! open for a while, longer each time a probe fails. Half open, it lets a few probes through, and enough successes
+//! close it.
 
 use std::time::{Duration, Instant};
 
@@ -102,7 +103,7 @@ impl Breaker {
         }
     }
 
-    /// The state that a call would find now. Only calls change the phase, so an open breaker without calls stays open.
+    /// The state that a call would find now. Only calls change the stored phase.
     pub fn state_at(&self, now: Instant) -> State {
         match self.phase {
             Phase::Open { until } if now >= until => State::HalfOpen,
@@ -145,9 +146,12 @@ impl Breaker {
         if pass.generation != self.generation {
             return;
         }
+
         let config = self.config;
         match (&mut self.phase, outcome) {
+            // A call cannot end while open: it would be of an earlier generation.
             (Phase::Open { .. }, _) => {}
+
             (Phase::Closed { .. }, Outcome::Neutral) => {}
             (Phase::Closed { in_a_row, window }, Outcome::Answered) => {
                 *in_a_row = 0;
@@ -162,7 +166,10 @@ impl Breaker {
                     self.open(now);
                 }
             }
+            // Every other call would fail too, so there is no need to count.
             (Phase::Closed { .. }, Outcome::Nobody) => self.open(now),
+
+            // The probe is free for another call.
             (Phase::HalfOpen { probing, .. }, Outcome::Neutral) => *probing -= 1,
             (Phase::HalfOpen { probing, succeeded }, Outcome::Answered) => {
                 *probing -= 1;
@@ -172,6 +179,7 @@ impl Breaker {
                     self.enter(Phase::Closed { in_a_row: 0, window: Window::new(config.window) });
                 }
             }
+            // One failed probe is enough.
             (Phase::HalfOpen { .. }, Outcome::Failed | Outcome::Nobody) => self.open(now),
         }
     }
@@ -195,7 +203,8 @@ const BUCKETS: usize = 10;
 struct Window {
     step: Duration,
     began: Option<Instant>,
-    /// The number of the newest step. The calls and failures of a step are in the bucket of its number modulo [`BUCKETS`].
+    /// The number of the newest step. The calls and failures of a step are in the bucket of its number modulo
+    /// [`BUCKETS`].
     newest: u64,
     buckets: [(u32, u32); BUCKETS],
 }
@@ -223,6 +232,7 @@ impl Window {
     fn turn(&mut self, now: Instant) {
         let began = *self.began.get_or_insert(now);
         let number = (now.saturating_duration_since(began).as_nanos() / self.step.as_nanos()) as u64;
+        // After a long pause each bucket is cleared once.
         let passed = number.saturating_sub(self.newest).min(BUCKETS as u64);
         for step in 0..passed {
             self.buckets[(number - step) as usize % BUCKETS] = (0, 0);
@@ -248,10 +258,12 @@ mod tests {
     #[test]
     fn failures_in_a_row_open_the_breaker_and_probes_close_it() {
         let (mut breaker, now) = breaker();
+
         for _ in 0..4 {
             call(&mut breaker, Outcome::Failed, now);
         }
         call(&mut breaker, Outcome::Answered, now);
+
         for _ in 0..4 {
             call(&mut breaker, Outcome::Failed, now);
             assert_eq!(breaker.state(), State::Closed);
@@ -259,6 +271,7 @@ mod tests {
         call(&mut breaker, Outcome::Failed, now);
         assert_eq!(breaker.state(), State::Open);
         assert_eq!(breaker.pass(now), Err(Duration::from_millis(500)));
+
         let later = now + Duration::from_millis(500);
         call(&mut breaker, Outcome::Answered, later);
         assert_eq!(breaker.state(), State::HalfOpen);
@@ -350,7 +363,9 @@ mod tests {
     proptest! {
         /// A closed breaker opens exactly when a count over all remembered calls says so, up to one step of time.
         #[test]
-        fn closed_breaker_agrees_with_a_count_of_all_calls(steps in prop::collection::vec((0..1500u64, 0..10u8), 1..300)) {
+        fn closed_breaker_agrees_with_a_count_of_all_calls(
+            steps in prop::collection::vec((0..1500u64, 0..10u8), 1..300),
+        ) {
             let config = Config { consecutive_failures: 1000, ..Config::default() };
             let start = Instant::now();
             let (mut breaker, mut now) = (Breaker::new(config), start);
@@ -361,6 +376,7 @@ mod tests {
                 call(&mut breaker, if failed { Outcome::Failed } else { Outcome::Answered }, now);
                 model.calls.push((now, failed));
                 model.in_a_row = if failed { model.in_a_row + 1 } else { 0 };
+
                 // Steps are tenths of the window, counted from the first call.
                 let began = model.calls[0].0;
                 let step = |at: Instant| (at - began).as_millis() / 1000;
@@ -368,6 +384,7 @@ mod tests {
                 let recent: Vec<bool> = recent.map(|(_, failed)| *failed).collect();
                 let failures = recent.iter().filter(|failed| **failed).count();
                 let opens = failed && recent.len() >= 20 && failures * 2 >= recent.len();
+
                 prop_assert_eq!(breaker.state() == State::Open, opens);
                 if opens {
                     return Ok(());
@@ -394,6 +411,7 @@ mod tests {
                         breaker.settle(pass, outcome, now);
                     },
                 }
+
                 if let Phase::HalfOpen { probing, succeeded } = breaker.phase {
                     prop_assert!(probing <= 3 && succeeded < 2);
                 }

@@ -18,7 +18,7 @@ pub struct Share {
     _permits: OwnedSemaphorePermit,
 }
 
-/// A part of a budget that somebody wants.
+/// A request for a part of a budget.
 #[derive(Debug)]
 pub struct Claim {
     left: Arc<Semaphore>,
@@ -48,7 +48,7 @@ impl Budget {
         }
     }
 
-    /// Bytes that nobody has taken.
+    /// Bytes that are free.
     pub fn left(&self) -> usize {
         self.left.available_permits() * UNIT
     }

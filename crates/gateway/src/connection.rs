@@ -1,5 +1,5 @@
-//! One connection: the only task that reads and writes its socket, keeps its clock and runs its requests. It does what its
-//! [`Session`] decides.
+//! One connection: the only task that reads and writes its socket, keeps its clock and runs its requests. It does what
+//! its [`Session`] decides.
 
 mod io;
 
@@ -56,9 +56,11 @@ impl Connection {
     async fn serve(mut self, cancel: CancellationToken) -> Exit {
         let mut draining = false;
         loop {
+            // Written first: the session ends only when its output is written.
             if self.flush().is_err() {
                 return Exit::Broken;
             }
+
             match self.session.effect() {
                 Some(Effect::End(exit)) => return exit,
                 Some(effect) => {
@@ -68,6 +70,7 @@ impl Connection {
                 None => {}
             }
 
+            // The session can go on only after an event.
             let (reads, writes) = (self.session.reads(), !self.session.output().is_empty());
             let (room, timer) = (self.session.has_room(), self.session.timer());
             tokio::select! {
@@ -78,9 +81,12 @@ impl Connection {
                 }
                 Some((slot, piece)) = self.pieces.1.recv(), if room => self.handle(Event::Piece(slot, piece)),
                 // Also while the client does not read: deadlines pass, and places in flight are released.
-                Some(finished) = self.requests.next() => self.handle(Event::Finished(finished)),
+                Some(finished) = self.requests.next(), if !self.requests.is_empty() => {
+                    self.handle(Event::Finished(finished));
+                }
                 received = io::receive(&mut self.reader, |bytes| self.session.handle(Event::Received(bytes), now())),
                     if reads => match received {
+                        // The client may still read: it closed only its sending side, as far as is known.
                         Ok(0) => self.handle(Event::EndOfFile),
                         Ok(_) => {}
                         Err(_) => return Exit::Broken,
@@ -136,6 +142,7 @@ impl Connection {
         let mut pieces = Pieces::new(slot, self.pieces.0.clone());
         self.requests.push(Box::pin(async move {
             let reply = forward::run(gateway, uid, request, deadline, &mut pieces).await;
+            // Released before the client reads the answer: a client that does not read holds no place.
             drop(place);
             Finished { slot, reply, pieces: pieces.sent() }
         }));

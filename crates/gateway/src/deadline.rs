@@ -31,10 +31,12 @@ impl Deadline {
 
         let own = own.map(|own| own.min(config.max_deadline));
         let default = if waits {
+            // The time for the decision, then that for the task.
             config.request_timeout + RESULT_MAX
         } else {
             config.request_timeout
         };
+
         Self { at: now + own.unwrap_or(default.min(config.max_deadline)), own }
     }
 }
@@ -55,6 +57,7 @@ mod tests {
         let subscribe = parse(FrameType::StreamSubscribe, r#"{"task_id":"t"}"#);
 
         let now = Instant::now();
+
         for (request, frame_ms, expected_s) in [
             (submit(""), 0, 5),
             (submit(""), 7000, 7),
@@ -66,6 +69,7 @@ mod tests {
             (subscribe, 0, 10),
         ] {
             let deadline = Deadline::of(&request, frame_ms, &config, now);
+
             let expected = Duration::from_secs(expected_s);
             assert_eq!(deadline.at - now, expected, "{frame_ms}");
             assert!(deadline.own.is_none_or(|own| own == expected), "the worker is given the same time");

@@ -30,6 +30,7 @@ impl Exchange {
         // The trace of a well-formed traceparent wins over the trace id beside it.
         let given = submit.traceparent.as_deref();
         let given = given.and_then(|parent| Some((parent, trace::trace_id_of(parent)?)));
+
         let trace_id = match (given, &submit.trace_id) {
             (Some((_, trace_id)), _) => trace_id.to_string(),
             (None, Some(trace_id)) => trace_id.clone(),
@@ -65,8 +66,7 @@ impl Exchange {
         }
     }
 
-    /// Sends the submit to the router, if this user may make it and there is time left. The decision comes back byte for
-    /// byte.
+    /// Sends the submit to the router. The decision comes back byte for byte.
     pub async fn decide(&self, submit: TaskSubmit) -> Result<Bytes, Failure> {
         let request = self.decide_request(submit);
         let request = serde_json::to_vec(&request).map_err(|e| Failure::new(ErrorCode::Internal, e.to_string()))?;
@@ -91,6 +91,7 @@ impl Exchange {
             deadline_ms: Some(u64::try_from(own.as_millis()).unwrap_or(u64::MAX)),
             ..RequestOptions::default()
         });
+
         DecideRequest {
             version: VERSION.into(),
             request_id: self.request_id.clone(),
@@ -161,8 +162,10 @@ impl Exchange {
 
     async fn request_router(&self, subject: &str, payload: Vec<u8>) -> Result<Bytes, Failure> {
         let headers = router::headers(Some(&self.trace_id), self.traceparent.as_deref(), Some(&self.tenant_id));
+
         let timeout = self.gateway.shared.admission.settings().request_timeout;
         let due = self.deadline.at.min(Instant::now() + timeout);
+
         let asked = self
             .gateway
             .shared
@@ -189,7 +192,8 @@ impl Exchange {
         Err(Failure::new(ErrorCode::Forbidden, text))
     }
 
-    pub fn accepted(&self, submit: &TaskSubmit) {
+    /// Logs that the request goes to the router.
+    pub fn log_accepted(&self, submit: &TaskSubmit) {
         tracing::info!(
             trace_id = self.trace_id,
             request_id = self.request_id,
@@ -223,12 +227,14 @@ impl Exchange {
             }
             Err(failure) => failure,
         };
+
         self.failed(failure, took_us)
     }
 
     fn failed(&self, failure: Failure, took_us: u64) -> Reply {
         let (code, in_stream) = (failure.code, failure.in_stream);
         self.gateway.shared.stats.failed(code);
+
         let mut payload = failure.into_payload();
         payload.context = Some(ExchangeContext {
             request_id: Some(self.request_id.clone()),
@@ -244,6 +250,7 @@ impl Exchange {
         } else {
             &error.message
         };
+
         let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
         let error_code = code.name();
         tracing::info!(trace_id, request_id, tenant_id, error_code, reason, took_us, "request failed: {why}");

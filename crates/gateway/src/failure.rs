@@ -129,6 +129,7 @@ impl From<Refused> for Failure {
                 Self::new(ErrorCode::Unavailable, "no router is running; start one or try again")
                     .retry_after(retry_after)
             }
+
             Refused::Bus(error) => error.into(),
             Refused::Unreadable(problem) => {
                 Self::new(ErrorCode::Internal, format!("the router's answer cannot be read: {problem}"))
@@ -147,6 +148,7 @@ impl From<bus::Error> for Failure {
             bus::Error::Disconnected(_) => {
                 Self::new(ErrorCode::Unavailable, text).retry_after(Duration::from_millis(RETRY_AFTER_MS))
             }
+
             bus::Error::NoResponders(_)
             | bus::Error::InvalidSubject(_)
             | bus::Error::NoStream(_)
@@ -160,7 +162,8 @@ impl From<bus::Error> for Failure {
 mod tests {
     use super::*;
 
-    /// What a client learns from a failure: code, `retry_after_ms`, `status` and `reason` on the socket; status, code and
+    /// What a client learns from a failure: code, `retry_after_ms`, `status` and `reason` on the socket; status, code
+    /// and
     /// `retry_after_seconds` over HTTP.
     type Reports = ((u16, Option<u64>, Option<u16>, Option<String>), (u16, String, Option<u64>));
 

@@ -54,6 +54,7 @@ impl Follow {
     ) -> Result<Reply, Failure> {
         let task = Awaited { tenant_id: exchange.tenant_id.clone(), assignment_id };
         self.waiter.decided(&task);
+
         let streams = self.output.is_some();
         let following = Following {
             exchange,
@@ -63,12 +64,11 @@ impl Follow {
             pieces,
         };
 
-        let outcome = if streams {
-            following.to_complete().await.map_err(Failure::in_stream)
+        if streams {
+            following.until_complete().await.map_err(Failure::in_stream)
         } else {
-            following.to_result().await
-        };
-        outcome
+            following.until_result().await
+        }
     }
 }
 
@@ -81,11 +81,11 @@ struct Following<'a> {
 }
 
 impl Following<'_> {
-    async fn to_result(mut self) -> Result<Reply, Failure> {
+    async fn until_result(mut self) -> Result<Reply, Failure> {
         Ok(Reply::ok(self.finished().await?.result))
     }
 
-    async fn to_complete(mut self) -> Result<Reply, Failure> {
+    async fn until_complete(mut self) -> Result<Reply, Failure> {
         let finished = self.finished().await?;
         self.rest_of_output(&finished).await?;
         complete(&self.exchange.request_id, &finished)
@@ -98,16 +98,19 @@ impl Following<'_> {
                 // Output that has arrived precedes a result that has arrived too.
                 biased;
                 Some(message) = next(&mut self.output) => self.pass(&message).await?,
+
                 finished = &mut self.waiter.finished => {
                     let closed = |_| Failure::new(ErrorCode::Internal, "The result channel closed unexpectedly");
                     return finished.map_err(closed);
                 }
+
                 () = tokio::time::sleep_until(look.into()) => {
                     look += LOOK_AGAIN;
                     if let Some(finished) = self.look().await {
                         return Ok(finished);
                     }
                 }
+
                 () = tokio::time::sleep_until(self.exchange.deadline.at.into()) => {
                     let text = "The deadline passed before the result; the task goes on and can be queried";
                     return Err(Failure::new(ErrorCode::Timeout, text));

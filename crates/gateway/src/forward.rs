@@ -1,4 +1,5 @@
-//! Carries out requests: each kind is a few exchanges with the router, and following the task if the client waits for it.
+//! Carries out requests: each kind is a few exchanges with the router, and following the task if the client waits for
+//! it.
 
 use crate::Gateway;
 use crate::deadline::Deadline;
@@ -17,23 +18,26 @@ use wire::router::{AnswerHead, TaskState};
 /// Carries the request out. Returns the last frame of its answer; the frames before it go to `pieces`.
 pub async fn run(gateway: Arc<Gateway>, uid: u32, request: Request, deadline: Deadline, pieces: &mut Pieces) -> Reply {
     let started = Instant::now();
-    // The rarer kinds are boxed, so that a submit needs no memory for them.
+    // The larger and rarer kinds are boxed, so that a submit needs no memory for them.
     let (exchange, outcome) = match request {
         Request::Submit(submit) => {
             let exchange = Exchange::of_submit(gateway, uid, &submit, deadline);
             let outcome = self::submit(&exchange, submit, pieces).await;
             (exchange, outcome)
         }
+
         Request::Query(task) => {
             let mut exchange = Exchange::about(gateway, uid, &task, deadline);
-            let found = Box::pin(exchange.find(task.tenant_id)).await;
+            let found = exchange.find(task.tenant_id).await;
             (exchange, found.map(state))
         }
+
         Request::Cancel(task) => {
             let mut exchange = Exchange::about(gateway, uid, &task, deadline);
             let cancelled = Box::pin(exchange.cancel(task.tenant_id)).await;
             (exchange, cancelled.map(state))
         }
+
         Request::Subscribe(task) => {
             let mut exchange = Exchange::about(gateway, uid, &task, deadline);
             let outcome = Box::pin(subscribe(&mut exchange, task.tenant_id, pieces)).await;
@@ -46,8 +50,9 @@ pub async fn run(gateway: Arc<Gateway>, uid: u32, request: Request, deadline: De
 async fn submit(exchange: &Exchange, submit: Box<TaskSubmit>, pieces: &mut Pieces) -> Result<Reply, Failure> {
     exchange.check_tenant(&exchange.tenant_id)?;
     exchange.check_time()?;
-    exchange.accepted(&submit);
+    exchange.log_accepted(&submit);
 
+    // Before the router hears of the request, so that neither output nor result is missed.
     let follow = match submit.wait {
         Wait::Decision => None,
         Wait::Result => Some(Follow::result(exchange)),
@@ -66,6 +71,7 @@ async fn submit(exchange: &Exchange, submit: Box<TaskSubmit>, pieces: &mut Piece
 
 async fn subscribe(exchange: &mut Exchange, tenant: Option<String>, pieces: &mut Pieces) -> Result<Reply, Failure> {
     exchange.check_time()?;
+    // Before the lookup: a task that ends in between is not missed.
     let follow = Follow::stream(exchange).await?;
     let known = exchange.find(tenant).await?;
     match &known.result {
@@ -102,24 +108,29 @@ mod tests {
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
         let config = Config { socket: dir.path().join("s"), ..Config::default() };
         let gateway = crate::bind(config, bus.clone()).await.unwrap().gateway;
+
         let mut queries = bus.subscribe(subjects::GET_DECISION, None, 8).await.unwrap();
         let mut cancels = bus.subscribe(subjects::CANCEL, None, 8).await.unwrap();
+
         tokio::spawn(async move {
             loop {
                 let (message, state) = tokio::select! {
                     Some(message) = queries.next() => (message, "assigned"),
                     Some(message) = cancels.next() => (message, "cancelled"),
                 };
+
                 let query: TaskQuery = serde_json::from_slice(&message.payload).unwrap();
                 // Like a router of the previous version, which answers by the id alone.
                 let task =
                     serde_json::json!({"task_id": query.request_id, "state": state, "tenant_id": query.request_id});
+
                 let payload = serde_json::json!({"ok": true, "task": task}).to_string().into();
                 bus.publish(Message { subject: message.reply.unwrap(), payload, ..Message::default() })
                     .await
                     .unwrap();
             }
         });
+
         let answer = async |uid: u32, named: Option<&str>, owner: &str, name: &str| {
             let task = TaskRef { command: None, task_id: owner.into(), tenant_id: named.map(String::from) };
             let request = match name {
@@ -127,22 +138,26 @@ mod tests {
                 "cancel" => Request::Cancel(task),
                 _ => Request::Subscribe(task),
             };
+
             let deadline = Deadline::of(&request, 0, &gateway.shared.admission.settings(), Instant::now());
             let reply = run(gateway.clone(), uid, request, deadline, &mut Pieces::nowhere()).await;
             let mut answer: Value = serde_json::from_slice(&reply.payload).unwrap();
             answer["context"] = Value::Null;
             answer
         };
+
         for (uid, named, owner) in [(0, Some("acme"), "acme"), (0, None, "default"), (1000, None, "default")] {
             assert_eq!(answer(uid, named, owner, "query").await["state"], "assigned", "{uid} {named:?}");
             assert_eq!(answer(uid, named, owner, "cancel").await["state"], "cancelled", "{uid} {named:?}");
         }
+
         for name in ["query", "cancel", "subscribe"] {
             for (uid, named) in [(1000, None), (0, None), (0, Some("beta"))] {
                 let unknown = serde_json::json!({"ok": false, "context": null, "error": {"code": 12, "status": 404,
                     "reason": "not_found", "message": "no task \"acme\" was pushed in the last day"}});
                 assert_eq!(answer(uid, named, "acme", name).await, unknown, "{name} by {uid} for {named:?}");
             }
+
             let forbidden = answer(1000, Some("acme"), "acme", name).await;
             assert_eq!(forbidden["error"]["code"], 13, "{name}: the settings decide, whether or not the task exists");
         }

@@ -53,6 +53,7 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
         let large = ErrorBody::invalid(IntakeCode::PayloadTooLarge, text);
         return Err(Failure::reported(ErrorCode::InvalidPayload, large));
     };
+
     // Taken only now: a client that sends its body slowly would keep the place from others.
     let Ok(_place) = admission.request(admission.uid()) else {
         let busy = Failure::new(ErrorCode::Overloaded, "too many requests in flight");
@@ -64,13 +65,14 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
     *asked = serde_json::from_slice(&body).unwrap_or_default();
     let headers = headers(&parts.headers, asked);
     let due = started + admission.settings().request_timeout;
+
     let answer = router.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
     stats.forwarded(started.elapsed());
     answer.map_err(Failure::from)
 }
 
-/// The trace id is that of `traceparent`, else that of the body, else a new one. An id that is not valid as a header is left
-/// out: the router then reports what is wrong with the body.
+/// The trace id is that of `traceparent`, else that of the body, else a new one. An id that is not valid as a header is
+/// left out: the router then reports what is wrong with the body.
 fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
     let text = |name: &str| given.get(name).and_then(|value| value.to_str().ok());
     let parent = text("traceparent").filter(|parent| trace::trace_id_of(parent).is_some());
@@ -79,9 +81,11 @@ fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
         (None, Some(trace)) => Some(trace).filter(|trace| id::is_valid(trace)),
         (None, None) => Some(router::new_trace_id()),
     };
+
     let parent = parent
         .map(String::from)
         .or_else(|| trace::traceparent(trace_id.as_deref()?, rand::random()));
+
     let tenant_id = asked.tenant_id.as_deref().filter(|tenant| id::is_tenant(tenant));
     let headers = router::headers(trace_id.as_deref(), parent.as_deref(), tenant_id);
     asked.trace_id = trace_id;

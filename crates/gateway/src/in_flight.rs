@@ -31,8 +31,8 @@ pub enum Full {
 }
 
 impl Places {
-    /// Gives a place if fewer than `limit` are held, and fewer than `share` by this user. Lowering a limit keeps existing
-    /// holders; new places wait until the count drops below it.
+    /// Gives a place if fewer than `limit` are held, and fewer than `share` by this user. Lowering a limit keeps
+    /// existing holders; new places wait until the count drops below it.
     pub fn take(self: &Arc<Self>, uid: u32, limit: usize, share: usize) -> Result<Place, Full> {
         let mut held = self.0.lock();
         if held.all >= limit {
@@ -41,6 +41,7 @@ impl Places {
         if held.by_user.get(&uid).is_some_and(|theirs| *theirs >= share) {
             return Err(Full::User);
         }
+
         held.all += 1;
         *held.by_user.entry(uid).or_default() += 1;
         Ok(Place { places: self.clone(), uid })
@@ -74,12 +75,15 @@ mod tests {
         let take = |uid| places.take(uid, 6, 4);
         let mut of_one: Vec<Place> = (0..4).map(|_| take(1).unwrap()).collect();
         assert_eq!(take(1).unwrap_err(), Full::User);
+
         let of_two: Vec<Place> = (0..2).map(|_| take(2).unwrap()).collect();
         assert_eq!(take(2).unwrap_err(), Full::All);
+
         of_one.pop();
         drop(take(2).unwrap());
         of_one.push(take(1).unwrap());
         assert_eq!(places.held(), 6);
+
         drop((of_one, of_two));
         assert_eq!((places.held(), places.0.lock().by_user.len()), (0, 0));
     }
@@ -94,11 +98,13 @@ mod tests {
                 .filter_map(|_| places.take(uid % 2, 123, 100).ok())
                 .collect::<Vec<_>>()
         };
+
         let taken: Vec<Place> = std::thread::scope(|scope| {
             let burst = &burst;
             let threads: Vec<_> = (0..8).map(|uid| scope.spawn(move || burst(uid))).collect();
             threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
         });
+
         assert_eq!(taken.len(), 123);
         assert!(
             [0, 1]
@@ -115,6 +121,7 @@ mod tests {
             held.pop();
             assert_eq!(places.take(1, 2, 2).unwrap_err(), expected);
         }
+
         assert_eq!(places.take(1, 4, 2).unwrap_err(), Full::User);
         held.pop();
         held.push(places.take(1, 2, 2).unwrap());

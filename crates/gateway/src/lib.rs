@@ -1,5 +1,5 @@
-//! The gateway: takes tasks from local processes on a Unix socket, sends them to the router over the bus, and returns the
-//! answers.
+//! The gateway: takes tasks from local processes on a Unix socket, sends them to the router over the bus, and returns
+//! the answers.
 //!
 //! One task serves each connection (`connection`). Its requests run inside that task, so they end with the connection.
 //! What a connection does is decided by [`session`], which does no IO.
@@ -22,6 +22,7 @@ mod reply;
 mod request;
 mod retry;
 mod router;
+// Public for the simulation in tests/it and for the fuzz target, which drive a session without a gateway.
 pub mod session;
 mod socket;
 mod stats;
@@ -55,8 +56,8 @@ pub struct Config {
     pub max_connections_per_user: Option<usize>,
     /// Requests in flight on all connections together.
     pub max_in_flight: usize,
-    /// Requests in flight that one user may have on all of its connections; HTTP counts as the user that this process runs
-    /// as. `None`: an equal part for each user who may connect, root aside, so that no user can keep out another.
+    /// Requests in flight that one user may have on all of its connections; HTTP counts as the user that this process
+    /// runs as. `None`: an equal part for each user who may connect, root aside, so that no user can keep out another.
     pub max_in_flight_per_user: Option<usize>,
     /// Requests in flight on one connection, by the protocol version of their frames.
     pub max_in_flight_v1: usize,
@@ -73,11 +74,11 @@ pub struct Config {
     pub receive_budget: usize,
     /// Bytes of finished replies that wait for their readers, on all connections together.
     pub reply_budget: usize,
-    /// How long requests in flight may take when a drain begins. After a further quarter, clients that are not reading are
-    /// disconnected.
+    /// How long requests in flight may take when a drain begins. After a further quarter, clients that are not reading
+    /// are disconnected.
     pub drain_timeout: Duration,
-    /// Users who may connect besides root and the user that this process runs as. While it is empty, the mode of the socket
-    /// keeps others out.
+    /// Users who may connect besides root and the user that this process runs as. While it is empty, the mode of the
+    /// socket keeps others out.
     pub allowed_uids: Vec<u32>,
     /// Tenants that each uid may speak for; `*` stands for any. Empty: every user speaks for `default` only.
     pub tenants: BTreeMap<u32, Vec<String>>,
@@ -158,7 +159,8 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     prepare(config, listener, bus).await
 }
 
-/// Like [`bind`], on a socket that was inherited: [`Config::socket`] is ignored, and the socket's file stays afterwards.
+/// Like [`bind`], on a socket that was inherited: [`Config::socket`] is ignored, and the socket's file stays
+/// afterwards.
 pub async fn adopt(mut config: Config, given: std::os::unix::net::UnixListener, bus: Bus) -> Result<Bound, Error> {
     let listener = socket::Listener::adopt(given)?;
     config.socket = listener.path().into();
@@ -166,6 +168,7 @@ pub async fn adopt(mut config: Config, given: std::os::unix::net::UnixListener, 
 }
 
 async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result<Bound, Error> {
+    // Declaring is idempotent: whichever part starts first creates the streams.
     bus::streams::declare(&bus).await?;
     let results = bus.subscribe(wire::subjects::RESULT, None, waiters::QUEUE_MAX).await?;
     let uid = nix::unistd::geteuid().as_raw();
@@ -215,6 +218,7 @@ impl Bound {
             }
         }
 
+        // Removes the socket's file at once, so that clients do not connect to a gateway that drains.
         drop(listener);
         sessions.close();
         sessions.wait().await;
@@ -262,6 +266,7 @@ const NOT_ADMITTED: &str = "This user may not connect; gateway.allowed_uids says
 fn refuse(stream: &UnixStream, reply: Reply) {
     let mut bytes = bytes::BytesMut::new();
     Frame::new(Version::V1, reply.kind, reply.payload).encode(&mut bytes);
+    // The frame fits the empty buffer. A client that is gone needs no answer.
     let _ = stream.try_write(&bytes);
 }
 
@@ -294,13 +299,17 @@ mod tests {
             allowed_uids: vec![70_001],
             ..Config::default()
         };
+
         let tenants = [(70_001, vec!["acme".into(), "default".into()])].into();
         let gateway = bind(Config { tenants, ..config }, bus.clone()).await.unwrap().gateway;
+
         let mut submits = bus.subscribe(wire::subjects::DECIDE, None, 8).await.unwrap();
         let mut queries = bus.subscribe(wire::subjects::GET_DECISION, None, 8).await.unwrap();
         let mut cancels = bus.subscribe(wire::subjects::CANCEL, None, 8).await.unwrap();
+
         let mut client = connect(&gateway, 70_001);
         submit(&mut client, 1).await;
+
         let submitted_to = submits
             .next()
             .await
@@ -314,15 +323,18 @@ mod tests {
         let version = Version::V2 { request_id: 2, deadline_ms: 60_000 };
         Frame::new(version, FrameType::TaskCancel, r#"{"task_id":"same"}"#).encode(&mut bytes);
         tokio::io::AsyncWriteExt::write_all(&mut client, &bytes).await.unwrap();
+
         // Each tenant has a task of this id.
         let asked = queries.next().await.unwrap();
         let tenant = asked.headers.get("tenant_id").unwrap();
         let task = serde_json::json!({"task_id": "same", "state": "queued", "tenant_id": tenant});
+
         let payload = serde_json::json!({"ok": true, "task": task}).to_string().into();
         let subject = asked.reply.unwrap();
         bus.publish(bus::Message { subject, payload, ..bus::Message::default() })
             .await
             .unwrap();
+
         assert_eq!(cancels.next().await.unwrap().headers.get("tenant_id"), Some(submitted_to.as_str()));
     }
 
@@ -337,23 +349,27 @@ mod tests {
             allowed_uids,
             ..Config::default()
         };
+
         let request_timeout = Duration::from_secs(60);
         let gateway = bind(Config { request_timeout, ..config }, bus.clone())
             .await
             .unwrap()
             .gateway;
-        // A router that never answers.
+        // This router never answers.
         let mut router = bus.subscribe(wire::subjects::DECIDE, None, 64).await.unwrap();
 
-        // Over two connections: the share is the user's.
+        // The share is the user's, on all of its connections together.
         let mut greedy = [connect(&gateway, 70_001), connect(&gateway, 70_001)];
         submit(&mut greedy[0], 1).await;
         submit(&mut greedy[1], 1).await;
+
         for _ in 0..2 {
             router.next().await.unwrap();
         }
         submit(&mut greedy[1], 2).await;
+
         let mut input = bytes::BytesMut::new();
+
         let refused = loop {
             if let Some(frame) = wire::ipc::Decoder.decode(&mut input).unwrap() {
                 break serde_json::from_slice::<serde_json::Value>(&frame.payload).unwrap();
@@ -364,12 +380,13 @@ mod tests {
                 .expect("a refusal in time");
             assert_ne!(read.unwrap(), 0);
         };
+
         assert_eq!(refused["error"]["code"], ErrorCode::Overloaded as u64);
         let text = refused["error"]["message"].as_str().unwrap();
         assert!(text.contains("70001") && text.contains("gateway.max_in_flight_per_user"), "{text}");
         assert!(refused["error"]["retry_after_ms"].as_u64().is_some_and(|ms| ms > 0));
 
-        // All others have theirs, also when each takes all of it.
+        // Every other user has its whole share, even if all of them use it.
         for uid in [70_002, gateway.shared.admission.uid()] {
             let mut other = connect(&gateway, uid);
             for id in 0..2 {

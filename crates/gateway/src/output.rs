@@ -5,7 +5,8 @@ use tokio::sync::mpsc;
 use wire::ipc::{FrameType, StreamData};
 use wire::router::{Awaited, OutputChunk};
 
-/// Orders the output of one task and keeps only that of the newest attempt: a worker that starts again begins at `seq` 0.
+/// Orders the output of one task and keeps only that of the newest attempt: a worker that starts again begins at `seq`
+/// 0.
 pub struct OutputReader {
     pub task: Awaited,
     attempt: u32,

@@ -1,8 +1,9 @@
-//! Load shedding: polls the router and, while it reports `active`, rejects decide requests with the router's own refusal.
+//! Load shedding: polls the router and, while it reports `active`, rejects decide requests with the router's own
+//! refusal.
 //!
 //! One router of the queue group answers each poll, as one decides each request. If some of several routers are
-//! overloaded, the gateway therefore rejects for about that share of the time, without knowing how many there are.
-//! A poll that fails changes nothing, and a report that is not repeated soon expires: a router that cannot be reached is
+//! overloaded, the gateway therefore rejects for about that share of the time, without knowing how many there are. A
+//! poll that fails changes nothing, and a report that is not repeated soon expires: a router that cannot be reached is
 //! the breaker's concern.
 
 use bus::{Bus, Headers};
@@ -71,6 +72,7 @@ impl Poller {
 
     pub async fn run(self, cancel: CancellationToken) {
         let mut ticks = tokio::time::interval(POLL_EVERY);
+        // A poll that took long is not followed by a burst of polls.
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let refused = tokio::select! {
@@ -82,6 +84,7 @@ impl Poller {
             let overloaded = self.pressure.report.overload(Instant::now()).is_some();
             metrics::gauge!("beamline_gateway_held_back").set(if overloaded { 1.0 } else { 0.0 });
             let wanted = self.pressure.wanted.swap(false, Relaxed);
+            // An idle gateway does not poll.
             if !wanted && !refused {
                 continue;
             }

@@ -15,13 +15,14 @@ impl Control {
         Self { shared, file }
     }
 
-    /// Takes effect at once, also for open connections. What is in flight goes on; while more is in flight than a lowered
-    /// limit allows, nothing new begins. The socket's path does not change.
+    /// Takes effect at once, also for open connections. What is in flight goes on; while more is in flight than a
+    /// lowered limit allows, nothing new begins. The socket's path does not change.
     pub fn reload(&self, mut config: Config) {
         let Shared { admission, router, .. } = &*self.shared;
         {
             let before = admission.settings();
             config.socket = before.socket.clone();
+            // Configuring the breaker resets how long it stays open, so only a change does.
             if (config.breaker, config.request_timeout) != (before.breaker, before.request_timeout) {
                 router.configure(config.breaker, config.request_timeout);
             }
@@ -31,7 +32,7 @@ impl Control {
         if let Some(file) = &self.file
             && let Err(error) = file.share(shared)
         {
-            tracing::error!(%error, shared, "cannot change who may reach the gateway's socket; change its mode by hand");
+            tracing::error!(%error, shared, "cannot change the mode of the gateway's socket; change it by hand");
         }
         admission.reload(config);
     }
@@ -56,9 +57,11 @@ mod tests {
             ..Config::default()
         };
         let bound = bind(with(12345), bus).await.unwrap();
+
         let (control, (mut client, stream)) = (bound.control(), tokio::net::UnixStream::pair().unwrap());
         let session = connection::run(bound.gateway.clone(), stream, 12345, CancellationToken::new());
         let session = tokio::spawn(session);
+
         // No router runs: UNAVAILABLE means that the request was let through.
         for (allowed, expected) in
             [(12345, ErrorCode::Unavailable), (23456, ErrorCode::Forbidden), (12345, ErrorCode::Unavailable)]
@@ -67,7 +70,9 @@ mod tests {
             let mut bytes = BytesMut::new();
             Frame::new(Version::V1, FrameType::TaskQuery, r#"{"task_id":"t"}"#).encode(&mut bytes);
             client.write_all(&bytes).await.unwrap();
+
             bytes.clear();
+
             let answer = loop {
                 assert_ne!(client.read_buf(&mut bytes).await.unwrap(), 0);
                 if let Some(frame) = Decoder.decode(&mut bytes).unwrap() {
@@ -77,6 +82,7 @@ mod tests {
             let answer: serde_json::Value = serde_json::from_slice(&answer.payload).unwrap();
             assert_eq!(answer["error"]["code"], expected as u64, "{answer}");
         }
+
         drop(client);
         session.await.unwrap();
     }

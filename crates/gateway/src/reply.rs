@@ -50,6 +50,7 @@ impl Reply {
     pub fn from_payload(payload: &mut ErrorPayload) -> Self {
         let mut bytes = payload.encode();
         if bytes.len() > PAYLOAD_MAX {
+            // Code, status and reason say more than what is cut.
             let error = &mut payload.error;
             error.details = None;
             error.message = shortened(std::mem::take(&mut error.message));

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use wire::router::{AnswerHead, ErrorBody, RouterCode, VERSION};
 use wire::subjects;
 
-/// A timeout counts against the breaker only if the request had at least this much time, or 90 % of the request timeout if
-/// that is less.
+/// A timeout counts against the breaker only if the request had at least this much time, or 90 % of the request timeout
+/// if that is less.
 const FAIR_CHANCE: Duration = Duration::from_millis(500);
 /// The mean pause before a retry, with a jitter of half of it in either direction.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -67,9 +67,9 @@ impl Access {
         self.pressure.clone()
     }
 
-    /// Returns the router's answer byte for byte. A request that failed because the bus was disconnected, or because the
-    /// router was unavailable, is retried while there is time and retry budget. That is safe: the router recognises a
-    /// repeated request by its id.
+    /// Returns the router's answer byte for byte. A request that failed because the bus was disconnected, or because
+    /// the router was unavailable, is retried while there is time and retry budget. That is safe: the router recognises
+    /// a repeated request by its id.
     pub async fn ask(
         &self,
         bus: &Bus,
@@ -82,6 +82,7 @@ impl Access {
         if subject == subjects::DECIDE {
             self.pressure.check().map_err(Refused::Router)?;
         }
+
         self.retries.lock().request(Instant::now());
         let mut before = None;
         loop {
@@ -91,16 +92,20 @@ impl Access {
                 Err(refused @ Refused::Open { .. }) => return Err(before.unwrap_or(refused)),
                 Err(refused) => refused,
             };
+
             let temporary = match &refused {
                 Refused::Bus(bus::Error::Disconnected(_)) => true,
                 Refused::Router(error) => error.code == RouterCode::Unavailable,
                 _ => false,
             };
+
+            // Jitter keeps the retries of many requests apart.
             let pause = PAUSE.mul_f64(0.5 + rand::random::<f64>());
             let now = Instant::now();
             if !temporary || now + pause >= due || !self.retries.lock().take(now) {
                 return Err(refused);
             }
+
             metrics::counter!("beamline_gateway_retries_total").increment(1);
             before = Some(refused);
             tokio::time::sleep(pause).await;
@@ -118,18 +123,22 @@ impl Access {
         let call = self.call()?;
         let began = Instant::now();
         let left = due.saturating_duration_since(began);
+
         let mut answer = match bus.request(subject, headers, payload, left).await {
             Ok(Message { payload, .. }) => read(payload),
             Err(bus::Error::NoResponders(_)) => Err(Refused::Nobody { retry_after: Duration::ZERO }),
             Err(error) => Err(Refused::Bus(error)),
         };
+
         if matches!(&answer, Err(Refused::Router(error)) if error.code == RouterCode::Backpressure) {
             self.pressure.refused();
         }
+
         call.settle(match &answer {
             Ok(_) => Outcome::Answered,
             Err(Refused::Router(error)) => match error.code {
                 RouterCode::Internal | RouterCode::Unavailable => Outcome::Failed,
+                // The router sheds load: it is alive, but a probe must not close the breaker for that.
                 _ if error.status() == 429 => Outcome::Neutral,
                 _ => Outcome::Answered,
             },
@@ -138,6 +147,8 @@ impl Access {
             Err(Refused::Bus(bus::Error::Timeout(_))) if left >= self.fair_chance() => Outcome::Failed,
             Err(Refused::Bus(_) | Refused::Open { .. }) => Outcome::Neutral,
         });
+
+        // Known only now: settling the call has opened the breaker.
         if let Err(Refused::Nobody { retry_after }) = &mut answer {
             *retry_after = self.breaker.lock().open_for_another(Instant::now());
         }
@@ -162,7 +173,9 @@ impl Access {
         let before = breaker.state();
         let result = step(&mut breaker);
         let after = breaker.state();
+        // Metrics and logs need no lock.
         drop(breaker);
+
         if before != after {
             let (from, to) = (before.as_str(), after.as_str());
             metrics::counter!("beamline_gateway_breaker_transitions_total", "to" => to).increment(1);

@@ -111,8 +111,8 @@ enum Phase {
     Ended(Exit),
 }
 
-/// A v1 stream has the connection to itself: it starts when all requests before it are answered, and those behind it are
-/// not read before it ends.
+/// A v1 stream has the connection to itself: it starts when all requests before it are answered, and those behind it
+/// are not read before it ends.
 enum V1Stream {
     Waiting { request: Request, deadline: Deadline, place: Place },
     Running { place: u64, pieces: u64 },
@@ -167,6 +167,7 @@ impl Session {
             Event::Timer => self.timer_passed(now),
         }
 
+        // Any event may make room for replies, and replies that leave make room for frames.
         self.release();
         self.decode(now);
         self.outbox
@@ -183,6 +184,7 @@ impl Session {
         match self.phase {
             Phase::Ended(exit) => Some(Effect::End(exit)),
             _ if !idle => None,
+            // All replies are written, and nothing more is read.
             Phase::Closing { exit, .. } => Some(Effect::End(exit)),
             _ if self.input.has_ended() => Some(Effect::End(Exit::ClientClosed)),
             // What the client sent before it could know of the drain still gets an answer.
@@ -276,6 +278,7 @@ impl Session {
             Phase::Closing { exit, until: None } => Phase::Closing { exit, until: Some(until) },
             unchanged => unchanged,
         };
+        // A frame that has begun may take until the end of the drain.
         self.input.stop_clock();
     }
 
@@ -307,21 +310,25 @@ impl Session {
                 self.settle(slot, held);
             }
         }
+
         self.ended_bytes = 0;
         let open = self.open();
         if open == 0 {
             return;
         }
 
+        // Queued behind the starts of requests that are abandoned here, so that none of them runs on.
         self.effects.push_back(Effect::Abandon);
         if let Some(V1Stream::Waiting { .. }) = self.v1_stream.take() {
-            // It had no place in the order yet.
+            // It has no place in the order yet.
             self.v1_order.join();
         }
+
         let error = || {
             let text = "The gateway shut down before the answer came; the task may still run";
             Reply::error(ErrorCode::ConnectionClosed, text)
         };
+
         self.v1_open = 0;
         self.v1_order.insert_missing(error);
         for (request_id, _) in std::mem::take(&mut self.v2_open) {
@@ -331,7 +338,7 @@ impl Session {
             self.shared.stats.failed(ErrorCode::ConnectionClosed);
         }
 
-        // Requests that stood behind a v1 stream are still in the input.
+        // Requests behind a v1 stream are still in the input.
         self.release();
         self.decode(now);
     }

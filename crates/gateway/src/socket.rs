@@ -36,14 +36,18 @@ impl Listener {
         let problem = |problem: String| Error::Socket { path: path.display().to_string(), problem };
         let bytes = path.as_os_str().len();
         if bytes > PATH_MAX {
-            return Err(problem(format!("the path has {bytes} bytes, more than the {PATH_MAX} a socket's may have")));
+            return Err(problem(format!("the path has {bytes} bytes; a socket's path may have at most {PATH_MAX}")));
         }
+
         let cannot =
             |e: std::io::Error| format!("cannot listen: {e}; does its directory exist and may we write there?");
         let directory = std::fs::File::open(parent(path)).map_err(|e| problem(cannot(e)))?;
+
+        // Looking at the path and binding it must not interleave with another gateway's start.
         alone(&directory).await.map_err(problem)?;
         make_way(path).await.map_err(problem)?;
         let listener = bind_private(path, mode(shared)).map_err(|e| problem(cannot(e)))?;
+
         let inode = std::fs::symlink_metadata(path)
             .map_err(|e| problem(e.to_string()))?
             .ino();
@@ -62,20 +66,25 @@ impl Listener {
             .and_then(|address| address.as_pathname())
             .unwrap_or(Path::new(""))
             .to_path_buf();
+
         let problem = |problem: String| Error::Socket { path: path.display().to_string(), problem };
         let socket = socket2::SockRef::from(&given);
-        let ours = |e: std::io::Error| problem(format!("what was handed over is no socket that works: {e}"));
+        let ours = |e: std::io::Error| problem(format!("the inherited descriptor is not a usable socket: {e}"));
+
+        // A service manager may hand over any kind of descriptor.
         let stream = socket.domain().map_err(ours)? == socket2::Domain::UNIX
             && socket.r#type().map_err(ours)? == socket2::Type::STREAM;
         if !stream || !socket.is_listener().map_err(ours)? {
-            let text = "what was handed over is no Unix stream socket that listens; hand over one (ListenStream=)";
+            let text = "the inherited descriptor is not a listening Unix stream socket; pass one with ListenStream=";
             return Err(problem(text.into()));
         }
+
         if path.as_os_str().is_empty() {
             return Err(problem(
-                "what was handed over has no path in the file system, by which programs find it".into(),
+                "the inherited socket has no path in the file system, so clients cannot find it".into(),
             ));
         }
+
         given.set_nonblocking(true).map_err(ours)?;
         let listener = UnixListener::from_std(given).map_err(ours)?;
         Ok(Self { listener, path, file: None })
@@ -96,6 +105,7 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        // Another gateway may have bound the path after somebody removed our file.
         if let Some(file) = self.file.as_ref().filter(|file| file.is_there()) {
             let _ = std::fs::remove_file(&file.path);
         }
@@ -126,7 +136,7 @@ fn parent(path: &Path) -> &Path {
         .unwrap_or(Path::new("."))
 }
 
-/// Locks the directory, until it is dropped: several gateways that start at once could all find the path free.
+/// Locks the directory until it is dropped: several gateways that start at once could all find the path free.
 async fn alone(directory: &std::fs::File) -> Result<(), String> {
     let give_up = tokio::time::Instant::now() + LOCK_WAIT;
     loop {
@@ -137,7 +147,7 @@ async fn alone(directory: &std::fs::File) -> Result<(), String> {
                 tokio::time::sleep(LOCK_LOOK).await;
             }
             Err(TryLockError::WouldBlock) => {
-                return Err("another gateway is starting there and does not end with it; stop it or try again".into());
+                return Err("another gateway is starting there and does not finish; stop it or try again".into());
             }
         }
     }
@@ -150,9 +160,11 @@ async fn make_way(path: &Path) -> Result<(), String> {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(e.to_string()),
     };
+
     if !found.file_type().is_socket() {
-        return Err("there is something that is no socket; it is left alone: remove it or set another path".into());
+        return Err("there is a file that is not a socket; remove it or set another path".into());
     }
+
     match UnixStream::connect(path).await {
         Ok(stream) => {
             let by = stream
@@ -163,6 +175,7 @@ async fn make_way(path: &Path) -> Result<(), String> {
                 .unwrap_or_default();
             Err(format!("another gateway is listening{by}; stop it or set another path"))
         }
+        // Stale: a gateway that was killed has left it.
         Err(e) if e.kind() == ErrorKind::ConnectionRefused => Ok(()),
         Err(e) => Err(format!("cannot tell whether a gateway is listening there: {e}")),
     }
@@ -186,6 +199,8 @@ fn bind_private(path: &Path, mode: u32) -> std::io::Result<UnixListener> {
         std::fs::rename(&inside, path)?;
         Ok(listener)
     })();
+
+    // Still there only if binding or renaming failed.
     let _ = std::fs::remove_file(private.join("s"));
     let _ = std::fs::remove_dir(&private);
     bound
@@ -206,7 +221,9 @@ mod tests {
         let listener = Listener::bind(&path, false).await.unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left beside the socket");
+
         drop(listener);
+
         assert!(!path.exists());
     }
 
@@ -217,9 +234,11 @@ mod tests {
         let given = std::os::unix::net::UnixListener::bind(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
         let _early = std::os::unix::net::UnixStream::connect(&path).unwrap();
+
         let listener = Listener::adopt(given).unwrap();
         assert_eq!(listener.path(), path);
         listener.accept().await.unwrap();
+
         drop(listener);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
     }
@@ -239,14 +258,16 @@ mod tests {
                 .expect("refused")
                 .to_string()
         };
+
         let path = |name| SockAddr::unix(dir.path().join(name)).unwrap();
         let tcp: std::net::SocketAddr = "127.0.0.1:0".parse().unwrap();
         let no_name = SockAddr::unix("").unwrap();
+
         for (problem, expected) in [
-            (make(Domain::UNIX, Type::STREAM, false, path("quiet")), "that listens"),
-            (make(Domain::UNIX, Type::DGRAM, false, path("datagrams")), "that listens"),
-            (make(Domain::UNIX, Type::SEQPACKET, true, path("packets")), "that listens"),
-            (make(Domain::IPV4, Type::STREAM, true, tcp.into()), "that listens"),
+            (make(Domain::UNIX, Type::STREAM, false, path("quiet")), "not a listening"),
+            (make(Domain::UNIX, Type::DGRAM, false, path("datagrams")), "not a listening"),
+            (make(Domain::UNIX, Type::SEQPACKET, true, path("packets")), "not a listening"),
+            (make(Domain::IPV4, Type::STREAM, true, tcp.into()), "not a listening"),
             (make(Domain::UNIX, Type::STREAM, true, no_name), "no path"),
         ] {
             assert!(problem.contains(expected), "{problem}");
@@ -272,7 +293,9 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let listener = Listener::bind(&path, false).await.unwrap();
         let error = refused(&path).await;
+
         assert!(error.contains("another gateway is listening") && error.contains("(pid "), "{error}");
+
         drop(listener);
     }
 
@@ -284,7 +307,7 @@ mod tests {
         std::fs::create_dir(&folder).unwrap();
         std::os::unix::fs::symlink(&file, &link).unwrap();
         for path in [&file, &folder, &link] {
-            assert!(refused(path).await.contains("no socket"), "{}", path.display());
+            assert!(refused(path).await.contains("not a socket"), "{}", path.display());
         }
         assert_eq!(std::fs::read_to_string(&link).unwrap(), "precious");
     }
@@ -296,12 +319,15 @@ mod tests {
         let full = dir.path().join("x".repeat(room));
         let listener = Listener::bind(&full, false).await.unwrap();
         UnixStream::connect(&full).await.unwrap();
+
         drop(listener);
+
         assert!(
             refused(&dir.path().join("x".repeat(room + 1)))
                 .await
                 .contains("108 bytes")
         );
+
         assert!(
             refused(&dir.path().join("missing/s"))
                 .await

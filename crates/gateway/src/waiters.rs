@@ -58,11 +58,13 @@ impl Finished {
     fn decode(payload: &Bytes) -> Option<(String, Heard)> {
         let result = ExecResult::decode(payload).ok()?;
         let enveloped = serde_json::from_slice::<Envelope>(payload).is_ok_and(|e| e.kind.is_some());
+
         let bytes = if enveloped {
             serde_json::to_vec(&result).ok()?.into()
         } else {
             payload.clone()
         };
+
         let finished = Self { result: bytes, chunks: result.chunks };
         let ExecResult { request_id, assignment_id, tenant_id, .. } = result;
         Some((request_id, Heard { assignment_id, tenant_id, finished }))
@@ -84,13 +86,16 @@ impl Waiting {
         let owned = self.task.owns(&heard.assignment_id, heard.tenant_id.as_deref());
         self.phase = match std::mem::replace(&mut self.phase, Phase::Ended) {
             Phase::Undecided { early, finished } => {
-                // Only one is kept: keeping the wrong one costs no more than the time until the next look at the record.
+                // Only one is kept: keeping the wrong one costs no more than the time until the next look at the
+                // record.
                 let keeps = owned == Some(true) || (owned.is_none() && early.is_none());
                 let early = if keeps { Some(heard.clone()) } else { early };
                 Phase::Undecided { early, finished }
             }
+
             // A router that does not name the assignment knows only one task with this id, whatever its tenant.
             Phase::Decided { finished } if owned.unwrap_or(true) => {
+                // Fails if the request has ended meanwhile.
                 let _ = finished.send(heard.finished.clone());
                 Phase::Ended
             }
@@ -127,6 +132,7 @@ impl Waiters {
         let task = Awaited { tenant_id: tenant_id.into(), assignment_id: None };
         let phase = Phase::Undecided { early: None, finished: sender };
 
+        // Several requests may wait for the same id, so each wait has a number of its own.
         let mut table = self.0.lock();
         table.next += 1;
         let number = table.next;
@@ -153,6 +159,7 @@ impl Waiters {
     }
 
     fn publish(&self, payload: &Bytes) {
+        // Every gateway receives every result: most concern no request of this one.
         if self.0.lock().by_request.is_empty() {
             return;
         }
@@ -235,24 +242,27 @@ mod tests {
             .iter()
             .for_each(|(assignment, tenant)| waiting.hear(&heard(assignment, *tenant)));
         assert!(finished.try_recv().is_err(), "no result ends the wait before the router has answered");
+
         decided(&mut waiting, answer);
         after
             .iter()
             .for_each(|(assignment, tenant)| waiting.hear(&heard(assignment, *tenant)));
+
         let ended = finished.try_recv().ok().map(|finished| finished.result);
         assert_eq!(ended.as_deref(), expected.map(str::as_bytes));
     }
 
     #[test]
     fn only_the_result_of_the_own_assignment_ends_a_wait() {
-        let (ours, other, nobody) = (Some("acme"), Some("beta"), None);
-        check(&[], Some("a"), &[("b", ours), ("b", nobody), ("a", nobody)], Some("a"));
+        let (ours, other, unnamed) = (Some("acme"), Some("beta"), None);
+        check(&[], Some("a"), &[("b", ours), ("b", unnamed), ("a", unnamed)], Some("a"));
         check(&[], Some("a"), &[("b", other)], None);
-        check(&[("a", nobody), ("b", other)], Some("a"), &[], Some("a"));
-        check(&[("b", nobody), ("a", ours), ("c", nobody)], Some("a"), &[], Some("a"));
-        check(&[("b", other), ("b", nobody)], Some("a"), &[], None);
+        check(&[("a", unnamed), ("b", other)], Some("a"), &[], Some("a"));
+        check(&[("b", unnamed), ("a", ours), ("c", unnamed)], Some("a"), &[], Some("a"));
+        check(&[("b", other), ("b", unnamed)], Some("a"), &[], None);
+
         // The router does not name the assignment.
-        check(&[("b", other)], None, &[("b", other), ("a", nobody)], Some("a"));
-        check(&[("a", nobody)], None, &[], Some("a"));
+        check(&[("b", other)], None, &[("b", other), ("a", unnamed)], Some("a"));
+        check(&[("a", unnamed)], None, &[], Some("a"));
     }
 }

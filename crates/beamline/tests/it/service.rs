@@ -68,7 +68,7 @@ async fn a_socket_of_another_kind_is_refused() {
         ("gateway", &tcp, "not a valid unix stream socket"),
         ("gateway", &file, "not a socket"),
         ("", &datagrams, "not a valid unix stream socket"),
-        ("gateway", &connected, "no Unix stream socket that listens"),
+        ("gateway", &connected, "not a listening Unix stream socket"),
         ("http", &unix, "not a valid tcp socket"),
         ("ops", &file, "not a socket"),
     ];

@@ -13,12 +13,13 @@ const SCRATCH_SIZE: usize = 64 * 1024;
 const HANGUP_POLL: Duration = Duration::from_millis(100);
 
 thread_local! {
-    /// The receive buffer of all connections on this thread, so that a connection that waits holds no buffer of its own.
+    /// The receive buffer of all connections on this thread, so that a connection that waits holds no buffer of its
+    /// own.
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH_SIZE]);
 }
 
-/// Waits for bytes and passes them to `take`. Returns how many there were; 0 at the end of the stream. Cancelling it loses
-/// nothing.
+/// Waits for bytes and passes them to `take`. Returns how many there were; 0 at the end of the stream. Cancelling it
+/// loses nothing.
 pub async fn receive(reader: &mut OwnedReadHalf, mut take: impl FnMut(&[u8])) -> std::io::Result<usize> {
     std::future::poll_fn(|context| {
         SCRATCH.with_borrow_mut(|scratch| {

@@ -1,4 +1,4 @@
-//! Finished answers that wait for their reader, and their share of the gateway's budget for them.
+//! Replies that wait for their reader, and their share of the reply budget.
 
 use crate::Shared;
 use crate::budget;
@@ -62,6 +62,7 @@ mod tests {
 
     async fn start(dir: &std::path::Path, max_in_flight: usize) -> (Arc<Gateway>, Bus) {
         let bus = bus::local::Local::open(dir).await.unwrap();
+
         let minute = Duration::from_secs(60);
         let (write_timeout, request_timeout) = (minute, minute);
         let config = Config {
@@ -76,9 +77,10 @@ mod tests {
         (bound.gateway, bus)
     }
 
-    /// Decides with large answers, except about the task `held`: its reply subject comes back.
+    /// Answers decide requests with large decisions. For the task `held` it returns the reply subject instead.
     async fn large_answers(bus: &Bus) -> tokio::sync::mpsc::Receiver<Arc<str>> {
         let mut requests = bus.subscribe(wire::subjects::DECIDE, None, 4096).await.unwrap();
+
         let (bus, (tell, held)) = (bus.clone(), tokio::sync::mpsc::channel(1));
         tokio::spawn(async move {
             while let Some(message) = requests.next().await {
@@ -122,6 +124,7 @@ mod tests {
             if let Some(frame) = Decoder.decode(input).unwrap() {
                 return (frame.frame_type().unwrap(), serde_json::from_slice(&frame.payload).unwrap());
             }
+
             let read = tokio::time::timeout(PATIENCE, client.read_buf(input))
                 .await
                 .expect("an answer in time");
@@ -140,7 +143,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answers_that_nobody_reads_stay_within_the_reply_budget() {
+    async fn unread_replies_stay_within_the_reply_budget() {
         const CLIENTS: usize = 3;
         const EACH: usize = 20;
         let dir = tempfile::tempdir().unwrap();
@@ -153,11 +156,12 @@ mod tests {
                 submit(client, version, &format!("{at}-{id}")).await;
             }
         }
+
         let budget = || gateway.shared.admission.settings().replies.left();
         testkit::eventually(PATIENCE, async || gateway.shared.admission.requests_held() == 0 && budget() < BUDGET)
             .await;
 
-        // Who reads is served, also with what has no room in the budget.
+        // A client that reads is served, even though the budget is exhausted.
         let (mut reader, mut input) = (connect(&gateway), BytesMut::new());
         submit(&mut reader, Version::V1, "read").await;
         assert!(!is_overload(&answer(&mut reader, &mut input).await));
@@ -169,28 +173,35 @@ mod tests {
                 whole += usize::from(!is_overload(&answer(client, &mut input).await));
             }
         }
-        // Beside the budget: what each socket and output have taken.
+
+        // Each socket and outbox hold some replies beside the budget.
         let most = BUDGET / LARGE + CLIENTS * 4;
         assert!((BUDGET / LARGE / 2..=most).contains(&whole), "{whole} of {most}");
+
         testkit::eventually(PATIENCE, async || budget() == BUDGET).await;
     }
 
     #[tokio::test]
-    async fn answers_behind_a_slow_one_stay_within_the_reply_budget_and_in_order() {
+    async fn replies_behind_a_slow_one_stay_within_the_reply_budget_and_in_order() {
         const BEHIND: usize = 40;
         let dir = tempfile::tempdir().unwrap();
         let (gateway, bus) = start(dir.path(), 100).await;
         let mut held = large_answers(&bus).await;
+
         let (mut client, mut input) = (connect(&gateway), BytesMut::new());
         submit(&mut client, Version::V1, "held").await;
         let slow = held.recv().await.unwrap();
+
         for id in 0..BEHIND {
             submit(&mut client, Version::V1, &id.to_string()).await;
             testkit::eventually(PATIENCE, async || gateway.shared.admission.requests_held() == 1).await;
         }
+
         decide(&bus, slow, &json!("held")).await;
+
         let first = answer(&mut client, &mut input).await;
         assert_eq!(first.1["context"]["request_id"], "held");
+
         let mut whole = Vec::new();
         for _ in 0..BEHIND {
             let next = answer(&mut client, &mut input).await;
@@ -204,6 +215,7 @@ mod tests {
                 );
             }
         }
+
         assert!(whole.is_sorted() && (1..=BUDGET / LARGE).contains(&whole.len()), "{whole:?}");
     }
 }

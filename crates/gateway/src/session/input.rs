@@ -88,6 +88,7 @@ impl Input {
     /// Charges the frame that has begun, if it is large, against the budget. Returns the claim if it has to wait.
     pub fn charge(&mut self, budget: impl FnOnce() -> Budget) -> Option<Claim> {
         let length = Decoder::peek_length(&self.bytes).ok().flatten()?;
+        // After the end of the input the frame stays incomplete, and needs no room.
         if length <= FREE_RECEIVE || self.ended || !matches!(self.share, FrameShare::None) {
             return None;
         }
@@ -109,6 +110,7 @@ impl Input {
     pub fn granted(&mut self, share: Share) {
         if self.awaits_budget() {
             self.grant(share);
+            // The clock starts anew: the client could not send while the frame was not read.
             self.due = None;
         }
     }

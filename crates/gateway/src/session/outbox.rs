@@ -59,6 +59,7 @@ impl Outbox {
             self.read = 0;
             self.due = None;
         }
+        // A connection keeps a small buffer for its next replies, but not one that a burst has grown.
         if self.is_empty() && self.bytes.capacity() > HIGH {
             self.bytes = BytesMut::new();
         }

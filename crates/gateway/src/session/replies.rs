@@ -23,8 +23,8 @@ impl Session {
         }
     }
 
-    /// Keeps the last frame of a request until it may leave. One that may leave at once is not charged against the reply
-    /// budget, so that clients that read are served whatever others leave unread.
+    /// Keeps the last frame of a request until it may leave. One that may leave at once is not charged against the
+    /// reply budget, so that clients that read are served whatever others leave unread.
     pub(super) fn finished(&mut self, Finished { slot, reply, pieces }: Finished) {
         let its_turn = match slot {
             Slot::V1(place) => self.v1_order.is_first(place),
@@ -49,6 +49,8 @@ impl Session {
             {
                 self.outbox.put(Version::V1, reply);
             }
+
+            // Its turn comes when all replies before it have left.
             if self.v1_order.is_empty() {
                 self.start_waiting_stream();
             }
@@ -57,6 +59,7 @@ impl Session {
             if !self.has_room() || !self.ended.front().is_some_and(ready) {
                 return;
             }
+
             let (slot, held, _) = self.ended.pop_front().expect("there is a first one");
             self.settle(slot, held);
         }

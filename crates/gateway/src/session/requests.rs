@@ -17,6 +17,7 @@ impl Session {
                 Ok(Some(frame)) => self.frame(frame, now),
                 Ok(None) => return self.await_rest(now),
                 Err(violation) => {
+                    // The version of a broken frame is unknown; every client understands v1.
                     self.refuse(Version::V1, violation.code(), &violation.to_string());
                     self.close(Exit::FramingLost);
                 }
@@ -43,10 +44,12 @@ impl Session {
         let Some(kind) = frame.frame_type().filter(|kind| kind.is_request()) else {
             return self.refuse(version, ErrorCode::InvalidType, "Unsupported message type");
         };
+
         if frame.flags != 0 {
             let text = format!("Unknown flags {:#06x}; they must be 0", frame.flags);
             return self.refuse(version, ErrorCode::InvalidPayload, &text);
         }
+
         if let Version::V2 { request_id, .. } = version
             && self.v2_open.contains_key(&request_id)
         {
@@ -60,6 +63,7 @@ impl Session {
                 let capabilities = serde_json::to_vec(&self.capabilities()).expect("capabilities are JSON");
                 self.answer(version, Reply::ok(capabilities));
             }
+            // PING and CAPABILITIES need no request in flight, so they are answered to the end.
             _ if self.is_draining() => {
                 self.refuse(version, ErrorCode::ConnectionClosed, "The gateway is shutting down");
             }
@@ -77,14 +81,17 @@ impl Session {
             return self.refuse(version, ErrorCode::Forbidden, crate::NOT_ADMITTED);
         }
 
+        // The limits may have been lowered below what is open, so `>=`.
         let settings = admission.settings();
         let full = match version {
             Version::V1 => self.v1_open >= settings.max_in_flight_v1,
             Version::V2 { .. } => self.v2_open.len() >= settings.max_in_flight_v2,
         };
+
         if full {
             return self.overloaded(version, "Too many requests in flight on this connection");
         }
+
         let place = match admission.request(self.uid) {
             Ok(place) => place,
             Err(Full::All) => return self.overloaded(version, "Too many requests in flight"),
@@ -97,11 +104,13 @@ impl Session {
             }
         };
 
+        // Admitted: from here on the request is answered exactly once.
         self.shared.stats.taken();
         match version {
             Version::V1 => {
                 self.v1_open += 1;
                 let deadline = Deadline::of(&request, 0, &settings, now);
+                // Pieces of a stream carry no id in v1, so no other reply may come between them.
                 if request.is_stream() && !self.v1_order.is_empty() {
                     self.v1_stream = Some(V1Stream::Waiting { request, deadline, place });
                 } else {
@@ -131,6 +140,7 @@ impl Session {
     fn capabilities(&self) -> Capabilities {
         let settings = self.shared.admission.settings();
         let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+
         Capabilities {
             protocol_versions: vec![1, 2],
             message_types: FrameType::ALL.iter().map(|kind| *kind as u8).collect(),

@@ -1,4 +1,4 @@
-//! How many requests are in flight at most: on a connection, over all of them, and what the one beyond is told.
+//! Limits of requests in flight, on one connection and on all of them, and the refusal of a request beyond them.
 
 use crate::{Fixture, Raw, decision};
 use axum::body::{Body, to_bytes};
@@ -15,7 +15,7 @@ use wire::ipc::{FrameType, Version};
 const PATIENCE: Duration = Duration::from_secs(20);
 const V2: fn(u64) -> Version = |request_id| Version::V2 { request_id, deadline_ms: 60_000 };
 
-/// A router that holds every reply until it is let go.
+/// A router that holds every reply until the gate opens for it.
 struct Held {
     fixture: Fixture,
     gate: Arc<Semaphore>,
@@ -43,10 +43,10 @@ impl Held {
         held
     }
 
-    /// So many requests have come to the router in all.
+    /// Waits until that many requests have reached the router, and checks that no more have.
     async fn arrived(&self, requests: usize) {
         eventually(PATIENCE, async || self.arrived.load(SeqCst) >= requests).await;
-        assert_eq!(self.arrived.load(SeqCst), requests, "more than the limit were let through");
+        assert_eq!(self.arrived.load(SeqCst), requests, "more requests than the limit were let through");
     }
 }
 
@@ -56,7 +56,7 @@ async fn submit(raw: &mut Raw, version: Version) {
 
 type Answer = (FrameType, Value);
 
-/// What came before the gateway had looked at all that was sent on this connection.
+/// Waits until the gateway has read everything sent on this connection. Returns the answers up to then.
 async fn seen(raw: &mut Raw) -> Vec<Answer> {
     raw.frame(V2(u64::MAX), FrameType::Ping, "").await;
     let mut before = Vec::new();
@@ -82,19 +82,21 @@ fn is_ok((kind, answer): Answer) {
 #[tokio::test]
 async fn backpressure_defaults() {
     let held = Held::start(|_| {}).await;
+
     let mut v1 = held.fixture.connect().await;
     v1.frame(Version::V1, FrameType::Capabilities, "").await;
     let limits = v1.answer().await.1["limits"].clone();
     for (name, limit) in [("max_in_flight", 1000), ("max_in_flight_v1", 10), ("max_in_flight_v2", 256)] {
         assert_eq!(limits[name], limit, "{name}");
     }
-    // They are not only said: 10 on a v1 connection, 256 on a v2 connection, 1000 in all.
+    // The limits are enforced too: 10 on a v1 connection, 256 on a v2 connection, 1000 in all.
     for _ in 0..11 {
         submit(&mut v1, Version::V1).await;
     }
-    assert_eq!(seen(&mut v1).await, [], "the refusal stands in line");
+    assert_eq!(seen(&mut v1).await, [], "in v1 the refusal waits for its turn");
     held.arrived(10).await;
     let mut taken = 10;
+
     let mut others = Vec::new();
     for expected in [256, 256, 256, 222] {
         let mut raw = held.fixture.connect().await;
@@ -109,6 +111,7 @@ async fn backpressure_defaults() {
         others.push(raw);
     }
     assert_eq!(taken, 1000);
+
     held.gate.add_permits(1000);
     for _ in 0..10 {
         is_ok(v1.answer().await);
@@ -119,11 +122,12 @@ async fn backpressure_defaults() {
 #[tokio::test]
 async fn backpressure_refuses_the_limit_plus_first_and_accepts_again() {
     for one in [false, true] {
-        // v1 answers in order, so a refusal stands in line; in v2 it comes at once.
+        // In v1 a refusal waits for its turn; in v2 it comes at once.
         let version = |id| if one { Version::V1 } else { V2(id) };
         let held = Held::start(|config| (config.max_in_flight_v1, config.max_in_flight_v2) = (3, 3)).await;
         let mut raw = held.fixture.connect().await;
         let mut answers = Vec::new();
+
         for id in 0..4 {
             submit(&mut raw, version(id)).await;
         }
@@ -131,16 +135,18 @@ async fn backpressure_refuses_the_limit_plus_first_and_accepts_again() {
         held.arrived(3).await;
         held.gate.add_permits(1);
         answers.push(raw.answer().await);
+
         submit(&mut raw, version(4)).await;
         answers.extend(seen(&mut raw).await);
         held.arrived(4).await;
+
         submit(&mut raw, version(5)).await;
         answers.extend(seen(&mut raw).await);
         held.gate.add_permits(3);
         while answers.len() < 6 {
             answers.push(raw.answer().await);
         }
-        // The fourth and the sixth.
+        // The fourth and the sixth request are refused.
         let places = if one { [3, 5] } else { [0, 2] };
         for (place, answer) in answers.into_iter().enumerate() {
             if places.contains(&place) {
@@ -170,7 +176,7 @@ async fn backpressure_global_limit_over_several_connections() {
         held.arrived(2 * (n + 1)).await;
         connections.push(raw);
     }
-    // Whoever comes now is refused: on a connection that has some, on a new one, and over HTTP, with 429.
+    // Further requests are refused on a connection that has some, on a new one, and over HTTP with 429.
     submit(&mut connections[2], V2(7)).await;
     is_overloaded(connections[2].answer().await);
     for version in [Version::V1, V2(1)] {
@@ -178,6 +184,7 @@ async fn backpressure_global_limit_over_several_connections() {
         submit(&mut raw, version).await;
         is_overloaded(raw.answer().await);
     }
+
     let request = Request::post("/api/v1/routes/decide")
         .header("x-api-key", "key")
         .body(Body::from("{}"))
@@ -208,6 +215,7 @@ async fn backpressure_burst_accepts_exactly_n() {
     const EACH: usize = 8;
     for one in [false, true] {
         let held = Held::start(|config| (config.max_in_flight, config.max_in_flight_v1) = (N, EACH)).await;
+
         let mut burst = tokio::task::JoinSet::new();
         let start = Arc::new(tokio::sync::Barrier::new(CLIENTS));
         for _ in 0..CLIENTS {
@@ -221,9 +229,11 @@ async fn backpressure_burst_accepts_exactly_n() {
                 (raw, before)
             });
         }
+
         let connections = burst.join_all().await;
         held.arrived(N).await;
         held.gate.add_permits(CLIENTS * EACH);
+
         let (mut ok, mut refused) = (0, 0);
         for (mut raw, mut answers) in connections {
             while answers.len() < EACH {
@@ -238,6 +248,7 @@ async fn backpressure_burst_accepts_exactly_n() {
                 }
             }
         }
+
         assert_eq!((ok, refused), (N, CLIENTS * EACH - N));
         held.arrived(N).await;
     }

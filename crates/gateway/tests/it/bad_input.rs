@@ -1,4 +1,4 @@
-//! Every row of the contract's table of bad input, its edges, and clients that misbehave.
+//! Every row of the contract's table of bad input, its edge cases, and clients that misbehave.
 
 use crate::{Fixture, decision, task};
 use bytes::BytesMut;
@@ -25,7 +25,7 @@ fn v2(request_id: u64, deadline_ms: u32, payload: &str) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn lengths_and_versions_are_checked_before_all_else_and_close() {
+async fn bad_lengths_and_versions_are_refused_first_and_close_the_connection() {
     let fixture = Fixture::start(|_| {}).await;
     for (name, hex, code) in [
         ("length 0", "000000000101", 4),
@@ -44,7 +44,8 @@ async fn lengths_and_versions_are_checked_before_all_else_and_close() {
         assert_eq!(raw.error_code().await, code, "{name}");
         assert!(raw.next().await.is_none(), "{name} closes");
     }
-    // What was asked before it is still answered, in order.
+
+    // Requests before the bad frame are still answered, in order.
     let mut raw = fixture.connect().await;
     raw.send(&hex::decode("0000000601f00000000601f00000000609f0").unwrap())
         .await;
@@ -56,11 +57,12 @@ async fn lengths_and_versions_are_checked_before_all_else_and_close() {
 }
 
 #[tokio::test]
-async fn types_that_no_client_may_send_leave_it_open() {
+async fn types_that_clients_may_not_send_leave_the_connection_open() {
     let fixture = Fixture::start(|_| {}).await;
+
     let mut raw = fixture.connect().await;
     for kind in (0..=255_u8).filter(|kind| !matches!(kind, 1..=4 | 0xf0 | 0xf2)) {
-        raw.send(&v1(kind, b"\xff not looked at")).await;
+        raw.send(&v1(kind, b"\xff not parsed")).await;
         assert_eq!(raw.error_code().await, 2, "{kind:#04x}");
     }
     raw.frame(Version::V1, FrameType::Ping, "").await;
@@ -68,11 +70,13 @@ async fn types_that_no_client_may_send_leave_it_open() {
 }
 
 #[tokio::test]
-async fn payloads_that_do_not_fit_name_their_field() {
+async fn error_names_the_field_of_the_payload_that_does_not_fit() {
     let fixture = Fixture::start(|_| {}).await;
+
     let mut raw = fixture.connect().await;
     let long = "x".repeat(129);
     let deep = format!(r#"{{"command":"task_submit","task_type":"t","context":{}}}"#, "[".repeat(200));
+
     let submit = [
         (task(json!({"task_type": long})), "task_type"),
         (task(json!({"trace_id": long})), "trace_id"),
@@ -103,6 +107,7 @@ async fn payloads_that_do_not_fit_name_their_field() {
         assert_eq!(value["error"]["code"], 4, "{payload:.80} → {value}");
         assert!(value["error"]["message"].as_str().unwrap().contains(names), "{payload:.80} → {value}");
     }
+
     let references = ["", "{}", "[\"t\"]", r#"{"task_id":7}"#, r#"{"task_id":""}"#, "{\"task_id\":\"t\""];
     for kind in [FrameType::TaskQuery, FrameType::TaskCancel, FrameType::StreamSubscribe] {
         let ids = [&*long, "a\0b"].map(|id| json!({"task_id": id}).to_string());
@@ -116,7 +121,7 @@ async fn payloads_that_do_not_fit_name_their_field() {
 }
 
 #[tokio::test]
-async fn a_request_cannot_smuggle_anything_past_the_gateway() {
+async fn hostile_fields_do_not_reach_the_router() {
     let fixture = Fixture::start(|_| {}).await;
     fixture
         .router(|request, headers| async move {
@@ -124,6 +129,7 @@ async fn a_request_cannot_smuggle_anything_past_the_gateway() {
             Some(json!({"ok": true, "request": request, "headers": headers}))
         })
         .await;
+
     let mut raw = fixture.connect().await;
     let hostile = json!({"params": {"tenant_id": "other", "a": "\",\"tenant_id\":\"evil"},
         "context": {"ok": true, "error": {"code": "none"}}, "file": "a\"}}", "metadata": {"x": 1}, "version": "9",
@@ -132,9 +138,10 @@ async fn a_request_cannot_smuggle_anything_past_the_gateway() {
     let (_, value) = raw.answer().await;
     let request = &value["request"];
     assert_eq!((&request["tenant_id"], &request["version"]), (&json!("default"), &json!("1")));
-    assert_eq!((request.get("metadata"), request.get("constraints")), (None, None), "not fields of a submit");
-    assert_eq!(request["request_id"], "r tenant_id: evil", "opaque");
+    assert_eq!((request.get("metadata"), request.get("constraints")), (None, None), "a submit has no such fields");
+    assert_eq!(request["request_id"], "r tenant_id: evil", "ids are opaque");
     assert_eq!(request["task"]["payload"]["params"]["a"], "\",\"tenant_id\":\"evil");
+
     let tenants: Vec<&Value> = value["headers"]
         .as_array()
         .unwrap()
@@ -142,6 +149,7 @@ async fn a_request_cannot_smuggle_anything_past_the_gateway() {
         .filter(|pair| pair[0] == "tenant_id")
         .collect();
     assert_eq!(tenants, [&json!(["tenant_id", "default"])]);
+
     let parent = value["headers"]
         .as_array()
         .unwrap()
@@ -155,11 +163,12 @@ async fn a_request_cannot_smuggle_anything_past_the_gateway() {
 }
 
 #[tokio::test]
-async fn deadlines_of_nothing_and_of_everything() {
+async fn shortest_and_longest_deadlines_are_honoured() {
     let fixture = Fixture::start(|config| config.request_timeout = Duration::from_millis(300)).await;
     fixture
         .router(|request, _| async move { (request["request_id"] != "never").then(|| decision(&request)) })
         .await;
+
     let mut raw = fixture.connect().await;
     for (n, (deadline_ms, fields)) in [
         (0, json!({})),
@@ -173,7 +182,7 @@ async fn deadlines_of_nothing_and_of_everything() {
         raw.send(&v2(n as u64, deadline_ms, &task(fields))).await;
         assert_eq!(raw.answer().await.0, FrameType::ResponseOk, "{n}");
     }
-    // The router's own deadline holds however long the client would wait.
+    // The request timeout applies however long the client would wait.
     for (n, deadline_ms) in [(7, 0), (8, u32::MAX), (9, 1)] {
         raw.send(&v2(n, deadline_ms, &task(json!({"request_id": "never"}))))
             .await;
@@ -182,7 +191,7 @@ async fn deadlines_of_nothing_and_of_everything() {
 }
 
 #[tokio::test]
-async fn an_answer_larger_than_a_frame_is_an_error() {
+async fn answer_larger_than_a_frame_is_an_error() {
     let fixture = Fixture::start(|_| {}).await;
     fixture
         .router(|request, _| async move {
@@ -191,20 +200,22 @@ async fn an_answer_larger_than_a_frame_is_an_error() {
             Some(answer)
         })
         .await;
+
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({"request_id": "r"})).await;
     let (_, value) = raw.answer().await;
     assert_eq!((&value["error"]["code"], &value["context"]["request_id"]), (&json!(3), &json!("r")));
     raw.frame(Version::V1, FrameType::Ping, "").await;
-    assert_eq!(raw.answer().await.0, FrameType::Pong, "still open");
+    assert_eq!(raw.answer().await.0, FrameType::Pong, "the connection stays open");
 }
 
 #[tokio::test]
-async fn a_router_that_talks_nonsense() {
+async fn unreadable_answers_of_the_router_are_internal_errors() {
     let fixture = Fixture::start(|config| config.breaker.consecutive_failures = 1000).await;
     fixture
         .router(|request, _| async move { Some(request["task"]["payload"]["params"]["answer"].clone()) })
         .await;
+
     let mut raw = fixture.connect().await;
     for (answer, code) in [
         (json!("text"), 99),
@@ -221,7 +232,7 @@ async fn a_router_that_talks_nonsense() {
 }
 
 #[tokio::test]
-async fn thousands_of_clients_that_leave_with_answers_pending_leave_nothing_behind() {
+async fn thousands_of_clients_that_leave_early_leave_nothing_in_flight() {
     let fixture = Fixture::start(|config| config.max_connections = 64).await;
     let asked = Arc::new(AtomicUsize::new(0));
     let seen = asked.clone();
@@ -236,9 +247,10 @@ async fn thousands_of_clients_that_leave_with_answers_pending_leave_nothing_behi
             }
         })
         .await;
+
     for round in 0..2000 {
         let mut raw = loop {
-            // A full house refuses; the places of those who left come back.
+            // Connections are refused at the limit, until the places of clients that left are released.
             let mut raw = fixture.connect().await;
             if round % 100 != 0 {
                 break raw;
@@ -249,17 +261,20 @@ async fn thousands_of_clients_that_leave_with_answers_pending_leave_nothing_behi
             }
         };
         use tokio::io::AsyncWriteExt;
-        // Some are refused or already gone: whatever the socket takes is enough.
+        // Some connections are refused or already closed, so errors do not matter.
         let slow = task(json!({"task_type": "slow", "wait": if round % 3 == 0 { "result" } else { "decision" }}));
         let _ = raw.stream.write_all(&v2(1, 0, &slow)).await;
         let _ = raw.stream.write_all(&v1(1, slow.as_bytes())).await;
     }
+
     assert!(asked.load(SeqCst) > 0);
+
     let mut statuses = fixture
         .bus
         .subscribe(wire::subjects::GATEWAY_STATUS, None, 64)
         .await
         .unwrap();
+
     let idle = async {
         loop {
             let status: Value = serde_json::from_slice(&statuses.next().await.unwrap().payload).unwrap();
@@ -268,9 +283,11 @@ async fn thousands_of_clients_that_leave_with_answers_pending_leave_nothing_behi
             }
         }
     };
+
     tokio::time::timeout(SOON, idle)
         .await
-        .expect("nobody is connected and nothing is in flight");
+        .expect("no connection and no request is left");
+
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({})).await;
     assert_eq!(raw.answer().await.0, FrameType::ResponseOk);

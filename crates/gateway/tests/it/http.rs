@@ -23,6 +23,7 @@ fn request(body: impl Into<Body>) -> Request<Body> {
 async fn ask(fixture: &Fixture, request: Request<Body>) -> (Response<()>, Value) {
     let response = fixture.routes.clone().oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
+
     let body = to_bytes(body, 1 << 20).await.unwrap();
     (Response::from_parts(parts, ()), serde_json::from_slice(&body).unwrap())
 }
@@ -32,7 +33,7 @@ fn task(kind: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_decision_comes_back_with_its_trace() {
+async fn traceparent_reaches_the_router_and_the_decision_comes_back() {
     let fixture = fixture().await;
     fixture
         .router(|request, headers| async move {
@@ -40,6 +41,7 @@ async fn a_decision_comes_back_with_its_trace() {
             Some(decision(&request))
         })
         .await;
+
     let mut request = request(task("t"));
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     request.headers_mut().insert("traceparent", parent.parse().unwrap());
@@ -47,9 +49,9 @@ async fn a_decision_comes_back_with_its_trace() {
     assert_eq!((head.status(), &body["decision"]["provider_id"]), (StatusCode::OK, &json!("t")));
 }
 
-/// (traceparent, tenant, the body's trace id) of a request, and what its trace id is on the bus; "": a new one.
+/// Rows: traceparent, tenant and trace id of a request, and the trace id on the bus; "" stands for a new one.
 #[tokio::test]
-async fn every_request_has_the_headers_that_can_be_known() {
+async fn every_request_has_the_headers_that_are_valid() {
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let fixture = fixture().await;
     let (sent, mut seen) = tokio::sync::mpsc::channel(1);
@@ -62,6 +64,7 @@ async fn every_request_has_the_headers_that_can_be_known() {
             }
         })
         .await;
+
     for (given, tenant, trace, expected) in [
         (Some(parent), "acme", "mine", "0af7651916cd43dd8448eb211c80319c"),
         (None, "acme", "mine", "mine"),
@@ -73,18 +76,20 @@ async fn every_request_has_the_headers_that_can_be_known() {
         if !trace.is_empty() {
             body["trace_id"] = trace.into();
         }
+
         let mut request = request(body.to_string());
         if let Some(given) = given {
             request.headers_mut().insert("traceparent", given.parse().unwrap());
         }
         assert_eq!(ask(&fixture, request).await.0.status(), StatusCode::OK);
+
         let headers = seen.recv().await.unwrap();
         let on_bus = headers.get("trace_id").unwrap();
         assert!(on_bus == expected || (expected.is_empty() && on_bus.len() == 32), "{headers:?}");
         assert_eq!(headers.get("version"), Some("1"));
-        // A name that no tenant can have is for the router to judge.
+        // An invalid tenant is left for the router to refuse.
         assert_eq!(headers.get("tenant_id"), (tenant == "acme").then_some("acme"), "{headers:?}");
-        // Only such an id has the form of a trace context.
+        // Only a trace id of 32 hex digits fits a trace context.
         let context = headers.get("traceparent").map(|parent| &parent[3..35]);
         assert_eq!(context, (on_bus.len() == 32).then_some(on_bus), "{headers:?}");
         assert!(given != Some(parent) || headers.get("traceparent") == given);
@@ -92,7 +97,7 @@ async fn every_request_has_the_headers_that_can_be_known() {
 }
 
 #[tokio::test]
-async fn every_error_has_its_status_and_says_when_to_come_back() {
+async fn every_router_error_has_its_status_and_retry_after() {
     let fixture = fixture().await;
     fixture
         .router(|request, _| async move {
@@ -107,6 +112,7 @@ async fn every_error_has_its_status_and_says_when_to_come_back() {
             Some(json!({"ok": false, "error": error, "context": {}}))
         })
         .await;
+
     for known in RouterCode::KNOWN
         .iter()
         .filter(|known| !matches!(known, RouterCode::Internal | RouterCode::Unavailable))
@@ -120,7 +126,7 @@ async fn every_error_has_its_status_and_says_when_to_come_back() {
 }
 
 #[tokio::test]
-async fn without_a_router_or_a_key_or_with_too_much_it_says_so() {
+async fn missing_router_wrong_key_and_large_body_have_their_errors() {
     let fixture = fixture().await;
     let (head, body) = ask(&fixture, request(task("t"))).await;
     assert_eq!((head.status(), &body["error"]["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("unavailable")));
@@ -141,12 +147,12 @@ async fn without_a_router_or_a_key_or_with_too_much_it_says_so() {
     assert_eq!(
         ask(&closed, request(task("t"))).await.0.status(),
         StatusCode::UNAUTHORIZED,
-        "no key opens it for nobody"
+        "without a configured key every request is refused"
     );
 }
 
 #[tokio::test]
-async fn a_body_that_is_slow_to_come_keeps_nobody_from_their_place() {
+async fn slow_body_does_not_hold_a_place_in_flight() {
     let fixture = Fixture::start(|config| {
         config.api_key = KEY.into();
         config.max_in_flight = 1;
@@ -158,19 +164,21 @@ async fn a_body_that_is_slow_to_come_keeps_nobody_from_their_place() {
         let _ = waits.try_send(());
         std::task::Poll::Pending::<Option<std::io::Result<bytes::Bytes>>>
     });
+
     let other = async {
         waiting.recv().await.unwrap();
         ask(&fixture, request(task("t"))).await.0.status()
     };
+
     let slow = fixture.routes.clone().oneshot(request(Body::from_stream(never)));
     tokio::select! {
-        early = slow => panic!("its body has not come: {early:?}"),
+        early = slow => panic!("the body has not arrived: {early:?}"),
         status = other => assert_eq!(status, StatusCode::OK),
     }
 }
 
 #[tokio::test]
-async fn a_trace_id_that_is_no_id_is_left_for_the_router_to_refuse() {
+async fn invalid_trace_id_is_left_for_the_router_to_refuse() {
     let fixture = fixture().await;
     let (sent, mut seen) = tokio::sync::mpsc::channel(1);
     fixture
@@ -182,9 +190,14 @@ async fn a_trace_id_that_is_no_id_is_left_for_the_router_to_refuse() {
             }
         })
         .await;
+
     let body =
         json!({"version": "1", "request_id": "r", "tenant_id": "acme", "trace_id": "a\0b", "task": {"type": "t"}});
     ask(&fixture, request(body.to_string())).await;
     let (in_body, headers) = seen.recv().await.unwrap();
-    assert_eq!((in_body, headers.get("trace_id")), (json!("a\0b"), None), "no header hides it");
+    assert_eq!(
+        (in_body, headers.get("trace_id")),
+        (json!("a\0b"), None),
+        "an invalid trace id is not sent as a header"
+    );
 }

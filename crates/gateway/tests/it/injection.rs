@@ -1,4 +1,5 @@
-//! JSON made to be read in two ways: what the gateway checks is what the router reads, or it is refused.
+//! JSON that two parsers could read differently: the router reads exactly what the gateway checked, or the request is
+//! refused.
 
 use crate::Fixture;
 use serde_json::{Value, json};
@@ -6,7 +7,7 @@ use wire::ipc::{FrameType, Version};
 use wire::router::DecideRequest;
 use wire::subjects;
 
-/// The tenant that goes out, in the header and in the only way that the payload can be read; or the error.
+/// Checks the tenant that the router is sent, in the header and in the payload; or the error.
 async fn check(cases: &[(&str, String, Result<&str, u64>)]) {
     let fixture = Fixture::start(|_| {}).await;
     let mut wire = fixture.bus.subscribe(subjects::DECIDE, None, 64).await.unwrap();
@@ -21,8 +22,9 @@ async fn check(cases: &[(&str, String, Result<&str, u64>)]) {
                 Ok(tenant) => {
                     assert_eq!(kind, FrameType::ResponseOk, "{name}: {answer}");
                     let message = wire.next().await.unwrap();
-                    // It refuses a field that is there twice, so there is one way to read it.
+                    // Parsing refuses duplicate fields, so the payload has only one reading.
                     let request: DecideRequest = serde_json::from_slice(&message.payload).unwrap();
+
                     let tenants: Vec<&str> = message
                         .headers
                         .iter()
@@ -30,6 +32,7 @@ async fn check(cases: &[(&str, String, Result<&str, u64>)]) {
                         .map(|(_, value)| value)
                         .collect();
                     assert_eq!((&*request.tenant_id, &tenants[..]), (*tenant, &[*tenant][..]), "{name}");
+
                     let fields: Value = serde_json::from_slice(&message.payload).unwrap();
                     let known = ["version", "request_id", "tenant_id", "task", "trace_id"];
                     let unknown = fields.as_object().unwrap().keys().find(|key| !known.contains(&&***key));
@@ -46,7 +49,7 @@ fn submit(fields: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_field_that_is_there_twice_is_refused() {
+async fn duplicate_field_is_refused() {
     let mut cases = Vec::new();
     for (name, fields) in [
         ("tenant twice", r#""tenant_id":"a","tenant_id":"b""#),
@@ -68,7 +71,9 @@ async fn a_field_that_is_there_twice_is_refused() {
     ] {
         cases.push((name, submit(fields), Err(4)));
     }
+
     check(&cases).await;
+
     let fixture = Fixture::start(|_| {}).await;
     let mut raw = fixture.connect().await;
     for kind in [FrameType::TaskQuery, FrameType::TaskCancel, FrameType::StreamSubscribe] {
@@ -79,7 +84,7 @@ async fn a_field_that_is_there_twice_is_refused() {
 }
 
 #[tokio::test]
-async fn what_only_looks_like_a_field_is_none() {
+async fn lookalikes_of_a_field_are_ignored() {
     let mut cases = Vec::new();
     for (name, fields, tenant) in [
         ("plain", r#""tenant_id":"acme""#, "acme"),
@@ -129,6 +134,7 @@ async fn what_only_looks_like_a_field_is_none() {
     ] {
         cases.push((name, payload, Err(4)));
     }
+
     check(&cases).await;
 }
 
@@ -172,7 +178,7 @@ async fn numbers_and_depths_beyond_all_bounds() {
 }
 
 #[tokio::test]
-async fn ids_have_1_to_128_bytes_of_anything_but_control_characters() {
+async fn ids_have_1_to_128_bytes_without_control_characters() {
     let of = |field: &str, id: &str| {
         let mut submit = json!({"command": "task_submit", "task_type": "t"});
         submit[field] = id.into();
@@ -196,16 +202,18 @@ async fn ids_have_1_to_128_bytes_of_anything_but_control_characters() {
             cases.push((field, of(field, &id), if ok { Ok("default") } else { Err(4) }));
         }
     }
+
     let longest = "x".repeat(128);
     cases.push(("tenant_id", of("tenant_id", &longest), Ok(&longest)));
     for tenant in [&*"x".repeat(129), "é", "a b", "", "a\0", "a/b", "*"] {
         cases.push(("tenant_id", of("tenant_id", tenant), Err(4)));
     }
+
     check(&cases).await;
 }
 
 #[tokio::test]
-async fn text_that_is_no_utf8() {
+async fn text_that_is_not_utf8_is_refused() {
     let fixture = Fixture::start(|_| {}).await;
     let mut raw = fixture.connect().await;
     let (before, after) = (&br#"{"command":"task_submit","task_type":"t","file":""#[..], &br#""}"#[..]);

@@ -1,4 +1,4 @@
-//! Raw bytes against a bound gateway, on the embedded bus with a scripted router.
+//! Tests a bound gateway with raw bytes, on the embedded bus and with a scripted router.
 
 mod backpressure;
 mod bad_input;
@@ -59,7 +59,7 @@ impl Fixture {
         Raw { stream, input: BytesMut::new() }
     }
 
-    /// Answers each decide request with what `answer` makes of it, all at once.
+    /// Answers each decide request with the result of `answer`, concurrently. `None` leaves it unanswered.
     async fn router<F>(&self, answer: impl Fn(Value, Headers) -> F + Send + Sync + 'static)
     where
         F: Future<Output = Option<Value>> + Send + 'static,
@@ -89,7 +89,8 @@ impl Fixture {
 }
 
 fn decision(request: &Value) -> Value {
-    json!({"ok": true, "decision": {"provider_id": request["task"]["type"]}, "context": {"request_id": request["request_id"]}})
+    let context = json!({"request_id": request["request_id"]});
+    json!({"ok": true, "decision": {"provider_id": request["task"]["type"]}, "context": context})
 }
 
 struct Raw {
@@ -99,7 +100,7 @@ struct Raw {
 
 impl Raw {
     async fn send(&mut self, bytes: &[u8]) {
-        // A gateway that has refused this connection may have closed it already; what it said is still read.
+        // A gateway that refuses this connection may have closed it already. Its error can still be read.
         if let Err(error) = self.stream.write_all(bytes).await {
             assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
         }

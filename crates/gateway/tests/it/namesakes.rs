@@ -1,4 +1,4 @@
-//! Tasks of two tenants with the same request id: their output and results travel on the same subjects.
+//! Tasks of two tenants with the same request id, whose output and results share their subjects.
 
 use crate::{Fixture, task};
 use bus::{Bus, Message};
@@ -13,7 +13,7 @@ async fn publish(bus: &Bus, subject: &str, what: Value) {
         .unwrap();
 }
 
-/// One piece of output and the result of this tenant's task `same`; a worker may name the tenant or not.
+/// Publishes one piece of output and the result of this tenant's task `same`, with or without naming the tenant.
 async fn work(bus: &Bus, tenant: &str, names_it: bool) {
     let assignment_id = format!("a-{tenant}");
     let mut chunk =
@@ -28,9 +28,10 @@ async fn work(bus: &Bus, tenant: &str, names_it: bool) {
 }
 
 #[tokio::test]
-async fn another_tenants_task_of_the_same_id_neither_feeds_nor_ends_a_wait() {
+async fn task_of_another_tenant_with_the_same_id_neither_feeds_nor_ends_a_wait() {
     for names_it in [true, false] {
         let fixture = Fixture::start(|_| {}).await;
+
         let bus = fixture.bus.clone();
         fixture
             .router(move |request, _| {
@@ -38,7 +39,7 @@ async fn another_tenants_task_of_the_same_id_neither_feeds_nor_ends_a_wait() {
                 async move {
                     let tenant = request["tenant_id"].as_str().unwrap().to_string();
                     let other = if tenant == "acme" { "beta" } else { "acme" };
-                    // All of it may come before the decision does.
+                    // Output and results may precede the decision.
                     work(&bus, other, names_it).await;
                     work(&bus, &tenant, names_it).await;
                     work(&bus, other, names_it).await;
@@ -46,8 +47,10 @@ async fn another_tenants_task_of_the_same_id_neither_feeds_nor_ends_a_wait() {
                 }
             })
             .await;
-        // Where a worker names no tenant, a result before the decision may be kept for the wrong one; then the record has it.
+        // If the worker names no tenant, the wrong result may be kept until the decision. Then the record has the right
+        // one.
         let mut records = fixture.bus.subscribe(subjects::GET_DECISION, None, 64).await.unwrap();
+
         let bus = fixture.bus.clone();
         tokio::spawn(async move {
             while let Some(message) = records.next().await {
@@ -68,6 +71,7 @@ async fn another_tenants_task_of_the_same_id_neither_feeds_nor_ends_a_wait() {
             raw.submit_v2(id, json!({"request_id": "same", "tenant_id": tenant, "wait": wait}))
                 .await;
         }
+
         let mut streamed = [Vec::new(), Vec::new()];
         let mut ended = [Value::Null, Value::Null, Value::Null, Value::Null];
         while ended.iter().any(Value::is_null) {
@@ -85,13 +89,13 @@ async fn another_tenants_task_of_the_same_id_neither_feeds_nor_ends_a_wait() {
             }
         }
         assert_eq!(ended, ["a-acme", "a-beta", "a-acme", "a-beta"], "{names_it}");
-        // Two of each tenant's tasks ran in this play; each piece counts once.
+        // Two tasks of each tenant ran; each piece is delivered once.
         assert_eq!(streamed, [["acme"], ["beta"]], "{names_it}");
     }
 }
 
 #[tokio::test]
-async fn a_reference_to_a_task_names_its_tenant() {
+async fn reference_to_a_task_names_its_tenant() {
     let fixture = Fixture::start(|_| {}).await;
     let mut queries = fixture.bus.subscribe(subjects::GET_DECISION, None, 8).await.unwrap();
     let mut raw = fixture.connect().await;
@@ -102,11 +106,13 @@ async fn a_reference_to_a_task_names_its_tenant() {
         }
         raw.frame(Version::V1, FrameType::TaskQuery, &reference.to_string())
             .await;
+
         let asked = queries.next().await.unwrap();
         assert_eq!(asked.headers.get("tenant_id"), Some(expected));
-        // As a router of the previous version answers: by the id, whoever asks.
+        // Like a router of the previous version, which answers by the id alone.
         let known = json!({"ok": true, "task": {"task_id": "t", "state": "queued", "tenant_id": "acme"}});
         publish(&fixture.bus, &asked.reply.unwrap(), known).await;
+
         let (kind, answer) = raw.answer().await;
         match tenant {
             Some(_) => assert_eq!((kind, &answer["state"]), (FrameType::ResponseOk, &json!("queued"))),

@@ -1,4 +1,4 @@
-//! Clients of v1 know neither ids nor v2: however their bytes come, the answers are the same bytes in the same order.
+//! v1 clients: however their bytes are split, the answers are the same bytes in the same order.
 
 use crate::{Fixture, task};
 use bytes::BytesMut;
@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use wire::ipc::{Frame, FrameType, Version};
 
-/// What a client may send on one connection, good and bad; the last frame loses the framing, so the gateway closes.
+/// Valid and invalid frames on one connection. The last one loses the framing, so the gateway closes the connection.
 fn conversation() -> Vec<Vec<u8>> {
     let frame = |kind: FrameType, payload: &str| {
         let mut bytes = BytesMut::new();
@@ -19,7 +19,6 @@ fn conversation() -> Vec<Vec<u8>> {
     };
     vec![
         hex::decode("0000000601f0").unwrap(),
-        // As in the contract, to the byte; its answer names an id that the gateway makes, so it is not compared here.
         frame(FrameType::Capabilities, ""),
         frame(FrameType::TaskSubmit, &submit("one", "slow")),
         frame(FrameType::TaskSubmit, &submit("two", "fast")),
@@ -40,17 +39,18 @@ fn conversation() -> Vec<Vec<u8>> {
     ]
 }
 
-/// All that comes back when `pieces` are sent one by one.
+/// Sends `pieces` one by one and returns everything that comes back.
 async fn answers(fixture: &Fixture, pieces: impl IntoIterator<Item = &[u8]>) -> Vec<u8> {
     let stream = UnixStream::connect(fixture.dir.path().join("s")).await.unwrap();
     let (mut reader, mut writer) = stream.into_split();
     let send = async {
         for piece in pieces {
             writer.write_all(piece).await.unwrap();
-            // So that the gateway reads it before there is more.
+            // Lets the gateway read this piece before the next one.
             tokio::task::yield_now().await;
         }
     };
+
     let receive = async {
         let mut received = Vec::new();
         let _ = reader.read_to_end(&mut received).await;
@@ -60,8 +60,8 @@ async fn answers(fixture: &Fixture, pieces: impl IntoIterator<Item = &[u8]>) -> 
 }
 
 #[tokio::test]
-async fn the_same_bytes_come_back_however_theirs_were_cut() {
-    // Some come byte by byte, on machines that may be slow.
+async fn answers_do_not_depend_on_how_the_bytes_were_split() {
+    // Some frames arrive byte by byte, and the machine may be slow.
     let fixture = Fixture::start(|config| config.read_timeout = std::time::Duration::from_secs(600)).await;
     fixture
         .router(|request: Value, _| async move {
@@ -77,9 +77,11 @@ async fn the_same_bytes_come_back_however_theirs_were_cut() {
             Some(json!({"ok": true, "decision": {"provider_id": "p"}, "context": ids}))
         })
         .await;
+
     let frames = conversation();
     let whole: Vec<u8> = frames.concat();
     let expected = answers(&fixture, [&whole[..]]).await;
+
     let mut kinds = Vec::new();
     let mut rest = BytesMut::from(&expected[..]);
     while let Some(frame) = wire::ipc::Decoder.decode(&mut rest).unwrap() {
@@ -87,9 +89,11 @@ async fn the_same_bytes_come_back_however_theirs_were_cut() {
         kinds.push((frame.frame_type().unwrap(), frame.payload));
     }
     assert!(rest.is_empty());
+
     use FrameType::{Pong, ResponseError as Error, ResponseOk as Ok};
-    let said: Vec<FrameType> = kinds.iter().map(|(kind, _)| *kind).collect();
-    assert_eq!(said, [Pong, Ok, Ok, Ok, Pong, Error, Error, Error, Error, Error, Ok, Error, Ok, Pong, Error]);
+    let types: Vec<FrameType> = kinds.iter().map(|(kind, _)| *kind).collect();
+    assert_eq!(types, [Pong, Ok, Ok, Ok, Pong, Error, Error, Error, Error, Error, Ok, Error, Ok, Pong, Error]);
+
     let ids: Vec<String> = kinds
         .iter()
         .filter_map(|(_, payload)| {
@@ -102,6 +106,6 @@ async fn the_same_bytes_come_back_however_theirs_were_cut() {
 
     assert_eq!(answers(&fixture, frames.iter().map(|frame| &frame[..])).await, expected, "frame by frame");
     for length in [1, 2, 3, 5, 7, 64, 1000, 16_384] {
-        assert!(answers(&fixture, whole.chunks(length)).await == expected, "by {length} bytes");
+        assert!(answers(&fixture, whole.chunks(length)).await == expected, "split into {length} bytes");
     }
 }

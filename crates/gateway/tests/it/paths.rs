@@ -1,4 +1,4 @@
-//! Where the socket may be: nothing that is there is lost, and a path belongs to one living gateway.
+//! The path of the socket: files in the way are never touched, and only one running gateway has the path.
 
 use bus::Bus;
 use std::os::unix::fs::{FileTypeExt, symlink};
@@ -18,16 +18,18 @@ async fn bind(path: &Path, bus: &Bus) -> Result<gateway::Bound, String> {
 }
 
 #[tokio::test]
-async fn what_is_in_the_way_stays_as_it_is() {
+async fn files_in_the_way_stay_untouched() {
     let dir = tempfile::tempdir().unwrap();
     let bus = bus(dir.path()).await;
     let at = |name: &str| dir.path().join(name);
     std::fs::create_dir(at("directory")).unwrap();
     std::fs::write(at("directory/precious"), "precious").unwrap();
     std::fs::write(at("file"), "precious").unwrap();
+
     let living = UnixListener::bind(at("living")).unwrap();
     drop(UnixListener::bind(at("stale")).unwrap());
     nix::unistd::mkfifo(&at("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+
     for (link, target) in [
         ("to_directory", "directory"),
         ("to_file", "file"),
@@ -38,33 +40,36 @@ async fn what_is_in_the_way_stays_as_it_is() {
     ] {
         symlink(at(target), at(link)).unwrap();
     }
+
     for (name, says) in [
-        ("directory", "no socket"),
-        ("file", "no socket"),
-        ("fifo", "no socket"),
-        ("to_directory", "no socket"),
-        ("to_file", "no socket"),
-        ("to_living", "no socket"),
-        ("to_stale", "no socket"),
-        ("to_nothing", "no socket"),
-        ("to_itself", "no socket"),
+        ("directory", "not a socket"),
+        ("file", "not a socket"),
+        ("fifo", "not a socket"),
+        ("to_directory", "not a socket"),
+        ("to_file", "not a socket"),
+        ("to_living", "not a socket"),
+        ("to_stale", "not a socket"),
+        ("to_nothing", "not a socket"),
+        ("to_itself", "not a socket"),
         ("living", "another gateway is listening"),
         ("file/below", "irectory"),
         ("nowhere/s", "does its directory exist"),
-        ("", "no socket"),
+        ("", "not a socket"),
     ] {
         let error = bind(&at(name), &bus)
             .await
             .err()
-            .unwrap_or_else(|| panic!("{name} is taken"));
+            .unwrap_or_else(|| panic!("the gateway bound {name}"));
         assert!(error.contains(says) && error.contains(name), "{name}: {error}");
     }
+
     assert_eq!(std::fs::read_to_string(at("to_file")).unwrap(), "precious");
     assert_eq!(std::fs::read_to_string(at("to_directory/precious")).unwrap(), "precious");
     assert_eq!(std::fs::read_link(at("to_nothing")).unwrap(), at("nothing"));
     assert!(!at("nothing").exists() && std::fs::symlink_metadata(at("stale")).unwrap().file_type().is_socket());
     UnixStream::connect(at("to_living")).unwrap();
     drop(living);
+
     let left = std::fs::read_dir(dir.path()).unwrap().filter(|entry| {
         entry
             .as_ref()
@@ -73,18 +78,19 @@ async fn what_is_in_the_way_stays_as_it_is() {
             .to_string_lossy()
             .starts_with(".beamline")
     });
-    assert_eq!(left.count(), 0, "nothing of the attempts is left");
+    assert_eq!(left.count(), 0, "the attempts leave no temporary files");
 }
 
 #[tokio::test]
-async fn a_path_that_is_too_long_is_refused_and_never_cut() {
+async fn too_long_path_is_refused_and_never_truncated() {
     let dir = tempfile::tempdir().unwrap();
     let bus = bus(dir.path()).await;
     for length in [108, 109, 4096, 10_000] {
         let path = dir.path().join("x".repeat(length - dir.path().as_os_str().len() - 1));
-        let error = bind(&path, &bus).await.err().expect("it is too long");
+        let error = bind(&path, &bus).await.err().expect("the path is too long");
         assert!(error.contains(&format!("{length} bytes")) && error.contains("107"), "{error}");
     }
+
     let names = std::fs::read_dir(dir.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name());
@@ -92,15 +98,16 @@ async fn a_path_that_is_too_long_is_refused_and_never_cut() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_many_gateways_that_start_at_once_one_has_the_path() {
+async fn one_of_several_gateways_that_start_at_once_has_the_path() {
     let dir = tempfile::tempdir().unwrap();
     let bus = bus(dir.path()).await;
     for round in 0..40 {
         let path = dir.path().join(format!("s{round}"));
         if round % 2 == 1 {
-            // What a gateway that was killed has left.
+            // A gateway that was killed leaves its socket behind.
             drop(UnixListener::bind(&path).unwrap());
         }
+
         let mut starts = tokio::task::JoinSet::new();
         let start = std::sync::Arc::new(tokio::sync::Barrier::new(4));
         for _ in 0..4 {
@@ -110,6 +117,7 @@ async fn of_many_gateways_that_start_at_once_one_has_the_path() {
                 bind(&path, &bus).await
             });
         }
+
         let outcomes = starts.join_all().await;
         let (bound, errors): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(Result::is_ok);
         assert_eq!(bound.len(), 1, "round {round}");
@@ -117,27 +125,28 @@ async fn of_many_gateways_that_start_at_once_one_has_the_path() {
             let error = error.err().unwrap();
             assert!(error.contains("another gateway is"), "{error}");
         }
-        // It is the one that whoever connects reaches.
+        // Clients reach the gateway that has bound the path.
         let cancel = CancellationToken::new();
         let running = tokio::spawn(bound.into_iter().next().unwrap().unwrap().run(cancel.clone()));
         client::Client::connect(&path).await.unwrap().ping().await.unwrap();
         cancel.cancel();
         running.await.unwrap().unwrap();
-        assert!(!path.exists(), "it cleans up behind itself");
+        assert!(!path.exists(), "the socket is removed at the end");
     }
 }
 
 #[tokio::test]
-async fn a_gateway_that_ends_leaves_the_socket_of_its_successor() {
+async fn gateway_that_ends_keeps_the_socket_of_its_successor() {
     let dir = tempfile::tempdir().unwrap();
     let bus = bus(dir.path()).await;
     let path = dir.path().join("s");
     let first = bind(&path, &bus).await.unwrap();
-    // Somebody removes its socket, and another gateway takes the place.
+    // The socket is removed, and another gateway binds the path.
     std::fs::remove_file(&path).unwrap();
     let second = bind(&path, &bus).await.unwrap();
     drop(first);
     assert!(path.exists());
+
     drop(second);
     assert!(!path.exists());
 }

@@ -1,4 +1,4 @@
-//! What the router says of its load, and what the gateway makes of it.
+//! Load shedding: how the gateway reacts to the load that the router reports.
 
 use crate::{Fixture, decision};
 use axum::body::{Body, to_bytes};
@@ -16,7 +16,7 @@ use wire::subjects;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A router that says what it is told of its load (nothing, where that is empty), and counts what it decides.
+/// A router that reports the given load (nothing if it is empty) and counts its decisions.
 struct Loaded {
     fixture: Fixture,
     status: watch::Sender<&'static str>,
@@ -26,7 +26,7 @@ struct Loaded {
 impl Loaded {
     async fn start(first: &'static str) -> Self {
         let fixture = Fixture::start(|config| config.api_key = "k".into()).await;
-        let (status, says) = watch::channel(first);
+        let (status, reported) = watch::channel(first);
         let decided = Arc::new(AtomicUsize::new(0));
         let count = decided.clone();
         fixture
@@ -35,6 +35,7 @@ impl Loaded {
                 async move { Some(decision(&request)) }
             })
             .await;
+
         let mut questions = fixture.bus.subscribe(subjects::BACKPRESSURE, None, 64).await.unwrap();
         let mut queries = fixture.bus.subscribe(subjects::GET_DECISION, None, 64).await.unwrap();
         let bus = fixture.bus.clone();
@@ -42,12 +43,13 @@ impl Loaded {
             loop {
                 let (message, answer) = tokio::select! {
                     Some(message) = questions.next() => {
-                        let data = json!({"status": *says.borrow(), "policy": {"retry_after_seconds": 30}});
-                        let silent = says.borrow().is_empty();
+                        let data = json!({"status": *reported.borrow(), "policy": {"retry_after_seconds": 30}});
+                        let silent = reported.borrow().is_empty();
                         (message, (!silent).then(|| json!({"success": true, "data": data})))
                     }
                     Some(message) = queries.next() => {
-                        (message, Some(json!({"ok": true, "task": {"task_id": "t", "state": "running", "tenant_id": ""}})))
+                        let task = json!({"task_id": "t", "state": "running", "tenant_id": ""});
+                        (message, Some(json!({"ok": true, "task": task})))
                     }
                 };
                 if let Some(answer) = answer {
@@ -58,6 +60,7 @@ impl Loaded {
                 }
             }
         });
+
         Self { fixture, status, decided }
     }
 
@@ -73,11 +76,12 @@ impl Loaded {
 }
 
 #[tokio::test]
-async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
+async fn requests_are_shed_until_an_overloaded_router_recovers() {
     let router = Loaded::start("inactive").await;
     for _ in 0..3 {
         assert!(router.is_served().await);
     }
+
     router.status.send_replace("active");
     eventually(PATIENCE, async || !router.is_served().await).await;
 
@@ -88,11 +92,13 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
     assert_eq!((&error["status"], &error["reason"]), (&json!(429), &json!("backpressure")), "{answer}");
     assert_eq!(error["retry_after_ms"], 30_000, "{answer}");
     assert!(answer["context"]["trace_id"].is_string(), "{answer}");
+
     let request =
         json!({"version": "1", "request_id": "r", "tenant_id": "default", "task": {"type": "t", "payload": {}}});
     let post = Request::post("/api/v1/routes/decide")
         .header("x-api-key", "k")
         .body(Body::from(request.to_string()));
+
     let (head, body) = router
         .fixture
         .routes
@@ -104,9 +110,9 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
     let body: Value = serde_json::from_slice(&to_bytes(body, 1 << 20).await.unwrap()).unwrap();
     assert_eq!((head.status.as_u16(), head.headers["retry-after"].to_str().unwrap()), (429, "30"));
     assert_eq!((&body["error"]["code"], &body["context"]["request_id"]), (&json!("backpressure"), &json!("r")));
-    assert_eq!(router.decided.load(Relaxed), before, "the router was asked nothing");
+    assert_eq!(router.decided.load(Relaxed), before, "the router got no request");
 
-    // What an overloaded router does not refuse either.
+    // Queries are not shed.
     let mut raw = router.fixture.connect().await;
     raw.frame(wire::ipc::Version::V1, FrameType::TaskQuery, r#"{"command":"task_query","task_id":"t"}"#)
         .await;
@@ -116,15 +122,18 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
     eventually(PATIENCE, async || router.is_served().await).await;
 }
 
-/// A router that has said "active" and says nothing any more is asked again: whether it is there is the breaker's matter.
+/// A report expires if it is not repeated: whether the router is there at all is the breaker's concern.
 #[tokio::test]
-async fn without_a_word_of_the_router_requests_are_served() {
+async fn requests_are_served_while_the_router_reports_nothing() {
     let router = Loaded::start("").await;
     assert!(router.is_served().await);
+
     router.status.send_replace("active");
     eventually(PATIENCE, async || !router.is_served().await).await;
+
     router.status.send_replace("");
     eventually(PATIENCE, async || router.is_served().await).await;
+
     router.status.send_replace("something new");
     for _ in 0..3 {
         assert!(router.is_served().await);

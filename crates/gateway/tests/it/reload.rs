@@ -1,4 +1,4 @@
-//! Settings that change while requests are in flight and connections are open.
+//! Settings that change while connections are open and requests are in flight.
 
 use crate::{Fixture, decision};
 use axum::body::Body;
@@ -23,9 +23,9 @@ fn config(fixture: &Fixture) -> gateway::Config {
     }
 }
 
-/// The limit goes below what is in flight: that goes on, and as much of it must end before something new begins.
+/// Requests above a lowered limit go on, and new ones are refused until the count drops below it.
 #[tokio::test]
-async fn a_limit_comes_down_below_what_is_in_flight_and_up_again() {
+async fn limit_of_requests_is_lowered_below_what_is_in_flight_and_raised_again() {
     type Set = fn(&mut gateway::Config, usize);
     let limits: [(&str, Set); 2] = [
         ("over all", |config, limit| config.max_in_flight = limit),
@@ -44,33 +44,37 @@ async fn a_limit_comes_down_below_what_is_in_flight_and_up_again() {
                 }
             })
             .await;
+
         let limit = |limit: usize| {
             let mut config = config(&fixture);
             set(&mut config, limit);
             fixture.control.reload(config);
         };
+
         let mut raw = fixture.connect().await;
         for id in 1..=4 {
             raw.submit_v2(id, json!({})).await;
         }
-        // All four are taken once this is answered.
+        // The PONG shows that all four are in flight.
         raw.frame(Version::V2 { request_id: 9, deadline_ms: 0 }, FrameType::Ping, "")
             .await;
         assert_eq!(raw.answer().await.0, FrameType::Pong);
 
         limit(2);
         for id in 5..=6 {
-            // Three, then two are in flight: still no room.
+            // Three, then two are in flight: the limit is still reached.
             gate.add_permits(1);
             assert_eq!(raw.answer().await.0, FrameType::ResponseOk, "{name}");
             raw.submit_v2(id, json!({})).await;
             assert_eq!(raw.error_code().await, OVERLOADED, "{name}");
         }
+
         gate.add_permits(1);
         assert_eq!(raw.answer().await.0, FrameType::ResponseOk, "{name}");
         raw.submit_v2(7, json!({})).await;
         raw.submit_v2(8, json!({})).await;
-        assert_eq!(raw.error_code().await, OVERLOADED, "{name}: one place, one request");
+        assert_eq!(raw.error_code().await, OVERLOADED, "{name}: only one place is free");
+
         limit(3);
         raw.submit_v2(8, json!({})).await;
         gate.add_permits(3);
@@ -81,7 +85,7 @@ async fn a_limit_comes_down_below_what_is_in_flight_and_up_again() {
 }
 
 #[tokio::test]
-async fn connections_above_a_limit_that_came_down_stay_and_no_new_one_comes() {
+async fn connections_above_a_lowered_limit_stay_and_new_ones_are_refused() {
     let fixture = Fixture::start(|_| {}).await;
     let mut open = Vec::new();
     for _ in 0..3 {
@@ -93,11 +97,14 @@ async fn connections_above_a_limit_that_came_down_stay_and_no_new_one_comes() {
     fixture
         .control
         .reload(gateway::Config { max_connections: 2, ..config(&fixture) });
+
     assert_eq!(fixture.connect().await.error_code().await, OVERLOADED);
+
     for raw in &mut open {
         raw.frame(Version::V1, FrameType::Ping, "").await;
         assert_eq!(raw.answer().await.0, FrameType::Pong);
     }
+
     open.truncate(1);
     eventually(PATIENCE, async || {
         let mut raw = fixture.connect().await;
@@ -108,7 +115,7 @@ async fn connections_above_a_limit_that_came_down_stay_and_no_new_one_comes() {
 }
 
 #[tokio::test]
-async fn timeouts_change_for_open_connections() {
+async fn new_timeouts_apply_to_open_connections() {
     let fixture = Fixture::start(|config| config.read_timeout = Duration::from_secs(600)).await;
     let mut raw = fixture.connect().await;
     raw.frame(Version::V1, FrameType::Ping, "").await;
@@ -117,31 +124,33 @@ async fn timeouts_change_for_open_connections() {
         .control
         .reload(gateway::Config { read_timeout: Duration::from_millis(20), ..config(&fixture) });
     raw.send(&[0]).await;
-    assert_eq!(raw.error_code().await, ErrorCode::Timeout as u64, "the rest of the frame does not come");
+    assert_eq!(raw.error_code().await, ErrorCode::Timeout as u64, "the frame is incomplete");
 }
 
 #[tokio::test]
-async fn a_larger_receive_budget_has_room_for_frames_that_the_old_one_had_not() {
+async fn larger_receive_budget_has_room_for_more_frames() {
     let fixture = Fixture::start(|config| config.receive_budget = 64 * 1024).await;
     fixture.echo_router().await;
     let payload = crate::task(json!({"params": {"long": "x".repeat(60 * 1024)}}));
     let mut bytes = bytes::BytesMut::new();
     wire::ipc::Frame::new(Version::V1, FrameType::TaskSubmit, payload.into_bytes()).encode(&mut bytes);
-    // Most of the budget, and it does not end.
+    // This frame takes most of the budget and is not complete.
     let mut first = fixture.connect().await;
     first.send(&bytes[..40 * 1024]).await;
     fixture
         .control
         .reload(gateway::Config { receive_budget: 128 * 1024, ..config(&fixture) });
+
     let mut second = fixture.connect().await;
     second.send(&bytes).await;
     assert_eq!(second.answer().await.0, FrameType::ResponseOk);
+
     first.send(&bytes[40 * 1024..]).await;
-    assert_eq!(first.answer().await.0, FrameType::ResponseOk, "what it had begun with is its own");
+    assert_eq!(first.answer().await.0, FrameType::ResponseOk, "the first frame keeps its share of the old budget");
 }
 
 #[tokio::test]
-async fn another_api_key_opens_the_http_way_in() {
+async fn new_api_key_replaces_the_old_one() {
     let fixture = Fixture::start(|config| config.api_key = "old".into()).await;
     fixture.echo_router().await;
     fixture

@@ -1,4 +1,4 @@
-//! The way to the router: every error it may give, and a breaker for when it gives none.
+//! The path to the router: every error that it may return, and the circuit breaker.
 
 use crate::{Fixture, decision};
 use gateway::BreakerConfig;
@@ -32,9 +32,9 @@ fn refusal(code: &str) -> Value {
     json!({"ok": false, "error": error, "context": {"request_id": "r"}})
 }
 
-/// Rows of the router's error table by a scripted responder: some have no cause in the router of today.
+/// A scripted router returns every row of the error table, because the real one cannot be made to return some of them.
 #[tokio::test]
-async fn every_error_of_the_router_reaches_the_client_whole() {
+async fn every_router_error_reaches_the_client_unchanged() {
     let fixture = Fixture::start(|config| config.request_timeout = Duration::from_secs(2)).await;
     fixture
         .router(|request, _| async move { Some(refusal(request["task"]["type"].as_str().unwrap())) })
@@ -62,12 +62,14 @@ async fn every_error_of_the_router_reaches_the_client_whole() {
 }
 
 #[tokio::test]
-async fn without_a_router_it_says_so_at_once_and_notices_one_that_comes() {
+async fn missing_router_is_reported_at_once_and_a_new_one_is_noticed() {
     let fixture = Fixture::start(|_| {}).await;
     let (_, answer) = submit(&fixture, json!({"timeout_ms": 60_000})).await;
-    assert_eq!(answer["error"]["code"], 11, "no deadline is spent: {answer}");
-    // Once its time is over, although nobody has asked since.
+    assert_eq!(answer["error"]["code"], 11, "the refusal does not wait for the deadline: {answer}");
+
+    // The breaker is half open once its time is over, even without requests.
     eventually(PATIENCE, async || breaker(&fixture).await == "half_open").await;
+
     let (_, answer) = submit(&fixture, json!({})).await;
     assert_eq!(answer["error"]["code"], 11);
     assert!(answer["error"]["retry_after_ms"].as_u64().unwrap() > 0, "{answer}");
@@ -84,7 +86,7 @@ async fn without_a_router_it_says_so_at_once_and_notices_one_that_comes() {
 }
 
 #[tokio::test]
-async fn who_finds_no_router_is_told_when_the_breaker_lets_calls_through_again() {
+async fn refusal_without_a_router_says_when_the_breaker_permits_calls_again() {
     let fixture = Fixture::start(|config| config.breaker.open_for = Duration::from_secs(3600)).await;
     for _ in 0..2 {
         let (_, answer) = submit(&fixture, json!({})).await;
@@ -94,13 +96,14 @@ async fn who_finds_no_router_is_told_when_the_breaker_lets_calls_through_again()
 }
 
 #[tokio::test]
-async fn a_router_that_has_gone_silent_is_left_alone() {
+async fn silent_router_opens_the_breaker() {
     let asked = Arc::new(AtomicUsize::new(0));
     let fixture = Fixture::start(|config| {
         config.request_timeout = Duration::from_millis(500);
         config.breaker = BreakerConfig { open_for: Duration::from_secs(60), ..BreakerConfig::default() };
     })
     .await;
+
     let count = asked.clone();
     fixture
         .router(move |_, _| {
@@ -108,18 +111,20 @@ async fn a_router_that_has_gone_silent_is_left_alone() {
             async { None }
         })
         .await;
+
     for _ in 0..5 {
         assert_eq!(submit(&fixture, json!({})).await.1["error"]["code"], 5);
     }
     for _ in 0..20 {
         assert_eq!(submit(&fixture, json!({})).await.1["error"]["code"], 11);
     }
-    assert_eq!(asked.load(Relaxed), 5, "an open breaker asks nobody");
+
+    assert_eq!(asked.load(Relaxed), 5, "an open breaker lets no request through");
     assert_eq!(breaker(&fixture).await, "open");
 }
 
 #[tokio::test]
-async fn a_client_in_a_hurry_does_not_open_it_for_the_others() {
+async fn timeouts_of_very_short_deadlines_do_not_open_the_breaker() {
     let fixture = Fixture::start(|_| {}).await;
     fixture
         .router(|request, _| async move {
@@ -130,6 +135,7 @@ async fn a_client_in_a_hurry_does_not_open_it_for_the_others() {
             }
         })
         .await;
+
     for _ in 0..30 {
         assert_eq!(submit(&fixture, json!({"task_type": "slow", "timeout_ms": 1})).await.1["error"]["code"], 5);
     }
@@ -137,9 +143,10 @@ async fn a_client_in_a_hurry_does_not_open_it_for_the_others() {
 }
 
 #[tokio::test]
-async fn a_router_that_asks_for_less_load_is_not_counted_as_dead() {
+async fn backpressure_of_the_router_does_not_open_the_breaker() {
     let fixture = Fixture::start(|_| {}).await;
     fixture.router(|_, _| async { Some(refusal("backpressure")) }).await;
+
     for _ in 0..30 {
         assert_eq!(submit(&fixture, json!({})).await.1["error"]["status"], 429);
     }
@@ -147,9 +154,10 @@ async fn a_router_that_asks_for_less_load_is_not_counted_as_dead() {
 }
 
 #[tokio::test]
-async fn a_router_that_was_just_unavailable_is_asked_again() {
+async fn request_is_retried_after_the_router_was_unavailable() {
     let fixture = Fixture::start(|_| {}).await;
     let asked = Arc::new(AtomicUsize::new(0));
+
     let count = asked.clone();
     fixture
         .router(move |request, _| {

@@ -1,4 +1,4 @@
-//! A router whose every reply is told by the id of the task: `answered2-17` is answered and has two pieces of output.
+//! A scripted router: the id of a task says how it replies. `Answered-2-17` is answered and has two pieces of output.
 
 use bus::{Bus, Message};
 use bytes::Bytes;
@@ -11,20 +11,20 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use wire::subjects;
 
-/// Requests that are not to be answered in time have this much of it.
+/// The deadline of requests that must not be answered in time.
 pub const SHORT: Duration = Duration::from_millis(30);
 const LATE: Duration = Duration::from_millis(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
     Answered,
-    /// When the case lets it go.
+    /// Answered when the case releases it.
     Held,
-    /// Never.
+    /// Never answered.
     Silent,
-    /// After [`SHORT`].
+    /// Answered after [`SHORT`].
     Late,
-    /// Decided, and then there is no result.
+    /// Decided, but without a result.
     Forgotten,
     Refused,
     Nonsense,
@@ -34,7 +34,7 @@ impl Fate {
     pub const ALL: [Self; 7] =
         [Self::Answered, Self::Held, Self::Silent, Self::Late, Self::Forgotten, Self::Refused, Self::Nonsense];
 
-    /// Whether a deadline decides how it ends.
+    /// Whether the deadline ends the request.
     pub fn runs_out(self) -> bool {
         matches!(self, Self::Silent | Self::Late | Self::Forgotten)
     }
@@ -57,12 +57,12 @@ pub struct Script {
     case: Arc<Mutex<Case>>,
 }
 
-/// What one case shares with the router.
+/// The state that one case shares with the router.
 #[derive(Clone)]
 pub struct Case {
-    /// Each lets one held reply go.
+    /// Each permit releases one held reply.
     pub replies: Arc<Semaphore>,
-    /// Tasks that the gateway has sent on.
+    /// Tasks that have reached the router.
     pub arrived: Arc<Mutex<BTreeSet<String>>>,
 }
 
@@ -73,7 +73,7 @@ impl Case {
 }
 
 impl Script {
-    /// Serves until it is told to stop.
+    /// Serves until it is stopped.
     pub async fn start(bus: &Bus, stop: &CancellationToken) -> Self {
         let script = Self { bus: bus.clone(), case: Arc::new(Mutex::new(Case::new())) };
         for subject in [subjects::DECIDE, subjects::GET_DECISION, subjects::CANCEL] {
@@ -99,6 +99,7 @@ impl Script {
         let request: Value = serde_json::from_slice(&message.payload).unwrap();
         let id = request["request_id"].as_str().unwrap();
         case.arrived.lock().insert(id.into());
+
         let (fate, chunks) = read(id).expect("an id of the script");
         match fate {
             Fate::Silent => return,
@@ -106,6 +107,7 @@ impl Script {
             Fate::Late => tokio::time::sleep(LATE).await,
             _ => {}
         }
+
         let answer = match fate {
             Fate::Nonsense => "nonsense".into(),
             Fate::Refused => {
@@ -120,6 +122,7 @@ impl Script {
                 json!({"ok": true, "task": task}).to_string()
             }
         };
+
         self.publish(&message.reply.unwrap(), answer).await;
         let works = request["push_assignment"] == true || subject == subjects::GET_DECISION;
         if works && matches!(fate, Fate::Answered | Fate::Held) {
@@ -132,6 +135,7 @@ impl Script {
             let chunk = json!({"request_id": id, "assignment_id": "a", "attempt": 1, "seq": seq, "data": seq});
             self.publish(&subjects::output(id), chunk.to_string()).await;
         }
+
         let result = json!({"version": "1", "assignment_id": "a", "request_id": id, "status": "success",
             "provider_id": "p", "job": {"type": "t"}, "chunks": chunks});
         self.publish(subjects::RESULT, result.to_string()).await;

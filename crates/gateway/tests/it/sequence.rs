@@ -1,5 +1,5 @@
-//! One client's life, made of whatever clients and routers may do, against a real session; then what must hold: each
-//! request has its one answer, v1 in order, v2 by its id, and nothing is left. Used by `sequences` and by fuzz/session.
+//! Plays a sequence of client and router actions against a real gateway. Then it checks what must hold: each request
+//! has exactly one answer, v1 in order and v2 by its id, and nothing is left in flight.
 
 use crate::script::{Case, Fate, SHORT, Script, task_id};
 use bytes::BytesMut;
@@ -14,21 +14,21 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use wire::ipc::{Decoder, Frame, FrameType, Version};
 use wire::status::GatewayStatus;
 
-/// A case that has not ended by then hangs.
+/// A case that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// More are not played.
+/// Further actions are not played.
 const ACTIONS_MAX: usize = 64;
 const LONG_MS: u32 = 8_000;
 
 #[derive(Debug, Clone)]
 pub enum Action {
-    /// A request; without an id it is of v1.
+    /// A request; v1 without an id.
     Ask { v2: Option<u8>, what: What },
-    /// All so far is written, so many bytes at a time (0: at once).
+    /// Everything so far is written, that many bytes at a time (0: at once).
     Write { cut: u8 },
-    /// Held replies that the router lets go.
+    /// The router releases that many held replies.
     Release { replies: u8 },
-    /// The gateway is told to end.
+    /// The gateway begins to drain.
     Drain,
 }
 
@@ -43,7 +43,7 @@ pub enum What {
         size: u16,
     },
     Unfit(Unfit),
-    /// Of [`End::Violation`]; the code of what is no frame.
+    /// Bytes that are not a frame, from [`End::Violation`]; the expected error code.
     Broken(u16),
 }
 
@@ -63,18 +63,18 @@ pub enum Unfit {
     ServerType,
     Json,
     Field,
-    /// Of v2; a submit of an empty type in v1.
+    /// Unknown flags in v2; in v1 a submit with an empty task type.
     Flags,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// It sends no more and reads on.
+    /// The client stops sending and reads on.
     HalfClose,
-    /// In the middle of a frame.
+    /// The client stops sending in the middle of a frame.
     Cut,
     Close,
-    /// Bytes that are no frame, and the code they get.
+    /// Bytes that are not a frame, and their error code.
     Violation(u16),
 }
 
@@ -82,7 +82,7 @@ pub enum End {
 pub struct Sequence {
     pub actions: Vec<Action>,
     pub end: End,
-    /// Nothing is read before all is written.
+    /// The client reads nothing before it has written everything.
     pub reads_late: bool,
 }
 
@@ -92,17 +92,17 @@ struct Asked {
     id: String,
 }
 
-/// A gateway, its router, and what its clients know of the requests it has taken.
+/// A gateway, its router, and the counts of requests that it has admitted.
 pub struct World {
     dir: tempfile::TempDir,
     bus: bus::Bus,
     script: Script,
-    /// Of the router.
+    /// Stops the router.
     _stop: DropGuard,
     cancel: CancellationToken,
     running: tokio::task::JoinHandle<Result<(), gateway::Error>>,
     number: u64,
-    /// Requests that were taken for certain, and those of which their clients have not heard.
+    /// Requests that were certainly admitted, and those whose clients do not know.
     answered: u64,
     unknown: u64,
 }
@@ -135,6 +135,7 @@ impl World {
             breaker,
             ..gateway::Config::default()
         };
+
         let stop = CancellationToken::new();
         let script = Script::start(&bus, &stop).await;
         let bound = gateway::bind(config, bus.clone()).await.unwrap();
@@ -153,7 +154,7 @@ impl World {
         }
     }
 
-    /// Panics where something does not hold. Sequences with a drain want a world of their own.
+    /// Panics if something does not hold. A sequence with a drain needs a world of its own.
     pub async fn play(&mut self, sequence: &Sequence) {
         let case = self.script.next_case();
         let stream = UnixStream::connect(self.dir.path().join("s")).await.unwrap();
@@ -162,8 +163,9 @@ impl World {
         if !sequence.reads_late {
             may_read.cancel();
         }
+
         let reading = tokio::spawn(read(reader, may_read.clone(), hang_up.clone()));
-        // Beside all else: the gateway need not read before it may answer.
+        // Writes concurrently: the gateway may not read before its answers are read.
         let (writes, taken) = mpsc::channel(ACTIONS_MAX + 1);
         let half_close = matches!(sequence.end, End::HalfClose | End::Cut);
         let writing = tokio::spawn(write(writer, taken, half_close, hang_up.clone()));
@@ -178,7 +180,9 @@ impl World {
                     asked.push(ask(*v2, *what, self.number, &mut unwritten));
                 }
                 Action::Write { cut } => {
-                    writes.try_send((unwritten.split(), *cut)).expect("one for each action");
+                    writes
+                        .try_send((unwritten.split(), *cut))
+                        .expect("the channel has room for every action");
                     yields().await;
                 }
                 Action::Release { replies } => case.replies.add_permits((*replies).into()),
@@ -188,6 +192,7 @@ impl World {
                 }
             }
         }
+
         match sequence.end {
             End::Cut => unwritten.extend_from_slice(&[0, 0, 0x40, 0, 1, 1, b'{']),
             End::Violation(code) => {
@@ -201,13 +206,16 @@ impl World {
             }
             End::HalfClose | End::Close => {}
         }
-        writes.try_send((unwritten, 0)).expect("one for each action");
+        writes
+            .try_send((unwritten, 0))
+            .expect("the channel has room for every action");
         drop(writes);
         may_read.cancel();
         if sequence.end == End::Close {
             yields().await;
             hang_up.cancel();
         }
+
         case.replies.add_permits(10_000);
         let received = tokio::time::timeout(PATIENCE, reading)
             .await
@@ -224,14 +232,18 @@ impl World {
         for asked in asked {
             requests.entry(key(asked.version)).or_default().push(asked);
         }
+
         for (key, asked) in requests {
             let answers = answers.remove(&key).unwrap_or_default();
-            let missing = asked.len().checked_sub(answers.len()).expect("an answer each");
+            let missing = asked
+                .len()
+                .checked_sub(answers.len())
+                .expect("no more answers than requests");
             assert!(missing == 0 || gone || drained, "{missing} without an answer, {key:?}: {answers:?}");
             for (place, answer) in answers.iter().enumerate() {
                 let fits = match key {
                     None => fits(&asked[place], answer, drained),
-                    // Which use of an id it is for cannot be told; one that came too soon has code 4.
+                    // An answer does not show which use of its id it is for. A use that came too early gets code 4.
                     Some(_) if asked.len() > 1 && error(answer) == Some(4) => true,
                     Some(_) => asked.iter().any(|asked| fits(asked, answer, drained)),
                 };
@@ -239,7 +251,7 @@ impl World {
                 assert!(fits, "{key:?}, {place} of {what:?} got {answer:?}");
                 self.answered += u64::from(was_taken(answer));
             }
-            // Only tasks are taken; a client that is gone may have had others.
+            // A client that is gone does not know whether its requests were admitted.
             self.unknown += missing as u64;
             if !gone {
                 let arrived = case.arrived.lock();
@@ -258,13 +270,14 @@ impl World {
         assert!(answers.is_empty(), "answers that nobody asked for: {answers:?}");
     }
 
-    /// All has been given back, and every request that was taken is one that a client knows of.
+    /// Waits until nothing is in flight, and checks the number of admitted requests.
     pub async fn settle(&self) {
         let mut statuses = self
             .bus
             .subscribe(wire::subjects::GATEWAY_STATUS, None, 16)
             .await
             .unwrap();
+
         let idle = async {
             loop {
                 let message = statuses.next().await.unwrap();
@@ -274,14 +287,15 @@ impl World {
                 }
             }
         };
+
         let taken = tokio::time::timeout(PATIENCE, idle)
             .await
             .expect("nothing is left in flight");
         let known = self.answered..=self.answered + self.unknown;
-        assert!(known.contains(&taken), "the gateway has taken {taken}, its clients know of {known:?}");
+        assert!(known.contains(&taken), "the gateway has admitted {taken} requests, its clients know of {known:?}");
     }
 
-    /// Ends with a drain, if there was none.
+    /// Drains the gateway, if it does not drain yet.
     pub async fn end(self) {
         self.cancel.cancel();
         let ended = tokio::time::timeout(PATIENCE, self.running)
@@ -298,9 +312,10 @@ fn ask(v2: Option<u8>, what: What, number: u64, bytes: &mut BytesMut) -> Asked {
         && v2.is_none()
         && fate.runs_out()
     {
-        // They have no deadline of their own in v1.
+        // In v1 these requests carry no deadline.
         *fate = Fate::Answered;
     }
+
     let (mut id, mut deadline_ms) = (String::new(), LONG_MS);
     let (kind, payload) = match what {
         What::Ping => (FrameType::Ping as u8, String::new()),
@@ -334,6 +349,7 @@ fn ask(v2: Option<u8>, what: What, number: u64, bytes: &mut BytesMut) -> Asked {
         }
         What::Broken(_) => unreachable!("only the end of a sequence breaks the framing"),
     };
+
     let version = v2.map_or(Version::V1, |id| Version::V2 { request_id: id.into(), deadline_ms });
     let flags = if v2.is_some() && what == What::Unfit(Unfit::Flags) {
         1
@@ -344,7 +360,7 @@ fn ask(v2: Option<u8>, what: What, number: u64, bytes: &mut BytesMut) -> Asked {
     Asked { version, what, id }
 }
 
-/// Lets the others go on.
+/// Lets the other tasks run.
 async fn yields() {
     for _ in 0..8 {
         tokio::task::yield_now().await;
@@ -357,6 +373,7 @@ async fn read(mut reader: OwnedReadHalf, may_read: CancellationToken, hang_up: C
         may_read.cancelled().await;
         while reader.read_buf(&mut received).await.unwrap_or(0) > 0 {}
     };
+
     tokio::select! {
         () = hang_up.cancelled() => {}
         () = all => {}
@@ -364,7 +381,7 @@ async fn read(mut reader: OwnedReadHalf, may_read: CancellationToken, hang_up: C
     received
 }
 
-/// Gives the connection's half back, so that it stays open.
+/// Returns the writing half, so that it stays open.
 async fn write(
     mut writer: OwnedWriteHalf,
     mut taken: mpsc::Receiver<(BytesMut, u8)>,
@@ -373,10 +390,10 @@ async fn write(
 ) -> OwnedWriteHalf {
     let all = async {
         while let Some((bytes, cut)) = taken.recv().await {
-            // Large ones in larger pieces, so that no case takes long.
+            // Large inputs are written in larger pieces, so that no case takes long.
             let piece = usize::from(cut) * (1 + bytes.len() / 2048);
             for piece in bytes.chunks(if cut == 0 { bytes.len().max(1) } else { piece }) {
-                // A gateway that drains, or has lost the framing, may be gone.
+                // A gateway that drains or has lost the framing may have closed the connection.
                 if writer.write_all(piece).await.is_err() {
                     break;
                 }
@@ -387,6 +404,7 @@ async fn write(
             writer.shutdown().await.unwrap_or_default();
         }
     };
+
     tokio::select! {
         () = hang_up.cancelled() => {}
         () = all => {}
@@ -401,17 +419,17 @@ fn key(version: Version) -> Option<u64> {
     }
 }
 
-/// By id (none: v1), in the order in which they came.
+/// The answers by id (none: v1), in order of arrival.
 fn answers(mut received: BytesMut, gone: bool) -> BTreeMap<Option<u64>, Vec<Answer>> {
     let mut answers: BTreeMap<Option<u64>, Vec<Answer>> = BTreeMap::new();
     let mut output: BTreeMap<Option<u64>, Vec<Frame>> = BTreeMap::new();
-    while let Some(frame) = Decoder.decode(&mut received).expect("the gateway keeps its framing") {
+    while let Some(frame) = Decoder.decode(&mut received).expect("the gateway sends whole frames") {
         let key = key(frame.version);
         if frame.frame_type() == Some(FrameType::StreamData) {
             output.entry(key).or_default().push(frame);
             continue;
         }
-        // A refused payload has no output: if its id is in use, that is of the request that goes on.
+        // A refused payload has no output: output with its id belongs to the request that is in flight.
         let refused = json(&frame)["error"]["code"] == 4;
         let output = if refused {
             Vec::new()
@@ -422,7 +440,7 @@ fn answers(mut received: BytesMut, gone: bool) -> BTreeMap<Option<u64>, Vec<Answ
     }
     assert!(
         gone || (received.is_empty() && output.is_empty()),
-        "it ends in the middle: {output:?}, {received:?}"
+        "the answers end in the middle: {output:?}, {received:?}"
     );
     answers
 }
@@ -435,7 +453,7 @@ fn error(answer: &Answer) -> Option<u64> {
     json(&answer.last)["error"]["code"].as_u64()
 }
 
-/// It is the answer of a task, or an error that names one.
+/// Whether the answer shows that the request was admitted.
 fn was_taken(answer: &Answer) -> bool {
     let value = json(&answer.last);
     match answer.last.frame_type() {
@@ -458,13 +476,14 @@ fn fits(asked: &Asked, answer: &Answer, drained: bool) -> bool {
                 What::Task { .. } => unreachable!(),
             };
     };
+
     let streams = matches!(asked_kind, Kind::Stream | Kind::Subscribe);
     match code {
         Some(10) => return answer.output.is_empty(),
         Some(6) => return drained,
         _ => {}
     }
-    let told = match asked_kind {
+    let answered = match asked_kind {
         Kind::Decision => kind == FrameType::ResponseOk && value["context"]["request_id"] == asked.id,
         Kind::Query | Kind::Cancel => kind == FrameType::ResponseOk && value["task_id"] == asked.id,
         Kind::Result => kind == FrameType::ResponseOk && value["request_id"] == asked.id,
@@ -477,15 +496,16 @@ fn fits(asked: &Asked, answer: &Answer, drained: bool) -> bool {
     } else {
         answer.output.is_empty()
     };
+
     let ran_out = code == Some(5) && answer.output.is_empty();
     match fate {
-        Fate::Answered | Fate::Held => told && whole,
+        Fate::Answered | Fate::Held => answered && whole,
         Fate::Refused => code == Some(12) && answer.output.is_empty(),
         Fate::Nonsense => code == Some(99) && answer.output.is_empty(),
         Fate::Silent => ran_out,
-        // On a machine that stands still for a moment both times may have passed at the first look.
-        Fate::Late => ran_out || told,
+        // On a machine that stalls for a moment, both times may have passed when the gateway looks.
+        Fate::Late => ran_out || answered,
         Fate::Forgotten if matches!(asked_kind, Kind::Result | Kind::Stream | Kind::Subscribe) => ran_out,
-        Fate::Forgotten => told || ran_out,
+        Fate::Forgotten => answered || ran_out,
     }
 }

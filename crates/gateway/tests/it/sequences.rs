@@ -1,4 +1,4 @@
-//! Random lives of clients, each played against a real session. What fails is made small and printed; it becomes a case here.
+//! Random sequences, each played against a real gateway. A failing one is shrunk and printed; it becomes a case here.
 
 use crate::script::Fate;
 use crate::sequence::{Action, End, Kind, Sequence, Unfit, What, World};
@@ -19,7 +19,8 @@ fn what() -> impl Strategy<Value = What> {
     prop_oneof![
         2 => Just(What::Ping),
         1 => Just(What::Capabilities),
-        10 => (kind, fate, 0..4_u8, size).prop_map(|(kind, fate, chunks, size)| What::Task { kind, fate, chunks, size }),
+        10 => (kind, fate, 0..4_u8, size)
+            .prop_map(|(kind, fate, chunks, size)| What::Task { kind, fate, chunks, size }),
         2 => unfit.prop_map(What::Unfit),
     ]
 }
@@ -36,6 +37,7 @@ fn sequence(drains: bool) -> impl Strategy<Value = Sequence> {
         2 => Just(End::Close),
         2 => prop::sample::select(vec![1, 3, 4]).prop_map(End::Violation),
     ];
+
     let actions = prop::collection::vec(action, 0..30);
     (actions, end, any::<bool>(), any::<prop::sample::Index>()).prop_map(move |(mut actions, end, reads_late, at)| {
         if drains {
@@ -46,7 +48,7 @@ fn sequence(drains: bool) -> impl Strategy<Value = Sequence> {
     })
 }
 
-/// What a case says when it panics, so that proptest makes it smaller.
+/// Turns a panic into a failure that proptest can shrink.
 fn caught(play: impl FnOnce()) -> Result<(), TestCaseError> {
     std::panic::catch_unwind(AssertUnwindSafe(play)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
@@ -70,17 +72,18 @@ fn check(cases: u32, strategy: impl Strategy<Value = Sequence>, play: impl Fn(Se
 }
 
 #[test]
-fn whatever_a_client_does_each_request_has_one_answer_and_nothing_is_left() {
+fn each_request_has_one_answer_and_nothing_is_left_in_flight() {
     let runtime = Runtime::new().unwrap();
     let world = std::cell::RefCell::new(runtime.block_on(World::start()));
     check(CASES, sequence(false), |sequence| runtime.block_on(world.borrow_mut().play(&sequence)));
+
     let world = world.into_inner();
     runtime.block_on(world.settle());
     runtime.block_on(world.end());
 }
 
 #[test]
-fn whatever_a_client_does_while_the_gateway_drains_nothing_that_was_taken_is_lost() {
+fn admitted_requests_are_answered_while_the_gateway_drains() {
     let runtime = Runtime::new().unwrap();
     check(CASES_WITH_DRAIN, sequence(true), |sequence| {
         runtime.block_on(async {

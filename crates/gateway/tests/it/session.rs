@@ -1,4 +1,4 @@
-//! What a session answers, in which order, within which limits.
+//! What a session answers, in which order and within which limits.
 
 use crate::{Fixture, decision, task};
 use bus::{Bus, Message};
@@ -11,13 +11,14 @@ use wire::ipc::{Frame, FrameType, Version};
 use wire::subjects;
 
 #[tokio::test]
-async fn golden_bytes() {
+async fn golden_frames_get_golden_answers() {
     let fixture = Fixture::start(|_| {}).await;
     for (sent, expected) in [
         ("0000000601f0", "0000000601f1"),
         (
             "0000000609f0",
-            "0000004e01117b226f6b223a66616c73652c226572726f72223a7b22636f6465223a312c226d657373616765223a22556e737570706f727465642070726f746f636f6c2076657273696f6e227d7d",
+            "0000004e01117b226f6b223a66616c73652c226572726f72223a7b22636f6465223a312c226d657373616765223a22556e73757070\
+             6f727465642070726f746f636f6c2076657273696f6e227d7d",
         ),
     ] {
         let mut raw = fixture.connect().await;
@@ -29,7 +30,7 @@ async fn golden_bytes() {
 }
 
 #[tokio::test]
-async fn bad_input_gets_its_code_and_only_lost_framing_closes() {
+async fn bad_input_gets_its_code_and_only_lost_framing_closes_the_connection() {
     let fixture = Fixture::start(|_| {}).await;
     let frame = |kind: u8, payload: &[u8]| {
         let mut bytes = BytesMut::new();
@@ -50,13 +51,14 @@ async fn bad_input_gets_its_code_and_only_lost_framing_closes() {
         bytes.to_vec()
     };
     let long = "x".repeat(129);
+
     let open = [
         ("unknown type", frame(0x7f, b""), 2),
         ("server-only type", frame(0x10, b"{}"), 2),
-        ("no JSON", frame(0x01, b"{"), 4),
+        ("not JSON", frame(0x01, b"{"), 4),
         ("an array", frame(0x01, b"[]"), 4),
         ("empty", frame(0x02, b""), 4),
-        ("no UTF-8", frame(0x01, b"{\"command\":\"task_submit\",\"task_type\":\"\xff\"}"), 4),
+        ("not UTF-8", frame(0x01, b"{\"command\":\"task_submit\",\"task_type\":\"\xff\"}"), 4),
         (
             "a field twice",
             frame(0x01, br#"{"command":"task_submit","task_type":"t","tenant_id":"a","tenant_id":"b"}"#),
@@ -65,18 +67,19 @@ async fn bad_input_gets_its_code_and_only_lost_framing_closes() {
         ("other command", frame(0x01, br#"{"command":"task_query","task_type":"t"}"#), 4),
         ("long id", frame(0x01, task(json!({"request_id": long})).as_bytes()), 4),
         ("tenant with a dot and a star", frame(0x01, task(json!({"tenant_id": "a.*"})).as_bytes()), 4),
-        ("wait for what", frame(0x01, task(json!({"wait": "forever"})).as_bytes()), 4),
+        ("unknown wait", frame(0x01, task(json!({"wait": "forever"})).as_bytes()), 4),
         ("unknown flags", v2(0x8000), 4),
         ("empty task type in v2", v2(0), 4),
         ("no router", frame(0x01, task(json!({})).as_bytes()), 11),
     ];
+
     let mut raw = fixture.connect().await;
     for (name, bytes, code) in open {
         raw.send(&bytes).await;
         assert_eq!(raw.error_code().await, code, "{name}");
     }
     raw.frame(Version::V1, FrameType::Ping, "any payload").await;
-    assert_eq!(raw.answer().await.0, FrameType::Pong, "still open");
+    assert_eq!(raw.answer().await.0, FrameType::Pong, "the connection stays open");
 
     for (name, hex, code) in [("short", "00000005", 4), ("huge", "00400001", 3), ("version", "0000000609f0", 1)] {
         let mut raw = fixture.connect().await;
@@ -87,7 +90,7 @@ async fn bad_input_gets_its_code_and_only_lost_framing_closes() {
 }
 
 #[tokio::test]
-async fn a_decision_comes_back_byte_for_byte_and_headers_go_out() {
+async fn request_goes_out_with_headers_and_the_decision_comes_back_unchanged() {
     let fixture = Fixture::start(|_| {}).await;
     fixture
         .router(|request, headers| async move {
@@ -105,11 +108,14 @@ async fn a_decision_comes_back_byte_for_byte_and_headers_go_out() {
             Some(decision(&request))
         })
         .await;
+
     let mut raw = fixture.connect().await;
     let trace = "0af76519-16cd-43dd-8448-eb211c80319c";
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-    let fields = json!({"request_id": "r1", "tenant_id": "acme", "trace_id": trace, "traceparent": parent, "line": 3, "params": {"a": 1.50}});
+    let fields = json!({"request_id": "r1", "tenant_id": "acme", "trace_id": trace, "traceparent": parent,
+        "line": 3, "params": {"a": 1.50}});
     raw.submit_v1(fields).await;
+
     let frame = raw.next().await.unwrap();
     let expected = r#"{"context":{"request_id":"r1"},"decision":{"provider_id":"t"},"ok":true}"#;
     let value: Value = serde_json::from_slice(&frame.payload).unwrap();
@@ -117,7 +123,7 @@ async fn a_decision_comes_back_byte_for_byte_and_headers_go_out() {
 }
 
 #[tokio::test]
-async fn v1_answers_in_order_v2_as_they_come() {
+async fn v1_replies_come_in_order_and_v2_replies_at_once() {
     let fixture = Fixture::start(|_| {}).await;
     let gate = Arc::new(tokio::sync::Semaphore::new(0));
     let held = gate.clone();
@@ -132,13 +138,20 @@ async fn v1_answers_in_order_v2_as_they_come() {
             }
         })
         .await;
+
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({"request_id": "slow"})).await;
     raw.submit_v1(json!({"request_id": "fast"})).await;
     raw.frame(Version::V1, FrameType::Ping, "").await;
     raw.submit_v2(1, json!({"request_id": "other"})).await;
+
     let first = raw.next().await.unwrap();
-    assert_eq!(first.version, Version::V2 { request_id: 1, deadline_ms: 0 }, "v2 does not stand in line");
+    assert_eq!(
+        first.version,
+        Version::V2 { request_id: 1, deadline_ms: 0 },
+        "a v2 reply does not wait for v1 replies"
+    );
+
     gate.add_permits(1);
     for expected in ["slow", "fast"] {
         assert_eq!(raw.answer().await.1["context"]["request_id"], expected);
@@ -147,9 +160,10 @@ async fn v1_answers_in_order_v2_as_they_come() {
 }
 
 #[tokio::test]
-async fn duplicate_ids_in_flight_are_refused() {
+async fn request_id_in_flight_cannot_be_reused() {
     let fixture = Fixture::start(|_| {}).await;
     fixture.router(|_, _| std::future::pending()).await;
+
     let mut raw = fixture.connect().await;
     raw.submit_v2(9, json!({})).await;
     raw.submit_v2(9, json!({})).await;
@@ -157,37 +171,43 @@ async fn duplicate_ids_in_flight_are_refused() {
 }
 
 #[tokio::test]
-async fn deadlines_and_refusals_of_the_router_are_told() {
+async fn deadlines_and_router_errors_reach_the_client() {
     let fixture = Fixture::start(|_| {}).await;
     fixture
         .router(|request, _| async move {
             (request["request_id"] != "late").then(|| {
-                json!({"ok": false, "context": {}, "error": {"code": "backpressure", "message": "busy", "retry_after_seconds": 3, "details": {"queue": 7}}})
+                let error = json!({"code": "backpressure", "message": "busy", "retry_after_seconds": 3,
+                    "details": {"queue": 7}});
+                json!({"ok": false, "context": {}, "error": error})
             })
         })
         .await;
+
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({"request_id": "late", "timeout_ms": 20})).await;
     let (_, value) = raw.answer().await;
     assert_eq!((&value["error"]["code"], &value["context"]["request_id"]), (&json!(5), &json!("late")));
+
     raw.submit_v1(json!({"request_id": "r"})).await;
     let (_, value) = raw.answer().await;
-    let error = json!({"code": 12, "message": "busy", "status": 429, "reason": "backpressure", "retry_after_ms": 3000, "details": {"queue": 7}});
+    let error = json!({"code": 12, "message": "busy", "status": 429, "reason": "backpressure", "retry_after_ms": 3000,
+        "details": {"queue": 7}});
     assert_eq!(value["error"], error);
 }
 
 #[tokio::test]
-async fn a_slow_loris_is_cut_off_and_a_full_house_says_so() {
+async fn slow_client_is_disconnected_and_the_connection_limit_is_reported() {
     let fixture = Fixture::start(|config| {
         config.read_timeout = Duration::from_millis(50);
         config.max_connections = 1;
     })
     .await;
+
     let mut slow = fixture.connect().await;
     slow.send(&[0, 0, 0, 50, 1]).await;
     assert_eq!(slow.error_code().await, 5);
     assert!(slow.next().await.is_none());
-    // The place is free again as soon as the session has ended.
+    // The place is released as soon as the session has ended.
     let mut first = loop {
         let mut raw = fixture.connect().await;
         raw.frame(Version::V1, FrameType::Ping, "").await;
@@ -201,7 +221,7 @@ async fn a_slow_loris_is_cut_off_and_a_full_house_says_so() {
 }
 
 #[tokio::test]
-async fn clients_that_leave_with_answers_pending_leave_nothing() {
+async fn clients_that_leave_early_leave_nothing_in_flight() {
     let fixture = Fixture::start(|_| {}).await;
     fixture.router(|_, _| std::future::pending()).await;
     for _ in 0..300 {
@@ -209,6 +229,7 @@ async fn clients_that_leave_with_answers_pending_leave_nothing() {
         raw.submit_v2(1, json!({})).await;
         raw.submit_v1(json!({"wait": "stream"})).await;
     }
+
     let mut status = fixture.bus.subscribe(subjects::GATEWAY_STATUS, None, 16).await.unwrap();
     let settled = tokio::time::timeout(Duration::from_secs(20), async {
         loop {
@@ -219,13 +240,15 @@ async fn clients_that_leave_with_answers_pending_leave_nothing() {
             }
         }
     });
-    settled.await.expect("everything is given back");
+
+    settled.await.expect("no request and no connection is left");
 }
 
 #[tokio::test]
-async fn half_closed_clients_still_get_their_answers() {
+async fn half_closed_client_still_gets_its_answers() {
     let fixture = Fixture::start(|_| {}).await;
     fixture.echo_router().await;
+
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({})).await;
     raw.stream.shutdown().await.unwrap();
@@ -234,7 +257,7 @@ async fn half_closed_clients_still_get_their_answers() {
 }
 
 #[tokio::test]
-async fn a_drain_answers_what_is_in_flight_and_refuses_the_rest() {
+async fn drain_answers_requests_in_flight_or_refuses_them_at_its_end() {
     let fixture = Fixture::start(|config| config.drain_timeout = Duration::from_millis(200)).await;
     let gate = Arc::new(tokio::sync::Semaphore::new(0));
     let held = gate.clone();
@@ -252,29 +275,35 @@ async fn a_drain_answers_what_is_in_flight_and_refuses_the_rest() {
             }
         })
         .await;
+
     let mut raw = fixture.connect().await;
     raw.submit_v2(1, json!({})).await;
     raw.submit_v2(2, json!({"request_id": "never"})).await;
     for _ in 0..2 {
         arrived.recv().await.unwrap();
     }
+
     fixture.cancel.cancel();
+
     gate.add_permits(1);
+
     let first = raw.next().await.unwrap();
     assert_eq!(
         (first.version, first.frame_type()),
         (Version::V2 { request_id: 1, deadline_ms: 0 }, Some(FrameType::ResponseOk))
     );
+
     let second = raw.next().await.unwrap();
     let value: Value = serde_json::from_slice(&second.payload).unwrap();
     assert_eq!(value["error"]["code"], 6, "{value}");
     assert!(raw.next().await.is_none());
+
     fixture.running.await.unwrap().unwrap();
     assert!(!fixture.dir.path().join("s").exists());
 }
 
 #[tokio::test]
-async fn a_stream_has_the_v1_connection_to_itself_and_ends_with_the_result() {
+async fn v1_stream_has_the_connection_to_itself_and_ends_with_the_result() {
     let fixture = Fixture::start(|_| {}).await;
     let bus = fixture.bus.clone();
     fixture
@@ -283,11 +312,12 @@ async fn a_stream_has_the_v1_connection_to_itself_and_ends_with_the_result() {
             async move {
                 let id = request["request_id"].as_str().unwrap().to_string();
                 if request["push_assignment"] == true {
-                    // The result overtakes the last chunk: the reader waits for all that it announces.
+                    // The result overtakes the last piece: the stream waits for all pieces that the result announces.
                     for seq in 0..2 {
                         publish_chunk(&bus, &id, seq).await;
                     }
-                    let result = json!({"version": "1", "assignment_id": "a", "request_id": id, "status": "success", "provider_id": "p", "job": {"type": "t"}, "chunks": 3, "big": 12345678901234567890123_f64});
+                    let result = json!({"version": "1", "assignment_id": "a", "request_id": id, "status": "success",
+                        "provider_id": "p", "job": {"type": "t"}, "chunks": 3, "big": 12345678901234567890123_f64});
                     let subject = subjects::RESULT.into();
                     let message = Message { subject, payload: result.to_string().into(), ..Message::default() };
                     bus.append(message, None).await.unwrap();
@@ -297,12 +327,14 @@ async fn a_stream_has_the_v1_connection_to_itself_and_ends_with_the_result() {
             }
         })
         .await;
+
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({"request_id": "before"})).await;
     raw.submit_v1(json!({"request_id": "s", "wait": "stream"})).await;
     raw.submit_v1(json!({"request_id": "after"})).await;
     raw.submit_v1(json!({"request_id": "r", "wait": "result"})).await;
     assert_eq!(raw.answer().await.1["context"]["request_id"], "before");
+
     for seq in 0..3 {
         let (kind, value) = raw.answer().await;
         assert_eq!(
@@ -310,9 +342,10 @@ async fn a_stream_has_the_v1_connection_to_itself_and_ends_with_the_result() {
             (FrameType::StreamData, &json!({"task_id": "s", "seq": seq, "data": format!("c{seq}")}))
         );
     }
+
     let (kind, value) = raw.answer().await;
     assert_eq!((kind, &value["result"]["status"]), (FrameType::StreamComplete, &json!("success")));
-    assert!(value["result"]["big"].is_number(), "the result goes through as it was published");
+    assert!(value["result"]["big"].is_number(), "the result is passed on as it was published");
     assert_eq!(raw.answer().await.1["context"]["request_id"], "after");
     assert_eq!(raw.answer().await.1["request_id"], "r");
 }
@@ -326,12 +359,13 @@ async fn publish_chunk(bus: &Bus, id: &str, seq: u64) {
 }
 
 #[tokio::test]
-async fn the_client_crate_against_the_gateway() {
+async fn client_crate_works_against_the_gateway() {
     let fixture = Fixture::start(|_| {}).await;
     fixture.echo_router().await;
     let client = client::Client::connect(&fixture.dir.path().join("s")).await.unwrap();
     client.ping().await.unwrap();
     assert_eq!(client.capabilities().await.unwrap().protocol_versions, [1, 2]);
+
     let many = (0..200).map(|n| {
         let client = client.clone();
         async move {
@@ -341,8 +375,10 @@ async fn the_client_crate_against_the_gateway() {
         }
     });
     futures_util::future::join_all(many).await;
+
     let refused = client.query("unknown").await.unwrap_err();
     assert!(matches!(refused, client::Error::Refused(ref e) if e.error.code == 11), "{refused}");
+
     let missing = client::Client::connect(&fixture.dir.path().join("nowhere"))
         .await
         .err()

@@ -1,5 +1,5 @@
-//! Random lives of one connection, played against the sans-IO session: bytes that arrive in any pieces, requests that end
-//! in any order, timers, budgets and drains. Then what must hold. Used by `simulations` and by fuzz/session.
+//! Random lives of one connection, played against the sans-IO session: bytes that arrive in any pieces, requests that
+//! end in any order, timers, budgets and drains. Then what must hold. Used by `simulations` and by fuzz/session.
 
 use bytes::BytesMut;
 use gateway::session::{Claim, Effect, Event, Exit, Finished, Reply, Request, Session, Share, Slot, Start};
@@ -116,7 +116,8 @@ impl World {
             reply_budget: BUDGET,
             read_timeout: Duration::from_secs(1),
             write_timeout: Duration::from_secs(1),
-            request_timeout: Duration::from_secs(2),
+            // Short, so that a stream may run out of time while it waits for its turn.
+            max_deadline: Duration::from_secs(1),
             drain_timeout: Duration::from_secs(1),
             ..Config::default()
         };
@@ -355,6 +356,7 @@ impl World {
         }
 
         let Self { shared, session, running, claim, .. } = self;
+        assert!(exit != Exit::ReadTimeout || claim.is_none(), "a closed session still waits for the budget");
         drop((session, running, claim));
         let settings = shared.admission.settings();
         assert_eq!(shared.admission.requests_held(), 0, "a place in flight leaks");

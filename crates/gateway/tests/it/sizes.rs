@@ -1,4 +1,4 @@
-//! What does not fit a frame on its way to the client: no frame is over the limit, and the connection goes on.
+//! Answers that do not fit a frame: no frame exceeds the limit, and the connection goes on.
 
 use crate::{Fixture, Raw, decision, task};
 use bus::{Bus, Message};
@@ -16,10 +16,11 @@ async fn alive(raw: &mut Raw) {
 }
 
 #[tokio::test]
-async fn an_error_does_not_repeat_all_that_it_is_about() {
+async fn error_quotes_only_a_part_of_a_large_payload() {
     let fixture = Fixture::start(|_| {}).await;
+
     let mut raw = fixture.connect().await;
-    // Twice as long where it is quoted.
+    // Escaped quotes are twice as long.
     let quotes = "\"".repeat(IPC_FRAME_MAX / 2 - 100);
     let long = "ü".repeat(IPC_FRAME_MAX / 2 - 100);
     for payload in [
@@ -33,11 +34,12 @@ async fn an_error_does_not_repeat_all_that_it_is_about() {
         assert_eq!(value["error"]["code"], 4);
         assert!(frame.payload.len() < 16 * 1024, "{} bytes", frame.payload.len());
     }
+
     alive(&mut raw).await;
 }
 
 #[tokio::test]
-async fn a_refusal_that_is_too_large_keeps_its_code_and_reason() {
+async fn router_error_that_is_too_large_keeps_its_code_and_reason() {
     let fixture = Fixture::start(|_| {}).await;
     fixture
         .router(|request, _| async move {
@@ -50,6 +52,7 @@ async fn a_refusal_that_is_too_large_keeps_its_code_and_reason() {
             Some(json!({"ok": false, "error": error, "context": {}}))
         })
         .await;
+
     let mut raw = fixture.connect().await;
     for large in ["details", "message"] {
         raw.submit_v1(json!({"request_id": large})).await;
@@ -59,6 +62,7 @@ async fn a_refusal_that_is_too_large_keeps_its_code_and_reason() {
         assert_eq!((&error["reason"], &error["retry_after_ms"]), (&json!("quota_exceeded"), &json!(3000)));
         assert_eq!(value["context"]["request_id"], large);
     }
+
     alive(&mut raw).await;
 }
 
@@ -91,6 +95,7 @@ async fn output_and_results_that_are_too_large_end_in_an_error() {
             }
         })
         .await;
+
     let mut raw = fixture.connect().await;
     for (id, wait, expected) in [
         ("output", "stream", &[FrameType::StreamError][..]),
@@ -107,5 +112,6 @@ async fn output_and_results_that_are_too_large_end_in_an_error() {
             }
         }
     }
+
     alive(&mut raw).await;
 }

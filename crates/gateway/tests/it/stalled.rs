@@ -1,4 +1,4 @@
-//! Clients that ask for much time or do not read: what they hold is bounded, and others are served all through.
+//! Clients that ask for long deadlines or do not read: what they hold is bounded, and other clients are served.
 
 use crate::{Fixture, Raw, decision};
 use serde_json::{Value, json};
@@ -9,11 +9,11 @@ use wire::subjects;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const NEVER: Duration = Duration::from_secs(600);
-/// Requests whose answers, some megabytes, no socket takes at once.
+/// So many requests that their answers, some megabytes, exceed what a socket buffers.
 const FLOOD: usize = 10_000;
 
-/// A gateway with two places, whose router never answers what is called `held…`, and decides and then forgets what is
-/// waited for.
+/// A gateway with two places for requests in flight. Its router never answers requests called `held…`; it decides all
+/// others, but no worker ever runs them.
 async fn with_two_places(change: impl FnOnce(&mut gateway::Config)) -> Fixture {
     let fixture = Fixture::start(|config| {
         (config.max_in_flight, config.write_timeout) = (2, NEVER);
@@ -29,13 +29,13 @@ async fn with_two_places(change: impl FnOnce(&mut gateway::Config)) -> Fixture {
 }
 
 impl Raw {
-    /// Asks for more than the client is going to read.
+    /// Asks for more than the client reads.
     async fn flood(&mut self) {
         self.send(&hex::decode("0000000601f2").unwrap().repeat(FLOOD)).await;
     }
 }
 
-/// Another client's request is answered by the router.
+/// Waits until another client's request is answered by the router.
 async fn another_is_served(fixture: &Fixture) {
     eventually(PATIENCE, async || {
         let mut raw = fixture.connect().await;
@@ -46,7 +46,7 @@ async fn another_is_served(fixture: &Fixture) {
 }
 
 #[tokio::test]
-async fn nobody_holds_a_place_for_longer_than_the_longest_deadline() {
+async fn no_request_is_in_flight_longer_than_the_maximum_deadline() {
     let fixture = with_two_places(|config| config.max_deadline = Duration::from_millis(300)).await;
     let mut raw = fixture.connect().await;
     let day = json!({"wait": "result", "timeout_ms": 86_400_000});
@@ -58,6 +58,7 @@ async fn nobody_holds_a_place_for_longer_than_the_longest_deadline() {
         let (_, answer) = raw.answer().await;
         assert_eq!(answer["error"]["code"], ErrorCode::Timeout as u64, "{answer}");
     }
+
     another_is_served(&fixture).await;
 
     raw.frame(Version::V1, FrameType::Capabilities, "").await;
@@ -80,30 +81,33 @@ async fn requests_of_a_client_that_does_not_read_end_at_their_deadlines() {
         .await;
     raw.frame(version(2), FrameType::TaskSubmit, &crate::task(json!({"wait": "result"})))
         .await;
+
     raw.flood().await;
-    // Its places come back, though it has not read a byte.
+    // The places are released although the client has not read a byte.
     another_is_served(&fixture).await;
-    // The answers have waited for it.
+    // The answers have waited for the client.
     let mut late = 0;
     for _ in 0..FLOOD + 2 {
-        let frame = raw.next().await.expect("still connected");
+        let frame = raw.next().await.expect("the connection is open");
         if frame.version != Version::V1 {
             let answer: Value = serde_json::from_slice(&frame.payload).unwrap();
             assert_eq!(answer["error"]["code"], ErrorCode::Timeout as u64, "{answer}");
             late += 1;
         }
     }
+
     assert_eq!(late, 2);
 }
 
 #[tokio::test]
-async fn a_stream_that_is_not_read_ends_at_its_deadline() {
+async fn stream_that_is_not_read_ends_at_its_deadline() {
     let fixture = with_two_places(|config| config.max_in_flight = 1).await;
     let mut output = fixture.bus.subscribe(subjects::DECIDE, None, 8).await.unwrap();
     let mut raw = fixture.connect().await;
     let asked = json!({"request_id": "s", "wait": "stream", "timeout_ms": 700});
     raw.submit_v2(1, asked).await;
     output.next().await.unwrap();
+
     let large = "x".repeat(64 * 1024);
     for seq in 0..64 {
         let chunk = json!({"request_id": "s", "assignment_id": "a", "attempt": 1, "seq": seq, "data": large});
@@ -111,7 +115,9 @@ async fn a_stream_that_is_not_read_ends_at_its_deadline() {
         let message = bus::Message { subject, payload: chunk.to_string().into(), ..bus::Message::default() };
         fixture.bus.publish(message).await.unwrap();
     }
+
     another_is_served(&fixture).await;
+
     let last = loop {
         match raw.answer().await {
             (FrameType::StreamData, _) => {}
@@ -122,25 +128,32 @@ async fn a_stream_that_is_not_read_ends_at_its_deadline() {
 }
 
 #[tokio::test]
-async fn a_stream_that_waits_for_its_turn_ends_at_its_deadline() {
+async fn stream_that_waits_for_its_turn_ends_at_its_deadline() {
     let fixture = with_two_places(|config| config.request_timeout = NEVER).await;
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({"request_id": "held", "wait": "decision", "timeout_ms": 600_000}))
         .await;
     raw.submit_v1(json!({"wait": "stream", "timeout_ms": 100})).await;
+
     another_is_served(&fixture).await;
 }
 
 #[tokio::test]
-async fn a_probe_of_a_client_that_does_not_read_is_settled() {
+async fn probe_of_a_client_that_does_not_read_is_settled() {
     let open_for = Duration::from_millis(100);
     let breaker = gateway::BreakerConfig { probes: 1, successes: 1, open_for, ..gateway::BreakerConfig::default() };
     let fixture = Fixture::start(|config| (config.breaker, config.write_timeout) = (breaker, NEVER)).await;
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({})).await;
-    assert_eq!(raw.error_code().await, ErrorCode::Unavailable as u64, "no router is there, which opens the breaker");
+    assert_eq!(
+        raw.error_code().await,
+        ErrorCode::Unavailable as u64,
+        "no router is running, which opens the breaker"
+    );
+
     let answer = |request: Value, _| async move { (request["request_id"] != "held").then(|| decision(&request)) };
     fixture.router(answer).await;
+
     eventually(PATIENCE, async || {
         let mut other = fixture.connect().await;
         other.frame(Version::V1, FrameType::Capabilities, "").await;
@@ -148,17 +161,19 @@ async fn a_probe_of_a_client_that_does_not_read_is_settled() {
     })
     .await;
     let mut asked = fixture.bus.subscribe(subjects::DECIDE, None, 8).await.unwrap();
-    // The only probe.
+    // This request is the only probe.
     let version = Version::V2 { request_id: 1, deadline_ms: 600 };
     raw.frame(version, FrameType::TaskSubmit, &crate::task(json!({"request_id": "held"})))
         .await;
     asked.next().await.unwrap();
+
     raw.flood().await;
+
     another_is_served(&fixture).await;
 }
 
 #[tokio::test]
-async fn a_reader_that_keeps_up_gets_all_its_large_answers() {
+async fn client_that_keeps_reading_gets_all_its_large_answers() {
     let fixture = Fixture::start(|config| config.write_timeout = Duration::from_secs(2)).await;
     let answer = |request: Value, _| async move {
         let mut answer = decision(&request);
@@ -167,9 +182,11 @@ async fn a_reader_that_keeps_up_gets_all_its_large_answers() {
     };
     fixture.router(answer).await;
     let mut raw = fixture.connect().await;
+
     for id in 0..64 {
         raw.submit_v2(id, json!({})).await;
     }
+
     for _ in 0..64 {
         assert_eq!(raw.answer().await.0, FrameType::ResponseOk);
     }
