@@ -179,10 +179,11 @@ impl Bound {
         }
 
         // An engine that is not closed treats the next start as one after a crash, which is right after a failure.
-        if outcome.is_ok()
-            && let Err(error) = node.engine.close().await
-        {
-            tracing::warn!(%error, "cannot close the engine; channels may begin a new epoch at the next start");
+        if outcome.is_ok() {
+            let closed = node.engine.close().await;
+            if let Err(error) = closed {
+                tracing::warn!(%error, "cannot close the engine; channels may begin a new epoch at the next start");
+            }
         }
         outcome
     }

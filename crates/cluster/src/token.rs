@@ -35,9 +35,11 @@ impl Ended {
         }
         self.oldest_first.push_back(sid);
 
-        if self.oldest_first.len() > ENDED_MAX
-            && let Some(oldest) = self.oldest_first.pop_front()
-        {
+        if self.oldest_first.len() > ENDED_MAX {
+            let oldest = self
+                .oldest_first
+                .pop_front()
+                .expect("the queue has more than ENDED_MAX");
             self.known.remove(&oldest);
         }
     }

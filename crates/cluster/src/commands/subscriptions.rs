@@ -193,12 +193,16 @@ async fn depart(node: &Node, client: &Client, channel: &str, held: &Held, info: 
     }
 }
 
+/// Undoes what the engine was told of a subscription.
 async fn withdraw(node: &Node, client: &Client, channel: &str, presence: bool, last: bool) {
     if last {
         node.engine.unfollow(channel).await;
     }
-    if presence && let Err(error) = node.engine.present(channel, &client.id, None).await {
-        tracing::debug!(channel, %error, "cannot remove a presence entry; it expires by itself");
+    if presence {
+        let removed = node.engine.present(channel, &client.id, None).await;
+        if let Err(error) = removed {
+            tracing::debug!(channel, %error, "cannot remove a presence entry; it expires by itself");
+        }
     }
 }
 

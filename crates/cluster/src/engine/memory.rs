@@ -283,6 +283,7 @@ impl Engine for Memory {
             return Ok(Position { offset: known.publication.offset, epoch });
         }
 
+        // The offset is assigned here, under the lock of the stream.
         let offset = stream.position.offset + 1;
         publication.offset = offset;
         let kept = Kept { publication, at_ms, key: idempotency_key };
@@ -377,10 +378,11 @@ impl Engine for Memory {
 
             let (durable, epoch) = (stream.durable, stream.position.epoch.clone());
             drop(stream);
-            if self.forget(&channel)
-                && durable
-                && let Err(error) = self.remove(channel, epoch).await
-            {
+            let forgotten = self.forget(&channel);
+            if !(forgotten && durable) {
+                continue;
+            }
+            if let Err(error) = self.remove(channel, epoch).await {
                 tracing::warn!(%error, "cannot remove a forgotten channel; it comes back at the next start");
             }
         }

@@ -79,6 +79,7 @@ redis.call('PEXPIRE', KEYS[2], ARGV[2])
 /// Runs at the start, so that a server or user without INFO fails there and not at the first publication.
 const LIFE: &str = concat!(life!(), "return life");
 
+/// Assigns the offset, stores the publication and publishes it.
 /// KEYS: stream, position, idempotency · ARGV: fresh epoch, position ttl ms, publication, size, ttl ms, topic, key
 /// given?, publish command. A repeated key returns the position of its first publication, even in a later epoch.
 const PUBLISH: &str = concat!(
@@ -100,6 +101,7 @@ return {offset, epoch}
 "
 );
 
+/// Returns the epoch, the newest offset and the publications after an offset.
 /// KEYS: stream, position · ARGV: fresh epoch, position ttl ms, offset after which to read.
 const HISTORY: &str = concat!(
     epoch!(),
