@@ -195,6 +195,7 @@ async fn logout(State(auth): State<Arc<Auth>>, headers: HeaderMap) -> Response {
     {
         return refused(&error);
     }
+    // The cookie is removed even if its sign-in has ended already.
     let gone = format!("{COOKIE}=; HttpOnly; SameSite=Lax; Path=/; Max-Age=0");
     ([(header::SET_COOKIE, gone)], Json(SignedOut {})).into_response()
 }
@@ -240,6 +241,7 @@ async fn enter(auth: &Auth, headers: &HeaderMap, user: &User) -> Response {
         (header::SET_COOKIE, cookie)
     };
     let device = auth.known_device(user);
+    // Appended, since both headers have the same name and a plain array would keep only the second.
     let cookies =
         AppendHeaders([set(COOKIE, &login, "/", LOGIN_TTL), set(DEVICE_COOKIE, &device, "/auth", DEVICE_TTL)]);
     (cookies, Json(auth.identity(user, &login))).into_response()

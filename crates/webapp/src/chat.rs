@@ -126,6 +126,7 @@ impl Chat {
         // The message is committed, so its answer is requested even if the room cannot be notified.
         let mut notified = self.notify(&message).await;
         if let Some(mut answer) = answer {
+            // A repeat may find that output has arrived already.
             self.answers.fill(&mut answer.message);
             notified = notified.and(self.notify(&answer.message).await);
             self.answers.ask(answer);
@@ -150,6 +151,7 @@ impl Chat {
             .page(&room.id, request.before, limit + 1)
             .await
             .map_err(internal)?;
+        // The output of a streaming answer is in memory only.
         messages
             .iter_mut()
             .filter(|m| m.state == State::Streaming)
@@ -186,6 +188,7 @@ impl Chat {
         let streaming = self.store.delete_room(&room.id).await.map_err(internal)?;
         tracing::info!(user = caller.user, room = room.id, "a room was deleted");
         self.rooms.deleted(&room.id).await?;
+        // Last, since a cancel may wait seconds for a router.
         for answer in streaming {
             self.answers.abandon(&answer).await;
         }

@@ -102,6 +102,7 @@ impl Guesses {
     /// so that concurrent tries get no further than consecutive ones.
     fn begin(&self, by: &Try, now: Instant) -> Result<(), Wait> {
         let counts = &mut *self.0.lock();
+        // A known browser does not count by its address or name, so strangers cannot slow it down.
         if let Some(device) = &by.device {
             counts.known.check(device, now)?;
             counts.devices.take(device, now)?;

@@ -41,6 +41,7 @@ impl<K: Eq + Hash + Clone> Rate<K> {
 
     /// Counts one event, or returns how long to wait.
     pub fn take(&mut self, key: &K, now: Instant) -> Result<(), Wait> {
+        // The theoretical arrival time of the algorithm. Each event moves it by one interval.
         let free_at = self.keys.get(key).copied().unwrap_or(now).max(now);
         let ahead = free_at - now;
         let most = self.every * self.burst.saturating_sub(1);

@@ -32,6 +32,7 @@ pub fn read(node: &Node, value: &Json) -> Result<Input, String> {
             None => refused("true or false"),
         },
         "radio" | "selectbox" => {
+            // An option is a text, or a record with a value.
             let offered = list(node, "options")
                 .iter()
                 .any(|option| option == value || &option["value"] == value);

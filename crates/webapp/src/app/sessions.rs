@@ -212,6 +212,7 @@ impl Sessions {
 
         let mut live = self.live.lock();
         if live.len() >= SESSIONS_MAX {
+            // A changed session would lose what is not written yet.
             let oldest = live
                 .values()
                 .filter(|session| !session.changed.load(Relaxed))
@@ -256,6 +257,7 @@ impl Sessions {
     async fn save(&self) -> crate::db::Result<()> {
         let changed: Vec<Arc<Session>> = {
             let live = self.live.lock();
+            // Cleared before the snapshot is taken, so that a change meanwhile marks the session again.
             live.values()
                 .filter(|session| session.changed.swap(false, Relaxed))
                 .cloned()

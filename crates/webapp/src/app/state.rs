@@ -90,6 +90,7 @@ impl Memory {
     }
 
     pub fn snapshot(&self, path: &str, query: &str) -> Snapshot {
+        // States that no run asked for are written back as they were restored.
         let mut states = self.dormant.clone();
         states.extend(
             self.states

@@ -279,6 +279,7 @@ impl<'a> Ui<'a> {
 
     /// Returns what identifies the next element among its siblings: its kind with its key or its count.
     fn place(&mut self, kind: &'static str) -> String {
+        // Counted by kind, so that names stay when elements of other kinds come and go.
         let count = self.counts.entry(kind).or_default();
         *count += 1;
         match &self.next_key {

@@ -137,6 +137,7 @@ impl Answers {
 
     /// Requests an answer from the router, in the background.
     pub fn ask(self: &Arc<Self>, answer: Answer) {
+        // A repeated request keeps the output so far.
         self.partial
             .lock()
             .entry(answer.request_id.clone())
@@ -429,6 +430,7 @@ impl Answers {
             if let Err(error) = self.sweep_once(now_ms()).await {
                 tracing::warn!(%error, "cannot sweep the streaming answers");
             }
+            // This housekeeping needs no loop of its own.
             if let Err(error) = self.store.forget_spent(now_ms()).await {
                 tracing::warn!(%error, "cannot delete old records of spent quotas");
             }

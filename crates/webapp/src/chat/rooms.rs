@@ -143,6 +143,7 @@ impl Rooms {
         let now = now_ms();
         let mut tx = self.db.begin().await?;
 
+        // A room that exists is left alone, and then no row is affected.
         let insert =
             "INSERT INTO rooms (id, name, created_at, maker) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO UPDATE
             SET name = excluded.name, created_at = excluded.created_at, maker = excluded.maker, deleted_at = NULL

@@ -171,6 +171,7 @@ impl Store {
     }
 
     async fn one_answer(&self, select: Select<'_>) -> Result<Option<Answer>> {
+        // A message of a person has no request, so it is no answer.
         let row = select.fetch_optional(self.db.read()).await?;
         Ok(row.and_then(Row::answer))
     }
