@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 pub(crate) use consumer::Settle;
 pub use journal::Durability;
-use state::{NewMessage, Step};
+use state::{NewMessage, Step, Taken};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,19 +116,25 @@ impl BusApi for Local {
 
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete> {
         let steps: Vec<Step> = writes.iter().map(|write| self.step(write)).collect::<Result<_>>()?;
-        let written = self.store.write(steps).await?;
+        let taken = self.store.write(steps).await?;
 
-        for (write, written) in writes.into_iter().zip(&written) {
-            match (write, written) {
-                (Write::Append { message, .. }, Written::Appended(appended)) if !appended.duplicate => {
+        let written = writes.into_iter().zip(taken).map(|(write, taken)| match taken {
+            Taken::Put { revision } => Written::Put { revision },
+            Taken::Appended(appended) => {
+                if let (Write::Append { message, .. }, false) = (write, appended.duplicate) {
                     self.store.wake(&message.subject);
                     self.subjects.publish(message);
                 }
-                (Write::Ack(Delivery { acker: Acker::Local(settle), .. }), _) => settle.wake_consumers(),
-                _ => {}
+                Written::Appended(appended)
             }
-        }
-        Ok(written)
+            Taken::Acked { wakes } => {
+                if let (Write::Ack(Delivery { acker: Acker::Local(settle), .. }), true) = (write, wakes) {
+                    settle.wake_consumers();
+                }
+                Written::Acked
+            }
+        });
+        Ok(written.collect())
     }
 
     async fn consume(&self, config: ConsumerConfig) -> Result<Consumer> {

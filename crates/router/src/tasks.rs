@@ -20,15 +20,13 @@ const QUEUE_MAX: usize = 1024;
 ///
 /// A known task keeps its decision, whatever policies and breakers say by now.
 pub async fn push(router: &Router, request: &DecideRequest) -> Result<(TaskState, Decision), ErrorBody> {
-    let task = match known(router, request).await? {
-        Some(task) => task,
-        None => match begin(router, request).await? {
-            Some(task) => task,
-            // Another request with this id was faster.
-            None => known(router, request)
-                .await?
-                .ok_or_else(|| ErrorBody::new(RouterCode::Unavailable, "the task expired just now; try again"))?,
-        },
+    let task = match begin(router, request).await {
+        Ok(Some(task)) => task,
+        Ok(None) => known(router, request)
+            .await?
+            .ok_or_else(|| ErrorBody::new(RouterCode::Unavailable, "the task expired just now; try again"))?,
+        // A repeated request has its answer even if a new one would be refused.
+        Err(refusal) => known(router, request).await?.ok_or(refusal)?,
     };
     let decision = task.decision.clone();
     let decision = decision.ok_or_else(|| ErrorBody::new(RouterCode::Internal, "the task's record has no decision"))?;

@@ -132,7 +132,7 @@ impl Settle {
         Step::Ack { consumer: self.consumer.config.clone(), sequence: self.sequence }
     }
 
-    /// A settled delivery makes room under `max_ack_pending`.
+    /// For a settlement after which a claim may find more than before.
     pub fn wake_consumers(&self) {
         self.consumer.work.notify_waiters();
     }

@@ -16,7 +16,7 @@ pub use snapshot::Cursor;
 use super::record::{
     ConsumerRecord, DroppedRecord, EntryRecord, Group, Kind, MessageRecord, RemovedRecord, Stored, StreamRecord,
 };
-use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, Retention, StreamConfig, StreamInfo, Written};
+use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, Retention, StreamConfig, StreamInfo};
 use bytes::Bytes;
 use consumer::Consumer;
 use journal::Place;
@@ -56,6 +56,18 @@ pub enum Step {
     Put { bucket: String, key: String, value: Bytes, expected: Option<u64> },
     Append { stream: &'static str, message: NewMessage },
     Ack { consumer: Arc<ConsumerConfig>, sequence: u64 },
+}
+
+/// What a step has done.
+pub enum Taken {
+    Put {
+        revision: u64,
+    },
+    Appended(Appended),
+    /// `wakes`: as [`State::settle`] returns it.
+    Acked {
+        wakes: bool,
+    },
 }
 
 impl Step {
@@ -209,7 +221,7 @@ impl State {
     }
 
     /// Takes all steps in their order, or none: every step is checked before the first one changes anything.
-    pub fn write(&mut self, group: &mut Group, steps: &[Step], now_ms: u64, clock_ms: u64) -> Result<Vec<Written>> {
+    pub fn write(&mut self, group: &mut Group, steps: &[Step], now_ms: u64, clock_ms: u64) -> Result<Vec<Taken>> {
         for (index, step) in steps.iter().enumerate() {
             self.check(step, now_ms)?;
             // Each step is checked against the state before the batch, which two puts of one key would outdate.
@@ -221,13 +233,13 @@ impl State {
         let taken = steps.iter().map(|step| match step {
             Step::Put { bucket, key, value, expected } => self
                 .kv_put(group, bucket, key, value, *expected, now_ms)
-                .map(|revision| Written::Put { revision }),
-            Step::Append { stream, message } => self.append(group, stream, message, now_ms).map(Written::Appended),
+                .map(|revision| Taken::Put { revision }),
+            Step::Append { stream, message } => self.append(group, stream, message, now_ms).map(Taken::Appended),
             Step::Ack { consumer, sequence } => self
                 .settle(group, consumer, *sequence, Outcome::Ack, clock_ms)
-                .map(|()| Written::Acked),
+                .map(|wakes| Taken::Acked { wakes }),
         });
-        Ok(taken.map(|written| written.expect("the step was checked")).collect())
+        Ok(taken.map(|taken| taken.expect("the step was checked")).collect())
     }
 
     /// Fails as taking the step would.
@@ -293,6 +305,7 @@ impl State {
         Ok((claimed, consumer.next_due(clock_ms)))
     }
 
+    /// Settles a delivery. Returns whether a claim may find more than before.
     pub fn settle(
         &mut self,
         group: &mut Group,
@@ -300,18 +313,20 @@ impl State {
         sequence: u64,
         outcome: Outcome,
         clock_ms: u64,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let (stream, declared) = self.declared(config.stream)?;
         let consumer = stream.consumers.get_mut(&config.name).ok_or_else(|| unknown(config))?;
         let removes = declared.retention == Retention::WorkQueue;
-        if consumer.settle(group, config, sequence, outcome, removes, clock_ms)
+
+        let settled = consumer.settle(group, config, sequence, outcome, removes, clock_ms);
+        if settled.done
             && removes
             && let Some(message) = stream.messages.remove(&sequence)
         {
             stream.bytes -= u64::from(message.place.len);
             self.rows.release(message.place);
         }
-        Ok(())
+        Ok(settled.wakes)
     }
 
     pub fn info(&self, name: &str) -> Result<StreamInfo> {

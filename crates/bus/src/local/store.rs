@@ -2,10 +2,10 @@
 
 use super::engine::{Engine, Operation, Shared, Values};
 use super::record::Group;
-use super::state::{NewMessage, State, Step, millis};
+use super::state::{NewMessage, State, Step, Taken, millis};
 use super::subjects::matches;
 use crate::clock::unix_ms;
-use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, StreamConfig, StreamInfo, Written};
+use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, StreamConfig, StreamInfo};
 use bytes::Bytes;
 use journal::Durability;
 use parking_lot::RwLock;
@@ -136,7 +136,7 @@ impl Store {
     }
 
     /// Runs all steps in one commit, or none: see [`State::write`]. The caller notifies consumers with [`Store::wake`].
-    pub async fn write(&self, steps: Vec<Step>) -> Result<Vec<Written>> {
+    pub async fn write(&self, steps: Vec<Step>) -> Result<Vec<Taken>> {
         let (now, clock) = (unix_ms(), self.clock_ms());
         self.run(move |state, group| state.write(group, &steps, now, clock))
             .await
@@ -205,9 +205,12 @@ impl Store {
     pub async fn settle(&self, consumer: &ConsumerHandle, sequence: u64, outcome: Outcome) -> Result<()> {
         let config = consumer.config.clone();
         let now = self.clock_ms();
-        self.run(move |state, group| state.settle(group, &config, sequence, outcome, now))
+        let wakes = self
+            .run(move |state, group| state.settle(group, &config, sequence, outcome, now))
             .await?;
-        consumer.work.notify_waiters();
+        if wakes {
+            consumer.work.notify_waiters();
+        }
         Ok(())
     }
 

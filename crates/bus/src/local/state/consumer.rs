@@ -20,6 +20,8 @@ pub struct Consumer {
     due: BTreeSet<(u64, u64)>,
     /// Messages that it still owes an answer for, handed out or not.
     pub pending: u64,
+    /// The last claim took less than it wanted, because `max_ack_pending` deliveries are out.
+    blocked: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -34,6 +36,14 @@ pub struct Claimed {
     pub delivered: u32,
     pub stored_ms: u64,
     pub place: Place,
+}
+
+/// What a settlement has changed.
+pub struct Settled {
+    /// The consumer is done with the message.
+    pub done: bool,
+    /// A claim may find more than before.
+    pub wakes: bool,
 }
 
 impl Consumer {
@@ -60,7 +70,9 @@ impl Consumer {
             .map(|(_, sequence)| *sequence)
             .collect();
         let held = self.out.len() - due.len();
-        let max = max.min(config.max_ack_pending.saturating_sub(held));
+        let room = config.max_ack_pending.saturating_sub(held);
+        self.blocked = room < max;
+        let max = max.min(room);
         let until = clock_ms + super::millis(config.ack_wait);
         let mut claimed = Vec::new();
 
@@ -92,7 +104,7 @@ impl Consumer {
         claimed
     }
 
-    /// Whether the consumer is done with the message.
+    /// Settles a delivery. One that is no longer out, because it was settled before or is gone, changes nothing.
     pub fn settle(
         &mut self,
         group: &mut Group,
@@ -101,9 +113,9 @@ impl Consumer {
         outcome: Outcome,
         removes: bool,
         clock_ms: u64,
-    ) -> bool {
+    ) -> Settled {
         let Some(out) = self.out.get(&sequence).copied() else {
-            return false;
+            return Settled { done: false, wakes: false };
         };
         let due_ms = match outcome {
             Outcome::Nak(delay) => clock_ms.saturating_add(super::millis(delay)),
@@ -114,11 +126,11 @@ impl Consumer {
                 let (stream, consumer) = (config.stream.to_string(), config.name.clone());
                 group.push(Kind::Settled(SettledRecord { stream, consumer, sequence, removes }));
                 self.settled(sequence);
-                return true;
+                return Settled { done: true, wakes: self.blocked };
             }
         };
         self.hold(sequence, Out { due_ms, ..out });
-        false
+        Settled { done: false, wakes: matches!(outcome, Outcome::Nak(_)) }
     }
 
     /// The earliest time at which one that is out comes back.
