@@ -162,7 +162,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     provider.running.fetch_add(1, Relaxed);
     let started = Instant::now();
     let (outcome, given_up) = {
-        let mut work = std::pin::pin!(provider.run(&job, &output, limit, &run.stop));
+        let mut work = Box::pin(provider.run(&job, &output, limit, &run.stop));
         tokio::select! {
             outcome = &mut work => (outcome, false),
             never = attend(&worker.bus, delivery, &assignment, &run.stop) => match never {},

@@ -260,7 +260,7 @@ impl Store {
     pub async fn prune(&self) -> Result<()> {
         let now = unix_ms();
         while self.run(move |state, group| Ok(state.prune(group, now))).await? {}
-        self.run_then(|_, _| Ok(()), |(), values| Ok(values.give_back()?)).await
+        self.run_then(|_, _| Ok(()), |(), values| values.give_back()).await
     }
 
     /// Notes in the log how far consumers have got, if that has changed: so that what a crash interrupts counts as delivered.
