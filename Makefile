@@ -1,4 +1,4 @@
-# make run: build and start.  make test: install what tests need, run them all.  make bench: our figures beside our peers'.
+# make run: build and start.  make test: install what the tests need, and run them all.  make bench: measure us and our peers.
 .PHONY: run build test deps frontend fmt bench fuzz memcheck audit tools
 
 CARGO ?= cargo
@@ -11,7 +11,7 @@ run: build
 build: tools frontend
 	$(CARGO) build --release -p beamline
 
-# The pages come before cargo: they are put into the binary.
+# Build the pages before the binary, which embeds them.
 test: deps frontend
 	./scripts/test.sh
 
@@ -24,7 +24,7 @@ fuzz: tools
 memcheck: tools
 	./scripts/memory-check.sh
 
-# Known faults of what we build on; takes cargo-deny and its database.
+# Checks the dependencies for known vulnerabilities; needs cargo-deny and its database.
 audit: tools
 	@CARGO='$(CARGO)' ./scripts/check-advisories.sh
 
@@ -38,8 +38,8 @@ frontend: tools
 deps: tools
 	./scripts/install-test-deps.sh
 
-# Whatever is missing is told before anything is built. What a target needs less than all three of is said below, for it
-# and what it depends on; `deps` installs the C compiler.
+# Reports every missing tool before anything is built. The variable names the tools that a target and its prerequisites
+# need; by default all three. `deps` installs the C compiler.
 TOOLS =
 tools:
 	@CARGO='$(CARGO)' ./scripts/check-tools.sh $(TOOLS)

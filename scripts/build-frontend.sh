@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the pages into frontend/dist, from where they are put into the binary. Skips what has not changed.
+# Builds the pages into frontend/dist, which the binary embeds. Skips the build if nothing has changed.
 set -eu
 cd "$(dirname "$0")/../frontend"
 if [ package-lock.json -nt node_modules/.package-lock.json ]; then

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that must hold, in the order in which a mistake is found soonest. `make test` has installed and built what it needs.
+# Runs all checks and tests, the quickest first. `make test` installs and builds what they need.
 set -eu
 cd "$(dirname "$0")/.."
 CARGO=${CARGO:-cargo}
 
-# Says which step failed, and how long each took.
+# Runs a step, and reports its duration or its failure.
 step() {
   local name=$1 began=$SECONDS
   shift

@@ -23,13 +23,14 @@ impl Given {
     pub fn take(names: Option<&str>) -> Result<Self> {
         let mut sockets = ListenFd::from_env();
         let names: Vec<&str> = names.unwrap_or_default().split(':').collect();
+
         let mut given = Self::default();
         for index in 0..sockets.len() {
             let name = names.get(index).copied().unwrap_or_default();
             given.place(name, &mut sockets, index).with_context(|| {
                 format!(
-                    "cannot use the service manager's socket {name:?}; http, ops and grpc must be TCP, any other name must be \
-                     the gateway's Unix socket (FileDescriptorName= and ListenStream= of the .socket unit)"
+                    "cannot use the service manager's socket {name:?}; http, ops and grpc must be TCP, any other name \
+                     must be the gateway's Unix socket (FileDescriptorName= and ListenStream= of the .socket unit)"
                 )
             })?;
         }
@@ -47,10 +48,12 @@ impl Given {
                 return Ok(());
             }
         };
+
         ensure!(place.is_none(), "another socket has the same name");
         let Some(listener) = sockets.take_tcp_listener(index)? else {
             bail!("it is already in use")
         };
+
         ensure!(SockRef::from(&listener).is_listener()?, "it is not a listening socket");
         listener.set_nonblocking(true)?;
         *place = Some(listener);

@@ -35,6 +35,7 @@ async fn gateway(path: &PathBuf) -> std::io::Result<()> {
     Frame::new(Version::V1, FrameType::Ping, Vec::new()).encode(&mut bytes);
     // A gateway that refuses may have closed the connection already; its frame can still be read.
     let _ = stream.write_all(&bytes).await;
+
     bytes.clear();
     loop {
         if stream.read_buf(&mut bytes).await? == 0 {
@@ -51,6 +52,7 @@ async fn operations(address: SocketAddr) -> std::io::Result<()> {
     stream
         .write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         .await?;
+
     let mut answer = Vec::new();
     stream.take(64 * 1024).read_to_end(&mut answer).await?;
     if answer.starts_with(b"HTTP/1.1 200 ") {

@@ -218,7 +218,8 @@ pub struct SoakGateway {
     /// Replace the router on this NATS and answer every request after its deadline; no router may run there
     #[arg(long, value_name = "URL", requires = "deadline")]
     pub late_router: Option<String>,
-    /// URL of the gateway's metrics, such as http://127.0.0.1:9090/metrics, to watch its tasks and requests in flight too
+    /// URL of the gateway's metrics, such as http://127.0.0.1:9090/metrics, to watch its tasks and requests in flight
+    /// too
     #[arg(long, value_name = "URL")]
     pub metrics: Option<String>,
     /// Task type, by which policies select a provider

@@ -1,7 +1,7 @@
 //! Reads the settings, checks them, and hands each part a typed table.
 //!
-//! A value comes from its default, the file, the environment or a flag; a later source overrides an earlier one. [`load`]
-//! reports every problem at once, before any port is bound. Only this module reads the environment.
+//! A value comes from its default, the file, the environment or a flag; a later source overrides an earlier one.
+//! [`load`] reports every problem at once, before any port is bound. Only this module reads the environment.
 //!
 //! A new setting is a row in `config/keys.rs` and a line in `config/settings.rs`.
 

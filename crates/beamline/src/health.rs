@@ -144,6 +144,7 @@ mod tests {
             .handle();
         let draining = CancellationToken::new();
         let health = Health { checks: Vec::new(), metrics, metrics_public: false, draining };
+
         let mut request = Request::get("/metrics");
         if let Some(forwarded) = forwarded {
             request = request.header("x-forwarded-for", forwarded);

@@ -21,6 +21,7 @@ pub fn init(settings: &Settings) -> anyhow::Result<Filter> {
             .with_span_list(false)
             .boxed(),
     };
+
     tracing_subscriber::registry().with(filter).with(lines).init();
     Ok(Filter(handle))
 }

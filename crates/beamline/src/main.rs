@@ -21,7 +21,8 @@ use clap::Parser;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// The exit code for bad settings: `EX_USAGE` of sysexits(3), after which the systemd unit does not restart the process.
+/// The exit code for bad settings: `EX_USAGE` of sysexits(3), after which the systemd unit does not restart the
+/// process.
 const EXIT_SETTINGS: u8 = 64;
 
 /// Many small messages spent half their time in the system's allocator.
@@ -105,6 +106,7 @@ fn check(setting: cli::Setting) -> anyhow::Result<()> {
     for warning in &settings.warnings {
         eprintln!("beamline: {warning}");
     }
+
     match &settings.file {
         Some(file) => println!("{}: ok", file.display()),
         None => println!("no settings file; the defaults and the environment are ok"),

@@ -1,5 +1,5 @@
-//! Describes every metric, and registers counters without labels at 0: an alert on an increase sees the first event only
-//! if there was a zero before it.
+//! Describes every metric, and registers counters without labels at 0: an alert on an increase sees the first event
+//! only if there was a zero before it.
 
 use anyhow::{Context, Result};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -15,7 +15,7 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     (
         "beamline_bus_message_ids_forgotten_total",
         false,
-        "Message ids that the embedded bus forgot early because its memory for them was full; a repeat of such a message is not recognized",
+        "Message ids that the embedded bus forgot early for lack of room; it does not recognize a repeat of them",
     ),
     ("beamline_cluster_connects_total", false, "Connections that sent a valid connect command"),
     ("beamline_cluster_deliveries_total", false, "Publications queued for a connection"),
@@ -92,15 +92,18 @@ const HISTOGRAMS: &[(&str, &str)] = &[
 pub fn install() -> Result<PrometheusHandle> {
     let handle = PrometheusBuilder::new().set_buckets(BUCKETS)?.install_recorder();
     let handle = handle.context("cannot install the metrics recorder")?;
+
     for (name, labelled, help) in COUNTERS {
         ::metrics::describe_counter!(*name, *help);
         if !labelled {
             ::metrics::counter!(*name).increment(0);
         }
     }
+
     for (name, help) in GAUGES {
         ::metrics::describe_gauge!(*name, *help);
     }
+
     for (name, help) in HISTOGRAMS {
         ::metrics::describe_histogram!(*name, ::metrics::Unit::Seconds, *help);
     }
@@ -129,7 +132,9 @@ mod tests {
                 }
             }
         }
+
         used.retain(|name| name.starts_with("beamline_"));
+
         let names = COUNTERS.iter().map(|(name, _, _)| *name);
         let names = names
             .chain(GAUGES.iter().map(|(name, _)| *name))

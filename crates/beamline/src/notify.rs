@@ -27,8 +27,8 @@ pub fn status(text: &str) {
     send(&[NotifyState::Status(text)]);
 }
 
-/// Reports twice per `WatchdogSec=` that the process is alive, each time after `alive` has checked it. The service manager
-/// restarts a process that stops reporting.
+/// Reports twice per `WatchdogSec=` that the process is alive, each time after `alive` has checked it. The service
+/// manager restarts a process that stops reporting.
 pub async fn watchdog<F: Future<Output = Result<(), String>>>(alive: impl Fn() -> F) -> Infallible {
     let Some(patience) = sd_notify::watchdog_enabled() else {
         return std::future::pending().await;

@@ -76,12 +76,15 @@ fn write_new(dir: &Path, name: &str, secret: &str) -> std::io::Result<()> {
         .truncate(true)
         .mode(0o600)
         .open(&partial)?;
+
     file.write_all(secret.as_bytes())?;
     file.write_all(b"\n")?;
     file.sync_all()?;
+
     let linked = std::fs::hard_link(&partial, dir.join(name));
     std::fs::remove_file(&partial)?;
     linked?;
+
     // Sync the directory, so that the name survives a power failure too.
     File::open(dir)?.sync_all()
 }

@@ -18,6 +18,7 @@ pub fn lint(dir: Option<PathBuf>) -> Result<()> {
     for warning in findings.warnings {
         println!("warning: {warning}");
     }
+
     match errors {
         0 => {
             println!("{}: {} policies can be used", dir.display(), findings.policies);
@@ -32,10 +33,12 @@ pub fn delete(name: &str, dir: Option<PathBuf>, vanished: bool) -> Result<()> {
     let Some(name) = PolicyName::parse(name) else {
         bail!("{name:?} is not the name of a policy; write TENANT/POLICY, for example acme/default");
     };
+
     let dir = directory(dir)?;
     if !dir.is_dir() {
         bail!("there is no policy directory {}; name it with --policies", dir.display());
     }
+
     let known = router::policy_names(&dir);
     if !vanished && !known.contains(&name) {
         bail!("{}", unknown(&dir, &name, &known));
@@ -46,6 +49,7 @@ pub fn delete(name: &str, dir: Option<PathBuf>, vanished: bool) -> Result<()> {
         .ok()
         .flatten()
         .map_or_else(|| user.to_string(), |user| user.name);
+
     let deleted_ms = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis())?;
     let removed = router::delete_policy(&dir, &name, &Tombstone { deleted_ms, by })
         .with_context(|| format!("cannot delete {name} from {}", dir.display()))?;
@@ -64,6 +68,7 @@ fn unknown(dir: &Path, name: &PolicyName, known: &BTreeSet<PolicyName>) -> Strin
         true => format!("tenant {:?} has no policies there", name.tenant),
         false => format!("tenant {:?} has {}", name.tenant, own.join(", ")),
     };
+
     let dir = dir.display();
     format!("there is no policy {name} in {dir}; {own}; if its file was lost, add --vanished to delete it")
 }

@@ -84,8 +84,10 @@ fn print(seen: &Evidence) {
         "{} requests in {:.0} s, {:.0}/s, p50 {} µs, p99 {} µs, longest {} µs",
         seen.sent, seen.seconds, seen.per_second, seen.p50_us, seen.p99_us, seen.max_us
     );
+
     let refused: u64 = seen.errors.values().sum();
     println!("{} answered, {refused} refused {:?}, {} lost", seen.answered, seen.errors, seen.unanswered);
+
     if let (Some(first), Some(last)) = (seen.samples.first(), seen.samples.last()) {
         let mib = |bytes: u64| bytes as f64 / 1048576.0;
         println!(
@@ -98,6 +100,7 @@ fn print(seen: &Evidence) {
             last.holds.descriptors
         );
     }
+
     if let (Some(after), Some(late)) = (seen.after, seen.late_replies) {
         println!("afterwards: {} in flight, {} tasks; {late} replies were late", after.in_flight, after.tasks);
     }

@@ -89,6 +89,7 @@ async fn stream(client: &Client, request: &Value) -> Result<()> {
                 out.flush()?;
                 streamed = true;
             }
+
             StreamEvent::Complete(complete) => {
                 let result = serde_json::to_value(&complete)?;
                 match &result["result"]["output"] {

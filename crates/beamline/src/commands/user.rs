@@ -19,6 +19,7 @@ pub async fn add(name: String, args: cli::DataDir) -> Result<()> {
     let mut password = String::new();
     std::io::stdin().lock().read_line(&mut password)?;
     let password = password.trim_end_matches(['\r', '\n']);
+
     if password.is_empty() {
         bail!("the password is empty; write it to standard input");
     }

@@ -153,6 +153,7 @@ impl Reader<'_> {
                 .and_then(|items| list(key.kind, items)),
             other => Err(format!("cannot be of type {}", other.type_str())),
         };
+
         match parsed {
             Ok(value) => values.set(key, value, Source::File { line }),
             Err(what) => self.problem(line, format!("{name} {what}")),

@@ -139,8 +139,8 @@ fn open_channels(settings: &Settings) -> Vec<String> {
         .filter(|name| matches!(name.as_str(), "chat" | "ops"))
         .map(|name| {
             format!(
-                "cluster.namespaces: {name} has publish = true, so that every client may publish what only services should; \
-                 the pages ignore it, other programs may not. Remove the line unless you mean it"
+                "cluster.namespaces: {name} has publish = true, so every client may publish what only services should; the \
+                 pages ignore such messages, other programs may not. Remove the line unless you mean it"
             )
         })
         .collect()
@@ -151,8 +151,8 @@ fn no_host_names(settings: &Settings) -> Option<String> {
     let listen = settings.http.listen;
     (!listen.ip().is_loopback() && !settings.http.hosts.has_names()).then(|| {
         format!(
-            "http.listen is {listen}, and http.hosts is empty: requests are answered under this machine's addresses and \
-             localhost, and refused (421) under any other name; put the names that people use into http.hosts"
+            "http.listen is {listen}, and http.hosts is empty: requests are answered under this machine's addresses \
+             and localhost, and refused (421) under any other name; put the names that people use into http.hosts"
         )
     })
 }

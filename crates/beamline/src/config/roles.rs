@@ -73,8 +73,8 @@ pub fn problems(settings: &Settings) -> Vec<String> {
         .map(|(role, needs, lack)| {
             let needs = needs.iter().map(|need| need.name()).collect::<Vec<_>>().join(" or ");
             format!(
-                "the {role} {lack}: the embedded bus reaches only the parts of this process; add {needs} to roles, or set \
-                 nats.url"
+                "the {role} {lack}: the embedded bus reaches only the parts of this process; add {needs} to roles, or \
+                 set nats.url"
             )
         })
         .collect()
@@ -113,10 +113,11 @@ mod tests {
             match (load(&layers), expected) {
                 (Ok(settings), Ok(warnings)) => assert_eq!(settings.warnings.len(), warnings, "{roles}"),
                 (Err(problems), Err(parts)) => {
-                    let told: Vec<_> = problems.0.iter().map(|problem| problem.what.as_str()).collect();
-                    assert_eq!(told.len(), parts.len(), "{roles}: {told:?}");
-                    let fits = |(told, part): (&&str, &&str)| told.contains(part) && told.contains("nats.url");
-                    assert!(told.iter().zip(parts).all(fits), "{roles}: {told:?}");
+                    let reported: Vec<_> = problems.0.iter().map(|problem| problem.what.as_str()).collect();
+                    assert_eq!(reported.len(), parts.len(), "{roles}: {reported:?}");
+                    let fits =
+                        |(reported, part): (&&str, &&str)| reported.contains(part) && reported.contains("nats.url");
+                    assert!(reported.iter().zip(parts).all(fits), "{roles}: {reported:?}");
                 }
                 (loaded, _) => panic!("{roles}: {:?}", loaded.map(|settings| settings.warnings)),
             }
@@ -126,15 +127,18 @@ mod tests {
         check("gateway,router,worker", false, Ok(0));
         check("gateway,router,worker,cluster", false, Ok(0));
         check("router,worker,cluster,webapp", false, Ok(0));
+
         check("gateway,router", false, Ok(1));
         check("cluster,webapp", false, Ok(1));
         check("router,cluster,webapp", false, Ok(1));
+
         check("gateway", false, Err(&["the gateway finds no router"]));
         check("router", false, Err(&["the router receives no requests"]));
         check("worker", false, Err(&["the worker gets no task"]));
         check("router,worker", false, Err(&["add gateway or webapp to roles"]));
         check("gateway,worker", false, Err(&["the gateway finds no router", "the worker gets no task"]));
         check("webapp", false, Err(&["the webapp has no node"]));
+
         for role in super::Role::ALL {
             check(role.name(), true, Ok(0));
         }

@@ -277,6 +277,7 @@ fn provider(values: &Values, passed_on: &BTreeMap<String, String>) -> Option<wor
         },
         other => unreachable!("the table of keys has no provider kind {other}"),
     };
+
     Some(worker::ProviderConfig {
         name: values.maybe_text("name")?,
         kind,

@@ -141,6 +141,7 @@ mod tests {
             &good,
             &[("http://h:4222", "nats://"), ("nats://", "no host"), ("nats://h:geheim", "not a URL")],
         );
+
         let good = [
             "redis://127.0.0.1:6379",
             "redis://:p@h:6379/1",

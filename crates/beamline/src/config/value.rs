@@ -143,8 +143,8 @@ fn variables(items: &[String]) -> Result<(), String> {
     Ok(())
 }
 
-/// `EnvFilter` reads a bare word that is no level as the name of a target: it logs everything of that target and nothing
-/// else. A mistyped level must not silence the log that way, so a bare word has to be a level.
+/// `EnvFilter` reads a bare word that is no level as the name of a target: it logs everything of that target and
+/// nothing else. A mistyped level must not silence the log that way, so a bare word has to be a level.
 fn log_filter(text: &str) -> Result<(), String> {
     for word in text.split(',').filter(|word| !word.is_empty()) {
         let is_bare = !word.contains(['=', '[', ']', '{', '}']);
@@ -221,12 +221,14 @@ pub fn render(kind: Kind, value: &Value) -> String {
             ms if ms % 1_000 == 0 => format!("\"{}s\"", ms / 1_000),
             ms => format!("\"{ms}ms\""),
         },
+
         (_, Value::Text(s)) => format!("{:?}", without_password(s)),
         (_, Value::Path(p)) => format!("{:?}", p.display().to_string()),
         (_, Value::Address(a)) => format!("\"{a}\""),
         (_, Value::Number(n)) => n.to_string(),
         (_, Value::Share(share)) => format!("{share:?}"),
         (_, Value::Bool(b)) => b.to_string(),
+
         (Kind::Variables, Value::List(items)) => {
             let shown = items.iter().map(|item| match variable(item) {
                 (name, Some(_)) => format!("{name}=[REDACTED]"),

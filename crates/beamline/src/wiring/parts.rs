@@ -25,8 +25,8 @@ pub fn http_front(settings: &Settings) -> Front {
     }
 }
 
-/// On loopback the operations port can be reached by the browsers of this machine, and so by pages whose name resolves to
-/// it: it checks hosts like the HTTP port. Elsewhere its clients are monitors, which use names that only they know.
+/// On loopback the operations port can be reached by the browsers of this machine, and so by pages whose name resolves
+/// to it: it checks hosts like the HTTP port. Elsewhere its clients are monitors, which use names that only they know.
 pub fn ops_front(settings: &Settings, listen: SocketAddr) -> Front {
     let front = http_front(settings);
     if listen.ip().is_loopback() {
@@ -44,9 +44,11 @@ pub async fn cluster(settings: &Settings, http: SocketAddr, bus: Bus) -> Result<
         api_key: secrets::load_or_create(&settings.data_dir, secrets::API_KEY)?,
         ..settings.cluster.clone()
     };
+
     if let cluster::EngineConfig::Memory { boot_id, .. } = &mut config.engine {
         *boot_id = this_boot_id();
     }
+
     cluster::bind(config, bus)
         .await
         .context("the cluster node cannot start")

@@ -184,11 +184,13 @@ impl<'a> Parts<'a> {
         }
         let node = parts::cluster(self.settings, http, self.bus.clone()).await?;
         self.routes = std::mem::take(&mut self.routes).merge(node.routes());
+
         let ready = node.ready();
         self.check("channels", move || {
             let ready = ready.clone();
             async move { ready.check().await }
         });
+
         self.stages
             .nodes
             .run("cluster node", |cancel| async move { Ok(node.run(cancel).await?) });
@@ -225,11 +227,13 @@ impl<'a> Parts<'a> {
         self.admin_password = admin_password(self.settings, &webapp).await?;
 
         self.routes = std::mem::take(&mut self.routes).merge(webapp.routes());
+
         let ready = webapp.ready();
         self.check("database", move || {
             let ready = ready.clone();
             async move { ready.check().await }
         });
+
         self.stages
             .pages
             .run("web app", |cancel| async move { Ok(webapp.run(cancel).await?) });
@@ -254,8 +258,8 @@ impl<'a> Parts<'a> {
 async fn admin_password(settings: &Settings, webapp: &webapp::Bound) -> Result<Option<String>> {
     let data_dir = &settings.data_dir;
     if webapp.is_new().await? {
-        // The password is stored before the account exists: a crash between the two must not leave an account that nobody
-        // can open.
+        // The password is stored before the account exists: a crash between the two must not leave an account that
+        // nobody can open.
         let password = secrets::load_or_make(data_dir, secrets::ADMIN_PASSWORD, webapp::generate_password)?;
         let created = webapp
             .create_admin(&password)

@@ -1,9 +1,9 @@
-//! What the commands say when something is not as it should be.
+//! Error messages of the commands.
 
 use crate::process::{Process, run_in};
 
 #[tokio::test]
-async fn a_token_is_not_made_where_nothing_has_run() {
+async fn token_and_api_key_need_an_existing_data_directory() {
     let dir = tempfile::tempdir().unwrap();
     for command in [&["token", "--user", "ann"][..], &["api-key"]] {
         let output = run_in(dir.path(), command).await;
@@ -16,11 +16,11 @@ async fn a_token_is_not_made_where_nothing_has_run() {
             output.stderr
         );
     }
-    assert!(!dir.path().join("data").exists(), "and nothing was made");
+    assert!(!dir.path().join("data").exists(), "the commands created the data directory");
 }
 
 #[tokio::test]
-async fn a_gateway_that_is_not_there_is_named_once() {
+async fn missing_gateway_is_reported_once() {
     let dir = tempfile::tempdir().unwrap();
     let output = run_in(dir.path(), &["ping", "--socket", "nowhere"]).await;
     assert_eq!(output.code, Some(1));
@@ -33,7 +33,7 @@ async fn a_gateway_that_is_not_there_is_named_once() {
 }
 
 #[tokio::test]
-async fn a_deadline_of_the_command_is_the_tasks() {
+async fn timeout_of_submit_is_the_deadline_of_the_task() {
     let settings =
         "[[worker.providers]]\nname = \"echo\"\nkind = \"command\"\nprogram = \"/bin/sleep\"\nargs = [\"60\"]\n";
     let process = Process::start_with_settings(settings).await;
@@ -41,14 +41,14 @@ async fn a_deadline_of_the_command_is_the_tasks() {
         .run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "1s", "{}"])
         .await;
     assert_eq!(output.code, Some(1));
-    // Either the wait ends by the gateway's word, or the run by the worker's: both know the deadline.
-    let told = output.stderr.contains("deadline") || output.stderr.contains("timeout");
-    assert!(told && !output.stderr.contains("--timeout"), "{}", output.stderr);
+    // The gateway and the worker both know the deadline, and either may report it first.
+    let names_deadline = output.stderr.contains("deadline") || output.stderr.contains("timeout");
+    assert!(names_deadline && !output.stderr.contains("--timeout"), "{}", output.stderr);
 }
 
-/// A client's own impatience says nothing of the provider; five failures in a row would take it from everybody.
+/// Deadlines that a client chose too short do not count against the provider; five failures would open its breaker.
 #[tokio::test]
-async fn five_impatient_clients_do_not_switch_a_provider_off() {
+async fn five_short_deadlines_do_not_open_the_breaker() {
     let settings = "[[worker.providers]]\nname = \"echo\"\nkind = \"command\"\nprogram = \"/bin/sh\"\n\
                     args = [\"-c\", \"while [ ! -e go ]; do sleep 0.02; done; echo done\"]\n";
     let process = Process::start_with_settings(settings).await;
@@ -59,7 +59,7 @@ async fn five_impatient_clients_do_not_switch_a_provider_off() {
         line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
     };
     let url = format!("http://{}/metrics", process.ops());
-    // Until the router has taken five such results; on a busy machine a request may run out of time on its way there.
+    // Repeat until the router has five such results: on a busy machine a request may time out before it gets there.
     testkit::eventually(std::time::Duration::from_secs(60), || async {
         let output = process
             .run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "50ms", "{}"])
@@ -107,7 +107,7 @@ async fn policy_lint_names_file_and_line_and_fails_on_errors() {
 }
 
 #[tokio::test]
-async fn a_deleted_policy_stays_deleted_and_a_vanished_one_serves_on() {
+async fn deleted_policy_stays_deleted_and_vanished_policy_stays_in_force() {
     let mut process = Process::start().await;
     let policies = process.dir.path().join("policies");
     let write = |name: &str| {
@@ -145,7 +145,7 @@ async fn a_deleted_policy_stays_deleted_and_a_vanished_one_serves_on() {
         "{}",
         output.stderr
     );
-    assert!(!policies.join("acmee").exists(), "a mistyped name leaves nothing behind");
+    assert!(!policies.join("acmee").exists(), "the command created a directory for a mistyped name");
     process
         .run(&["policy", "delete", "--vanished", "acme/lost"])
         .await

@@ -1,5 +1,5 @@
-//! What the gateway sends is what the router accepts, for every golden message and every field: the real gateway, router
-//! and worker on one bus, and what passes between them read by the types that the contract has.
+//! The router accepts what the gateway sends, for every golden message and every field: the real gateway, router and
+//! worker run on one bus, and the test reads what passes between them with the types of the contract.
 
 use bus::{Bus, Subscription};
 use bytes::BytesMut;
@@ -32,8 +32,10 @@ impl Parts {
             .await
             .unwrap();
         let worker = worker::bind(worker::Config::default(), bus.clone()).await.unwrap();
+
         let config = gateway::Config { socket: dir.path().join("s"), ..gateway::Config::default() };
         let gateway = gateway::bind(config, bus.clone()).await.unwrap();
+
         let [of_router, of_worker, of_gateway] = std::array::from_fn(|_| cancel.clone());
         let running = vec![
             tokio::spawn(async { router.run(of_router).await.unwrap() }),
@@ -82,7 +84,7 @@ impl Raw {
         tokio::time::timeout(PATIENCE, next).await.expect("an answer in time")
     }
 
-    /// The last frame of an answer.
+    /// Returns the last frame of an answer.
     async fn last(&mut self) -> (FrameType, Value) {
         loop {
             match self.next().await {
@@ -93,7 +95,7 @@ impl Raw {
     }
 }
 
-/// What is on the wire is what the router reads: nothing of it is lost or added, and the headers say the same.
+/// Returns the next decide request on the bus. Its type loses and adds nothing, and its headers agree with it.
 async fn sent(wire: &mut Subscription) -> DecideRequest {
     let message = tokio::time::timeout(PATIENCE, wire.next())
         .await
@@ -102,6 +104,7 @@ async fn sent(wire: &mut Subscription) -> DecideRequest {
     let request: DecideRequest = serde_json::from_slice(&message.payload).unwrap();
     let payload: Value = serde_json::from_slice(&message.payload).unwrap();
     assert_eq!(serde_json::to_value(&request).unwrap(), payload);
+
     let header = |name| message.headers.get(name);
     assert_eq!(header("tenant_id"), Some(&*request.tenant_id));
     assert_eq!(header("version"), Some(&*request.version));
@@ -109,19 +112,22 @@ async fn sent(wire: &mut Subscription) -> DecideRequest {
     request
 }
 
-/// Sends a submit and checks all three: what goes out, that the router takes it, and what the client gets.
+/// Sends a submit, and checks the decide request, the router's acceptance and the client's answer.
 async fn accepted(raw: &mut Raw, wire: &mut Subscription, version: Version, payload: &str) {
     let submit: Value = serde_json::from_str(payload).unwrap();
     raw.send(version, FrameType::TaskSubmit, payload).await;
+
     let (kind, answer) = raw.last().await;
     let request = sent(wire).await;
     assert_eq!(request.task.task_type, submit["task_type"]);
+
     let task = Value::Object(request.task.payload.unwrap());
     let of_task = ["file", "line", "context", "params"];
     let given = of_task
         .iter()
         .filter_map(|name| Some((name.to_string(), submit.get(name)?.clone())));
     assert_eq!(task, Value::Object(given.filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>()), "{payload}");
+
     for (name, value) in [
         ("tenant_id", Some(request.tenant_id.as_str())),
         ("request_id", Some(&request.request_id)),
@@ -135,6 +141,7 @@ async fn accepted(raw: &mut Raw, wire: &mut Subscription, version: Version, payl
             "{name} of {payload}"
         );
     }
+
     match submit["wait"].as_str() {
         None | Some("decision") => {
             assert_eq!(kind, FrameType::ResponseOk, "{payload}: {answer}");
@@ -155,11 +162,12 @@ async fn accepted(raw: &mut Raw, wire: &mut Subscription, version: Version, payl
 }
 
 #[tokio::test]
-async fn every_golden_message_of_a_client_is_understood_by_the_router() {
+async fn router_understands_every_golden_client_message() {
     let parts = Parts::start().await;
     let mut wire = parts.bus.subscribe(subjects::DECIDE, None, 64).await.unwrap();
     let mut raw = parts.connect().await;
-    // The task that the golden messages ask about.
+
+    // The golden messages refer to this task.
     let task = json!({"command": "task_submit", "task_type": "echo", "request_id": "t-1", "wait": "result"});
     accepted(&mut raw, &mut wire, Version::V1, &task.to_string()).await;
     testkit::eventually(PATIENCE, async || {
@@ -186,6 +194,7 @@ async fn every_golden_message_of_a_client_is_understood_by_the_router() {
             accepted(&mut raw, &mut wire, version, payload).await;
             continue;
         }
+
         raw.send(version, kind, payload).await;
         let (answered, answer) = raw.last().await;
         match kind {
@@ -197,9 +206,10 @@ async fn every_golden_message_of_a_client_is_understood_by_the_router() {
             FrameType::StreamSubscribe => assert_eq!(answered, FrameType::StreamComplete, "{case}: {answer}"),
             FrameType::Ping => assert_eq!(answered, FrameType::Pong),
             FrameType::Capabilities => assert_eq!(answer["protocol_versions"], json!([1, 2])),
-            // Of the gateway itself: no client may say it.
+            // Only the gateway sends the other types; from a client they are refused.
             _ => assert_eq!(answer["error"]["code"], 2, "{case}"),
         }
+
         if matches!(kind, FrameType::TaskQuery | FrameType::TaskCancel | FrameType::StreamSubscribe) {
             let message = tokio::time::timeout(PATIENCE, queries.next()).await.unwrap().unwrap();
             let query: TaskQuery = serde_json::from_slice(&message.payload).unwrap();
@@ -210,7 +220,7 @@ async fn every_golden_message_of_a_client_is_understood_by_the_router() {
 }
 
 #[tokio::test]
-async fn every_field_of_a_submit_is_understood_by_the_router() {
+async fn router_understands_every_field_of_a_submit() {
     let parts = Parts::start().await;
     let mut wire = parts.bus.subscribe(subjects::DECIDE, None, 64).await.unwrap();
     let (mut v1, mut v2) = (parts.connect().await, parts.connect().await);
@@ -232,10 +242,11 @@ async fn every_field_of_a_submit_is_understood_by_the_router() {
         json!({"idempotency_key": "k".repeat(256)}),
         json!({"push_assignment": true}),
         json!({"timeout_ms": 20_000}),
-        // Nobody's clock overflows.
+        // No clock may overflow.
         json!({"timeout_ms": u64::MAX}),
         json!({"an unknown one": {"tenant_id": "x"}}),
     ];
+
     let mut number = 0_u32;
     for fields in &fields {
         for wait in [None, Some("decision"), Some("result"), Some("stream")] {
@@ -245,9 +256,10 @@ async fn every_field_of_a_submit_is_understood_by_the_router() {
                 let object = submit.as_object_mut().unwrap();
                 object.extend(fields.as_object().unwrap().clone());
                 object.extend(wait.map(|wait| ("wait".into(), wait.into())));
-                // Each task is its own, whatever an id may be made of.
+                // Each task has its own id, made of characters that need escaping somewhere.
                 let id = format!("{number} ü/.*>\"\\{}", "i".repeat(100));
                 object.insert("request_id".into(), id.into());
+
                 let (raw, version) = match deadline_ms {
                     None => (&mut v1, Version::V1),
                     Some(deadline_ms) => (&mut v2, Version::V2 { request_id: number.into(), deadline_ms }),
@@ -259,9 +271,9 @@ async fn every_field_of_a_submit_is_understood_by_the_router() {
     parts.end().await;
 }
 
-/// The deepest text that the gateway takes is deeper where it stands in a decide request: the router says so.
+/// A decide request nests the submit more deeply, so that the router refuses some submits that the gateway accepts.
 #[tokio::test]
-async fn what_only_the_router_refuses_comes_back_as_its_word() {
+async fn deep_nesting_is_refused_by_the_router_before_the_gateway() {
     let parts = Parts::start().await;
     let mut raw = parts.connect().await;
     let nested = |depth: usize| {
@@ -272,6 +284,7 @@ async fn what_only_the_router_refuses_comes_back_as_its_word() {
     for depth in 1..200 {
         raw.send(Version::V1, FrameType::TaskSubmit, &nested(depth)).await;
         let (_, answer) = raw.last().await;
+
         let code = answer["error"]["code"].as_u64().unwrap_or(0);
         if code == 12 {
             assert_eq!(
@@ -279,6 +292,7 @@ async fn what_only_the_router_refuses_comes_back_as_its_word() {
                 (&json!(400), &json!("invalid_request"))
             );
         }
+
         let order = [0, 12, 4].iter().position(|known| *known == code);
         let order = order.unwrap_or_else(|| panic!("{depth}: {answer}"));
         assert!(order >= last, "{depth}: {answer}");

@@ -1,4 +1,4 @@
-//! What a browser, a proxy and a sign-out may do on the HTTP port of the real process.
+//! The HTTP port of the real process: allowed hosts, trusted proxies and sign-outs.
 
 use crate::process::{Process, run_in};
 use crate::realtime::Client;
@@ -15,7 +15,7 @@ struct Answer {
     body: String,
 }
 
-/// One request, as it stands.
+/// Sends one request and returns its answer.
 async fn send(address: &str, head: &str, body: &str) -> Answer {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let request = format!(
@@ -35,7 +35,7 @@ fn account(name: &str) -> String {
 }
 
 #[tokio::test]
-async fn page_whose_name_resolves_to_us_reaches_nothing() {
+async fn requests_under_a_rebound_name_are_refused() {
     let process = Process::start().await;
     let (http, ops) = (process.http(), process.ops());
     let rebound = "Host: evil.example:8000\r\nOrigin: http://evil.example:8000\r\n";
@@ -47,7 +47,7 @@ async fn page_whose_name_resolves_to_us_reaches_nothing() {
     let answer = send(http, &format!("GET /connection/websocket HTTP/1.1\r\n{rebound}{UPGRADE}"), "").await;
     assert_eq!(answer.status, 421);
     let metrics = send(ops, &format!("GET /metrics HTTP/1.1\r\n{rebound}"), "").await;
-    assert_eq!(metrics.status, 421, "nor does it read the operations port");
+    assert_eq!(metrics.status, 421, "the operations port refuses it too");
 
     for (request, status) in [
         ("GET / HTTP/1.1\r\n", 400),
@@ -62,7 +62,7 @@ async fn page_whose_name_resolves_to_us_reaches_nothing() {
 }
 
 #[tokio::test]
-async fn listed_names_are_answered_and_a_missing_name_is_warned_about() {
+async fn listed_hosts_are_answered_and_a_missing_list_is_a_warning() {
     let settings = "[http]\nhosts = [\"chat.example\"]\norigins = [\"https://app.example\"]\n";
     let process = Process::start_with_settings(settings).await;
     for host in ["chat.example", "Chat.Example:8443", "app.example"] {
@@ -75,7 +75,7 @@ async fn listed_names_are_answered_and_a_missing_name_is_warned_about() {
     assert!(checked.code == Some(0) && checked.stderr.contains("http.hosts"), "{}", checked.stderr);
 }
 
-/// A wrong password from a client that sends an `X-Forwarded-For` of its own, through a proxy that appends `client`.
+/// Sends a wrong password with a forged `X-Forwarded-For` through a proxy that appends the address `client`.
 async fn guess(process: &Process, client: &str) {
     let head = format!("POST /auth/login HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 6.6.6.6, {client}\r\n");
     assert_eq!(send(process.http(), &head, &account("nobody")).await.status, 401);
@@ -91,7 +91,10 @@ async fn client_behind_a_trusted_proxy_has_its_own_address() {
     guess(&plain, "198.51.100.1").await;
     let log = plain.log();
     assert!(log.contains("sign-in refused") && !log.contains("198.51.100.1"), "{log}");
-    assert!(!trusting.log().contains("6.6.6.6") && !log.contains("6.6.6.6"), "nobody chooses his own address");
+    assert!(
+        !trusting.log().contains("6.6.6.6") && !log.contains("6.6.6.6"),
+        "a client cannot choose its own address"
+    );
 }
 
 async fn enter(process: &Process, how: &str) -> (String, String) {
@@ -109,7 +112,7 @@ async fn enter(process: &Process, how: &str) -> (String, String) {
 }
 
 #[tokio::test]
-async fn signing_out_closes_that_browsers_connections_for_good() {
+async fn sign_out_ends_the_connections_and_tokens_of_that_browser_only() {
     let process = Process::start().await;
     let (_, phone) = enter(&process, "signup").await;
     let (cookie, laptop) = enter(&process, "login").await;
@@ -119,11 +122,11 @@ async fn signing_out_closes_that_browsers_connections_for_good() {
     let head = format!("POST /auth/logout HTTP/1.1\r\nHost: localhost\r\nCookie: {cookie}\r\n");
     assert_eq!(send(process.http(), &head, "").await.status, 200);
     let end = leaves.push(|_| false).await.unwrap_err();
-    assert!(end.0.contains("3503"), "a code after which no client comes back: {end:?}");
+    assert!(end.0.contains("3503"), "a code that forbids clients to reconnect: {end:?}");
     let again = Client::connect(process.http(), &laptop)
         .await
         .err()
-        .expect("its token is worth nothing now");
+        .expect("the token is revoked");
     assert!(again.0.contains("3500"), "{again:?}");
     stays.rpc("chat.rooms", json!({})).await.unwrap();
 }

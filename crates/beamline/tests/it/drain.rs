@@ -1,4 +1,4 @@
-//! A drain ends in time, whoever is connected and whatever they do not do.
+//! A drain ends in time, whatever the connected clients do or fail to do.
 
 use crate::process::Process;
 use nix::sys::signal::Signal;
@@ -9,7 +9,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-/// Nothing more comes within this time.
+/// A write that takes longer is blocked: the buffers are full.
 const QUIET: Duration = Duration::from_millis(200);
 
 async fn tcp(address: &str, bytes: &[u8]) -> TcpStream {
@@ -24,7 +24,7 @@ async fn ends_in_time(mut process: Process) {
 }
 
 #[tokio::test]
-async fn who_watches_the_health_is_told_of_the_drain_and_does_not_hold_it_up() {
+async fn health_watch_reports_the_drain_and_does_not_delay_it() {
     let process = Process::start().await;
     let address = format!("http://{}", process.ready["grpc"].as_str().unwrap());
     let channel = tonic::transport::Endpoint::from_shared(address)
@@ -47,7 +47,7 @@ async fn who_watches_the_health_is_told_of_the_drain_and_does_not_hold_it_up() {
 }
 
 #[tokio::test]
-async fn clients_that_neither_send_nor_read_do_not_hold_up_the_drain() {
+async fn clients_that_neither_send_nor_read_do_not_delay_the_drain() {
     let process = Process::start().await;
     let (http, ops, grpc) = (process.http(), process.ops(), process.ready["grpc"].as_str().unwrap());
     let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: {http}\r\n\r\n");
@@ -65,7 +65,7 @@ async fn clients_that_neither_send_nor_read_do_not_hold_up_the_drain() {
     let mut half_frame = UnixStream::connect(process.socket()).await.unwrap();
     half_frame.write_all(&[0, 0, 0]).await.unwrap();
 
-    // More answers than the buffers of both ends hold: the server waits for a reader.
+    // Ask for more answers than the buffers of both ends hold, so that the server waits for a reader.
     let mut deaf = tcp(ops, b"").await;
     let questions = get("/metrics").repeat(1000);
     while tokio::time::timeout(QUIET, deaf.write_all(questions.as_bytes()))
@@ -78,9 +78,9 @@ async fn clients_that_neither_send_nor_read_do_not_hold_up_the_drain() {
     drop((kept_alive, again, half_head, half_head_ops, silent, half_preface, idle, half_frame, deaf));
 }
 
-/// What the server has been given and not yet answered is answered.
+/// The drain answers requests that have begun.
 #[tokio::test]
-async fn a_request_that_is_being_answered_ends_well() {
+async fn request_in_progress_is_answered_during_the_drain() {
     let process = Process::start().await;
     let body = serde_json::json!({"name": "admin", "password": "wrong"}).to_string();
     let (first, rest) = body.split_at(5);
@@ -91,7 +91,7 @@ async fn a_request_that_is_being_answered_ends_well() {
     );
     let mut login = tcp(process.http(), head.as_bytes()).await;
     let ready = format!("http://{}/healthz", process.ops());
-    // Whoever connected before has been accepted when a later one is answered.
+    // Connections are accepted in order: once a later one is answered, the earlier ones are accepted.
     assert_eq!(crate::journey::get(&ready).await.0, 200);
     assert_eq!(
         crate::journey::get(&format!("http://{}/health", process.http()))

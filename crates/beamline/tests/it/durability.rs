@@ -1,4 +1,4 @@
-//! SIGKILL at random moments: what was acknowledged is there after the restart.
+//! SIGKILL at random moments: everything acknowledged is there after the restart.
 
 use crate::process::Process;
 use crate::realtime::{Client, Failed};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 const ROUNDS: usize = 4;
 
-/// Everything whose acknowledgement reached somebody outside the process.
+/// Everything whose acknowledgement left the process.
 #[derive(Default)]
 struct Acknowledged {
     /// Chat text by message id.
@@ -45,7 +45,7 @@ async fn nothing_acknowledged_is_lost_to_sigkill(#[case] on_postgres: bool) {
         let moment = Duration::from_millis(20 + random() % 400);
         let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
         let ipc = Ipc::connect(&process.socket()).await.unwrap();
-        // The kill comes while both are in the middle of something; whichever has been answered counts.
+        // The kill interrupts both clients; everything that was answered before it counts.
         let chat = chat_until_cut(&mut client, round, &mut acknowledged.messages);
         let tasks = submit_until_cut(&ipc, round, &mut acknowledged.tasks);
         let both = async { tokio::join!(chat, tasks) };
@@ -53,7 +53,10 @@ async fn nothing_acknowledged_is_lost_to_sigkill(#[case] on_postgres: bool) {
         process.kill_and_restart().await;
     }
     println!("{} messages and {} tasks were acknowledged", acknowledged.messages.len(), acknowledged.tasks.len());
-    assert!(!acknowledged.messages.is_empty() && !acknowledged.tasks.is_empty(), "the test sent something");
+    assert!(
+        !acknowledged.messages.is_empty() && !acknowledged.tasks.is_empty(),
+        "nothing was acknowledged before the kills: the test shows nothing"
+    );
 
     let token = process.run(&["token", "--user", "ann"]).await.success();
     let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
@@ -73,7 +76,7 @@ async fn nothing_acknowledged_is_lost_to_sigkill(#[case] on_postgres: bool) {
 }
 
 #[tokio::test]
-async fn channels_recover_over_a_sigkill_in_the_same_epoch() {
+async fn channels_recover_in_the_same_epoch_after_sigkill() {
     let mut process = Process::start().await;
     let token = process.run(&["token", "--user", "ann"]).await.success();
     let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
@@ -146,7 +149,7 @@ async fn every_message(client: &mut Client) -> Result<BTreeMap<u64, String>, Fai
     }
 }
 
-/// A splitmix64 step function: repeatable from the printed seed.
+/// A splitmix64 generator, which the printed seed reproduces.
 fn splitmix(mut state: u64) -> impl FnMut() -> u64 {
     move || {
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);

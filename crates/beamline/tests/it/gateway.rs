@@ -1,8 +1,8 @@
 //! The five end-to-end scenarios of the gateway, each by name: `cargo test -p beamline --test it e2e_3`.
 //!
-//! The gateway runs in its own process on a real nats-server, and so do the router and the worker. Where the real router
-//! cannot cause the behaviour under test, a scripted responder on NATS replaces it: in scenario 2 for the rows that
-//! [`rows`] names, in scenario 3 for replies around and after the deadline.
+//! The gateway runs in its own process on a real nats-server, and so do the router and the worker. Where the real
+//! router cannot cause the behaviour under test, a scripted responder on NATS replaces it: in scenario 2 for the rows
+//! that [`rows`] names, in scenario 3 for replies around and after the deadline.
 
 mod overload;
 mod rows;
@@ -85,17 +85,20 @@ async fn e2e_1_subjects_and_headers() {
         .submit(&submit(
             "code_completion",
             json!({"request_id": "r-1", "tenant_id": "acme", "policy_id": "default", "traceparent": parent,
-                "idempotency_key": "k", "file": "a\"}.rs", "line": 3, "context": ["ü"], "params": {"tenant_id": "evil"}}),
+                "idempotency_key": "k", "file": "a\"}.rs", "line": 3, "context": ["ü"],
+                "params": {"tenant_id": "evil"}}),
         ))
         .await
         .unwrap();
     assert_eq!(answer["context"], json!({"request_id": "r-1", "trace_id": trace}));
+
     let (message, payload) = captured(&mut wire).await;
     assert_eq!(&*message.subject, "beamline.router.v1.decide");
     assert!(message.reply.is_some_and(|reply| reply.starts_with("_INBOX.")));
     for (header, value) in [("traceparent", &*parent), ("trace_id", trace), ("tenant_id", "acme"), ("version", "1")] {
         assert_eq!(message.headers.get(header), Some(value), "{header}");
     }
+
     let task = json!({"type": "code_completion",
         "payload": {"file": "a\"}.rs", "line": 3, "context": ["ü"], "params": {"tenant_id": "evil"}}});
     let expected = json!({"version": "1", "request_id": "r-1", "tenant_id": "acme", "policy_id": "default",
@@ -145,6 +148,7 @@ fn generated_trace_id(message: &Message) -> String {
 #[tokio::test]
 async fn e2e_1_router_accepts_every_golden_request() {
     let stage = Stage::start().await;
+
     let mut wire = stage.bus.subscribe(subjects::DECIDE, None, 4096).await.unwrap();
     let _parts = stage.part("router,worker").await;
 
@@ -176,8 +180,8 @@ async fn e2e_1_router_accepts_every_golden_request() {
     for case in requests {
         let text = case["text"].as_str().unwrap();
         let (status, _, answer) = stage.post_decide(&key, text).await;
-        // A golden request may have constraints that no provider meets, or a deadline in the past. Both errors show that
-        // the router has read it.
+        // A golden request may have constraints that no provider meets, or a deadline in the past. Both errors show
+        // that the router has read it.
         let outcome = answer["error"]["code"].as_str().unwrap_or("ok");
         assert!(["ok", "no_provider_available", "deadline_exceeded"].contains(&outcome), "{case}: {answer}");
         assert_eq!(status == 200, outcome == "ok");
@@ -215,7 +219,8 @@ async fn e2e_2_errors_that_the_router_causes() {
     );
 }
 
-/// Once there are policy files, the built-in policy serves nobody: besides the weightless policy there is a default one.
+/// Once there are policy files, the built-in policy serves nobody: besides the weightless policy there is a default
+/// one.
 fn write_policies(router: &Process) {
     let directory = router.dir.path().join("policies/default");
     std::fs::create_dir_all(&directory).unwrap();
@@ -347,11 +352,13 @@ async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
             json!({"ok": false, "error": error, "context": {"request_id": request["request_id"]}})
         })
         .await;
+
     let client = stage.client().await;
     let key = stage.api_key().await;
     let statuses: BTreeSet<u16> = RouterCode::KNOWN.iter().map(RouterCode::status).collect();
     assert_eq!(statuses, BTreeSet::from([400, 401, 403, 404, 409, 429, 500, 503, 504]));
-    // The gateway retries a request whose router is unavailable, and such failures open the breaker: that row comes last.
+    // The gateway retries a request whose router is unavailable, and such failures open the breaker: that row comes
+    // last.
     let mut rows = RouterCode::KNOWN.to_vec();
     rows.sort_by_key(|code| *code == RouterCode::Unavailable);
     let rows = rows.iter().map(|code| (code.as_str(), code.status()));
@@ -366,11 +373,13 @@ async fn e2e_2_every_row_of_the_table_from_a_scripted_router() {
         assert_eq!(error.details, Some(json!({"what": code})));
         assert_eq!(error.retry_after_ms, (status == 429).then_some(7000), "{code}");
     }
+
     eventually(PATIENCE, async || client.submit(&submit("fine", json!({}))).await.is_ok()).await;
     let request = json!({"version": "1", "request_id": "r", "tenant_id": "default",
         "task": {"type": TOO_LARGE, "payload": {}}});
     let (status, _, answer) = stage.post_decide(&key, &request.to_string()).await;
     assert_eq!((status, &answer["error"]["intake_error_code"]), (413, &json!(TOO_LARGE)));
+
     for (code, status) in rows {
         let request = json!({"version": "1", "request_id": format!("h-{code}"), "tenant_id": "default",
             "task": {"type": code, "payload": {}}});
@@ -394,6 +403,7 @@ async fn e2e_3_timeouts_and_late_replies() {
         .await;
     let late = async || stage.metric("beamline_bus_late_replies_total").await;
     let after = |ms: u64| submit("slow", json!({"params": {"after_ms": ms}}));
+
     let mut raw = Raw::connect(&stage).await;
     let before = stage.holds().await;
 
@@ -412,6 +422,7 @@ async fn e2e_3_timeouts_and_late_replies() {
             assert_eq!(answer["error"]["code"], 5, "{answer}");
         }
     }
+
     let all = (TIMEOUT_ROUNDS * TIMEOUTS_AT_ONCE) as f64;
     eventually(PATIENCE, async || late().await == all).await;
 
@@ -424,6 +435,7 @@ async fn e2e_3_timeouts_and_late_replies() {
     for (id, delay) in ids.clone().zip(&delays) {
         raw.submit(id, deadline, &after(*delay)).await;
     }
+
     let outcomes = raw.outcomes(ids.clone()).await;
     let mut timeouts = 0.0;
     for (id, delay) in ids.zip(&delays) {
@@ -436,6 +448,7 @@ async fn e2e_3_timeouts_and_late_replies() {
         assert!(!answered || !late_for_certain.contains(delay), "{delay} ms: a late reply became an answer");
         timeouts += f64::from(!answered);
     }
+
     // A reply at the very deadline may be neither a late reply nor an answer.
     eventually(PATIENCE, async || late().await >= all + 2.0).await;
     assert!(late().await <= all + timeouts);
@@ -445,7 +458,7 @@ async fn e2e_3_timeouts_and_late_replies() {
     raw.take(&mut outcomes).await;
     assert_eq!(outcomes[&1][0].0, FrameType::ResponseOk, "the breaker should have stayed closed: {outcomes:?}");
     assert_eq!(stage.metric("beamline_gateway_breaker_open").await, 0.0);
-    stage.is_as_before(before).await;
+    stage.settles_to(before).await;
 }
 
 #[tokio::test]
@@ -458,6 +471,7 @@ async fn e2e_4_happy_path() {
     let happy_ones: usize = std::env::var_os("HAPPY").map_or(HAPPY, number);
     let stage = Stage::start().await;
     let (_router, _worker) = (stage.part("router").await, stage.part("worker").await);
+
     let mut clients = tokio::task::JoinSet::new();
     for number in 0..HAPPY_CLIENTS {
         let client = stage.client().await;
@@ -470,9 +484,11 @@ async fn e2e_4_happy_path() {
                 .await
         });
     }
+
     let answered: Vec<String> = clients.join_all().await.into_iter().flatten().collect();
     assert_eq!(answered.len(), happy_ones);
     assert_eq!(answered.iter().collect::<BTreeSet<_>>().len(), happy_ones, "each request gets its own answer");
+
     eventually(PATIENCE, async || stage.metric("beamline_gateway_requests_total").await == happy_ones as f64).await;
     eventually(PATIENCE, async || stage.metric("beamline_gateway_in_flight").await == 0.0).await;
 }
@@ -483,6 +499,7 @@ async fn happy(client: Client, request_id: String, n: usize) -> String {
     let fields =
         json!({"request_id": request_id, "wait": wait, "timeout_ms": 20_000, "params": {"prompt": request_id}});
     let answer = client.submit(&submit("echo", fields)).await.unwrap();
+
     let answered = if wait == "decision" {
         assert_eq!((&answer["ok"], &answer["decision"]["provider_id"]), (&json!(true), &json!("echo")), "{answer}");
         &answer["context"]["request_id"]
@@ -522,7 +539,7 @@ async fn e2e_5_reconnect_storm() {
     assert_eq!(stage.metric("beamline_gateway_errors_total").await, refused as f64);
 
     recovers(&stage, &fine).await;
-    stage.is_as_before(before).await;
+    stage.settles_to(before).await;
 }
 
 /// Sends 100 requests a second while NATS goes down and comes back, and returns the number of all requests so far. NATS

@@ -1,11 +1,11 @@
-//! A message's whole way: from a program on the socket, and from a person in a room.
+//! The whole way of a message, from a program on the socket and from a person in a room.
 
 use crate::process::Process;
 use crate::realtime::Client;
 use serde_json::{Value, json};
 
 #[tokio::test]
-async fn a_program_hands_over_a_task_and_gets_the_answer_in_every_form() {
+async fn program_gets_decision_result_and_stream_of_its_tasks() {
     let process = Process::start().await;
     assert_eq!(process.run(&["ping"]).await.success().trim(), "pong");
 
@@ -33,7 +33,8 @@ async fn a_program_hands_over_a_task_and_gets_the_answer_in_every_form() {
         .run(&["submit", "--type", "echo", "--wait", "stream", r#"{"number":7}"#])
         .await
         .success();
-    let whole: Value = serde_json::from_str(&whole).expect("a provider that streams nothing has an output");
+    let whole: Value =
+        serde_json::from_str(&whole).expect("the output of a provider that does not stream is printed whole");
     assert_eq!(whole["params"]["number"], 7, "{whole}");
 
     let bad = process.run(&["submit", "--type", "echo", "{not json"]).await;
@@ -42,7 +43,7 @@ async fn a_program_hands_over_a_task_and_gets_the_answer_in_every_form() {
 }
 
 #[tokio::test]
-async fn an_answer_streams_to_everyone_in_the_room() {
+async fn answer_streams_to_everyone_in_the_room() {
     let process = Process::start().await;
     let mut people = Vec::new();
     for name in ["ann", "bob"] {
@@ -62,7 +63,7 @@ async fn an_answer_streams_to_everyone_in_the_room() {
         .rpc("chat.send", json!({"room": room, "text": "@assistant help", "nonce": "n1"}))
         .await
         .unwrap();
-    assert_eq!(again["message"]["id"], sent["message"]["id"], "the same nonce is the same message");
+    assert_eq!(again["message"]["id"], sent["message"]["id"], "a repeated nonce returns the same message");
 
     for client in &mut people {
         let event = |kind: &'static str| move |push: &Value| push["pub"]["data"]["type"] == kind;
@@ -87,7 +88,7 @@ async fn an_answer_streams_to_everyone_in_the_room() {
 }
 
 #[tokio::test]
-async fn health_readiness_and_metrics_tell_the_truth() {
+async fn health_readiness_and_metrics_answer_on_both_ports() {
     let process = Process::start().await;
     for url in [
         format!("http://{}/health", process.http()),
@@ -111,7 +112,7 @@ async fn health_readiness_and_metrics_tell_the_truth() {
 }
 
 #[tokio::test]
-async fn one_trace_id_joins_the_lines_of_gateway_router_and_worker() {
+async fn gateway_router_and_worker_log_the_same_trace_id() {
     let process = Process::start_with(&["--log-format", "json"]).await;
     process
         .run(&["submit", "--type", "echo", "--wait", "result", "{}"])

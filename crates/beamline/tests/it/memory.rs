@@ -1,5 +1,5 @@
-//! What clients that do not finish, or do not read, cost the gateway's process: so much memory and no more, and nobody
-//! else anything. The process is the real one; its memory is what the kernel says, at its highest.
+//! Clients that do not finish their frames, or do not read their answers, cost the gateway a bounded amount of memory
+//! and do not delay others. The tests read the peak memory of the real process from the kernel.
 
 use crate::process::Process;
 use bus::nats::{Nats, NatsConfig};
@@ -18,7 +18,7 @@ use wire::limits::IPC_FRAME_MAX;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1024 * 1024;
-/// Of an answer that is called large: near the most that NATS takes by default.
+/// Size of a large answer: close to the default limit of NATS.
 const LARGE: usize = 900 * 1024;
 
 struct Stage {
@@ -28,7 +28,7 @@ struct Stage {
 }
 
 impl Stage {
-    /// The gateway with these settings of its own, and a router that gives large decisions to who asks for them.
+    /// Starts a gateway with these settings, and a scripted router that returns large decisions on request.
     async fn start(settings: &str) -> Self {
         let nats = NatsServer::start().await;
         let bus = Nats::connect(NatsConfig { url: nats.url(), ..NatsConfig::default() })
@@ -45,7 +45,7 @@ impl Stage {
         UnixStream::connect(self.gateway.socket()).await.unwrap()
     }
 
-    /// The most that it has ever held, in bytes; the kernel counts in steps, so a later look may find a little less.
+    /// The peak resident memory, in bytes. The kernel counts in steps, so a later reading may be a little lower.
     fn peak(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.gateway.ready["pid"])).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -73,6 +73,7 @@ impl Stage {
 async fn responder(bus: Bus) -> JoinSet<()> {
     let mut requests = bus.subscribe(wire::subjects::DECIDE, None, 4096).await.unwrap();
     bus.health().await.unwrap();
+
     let mut running = JoinSet::new();
     running.spawn(async move {
         while let Some(message) = requests.next().await {
@@ -85,6 +86,7 @@ async fn responder(bus: Bus) -> JoinSet<()> {
             } else {
                 String::new()
             };
+
             let answer = json!({"ok": true, "decision": {"blob": blob}, "context": {}});
             let subject = message.reply.unwrap();
             bus.publish(Message { subject, payload: answer.to_string().into(), ..Message::default() })
@@ -106,7 +108,7 @@ fn submit(version: Version, task_type: &str) -> Vec<u8> {
     frame(version, FrameType::TaskSubmit, submit.to_string())
 }
 
-/// The code of the next answer: 0 for one that is no error, none when the gateway has closed.
+/// Returns the error code of the next answer: 0 if it is no error, `None` if the gateway has closed the connection.
 async fn code(stream: &mut UnixStream, input: &mut BytesMut) -> Option<u64> {
     let next = async {
         loop {
@@ -123,7 +125,7 @@ async fn code(stream: &mut UnixStream, input: &mut BytesMut) -> Option<u64> {
 }
 
 #[tokio::test]
-async fn sixty_unfinished_frames_of_four_mebibytes_cost_no_more_than_the_receive_budget() {
+async fn unfinished_frames_cost_no_more_than_the_receive_budget() {
     const CLIENTS: usize = 60;
     /// The receive budget is 64 MiB.
     const FIT: usize = 16;
@@ -132,6 +134,7 @@ async fn sixty_unfinished_frames_of_four_mebibytes_cost_no_more_than_the_receive
     let mut other = stage.connect().await;
     other.write_all(&submit(Version::V1, "small")).await.unwrap();
     assert_eq!(code(&mut other, &mut input).await, Some(0));
+
     let before = stage.peak();
 
     let filler = frame(Version::V1, FrameType::TaskSubmit, "x".repeat(IPC_FRAME_MAX - 6));
@@ -159,19 +162,19 @@ async fn sixty_unfinished_frames_of_four_mebibytes_cost_no_more_than_the_receive
             code(&mut stream, &mut received).await
         });
     }
-    // As many as fit are read to their last byte but one; the others wait, unread.
+    // The frames that fit into the budget are read up to their last byte; the others wait unread.
     eventually(PATIENCE, async || sent.load(SeqCst) >= FIT).await;
-    // Nobody else waits.
+    // Other clients do not wait.
     for _ in 0..20 {
         other.write_all(&submit(Version::V1, "small")).await.unwrap();
         assert_eq!(code(&mut other, &mut input).await, Some(0));
     }
-    assert_eq!(sent.load(SeqCst), FIT, "more were read than fit");
-    // Those that are complete make room for as many others.
+    assert_eq!(sent.load(SeqCst), FIT, "the gateway read more frames than fit into the budget");
+    // Frames that become complete make room for as many others.
     last.add_permits(3);
     eventually(PATIENCE, async || sent.load(SeqCst) >= FIT + 3).await;
     assert_eq!(sent.load(SeqCst), FIT + 3);
-    // The rest never completes: who was read is slow, who never was is told that there is no room.
+    // The others never become complete: a frame that was being read is too slow, one that was not gets no budget.
     let mut codes = [0; 3];
     while let Some(ended) = clients.join_next().await {
         let code = ended.unwrap();
@@ -182,13 +185,15 @@ async fn sixty_unfinished_frames_of_four_mebibytes_cost_no_more_than_the_receive
     assert_eq!((complete, complete + slow + no_room), (3, CLIENTS), "{codes:?}");
     assert!(slow >= FIT - 3, "{codes:?}");
     eventually(PATIENCE, async || stage.metric("beamline_gateway_connections").await == 1.0).await;
+
     let cost = stage.peak().saturating_sub(before);
     eprintln!("{CLIENTS} unfinished frames cost {:.1} MiB at most: {codes:?}", cost as f64 / MIB as f64);
-    // What 44 others have in their buffers, and what the allocator keeps of frames that have grown.
+    // Add the buffers of the 44 others, and what the allocator keeps of buffers that have grown.
     assert!(cost < 64 * MIB + 40 * MIB, "{} MiB", cost / MIB);
 }
 
-/// What so many clients cost that ask and do not read, in bytes; others are answered meanwhile, and time ends it.
+/// Returns the bytes that `clients` cost which send `questions` and do not read. Meanwhile others get answers, and in
+/// the end the write timeout disconnects the clients.
 async fn unread(settings: &str, clients: usize, questions: &[u8]) -> u64 {
     let stage = Stage::start(&format!("write_timeout = \"3s\"\n{settings}")).await;
     let mut input = BytesMut::new();
@@ -203,12 +208,14 @@ async fn unread(settings: &str, clients: usize, questions: &[u8]) -> u64 {
         slow.push(stream);
     }
     eventually(PATIENCE, async || stage.metric("beamline_gateway_connections").await == 1.0 + clients as f64).await;
+
     for _ in 0..50 {
         other.write_all(&submit(Version::V1, "small")).await.unwrap();
         assert_eq!(code(&mut other, &mut input).await, Some(0));
     }
     eventually(PATIENCE, async || stage.metric("beamline_gateway_connections").await == 1.0).await;
     eventually(PATIENCE, async || stage.metric("beamline_gateway_in_flight").await == 0.0).await;
+
     for mut stream in slow {
         let mut rest = Vec::new();
         let _ = stream.read_to_end(&mut rest).await;
@@ -220,27 +227,28 @@ async fn unread(settings: &str, clients: usize, questions: &[u8]) -> u64 {
 }
 
 #[tokio::test]
-async fn answers_that_nobody_reads_are_not_made() {
-    // Each has asked for four megabytes, in sixty thousand bytes.
+async fn unread_small_answers_are_not_produced() {
+    // Each client asks for four megabytes of answers with sixty kilobytes of requests.
     let questions = frame(Version::V1, FrameType::Capabilities, String::new()).repeat(10_000);
     let cost = unread("", 50, &questions).await;
     assert!(cost < 70 * MIB, "{} MiB", cost / MIB);
 }
 
 #[tokio::test]
-async fn large_answers_that_nobody_reads_are_as_many_as_may_be_in_flight() {
+async fn unread_large_answers_are_bounded_by_the_in_flight_limit() {
     let mut questions = Vec::new();
     for request_id in 0..20 {
         questions.extend(submit(Version::V2 { request_id, deadline_ms: 0 }, "large"));
     }
-    // Of 200 there are 40 in flight, 35 MiB; the others are refused.
+    // Of 200 requests 40 are in flight, with 35 MiB; the others are refused.
     let cost = unread("max_in_flight = 64\nmax_in_flight_v2 = 4\n", 10, &questions).await;
-    // Twice each, as it came from the bus and as it is written, and half of that again for what the allocator keeps.
+    // Each answer exists twice, as it came from the bus and as it is written. The allocator may keep half of that
+    // again.
     assert!(cost < 3 * 40 * LARGE as u64 + 20 * MIB, "{} MiB", cost / MIB);
 }
 
 #[tokio::test]
-async fn thousands_that_leave_with_replies_pending_leave_no_descriptor_no_slot_and_no_memory() {
+async fn clients_that_leave_with_replies_pending_leave_nothing_behind() {
     const ROUNDS: usize = 5;
     const AT_ONCE: usize = 600;
     let stage = Stage::start("max_in_flight = 2000\n").await;
@@ -248,9 +256,11 @@ async fn thousands_that_leave_with_replies_pending_leave_no_descriptor_no_slot_a
     let mut other = stage.connect().await;
     other.write_all(&submit(Version::V1, "small")).await.unwrap();
     assert_eq!(code(&mut other, &mut input).await, Some(0));
+
     let descriptors = stage.descriptors();
     let never = [submit(Version::V2 { request_id: 1, deadline_ms: u32::MAX }, "never"), submit(Version::V1, "never")];
     let never = [&never.concat()[..], &frame(Version::V1, FrameType::TaskSubmit, stream())].concat();
+
     let mut after_the_first = 0;
     for round in 0..ROUNDS {
         let mut clients = Vec::new();
@@ -259,6 +269,7 @@ async fn thousands_that_leave_with_replies_pending_leave_no_descriptor_no_slot_a
             stream.write_all(&never).await.unwrap();
             clients.push(stream);
         }
+
         eventually(PATIENCE, async || stage.metric("beamline_gateway_in_flight").await >= AT_ONCE as f64).await;
         drop(clients);
         eventually(PATIENCE, async || stage.metric("beamline_gateway_in_flight").await == 0.0).await;
@@ -267,9 +278,11 @@ async fn thousands_that_leave_with_replies_pending_leave_no_descriptor_no_slot_a
             after_the_first = stage.peak();
         }
     }
-    // Slots and all are there again.
+
+    // All slots are free again.
     other.write_all(&submit(Version::V1, "small")).await.unwrap();
     assert_eq!(code(&mut other, &mut input).await, Some(0));
+
     let grown = stage.peak().saturating_sub(after_the_first);
     eprintln!(
         "{} that left cost {:.1} MiB after the first {AT_ONCE}",

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
-/// A start or an end that takes longer has failed.
+/// A start or an end of the process that takes longer has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub struct Process {
@@ -23,7 +23,7 @@ impl Process {
         Self::start_with(&[]).await
     }
 
-    /// With more arguments after `up`; `{dir}` in them is the test's own directory.
+    /// Starts with further arguments after `up`, in which `{dir}` stands for the test's directory.
     pub async fn start_with(extra: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().display().to_string();
@@ -32,7 +32,7 @@ impl Process {
         Self { dir, ready, child, extra }
     }
 
-    /// With a settings file.
+    /// Starts with a settings file.
     pub async fn start_with_settings(settings: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("beamline.toml"), settings).unwrap();
@@ -40,7 +40,7 @@ impl Process {
         Self { dir, ready, child, extra: Vec::new() }
     }
 
-    /// As a service manager starts it, in a directory that is there already.
+    /// Starts like a service manager, in an existing directory.
     pub async fn start_under(manager: Manager, dir: tempfile::TempDir) -> Self {
         let (child, ready) = until_ready(manager.spawn(dir.path()), dir.path()).await;
         Self { dir, ready, child, extra: Vec::new() }
@@ -50,12 +50,12 @@ impl Process {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap()
     }
 
-    /// SIGKILL.
+    /// Kills the process with SIGKILL.
     pub async fn kill(&mut self) {
         self.child.kill().await.unwrap();
     }
 
-    /// SIGKILL, then the same data directory on the same HTTP port.
+    /// Kills the process with SIGKILL, and starts it with the same data directory and HTTP port.
     pub async fn kill_and_restart(&mut self) {
         self.kill().await;
         let http = self.http().to_string();
@@ -81,7 +81,7 @@ impl Process {
         nix::sys::signal::kill(pid, signal).unwrap();
     }
 
-    /// Its exit code.
+    /// Waits for the process to end, and returns its exit code.
     pub async fn ended(&mut self) -> Option<i32> {
         tokio::time::timeout(PATIENCE, self.child.wait())
             .await
@@ -90,7 +90,7 @@ impl Process {
             .code()
     }
 
-    /// Runs another subcommand on this process's data directory and socket.
+    /// Runs another subcommand with this process's data directory and socket.
     pub async fn run(&self, args: &[&str]) -> Output {
         run_in(self.dir.path(), args).await
     }
@@ -124,16 +124,17 @@ pub async fn run_in(dir: &Path, args: &[&str]) -> Output {
     }
 }
 
-/// What a service manager does for a process.
+/// What a service manager provides to a process.
 #[derive(Default)]
 pub struct Manager {
-    /// Its descriptor 3, and the name of that.
+    /// The name of descriptor 3, and the descriptor.
     pub given: Option<(&'static str, OwnedFd)>,
     pub environment: Vec<(&'static str, String)>,
 }
 
 impl Manager {
-    /// `up`, without waiting for it. A shell puts the descriptor in its place, and becomes the process that it names.
+    /// Starts `up` without waiting until it is ready. A shell moves the descriptor to number 3 and then becomes the
+    /// process, so that LISTEN_PID is right.
     pub fn spawn(self, dir: &Path) -> Child {
         const SHELL: &str = "exec 3<&0 </dev/null; export LISTEN_PID=$$; exec \"$@\"";
         let Some((name, given)) = self.given else {
@@ -152,7 +153,7 @@ impl Manager {
     }
 }
 
-/// The answer to a POST with the server's API key: status line, headers and body.
+/// Sends a POST with the server's API key, and returns status line, headers and body of the answer.
 pub async fn post(http: &str, path: &str, key: &str, body: &str) -> String {
     let mut stream = tokio::net::TcpStream::connect(http).await.unwrap();
     let request = format!(
@@ -186,7 +187,7 @@ fn surroundings(mut command: Command, dir: &Path) -> Command {
     command
 }
 
-/// `up`, without waiting for it.
+/// Starts `up` without waiting until it is ready.
 pub fn spawn(dir: &Path, http: &str, extra: &[String]) -> Child {
     up(command(dir), dir, http, extra).spawn().unwrap()
 }

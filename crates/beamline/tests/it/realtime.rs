@@ -1,4 +1,4 @@
-//! A small client of the real-time endpoint: JSON over tungstenite, a library that we did not write.
+//! A small client of the real-time endpoint: JSON over tungstenite, an independent WebSocket implementation.
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
@@ -13,13 +13,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Client {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     next_id: u64,
-    /// Replies of a frame that have not been looked at.
+    /// Replies of a frame that have not been read yet.
     unread: VecDeque<Value>,
-    /// Pushes that came while an answer was awaited.
+    /// Pushes that arrived while a reply was awaited.
     pushes: VecDeque<Value>,
 }
 
-/// The connection is gone or an answer is an error.
+/// The connection ended, or a reply is an error.
 #[derive(Debug)]
 pub struct Failed(pub String);
 
@@ -33,7 +33,7 @@ impl Client {
         Ok(client)
     }
 
-    /// One command and its reply's result.
+    /// Sends a command and returns the result of its reply.
     pub async fn call(&mut self, command: &str, body: Value) -> Result<Value, Failed> {
         self.next_id += 1;
         let id = self.next_id;
@@ -58,7 +58,7 @@ impl Client {
         Ok(self.call("rpc", json!({"method": method, "data": data})).await?["data"].clone())
     }
 
-    /// The next push that `matches`; others are passed over.
+    /// Returns the next push that `matches`, and discards the others.
     pub async fn push(&mut self, matches: impl Fn(&Value) -> bool) -> Result<Value, Failed> {
         loop {
             let push = match self.pushes.pop_front() {

@@ -1,4 +1,4 @@
-//! Some of the parts, in one process of their own on the embedded bus.
+//! Processes that run only some of the parts, on the embedded bus.
 
 use crate::journey::get;
 use crate::process::{Process, post, run_in};
@@ -12,7 +12,7 @@ async fn drains(mut process: Process) {
 }
 
 #[tokio::test]
-async fn a_cluster_alone_is_a_real_time_server() {
+async fn cluster_alone_is_a_real_time_server() {
     let process = Process::start_with(&["--roles", "cluster"]).await;
     for (address, paths) in
         [(process.http(), ["health", "ready", "metrics"]), (process.ops(), ["healthz", "readyz", "metrics"])]
@@ -22,7 +22,7 @@ async fn a_cluster_alone_is_a_real_time_server() {
             assert_eq!(status, 200, "{path}: {body}");
         }
     }
-    assert!(process.ready["socket"].is_null(), "no gateway, no socket");
+    assert!(process.ready["socket"].is_null(), "a process without a gateway has no socket");
 
     let token = process.run(&["token", "--user", "ann"]).await.success();
     let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
@@ -33,7 +33,7 @@ async fn a_cluster_alone_is_a_real_time_server() {
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     let push = client.push(|push| push["channel"] == "news").await.unwrap();
     assert_eq!(push["pub"]["data"], json!({"text": "hello"}));
-    // Who would answer it runs nowhere.
+    // No web app runs that could answer an RPC.
     client.rpc("chat.rooms", json!({})).await.unwrap_err();
 
     let other = ["up", "--roles", "cluster", "--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
@@ -43,7 +43,7 @@ async fn a_cluster_alone_is_a_real_time_server() {
 }
 
 #[tokio::test]
-async fn gateway_router_and_worker_alone_do_tasks() {
+async fn gateway_router_and_worker_alone_run_tasks() {
     let process = Process::start_with(&["--roles", "gateway,router,worker"]).await;
     assert_eq!(get(&format!("http://{}/ready", process.http())).await.0, 200);
     let result = process
@@ -61,7 +61,7 @@ async fn gateway_router_and_worker_alone_do_tasks() {
 }
 
 #[tokio::test]
-async fn people_are_answered_without_a_gateway() {
+async fn assistant_answers_without_a_gateway() {
     let process = Process::start_with(&["--roles", "router,worker,cluster,webapp"]).await;
     let token = process.run(&["token", "--user", "ann"]).await.success();
     let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
@@ -83,7 +83,7 @@ async fn people_are_answered_without_a_gateway() {
 }
 
 #[tokio::test]
-async fn parts_that_would_find_nobody_are_told_at_the_start() {
+async fn roles_that_cannot_work_alone_are_refused_at_the_start() {
     for (roles, expected) in [
         ("gateway", "the gateway finds no router to ask"),
         ("worker", "the worker gets no task"),
@@ -95,7 +95,7 @@ async fn parts_that_would_find_nobody_are_told_at_the_start() {
         assert_eq!(output.code, Some(64), "{roles}: {}", output.stderr);
         assert!(output.stderr.contains(expected) && output.stderr.contains("set nats.url"), "{}", output.stderr);
     }
-    // Decisions are an end in themselves; that nothing runs is told.
+    // A router without a worker still decides; the missing worker is a warning.
     let process = Process::start_with(&["--roles", "gateway,router"]).await;
     assert!(process.log().contains("assignments wait in the stream"), "{}", process.log());
     process.run(&["submit", "--type", "echo", "{}"]).await.success();

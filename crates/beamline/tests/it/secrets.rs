@@ -1,11 +1,11 @@
-//! Where the secrets of the process and of its users may not go: into programs, and into the log.
+//! Secrets of the process and of its users stay out of programs and out of the log.
 
 use crate::process::{Manager, Process};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use testkit::{OpenAi, Reply};
 
-/// Starts with these settings and variables.
+/// Starts a process with these settings and variables.
 async fn start(settings: &str, environment: Vec<(&'static str, String)>) -> Process {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("beamline.toml"), settings).unwrap();
@@ -13,7 +13,7 @@ async fn start(settings: &str, environment: Vec<(&'static str, String)>) -> Proc
 }
 
 #[tokio::test]
-async fn a_program_sees_only_the_variables_that_the_settings_list() {
+async fn program_sees_only_the_variables_that_the_settings_list() {
     let settings = r#"
         [[worker.providers]]
         name = "echo"
@@ -29,24 +29,25 @@ async fn a_program_sees_only_the_variables_that_the_settings_list() {
         variable("BEAMLINE_X", "a secret"),
         variable("AWS_SECRET_ACCESS_KEY", "another"),
     ];
+
     let process = start(settings, environment).await;
     let result = process
         .run(&["submit", "--type", "echo", "--wait", "result", "{}"])
         .await
         .success();
+
     let result: Value = serde_json::from_str(&result).unwrap();
     let seen: BTreeSet<&str> = result["output"]["text"].as_str().unwrap().lines().collect();
     let request = format!("BEAMLINE_REQUEST_ID={}", result["request_id"].as_str().unwrap());
     assert_eq!(seen, BTreeSet::from(["PASSED=on", "SET=a,b=c", "BEAMLINE_TENANT_ID=default", &request]));
-    assert!(process.log().contains("NOT_SET_HERE"), "what cannot be passed on is told");
+    assert!(process.log().contains("NOT_SET_HERE"), "a variable that cannot be passed on is a warning");
 }
 
-/// In prompts, in what endpoints and programs say of them, and in requests that do not fit.
-#[tokio::test]
-async fn what_users_write_stays_out_of_the_log() {
-    const SECRET: &str = "xyzzy-4711";
-    let endpoint = OpenAi::start().await;
-    let settings = format!(
+const SECRET: &str = "xyzzy-4711";
+
+/// Settings with a program that repeats its task on standard error, and with a model endpoint.
+fn leaking_providers(endpoint: &OpenAi) -> String {
+    format!(
         r#"
         [[worker.providers]]
         name = "echo"
@@ -64,8 +65,14 @@ async fn what_users_write_stays_out_of_the_log() {
         level = "trace"
         "#,
         endpoint.url()
-    );
-    let process = start(&settings, Vec::new()).await;
+    )
+}
+
+/// The secret is in prompts, in errors of endpoints and programs, and in invalid requests.
+#[tokio::test]
+async fn texts_of_users_stay_out_of_the_log() {
+    let endpoint = OpenAi::start().await;
+    let process = start(&leaking_providers(&endpoint), Vec::new()).await;
     let prompt = json!({"prompt": format!("my secret is {SECRET}")}).to_string();
     let submit = async |kind: &str, wait: &str| {
         let output = process.run(&["submit", "--type", kind, "--wait", wait, &prompt]).await;
@@ -73,36 +80,41 @@ async fn what_users_write_stays_out_of_the_log() {
     };
 
     let message = format!("the prompt {SECRET} is refused");
-    let told = [
+    let replies = [
         (Reply::Error { status: 400, message: message.clone() }, "400"),
         (Reply::Error { status: 500, message: message.clone() }, "500"),
         (Reply::ErrorInStream { words: vec!["some ".into()], message: message.clone() }, SECRET),
         (Reply::Break { words: vec![format!("{SECRET} ")] }, "broken_stream"),
         (Reply::Echo, SECRET),
     ];
-    for (reply, expected) in told {
+    for (reply, expected) in replies {
         endpoint.reply(reply);
         let answer = submit("ops", "result").await;
-        assert!(answer.contains(expected), "who asked is told: {answer}");
+        assert!(answer.contains(expected), "the sender gets the details: {answer}");
     }
-    let last_words = submit("x", "result").await;
-    assert!(last_words.contains(SECRET) && last_words.contains("exit_status"), "who asked is told: {last_words}");
 
-    // A task that does not fit is refused by the gateway or the router.
+    let last_words = submit("x", "result").await;
+    assert!(
+        last_words.contains(SECRET) && last_words.contains("exit_status"),
+        "the sender gets the details: {last_words}"
+    );
+
+    // The gateway or the router refuses an invalid task.
     let client = client::Client::connect(&process.socket()).await.unwrap();
     let task = json!({"version": "1", "command": "task_submit", "request_id": "r", "task_type": "x", "params": {}});
     for field in ["command", "wait", "timeout_ms", "params"] {
         let mut task = task.clone();
         task[field] = SECRET.into();
-        client.submit(&task).await.expect_err("it does not fit");
+        client.submit(&task).await.expect_err("an invalid task was accepted");
     }
+
     let key = process.run(&["api-key"]).await.success();
     let decide = json!({"version": "1", "request_id": "r", "tenant_id": "default", "task": {"type": "x", "payload": {}},
         "deadline": SECRET});
     let answer = crate::process::post(process.http(), "/api/v1/routes/decide", key.trim(), &decide.to_string()).await;
     assert!(
         answer.contains("SCHEMA_VALIDATION_FAILED") && answer.contains(SECRET),
-        "who asked is told: {answer}"
+        "the sender gets the details: {answer}"
     );
 
     let log = process.log();

@@ -1,4 +1,4 @@
-//! What a service manager does with the process: hands it sockets, hears of it, watches it, has it read its settings again.
+//! The process under a service manager: socket activation, notifications, watchdog, reloads.
 
 use crate::journey::get;
 use crate::process::{Manager, Process};
@@ -14,7 +14,7 @@ use tokio::net::{UnixDatagram, UnixListener, UnixStream};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test]
-async fn a_connection_made_before_the_start_is_served_and_the_socket_stays() {
+async fn connection_from_before_the_start_is_served_and_the_socket_file_stays() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("given");
     let socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
@@ -29,18 +29,22 @@ async fn a_connection_made_before_the_start_is_served_and_the_socket_stays() {
     early.read_exact(&mut pong).await.unwrap();
     assert_eq!(pong, frame(wire::ipc::FrameType::Pong));
     assert_eq!(process.socket(), path);
-    assert!(!process.dir.path().join("s").exists(), "none of its own is made");
+    assert!(!process.dir.path().join("s").exists(), "the process created a socket of its own");
 
     process.signal(Signal::SIGTERM);
     assert_eq!(process.ended().await, Some(0));
-    assert_eq!(std::fs::metadata(&path).unwrap().ino(), inode, "its file is the service manager's");
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().ino(),
+        inode,
+        "the process replaced the service manager's socket file"
+    );
     UnixStream::connect(&path)
         .await
-        .expect("who comes now waits for the next start");
+        .expect("the service manager still listens");
 }
 
 #[tokio::test]
-async fn the_http_port_is_taken_over_by_its_name() {
+async fn http_listener_is_taken_over_by_its_name() {
     let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = socket.local_addr().unwrap().to_string();
     let manager = Manager { given: Some(("http", socket.into())), ..Manager::default() };
@@ -50,7 +54,7 @@ async fn the_http_port_is_taken_over_by_its_name() {
 }
 
 #[tokio::test]
-async fn a_socket_of_another_kind_is_refused() {
+async fn socket_of_the_wrong_kind_is_refused() {
     let unix = |dir: &Path| -> OwnedFd {
         std::os::unix::net::UnixListener::bind(dir.join("given"))
             .unwrap()
@@ -72,6 +76,7 @@ async fn a_socket_of_another_kind_is_refused() {
         ("http", &unix, "not a valid tcp socket"),
         ("ops", &file, "not a socket"),
     ];
+
     for (name, make, expected) in cases {
         let dir = tempfile::tempdir().unwrap();
         let mut child = Manager { given: Some((name, make(dir.path()))), ..Manager::default() }.spawn(dir.path());
@@ -79,24 +84,25 @@ async fn a_socket_of_another_kind_is_refused() {
             .await
             .expect("it ends")
             .unwrap();
+
         let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
         assert_eq!(ended.code(), Some(1), "{name}: {log}");
         assert!(log.contains(expected) && log.contains(name), "{name}: {log}");
     }
 }
 
-/// What the process says of itself.
-struct Ear(UnixDatagram);
+/// Receives the notifications of the process.
+struct Notifications(UnixDatagram);
 
-impl Ear {
+impl Notifications {
     fn new(dir: &Path) -> (Self, (&'static str, String)) {
         let path = dir.join("notify");
         (Self(UnixDatagram::bind(&path).unwrap()), ("NOTIFY_SOCKET", path.display().to_string()))
     }
 
-    /// The next word that holds `expected`, whatever came before.
-    async fn hears(&self, expected: &str) -> String {
-        let heard = async {
+    /// Returns the next notification that contains `expected`, and discards those before it.
+    async fn next_with(&self, expected: &str) -> String {
+        let received = async {
             loop {
                 let mut bytes = [0; 4096];
                 let length = self.0.recv(&mut bytes).await.unwrap();
@@ -106,70 +112,75 @@ impl Ear {
                 }
             }
         };
-        tokio::time::timeout(PATIENCE, heard)
+        tokio::time::timeout(PATIENCE, received)
             .await
-            .unwrap_or_else(|_| panic!("{expected} was not said"))
+            .unwrap_or_else(|_| panic!("{expected} was not notified"))
     }
 
-    /// What is there to be heard now.
-    fn now(&self) -> usize {
+    /// Discards the notifications that have arrived, and returns their number.
+    fn discard(&self) -> usize {
         std::iter::from_fn(|| self.0.try_recv(&mut [0; 4096]).ok()).count()
     }
 }
 
 #[tokio::test]
-async fn it_says_when_it_serves_reloads_and_stops() {
+async fn process_notifies_when_it_serves_reloads_and_stops() {
     let dir = tempfile::tempdir().unwrap();
-    let (ear, variable) = Ear::new(dir.path());
+    let (notifications, variable) = Notifications::new(dir.path());
     let manager = Manager { environment: vec![variable], ..Manager::default() };
     let mut process = Process::start_under(manager, dir).await;
     assert!(
-        ear.hears("READY=1")
+        notifications
+            .next_with("READY=1")
             .await
             .contains(&format!("STATUS=gateway, router, worker, cluster, webapp on http://{}", process.http()))
     );
+
     for _ in 0..2 {
         process.signal(Signal::SIGHUP);
-        let reloading = ear.hears("RELOADING=1").await;
+        let reloading = notifications.next_with("RELOADING=1").await;
         assert!(reloading.contains("MONOTONIC_USEC="), "{reloading}");
-        ear.hears("READY=1").await;
+        notifications.next_with("READY=1").await;
     }
+
     process.signal(Signal::SIGTERM);
-    ear.hears("STOPPING=1").await;
+    notifications.next_with("STOPPING=1").await;
     assert_eq!(process.ended().await, Some(0));
 }
 
 #[tokio::test]
-async fn the_watchdog_is_told_only_while_the_gateway_answers() {
+async fn watchdog_is_notified_only_while_the_gateway_answers() {
     let dir = tempfile::tempdir().unwrap();
-    let (ear, variable) = Ear::new(dir.path());
+    let (notifications, variable) = Notifications::new(dir.path());
     let environment = vec![variable, ("WATCHDOG_USEC", "1000000".to_string())];
     let process = Process::start_under(Manager { environment, ..Manager::default() }, dir).await;
     for _ in 0..3 {
-        ear.hears("WATCHDOG=1").await;
+        notifications.next_with("WATCHDOG=1").await;
     }
 
-    // In the gateway's place one that takes connections and says nothing, as if it hung.
+    // Replace the gateway by a socket that accepts connections and never answers, like a process that hangs.
     let [socket, aside] = [process.socket(), process.dir.path().join("aside")];
     std::fs::rename(&socket, &aside).unwrap();
-    let deaf = UnixListener::bind(&socket).unwrap();
+    let silent = UnixListener::bind(&socket).unwrap();
+
     let asked = async || {
-        tokio::time::timeout(PATIENCE, deaf.accept())
+        tokio::time::timeout(PATIENCE, silent.accept())
             .await
             .expect("it asks")
             .unwrap()
             .0
     };
+
     let mut questions = vec![asked().await];
-    // Said before it asked the deaf one.
-    ear.now();
+    // Discard what was sent before the first failing check.
+    notifications.discard();
     for _ in 0..4 {
         questions.push(asked().await);
     }
-    assert_eq!(ear.now(), 0, "it does not answer, and yet it was said to live");
+    assert_eq!(notifications.discard(), 0, "the watchdog was notified although the gateway does not answer");
 
     std::fs::rename(&aside, &socket).unwrap();
-    ear.hears("WATCHDOG=1").await;
+    notifications.next_with("WATCHDOG=1").await;
     assert!(process.log().contains("the self-check failed"));
 }
 
@@ -185,16 +196,17 @@ async fn sighup_changes_limits_while_connections_are_open() {
                     [http]\nlisten = \"127.0.0.1:1\"\n[worker]\nslots = 3\n";
     reload(&process, settings, "done", 1).await;
     assert_eq!((limits().await.max_connections, limits().await.max_in_flight), (1, 3));
-    assert_eq!(mode(&process), 0o666, "those in allowed_uids reach it");
+    assert_eq!(mode(&process), 0o666, "the users in allowed_uids can connect");
     let second = client::Client::connect(&process.socket()).await.unwrap();
     assert!(matches!(second.ping().await, Err(client::Error::Refused(_) | client::Error::Closed)));
     client.ping().await.unwrap();
+
     let log = process.log();
     let named = log
         .lines()
         .find(|line| line.contains("needs a restart"))
         .unwrap_or_else(|| panic!("{log}"));
-    // The address is a flag of this process, which the file does not change.
+    // A flag of this process sets the address, which the file cannot change.
     assert!(
         named.contains("worker.slots") && !named.contains("http.listen") && !named.contains("max_in_flight"),
         "{named}"
@@ -208,10 +220,14 @@ async fn sighup_changes_limits_while_connections_are_open() {
     )
     .await;
     assert!(process.log().contains("beamline.toml:3"), "{}", process.log());
-    assert_eq!((limits().await.max_connections, limits().await.max_in_flight), (1, 3), "nothing has changed");
+    assert_eq!(
+        (limits().await.max_connections, limits().await.max_in_flight),
+        (1, 3),
+        "a refused reload changed a setting"
+    );
 
     reload(&process, "[gateway]\nmax_connections = 3\n[log]\nlevel = \"debug\"\n", "done", 2).await;
-    assert_eq!(limits().await.max_in_flight, 1000, "what is no longer set has its default");
+    assert_eq!(limits().await.max_in_flight, 1000, "a setting that is no longer in the file returns to its default");
     client::Client::connect(&process.socket())
         .await
         .unwrap()
@@ -223,7 +239,7 @@ async fn sighup_changes_limits_while_connections_are_open() {
 }
 
 #[tokio::test]
-async fn sighup_takes_a_new_api_key() {
+async fn sighup_takes_over_a_new_api_key() {
     let process = Process::start().await;
     let old = process.run(&["api-key"]).await.success();
     let new = "0123456789abcdef0123456789abcdef";
@@ -237,7 +253,7 @@ fn mode(process: &Process) -> u32 {
     std::fs::metadata(process.socket()).unwrap().permissions().mode() & 0o777
 }
 
-/// Has ended with this outcome when it returns, so many times in all.
+/// Reloads, and waits until reloads with this outcome have happened so many `times` in all.
 async fn reload(process: &Process, settings: &str, outcome: &str, times: u32) {
     std::fs::write(process.dir.path().join("beamline.toml"), settings).unwrap();
     process.signal(Signal::SIGHUP);
@@ -254,7 +270,8 @@ async fn reload(process: &Process, settings: &str, outcome: &str, times: u32) {
 async fn decide(process: &Process, key: &str) -> u16 {
     let mut stream = tokio::net::TcpStream::connect(process.http()).await.unwrap();
     let request = format!(
-        "POST /api/v1/routes/decide HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-API-Key: {key}\r\nContent-Length: 2\r\n\r\n{{}}"
+        "POST /api/v1/routes/decide HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-API-Key: {key}\r\n\
+         Content-Length: 2\r\n\r\n{{}}"
     );
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut response = String::new();

@@ -1,11 +1,11 @@
-//! Settings, secrets and the ends of a process.
+//! Settings and secrets of a process, and how it ends.
 
 use crate::process::{Process, run_in, spawn};
 use nix::sys::signal::Signal;
 use std::time::Duration;
 
 #[tokio::test]
-async fn bad_settings_are_all_told_and_nothing_is_bound() {
+async fn every_bad_setting_is_reported_and_nothing_is_bound() {
     let dir = tempfile::tempdir().unwrap();
     let file = "[http]\nlisten = \"nowhere\"\nlissten = 1\n[gateway]\nread_timeout = \"5 sec\"\n[[worker.providers]]\n\
                 name = \"model\"\nkind = \"openai\"\nmodel = \"m\"\nbase_url = \"host/v1\"\ntimeout = \"0s\"\n";
@@ -30,7 +30,7 @@ async fn bad_settings_are_all_told_and_nothing_is_bound() {
 }
 
 #[tokio::test]
-async fn config_show_redacts_and_names_the_source() {
+async fn config_show_redacts_secrets_and_names_sources() {
     let dir = tempfile::tempdir().unwrap();
     let file = "[database]\nurl = \"postgres://u:geheim@h/d\"\n[log]\nformat = \"json\"\n";
     std::fs::write(dir.path().join("beamline.toml"), file).unwrap();
@@ -41,7 +41,7 @@ async fn config_show_redacts_and_names_the_source() {
 }
 
 #[tokio::test]
-async fn a_taken_port_and_a_taken_socket_name_their_holder() {
+async fn errors_of_a_taken_port_or_socket_name_the_holder() {
     let process = Process::start().await;
     let pid = process.ready["pid"].to_string();
     let free = ["--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
@@ -61,7 +61,7 @@ async fn a_taken_port_and_a_taken_socket_name_their_holder() {
     let mut args = vec!["up", "--socket", "other"];
     args.extend(free);
     let taken = process.run(&args).await;
-    assert_eq!(taken.code, Some(1), "a data directory serves one process");
+    assert_eq!(taken.code, Some(1), "a second process used the same data directory");
     assert!(taken.stderr.contains("data"), "{}", taken.stderr);
 }
 
@@ -75,14 +75,14 @@ async fn sigterm_and_ctrl_c_drain_and_exit_0() {
             .unwrap();
         process.signal(signal);
         let end = client.push(|_| false).await.unwrap_err();
-        assert!(end.0.contains("3001"), "a client is told of the shutdown: {end:?}");
+        assert!(end.0.contains("3001"), "the close code should be that of a shutdown: {end:?}");
         assert_eq!(process.ended().await, Some(0), "{signal}");
-        assert!(!process.socket().exists(), "the socket is gone after an orderly end");
+        assert!(!process.socket().exists(), "an orderly end removes the socket");
     }
 }
 
 #[tokio::test]
-async fn secrets_stay_the_same_over_restarts() {
+async fn secrets_survive_restarts() {
     let mut process = Process::start().await;
     let key = process.run(&["api-key"]).await.success();
     process.kill_and_restart().await;
@@ -90,8 +90,8 @@ async fn secrets_stay_the_same_over_restarts() {
 }
 
 #[tokio::test]
-async fn a_start_that_waits_for_a_server_can_be_ended() {
-    // Takes the connection and says nothing.
+async fn sigterm_ends_a_start_that_waits_for_a_server() {
+    // A server that accepts the connection and never answers.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("postgres://u@{}/d", silent.local_addr().unwrap());
     let dir = tempfile::tempdir().unwrap();
@@ -104,11 +104,11 @@ async fn a_start_that_waits_for_a_server_can_be_ended() {
         .expect("it ends")
         .unwrap();
     assert_eq!(ended.code(), Some(0));
-    assert!(!dir.path().join("s").exists(), "nothing is left behind");
+    assert!(!dir.path().join("s").exists(), "an interrupted start left its socket behind");
 }
 
 #[tokio::test]
-async fn a_sqlite_url_is_relative_to_the_working_directory_and_makes_its_file() {
+async fn sqlite_url_is_relative_to_the_working_directory_and_creates_its_file() {
     let mut process = Process::start_with(&["--database-url", "sqlite://people.db"]).await;
     assert!(process.dir.path().join("people.db").exists() && !process.dir.path().join("data/webapp.db").exists());
     let password = std::fs::read_to_string(process.dir.path().join("data/admin-password")).unwrap();
@@ -124,17 +124,17 @@ async fn a_sqlite_url_is_relative_to_the_working_directory_and_makes_its_file() 
         "{}",
         output.stderr
     );
-    assert!(!dir.path().join("no").exists(), "a directory is not made");
+    assert!(!dir.path().join("no").exists(), "the start created a directory");
 }
 
 #[tokio::test]
-async fn the_noted_password_opens_a_database_that_was_made_anew() {
+async fn stored_admin_password_opens_a_new_database() {
     let mut process = Process::start().await;
     let data = process.dir.path().join("data");
     let password = std::fs::read_to_string(data.join("admin-password")).unwrap();
     assert_eq!(sign_in(&process, password.trim()).await, 200);
     let log = std::fs::read_to_string(process.dir.path().join("log")).unwrap();
-    assert!(!log.contains(password.trim()), "a log is no place for it");
+    assert!(!log.contains(password.trim()), "the password is in the log");
     process.kill().await;
     for entry in std::fs::read_dir(&data).unwrap().flatten() {
         if entry.file_name().to_string_lossy().starts_with("webapp.db") {

@@ -1,4 +1,4 @@
-//! The soak that operators run, short: it accounts for every request and is able to fail.
+//! Short runs of the soak that operators use: it accounts for every request, and it can fail.
 
 use crate::process::Process;
 use nix::sys::signal::Signal;
@@ -6,7 +6,7 @@ use serde_json::Value;
 use testkit::NatsServer;
 
 #[tokio::test]
-async fn a_short_soak_through_nats_accounts_for_every_request() {
+async fn soak_through_nats_accounts_for_every_request() {
     let nats = NatsServer::start().await;
     let process = Process::start_with(&["--nats-url", &nats.url()]).await;
     let seen = process.dir.path().join("seen.json");
@@ -20,11 +20,11 @@ async fn a_short_soak_through_nats_accounts_for_every_request() {
 }
 
 #[tokio::test]
-async fn a_paced_soak_sends_no_more_than_it_was_told_to_and_watches_the_metrics() {
+async fn paced_soak_keeps_its_rate_and_watches_the_metrics() {
     let process = Process::start().await;
     let metrics = format!("http://{}/metrics", process.ops());
     let args = ["soak", "gateway", "--for", "3s", "--rate", "100", "--metrics", &metrics, "--evidence", "seen.json"];
-    // Never more than that; a machine that is busy with other tests may send less, and then it fails.
+    // It never sends more than its rate. On a busy machine it may send less, and then it must fail.
     process.run(&args).await;
     let seen: Value = serde_json::from_slice(&std::fs::read(process.dir.path().join("seen.json")).unwrap()).unwrap();
     assert!((1..=302).contains(&seen["sent"].as_u64().unwrap()), "{}", seen["sent"]);
@@ -37,9 +37,9 @@ async fn a_paced_soak_sends_no_more_than_it_was_told_to_and_watches_the_metrics(
     assert!(output.stderr.contains("requests a second instead of"), "{}", output.stderr);
 }
 
-/// The short form of a million: each is answered too late, counted so, and leaves nothing.
+/// A short form of the documented million: each request is answered too late, is counted, and leaves nothing behind.
 #[tokio::test]
-async fn twenty_thousand_requests_time_out_and_leave_nothing() {
+async fn twenty_thousand_late_replies_leave_nothing_behind() {
     let nats = NatsServer::start().await;
     let url = nats.url();
     let settings = format!("roles = \"gateway\"\n[nats]\nurl = \"{url}\"\n[log]\nlevel = \"warn\"\n");
@@ -50,12 +50,12 @@ async fn twenty_thousand_requests_time_out_and_leave_nothing() {
     let output = process.run(&[&late[..], &many[..]].concat()).await.success();
     let seen: Value = serde_json::from_slice(&std::fs::read(process.dir.path().join("seen.json")).unwrap()).unwrap();
     assert_eq!(seen["errors"], serde_json::json!({"5": 20_000}), "{output}");
-    // A request whose deadline passes before it could be sent stays here; the others are answered.
+    // A request whose deadline passes before the gateway can send it does not reach the late router.
     let (given, counted) = (seen["late_router"].as_u64().unwrap(), seen["late_replies"].as_u64().unwrap());
     assert!(given > 0 && counted >= given, "{given} {output}");
     assert_eq!(seen["after"]["in_flight"], 0);
 
-    // Where a router works, nobody takes its requests away.
+    // The soak refuses to take requests from a router that is running.
     let _router = Process::start_with(&["--roles", "router", "--nats-url", &url]).await;
     let output = process.run(&late).await;
     assert_eq!(output.code, Some(1));
@@ -63,7 +63,7 @@ async fn twenty_thousand_requests_time_out_and_leave_nothing() {
 }
 
 #[tokio::test]
-async fn a_gateway_that_dies_fails_the_soak() {
+async fn soak_fails_when_the_gateway_dies() {
     let process = Process::start().await;
     let args = ["soak", "gateway", "--for", "4s", "--clients", "2", "--deadline", "1s"];
     let soak = process.run(&args);

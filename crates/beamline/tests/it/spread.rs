@@ -1,4 +1,4 @@
-//! The parts in processes of their own, on NATS and Redis, and what happens when these go away for a while.
+//! The parts in separate processes, on NATS and Redis, also while these are down.
 
 use crate::process::Process;
 use crate::realtime::Client;
@@ -27,7 +27,7 @@ fn answered(push: &Value) -> bool {
 }
 
 #[tokio::test]
-async fn parts_on_their_own_meet_on_nats_and_redis() {
+async fn separate_parts_work_together_through_an_outage_of_nats() {
     let (mut nats, redis) = (NatsServer::start().await, RedisServer::start().await);
     let (nats_url, redis_url) = (nats.url(), redis.url());
     let part = async |roles: &str| {
@@ -58,6 +58,7 @@ async fn parts_on_their_own_meet_on_nats_and_redis() {
         .await;
     assert_eq!(down.code, Some(1), "an error, not silence: {}", down.stdout);
     eventually(PATIENCE, async || crate::journey::get(&format!("http://{}/ready", near.http())).await.0 == 503).await;
+
     nats.restart().await;
     eventually(PATIENCE, async || {
         gateway
@@ -68,12 +69,15 @@ async fn parts_on_their_own_meet_on_nats_and_redis() {
     })
     .await;
     eventually(PATIENCE, async || crate::journey::get(&format!("http://{}/ready", near.http())).await.0 == 200).await;
+
     ann.rpc("chat.send", question("2")).await.unwrap();
-    bob.push(answered).await.expect("and after the bus came back");
+    bob.push(answered)
+        .await
+        .expect("an answer arrives after the bus came back");
 }
 
 #[tokio::test]
-async fn certificates_for_nats_come_from_settings_and_anew_at_sighup() {
+async fn sighup_reloads_the_certificates_for_nats() {
     let authority = Authority::new();
     let (certificate, key) = authority.issue("127.0.0.1");
     let nats = NatsServer::start_with(&format!(
@@ -84,12 +88,14 @@ async fn certificates_for_nats_come_from_settings_and_anew_at_sighup() {
     .await;
     let (ours, key) = authority.issue("client.example");
     let process = Process::start_with_settings(&format!(
-        "roles = [\"gateway\"]\n[nats]\nurl = {:?}\nuser = \"me\"\npassword = \"pw\"\ntls_ca = {:?}\ntls_certificate = {ours:?}\n\
+        "roles = [\"gateway\"]\n[nats]\nurl = {:?}\nuser = \"me\"\npassword = \"pw\"\n\
+         tls_ca = {:?}\ntls_certificate = {ours:?}\n\
          tls_key = {key:?}\ntls_first = true\nconnections = 3\n",
         nats.url(),
         authority.certificate()
     ))
     .await;
+
     let metrics = async || {
         crate::journey::get(&format!("http://{}/metrics", process.ops()))
             .await
@@ -100,13 +106,16 @@ async fn certificates_for_nats_come_from_settings_and_anew_at_sighup() {
         let line = format!("beamline_reloads_total{{outcome=\"{outcome}\"}} 1");
         eventually(PATIENCE, async || metrics().await.contains(&line)).await;
     };
+
     let connected = || process.log().matches("connected to NATS").count();
-    assert_eq!(connected(), 3, "as many as nats.connections says");
+    assert_eq!(connected(), 3, "the number of connections is nats.connections");
+
     let good = std::fs::read(&ours).unwrap();
     std::fs::write(&ours, "no certificate").unwrap();
     reloaded("refused").await;
     assert!(process.log().contains("nats.tls_certificate"), "{}", process.log());
     assert_eq!(crate::journey::get(&format!("http://{}/readyz", process.ops())).await.0, 200);
+
     std::fs::write(&ours, good).unwrap();
     reloaded("done").await;
     eventually(PATIENCE, async || connected() == 6).await;
@@ -114,21 +123,23 @@ async fn certificates_for_nats_come_from_settings_and_anew_at_sighup() {
 }
 
 #[tokio::test]
-async fn a_drain_tells_who_waits_in_vain_and_waits_for_nobody_who_does_not_read() {
+async fn drain_reports_abandoned_requests_and_does_not_wait_for_slow_readers() {
     let nats = NatsServer::start().await;
     let url = nats.url();
     let bus = Nats::connect(NatsConfig { url: url.clone(), ..NatsConfig::default() })
         .await
         .unwrap();
-    // It is there, and never answers.
+    // This router subscribes, and never answers.
     let mut router = bus.subscribe(wire::subjects::DECIDE, None, 8).await.unwrap();
+
     let settings = format!("roles = \"gateway\"\n[nats]\nurl = \"{url}\"\n[shutdown]\ndeadline = \"2s\"\n");
     let mut process = Process::start_with_settings(&settings).await;
     let waits = client::Client::connect(&process.socket()).await.unwrap();
     let submit = json!({"command": "task_submit", "task_type": "t"});
     let waiting = tokio::spawn(async move { waits.submit(&submit).await });
     router.next().await.unwrap();
-    // Asks for more than the socket holds, and reads nothing of it.
+
+    // This client asks for more than the socket holds, and reads nothing.
     let mut deaf = tokio::net::UnixStream::connect(process.socket()).await.unwrap();
     let question = [0, 0, 0, 6, 1, 0xf2].repeat(1000);
     while tokio::time::timeout(Duration::from_millis(500), deaf.write_all(&question))
@@ -137,9 +148,9 @@ async fn a_drain_tells_who_waits_in_vain_and_waits_for_nobody_who_does_not_read(
     {}
 
     process.signal(Signal::SIGTERM);
-    let client::Error::Refused(told) = waiting.await.unwrap().unwrap_err() else {
-        panic!("it is told")
+    let client::Error::Refused(refusal) = waiting.await.unwrap().unwrap_err() else {
+        panic!("the abandoned request got no error")
     };
-    assert_eq!(told.error.code, 6, "{told:?}");
+    assert_eq!(refusal.error.code, 6, "{refusal:?}");
     assert_eq!(process.ended().await, Some(0), "{}", process.log());
 }

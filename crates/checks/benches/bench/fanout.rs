@@ -31,7 +31,8 @@ pub async fn run(report: &mut Report) -> Result {
 }
 
 async fn ours(window: usize) -> Result<f64> {
-    let settings = "[[cluster.namespaces]]\nname = \"bench\"\nhistory_size = 0\nrecovery = false\npresence = false\npublish = true\n";
+    let settings = "[[cluster.namespaces]]\nname = \"bench\"\nhistory_size = 0\nrecovery = false\n\
+                    presence = false\npublish = true\n";
     let server = Beamline::start(settings)?;
     let token = server.token("bench")?;
 

@@ -1,5 +1,5 @@
-//! A real router that is overloaded: assignments that nobody takes, and a NATS that is far away. The gateway leaves it
-//! alone until it has recovered.
+//! Overloads a real router with a backlog of assignments and a slow NATS. The gateway sheds load until the router has
+//! recovered.
 
 use super::stage::{PATIENCE, Stage};
 use super::{refused, submit};
@@ -17,16 +17,24 @@ use tokio::time::Instant;
 use wire::ipc::FrameType;
 use wire::subjects;
 
+<<<<<<< HEAD
 /// The contract's thresholds: so many assignments that wait are too many, and so is a 95th percentile of 5 s. A task
 /// makes the router wait for NATS twice.
 const ASSIGNMENTS: usize = 1000;
 const FAR: Duration = Duration::from_millis(3200);
 /// So many that those which are decided quickly until the gateway asks do not outweigh them.
+=======
+/// The contract's thresholds: a backlog of this many assignments, and a 95th percentile of 5 s. A task takes several
+/// requests to NATS in a row, so this delay of each of them exceeds the second threshold.
+const ASSIGNMENTS: usize = 1000;
+const FAR: Duration = Duration::from_millis(2200);
+/// Enough slow decisions that the quick ones before the gateway's next poll do not outweigh them.
+>>>>>>> 62b9db8 (Beamline, docs: plain words and paragraphs, test names that say it)
 const SLOW: usize = 50;
 const HASTE: Duration = Duration::from_millis(100);
 
 #[tokio::test]
-async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
+async fn gateway_sheds_load_until_an_overloaded_router_has_recovered() {
     let stage = Stage::start().await;
     let (delay, delayed) = watch::channel(Duration::ZERO);
     let (url, _way) = way_to_nats(stage.nats.port(), delayed).await;
@@ -42,10 +50,13 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
     };
     let appends = (0..ASSIGNMENTS).map(|_| stage.bus.append(assignment(), None));
     futures_util::future::try_join_all(appends).await.unwrap();
-    // One measure over its threshold is a warning.
+
+    // A single measure over its threshold is only a warning.
     client.submit(&fine).await.unwrap();
     delay.send_replace(FAR);
-    // These decisions come too late for the client, whose haste says nothing about the router; that counts what they took.
+
+    // These decisions are too late for the client. Its short deadline does not count against the router, but the router
+    // records how long they took.
     let pushed: Bytes = submit("echo", json!({"push_assignment": true})).to_string().into();
     let slow = (0..SLOW).map(|_| client.call(FrameType::TaskSubmit, pushed.clone(), Some(HASTE)));
     for outcome in futures_util::future::join_all(slow).await {
@@ -67,12 +78,13 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
         "{error:?}"
     );
     assert_eq!(error.retry_after_ms, Some(30_000));
+
     let request =
         json!({"version": "1", "request_id": "r", "tenant_id": "default", "task": {"type": "echo", "payload": {}}});
     let (status, retry_after, answer) = stage.post_decide(&stage.api_key().await, &request.to_string()).await;
     assert_eq!((status, retry_after, &answer["error"]["code"]), (429, Some(30), &json!("backpressure")));
 
-    // Somebody takes the assignments.
+    // Empty the backlog.
     let purged = stage
         .bus
         .request("$JS.API.STREAM.PURGE.ASSIGN", Headers::new(), Bytes::new(), PATIENCE)
@@ -88,7 +100,7 @@ async fn an_overloaded_router_is_left_alone_until_it_has_recovered() {
     drop(router);
 }
 
-/// Another address of NATS, on which what is sent there is as long under way as `delay` says.
+/// Returns another address of NATS, on which messages to NATS arrive after `delay`.
 async fn way_to_nats(port: u16, delay: watch::Receiver<Duration>) -> (String, JoinSet<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("nats://{}", listener.local_addr().unwrap());
@@ -99,9 +111,11 @@ async fn way_to_nats(port: u16, delay: watch::Receiver<Duration>) -> (String, Jo
             let far = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
             let ((mut from_near, mut to_near), (mut from_far, mut to_far)) = (near.into_split(), far.into_split());
             let (under_way, mut arriving) = mpsc::channel::<(Instant, Vec<u8>)>(4096);
+
             connections.spawn(async move {
                 let _ = tokio::io::copy(&mut from_far, &mut to_near).await;
             });
+
             let delay = delay.clone();
             connections.spawn(async move {
                 let mut buffer = vec![0; 64 * 1024];

@@ -1,10 +1,10 @@
-//! Who causes which row of the table of errors in the scenarios: the router itself, or a responder on NATS in its place.
-//! The router's own work shortens the second list.
+//! What causes each row of the table of errors in the scenarios: the real router, or a scripted responder that replaces
+//! it. When the router learns to cause a row, it moves from the second list to the first.
 
 use std::collections::BTreeSet;
 use wire::router::RouterCode;
 
-/// Caused by the real router in `e2e_2_errors_that_the_router_causes`, which checks that it has seen exactly these.
+/// The real router causes these rows; `e2e_2_errors_that_the_router_causes` checks that it has seen exactly these.
 pub const BY_THE_ROUTER: &[&str] = &[
     "backpressure",
     "deadline_exceeded",
@@ -17,20 +17,23 @@ pub const BY_THE_ROUTER: &[&str] = &[
     "unavailable",
 ];
 
-/// Caused by nothing that the router has today, and why. `e2e_2_every_row_of_the_table_from_a_scripted_router` drives
-/// them, and the others with them.
+/// Rows that the router cannot cause today, and why. `e2e_2_every_row_of_the_table_from_a_scripted_router` covers them,
+/// together with the others.
 pub const BY_A_SCRIPT: &[(&str, &str)] = &[
     ("budget_exceeded", "policies have no budgets"),
     ("extension_error", "there are no extensions"),
     ("extension_not_found", "there are no extensions"),
     ("extension_timeout", "there are no extensions"),
     ("extension_unavailable", "there are no extensions"),
-    ("forbidden", "tenants are refused by the gateway, with code 13; there are no validators and roles"),
-    ("internal", "a task's record would have to be broken"),
+    ("forbidden", "the gateway refuses tenants, with code 13; the router has no roles"),
+    ("internal", "only a broken task record would cause it"),
     ("post_processor_failed", "there are no extensions"),
     ("quota_exceeded", "policies have no quotas"),
     ("rate_limited", "policies have no rate limit"),
-    ("unauthorized", "of the gateway itself over HTTP; the router asks nobody on the bus who they are"),
+    (
+        "unauthorized",
+        "the gateway itself returns it over HTTP; the router does not authenticate on the bus",
+    ),
 ];
 
 #[test]

@@ -1,4 +1,4 @@
-//! What the gateway's scenarios stand on: the parts in processes of their own, raw frames, a responder that does as told.
+//! The setup of the gateway's scenarios: parts in separate processes, raw frames, a scripted responder.
 
 use crate::process::Process;
 use bus::nats::{Nats, NatsConfig};
@@ -21,16 +21,16 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Holds {
     descriptors: u64,
-    /// Of all on the NATS of the stage, as that sees it.
+    /// All connections to the NATS of the stage, as NATS counts them.
     nats_connections: u64,
     tasks: u64,
     in_flight: u64,
 }
 
-/// The gateway alone in its process, on a NATS of its own.
+/// A gateway alone in its process, on its own NATS.
 pub struct Stage {
     pub nats: NatsServer,
-    /// Of NATS, where it tells what it holds.
+    /// The port on which NATS reports its connections.
     monitoring: u16,
     pub bus: Bus,
     pub gateway: Process,
@@ -52,7 +52,7 @@ impl Stage {
         Self { nats, monitoring, bus, gateway }
     }
 
-    /// Another part, in its own process.
+    /// Starts further parts in a process of their own.
     pub async fn part(&self, roles: &str) -> Process {
         Process::start_with(&["--roles", roles, "--nats-url", &self.nats.url()]).await
     }
@@ -61,10 +61,11 @@ impl Stage {
         client::Client::connect(&self.gateway.socket()).await.unwrap()
     }
 
-    /// A number on the gateway's /metrics; of a figure with labels, all of them together.
+    /// Returns a metric of the gateway; one with labels is summed over them.
     pub async fn metric(&self, name: &str) -> f64 {
         let (status, metrics) = crate::journey::get(&format!("http://{}/metrics", self.gateway.ops())).await;
         assert_eq!(status, 200);
+
         let lines = metrics
             .lines()
             .filter(|line| line.split([' ', '{']).next() == Some(name));
@@ -75,9 +76,9 @@ impl Stage {
         values.iter().sum()
     }
 
-    /// What the gateway's process holds, with nothing in flight.
+    /// Returns the resources that the gateway's process holds.
     pub async fn holds(&self) -> Holds {
-        // First: a look at the metrics is a connection for a moment.
+        // Count descriptors first: reading the metrics opens a connection for a moment.
         let pid = self.gateway.ready["pid"].as_u64().unwrap();
         let descriptors = checks::process::look(u32::try_from(pid).unwrap()).unwrap().descriptors;
         Holds {
@@ -90,7 +91,7 @@ impl Stage {
 
     async fn nats_connections(&self) -> u64 {
         let mut stream = TcpStream::connect(("127.0.0.1", self.monitoring)).await.unwrap();
-        // In HTTP 1.0 it comes in one piece.
+        // HTTP 1.0 avoids a chunked response.
         stream.write_all(b"GET /connz HTTP/1.0\r\n\r\n").await.unwrap();
         let mut response = String::new();
         stream.read_to_string(&mut response).await.unwrap();
@@ -100,20 +101,20 @@ impl Stage {
             .unwrap()
     }
 
-    /// The gateway comes back to what it held.
-    pub async fn is_as_before(&self, before: Holds) {
+    /// Waits until the gateway holds the same resources as `before`.
+    pub async fn settles_to(&self, before: Holds) {
         let seen = Cell::new(before);
         eventually(PATIENCE, async || {
             let now = self.holds().await;
             if now != seen.replace(now) {
-                eprintln!("it held {before:?}, and holds {now:?}");
+                eprintln!("the gateway held {before:?}, and holds {now:?}");
             }
             now == before
         })
         .await;
     }
 
-    /// POST with `key`: status, Retry-After and body.
+    /// Posts a decide request with `key`; returns status, Retry-After and body.
     pub async fn post_decide(&self, key: &str, body: &str) -> (u16, Option<u64>, Value) {
         let mut stream = TcpStream::connect(self.gateway.http()).await.unwrap();
         let request = format!(
@@ -124,6 +125,7 @@ impl Stage {
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut response = String::new();
         stream.read_to_string(&mut response).await.unwrap();
+
         let (head, body) = response.split_once("\r\n\r\n").unwrap();
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
         let retry_after = head
@@ -136,16 +138,18 @@ impl Stage {
         self.gateway.run(&["api-key"]).await.success().trim().to_string()
     }
 
-    /// In the router's place: answers each decide request with what `answer` makes of it, when it has made it.
+    /// Replaces the router: replies to each decide request with the value of `answer`, once that returns.
     pub async fn responder<F>(&self, answer: impl Fn(Value) -> F + Send + Sync + 'static) -> JoinSet<()>
     where
         F: Future<Output = Value> + Send + 'static,
     {
         let group = Some(wire::subjects::DECIDE_GROUP);
         let mut requests = self.bus.subscribe(wire::subjects::DECIDE, group, 4096).await.unwrap();
-        // The server has the subscription when it has answered this.
+        // Once the server answers this, it has processed the subscription.
         self.bus.health().await.unwrap();
+
         let (bus, answer) = (self.bus.clone(), Arc::new(answer));
+
         let mut running = JoinSet::new();
         running.spawn(async move {
             let mut answers = JoinSet::new();
@@ -167,10 +171,10 @@ impl Stage {
     }
 }
 
-/// Every frame that came for each request id.
+/// Every frame that arrived for each request id.
 pub type Outcomes = BTreeMap<u64, Vec<(FrameType, Value)>>;
 
-/// A connection on which nothing that the gateway sends goes unseen, not even a second answer.
+/// A connection that shows every frame that the gateway sends, even a second answer to a request.
 pub struct Raw {
     reader: OwnedReadHalf,
     writer: OwnedWriteHalf,
@@ -178,7 +182,7 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// The gateway has taken it when this returns.
+    /// Returns when the gateway has accepted the connection.
     pub async fn connect(stage: &Stage) -> Self {
         let (reader, writer) = UnixStream::connect(stage.gateway.socket()).await.unwrap().into_split();
         let mut raw = Self { reader, writer, input: BytesMut::new() };
@@ -213,7 +217,7 @@ impl Raw {
         tokio::time::timeout(PATIENCE, frame).await.expect("a frame in time")
     }
 
-    /// Takes one answer in.
+    /// Receives one frame.
     pub async fn take(&mut self, outcomes: &mut Outcomes) {
         let frame = self.next().await;
         let Version::V2 { request_id, .. } = frame.version else {
@@ -226,16 +230,18 @@ impl Raw {
             .push((frame.frame_type().unwrap(), answer));
     }
 
-    /// What came, when each of `ids` has an answer and the gateway has nothing more to say.
+    /// Receives frames until each of `ids` has an answer and the gateway has sent everything that it owes.
     pub async fn outcomes(&mut self, ids: std::ops::Range<u64>) -> Outcomes {
         let mut outcomes = Outcomes::new();
         while !ids.clone().all(|id| outcomes.contains_key(&id)) {
             self.take(&mut outcomes).await;
         }
+
         let last = ids.end;
         let mut ping = BytesMut::new();
         Frame::new(Version::V2 { request_id: last, deadline_ms: 0 }, FrameType::Ping, Vec::new()).encode(&mut ping);
         self.send(&ping).await;
+
         while !outcomes.contains_key(&last) {
             self.take(&mut outcomes).await;
         }

@@ -22,7 +22,8 @@ pub fn echo(socket: &Path, tasks: &mut JoinSet<()>) -> Result {
     })
 }
 
-/// Sends each frame's payload to NATS as a request and the answer back in a frame. A connection has one request at a time.
+/// Sends each frame's payload to NATS as a request and the answer back in a frame. A connection has one request at a
+/// time.
 pub fn relay(socket: &Path, client: async_nats::Client, tasks: &mut JoinSet<()>) -> Result {
     serve(socket, tasks, move |mut stream| {
         let client = client.clone();
