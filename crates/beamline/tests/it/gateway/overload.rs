@@ -17,19 +17,11 @@ use tokio::time::Instant;
 use wire::ipc::FrameType;
 use wire::subjects;
 
-<<<<<<< HEAD
-/// The contract's thresholds: so many assignments that wait are too many, and so is a 95th percentile of 5 s. A task
-/// makes the router wait for NATS twice.
+/// The contract's thresholds: a backlog of this many assignments, and a 95th percentile of 5 s. A task makes the router
+/// wait for NATS twice, so this delay of each wait exceeds the second threshold.
 const ASSIGNMENTS: usize = 1000;
 const FAR: Duration = Duration::from_millis(3200);
-/// So many that those which are decided quickly until the gateway asks do not outweigh them.
-=======
-/// The contract's thresholds: a backlog of this many assignments, and a 95th percentile of 5 s. A task takes several
-/// requests to NATS in a row, so this delay of each of them exceeds the second threshold.
-const ASSIGNMENTS: usize = 1000;
-const FAR: Duration = Duration::from_millis(2200);
 /// Enough slow decisions that the quick ones before the gateway's next poll do not outweigh them.
->>>>>>> 62b9db8 (Beamline, docs: plain words and paragraphs, test names that say it)
 const SLOW: usize = 50;
 const HASTE: Duration = Duration::from_millis(100);
 
