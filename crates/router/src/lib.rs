@@ -1,19 +1,25 @@
-//! Decides by policy who handles a task, hands it over, and follows it to its result.
+//! Decides by policy which provider handles a task, assigns the task to a worker, and records its result.
 //!
-//! [`policy`] is pure; the loops around it own the clock and the bus.
+//! A decide request passes through `serve` (the loop), `intake` (validation), `decide` (policy and breakers) and, if the
+//! task is pushed, `tasks`. Results return through `results` and become the outcomes that all routers learn from in
+//! `outcomes`. [`policy`] is pure; the loops around it own the clock and the bus.
 
 mod backpressure;
 mod breaker;
 mod breakers;
 mod decide;
+mod intake;
 mod outcomes;
 mod policies;
 pub mod policy;
+mod queries;
 mod results;
+mod serve;
 mod stats;
+mod status;
 mod tasks;
 
-use bus::Bus;
+use bus::{Bus, Message};
 pub use policies::files::{Name as PolicyName, delete as delete_policy, names as policy_names};
 pub use policies::lint::{Findings, lint};
 use std::path::PathBuf;
@@ -24,17 +30,17 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::policy::CircuitBreaker;
 
-/// Decide requests that wait at most; beyond it the bus answers that nobody does.
+/// Decide requests that wait for this router. Beyond it, the bus fails new requests with "no responders".
 const QUEUE_MAX: usize = 8192;
 
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Directory of `<tenant>/<policy>.{json,yaml,toml}`; may be missing.
     pub policies: PathBuf,
-    /// Assignments whose publish is awaited at once.
+    /// Assignments whose append may await its acknowledgement at the same time.
     pub max_in_flight: usize,
     pub drain_timeout: Duration,
-    /// When a provider is taken from everybody; a policy can only be stricter, and only for its own tasks.
+    /// Rules of the breakers that all tenants share. A policy can only be stricter, and only for its own tasks.
     pub circuit_breaker: CircuitBreaker,
 }
 
@@ -51,24 +57,24 @@ impl Default for Config {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("the bus refused: {0}")]
+    #[error("cannot set up the router on the bus: {0}")]
     Bus(#[from] bus::Error),
     #[error("a loop of the router panicked: {0}")]
     Panic(#[from] tokio::task::JoinError),
 }
 
-/// Streams declared, subjects subscribed; nothing is answered yet.
+/// A router whose streams are declared and whose subjects are subscribed, but which does not answer yet.
 pub struct Bound {
     router: Arc<Router>,
     decide: bus::Subscription,
-    queries: tasks::Queries,
+    queries: queries::Queries,
     results: bus::Consumer,
     outcomes: outcomes::Inputs,
     policies: policies::Watcher,
 }
 
 struct Router {
-    /// What it calls itself in its status.
+    /// The router's name in its status.
     id: String,
     bus: Bus,
     config: Config,
@@ -80,30 +86,39 @@ struct Router {
 }
 
 impl Router {
-    /// The breakers' clock, which nobody can set back.
+    /// The breakers' clock; it is monotonic.
     fn uptime_ms(&self) -> u64 {
         self.started.elapsed().as_millis() as u64
     }
 
-    /// The rules of the breakers that a policy has for itself, if it has any.
+    /// Publishes an answer. A failure is logged: the client's deadline tells it.
+    async fn send(&self, subject: Arc<str>, answer: &impl serde::Serialize) {
+        let payload = serde_json::to_vec(answer).expect("an answer serializes to JSON").into();
+        let message = Message { subject, payload, ..Message::default() };
+        if let Err(error) = self.bus.publish(message).await {
+            tracing::warn!(%error, "publishing an answer failed");
+        }
+    }
+
+    /// The rules of a policy's own breakers; `None` if it has none.
     fn rules_of(&self, policy: &policy::Compiled) -> Option<CircuitBreaker> {
         policy.circuit_breaker.map(|own| own.over(&self.config.circuit_breaker))
     }
 
-    /// Lets what was taken end, for as long as a drain may last; what the bus holds up longer comes again.
-    async fn drain(&self, taken: TaskTracker) {
-        taken.close();
-        if tokio::time::timeout(self.config.drain_timeout, taken.wait())
-            .await
-            .is_err()
-        {
-            tracing::warn!(left = taken.len(), "not all that was taken ended in time");
+    /// Waits for the tasks to end, at most for the drain timeout. Unfinished work is redelivered, or the client repeats
+    /// its request.
+    async fn drain(&self, tasks: TaskTracker) {
+        tasks.close();
+        let ended = tokio::time::timeout(self.config.drain_timeout, tasks.wait()).await;
+        if ended.is_err() {
+            tracing::warn!(left = tasks.len(), "the drain timeout passed before all requests and results were done");
         }
     }
 }
 
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     bus::streams::declare(&bus).await?;
+
     let (policies, watcher) = policies::load(&config.policies, bus.clone()).await?;
     let results = bus
         .consume(bus::ConsumerConfig {
@@ -119,8 +134,9 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let decide = bus
         .subscribe(wire::subjects::DECIDE, Some(wire::subjects::DECIDE_GROUP), QUEUE_MAX)
         .await?;
-    let queries = tasks::Queries::subscribe(&bus).await?;
+    let queries = queries::Queries::subscribe(&bus).await?;
     let outcomes = outcomes::Inputs::subscribe(&bus).await?;
+
     let router = Router {
         id: format!("router-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]),
         bus,
@@ -131,6 +147,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         backpressure: backpressure::Backpressure::default(),
         started: Instant::now(),
     };
+
     Ok(Bound {
         router: Arc::new(router),
         decide,
@@ -146,12 +163,14 @@ impl Bound {
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { router, decide, queries, results, outcomes, policies } = self;
         let mut loops = JoinSet::new();
-        loops.spawn(decide::run(router.clone(), decide, cancel.clone()));
-        loops.spawn(tasks::run(router.clone(), queries, cancel.clone()));
+        loops.spawn(serve::run(router.clone(), decide, cancel.clone()));
+        loops.spawn(queries::run(router.clone(), queries, cancel.clone()));
         loops.spawn(results::run(router.clone(), results, cancel.clone()));
         loops.spawn(outcomes::run(router.clone(), outcomes, cancel.clone()));
-        loops.spawn(stats::run(router, cancel.clone()));
+        loops.spawn(backpressure::run(router.clone(), cancel.clone()));
+        loops.spawn(status::run(router, cancel.clone()));
         loops.spawn(policies.run(cancel));
+
         while let Some(ended) = loops.join_next().await {
             ended?;
         }

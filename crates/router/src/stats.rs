@@ -1,13 +1,9 @@
-//! What the router counts, and says of itself every second.
+//! Counts of decisions, errors and results, and the latencies of decisions and providers.
 
-use crate::Router;
-use bus::Message;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
-use tokio_util::sync::CancellationToken;
+use std::time::Duration;
 use wire::router::{Decision, ErrorBody, ExecResult};
 use wire::status::{LatencyWindow, Percentiles, RouterStatus};
 
@@ -63,7 +59,7 @@ impl Stats {
         self.inner.lock().latency_ms.get(provider).copied()
     }
 
-    fn totals(&self) -> RouterStatus {
+    pub fn totals(&self) -> RouterStatus {
         let inner = self.inner.lock();
         RouterStatus {
             decisions_total: inner.decisions,
@@ -88,38 +84,5 @@ fn bump(counts: &mut BTreeMap<String, u64>, name: &str) {
     match counts.get_mut(name) {
         Some(count) => *count += 1,
         None => _ = counts.insert(name.into(), 1),
-    }
-}
-
-pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
-    let started = Instant::now();
-    let mut ticks = tokio::time::interval(Duration::from_secs(1));
-    loop {
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            _ = ticks.tick() => {}
-        }
-        crate::outcomes::forget(&router);
-        let (policies, policies_total) = router.policies.status();
-        let status = RouterStatus {
-            router: router.id.clone(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            uptime_s: started.elapsed().as_secs(),
-            decide_us: router.stats.decide_us(),
-            policies,
-            policies_total,
-            breakers: router.breakers.status(router.uptime_ms()),
-            ..router.stats.totals()
-        };
-        let payload = serde_json::to_vec(&status).expect("a status is JSON").into();
-        let message = Message {
-            subject: wire::subjects::ROUTER_STATUS.into(),
-            payload,
-            ..Message::default()
-        };
-        if let Err(error) = router.bus.publish(message).await {
-            tracing::warn!(%error, "the router's status was not published; other routers do not learn of its breakers");
-        }
-        crate::backpressure::measure(&router).await;
     }
 }

@@ -405,6 +405,7 @@ mod tests {
             ("../default", false),
             ("acme/../x", false),
             ("acme/.hidden", false),
+            ("acme/a\nb", false),
             ("a b/default", false),
         ] {
             assert_eq!(Name::parse(text).is_some(), fits, "{text}");

@@ -1,0 +1,146 @@
+//! Answers queries: a task's state, a cancellation, the router's load and its breakers.
+
+use crate::Router;
+use bus::{Bus, Message, Subscription};
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+use wire::router::{
+    Breakers, CancelRun, Context, DEFAULT_TENANT, ErrorBody, ErrorResponse, RouterCode, State, StatusReply, TaskAnswer,
+    TaskQuery, TaskState,
+};
+use wire::{id, subjects};
+
+/// Queries of one kind that wait for this router; the bus drops more.
+const QUEUE_MAX: usize = 1024;
+
+pub struct Queries {
+    get: Subscription,
+    cancel: Subscription,
+    backpressure: Subscription,
+    breakers: Subscription,
+}
+
+impl Queries {
+    pub async fn subscribe(bus: &Bus) -> bus::Result<Self> {
+        let group = Some(subjects::DECIDE_GROUP);
+        Ok(Self {
+            get: bus.subscribe(subjects::GET_DECISION, group, QUEUE_MAX).await?,
+            cancel: bus.subscribe(subjects::CANCEL, group, QUEUE_MAX).await?,
+            backpressure: bus.subscribe(subjects::BACKPRESSURE, group, QUEUE_MAX).await?,
+            breakers: bus.subscribe(subjects::ADMIN_BREAKERS, group, QUEUE_MAX).await?,
+        })
+    }
+}
+
+pub async fn run(router: Arc<Router>, mut queries: Queries, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            Some(message) = queries.get.next() => {
+                let found = about_task(&message, |asked| get(&router.bus, asked)).await;
+                reply_about_task(&router, &message, found).await;
+            }
+            Some(message) = queries.cancel.next() => {
+                let cancelled = about_task(&message, |asked| cancel(&router.bus, asked)).await;
+                reply_about_task(&router, &message, cancelled).await;
+            }
+            Some(message) = queries.backpressure.next() => {
+                let status = crate::backpressure::status(&router).await;
+                reply(&router, &message, &status).await;
+            }
+            Some(message) = queries.breakers.next() => {
+                let breakers = Breakers { breakers: router.breakers.status(router.uptime_ms()) };
+                reply(&router, &message, &StatusReply::from(Ok(breakers))).await;
+            }
+            else => return,
+        }
+    }
+}
+
+/// The task that a query is about.
+struct Asked {
+    tenant_id: String,
+    request_id: String,
+}
+
+impl Asked {
+    /// The tenant of the header beats the payload's, as for a decide request.
+    fn read(message: &Message) -> Result<Self, String> {
+        let query: TaskQuery =
+            serde_json::from_slice(&message.payload).map_err(|e| format!("the query does not fit: {e}"))?;
+        let tenant_id = match crate::intake::tenant_header(&message.headers) {
+            Some(tenant) => tenant.into(),
+            None => query.tenant_id.unwrap_or_else(|| DEFAULT_TENANT.into()),
+        };
+
+        id::check_tenant(&tenant_id).map_err(|e| format!("tenant_id {e}"))?;
+        id::check(&query.request_id).map_err(|e| format!("request_id {e}"))?;
+        Ok(Self { tenant_id, request_id: query.request_id })
+    }
+}
+
+/// Reads the query in `message` and answers it with the task that `find` returns.
+async fn about_task<F, R>(message: &Message, find: F) -> Result<TaskAnswer, ErrorResponse>
+where
+    F: FnOnce(Asked) -> R,
+    R: Future<Output = bus::Result<Option<TaskState>>>,
+{
+    let refuse = |error: ErrorBody, request_id: Option<String>| {
+        ErrorResponse::new(error, Context { request_id, trace_id: None })
+    };
+    let asked = Asked::read(message).map_err(|text| refuse(ErrorBody::new(RouterCode::InvalidRequest, text), None))?;
+
+    let id = asked.request_id.clone();
+    match find(asked).await {
+        Ok(Some(mut task)) => {
+            // These two are for routers only.
+            task.digest.clear();
+            task.choice = None;
+            Ok(TaskAnswer { ok: true, task })
+        }
+        Ok(None) => Err(refuse(ErrorBody::unknown_task(&id), Some(id))),
+        Err(error) => Err(refuse(ErrorBody::new(RouterCode::Unavailable, error.to_string()), Some(id))),
+    }
+}
+
+async fn get(bus: &Bus, asked: Asked) -> bus::Result<Option<TaskState>> {
+    let record = bus::tasks::load(bus, &asked.tenant_id, &asked.request_id).await?;
+    Ok(record.map(|record| record.task))
+}
+
+/// Makes the task's record `cancelled` unless it is final, then tells the workers to stop the run.
+async fn cancel(bus: &Bus, asked: Asked) -> bus::Result<Option<TaskState>> {
+    let Asked { tenant_id, request_id } = asked;
+    let cancelled = bus::tasks::update(bus, &tenant_id, &request_id, |task| {
+        if !task.state.is_final() {
+            task.state = State::Cancelled;
+        }
+    })
+    .await?;
+
+    // Also when it was cancelled before: the worker may have missed the first message.
+    if let Some(task) = cancelled.as_ref().filter(|task| task.state == State::Cancelled) {
+        let assignment_id = task.assignment_id.clone();
+        let run = CancelRun { request_id, tenant_id: Some(tenant_id), assignment_id };
+        let payload = serde_json::to_vec(&run)
+            .expect("a cancellation serializes to JSON")
+            .into();
+        let message = Message { subject: subjects::CONTROL_CANCEL.into(), payload, ..Message::default() };
+        bus.publish(message).await?;
+    }
+    Ok(cancelled)
+}
+
+async fn reply_about_task(router: &Router, message: &Message, outcome: Result<TaskAnswer, ErrorResponse>) {
+    match outcome {
+        Ok(task) => reply(router, message, &task).await,
+        Err(error) => reply(router, message, &error).await,
+    }
+}
+
+/// A query without an inbox gets no answer; only decide requests have a subject for that.
+async fn reply(router: &Router, message: &Message, answer: &impl serde::Serialize) {
+    if let Some(inbox) = &message.reply {
+        router.send(inbox.clone(), answer).await;
+    }
+}
