@@ -278,6 +278,18 @@ pub struct ExecResult {
     pub retry_after_seconds: Option<u64>,
 }
 
+/// The [`ExecResult::output`] of a run that produced text.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TextOutput {
+    pub text: String,
+}
+
+impl From<TextOutput> for Value {
+    fn from(output: TextOutput) -> Self {
+        serde_json::to_value(output).expect("text serializes to JSON")
+    }
+}
+
 fn version() -> String {
     VERSION.into()
 }

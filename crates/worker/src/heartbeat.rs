@@ -1,4 +1,4 @@
-//! What the worker says of itself every five seconds.
+//! Publishes the worker's heartbeat every five seconds, and when its state changes.
 
 use crate::Worker;
 use bus::Message;
@@ -10,7 +10,7 @@ use wire::status::{Heartbeat, ProviderStatus};
 
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Until `ended`; from `cancel` on the worker is draining.
+/// Runs until `ended`, with a last heartbeat `stopped`. From `cancel` on, the worker is `draining`.
 pub async fn run(worker: Arc<Worker>, cancel: CancellationToken, ended: CancellationToken) {
     let mut ticks = tokio::time::interval(INTERVAL);
     let mut draining = false;
@@ -38,6 +38,7 @@ async fn beat(worker: &Worker, leaving: Option<&str>) {
             latency_ms: provider.latency_ms(),
         })
         .collect();
+
     let status = leaving.unwrap_or(if running == 0 { "idle" } else { "busy" });
     let heartbeat = Heartbeat {
         worker_id: worker.id.clone(),
@@ -49,10 +50,13 @@ async fn beat(worker: &Worker, leaving: Option<&str>) {
         failed_total: providers.iter().map(|p| p.failed_total).sum(),
         providers,
     };
-    let payload = serde_json::to_vec(&heartbeat).expect("a heartbeat is JSON").into();
+
+    let payload = serde_json::to_vec(&heartbeat)
+        .expect("a heartbeat serializes to JSON")
+        .into();
     let message = Message { subject: wire::subjects::HEARTBEAT.into(), payload, ..Message::default() };
     if let Err(error) = worker.bus.publish(message).await {
-        tracing::debug!(%error, "the heartbeat was not published");
+        tracing::debug!(%error, "publishing the heartbeat failed");
     }
 }
 

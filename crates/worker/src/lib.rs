@@ -1,6 +1,6 @@
-//! Runs assignments: takes them from the stream, has a provider do the work, publishes output and the result.
+//! Runs assignments: takes them from the stream, runs each on its provider, publishes the output and stores the result.
 //!
-//! The result is stored before the assignment is acknowledged, under the assignment's id: a crash in between runs the
+//! The result is stored under the assignment's id before the assignment is acknowledged. A crash in between runs the
 //! assignment again and still leaves one result.
 
 mod heartbeat;
@@ -16,17 +16,17 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-/// Redelivered when not reported in progress for this long.
+/// The stream redelivers an assignment that is not reported in progress for this long.
 pub(crate) const ACK_WAIT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Assignments that run at once.
+    /// Assignments that run at the same time.
     pub slots: usize,
     pub providers: Vec<ProviderConfig>,
-    /// What runs when a drain begins may take this long to end; then it is returned to the stream.
+    /// How long runs may continue after a drain begins; then they are stopped and returned to the stream.
     pub drain_timeout: Duration,
-    /// Between deliveries of an assignment that no worker here can run.
+    /// Delays between deliveries of an assignment whose provider this worker does not have.
     pub backoff: [Duration; 3],
 }
 
@@ -44,26 +44,26 @@ impl Default for Config {
 
 #[derive(Debug, Clone)]
 pub struct ProviderConfig {
-    /// What policies call it.
+    /// The name that policies use.
     pub name: String,
     pub kind: Kind,
-    /// One run may take this long at most; an assignment's own deadline may be shorter.
+    /// The limit of one run; an assignment's deadline may be shorter.
     pub timeout: Duration,
 }
 
 #[derive(Debug, Clone)]
 pub enum Kind {
-    /// Gives the task's payload back.
+    /// Returns the task's payload.
     Echo,
-    /// Runs a program: the task on its standard input, its standard output streamed. Its environment is `env` and the
-    /// ids of the task, nothing of this process's own. `output_max` is in bytes.
+    /// Runs a program with the task on its standard input and streams its standard output. Its environment is `env` and
+    /// the ids of the task; it inherits nothing from this process. `output_max` is in bytes.
     Command {
         program: PathBuf,
         args: Vec<String>,
         env: BTreeMap<String, String>,
         output_max: usize,
     },
-    /// Any endpoint that speaks OpenAI's chat completions, streamed.
+    /// Asks an endpoint of OpenAI's chat completions API and streams the answer.
     OpenAi {
         base_url: String,
         api_key: Option<String>,
@@ -76,17 +76,17 @@ pub enum Kind {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("the bus refused: {0}")]
+    #[error("cannot set up the worker on the bus: {0}")]
     Bus(#[from] bus::Error),
-    #[error("two providers are named {0:?}; names are what policies decide by")]
+    #[error("two providers are named {0:?}; policies select by name, so rename one in worker.providers")]
     Duplicate(String),
-    #[error("the HTTP client of provider {name:?} cannot be made: {source}")]
+    #[error("cannot create the HTTP client of provider {name:?}: {source}")]
     Http { name: String, source: reqwest::Error },
     #[error("a loop of the worker panicked: {0}")]
     Panic(#[from] tokio::task::JoinError),
 }
 
-/// Connected to the streams; nothing runs yet.
+/// A worker that is subscribed to its streams but runs nothing yet.
 pub struct Bound {
     worker: Arc<Worker>,
     assignments: bus::Consumer,
@@ -107,6 +107,7 @@ pub(crate) struct Worker {
 
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     bus::streams::declare(&bus).await?;
+
     let live = Arc::new(provider::ops::Live::default());
     let mut providers = BTreeMap::new();
     for each in config.providers {
@@ -116,6 +117,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
             return Err(Error::Duplicate(name));
         }
     }
+
     let assignments = bus
         .consume(bus::ConsumerConfig {
             stream: wire::subjects::STREAM_ASSIGN,
@@ -129,6 +131,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         .await?;
     let cancels = bus.subscribe(wire::subjects::CONTROL_CANCEL, None, 1024).await?;
     let subscriptions = provider::ops::Subscriptions::subscribe(&bus).await?;
+
     let worker = Worker {
         id: format!("worker-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]),
         slots: config.slots,
@@ -143,11 +146,11 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
 }
 
 impl Bound {
-    /// Works until cancelled, then lets what runs end.
+    /// Runs assignments until cancelled, then waits for those that run.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { worker, assignments, cancels, live } = self;
         let mut loops = JoinSet::new();
-        // What still runs in a drain can be cancelled and is reported, as before.
+        // Cancels and heartbeats outlast the drain: a run can be cancelled until it ends.
         let ended = CancellationToken::new();
         loops.spawn(run::cancels(worker.clone(), cancels, ended.clone()));
         loops.spawn(provider::ops::listen(worker.live.clone(), live, ended.clone()));
@@ -156,6 +159,7 @@ impl Bound {
             let _ended = ended.drop_guard();
             run::assignments(worker, assignments, cancel).await;
         });
+
         while let Some(ended) = loops.join_next().await {
             ended?;
         }

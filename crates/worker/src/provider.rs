@@ -1,4 +1,4 @@
-//! Providers: what can do a task.
+//! Providers do the work of a task: `echo`, a program, a model's endpoint, or `ops`.
 
 mod command;
 mod echo;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-use wire::router::{ExecAssignment, OutputChunk, ResultStatus, Task};
+use wire::router::{ExecAssignment, OutputChunk, ResultStatus, Task, TextOutput};
 use wire::status::Percentiles;
 
 /// Runs that the latency percentiles look back on.
@@ -37,7 +37,7 @@ enum Work {
     Ops(ops::Ops),
 }
 
-/// What a provider is asked to do.
+/// One task for a provider.
 pub(crate) struct Job<'a> {
     pub task: &'a Task,
     pub request_id: &'a str,
@@ -46,7 +46,7 @@ pub(crate) struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// `payload.params` where a program submitted it over IPC, else the payload itself.
+    /// A field of the payload or, for a task that came over IPC, of `payload.params`.
     pub fn field(&self, name: &str) -> Option<&Value> {
         let payload = self.task.payload.as_ref()?;
         payload.get(name).or_else(|| payload.get("params")?.get(name))
@@ -57,8 +57,8 @@ impl Job<'_> {
     }
 }
 
-/// How long a run may take. Whose limit it is decides what its end says: a provider that has all its time and needs more
-/// has failed, one that was given less has not.
+/// How long a run may take, and whose limit that is. A provider that exceeds its own limit has failed; one that runs into
+/// a shorter deadline of the assignment has not.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Limit {
     /// The provider's own limit ([`ProviderConfig::timeout`]).
@@ -89,24 +89,23 @@ pub(crate) struct Outcome {
     pub output: Option<Value>,
     pub error_code: Option<&'static str>,
     pub error: Option<String>,
-    /// Of a provider that is busy: when it may be asked again, seconds.
+    /// The cool-down that a busy provider asks for, in seconds.
     pub retry_after_seconds: Option<u64>,
 }
 
 impl Outcome {
     pub fn success(output: Value) -> Self {
-        let (error_code, error, retry_after_seconds) = (None, None, None);
         Self {
             status: ResultStatus::Success,
             output: Some(output),
-            error_code,
-            error,
-            retry_after_seconds,
+            error_code: None,
+            error: None,
+            retry_after_seconds: None,
         }
     }
 
     pub fn text(text: impl Into<String>) -> Self {
-        Self::success(serde_json::json!({"text": text.into()}))
+        Self::success(TextOutput { text: text.into() }.into())
     }
 
     pub fn failed(code: &'static str, message: impl Into<String>) -> Self {
@@ -117,7 +116,7 @@ impl Outcome {
         Self::ended(ResultStatus::Cancelled, "cancelled", "cancelled by request")
     }
 
-    /// The provider's endpoint has too much to do, and said when to come back, or should have.
+    /// The provider's endpoint is busy and asks for a cool-down.
     pub fn rate_limited(seconds: u64, message: impl Into<String>) -> Self {
         Self {
             retry_after_seconds: Some(seconds),
@@ -134,12 +133,17 @@ impl Outcome {
     }
 
     fn ended(status: ResultStatus, code: &'static str, message: impl Into<String>) -> Self {
-        let (error_code, error) = (Some(code), Some(message.into()));
-        Self { status, output: None, error_code, error, retry_after_seconds: None }
+        Self {
+            status,
+            output: None,
+            error_code: Some(code),
+            error: Some(message.into()),
+            retry_after_seconds: None,
+        }
     }
 }
 
-/// Publishes a run's output as it comes, in order.
+/// Publishes a run's output in order, as it is produced.
 pub(crate) struct Output {
     bus: Bus,
     subject: Arc<str>,
@@ -148,7 +152,7 @@ pub(crate) struct Output {
     assignment_id: String,
     attempt: u32,
     next: AtomicU64,
-    /// What text has been published, so that a cancelled or failed run keeps it.
+    /// The text published so far: a cancelled or failed run keeps it as its output.
     text: Mutex<String>,
 }
 
@@ -166,6 +170,7 @@ impl Output {
         }
     }
 
+    /// The number of chunks published.
     pub fn count(&self) -> u64 {
         self.next.load(Relaxed)
     }
@@ -175,6 +180,7 @@ impl Output {
             return;
         }
         self.text.lock().push_str(text);
+
         let chunk = OutputChunk {
             request_id: self.request_id.clone(),
             tenant_id: Some(self.tenant_id.clone()),
@@ -183,21 +189,23 @@ impl Output {
             seq: self.next.fetch_add(1, Relaxed),
             data: text.into(),
         };
-        let payload = serde_json::to_vec(&chunk).expect("a chunk is JSON").into();
+        let payload = serde_json::to_vec(&chunk)
+            .expect("an output chunk serializes to JSON")
+            .into();
         let message = Message { subject: self.subject.clone(), payload, ..Message::default() };
         if let Err(error) = self.bus.publish(message).await {
-            tracing::debug!(%error, request_id = self.request_id, "a piece of output was not published");
+            tracing::debug!(%error, request_id = self.request_id, "publishing a chunk of output failed");
         }
     }
 
-    /// All text so far.
     pub fn text(&self) -> String {
         self.text.lock().clone()
     }
 
+    /// The output of a run that ended early; `None` if it published nothing.
     fn so_far(&self) -> Option<Value> {
         let text = self.text();
-        (!text.is_empty()).then(|| serde_json::json!({"text": text}))
+        (!text.is_empty()).then(|| TextOutput { text }.into())
     }
 }
 
@@ -234,9 +242,10 @@ impl Provider {
         }
     }
 
-    /// Does the job, within `limit`, unless it is stopped. Whatever it started has ended when this returns.
+    /// Runs the job until it ends, `limit` passes or `stop` is cancelled. Processes that it started have ended when this
+    /// returns.
     pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Limit, stop: &CancellationToken) -> Outcome {
-        // A child process is ended with care, so the command minds the clock itself.
+        // A command watches the limit and the stop itself: it must end its child process before it returns.
         let mut outcome = if let Work::Command(command) = &self.work {
             command.run(job, output, limit, stop).await
         } else {
@@ -254,6 +263,7 @@ impl Provider {
                 () = tokio::time::sleep(limit.duration()) => Outcome::timed_out(limit),
             }
         };
+
         if outcome.output.is_none() {
             outcome.output = output.so_far();
         }

@@ -1,6 +1,6 @@
-//! The life of an assignment in the worker: taken, run, its result stored, acknowledged.
+//! The life of an assignment in the worker: delivered, run, its result stored, acknowledged.
 
-use crate::provider::{Job, Limit, Outcome, Output};
+use crate::provider::{Job, Limit, Outcome, Output, Provider};
 use crate::{ACK_WAIT, Worker};
 use bus::tasks::Record;
 use bus::{Bus, Consumer, Delivery, Message, Subscription, Write};
@@ -16,19 +16,19 @@ use tokio_util::task::TaskTracker;
 use wire::router::{CancelRun, ExecAssignment, ExecResult, JobType, ResultStatus, State, VERSION};
 use wire::subjects;
 
-/// Deliveries of one assignment (contract: assign 5); the next one becomes a dead letter and an error result.
+/// Deliveries of one assignment (contract: assign 5). The next one becomes a dead letter and an error result.
 const MAX_DELIVER: u32 = 5;
 
-/// A task's record says "running" once its work has taken this long. Most tasks end sooner, which saves a write.
+/// The task's record becomes `running` after the work has taken this long. Most tasks end sooner, which saves a write.
 const RUNNING_AFTER: Duration = Duration::from_millis(20);
 
-/// How long a result is kept that the bus does not take. After that its assignment is redelivered and runs again.
+/// How long the worker keeps trying to store a result. After that the assignment is redelivered and runs again.
 const STORE_DEADLINE: Duration = Duration::from_secs(120);
-/// Pauses between attempts to store a result: the first, and the longest.
+/// Pauses between attempts to store a result: the first and the longest.
 const STORE_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// What runs now, so that it can be counted and cancelled. One request may run twice at a time, when the stream believed
-/// that its first run was lost.
+/// The assignments that run now, for counting and cancelling. One request may run twice at the same time if the stream
+/// redelivered it because the in-progress acks of its first run were late.
 #[derive(Default)]
 pub struct Running(Mutex<Table>);
 
@@ -45,7 +45,7 @@ struct Entry {
     stop: CancellationToken,
 }
 
-/// One run; dropping it takes it off the table.
+/// One run in the table; dropping it removes it.
 struct Run<'a> {
     running: &'a Running,
     number: u64,
@@ -65,6 +65,7 @@ impl Running {
             assignment_id: assignment.assignment_id.clone(),
             stop: stop.clone(),
         };
+
         let mut table = self.0.lock();
         table.next += 1;
         let number = table.next;
@@ -74,8 +75,11 @@ impl Running {
 
     fn cancel(&self, cancel: &CancelRun) {
         let table = self.0.lock();
-        let meant = |run: &&Entry| cancel.is_for(&run.tenant_id, &run.request_id, &run.assignment_id);
-        table.runs.values().filter(meant).for_each(|run| run.stop.cancel());
+        for run in table.runs.values() {
+            if cancel.is_for(&run.tenant_id, &run.request_id, &run.assignment_id) {
+                run.stop.cancel();
+            }
+        }
     }
 }
 
@@ -85,12 +89,15 @@ impl Drop for Run<'_> {
     }
 }
 
+/// Runs assignments until cancelled, then drains: runs may continue for the drain timeout, then they are stopped and
+/// returned to the stream.
 pub async fn assignments(worker: Arc<Worker>, mut assignments: Consumer, cancel: CancellationToken) {
     let slots = Arc::new(Semaphore::new(worker.slots));
     let jobs = TaskTracker::new();
-    // Ends what still runs when the drain has lasted too long.
     let give_up = CancellationToken::new();
+
     loop {
+        // The slot comes first: a delivery that waited for one would lose part of its ack wait.
         let slot = tokio::select! {
             () = cancel.cancelled() => break,
             slot = slots.clone().acquire_owned() => slot.expect("the semaphore is never closed"),
@@ -100,15 +107,17 @@ pub async fn assignments(worker: Arc<Worker>, mut assignments: Consumer, cancel:
             delivery = assignments.next() => delivery,
         };
         let Some(delivery) = delivery else { break };
+
         let (worker, give_up) = (worker.clone(), give_up.clone());
         jobs.spawn(async move {
             if let Err(error) = handle(&worker, &delivery, &give_up).await {
-                tracing::warn!(%error, "an assignment was not settled; it comes again");
+                tracing::warn!(%error, "an assignment could not be settled; the stream redelivers it");
             }
             drop(slot);
         });
     }
-    // What nobody here has begun is for others at once, also what a job gives back.
+
+    // Closed before the runs end, so that other workers get the deliveries queued here and the runs returned below.
     assignments.close().await;
     jobs.close();
     if tokio::time::timeout(worker.drain_timeout, jobs.wait()).await.is_err() {
@@ -117,6 +126,7 @@ pub async fn assignments(worker: Arc<Worker>, mut assignments: Consumer, cancel:
     }
 }
 
+/// Applies cancellations to the runs of this worker.
 pub async fn cancels(worker: Arc<Worker>, mut cancels: Subscription, cancel: CancellationToken) {
     loop {
         let message = tokio::select! {
@@ -139,10 +149,12 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
         let text = format!("given up after {MAX_DELIVER} deliveries");
         return fail(worker, delivery, &assignment, "max_deliver", text).await;
     }
+
     let Some(provider) = worker.providers.get(&assignment.executor.provider_id) else {
         return pass_on(worker, delivery, &assignment).await;
     };
-    // On the table before the record is looked at: a cancel is seen there or here.
+
+    // Registered before the record is read, so a cancellation is seen in one of the two.
     let run = worker.running.start(&assignment);
     match begin(&worker.bus, &assignment).await? {
         Begin::Run => {}
@@ -156,6 +168,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     let (trace_id, tenant_id) = (assignment.correlation.trace_id.as_deref(), &assignment.tenant_id);
     let (request_id, attempt) = (&assignment.request_id, delivery.delivered);
     tracing::info!(trace_id, tenant_id, request_id, provider = provider.name, attempt, "running");
+
     let limit = Limit::of(provider.timeout, Duration::from_millis(assignment.options.deadline_ms.max(1)));
     let job = Job { task: &assignment.job, request_id, tenant_id, trace_id };
     let output = Output::new(worker.bus.clone(), &assignment, attempt);
@@ -173,19 +186,18 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
         }
     };
     let took = started.elapsed();
+
     provider.running.fetch_sub(1, Relaxed);
     drop(run);
+
     if given_up && outcome.status == ResultStatus::Cancelled {
-        tracing::warn!(trace_id, request_id, "not finished when the drain ended; returned to the stream");
+        tracing::warn!(trace_id, request_id, "the run was stopped at the drain timeout; returned to the stream");
         return delivery.nak(Duration::ZERO).await;
     }
-    provider.ended(outcome.status == ResultStatus::Success, took);
-    metrics::counter!("beamline_worker_runs_total", "provider" => provider.name.clone(), "status" => outcome.status.as_str())
-        .increment(1);
-    metrics::histogram!("beamline_worker_run_duration_seconds", "provider" => provider.name.clone())
-        .record(took.as_secs_f64());
+
+    count(provider, &outcome, took);
     let (status, error_code) = (outcome.status.as_str(), outcome.error_code);
-    // The text may repeat the prompt: it is for whoever asked, not for the log.
+    // The error's text may repeat the prompt, so only its length is logged.
     let error_bytes = outcome.error.as_ref().map(String::len);
     let result = result(&assignment, outcome, Some(Ran { took, chunks: output.count() }));
     finish(worker, delivery, &result, give_up).await?;
@@ -194,10 +206,19 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     Ok(())
 }
 
-/// The assignment in a payload, or why it is a dead letter.
+fn count(provider: &Provider, outcome: &Outcome, took: Duration) {
+    provider.ended(outcome.status == ResultStatus::Success, took);
+    let (name, status) = (provider.name.clone(), outcome.status.as_str());
+    metrics::counter!("beamline_worker_runs_total", "provider" => name.clone(), "status" => status).increment(1);
+    metrics::histogram!("beamline_worker_run_duration_seconds", "provider" => name).record(took.as_secs_f64());
+}
+
+/// The assignment in a payload, or the reason why it becomes a dead letter.
 fn read(payload: &[u8]) -> Result<ExecAssignment, String> {
     let assignment: ExecAssignment = serde_json::from_slice(payload)
         .map_err(|error| format!("the assignment cannot be read: {}", wire::unfit(&error)))?;
+
+    // An empty trace id counts as none.
     let trace_id = assignment.correlation.trace_id.as_ref().filter(|id| !id.is_empty());
     let ids = [("assignment_id", &assignment.assignment_id), ("request_id", &assignment.request_id)];
     for (name, id) in ids.into_iter().chain(trace_id.map(|id| ("trace_id", id))) {
@@ -207,19 +228,20 @@ fn read(payload: &[u8]) -> Result<ExecAssignment, String> {
     Ok(assignment)
 }
 
-/// No provider of its name is here: another worker may have it.
+/// Returns an assignment whose provider this worker does not have to the stream, for another worker.
 async fn pass_on(worker: &Worker, delivery: &Delivery, assignment: &ExecAssignment) -> bus::Result<()> {
     let (request_id, provider) = (&assignment.request_id, &assignment.executor.provider_id);
     if delivery.delivered == MAX_DELIVER {
         let text = format!("no worker has a provider named {provider:?}; add it to [[worker.providers]]");
         return fail(worker, delivery, assignment, "unknown_provider", text).await;
     }
-    tracing::warn!(request_id, provider, "no provider of this name here; returned for another worker");
+
+    tracing::warn!(request_id, provider, "this worker has no provider of this name; returned for another worker");
     let tries = (delivery.delivered as usize - 1).min(worker.backoff.len() - 1);
     delivery.nak(worker.backoff[tries]).await
 }
 
-/// Ends an assignment that never ran: an error result for who waits, a dead letter for who looks after it.
+/// Ends an assignment that never ran: an error result for the waiting client, a dead letter for the operator.
 async fn fail(
     worker: &Worker,
     delivery: &Delivery,
@@ -231,24 +253,25 @@ async fn fail(
     bus::dead_letter::bury(&worker.bus, delivery, &text).await
 }
 
-/// Looks after an assignment while its work goes on: its record says "running", and the stream hears "in progress" at a
-/// third of the time after which it would deliver again. A bus that is away for a moment does not end the work: at worst
-/// it runs twice, and leaves one result.
+/// Attends to an assignment while it runs: makes its record `running` and sends an in-progress ack at every third of the
+/// ack wait, so that the stream does not redeliver it. While the bus is away the run continues: at worst the assignment
+/// runs twice and leaves one result.
 async fn attend(bus: &Bus, delivery: &Delivery, assignment: &ExecAssignment, stop: &CancellationToken) -> Infallible {
     tokio::time::sleep(RUNNING_AFTER).await;
     if let Err(error) = mark_running(bus, assignment, stop).await {
         let request_id = &assignment.request_id;
         tracing::warn!(%error, request_id, "cannot record that the task runs; its record still says assigned");
     }
+
     loop {
         tokio::time::sleep(ACK_WAIT / 3).await;
         if let Err(error) = delivery.in_progress().await {
-            tracing::warn!(%error, "the stream was not told that an assignment is in progress");
+            tracing::warn!(%error, "an in-progress ack failed; the stream may redeliver the assignment while it runs");
         }
     }
 }
 
-/// Records that the task runs. Stops the work if the task was cancelled meanwhile.
+/// Makes the task's record `running`. Stops the run if the task was cancelled in the meantime.
 async fn mark_running(bus: &Bus, assignment: &ExecAssignment, stop: &CancellationToken) -> bus::Result<()> {
     loop {
         let Some(mut record) = record_of(bus, assignment).await? else {
@@ -263,14 +286,15 @@ async fn mark_running(bus: &Bus, assignment: &ExecAssignment, stop: &Cancellatio
             State::Running | State::Completed | State::Failed => return Ok(()),
         }
         match record.save(bus).await {
-            // It was changed between the two: look again.
+            // It changed after it was read: read it again.
             Err(bus::Error::WrongRevision(_)) => {}
             saved => return saved,
         }
     }
 }
 
-/// The task's record. Assignments need none, and one of another assignment says nothing about this one.
+/// The task's record, if it has one for this assignment: an assignment need not have a record, and the record of another
+/// assignment does not concern this one.
 async fn record_of(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Option<Record>> {
     let record = bus::tasks::load(bus, &assignment.tenant_id, &assignment.request_id).await?;
     Ok(record.filter(|record| record.task.assignment_id.as_ref() == Some(&assignment.assignment_id)))
@@ -278,13 +302,13 @@ async fn record_of(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Option
 
 enum Begin {
     Run,
-    /// Cancelled while it waited.
+    /// Cancelled before it ran.
     Cancelled,
-    /// Its result is recorded; only the acknowledgement was lost.
+    /// Its result is recorded already; only the acknowledgement was lost.
     Done,
 }
 
-/// Whether the task is still to be run.
+/// Whether the assignment still has to run.
 async fn begin(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Begin> {
     Ok(match record_of(bus, assignment).await? {
         Some(record) if record.task.result.is_some() => Begin::Done,
@@ -293,14 +317,14 @@ async fn begin(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Begin> {
     })
 }
 
-/// Of a run: what never ran took no time and costs nothing.
+/// What a run used. An assignment that never ran took no time and costs nothing.
 struct Ran {
     took: Duration,
     chunks: u64,
 }
 
-/// Stores the result of a run and acknowledges its assignment. While the bus does not take it, this tries again and the
-/// assignment stays in progress: running it again would repeat its effects.
+/// Stores the result of a run and acknowledges its assignment. While the bus is away, this tries again and keeps the
+/// assignment in progress, because a second run would repeat its effects.
 async fn finish(
     worker: &Worker,
     delivery: &Delivery,
@@ -315,19 +339,19 @@ async fn finish(
             stored => return stored,
         };
         let request_id = &result.request_id;
-        tracing::warn!(%error, request_id, "the result was not stored; trying again");
+        tracing::warn!(%error, request_id, "storing the result failed; trying again");
+
         tokio::select! {
             () = give_up.cancelled() => return Err(error),
             () = tokio::time::sleep(pause) => pause = longest.min(2 * pause),
         }
-        // An error here is the same as the one above.
+        // If this fails, the bus is still away, which is logged above.
         let _ = delivery.in_progress().await;
     }
 }
 
-/// The result of an assignment: `ran` says how it ran, if it ran at all.
+/// The result of an assignment; `ran` is `None` if it never ran.
 fn result(assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -> ExecResult {
-    let now = bus::clock::unix_ms();
     ExecResult {
         version: VERSION.into(),
         assignment_id: assignment.assignment_id.clone(),
@@ -340,7 +364,7 @@ fn result(assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -> Ex
         output: outcome.output,
         trace_id: assignment.correlation.trace_id.clone(),
         tenant_id: Some(assignment.tenant_id.clone()),
-        timestamp: Some(now.into()),
+        timestamp: Some(bus::clock::unix_ms().into()),
         error_code: outcome.error_code.map(String::from),
         error_message: outcome.error,
         retry_after_seconds: outcome.retry_after_seconds,
@@ -351,9 +375,9 @@ fn result(assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -> Ex
 /// Stores the result, and acknowledges `delivery` if there is one.
 async fn store(bus: &Bus, result: &ExecResult, delivery: Option<&Delivery>) -> bus::Result<()> {
     match append(bus, result, delivery).await {
-        // Nobody could ever take it, and running again would not make it smaller.
+        // Running again would not make the result smaller, so the task ends with an error instead.
         Err(bus::Error::TooLarge { size, max }) => {
-            let text = format!("the output makes a result of {size} bytes, more than the bus takes ({max})");
+            let text = format!("the output makes a result of {size} bytes; the bus accepts at most {max}");
             let result = ExecResult {
                 status: ResultStatus::Error,
                 output: None,
@@ -368,11 +392,12 @@ async fn store(bus: &Bus, result: &ExecResult, delivery: Option<&Delivery>) -> b
 }
 
 async fn append(bus: &Bus, result: &ExecResult, delivery: Option<&Delivery>) -> bus::Result<()> {
-    let payload = serde_json::to_vec(result).expect("a result is JSON").into();
+    let payload = serde_json::to_vec(result).expect("a result serializes to JSON").into();
     let mut headers = bus::Headers::new();
-    if let Some(trace) = &result.trace_id {
-        headers.insert("trace_id", trace);
+    if let Some(trace_id) = &result.trace_id {
+        headers.insert("trace_id", trace_id);
     }
+
     let message = Message { subject: subjects::RESULT.into(), reply: None, headers, payload };
     let msg_id = format!("result-{}", result.assignment_id);
 

@@ -1,4 +1,5 @@
-//! Runs a program in a process group of its own: the task on its standard input, its standard output streamed.
+//! A provider that runs a program in its own process group, with the task on its standard input, and streams its
+//! standard output.
 
 use super::{Job, Limit, Outcome, Output};
 use nix::sys::signal::{Signal, killpg};
@@ -12,9 +13,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command as Process};
 use tokio_util::sync::CancellationToken;
 
-/// Between SIGTERM and SIGKILL.
+/// Time between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
-/// Of standard error, its end is kept for the error message.
+/// Bytes of the end of standard error that the error message quotes.
 const STDERR_MAX: usize = 4096;
 
 pub struct Command {
@@ -32,20 +33,10 @@ enum End {
 }
 
 impl Command {
+    /// Runs the program until it exits, `limit` passes or `stop` is cancelled. Its whole process group has ended when this
+    /// returns.
     pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Limit, stop: &CancellationToken) -> Outcome {
-        let input = serde_json::to_vec(job.task).expect("a task is JSON");
-        let mut process = Process::new(&self.program);
-        process.args(&self.args).process_group(0).kill_on_drop(true);
-        process
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        // Our own environment holds passwords of servers; the program gets what the settings list for it.
-        process.env_clear().envs(&self.env);
-        process
-            .env("BEAMLINE_REQUEST_ID", job.request_id)
-            .env("BEAMLINE_TENANT_ID", job.tenant_id);
-        let mut child = match process.spawn() {
+        let mut child = match self.process(job).spawn() {
             Ok(child) => child,
             Err(error) => {
                 let text = format!("cannot start {}: {error}", self.program.display());
@@ -57,16 +48,18 @@ impl Command {
         let (Some(mut stdin), Some(stdout), Some(stderr)) = (stdin, stdout, stderr) else {
             return Outcome::failed("spawn_failed", "the program has no pipes");
         };
+
+        let input = serde_json::to_vec(job.task).expect("a task serializes to JSON");
         let feed = async move {
-            // A program need not read its input: a closed pipe is no error.
+            // A program need not read its input, so a closed pipe is not an error.
             let _ = stdin.write_all(&input).await;
             drop(stdin);
         };
-        let last_words = Mutex::new(Vec::new());
+        let stderr_end = Mutex::new(Vec::new());
         let end = {
             let pipes = async {
-                // An error of the output ends the run at once; the other pipes are not waited for.
-                let rest = async { Ok(tokio::join!(feed, tail(stderr, &last_words))) };
+                // An error of the output ends the run at once, without waiting for the other pipes.
+                let rest = async { Ok(tokio::join!(feed, tail(stderr, &stderr_end))) };
                 tokio::try_join!(stream(stdout, output, self.output_max), rest).map(drop)
             };
             tokio::select! {
@@ -75,11 +68,12 @@ impl Command {
                 () = tokio::time::sleep(limit.duration()) => End::TimedOut,
             }
         };
+
         let outcome = match end {
             End::Exited(status) if status.success() => return Outcome::text(output.text()),
             End::Exited(status) => {
-                let words = String::from_utf8_lossy(&last_words.lock()).trim().to_string();
-                return Outcome::failed("exit_status", format!("{status}; its last words: {words}"));
+                let stderr = String::from_utf8_lossy(&stderr_end.lock()).trim().to_string();
+                return Outcome::failed("exit_status", format!("{status}; standard error ended with: {stderr}"));
             }
             End::Failed(outcome) => outcome,
             End::Stopped => Outcome::cancelled(),
@@ -88,10 +82,26 @@ impl Command {
         group.end(&mut child).await;
         outcome
     }
+
+    fn process(&self, job: &Job<'_>) -> Process {
+        let mut process = Process::new(&self.program);
+        process.args(&self.args).process_group(0).kill_on_drop(true);
+        process
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+
+        // This process's environment holds passwords of servers; the program gets only what the settings list.
+        process.env_clear().envs(&self.env);
+        process
+            .env("BEAMLINE_REQUEST_ID", job.request_id)
+            .env("BEAMLINE_TENANT_ID", job.tenant_id);
+        process
+    }
 }
 
-/// Until the program has exited and its pipes are read. What it has started and left behind in its group may hold the
-/// pipes open: it gets a moment, then its end.
+/// Waits until the program has exited and its pipes are closed. Processes that it left behind in its group may hold the
+/// pipes open; they are killed after a grace period.
 async fn finish(child: &mut Child, group: &Group, pipes: impl Future<Output = std::io::Result<()>>) -> End {
     let mut pipes = std::pin::pin!(pipes);
     let failed = |error: std::io::Error| End::Failed(Outcome::failed("output", error.to_string()));
@@ -102,6 +112,7 @@ async fn finish(child: &mut Child, group: &Group, pipes: impl Future<Output = st
         },
         status = child.wait() => status,
     };
+
     for signal in [None, Some(Signal::SIGKILL)] {
         signal.into_iter().for_each(|signal| group.signal(signal));
         match tokio::time::timeout(GRACE, &mut pipes).await {
@@ -113,7 +124,7 @@ async fn finish(child: &mut Child, group: &Group, pipes: impl Future<Output = st
     status.map_or_else(failed, End::Exited)
 }
 
-/// Kills the whole group on drop, so that a cancelled run leaves no grandchild.
+/// A process group. The whole group is killed on drop, so a cancelled run leaves no grandchild behind.
 struct Group(Option<Pid>);
 
 impl Group {
@@ -128,7 +139,7 @@ impl Group {
 
     fn signal(&self, signal: Signal) {
         if let Some(group) = self.0 {
-            // The group is gone already when all its processes have ended.
+            // Fails if all processes of the group have ended, which is fine.
             let _ = killpg(group, signal);
         }
     }
@@ -140,7 +151,7 @@ impl Drop for Group {
     }
 }
 
-/// Publishes what comes as text, cut only between characters.
+/// Publishes the program's output as text that is cut between characters only.
 async fn stream(mut from: impl AsyncRead + Unpin, output: &Output, max: usize) -> std::io::Result<()> {
     let mut pending: Vec<u8> = Vec::new();
     let mut buffer = [0_u8; 4096];
@@ -148,6 +159,8 @@ async fn stream(mut from: impl AsyncRead + Unpin, output: &Output, max: usize) -
     loop {
         let read = from.read(&mut buffer).await?;
         pending.extend_from_slice(&buffer[..read]);
+
+        // At the end of the output no character can be completed any more.
         let whole = if read == 0 {
             pending.len()
         } else {
@@ -155,9 +168,10 @@ async fn stream(mut from: impl AsyncRead + Unpin, output: &Output, max: usize) -
         };
         let piece = String::from_utf8_lossy(&pending[..whole]).into_owned();
         pending.drain(..whole);
+
         total += piece.len();
         if total > max {
-            return Err(std::io::Error::other(format!("the program wrote more than {max} bytes; it was ended")));
+            return Err(std::io::Error::other(format!("the program wrote more than {max} bytes and was ended")));
         }
         output.push(&piece).await;
         if read == 0 {
@@ -166,17 +180,17 @@ async fn stream(mut from: impl AsyncRead + Unpin, output: &Output, max: usize) -
     }
 }
 
-/// How many bytes can be given out without cutting a character that may still be completed.
+/// The number of bytes that can be published without cutting a character that may still be completed.
 fn whole_characters(bytes: &[u8]) -> usize {
     match std::str::from_utf8(bytes) {
         Ok(_) => bytes.len(),
         Err(error) if error.error_len().is_none() => error.valid_up_to(),
-        // Not UTF-8 at all: nothing to wait for.
+        // Invalid UTF-8: more bytes would not complete it.
         Err(_) => bytes.len(),
     }
 }
 
-/// Keeps the end of what comes.
+/// Keeps the last [`STDERR_MAX`] bytes.
 async fn tail(mut from: impl AsyncRead + Unpin, kept: &Mutex<Vec<u8>>) {
     let mut buffer = [0_u8; 1024];
     while let Ok(read) = from.read(&mut buffer).await {

@@ -1,7 +1,7 @@
-//! Gives the payload back; a prompt is streamed word by word.
+//! A provider that returns the task's payload. A prompt is streamed word by word.
 
 use super::{Job, Outcome, Output};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 pub async fn run(job: &Job<'_>, output: &Output) -> Outcome {
     if let Some(prompt) = job.text("prompt") {
@@ -10,9 +10,13 @@ pub async fn run(job: &Job<'_>, output: &Output) -> Outcome {
         }
         return Outcome::text(prompt);
     }
+
     match (&job.task.payload, &job.task.payload_ref) {
         (Some(payload), _) => Outcome::success(Value::Object(payload.clone())),
-        (None, Some(reference)) => Outcome::success(serde_json::json!({"payload_ref": reference})),
+        (None, Some(reference)) => {
+            let fields = Map::from_iter([("payload_ref".into(), reference.as_str().into())]);
+            Outcome::success(Value::Object(fields))
+        }
         (None, None) => Outcome::success(Value::Null),
     }
 }

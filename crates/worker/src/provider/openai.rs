@@ -1,21 +1,23 @@
-//! Any endpoint that speaks OpenAI's chat completions: one streamed request a task.
+//! A provider for endpoints of OpenAI's chat completions API: one streamed request for each task.
 
 use super::{Job, Outcome, Output};
 use futures_util::StreamExt;
-use reqwest::StatusCode;
 use reqwest::header::{self, HeaderMap};
-use serde_json::{Value, json};
+use reqwest::{Response, StatusCode};
+use serde::Serialize;
+use serde_json::Value;
 use std::time::{Duration, SystemTime};
 use wire::limits::{COOL_DOWN_DEFAULT_S, COOL_DOWN_MAX_S};
 
-/// A line of the event stream is not longer.
+/// A line of the event stream, in bytes.
 const LINE_MAX: usize = 256 * 1024;
-/// An answer is not longer.
+/// An answer, in bytes.
 const ANSWER_MAX: usize = 1024 * 1024;
-/// Of an error's body, this many bytes are read, and this many characters shown.
+/// Bytes of an error's body that are read.
 const ERROR_TEXT_MAX: usize = 16 * 1024;
+/// Characters of an error's message that the task's result quotes.
 const ERROR_SHOWN_MAX: usize = 300;
-/// The name of an error is not longer, in bytes.
+/// An error's name in the log, in bytes.
 const ERROR_NAME_MAX: usize = 48;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -34,128 +36,169 @@ impl OpenAi {
         model: String,
         system: Option<String>,
     ) -> reqwest::Result<Self> {
-        // No proxy from the environment: settings come from the configuration only.
+        // By default, reqwest would take a proxy from the environment; settings come from the configuration only.
         let client = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .no_proxy()
             .build()?;
+
         let url = format!("{}/chat/completions", base_url.trim_end_matches('/'));
         Ok(Self { client, url, api_key, model, system })
     }
 
+    /// Sends the task's messages in one streamed request and relays the answer to `output`.
     pub async fn run(&self, job: &Job<'_>, output: &Output) -> Outcome {
-        match self.ask(job, output).await {
+        match self.complete(job, output).await {
             Ok(text) => Outcome::text(text),
             Err(outcome) => outcome,
         }
     }
 
-    async fn ask(&self, job: &Job<'_>, output: &Output) -> Result<String, Outcome> {
-        let mut messages = Vec::new();
-        if let Some(system) = &self.system {
-            messages.push(json!({"role": "system", "content": system}));
-        }
+    async fn complete(&self, job: &Job<'_>, output: &Output) -> Result<String, Outcome> {
+        let messages = self.messages(job)?;
+        let response = self.send(&messages).await?;
+        let response = self.accepted(job, response).await?;
+        relay(response, output).await
+    }
+
+    /// The system prompt, then the task's `messages`, or its `prompt` if it has none.
+    fn messages<'a>(&'a self, job: &'a Job<'_>) -> Result<Vec<ChatMessage<'a>>, Outcome> {
+        let system = self.system.as_deref();
+        let mut messages: Vec<_> = system
+            .map(|content| ChatMessage::New { role: "system", content })
+            .into_iter()
+            .collect();
+
         match (job.field("messages").and_then(Value::as_array), job.text("prompt")) {
-            (Some(given), _) if !given.is_empty() => messages.extend(given.iter().cloned()),
-            (_, Some(prompt)) => messages.push(json!({"role": "user", "content": prompt})),
+            (Some(given), _) if !given.is_empty() => messages.extend(given.iter().map(ChatMessage::Given)),
+            (_, Some(prompt)) => messages.push(ChatMessage::New { role: "user", content: prompt }),
             _ => return Err(Outcome::failed("invalid_task", "the task has neither prompt nor messages")),
         }
+        Ok(messages)
+    }
+
+    async fn send(&self, messages: &[ChatMessage<'_>]) -> Result<Response, Outcome> {
         let mut request = self.client.post(&self.url);
         if let Some(key) = &self.api_key {
             request = request.bearer_auth(key);
         }
-        let body = json!({"model": self.model, "messages": messages, "stream": true});
-        let response = request.json(&body).send().await;
-        // Where it is and how it fails is for the log; the answer may be read by anybody.
-        let response = response.map_err(|error| {
+
+        let body = ChatRequest { model: &self.model, messages, stream: true };
+        request.json(&body).send().await.map_err(|error| {
+            // The URL and the error's cause go to the log only, because the answer may be read by any user.
             tracing::warn!(url = self.url, "the model's endpoint cannot be reached: {error:?}");
             Outcome::failed("unreachable", "the model's endpoint cannot be reached")
-        })?;
+        })
+    }
+
+    /// The response if its status is a success, else what it means for the task.
+    async fn accepted(&self, job: &Job<'_>, response: Response) -> Result<Response, Outcome> {
         let status = response.status();
+        let (trace_id, request_id, url) = (job.trace_id, job.request_id, &self.url);
+        let status_code = status.as_u16();
+
         if let Some(seconds) = cool_down(status, response.headers(), SystemTime::now()) {
-            let (trace_id, request_id, status_code) = (job.trace_id, job.request_id, status.as_u16());
-            tracing::warn!(
-                trace_id,
-                request_id,
-                url = self.url,
-                status = status_code,
-                seconds,
-                "the model's endpoint is busy"
-            );
+            tracing::warn!(trace_id, request_id, url, status = status_code, seconds, "the model's endpoint is busy");
             let text = format!("the model's endpoint answered {status}; it may be asked again in {seconds} s");
             return Err(Outcome::rate_limited(seconds, text));
         }
-        if !status.is_success() {
-            let text = start(response).await;
-            let (trace_id, request_id, bytes) = (job.trace_id, job.request_id, text.len());
-            let error = kind_of(&text);
-            let status_code = status.as_u16();
-            tracing::warn!(
-                trace_id,
-                request_id,
-                url = self.url,
-                status = status_code,
-                error,
-                bytes,
-                "the model's endpoint refused"
-            );
-            let code = if is_of_the_task(status) {
-                "invalid_task"
-            } else {
-                "refused"
-            };
-            return Err(Outcome::failed(
-                code,
-                format!("the model's endpoint answered {status}: {}", message_of(&text)),
-            ));
+        if status.is_success() {
+            return Ok(response);
         }
-        let mut answer = String::new();
-        let mut finished = false;
-        let mut buffer: Vec<u8> = Vec::new();
-        let mut pieces = response.bytes_stream();
-        while let Some(piece) = pieces.next().await {
-            let piece = piece.map_err(|e| Outcome::failed("broken_stream", format!("the answer broke off: {e}")))?;
-            buffer.extend_from_slice(&piece);
-            while let Some(end) = buffer.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = buffer.drain(..=end).collect();
-                match event(&line) {
-                    Event::Text { text, last } => {
-                        finished |= last;
-                        if answer.len() + text.len() > ANSWER_MAX {
-                            return Err(Outcome::failed(
-                                "output",
-                                format!("the answer is longer than {ANSWER_MAX} bytes"),
-                            ));
-                        }
-                        output.push(&text).await;
-                        answer.push_str(&text);
-                    }
-                    Event::Done => return Ok(answer),
-                    Event::Failed(text) => return Err(Outcome::failed("refused", text)),
-                    Event::Garbage => {
-                        return Err(Outcome::failed("broken_stream", "a piece of the answer is not JSON"));
-                    }
-                    Event::Nothing => {}
-                }
-            }
-            if buffer.len() > LINE_MAX {
-                return Err(Outcome::failed(
-                    "broken_stream",
-                    format!("a line of the answer is longer than {LINE_MAX} bytes"),
-                ));
-            }
-        }
-        // Some endpoints say why they stopped and then just end.
-        if finished {
-            Ok(answer)
+
+        // The log gets the error's name and length only: its message may repeat the prompt.
+        let text = start_of(response).await;
+        let (error, bytes) = (name_of(&text), text.len());
+        tracing::warn!(trace_id, request_id, url, status = status_code, error, bytes, "the model's endpoint refused");
+        let code = if is_of_the_task(status) {
+            "invalid_task"
         } else {
-            Err(Outcome::failed("broken_stream", "the answer ended without [DONE]"))
+            "refused"
+        };
+        Err(Outcome::failed(code, format!("the model's endpoint answered {status}: {}", message_of(&text))))
+    }
+}
+
+/// The request body of the chat completions API.
+#[derive(Serialize)]
+struct ChatRequest<'a> {
+    model: &'a str,
+    messages: &'a [ChatMessage<'a>],
+    stream: bool,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum ChatMessage<'a> {
+    New {
+        role: &'static str,
+        content: &'a str,
+    },
+    /// A message of the task, passed on unchanged.
+    Given(&'a Value),
+}
+
+/// Relays the text of an event stream to `output` as it arrives; returns the whole text.
+async fn relay(response: Response, output: &Output) -> Result<String, Outcome> {
+    let mut answer = Answer::default();
+    let mut buffer: Vec<u8> = Vec::new();
+    let mut pieces = response.bytes_stream();
+
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|e| Outcome::failed("broken_stream", format!("the answer broke off: {e}")))?;
+        buffer.extend_from_slice(&piece);
+
+        while let Some(end) = buffer.iter().position(|b| *b == b'\n') {
+            let line: Vec<u8> = buffer.drain(..=end).collect();
+            if answer.take(&line, output).await? {
+                return Ok(answer.text);
+            }
+        }
+        if buffer.len() > LINE_MAX {
+            let text = format!("a line of the answer is longer than {LINE_MAX} bytes");
+            return Err(Outcome::failed("broken_stream", text));
+        }
+    }
+
+    // Some endpoints send a finish reason and close the stream without [DONE].
+    if answer.finished {
+        Ok(answer.text)
+    } else {
+        Err(Outcome::failed("broken_stream", "the answer ended without [DONE]"))
+    }
+}
+
+/// What has been received of an answer.
+#[derive(Default)]
+struct Answer {
+    text: String,
+    /// A finish reason was received.
+    finished: bool,
+}
+
+impl Answer {
+    /// Takes one line of the event stream; returns whether it was the last.
+    async fn take(&mut self, line: &[u8], output: &Output) -> Result<bool, Outcome> {
+        match event(line) {
+            Event::Text { text, last } => {
+                self.finished |= last;
+                if self.text.len() + text.len() > ANSWER_MAX {
+                    return Err(Outcome::failed("output", format!("the answer is longer than {ANSWER_MAX} bytes")));
+                }
+                output.push(&text).await;
+                self.text.push_str(&text);
+                Ok(false)
+            }
+            Event::Done => Ok(true),
+            Event::Failed(text) => Err(Outcome::failed("refused", text)),
+            Event::Garbage => Err(Outcome::failed("broken_stream", "a piece of the answer is not JSON")),
+            Event::Nothing => Ok(false),
         }
     }
 }
 
 /// The start of an error's body, which may be of any size.
-async fn start(response: reqwest::Response) -> String {
+async fn start_of(response: Response) -> String {
     let mut body = Vec::new();
     let mut pieces = response.bytes_stream();
     while let Some(Ok(piece)) = pieces.next().await
@@ -163,11 +206,12 @@ async fn start(response: reqwest::Response) -> String {
     {
         body.extend_from_slice(&piece);
     }
+
     body.truncate(ERROR_TEXT_MAX);
     String::from_utf8_lossy(&body).trim().to_string()
 }
 
-/// What the endpoint says in the usual form of its errors, else the beginning of what it says.
+/// The message of an error in one of the API's usual forms; the start of the body if it has another form.
 fn message_of(text: &str) -> String {
     let body: Value = serde_json::from_str(text).unwrap_or_default();
     let message = body["error"]["message"]
@@ -177,7 +221,7 @@ fn message_of(text: &str) -> String {
     message.chars().take(ERROR_SHOWN_MAX).collect()
 }
 
-/// How long a busy endpoint is to be left alone, seconds; `None` where it is not busy. 429 says so by itself, 503 only with
+/// The cool-down that a busy endpoint asks for, in seconds; `None` if it is not busy. 429 always means busy, 503 only with
 /// `Retry-After`, which is a number of seconds or a date (RFC 9110, 10.2.3).
 fn cool_down(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option<u64> {
     let given = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
@@ -187,10 +231,11 @@ fn cool_down(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option
                 .map_or(0, |left| left.as_millis().div_ceil(1000) as u64)
         };
         let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-        // More digits than a number has is a long time, too.
+        // A number that does not fit is a long time, too.
         let number = digits.then(|| text.parse().unwrap_or(u64::MAX));
         number.or_else(|| httpdate::parse_http_date(text).ok().map(until))
     });
+
     let seconds = match status {
         StatusCode::TOO_MANY_REQUESTS => seconds.unwrap_or(COOL_DOWN_DEFAULT_S),
         StatusCode::SERVICE_UNAVAILABLE => seconds?,
@@ -199,8 +244,9 @@ fn cool_down(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option
     Some(seconds.clamp(1, COOL_DOWN_MAX_S))
 }
 
-/// What the endpoint calls its error: for the log, as the message may repeat the prompt. A name, or nothing.
-fn kind_of(text: &str) -> Option<String> {
+/// The code or type of an error, for the log; `None` unless it has the form of a name, so that no part of a prompt gets
+/// through.
+fn name_of(text: &str) -> Option<String> {
     let body: Value = serde_json::from_str(text).unwrap_or_default();
     let names = [&body["error"]["code"], &body["error"]["type"]];
     let is_name = |name: &&str| {
@@ -209,6 +255,7 @@ fn kind_of(text: &str) -> Option<String> {
                 .bytes()
                 .all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
     };
+
     names
         .into_iter()
         .filter_map(Value::as_str)
@@ -216,7 +263,7 @@ fn kind_of(text: &str) -> Option<String> {
         .map(String::from)
 }
 
-/// Another task may well be taken: it is not the endpoint that fails.
+/// Whether the status blames the request. The endpoint works, and other tasks may succeed.
 fn is_of_the_task(status: StatusCode) -> bool {
     matches!(
         status,
@@ -227,10 +274,11 @@ fn is_of_the_task(status: StatusCode) -> bool {
     )
 }
 
+/// One line of the event stream.
 enum Event {
-    /// `last`: it came with a reason to stop.
     Text {
         text: String,
+        /// The line carries a finish reason.
         last: bool,
     },
     Done,
@@ -250,13 +298,15 @@ fn event(line: &[u8]) -> Event {
     let Ok(value) = serde_json::from_str::<Value>(data) else {
         return Event::Garbage;
     };
-    // Some endpoints say in every piece that there is none.
+
+    // Some endpoints send `"error": null` with every piece.
     if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
         let text = error["message"]
             .as_str()
             .map_or_else(|| error.to_string(), String::from);
         return Event::Failed(text);
     }
+
     let choice = &value["choices"][0];
     let last = choice["finish_reason"].is_string();
     match choice["delta"]["content"].as_str() {
@@ -271,13 +321,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_busy_endpoint_says_when_to_come_back() {
+    fn cool_down_follows_status_and_retry_after() {
         let check = |status: u16, retry_after: Option<&str>, expected: Option<u64>| {
             let mut headers = HeaderMap::new();
             if let Some(text) = retry_after {
                 headers.insert(header::RETRY_AFTER, text.parse().unwrap());
             }
-            // Sun, 06 Nov 1994 08:49:37 GMT, as RFC 9110 has it.
+            // Sun, 06 Nov 1994 08:49:37 GMT, the example of RFC 9110.
             let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
             let found = cool_down(StatusCode::from_u16(status).unwrap(), &headers, now);
             assert_eq!(found, expected, "{status} {retry_after:?}");

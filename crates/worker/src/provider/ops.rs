@@ -1,4 +1,4 @@
-//! Answers questions about this deployment from what its parts say of themselves: no key, no model.
+//! A provider that answers questions about this deployment from the status messages of its parts. It needs no model.
 
 use super::{Job, Outcome, Output};
 use bus::{Bus, Headers, Message, Subscription};
@@ -12,11 +12,13 @@ use wire::channels::{Answer, Presence, PresenceResult};
 use wire::status::{GatewayStatus, Heartbeat, NodeStatus, PolicyStatus, RouterStatus};
 use wire::subjects;
 
-/// A part that has said nothing for this long is gone (three intervals; workers speak every 5 s).
+/// A part without a status message for this long is gone. Workers send theirs every 5 s, the other parts every second.
 const SILENCE_MAX: Duration = Duration::from_secs(4);
 const WORKER_SILENCE_MAX: Duration = Duration::from_secs(16);
+/// How long a node may take to tell who is in a room.
+const PRESENCE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The newest word of every part.
+/// The newest status of every part.
 #[derive(Default)]
 pub struct Live {
     nodes: Table<NodeStatus>,
@@ -34,7 +36,8 @@ impl<T> Default for Table<T> {
 }
 
 impl<T: Clone + serde::de::DeserializeOwned> Table<T> {
-    fn hear(&self, message: &Message, name: impl Fn(&T) -> &str, silence: Duration) {
+    /// Keeps the status in `message` and forgets parts that have been silent.
+    fn update(&self, message: &Message, name: impl Fn(&T) -> &str, silence: Duration) {
         if let Ok(status) = serde_json::from_slice::<T>(&message.payload) {
             let mut table = self.0.lock();
             table.insert(name(&status).into(), (Instant::now(), status));
@@ -70,14 +73,15 @@ impl Subscriptions {
     }
 }
 
+/// Collects status messages until cancelled.
 pub async fn listen(live: Arc<Live>, mut from: Subscriptions, cancel: CancellationToken) {
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
-            Some(message) = from.nodes.next() => live.nodes.hear(&message, |s| &s.node, SILENCE_MAX),
-            Some(message) = from.routers.next() => live.routers.hear(&message, |s| &s.router, SILENCE_MAX),
-            Some(message) = from.gateways.next() => live.gateways.hear(&message, |s| &s.gateway, SILENCE_MAX),
-            Some(message) = from.workers.next() => live.workers.hear(&message, |s| &s.worker_id, WORKER_SILENCE_MAX),
+            Some(message) = from.nodes.next() => live.nodes.update(&message, |s| &s.node, SILENCE_MAX),
+            Some(message) = from.routers.next() => live.routers.update(&message, |s| &s.router, SILENCE_MAX),
+            Some(message) = from.gateways.next() => live.gateways.update(&message, |s| &s.gateway, SILENCE_MAX),
+            Some(message) = from.workers.next() => live.workers.update(&message, |s| &s.worker_id, WORKER_SILENCE_MAX),
             else => return,
         }
     }
@@ -99,7 +103,8 @@ impl Ops {
             Topic::Who => self.who(room).await,
             Topic::Help => help(&question),
         };
-        // Line by line: the first is on the page before the last is made.
+
+        // Line by line, like a model's answer, so that the page shows the first line at once.
         for line in answer.split_inclusive('\n') {
             output.push(line).await;
         }
@@ -111,10 +116,14 @@ impl Ops {
         let routers = self.live.routers.all(SILENCE_MAX);
         let gateways = self.live.gateways.all(SILENCE_MAX);
         let workers = self.live.workers.all(WORKER_SILENCE_MAX);
+
         let connections: u64 = nodes.iter().map(|n| n.connections).sum();
         let deliveries: u64 = nodes.iter().map(|n| n.deliveries_total).sum();
         let decisions: u64 = routers.iter().map(|r| r.decisions_total).sum();
-        // All routers tell of the same ones.
+        let running: u64 = workers.iter().map(|w| w.running).sum();
+        let requests: u64 = gateways.iter().map(|g| g.requests_total).sum();
+
+        // Routers share their breakers, so the same breaker is in several statuses.
         let open: BTreeSet<String> = routers
             .iter()
             .flat_map(|r| &r.breakers)
@@ -124,8 +133,11 @@ impl Ops {
                 None => format!("{} ({})", b.provider, b.state),
             })
             .collect();
-        let open = Vec::from_iter(open);
-        let running: u64 = workers.iter().map(|w| w.running).sum();
+        let breakers = match open.len() {
+            0 => "all closed".to_string(),
+            _ => Vec::from_iter(open).join(", "),
+        };
+
         let mut text = String::from("**Status of this deployment**\n");
         let _ = writeln!(
             text,
@@ -138,17 +150,9 @@ impl Ops {
             let _ = writeln!(text, "- decisions take {:.0} µs at p50, {:.0} µs at p99", p.p50, p.p99);
         }
         let _ = writeln!(text, "- {} running {running} assignments now", count(workers.len(), "worker"));
-        let requests: u64 = gateways.iter().map(|g| g.requests_total).sum();
         let _ = writeln!(text, "- {} with {requests} requests from programs", count(gateways.len(), "gateway"));
-        let _ = writeln!(
-            text,
-            "- breakers: {}",
-            if open.is_empty() {
-                "all closed".into()
-            } else {
-                open.join(", ")
-            }
-        );
+        let _ = writeln!(text, "- breakers: {breakers}");
+
         let policies = routers.iter().flat_map(|router| &router.policies);
         let problems: BTreeSet<String> = policies.flat_map(policy_problems).collect();
         for problem in problems {
@@ -162,6 +166,7 @@ impl Ops {
         if nodes.is_empty() {
             return "No node has reported in the last seconds.\n".into();
         }
+
         let mut text = String::from(
             "| node | address | connections | users | channels | memory | up |\n|---|---|---|---|---|---|---|\n",
         );
@@ -195,16 +200,19 @@ impl Ops {
 
     async fn who(&self, room: &str) -> String {
         if room.is_empty() {
-            return "Ask me that in a room, and I tell who is in it.\n".into();
+            return "Ask me in a room, and I will tell you who is in it.\n".into();
         }
-        let request = serde_json::to_vec(&Presence { channel: format!("chat:{room}") }).expect("a request is JSON");
-        let asked =
-            self.bus
-                .request(subjects::CHANNELS_PRESENCE, Headers::new(), request.into(), Duration::from_secs(2));
+
+        let request = Presence { channel: format!("chat:{room}") };
+        let request = serde_json::to_vec(&request).expect("a request serializes to JSON");
+        let asked = self
+            .bus
+            .request(subjects::CHANNELS_PRESENCE, Headers::new(), request.into(), PRESENCE_TIMEOUT);
         let answer = match asked.await {
             Ok(message) => serde_json::from_slice::<Answer<PresenceResult>>(&message.payload),
             Err(error) => return format!("I cannot see who is here: {error}\n"),
         };
+
         match answer.map(Answer::into_result) {
             Ok(Ok(result)) => {
                 let people: BTreeSet<_> = result.presence.into_values().map(|info| info.user).collect();
@@ -229,11 +237,12 @@ enum Topic {
 }
 
 fn topic(question: &str) -> Topic {
-    let said: Vec<&str> = question
+    let words: Vec<&str> = question
         .split(|c: char| !c.is_alphanumeric())
         .map(|w| w.trim_end_matches('s'))
         .collect();
-    let asks = |words: &[&str]| words.iter().any(|word| said.contains(word));
+    let asks = |any: &[&str]| any.iter().any(|word| words.contains(word));
+
     if asks(&["help"]) {
         Topic::Help
     } else if asks(&["who", "present", "here"]) {
@@ -256,9 +265,11 @@ fn help(question: &str) -> String {
             "I answer questions about this deployment; for anything else, connect a model (docs/providers.md).\n\n",
         );
     }
-    text.push_str("Ask me for\n- `status`: connections, decisions and breakers at a glance\n- `nodes`: every node with its load\n");
+
+    text.push_str("Ask me for\n- `status`: connections, decisions and breakers at a glance\n");
+    text.push_str("- `nodes`: every node with its load\n");
     text.push_str(
-        "- `providers`: who does the work, and how fast\n- `who`: the people in this room\n- `help`: this list\n",
+        "- `providers`: what runs the tasks, and how fast\n- `who`: the people in this room\n- `help`: this list\n",
     );
     text
 }
@@ -280,7 +291,7 @@ fn duration(seconds: u64) -> String {
     }
 }
 
-/// What an operator should know of a policy.
+/// The problems of a policy that an operator should know, each as a line.
 fn policy_problems(policy: &PolicyStatus) -> Vec<String> {
     let name = format!("{}/{}", policy.tenant, policy.policy);
     let rules = policy.rule_errors.iter().map(|rule| {
@@ -303,7 +314,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn questions_find_their_topic() {
+    fn question_words_select_the_topic() {
         for (question, expected) in [
             ("status", Topic::Status),
             ("how are the nodes?", Topic::Nodes),

@@ -90,7 +90,7 @@ async fn how_a_program_ends_is_told() {
         (
             "echo said; echo 'out of cheese' >&2; exit 3",
             Some("exit_status"),
-            "exit status: 3; its last words: out of cheese",
+            "exit status: 3; standard error ended with: out of cheese",
         ),
         ("kill -9 $$", Some("exit_status"), "signal: 9 (SIGKILL)"),
         ("nosuchprogram", Some("exit_status"), "exit status: 127"),

@@ -64,7 +64,7 @@ async fn questions_are_answered_from_live_numbers() {
         ("How are the nodes?", vec!["| n1 | 127.0.0.1:8000 | 41 | 17 | 5 | 50 MiB | 1 h 1 min |"]),
         ("which providers are there", vec!["| echo | echo | ", "| ops | ops | "]),
         ("help", vec!["`status`", "`nodes`", "`providers`", "`who`"]),
-        ("who", vec!["Ask me that in a room"]),
+        ("who", vec!["Ask me in a room"]),
         ("tell me a joke", vec!["connect a model", "`help`"]),
     ]
     .into_iter()

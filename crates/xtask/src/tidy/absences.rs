@@ -48,6 +48,7 @@ const ABSENCES: &[Absence] = &[
             ("crates/webapp/src/auth.rs", "bodies of the sign-in endpoints and claims of the tokens made there"),
             ("crates/webapp/src/app/", "props of elements and session snapshots, written and read here"),
             ("crates/webapp/src/live.rs", "exchanged between web apps only"),
+            ("crates/worker/src/provider/openai.rs", "requests of the chat completions API, which is not ours"),
             ("crates/checks/", "evidence files, which only this crate writes and reads"),
         ],
         message: "messages that cross a process boundary belong in `wire`: move the type there",
