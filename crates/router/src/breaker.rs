@@ -1,19 +1,20 @@
-//! One circuit breaker as a state machine that is told the time.
+//! One circuit breaker as a state machine. Sans-IO: time is an argument.
 //!
-//! Closed until failures in a row, or their share of the last calls, say that the provider does not work: then it trips.
-//! Open for a while. Half open: a few calls hold a place each; enough that succeed close it, one that fails trips it again.
+//! A closed breaker trips after too many failures in a row, or when their share of the last calls is too high. It stays
+//! open for the timeout, then becomes half open: a few calls, the probes, hold a place each. Enough successful probes
+//! close the breaker; one failed probe trips it again.
 //!
-//! Its generation counts the trips. A call remembers the generation at which it was let through, so that the outcome of a
-//! call from before the trip is told from that of a probe. Within a generation a breaker only moves from open over half
-//! open to closed; hence of two routers' views the one with the greater (generation, state) is the newer.
+//! The generation counts the trips. A call remembers the generation at which it was let through, which tells the outcome
+//! of a probe from that of a call from before the trip. Within a generation a breaker only moves from open through half
+//! open to closed, so of two routers' views the one with the greater (generation, state) is newer.
 
 use std::collections::{HashMap, VecDeque};
 use wire::policy::CircuitBreaker;
 
-/// Outcomes that the failure rate looks back on.
+/// The number of latest outcomes that the failure rate covers, unless `min_calls` is larger.
 const WINDOW: usize = 50;
 
-/// In the order in which they follow each other within a generation.
+/// In the order of a generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum State {
     Open,
@@ -31,12 +32,12 @@ impl State {
     }
 }
 
-/// What the end of a call says of the provider.
+/// What the end of a call means for the breaker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     Success,
     Failure,
-    /// Nothing: the call only gives its place back.
+    /// The outcome says nothing about the provider; the call only returns its place.
     Neutral,
 }
 
@@ -45,9 +46,9 @@ pub enum Outcome {
 pub struct View {
     pub generation: u64,
     pub state: State,
-    /// Open: it stays so for this long.
+    /// How long an open breaker stays open.
     pub open_ms: u64,
-    /// Closed: failures among the last calls.
+    /// Failures of a closed breaker among its last `calls` calls.
     pub failures: u64,
     pub calls: u64,
 }
@@ -69,7 +70,7 @@ enum Phase {
         until_ms: u64,
     },
     HalfOpen {
-        /// Who holds a place, and when it is given back at the latest.
+        /// The holders of places, and when each place expires.
         places: HashMap<String, u64>,
         successes: u32,
     },
@@ -106,11 +107,12 @@ impl Breaker {
         }
     }
 
-    /// Lets a call through, or not. Half open, it holds a place from now on, until it leaves or ends.
+    /// Lets a call through if it may. In a half-open breaker the call then holds a place until it leaves, ends or expires.
     pub fn enter(&mut self, holder: &str, rules: &CircuitBreaker, now_ms: u64) -> bool {
         if !self.lets_through(rules, now_ms) {
             return false;
         }
+
         if let Phase::Open { .. } = self.phase {
             self.phase = Phase::HalfOpen { places: HashMap::new(), successes: 0 };
         }
@@ -121,7 +123,7 @@ impl Breaker {
         true
     }
 
-    /// A place that its holder has not given back by then is free again.
+    /// Lets the holder's place expire at `due_ms`.
     pub fn keep(&mut self, holder: &str, due_ms: u64) {
         if let Phase::HalfOpen { places, .. } = &mut self.phase
             && let Some(due) = places.get_mut(holder)
@@ -130,7 +132,7 @@ impl Breaker {
         }
     }
 
-    /// Gives a place back; nothing if there is none.
+    /// Returns the holder's place, if it has one.
     pub fn leave(&mut self, holder: &str) {
         if let Phase::HalfOpen { places, .. } = &mut self.phase {
             places.remove(holder);
@@ -146,10 +148,11 @@ impl Breaker {
             Outcome::Neutral => return,
         };
 
-        // A call is let through at the generation of an open breaker only as a probe: another router half opened it.
+        // The generation of an open breaker lets only probes through, so another router has half opened it.
         if matches!(self.phase, Phase::Open { .. }) && generation == self.generation {
             self.phase = Phase::HalfOpen { places: HashMap::new(), successes: 0 };
         }
+
         match &mut self.phase {
             Phase::Closed { in_a_row, window } if generation >= self.generation => {
                 *in_a_row = if failed { *in_a_row + 1 } else { 0 };
@@ -168,7 +171,7 @@ impl Breaker {
                     self.phase = Phase::default();
                 }
             }
-            // The outcome of a call from before the trip, or of a generation that this router has yet to hear of.
+            // A call from before the trip, or of a generation that this router does not know yet.
             _ => {}
         }
     }
@@ -179,6 +182,7 @@ impl Breaker {
             Phase::Open { until_ms } => (until_ms.saturating_sub(now_ms), 0, 0),
             Phase::HalfOpen { .. } => (0, 0, 0),
         };
+
         View {
             generation: self.generation,
             state: self.state(),
@@ -188,11 +192,12 @@ impl Breaker {
         }
     }
 
-    /// Takes over another router's view if it is newer.
+    /// Adopts another router's view if it is newer.
     pub fn adopt(&mut self, theirs: &View, rules: &CircuitBreaker, now_ms: u64) {
         if (theirs.generation, theirs.state) <= (self.generation, self.state()) {
             return;
         }
+
         self.generation = theirs.generation;
         self.phase = match theirs.state {
             State::Open => Phase::Open { until_ms: now_ms + theirs.open_ms.min(rules.timeout_ms) },
@@ -239,22 +244,22 @@ mod tests {
     }
 
     #[test]
-    fn it_opens_probes_and_closes() {
+    fn breaker_opens_probes_and_closes() {
         let mut breaker = tripped();
         assert!(!breaker.enter("early", &RULES, 999));
         for holder in ["a", "b", "c"] {
             assert!(breaker.enter(holder, &RULES, 1000), "{holder}");
         }
-        assert!(!breaker.enter("d", &RULES, 1999), "places are bounded");
+        assert!(!breaker.enter("d", &RULES, 1999), "three places are taken");
 
         breaker.ended("a", 1, Outcome::Success, &RULES, 1001);
-        assert_eq!(breaker.state(), State::HalfOpen, "one of two successes");
+        assert_eq!(breaker.state(), State::HalfOpen, "one of two successes needed");
         breaker.ended("b", 1, Outcome::Success, &RULES, 1001);
         assert_eq!((breaker.state(), breaker.generation()), (State::Closed, 1));
     }
 
     #[test]
-    fn a_failing_probe_trips_it_again_and_a_rate_trips_it_too() {
+    fn failure_rate_trips_and_failed_probe_trips_again() {
         let mut breaker = Breaker::default();
         for n in 0..10 {
             end(&mut breaker, if n % 2 == 1 { Outcome::Failure } else { Outcome::Success }, 0);
@@ -267,23 +272,23 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_given_back_by_a_neutral_outcome_by_leaving_and_by_its_deadline() {
+    fn place_is_returned_by_neutral_outcome_by_leaving_and_by_expiry() {
         let mut breaker = tripped();
         for holder in ["a", "b", "c"] {
             assert!(breaker.enter(holder, &RULES, 1000));
         }
         breaker.ended("a", 1, Outcome::Neutral, &RULES, 1001);
-        assert!(breaker.enter("d", &RULES, 1001), "cancelled");
+        assert!(breaker.enter("d", &RULES, 1001), "a neutral outcome returned the place");
         breaker.leave("b");
-        assert!(breaker.enter("e", &RULES, 1001), "not appended");
+        assert!(breaker.enter("e", &RULES, 1001), "leaving returned the place");
         breaker.keep("c", 1500);
         assert!(!breaker.enter("f", &RULES, 1499));
-        assert!(breaker.enter("f", &RULES, 1500), "its worker died");
-        assert!(!breaker.enter("g", &RULES, 9999), "what is not appended yet has no deadline");
+        assert!(breaker.enter("f", &RULES, 1500), "the place has expired");
+        assert!(!breaker.enter("g", &RULES, 9999), "a place without a deadline does not expire");
     }
 
     #[test]
-    fn late_outcomes_from_before_the_trip_are_no_probes() {
+    fn outcomes_from_before_the_trip_do_not_count_as_probes() {
         let mut breaker = tripped();
         assert!(breaker.enter("probe", &RULES, 1000));
         for _ in 0..10 {
@@ -296,11 +301,11 @@ mod tests {
         open.ended("late", 0, Outcome::Success, &RULES, 1);
         assert_eq!(open.state(), State::Open);
         open.ended("theirs", 1, Outcome::Success, &RULES, 1001);
-        assert_eq!(open.state(), State::HalfOpen, "the probe of another router");
+        assert_eq!(open.state(), State::HalfOpen, "another router has half opened it");
     }
 
     #[test]
-    fn the_newer_of_two_views_wins_and_times_are_relative() {
+    fn newer_view_is_adopted_with_relative_times() {
         let mut late = Breaker::default();
         late.adopt(&tripped().view(400), &RULES, 50_000);
         assert!(!late.lets_through(&RULES, 50_599));
@@ -331,15 +336,15 @@ mod tests {
         probe: bool,
     }
 
-    /// What half open means, said as plainly as possible: every probe in flight is remembered.
+    /// A plain model of a half-open breaker: it counts the probes in flight.
     fn held(calls: &[Call], breaker: &Breaker, now_ms: u64) -> usize {
         let ours = |call: &&Call| call.probe && call.generation == breaker.generation() && now_ms < call.due_ms;
         calls.iter().filter(ours).count()
     }
 
     proptest! {
-        /// Whatever happens in whatever order, half open it holds exactly the places of the probes in flight, never more
-        /// than it may; it closes after enough successes of probes and trips at the first failure of one.
+        /// In any order of events, a half-open breaker holds exactly the places of the probes in flight, never more than
+        /// allowed. It closes after enough successful probes and trips at the first failed one.
         #[test]
         fn places_never_leak(steps in prop::collection::vec((0..400u64, 0..10u8, any::<prop::sample::Index>()), 1..400)) {
             let (mut breaker, mut now_ms) = (Breaker::default(), 0);
@@ -372,7 +377,11 @@ mod tests {
                     4 => {}
                     action if !calls.is_empty() => {
                         let call = calls.remove(which.index(calls.len()));
-                        let outcome = [Outcome::Success, Outcome::Success, Outcome::Failure, Outcome::Failure, Outcome::Neutral][usize::from(action) - 5];
+                        let outcome = match action {
+                            5 | 6 => Outcome::Success,
+                            7 | 8 => Outcome::Failure,
+                            _ => Outcome::Neutral,
+                        };
                         breaker.ended(&call.holder, call.generation, outcome, &RULES, now_ms);
                         let current = call.generation == before.0;
                         if before.1 == State::HalfOpen && current {

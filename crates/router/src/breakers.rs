@@ -1,8 +1,8 @@
-//! Which providers may be called now: breakers in two layers, and cool-downs. Sans-IO: time is an argument.
+//! Which providers are eligible now: breakers in two layers, and cool-downs. Sans-IO: time is an argument.
 //!
-//! Each provider has a breaker that all tenants share; its rules are the operator's. A policy with a `circuit_breaker` of its own has a
-//! second one for each of its providers, fed only by the tasks that it decided: it can take a provider from its own tasks,
-//! and from nobody else's. A provider is eligible if both let it through and it is not cooling down.
+//! Each provider has a breaker that all tenants share, with the operator's rules. A policy with its own `circuit_breaker`
+//! has a second breaker for each of its providers. Only tasks that the policy decided feed that breaker, and it keeps the
+//! provider from these tasks only. A provider is eligible if both breakers let a call through and it is not cooling down.
 
 use crate::breaker::{Breaker, Outcome, State, View};
 use parking_lot::Mutex;
@@ -12,21 +12,21 @@ use wire::policy::CircuitBreaker;
 use wire::router::{Choice, ProviderOutcome, Verdict};
 use wire::status::BreakerStatus;
 
-/// State of a provider that is neither open nor half open, but told us to come back later.
+/// The state, in a status, of a closed breaker whose provider's endpoint asked for a pause.
 const COOLING_DOWN: &str = "cooling_down";
 
-/// The policy that decides, which is the tenant's own or tenant `default`'s.
+/// The policy that decides: the tenant's own, or that of tenant `default`.
 #[derive(Debug, Clone, Copy)]
 pub struct Scope<'a> {
-    /// Whose policy it is.
+    /// The tenant that owns the policy.
     pub tenant: &'a str,
     pub policy: &'a str,
-    /// Its own rules, if it has any.
+    /// The policy's own breaker rules, if it has any.
     pub rules: Option<CircuitBreaker>,
 }
 
 impl Scope<'_> {
-    /// A tenant's id has no slash.
+    /// Unambiguous, because a tenant's id has no slash.
     fn key(&self) -> String {
         format!("{}/{}", self.tenant, self.policy)
     }
@@ -36,17 +36,17 @@ impl Scope<'_> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     Eligible,
-    /// Its endpoint asked for this long without requests.
+    /// The provider's endpoint asked for a pause, of which this much is left.
     CoolingDown {
         ms: u64,
     },
-    /// A breaker keeps it out.
+    /// A breaker is open, or half open without a free place.
     Out,
 }
 
 #[derive(Debug)]
 pub struct Breakers {
-    /// The operator's, for every provider.
+    /// The operator's rules, for the shared breakers.
     rules: CircuitBreaker,
     table: Mutex<Table>,
 }
@@ -66,7 +66,7 @@ struct Provider {
 
 #[derive(Debug, Clone, Copy, Default)]
 struct CoolDown {
-    /// How many there have been: of two routers, the one that saw more of them knows better.
+    /// How many cool-downs there have been; of two routers, the one with more of them is up to date.
     count: u64,
     until_ms: u64,
 }
@@ -88,6 +88,7 @@ impl Table {
                 .and_then(|providers| providers.get(provider));
             own.is_none_or(|breaker| breaker.lets_through(&rules, now_ms))
         });
+
         match shared.map_or(0, |known| known.cool_down.left_ms(now_ms)) {
             _ if !(closed && allowed) => Standing::Out,
             0 => Standing::Eligible,
@@ -105,14 +106,15 @@ impl Breakers {
         self.table.lock().standing(&self.rules, provider, scope, now_ms)
     }
 
-    /// Leave to call an eligible provider, with a place in each of its breakers that is half open. `None`: it is not
-    /// eligible, or others were faster and took the last place.
+    /// Permission to call a provider, with a place in each of its half-open breakers. `None` if the provider is not
+    /// eligible, for example because another request has just taken the last place.
     pub fn reserve(&self, provider: &str, scope: &Scope<'_>, holder: &str, now_ms: u64) -> Option<Place<'_>> {
         let mut table = self.table.lock();
         if table.standing(&self.rules, provider, scope, now_ms) != Standing::Eligible {
             return None;
         }
 
+        // A breaker that does not exist yet is closed, at generation 0.
         let (mut generation, mut policy_generation) = (0, scope.rules.map(|_| 0));
         let mut timeout_ms = None;
         if let Some(known) = table.providers.get_mut(provider) {
@@ -120,6 +122,7 @@ impl Breakers {
             generation = known.breaker.generation();
             timeout_ms = (known.breaker.state() == State::HalfOpen).then_some(self.rules.timeout_ms);
         }
+
         let policy = scope.rules.map(|_| scope.key());
         let own = policy
             .as_ref()
@@ -144,7 +147,8 @@ impl Breakers {
         Some(Place { held, generation, policy_generation })
     }
 
-    /// Takes an assignment's outcome in. `policy_rules`: those of the policy that decided it, if it is there and has any.
+    /// Applies the outcome of an assignment. `policy_rules` are the breaker rules of the policy that decided it, if the
+    /// policy still exists and has its own.
     pub fn ended(&self, ended: &ProviderOutcome, policy_rules: Option<&CircuitBreaker>, now_ms: u64) {
         let outcome = match ended.verdict {
             Verdict::Success => Outcome::Success,
@@ -159,9 +163,9 @@ impl Breakers {
             let until_ms = now_ms + retry_after_seconds.min(COOL_DOWN_MAX_S) * 1000;
             known.cool_down.count = known.cool_down.count.saturating_add(1);
             known.cool_down.until_ms = known.cool_down.until_ms.max(until_ms);
-            tracing::warn!(provider, retry_after_seconds, "the provider is busy; it cools down");
+            tracing::warn!(provider, retry_after_seconds, "the provider's endpoint is busy; the provider cools down");
         }
-        told(provider, None, &mut known.breaker, |breaker| {
+        logged(provider, None, &mut known.breaker, |breaker| {
             breaker.ended(holder, choice.generation, outcome, &self.rules, now_ms);
         });
 
@@ -173,14 +177,14 @@ impl Breakers {
                 .or_default()
                 .entry(provider.clone())
                 .or_default();
-            told(provider, Some(&key), breaker, |breaker| {
+            logged(provider, Some(&key), breaker, |breaker| {
                 breaker.ended(holder, generation, outcome, rules, now_ms);
             });
         }
     }
 
-    /// Takes over what another router knows and this one does not yet: it started later, or missed an outcome. `rules`
-    /// gives the rules of a breaker that may exist here, and `None` for any other.
+    /// Adopts newer states from another router's status, for a router that started later or missed an outcome. `rules`
+    /// returns the rules of a breaker, or `None` if no such breaker may exist here.
     pub fn adopt(
         &self,
         theirs: &[BreakerStatus],
@@ -192,10 +196,11 @@ impl Breakers {
             let (Some(rules), Some(view)) = (rules(status), view_of(status)) else {
                 continue;
             };
+
             let provider = &status.provider;
             let Some((tenant, policy)) = status.tenant.as_ref().zip(status.policy.as_ref()) else {
                 let known = table.providers.entry(provider.clone()).or_default();
-                told(provider, None, &mut known.breaker, |breaker| breaker.adopt(&view, &rules, now_ms));
+                logged(provider, None, &mut known.breaker, |breaker| breaker.adopt(&view, &rules, now_ms));
                 if status.cool_downs > known.cool_down.count {
                     let until_ms = now_ms + status.cooling_down_ms.min(COOL_DOWN_MAX_S * 1000);
                     known.cool_down.count = status.cool_downs;
@@ -203,6 +208,7 @@ impl Breakers {
                 }
                 continue;
             };
+
             let key = Scope { tenant, policy, rules: None }.key();
             let breaker = table
                 .policies
@@ -210,11 +216,12 @@ impl Breakers {
                 .or_default()
                 .entry(provider.clone())
                 .or_default();
-            told(provider, Some(&key), breaker, |breaker| breaker.adopt(&view, &rules, now_ms));
+            logged(provider, Some(&key), breaker, |breaker| breaker.adopt(&view, &rules, now_ms));
         }
     }
 
-    /// Forgets the breakers that `exists` does not know: of policies that are gone, and of providers that none names any more.
+    /// Forgets the breakers for which `exists` is false: those of policies that are gone, and of providers that no policy
+    /// names any more.
     pub fn retain(&self, exists: impl Fn(&BreakerStatus) -> bool) {
         let mut table = self.table.lock();
         table
@@ -226,7 +233,7 @@ impl Breakers {
         });
     }
 
-    /// Every breaker, the shared ones first, each kind in the order of its names.
+    /// Every breaker: the shared ones, then those of policies, both sorted by name.
     pub fn status(&self, now_ms: u64) -> Vec<BreakerStatus> {
         let table = self.table.lock();
         let shared = table.providers.iter().map(|(provider, known)| {
@@ -242,12 +249,14 @@ impl Breakers {
             }
             status
         });
+
         let own = table.policies.iter().flat_map(|(key, providers)| {
             providers.iter().map(move |(provider, breaker)| {
                 let BreakerStatus { provider, tenant, policy, .. } = named(provider, key);
                 BreakerStatus { provider, tenant, policy, ..status_of(&breaker.view(now_ms)) }
             })
         });
+
         let mut all: Vec<_> = shared.chain(own).collect();
         all.sort_by(|a, b| (&a.tenant, &a.policy, &a.provider).cmp(&(&b.tenant, &b.policy, &b.provider)));
         all
@@ -258,7 +267,7 @@ fn scope_of(choice: &Choice) -> Scope<'_> {
     Scope { tenant: &choice.policy_tenant, policy: &choice.policy_id, rules: None }
 }
 
-/// The breaker that the policy of this key has for a provider.
+/// Names a policy's breaker for a provider; `key` is a [`Scope::key`].
 fn named(provider: &str, key: &str) -> BreakerStatus {
     let (tenant, policy) = key.split_once('/').expect("a key has a slash");
     let (tenant, policy) = (Some(tenant.into()), Some(policy.into()));
@@ -276,7 +285,7 @@ fn status_of(view: &View) -> BreakerStatus {
     }
 }
 
-/// `None` for a state that this build does not know.
+/// `None` if this version does not know the state.
 fn view_of(status: &BreakerStatus) -> Option<View> {
     let state = match &*status.state {
         "open" => State::Open,
@@ -288,8 +297,8 @@ fn view_of(status: &BreakerStatus) -> Option<View> {
     Some(View { generation, state, open_ms, failures, calls })
 }
 
-/// A change of state is logged once, by whoever caused it.
-fn told(provider: &str, policy: Option<&str>, breaker: &mut Breaker, step: impl FnOnce(&mut Breaker)) {
+/// Does a step of a breaker and logs it if the breaker's state changed.
+fn logged(provider: &str, policy: Option<&str>, breaker: &mut Breaker, step: impl FnOnce(&mut Breaker)) {
     let (before, generation) = (breaker.state(), breaker.generation());
     step(breaker);
     let after = breaker.state();
@@ -303,25 +312,25 @@ fn told(provider: &str, policy: Option<&str>, breaker: &mut Breaker, step: impl 
 #[must_use]
 pub struct Place<'a> {
     held: Option<Held<'a>>,
-    /// At which the shared breaker, and the policy's own, let the call through.
+    /// The generations at which the shared breaker and the policy's own let the call through.
     pub generation: u64,
     pub policy_generation: Option<u64>,
 }
 
-/// A place in one half-open breaker, or in both.
+/// A place in one or both of the provider's breakers.
 #[derive(Debug)]
 struct Held<'a> {
     breakers: &'a Breakers,
     provider: String,
     policy: Option<String>,
     holder: String,
-    /// The shorter one of these breakers.
+    /// The shorter timeout of these breakers.
     timeout_ms: u64,
 }
 
 impl Place<'_> {
-    /// The call was made: the place is its holder's until the outcome, the deadline, or the breaker's timeout.
-    /// A probe without a result loses its place after the breaker's timeout, however long the client's deadline is.
+    /// Keeps the place for a call that was made: until its outcome, but at most until its deadline or the breaker's
+    /// timeout. So a lost call with a long deadline cannot hold a place forever.
     pub fn keep(mut self, deadline_ms: u64, now_ms: u64) {
         if let Some(held) = self.held.take() {
             let due_ms = now_ms + deadline_ms.min(held.timeout_ms);
@@ -388,7 +397,7 @@ mod tests {
         breakers.ended(&outcome(scope, 0, verdict), scope.rules.as_ref(), now_ms);
     }
 
-    /// The shared breaker of `m` has tripped at 0.
+    /// Breakers in which the shared one of `m` tripped at 0.
     fn tripped() -> Breakers {
         let breakers = Breakers::new(RULES);
         (0..3).for_each(|_| end(&breakers, &OTHER, Verdict::Failed, 0));
@@ -397,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn a_strict_policy_takes_a_provider_from_its_own_tasks_only() {
+    fn strict_policy_keeps_a_provider_from_its_own_tasks_only() {
         let breakers = Breakers::new(RULES);
         end(&breakers, &ACME, Verdict::Failed, 0);
         assert_eq!(breakers.standing("m", &ACME, 0), Standing::Out);
@@ -407,23 +416,23 @@ mod tests {
             ..OTHER
         };
         (0..2).for_each(|_| end(&breakers, &lax, Verdict::Failed, 0));
-        assert_eq!(breakers.standing("m", &lax, 0), Standing::Out, "the operator's rules hold for everybody");
+        assert_eq!(breakers.standing("m", &lax, 0), Standing::Out, "the operator's rules apply to all tenants");
     }
 
     #[test]
-    fn the_last_place_is_taken_once_and_given_back_by_whoever_did_not_use_it() {
+    fn last_place_is_taken_once_and_returned_if_unused() {
         let breakers = tripped();
         let first = breakers.reserve("m", &OTHER, "a", 1000).unwrap();
         assert_eq!(first.generation, 1);
-        assert!(breakers.reserve("m", &OTHER, "b", 1000).is_none(), "two decisions cannot both have the last place");
+        assert!(breakers.reserve("m", &OTHER, "b", 1000).is_none(), "one place, one decision");
         drop(first);
         breakers.reserve("m", &OTHER, "b", 1000).unwrap().keep(300, 1000);
-        assert!(breakers.reserve("m", &OTHER, "c", 1299).is_none(), "the assignment holds it");
+        assert!(breakers.reserve("m", &OTHER, "c", 1299).is_none(), "the assignment holds the place");
         assert!(breakers.reserve("m", &OTHER, "c", 1300).is_some(), "its deadline has passed");
     }
 
     #[test]
-    fn a_client_with_a_long_deadline_cannot_hold_a_place_longer_than_the_breakers_timeout() {
+    fn place_expires_at_the_breakers_timeout_despite_a_long_deadline() {
         let breakers = tripped();
         breakers.reserve("m", &OTHER, "b", 1000).unwrap().keep(u64::MAX, 1000);
         assert!(breakers.reserve("m", &OTHER, "c", 1999).is_none());
@@ -431,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cool_down_is_no_failure_and_ends_by_itself() {
+    fn cool_down_does_not_count_as_failure_and_ends_by_itself() {
         let breakers = Breakers::new(RULES);
         for _ in 0..20 {
             end(&breakers, &OTHER, Verdict::CoolDown { retry_after_seconds: 7 }, 0);
@@ -443,11 +452,15 @@ mod tests {
         assert_eq!(breakers.standing("m", &OTHER, 7000), Standing::Eligible);
 
         end(&breakers, &OTHER, Verdict::CoolDown { retry_after_seconds: u64::MAX }, 0);
-        assert_eq!(breakers.standing("m", &OTHER, COOL_DOWN_MAX_S * 1000), Standing::Eligible, "it is bounded");
+        assert_eq!(
+            breakers.standing("m", &OTHER, COOL_DOWN_MAX_S * 1000),
+            Standing::Eligible,
+            "the cool-down is bounded"
+        );
     }
 
     #[test]
-    fn a_router_that_starts_later_adopts_breakers_and_cool_downs_of_what_it_serves() {
+    fn late_router_adopts_breakers_and_cool_downs_of_what_it_serves() {
         let breakers = tripped();
         end(&breakers, &ACME, Verdict::Failed, 0);
         end(&breakers, &OTHER, Verdict::CoolDown { retry_after_seconds: 5 }, 0);
@@ -463,14 +476,14 @@ mod tests {
 
         let again = late.status(70_100);
         late.adopt(&again, 70_500, |_| Some(RULES));
-        assert_eq!(late.status(70_600)[0].cooling_down_ms, 4000, "what is known is not prolonged");
+        assert_eq!(late.status(70_600)[0].cooling_down_ms, 4000, "a known cool-down is not extended");
         let stranger = Breakers::new(RULES);
         stranger.adopt(&breakers.status(400), 0, |_| None);
         assert_eq!(stranger.status(0), []);
     }
 
     #[test]
-    fn breakers_of_gone_policies_and_providers_leave() {
+    fn breakers_of_gone_policies_and_providers_are_forgotten() {
         let breakers = Breakers::new(RULES);
         end(&breakers, &ACME, Verdict::Failed, 0);
         breakers.retain(|status| status.tenant.is_none());

@@ -1,6 +1,8 @@
-//! What the end of an assignment says of its provider. The router that records a result judges it, once, and tells every
-//! router, itself included: so all breakers, cool-downs and latencies see the same outcomes, whichever router a queue
-//! gave the result to. What a router has missed it takes from the status that the others publish every second.
+//! Outcomes: what the end of an assignment means for its provider.
+//!
+//! The router that records a result judges it once and publishes the outcome to all routers, itself included. So all
+//! breakers, cool-downs and latencies follow the same outcomes, whichever router got the result. A router that missed
+//! outcomes adopts newer breaker states from the status that every router publishes each second.
 
 use crate::Router;
 use crate::policies::Set;
@@ -17,21 +19,22 @@ use wire::subjects;
 
 const QUEUE_MAX: usize = 8192;
 
-/// Errors that say nothing of the provider: those that the task brings along, with which another task may do well …
+/// Errors that the task caused; another task may succeed.
 const OF_THE_TASK: [&str; 3] = ["invalid_task", "exit_status", "output"];
-/// … and those of a worker that could not start it.
+/// Errors of a worker that could not start the task.
 const NOT_STARTED: [&str; 3] = ["spawn_failed", "unknown_provider", "max_deliver"];
 
-/// The one place where it is decided what counts against a provider. `client_deadline`: the client said how long the
-/// task may take; otherwise the router allowed a multiple of what is expected of the provider.
+/// The one place that decides what counts against a provider. With `client_deadline`, the client set the task's deadline;
+/// otherwise the router did, as a multiple of the provider's expected latency.
 fn judge(result: &ExecResult, client_deadline: bool) -> Verdict {
     let code = result.error_code.as_deref().unwrap_or_default();
     match result.status {
         ResultStatus::Success => Verdict::Success,
         ResultStatus::Cancelled => Verdict::Neutral,
-        // The provider's own limit ran out, however long the client would have waited.
+        // The run exceeded the provider's own limit.
         ResultStatus::Timeout if code == "timeout" => Verdict::Failed,
-        // The task's limit, which the client or the router chose: a provider that is asked for long work has not failed.
+        // The run exceeded a deadline that the client chose, or that is shorter than the provider's limit. Long work is
+        // not a failure.
         ResultStatus::Timeout if client_deadline || code == "deadline_exceeded" => Verdict::Neutral,
         ResultStatus::Timeout => Verdict::Failed,
         ResultStatus::Error if code == "rate_limited" || result.retry_after_seconds.is_some() => Verdict::CoolDown {
@@ -42,8 +45,8 @@ fn judge(result: &ExecResult, client_deadline: bool) -> Verdict {
     }
 }
 
-/// Tells every router what the result says of the provider that was decided on. The provider comes from the decision,
-/// because the name in a result cannot be trusted.
+/// Publishes the outcome of the task's assignment to all routers. The provider is the decision's, because the name in a
+/// result cannot be trusted.
 pub async fn publish(router: &Router, task: &TaskState, result: &ExecResult) {
     let Some(decision) = &task.decision else { return };
     let choice = task.choice.clone().unwrap_or_default();
@@ -55,15 +58,18 @@ pub async fn publish(router: &Router, task: &TaskState, result: &ExecResult) {
         latency_ms: result.latency_ms,
         choice,
     };
-    let payload = serde_json::to_vec(&outcome).expect("an outcome is JSON").into();
+
+    let payload = serde_json::to_vec(&outcome)
+        .expect("an outcome serializes to JSON")
+        .into();
     let message = Message { subject: subjects::OUTCOMES.into(), payload, ..Message::default() };
     if let Err(error) = router.bus.publish(message).await {
         let (provider, request_id) = (&decision.provider_id, &result.request_id);
-        tracing::warn!(%error, provider, request_id, "the routers were not told of an outcome");
+        tracing::warn!(%error, provider, request_id, "publishing an outcome failed; the routers' breakers miss it");
     }
 }
 
-/// What the routers tell each other.
+/// What this router receives from all routers.
 pub struct Inputs {
     outcomes: Subscription,
     statuses: Subscription,
@@ -89,11 +95,13 @@ pub async fn run(router: Arc<Router>, mut inputs: Inputs, cancel: CancellationTo
     }
 }
 
+/// Applies one outcome to this router's breakers and latencies.
 fn learn(router: &Router, message: &Message) {
-    // A verdict that only newer routers know is theirs alone to count.
+    // A newer router may publish a verdict that this one does not know; it cannot count that.
     let Ok(outcome) = serde_json::from_slice::<ProviderOutcome>(&message.payload) else {
         return;
     };
+
     let policies = router.policies.current();
     let policy = policies.own(&outcome.choice.policy_tenant, &outcome.choice.policy_id);
     let rules = policy.and_then(|policy| router.rules_of(policy));
@@ -103,6 +111,7 @@ fn learn(router: &Router, message: &Message) {
     }
 }
 
+/// Adopts newer breaker states from another router's status.
 fn adopt(router: &Router, message: &Message) {
     let Ok(status) = serde_json::from_slice::<RouterStatus>(&message.payload) else {
         return;
@@ -115,13 +124,13 @@ fn adopt(router: &Router, message: &Message) {
     }
 }
 
-/// Breakers of policies that are gone, and of providers that no policy names any more.
+/// Forgets the breakers of policies that are gone and of providers that no policy names any more.
 pub fn forget(router: &Router) {
     let served = Served::of(router);
     router.breakers.retain(|breaker| served.rules(breaker).is_some());
 }
 
-/// What the policies name: nothing else has a breaker.
+/// The policies and the providers they name: nothing else has a breaker.
 struct Served<'a> {
     router: &'a Router,
     policies: Arc<Set>,
@@ -139,7 +148,7 @@ impl<'a> Served<'a> {
         Self { router, policies, providers }
     }
 
-    /// The rules of a breaker that may exist.
+    /// The rules of a breaker; `None` if no such breaker may exist.
     fn rules(&self, breaker: &BreakerStatus) -> Option<CircuitBreaker> {
         let Some((tenant, policy)) = breaker.tenant.as_ref().zip(breaker.policy.as_ref()) else {
             return self
@@ -147,6 +156,7 @@ impl<'a> Served<'a> {
                 .contains(&breaker.provider)
                 .then_some(self.router.config.circuit_breaker);
         };
+
         let policy = self.policies.own(tenant, policy)?;
         let named = policy.providers().any(|provider| provider == breaker.provider);
         self.router.rules_of(policy).filter(|_| named)
@@ -159,7 +169,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn what_counts_against_a_provider() {
+    fn verdict_follows_status_code_and_deadline() {
         let check = |status: &str, code: Option<&str>, client_deadline: bool, expected: Verdict| {
             let result = json!({"assignment_id": "a", "request_id": "r", "status": status, "provider_id": "p",
                 "job": {"type": "t"}, "error_code": code});
@@ -188,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn any_error_that_says_when_to_come_back_is_a_cool_down() {
+    fn error_with_retry_after_is_a_cool_down() {
         let result = json!({"assignment_id": "a", "request_id": "r", "status": "error", "provider_id": "p",
             "job": {"type": "t"}, "error_code": "overloaded", "retry_after_seconds": 7});
         let result = ExecResult::decode(result.to_string().as_bytes()).unwrap();

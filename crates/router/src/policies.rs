@@ -1,6 +1,7 @@
-//! The policies that serve: read from their directory, watched, shared with the other routers, and never replaced by a bad file.
+//! The policies that serve. They are read from their directory, watched, and shared with the other routers; a bad file
+//! never replaces a good version.
 //!
-//! [`resolve`] says what serves; here is everything around it.
+//! [`resolve`] decides what serves; this module does the reading, storing and publishing around it.
 
 pub mod files;
 pub mod lint;
@@ -27,21 +28,21 @@ use tokio_util::sync::CancellationToken;
 use wire::policy::{Format, Index, Stored, Tombstone};
 use wire::status::PolicyStatus;
 
-/// Files are looked at this often. Polling sees every editor's way of saving, mounted volumes and swapped links alike.
+/// How often the directory is polled. Polling sees every editor's way of saving, mounted volumes and swapped links alike.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
-/// One look in so many is also at what other routers have stored and deleted.
+/// Every so many polls, the router also reads what other routers have stored and deleted.
 const LOOKS_PER_INDEX: u64 = 4;
-/// Policies whose metrics carry their names; the others' share one.
+/// Policies with their own labels in metrics; all others share the label `other`.
 const LABELLED_MAX: usize = 50;
 
-/// Serves tenant `default` where there has never been a policy directory.
+/// The policy of tenant `default` while there has never been a policy directory.
 const BUILT_IN: &str = r#"{
     "version": "built-in",
     "providers": [{"name": "echo", "weight": 100}, {"name": "ops", "weight": 0}],
     "rules": [{"when": "task.type == 'chat' || task.type == 'ops'", "to": "ops"}]
 }"#;
 
-/// What serves now.
+/// The policies that serve now.
 pub struct Policies {
     current: ArcSwap<Set>,
 }
@@ -51,34 +52,34 @@ impl Policies {
         self.current.load()
     }
 
-    /// The rows that fit into a status, and how many policies there are.
+    /// The policies that fit into a status, and how many there are in all.
     pub fn status(&self) -> (Vec<PolicyStatus>, u64) {
         self.current.load().status()
     }
 }
 
-/// Keeps [`Policies`] up to date; nothing else writes to it.
+/// Keeps [`Policies`] up to date; the only writer.
 pub struct Watcher {
     dir: PathBuf,
     shared: Shared,
     policies: Arc<Policies>,
     known: BTreeMap<Name, Known>,
-    /// What all routers know; `None` where there has never been a policy directory.
+    /// What all routers know; `None` if there has never been a policy directory.
     index: Option<Index>,
     directory: Directory,
     built_in: Arc<Served>,
     labelled: BTreeSet<Name>,
-    /// What was last logged of the bus, so that it is logged once.
+    /// The bus problem that was logged last, so that each is logged once.
     bus_problem: Option<String>,
 }
 
-/// What all looks at the directory have shown.
+/// What all polls of the directory have shown.
 #[derive(Default)]
 struct Directory {
     has_existed: bool,
     has_been_read: bool,
     read_tenants: BTreeSet<String>,
-    /// Why it cannot be read now.
+    /// Why the directory cannot be read now.
     unreadable: Option<String>,
     unreadable_tenants: BTreeMap<String, String>,
 }
@@ -92,7 +93,7 @@ impl Directory {
         self.unreadable_tenants.clone_from(&look.unreadable_tenants);
     }
 
-    /// Tenants whose policies are not known at all, and why.
+    /// Tenants whose directory could never be read, and why.
     fn unread_tenants(&self) -> BTreeMap<String, String> {
         let mut unread = self.unreadable_tenants.clone();
         unread.retain(|tenant, _| !self.read_tenants.contains(tenant));
@@ -100,12 +101,12 @@ impl Directory {
     }
 }
 
-/// A policy that there is or was.
+/// A policy that exists or existed.
 struct Known {
     disk: Disk,
     /// The file that `disk` was read from, and when.
     read: Option<(PathBuf, Stamp, u64)>,
-    /// What was read is not yet known to be stored.
+    /// The version on disk is not known to be stored yet.
     fresh: bool,
     last_good: Option<Good>,
     tombstone: Option<Tombstone>,
@@ -114,7 +115,7 @@ struct Known {
     /// Why the version that serves could not be stored.
     unstored: Option<String>,
     served: Option<Arc<Served>>,
-    /// What was last logged.
+    /// The problem that was logged last.
     problem: Option<String>,
 }
 
@@ -134,9 +135,9 @@ impl Default for Known {
     }
 }
 
-/// Reads what is there now, in the directory and on the bus. A bad file does not keep the others from serving.
+/// Reads the directory and what is stored on the bus. A bad file does not keep the other policies from serving.
 ///
-/// Fails if the bus does not answer, or if looking at the directory panicked: nobody knows then which policies there are.
+/// Fails if the bus does not answer or reading the directory panicked, because the set of policies is unknown then.
 pub async fn load(dir: &Path, bus: Bus) -> Result<(Arc<Policies>, Watcher), crate::Error> {
     let policies = Arc::new(Policies { current: ArcSwap::default() });
     let mut watcher = Watcher {
@@ -150,12 +151,16 @@ pub async fn load(dir: &Path, bus: Bus) -> Result<(Arc<Policies>, Watcher), crat
         labelled: BTreeSet::new(),
         bus_problem: None,
     };
+
     watcher.learn().await?;
     watcher.look().await?;
     watcher.share().await?;
     watcher.publish();
     if watcher.serves_built_in() {
-        tracing::info!("there is no directory {}: the built-in policy serves until there is", dir.display());
+        tracing::info!(
+            "the policy directory {} does not exist; the built-in policy serves until it does",
+            dir.display()
+        );
     }
     Ok((policies, watcher))
 }
@@ -168,7 +173,8 @@ impl Watcher {
                 () = cancel.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            // A turn may end anywhere: whatever it has not stored is fresh at the next start.
+
+            // A turn may be dropped at any point: what it has not stored is fresh again at the next start.
             tokio::select! {
                 () = cancel.cancelled() => return,
                 () = self.turn(looks) => {}
@@ -178,8 +184,9 @@ impl Watcher {
 
     async fn turn(&mut self, looks: u64) {
         if let Err(error) = self.look().await {
-            tracing::error!(%error, "looking at the policy files failed; trying again");
+            tracing::error!(%error, "reading the policy directory failed; trying again");
         }
+
         let has_news = self
             .known
             .values()
@@ -191,14 +198,15 @@ impl Watcher {
             };
             let problem = shared.err().map(|error| error.to_string());
             if let Some(problem) = problem.as_ref().filter(|_| problem != self.bus_problem) {
-                tracing::error!("policies cannot be shared, and would not outlive a restart: {problem}");
+                tracing::error!("policies cannot be stored on the bus and would not survive a restart: {problem}");
             }
             self.bus_problem = problem;
         }
+
         self.publish();
     }
 
-    /// Brings `known` up to date with the directory. Fails if that panicked.
+    /// Updates `known` from the directory. Fails if reading it panicked.
     async fn look(&mut self) -> Result<(), JoinError> {
         let dir = self.dir.clone();
         let look = tokio::task::spawn_blocking(move || files::look(&dir)).await?;
@@ -249,11 +257,12 @@ impl Watcher {
         Ok(())
     }
 
-    /// Stores what was read newly, and takes over what other routers have stored or deleted.
+    /// Stores versions that were read newly, and adopts what other routers have stored or deleted.
     async fn share(&mut self) -> bus::Result<()> {
         if self.index.is_none() && !self.directory.has_existed {
             return Ok(());
         }
+
         let index = self.index.clone().unwrap_or_default();
         let (mut changes, mut done) = (BTreeMap::new(), Ok(()));
         for (name, known) in &mut self.known {
@@ -263,6 +272,7 @@ impl Watcher {
                 Err(error) => done = Err(error),
             }
         }
+
         if self.index.is_none() || !changes.is_empty() {
             self.index = Some(self.shared.publish(&changes).await?);
             for name in changes.keys() {
@@ -284,6 +294,7 @@ impl Watcher {
             .unreadable
             .clone()
             .filter(|_| !self.directory.has_been_read && knows_none);
+
         let mut set = Set::new(unread, self.directory.unread_tenants());
         if self.serves_built_in() {
             set.insert(
@@ -291,6 +302,7 @@ impl Watcher {
                 Entry::Serves { served: self.built_in.clone(), problem: None, unstored: None },
             );
         }
+
         let labelled = &mut self.labelled;
         self.known.retain(|name, known| {
             let entry = known.entry(name, labelled);
@@ -300,13 +312,14 @@ impl Watcher {
             }
             serves
         });
+
         metrics::gauge!("beamline_router_policies_broken").set(set.broken() as f64);
         self.policies.current.store(Arc::new(set));
     }
 }
 
 impl Known {
-    /// There is a file, which is refused until it has been read.
+    /// A policy with a file that has not been read yet. Its requests are refused until then.
     fn unread() -> Self {
         Self {
             disk: Disk::Broken("its file has not been read yet".into()),
@@ -314,7 +327,7 @@ impl Known {
         }
     }
 
-    /// All routers know a version, which is refused until it has been fetched: nothing else may serve for it.
+    /// Other routers have stored a version. Requests are refused until it is fetched, because nothing else may serve.
     fn note_stored(&mut self) {
         if self.last_good.is_none() {
             self.unusable
@@ -345,8 +358,9 @@ impl Known {
             _ => None,
         };
         self.tombstone = None;
+
         match outcome {
-            // The next look shows what it has become.
+            // The next poll reads it again.
             Err(Unread::Changed(why)) => {
                 self.read = None;
                 if matches!(self.disk, Disk::Absent(_)) {
@@ -377,7 +391,7 @@ impl Known {
         }
     }
 
-    /// What is to be changed in the index, once it is stored.
+    /// Does the next step about the shared version. Returns the policy's new entry for the index, if it changes.
     async fn share(
         &mut self,
         name: &Name,
@@ -393,7 +407,7 @@ impl Known {
                 }
                 Err(error @ bus::Error::TooLarge { .. }) => {
                     self.fresh = false;
-                    self.unstored = Some(format!("{name}: this version would not outlive a restart: {error}"));
+                    self.unstored = Some(format!("{name}: this version would not survive a restart: {error}"));
                 }
                 Err(error) => return Err(error),
             },
@@ -402,8 +416,7 @@ impl Known {
                 return Ok(Some(wire::policy::Entry { hash: String::new(), at_ms, deleted: false }));
             }
             (Some(Step::Fetch), _) if entry.is_some_and(|entry| entry.hash.is_empty()) => {
-                let text =
-                    "it has never had a version that could be used; put a good file in its place, or delete the policy";
+                let text = "it has never had a usable version; replace its file with a good one, or delete the policy";
                 self.unusable = Some(format!("{name}: {text}"));
             }
             (Some(Step::Fetch), _) => match shared.fetch(name).await? {
@@ -421,13 +434,13 @@ impl Known {
                 return Ok(Some(wire::policy::Entry { hash: String::new(), at_ms, deleted: true }));
             }
             (Some(Step::Forget), _) => (self.last_good, self.unusable) = (None, None),
-            // Stored already, perhaps by another router.
+            // It is stored already, perhaps by another router.
             (Some(Step::Store), None) | (None, _) => self.fresh = false,
         }
         Ok(None)
     }
 
-    /// How it serves now; `None` if there is no such policy any more.
+    /// How the policy serves now; `None` if it does not exist any more.
     fn entry(&mut self, name: &Name, labelled: &mut BTreeSet<Name>) -> Option<Entry> {
         let Name { tenant, policy } = name;
         let (entry, problem) = match resolve::serving(name, &self.disk, self.last_good.as_ref()) {
@@ -455,6 +468,8 @@ impl Known {
                 }
             },
         };
+
+        // Each problem is logged when it begins and when it ends.
         if problem != self.problem {
             match &problem {
                 Some(problem) if self.last_good.is_some() => tracing::error!(tenant, policy, "{problem}"),
@@ -480,13 +495,14 @@ mod tests {
     use wire::policy::Entry;
 
     #[tokio::test]
-    async fn a_stored_policy_that_was_never_fetched_is_refused() {
+    async fn stored_policy_is_refused_until_it_is_fetched() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("policies");
         std::fs::create_dir_all(dir.join("default")).unwrap();
         std::fs::write(dir.join("default/p.yaml"), "version: all\nproviders: [{name: a}]").unwrap();
         let bus = bus::local::Local::open(root.path()).await.unwrap();
         bus::streams::declare(&bus).await.unwrap();
+
         let (policies, mut watcher) = load(&dir, bus).await.unwrap();
         let found = || match policies.current().find("acme", "p") {
             Lookup::Serves(served) => served.version.compiled.version.clone(),
@@ -503,14 +519,14 @@ mod tests {
             let change = BTreeMap::from([(Name::parse("acme/p").unwrap(), entry)]);
             watcher.shared.publish(&change).await.unwrap();
             watcher.learn().await.unwrap();
-            // No fetch has succeeded since.
+            // No fetch succeeds before this.
             watcher.publish();
             assert_eq!(found(), expected);
         }
     }
 
     #[test]
-    fn a_new_file_is_refused_until_it_has_been_read() {
+    fn new_file_is_refused_until_it_is_read() {
         let name = Name::parse("acme/p").unwrap();
         let mut unread = Known::unread();
         assert!(matches!(unread.entry(&name, &mut BTreeSet::new()), Some(super::Entry::Refuses(_))));

@@ -1,4 +1,5 @@
-//! A compiled policy and the decision by it. Pure: the state of the world and randomness are arguments.
+//! A compiled policy, and the decision that it makes for a request. Pure: what is known about providers is an argument, and
+//! the draw is a hash.
 
 mod condition;
 mod rendezvous;
@@ -8,12 +9,12 @@ use condition::{Condition, Scope};
 use wire::policy::{CircuitBreaker, Policy, PolicyBreaker};
 use wire::router::{Constraints, DecideRequest, Decision, Reason};
 
-/// Latency that is expected of a provider nothing is known about.
+/// The expected latency of a provider that nothing is known about.
 const LATENCY_UNKNOWN_MS: f64 = 1000.0;
 const BREAKER_TIMEOUT_MAX_MS: u64 = 86_400_000;
-/// Steps that all conditions of a policy together may take for one request. Each rule has an equal share, which a request cannot
-/// use up for the rules after it. The worst step takes about 40 ns, so that all take less than 5 ms, about as long as reading
-/// a request of 1 MiB.
+/// Steps that all conditions of a policy together may take for one request. Each rule has an equal share, so a request
+/// cannot use up the steps of later rules. The slowest step takes about 40 ns, so all together take less than 5 ms, about
+/// as long as decoding a request of 1 MiB.
 const STEPS_MAX: u64 = 100_000;
 const RULES_MAX: usize = 500;
 
@@ -21,7 +22,7 @@ const RULES_MAX: usize = 500;
 pub struct Compiled {
     pub id: String,
     pub version: String,
-    /// Its own rules, stricter than the operator's or of no effect.
+    /// The policy's own breaker rules; they take effect where they are stricter than the operator's.
     pub circuit_breaker: Option<PolicyBreaker>,
     providers: Vec<Candidate>,
     rules: Vec<Rule>,
@@ -31,7 +32,7 @@ pub struct Compiled {
 
 struct Rule {
     condition: Condition,
-    /// Places among the providers.
+    /// Indexes into the providers, in order of preference.
     to: Vec<usize>,
 }
 
@@ -43,13 +44,13 @@ struct Candidate {
     latency_ms: Option<f64>,
 }
 
-/// What is known of the providers at this moment.
+/// What is known about the providers at this moment.
 pub trait World {
-    /// It may be called: its breakers let calls through, and it is not cooling down.
+    /// Whether the provider may be called: its breakers let a call through, and it is not cooling down.
     fn is_available(&self, provider: &str) -> bool;
-    /// Milliseconds, as observed; `None` before the first result.
+    /// The observed latency in ms; `None` before the first result.
     fn latency_ms(&self, provider: &str) -> Option<f64>;
-    /// The condition of a rule, counted from 0, could not be evaluated: it does not hold.
+    /// Reports that the condition of a rule, counted from 0, could not be evaluated. It counts as false.
     fn rule_failed(&self, rule: usize, why: &Stop);
 }
 
@@ -74,6 +75,7 @@ pub struct Invalid {
 impl Compiled {
     pub fn new(id: &str, policy: &Policy) -> Result<Self, Invalid> {
         let invalid = |field: String, what: &str| Invalid { field, what: what.into() };
+
         let mut providers: Vec<Candidate> = Vec::new();
         for (n, provider) in policy.providers.iter().enumerate() {
             if let Err(error) = wire::id::check(&provider.name) {
@@ -91,7 +93,7 @@ impl Compiled {
                 }
             }
             if providers.iter().any(|known| known.name == provider.name) {
-                return Err(invalid(format!("providers[{n}].name"), "stands twice"));
+                return Err(invalid(format!("providers[{n}].name"), "is used by two providers"));
             }
             providers.push(Candidate {
                 name: provider.name.clone(),
@@ -101,6 +103,8 @@ impl Compiled {
                 latency_ms: provider.latency_ms,
             });
         }
+
+        // The legacy form: weights from 0 to 1, which add providers of the new form that have the same scale.
         for (name, weight) in &policy.weights {
             if !(0.0..=1.0).contains(weight) {
                 return Err(invalid(format!("weights.{name}"), "must be from 0 to 1"));
@@ -113,6 +117,7 @@ impl Compiled {
         if providers.is_empty() {
             return Err(invalid("providers".into(), "names no provider"));
         }
+
         policy
             .circuit_breaker
             .map_or(Ok(()), |own| check(&own.over(&CircuitBreaker::default())))?;
@@ -122,6 +127,7 @@ impl Compiled {
             .as_ref()
             .filter(|sticky| sticky.enabled)
             .map(|sticky| sticky.session_key.clone());
+
         Ok(Self {
             id: id.into(),
             version: policy.version.clone(),
@@ -133,7 +139,7 @@ impl Compiled {
         })
     }
 
-    /// What is most likely a mistake, each with its field, though the policy serves.
+    /// Likely mistakes, each with its field; the policy serves all the same.
     pub fn lints(&self) -> &[String] {
         &self.lints
     }
@@ -142,15 +148,16 @@ impl Compiled {
         self.providers.iter().map(|provider| provider.name.as_str())
     }
 
-    /// Who handles the request. The draw hashes the request id, so the same request has the same answer on every router
-    /// and after every restart, as long as the policy and the providers' health stay.
+    /// Decides which provider handles the request: the first matching rule, else the session's provider, else a weighted
+    /// draw. The draw hashes the request id, so every router makes the same decision, also after a restart, as long as the
+    /// policy and the providers' health stay the same.
     pub fn decide(&self, request: &DecideRequest, world: &dyn World) -> Result<Decision, Undecided> {
         let mut explanation = Vec::new();
         let constraints = request.constraints.unwrap_or_default();
         let fits = |c: &Candidate| world.is_available(&c.name) && meets(c, &constraints, world);
 
         if let Some((n, rule)) = self.matching_rule(request, world) {
-            // Nobody but those it names: what one provider is for, others may not understand.
+            // Only the providers that the rule names are eligible: others may not understand its tasks.
             let mut reason = Reason::BestScore;
             for named in rule.to.iter().map(|place| &self.providers[*place]) {
                 explanation.push(format!("rule {n} names {}", named.name));
@@ -162,6 +169,7 @@ impl Compiled {
             }
             return Err(why_none(rule.to.iter().map(|place| &self.providers[*place]), world));
         }
+
         let session = self.session_key.as_ref().and_then(|key| {
             let value = request.metadata.as_ref()?.get(key)?;
             Some(value.as_str().map_or_else(|| value.to_string(), String::from))
@@ -171,6 +179,7 @@ impl Compiled {
             explanation.push("the session's provider".into());
             return Ok(self.decision(pinned, Reason::Sticky, Some(session), explanation, world));
         }
+
         let drawn = self.draw(&request.tenant_id, &request.request_id, fits, world)?;
         explanation.push("drawn by weight".into());
         Ok(self.decision(drawn, Reason::Weighted, None, explanation, world))
@@ -189,6 +198,7 @@ impl Compiled {
         })
     }
 
+    /// Draws an eligible provider by weight; the same key draws the same provider.
     fn draw(
         &self,
         tenant: &str,
@@ -198,7 +208,7 @@ impl Compiled {
     ) -> Result<&Candidate, Undecided> {
         let eligible = self.providers.iter().filter(|c| c.weight > 0.0 && fits(c));
         let drawn = rendezvous::highest(eligible, |c| (&c.name, c.weight), &[tenant, key]);
-        // One of weight 0 changes nothing.
+        // Providers of weight 0 are never drawn, so their state is not the reason.
         drawn.ok_or_else(|| why_none(self.providers.iter().filter(|c| c.weight > 0.0), world))
     }
 
@@ -226,24 +236,25 @@ impl Compiled {
     }
 }
 
-/// The steps of each of so many rules.
+/// The steps that each rule may take if the policy has so many rules.
 fn share(rules: usize) -> u64 {
     STEPS_MAX / rules.max(1) as u64
 }
 
-/// The compiled rules, and what is most likely a mistake in them.
+/// The compiled rules, and likely mistakes in them.
 fn rules(policy: &Policy, providers: &[Candidate]) -> Result<(Vec<Rule>, Vec<String>), Invalid> {
     let invalid = |field: String, what: String| Invalid { field, what };
     if policy.rules.len() > RULES_MAX {
         let what = format!("has {} rules; a policy may have {RULES_MAX}", policy.rules.len());
         return Err(invalid("rules".into(), what));
     }
+
     let share = share(policy.rules.len());
     let (mut rules, mut lints) = (Vec::new(), Vec::new());
     for (n, rule) in policy.rules.iter().enumerate() {
         let condition = Condition::compile(&rule.when).map_err(|e| invalid(format!("rules[{n}].when"), e))?;
         if condition.size() > share {
-            let what = format!("has {} parts; among so many rules, each may have {share}", condition.size());
+            let what = format!("has {} parts; with so many rules, each may have {share}", condition.size());
             return Err(invalid(format!("rules[{n}].when"), what));
         }
         lints.extend(
@@ -267,7 +278,7 @@ fn rules(policy: &Policy, providers: &[Candidate]) -> Result<(Vec<Rule>, Vec<Str
     Ok((rules, lints))
 }
 
-/// Why none of these can take it.
+/// Why none of these providers is eligible.
 fn why_none<'a>(asked: impl Iterator<Item = &'a Candidate>, world: &dyn World) -> Undecided {
     let (up, out): (Vec<_>, Vec<_>) = asked.partition(|c| world.is_available(&c.name));
     match (up.is_empty(), out.is_empty()) {
@@ -277,7 +288,7 @@ fn why_none<'a>(asked: impl Iterator<Item = &'a Candidate>, world: &dyn World) -
     }
 }
 
-/// Values with which a breaker would never close, never open, or remember without end.
+/// Refuses values with which a breaker would never close, never open, or remember calls without bound.
 fn check(breaker: &CircuitBreaker) -> Result<(), Invalid> {
     let counts = [
         ("failure_threshold", breaker.failure_threshold),
@@ -286,6 +297,7 @@ fn check(breaker: &CircuitBreaker) -> Result<(), Invalid> {
         ("success_threshold", breaker.success_threshold),
     ];
     let invalid = |field: &str, what: &str| Invalid { field: format!("circuit_breaker.{field}"), what: what.into() };
+
     if let Some((field, _)) = counts.into_iter().find(|(_, count)| !(1..=10_000).contains(count)) {
         return Err(invalid(field, "must be from 1 to 10000"));
     }
@@ -299,7 +311,7 @@ fn check(breaker: &CircuitBreaker) -> Result<(), Invalid> {
 }
 
 fn expected_latency(provider: &Candidate, world: &dyn World) -> f64 {
-    // What the policy says is the least: a provider that was quick so far may still have a long task.
+    // The policy's number is the minimum: a provider that was quick so far may still get a long task.
     let observed = world
         .latency_ms(&provider.name)
         .into_iter()
@@ -309,7 +321,7 @@ fn expected_latency(provider: &Candidate, world: &dyn World) -> f64 {
 }
 
 fn meets(provider: &Candidate, constraints: &Constraints, world: &dyn World) -> bool {
-    // A provider nothing is known about may be fast: it is not excluded by a latency it never showed.
+    // A provider of unknown latency may be fast, so the constraint does not exclude it.
     let known = world.latency_ms(&provider.name).or(provider.latency_ms);
     let fast = constraints
         .max_latency_ms
@@ -377,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_stays_and_moves_only_when_its_provider_is_out() {
+    fn session_keeps_its_provider_while_it_is_available() {
         let mut document = two();
         document["sticky"] = json!({"session_key": "user_id"});
         let policy = compiled(document);
@@ -439,7 +451,11 @@ mod tests {
         let rust = json!({"metadata": {"lang": "rust"}});
         let big_open = Known { open: HashSet::from(["big"]), ..Known::default() };
         let out = policy.decide(&request(1, rust.clone()), &big_open);
-        assert_eq!(out, Err(Undecided::AllOpen(vec!["big".into()])), "a rule's task goes to nobody else");
+        assert_eq!(
+            out,
+            Err(Undecided::AllOpen(vec!["big".into()])),
+            "only the providers that the rule names are eligible"
+        );
         let mut document = two();
         document["rules"] = json!([{"when": "metadata.lang == 'rust'", "to": ["big", "fast"]}]);
         let moved = compiled(document).decide(&request(1, rust), &big_open).unwrap();
@@ -450,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn a_provider_of_weight_0_is_drawn_by_nobody() {
+    fn provider_of_weight_0_is_never_drawn() {
         let policy = compiled(json!({"providers": [{"name": "a", "weight": 1}, {"name": "spare"}]}));
         let open = Known { open: HashSet::from(["a"]), ..Known::default() };
         assert_eq!(policy.decide(&request(1, json!({})), &open), Err(Undecided::AllOpen(vec!["a".into()])));
@@ -459,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_that_fails_is_reported_and_takes_nothing_from_the_rules_after_it() {
+    fn failed_rule_is_reported_and_costs_later_rules_no_steps() {
         let mut document = two();
         document["rules"] = json!([
             {"when": "metadata.lang / 2 == 1", "to": "fast"},
@@ -477,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_without_loops_always_has_steps_enough() {
+    fn rule_without_loops_always_has_enough_steps() {
         let rules = |count: usize, when: &str| {
             let rules: Vec<_> = (0..count).map(|_| json!({"when": when, "to": "a"})).collect();
             let policy = json!({"providers": [{"name": "a", "weight": 1}], "rules": rules});
@@ -493,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_policy_names_its_field() {
+    fn bad_policy_is_refused_with_its_field() {
         let breaker = |rules| json!({"providers": [{"name": "a"}], "circuit_breaker": rules});
         for (document, field) in [
             (json!({}), "providers"),

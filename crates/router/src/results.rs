@@ -1,4 +1,5 @@
-//! Takes results: one usage event an assignment, the task's final state, the provider's statistics; then acknowledges.
+//! Records results: one usage event for each assignment, the task's final record, the outcome for all routers; then
+//! acknowledges.
 
 use crate::Router;
 use bus::clock::unix_ms;
@@ -12,34 +13,37 @@ use tokio_util::task::TaskTracker;
 use wire::router::{DEFAULT_TENANT, ExecResult, ResultStatus, State, TaskState, Usage, VERSION};
 use wire::subjects;
 
-/// Results handled at once.
+/// Results that are recorded at the same time.
 const CONCURRENT: usize = 64;
-/// After this many tries a result is a dead letter (contract: result 10).
+/// Deliveries after which a result becomes a dead letter (contract: result 10).
 const MAX_DELIVER: u32 = 10;
-/// Between tries: 1, 2, then 4 s.
+/// Delays between deliveries.
 const BACKOFF: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4)];
-
-/// Attempts at a task's record that others are changing.
+/// Attempts to write a task's record while others change it.
 const ATTEMPTS_MAX: usize = 16;
 
 pub async fn run(router: Arc<Router>, mut results: Consumer, cancel: CancellationToken) {
-    let places = Arc::new(Semaphore::new(CONCURRENT));
+    let slots = Arc::new(Semaphore::new(CONCURRENT));
     let handlers = TaskTracker::new();
+
     loop {
         let delivery = tokio::select! {
             () = cancel.cancelled() => break,
             delivery = results.next() => delivery,
         };
         let Some(delivery) = delivery else { break };
-        let Ok(place) = places.clone().acquire_owned().await else {
+        let Ok(slot) = slots.clone().acquire_owned().await else {
             break;
         };
+
         let router = router.clone();
         handlers.spawn(async move {
             handle(&router, &delivery).await;
-            drop(place);
+            drop(slot);
         });
     }
+
+    // Closed before the drain, so that other routers get the deliveries queued here.
     results.close().await;
     router.drain(handlers).await;
 }
@@ -54,14 +58,14 @@ async fn handle(router: &Router, delivery: &Delivery) {
         Ok(result) => match record(router, &result, delivery).await {
             Ok(()) => Ok(()),
             Err(error) => {
-                tracing::warn!(%error, request_id = result.request_id, "a result was not recorded; it comes again");
+                tracing::warn!(%error, request_id = result.request_id, "a result was not recorded; the stream redelivers it");
                 let tries = (delivery.delivered as usize - 1).min(BACKOFF.len() - 1);
                 delivery.nak(BACKOFF[tries]).await
             }
         },
     };
     if let Err(error) = done {
-        tracing::warn!(%error, "a result was not acknowledged; it comes again");
+        tracing::warn!(%error, "a result was not acknowledged; the stream redelivers it");
     }
 }
 
@@ -72,10 +76,12 @@ fn check(result: &ExecResult) -> Result<(), String> {
         ("trace_id", result.trace_id.as_ref()),
         ("tenant_id", result.tenant_id.as_ref()),
     ];
-    // An empty one is as good as none where none is needed.
+
+    // An optional id that is empty counts as none.
     let others = others
         .into_iter()
         .filter_map(|(name, id)| Some((name, id.filter(|id| !id.is_empty())?)));
+
     for (name, id) in needed.into_iter().chain(others) {
         wire::id::check(id).map_err(|error| format!("the result's {name} {error}"))?;
     }
@@ -88,19 +94,20 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
     let msg_id = format!("usage-{}", result.assignment_id);
     for _ in 0..ATTEMPTS_MAX {
         let record = bus::tasks::of_result(&router.bus, result).await?;
-        // The record is written last: an assignment that has its result is done, however long ago that was.
+        // The record is written last, so an assignment whose record has the result was fully recorded before.
         if record.as_ref().is_some_and(|record| record.task.result.is_some()) {
             return delivery.ack().await;
         }
         let task = record.as_ref().map(|record| record.task.clone());
 
         let payload = serde_json::to_vec(&usage(task.as_ref(), result))
-            .expect("usage is JSON")
+            .expect("a usage event serializes to JSON")
             .into();
         let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
         let mut writes = vec![Write::Append { message, msg_id: Some(&msg_id) }];
         writes.extend(record.map(|record| finished(record, result).into_write()));
         writes.push(Write::Ack(delivery));
+
         let (written, error) = match router.bus.write(writes).await {
             Ok(written) => (written, None),
             Err(bus::Incomplete { error, written }) => (written, Some(error)),
@@ -113,12 +120,13 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
                 crate::outcomes::publish(router, task, result).await;
             }
         }
+
         match error {
             None => {
                 log(result, task.as_ref());
                 return Ok(());
             }
-            // The record was changed between the two: read it again.
+            // The record changed after it was read: read it again.
             Some(bus::Error::WrongRevision(_)) => {}
             Some(error) => return Err(error),
         }
@@ -126,7 +134,7 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
     Err(bus::Error::WrongRevision(result.request_id.clone()))
 }
 
-/// Who pays was settled when the task was taken; a result need not name a tenant.
+/// The tenant that pays. The task's record says who asked; a result need not name a tenant.
 fn payer<'a>(task: Option<&'a TaskState>, result: &'a ExecResult) -> Option<&'a str> {
     task.map(TaskState::tenant).or(result.tenant_id.as_deref())
 }

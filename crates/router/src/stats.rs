@@ -13,6 +13,7 @@ const EWMA: f64 = 0.2;
 #[derive(Default)]
 pub struct Stats {
     inner: Mutex<Inner>,
+    /// Pushes whose assignment is not stored yet.
     pub in_flight: AtomicU64,
 }
 
@@ -35,6 +36,7 @@ impl Stats {
         bump(&mut inner.by_reason, decision.reason.as_str());
         inner.decide_us.add(took);
         drop(inner);
+
         metrics::counter!("beamline_router_decisions_total", "reason" => decision.reason.as_str()).increment(1);
         metrics::histogram!("beamline_router_decide_duration_seconds").record(took.as_secs_f64());
     }
@@ -49,6 +51,7 @@ impl Stats {
         metrics::counter!("beamline_router_results_total", "status" => result.status.as_str()).increment(1);
     }
 
+    /// Updates the moving average of the provider's latency.
     pub fn took(&self, provider: &str, latency_ms: u64) {
         let (mut inner, latest) = (self.inner.lock(), latency_ms as f64);
         let average = inner.latency_ms.entry(provider.into()).or_insert(latest);
@@ -79,7 +82,7 @@ impl Stats {
     }
 }
 
-/// Counts of names that come from policies and codes: bounded by what operators wrote.
+/// Adds one to the count of a name. Names are codes and the providers of policies, so their number is bounded.
 fn bump(counts: &mut BTreeMap<String, u64>, name: &str) {
     match counts.get_mut(name) {
         Some(count) => *count += 1,

@@ -14,7 +14,7 @@ pub use load::{
 };
 
 pub const VERSION: &str = "1";
-/// The tenant of whoever names none.
+/// The tenant of requests that name none.
 pub const DEFAULT_TENANT: &str = "default";
 
 /// Asks the router which provider handles a task.
@@ -97,7 +97,7 @@ pub struct DecideResponse {
     pub ok: bool,
     pub decision: Decision,
     pub context: Context,
-    /// Of a task that was handed over: tells its output and result from those of other tasks.
+    /// The assignment of a pushed task, which distinguishes its output and result from those of other tasks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assignment_id: Option<String>,
 }
@@ -406,7 +406,7 @@ pub struct TaskQuery {
     pub tenant_id: Option<String>,
 }
 
-/// Stop what runs of a task: router → every worker. Older routers name the request alone.
+/// Tells every worker to stop the runs of a task. Older routers name the request only.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CancelRun {
     pub request_id: String,
@@ -417,7 +417,7 @@ pub struct CancelRun {
 }
 
 impl CancelRun {
-    /// Whether it means this run. Without a tenant it means the default one's, never another's of the same request id.
+    /// Whether the message is for this run. Without a tenant it is for a task of [`DEFAULT_TENANT`].
     pub fn is_for(&self, tenant_id: &str, request_id: &str, assignment_id: &str) -> bool {
         self.request_id == request_id
             && self.tenant_id.as_deref().unwrap_or(DEFAULT_TENANT) == tenant_id
@@ -425,8 +425,8 @@ impl CancelRun {
     }
 }
 
-/// A task as whoever waits for it knows it. Output and results travel under the request id, which tasks of several
-/// tenants may share; this tells them apart.
+/// What a waiting client knows about its task. Output and results travel under the request id, which tasks of several
+/// tenants may share; this distinguishes them.
 #[derive(Debug, Clone)]
 pub struct Awaited {
     pub tenant_id: String,
@@ -435,8 +435,8 @@ pub struct Awaited {
 }
 
 impl Awaited {
-    /// Whether output or a result belongs to this task. `None`: it cannot be told yet, because the assignment is not
-    /// known and a v1 worker need not name the tenant.
+    /// Whether output or a result belongs to this task. `None` if that is not known yet: the assignment is not known, and
+    /// a v1 worker need not name the tenant.
     pub fn owns(&self, assignment_id: &str, tenant_id: Option<&str>) -> Option<bool> {
         match (&self.assignment_id, tenant_id) {
             (Some(ours), _) => Some(ours == assignment_id),
@@ -469,7 +469,7 @@ pub struct TaskState {
 }
 
 impl TaskState {
-    /// Whose task it is.
+    /// The tenant that owns the task.
     pub fn tenant(&self) -> &str {
         if self.tenant_id.is_empty() {
             DEFAULT_TENANT
@@ -522,7 +522,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_assignment_tells_more_than_a_tenant_and_a_tenant_more_than_nothing() {
+    fn assignment_identifies_a_task_before_its_tenant_does() {
         for (known, told, tenant, expected) in [
             (Some("a-1"), "a-1", None, Some(true)),
             (Some("a-1"), "a-1", Some("another"), Some(true)),
@@ -537,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancel_stops_the_run_it_names_and_no_namesake() {
+    fn cancel_is_for_the_run_that_it_names_only() {
         for (tenant, assignment, expected) in [
             (Some("acme"), Some("a-1"), true),
             (Some("acme"), None, true),
@@ -551,7 +551,7 @@ mod tests {
             assert!(!cancel.is_for("acme", "other", "a-1"));
         }
         let bare = CancelRun { request_id: "r".into(), tenant_id: None, assignment_id: None };
-        assert!(bare.is_for(DEFAULT_TENANT, "r", "a-1"), "as routers of older versions say it");
+        assert!(bare.is_for(DEFAULT_TENANT, "r", "a-1"), "older routers name the request only");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What is in the policy directory, `<tenant>/<policy>.{json,yaml,yml,toml}`, and deleting from it.
+//! The files of the policy directory, `<tenant>/<policy>.{json,yaml,yml,toml}`: finding, reading and deleting them.
 
 use super::source::{self, Version};
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use wire::id;
 use wire::policy::{Stored, Tombstone};
 
-/// A policy file is not larger.
+/// The size of a policy file, in bytes.
 const FILE_MAX: u64 = 1024 * 1024;
 const TOMBSTONE_MAX: u64 = 4096;
-/// Files change within one tick of the file system's clock: one that was read this soon after a change is read again.
+/// A file that was read this soon after a change is read again: the file system's clock has coarse ticks, and a second
+/// change within one tick would not show.
 const UNSETTLED_NS: i128 = 2_000_000_000;
 
-/// Which policy.
+/// Tenant and name of a policy.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Name {
     pub tenant: String,
@@ -23,7 +24,7 @@ pub struct Name {
 }
 
 impl Name {
-    /// Of `<tenant>/<policy>`; `None` if no directory could hold a policy of that name.
+    /// Parses `<tenant>/<policy>`; `None` if no directory could hold a policy of that name.
     pub fn parse(text: &str) -> Option<Self> {
         let (tenant, policy) = text.split_once('/')?;
         let valid = id::is_tenant(tenant) && id::is_valid(policy);
@@ -39,10 +40,10 @@ impl fmt::Display for Name {
     }
 }
 
-/// One look at the directory.
+/// The content of the directory at one time.
 #[derive(Debug, Default)]
 pub struct Look {
-    /// There is a directory, though it may be unreadable.
+    /// The directory exists, though it may be unreadable.
     pub exists: bool,
     /// Why the directory cannot be read.
     pub unreadable: Option<String>,
@@ -57,13 +58,14 @@ pub struct Look {
 #[derive(Debug, Clone)]
 pub struct File {
     pub path: PathBuf,
-    /// `<tenant>/<file>`: what messages call it.
+    /// `<tenant>/<file>`, the file's name in messages.
     pub label: String,
-    /// Or why it cannot be looked at.
+    /// The file's stamp, or why it has none.
     pub stamp: std::result::Result<Stamp, String>,
 }
 
-/// Differs whenever the content may differ: also after a swap by `rename`, and after a write that puts the time back.
+/// Identifies a file's content: differs whenever the content may differ, also after a swap by `rename` and after a write
+/// that restores the modification time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     device: u64,
@@ -85,12 +87,13 @@ impl Stamp {
         }
     }
 
-    /// Whether a change after a reading at that time would show.
+    /// Whether a change after this time would change the stamp.
     pub fn is_settled(&self, read_ms: u64) -> bool {
         i128::from(read_ms) * 1_000_000 > self.changed_ns + UNSETTLED_NS
     }
 }
 
+/// Lists the directory without reading its files.
 pub fn look(dir: &Path) -> Look {
     let mut look = Look::default();
     let tenants = match entries(dir) {
@@ -101,6 +104,7 @@ pub fn look(dir: &Path) -> Look {
             return look;
         }
     };
+
     look.exists = true;
     for dir in tenants {
         let Some(tenant) = visible_name(&dir) else { continue };
@@ -109,7 +113,7 @@ pub fn look(dir: &Path) -> Look {
                 files.into_iter().for_each(|path| look.note(&tenant, path));
                 look.tenants.insert(tenant);
             }
-            // A file beside the tenants' directories, or a directory that has just gone.
+            // A file beside the tenants' directories, or a directory that was removed just now.
             Err(error) if is_gone(&error) => {}
             Err(error) => _ = look.unreadable_tenants.insert(tenant, error.to_string()),
         }
@@ -118,7 +122,7 @@ pub fn look(dir: &Path) -> Look {
 }
 
 impl Look {
-    /// Why a policy of the tenant has no file here.
+    /// Why a policy of the tenant has no file.
     pub fn why_absent(&self, tenant: &str) -> String {
         match (&self.unreadable, self.unreadable_tenants.get(tenant)) {
             (Some(why), _) => format!("the policy directory cannot be read: {why}"),
@@ -132,6 +136,7 @@ impl Look {
         let Some(file) = visible_name(&path) else { return };
         let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         let name = Name { tenant: tenant.into(), policy: stem.into() };
+
         if path.extension().is_some_and(|extension| extension == "deleted") {
             self.tombstones.insert(name, path);
         } else if source::format_of(&path).is_some() {
@@ -144,7 +149,7 @@ impl Look {
     }
 }
 
-/// `.git`, and the `..data` of a mounted ConfigMap, belong to tools.
+/// The file name, unless it is hidden: `.git` and the `..data` of a mounted ConfigMap belong to tools.
 fn visible_name(path: &Path) -> Option<String> {
     path.file_name()
         .and_then(|name| name.to_str())
@@ -152,12 +157,12 @@ fn visible_name(path: &Path) -> Option<String> {
         .map(String::from)
 }
 
-/// Not there, as opposed to there and unreadable.
+/// Whether the error means that the path does not exist, as opposed to being unreadable.
 fn is_gone(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-/// In order.
+/// The directory's entries, sorted.
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut entries: Vec<PathBuf> = std::fs::read_dir(dir)?
         .map(|entry| Ok(entry?.path()))
@@ -166,10 +171,10 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-/// Why a policy file was not taken.
+/// Why a policy file was not read.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Unread {
-    /// It changed while it was read, and may be half written.
+    /// The file changed while it was read, so it may be half written.
     Changed(String),
     Broken(String),
 }
@@ -187,7 +192,7 @@ impl fmt::Display for Unread {
     }
 }
 
-/// Reads and compiles the files of a policy, of which there must be one. A panic is an error of this policy alone.
+/// Reads and compiles a policy, which must have exactly one file. A panic becomes an error of this policy alone.
 pub fn read(name: &Name, files: &[File]) -> std::result::Result<Version, Unread> {
     let [file] = files else {
         let labels: Vec<_> = files.iter().map(|file| file.label.as_str()).collect();
@@ -208,14 +213,17 @@ fn read_one(name: &Name, file: &File) -> std::result::Result<Version, Unread> {
         .as_ref()
         .map_err(|error| format!("{at}: cannot be read: {error}"))?;
     if stamp.len > FILE_MAX {
-        return Err(format!("{at}: has {} bytes, more than a policy may ({FILE_MAX})", stamp.len).into());
+        return Err(format!("{at}: has {} bytes; a policy may have {FILE_MAX}", stamp.len).into());
     }
+
+    // The stamp is compared before the text is judged: a half-written text is not an error.
     let text = read_text(&file.path, FILE_MAX);
     if self::stamp(&file.path).ok().as_ref() != Some(stamp) {
         return Err(Unread::Changed(format!("{at}: changed while it was read")));
     }
+
     let text = text.map_err(|error| format!("{at}: cannot be read: {error}"))?;
-    let format = source::format_of(&file.path).ok_or_else(|| format!("{at}: is no policy file"))?;
+    let format = source::format_of(&file.path).ok_or_else(|| format!("{at}: is not a policy file"))?;
     Ok(source::compile(at, &name.policy, Stored { format, text })?)
 }
 
@@ -224,7 +232,7 @@ pub fn read_tombstone(path: &Path) -> std::result::Result<Tombstone, String> {
     serde_json::from_str(&text).map_err(|error| error.to_string())
 }
 
-/// Opening a pipe or a device can block for good, so only regular files are looked at.
+/// The stamp of a regular file. Anything else is refused, because opening a pipe or a device can block forever.
 fn stamp(path: &Path) -> Result<Stamp> {
     let data = std::fs::metadata(path)?;
     if data.is_file() {
@@ -234,7 +242,7 @@ fn stamp(path: &Path) -> Result<Stamp> {
     }
 }
 
-/// Refuses a file that has more than `max` bytes, also when it grew since it was looked at.
+/// Reads a file of at most `max` bytes, also if it grew since its stamp was taken.
 fn read_text(path: &Path, max: u64) -> Result<String> {
     stamp(path)?;
     let mut bytes = Vec::new();
@@ -251,12 +259,13 @@ pub fn names(dir: &Path) -> BTreeSet<Name> {
     look.files.into_keys().chain(look.tombstones.into_keys()).collect()
 }
 
-/// Deletes a policy for good: leaves a tombstone for the routers, then removes its files. Whatever a router read of the policy
-/// before `tombstone.deleted_ms` serves no more. Returns the files that were removed.
+/// Deletes a policy for good: leaves a tombstone for the routers, then removes the policy's files. Versions that a router
+/// read before `tombstone.deleted_ms` serve no more. Returns the removed files.
 pub fn delete(dir: &Path, name: &Name, tombstone: &Tombstone) -> Result<Vec<PathBuf>> {
     let tenant = dir.join(&name.tenant);
     std::fs::create_dir_all(&tenant)?;
-    // The tombstone comes first: a policy without file and tombstone would look like an accident, and serve on.
+
+    // The tombstone comes first: without it, a missing file would look like an accident, and the policy would still serve.
     let part = tenant.join(format!(".{}.deleted", name.policy));
     std::fs::write(&part, serde_json::to_vec(tombstone).map_err(Error::other)?)?;
     std::fs::rename(&part, tenant.join(format!("{}.deleted", name.policy)))?;
@@ -289,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_swap_of_the_same_time_and_length_is_noticed() {
+    fn swap_with_the_same_time_and_length_changes_the_stamp() {
         let dir = tempfile::tempdir().unwrap();
         let path = write(dir.path(), "acme/p.yaml", "version: a");
         let time = std::fs::metadata(&path).unwrap().modified().unwrap();
@@ -308,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reading_right_after_a_change_is_not_settled() {
+    fn stamp_is_not_settled_right_after_a_change() {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), "acme/p.yaml", "version: a");
         let stamp = stamp(dir.path());
@@ -317,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_is_refused_and_does_not_block() {
+    fn pipe_is_refused_without_blocking() {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), "acme/other.yaml", "");
         for name in ["acme/p.yaml", "acme/p.deleted"] {
@@ -353,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_changes_while_it_is_read_is_not_taken() {
+    fn file_that_changes_while_it_is_read_is_not_used() {
         let dir = tempfile::tempdir().unwrap();
         let path = write(dir.path(), "acme/p.yaml", "providers: [{name: a}]");
         let name = Name::parse("acme/p").unwrap();
@@ -365,13 +374,13 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_breaks_one_policy() {
+    fn panic_is_an_error_of_one_policy() {
         let outcome = contained("acme/p.yaml", || -> std::result::Result<(), Unread> { panic!("a bug") });
         assert_eq!(outcome, Err(Unread::Broken("acme/p.yaml: reading it panicked".into())));
     }
 
     #[test]
-    fn a_look_tells_gone_from_unreadable() {
+    fn look_distinguishes_missing_from_unreadable() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("policies");
         assert!(!look(&dir).exists);
@@ -384,7 +393,7 @@ mod tests {
         assert_eq!(seen.files.keys().map(Name::to_string).collect::<Vec<_>>(), ["acme/p"]);
         assert_eq!((seen.tenants.len(), seen.tombstones.len(), seen.unreadable), (1, 1, None));
 
-        // A link to itself is there, and cannot be read.
+        // A link to itself exists but cannot be read.
         std::fs::remove_dir_all(dir.join("acme")).unwrap();
         std::os::unix::fs::symlink(dir.join("acme"), dir.join("acme")).unwrap();
         assert_eq!(look(&dir).unreadable_tenants.keys().collect::<Vec<_>>(), ["acme"]);
@@ -395,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_one_that_a_directory_can_hold() {
+    fn name_must_be_one_that_a_directory_can_hold() {
         for (text, fits) in [
             ("acme/default", true),
             ("acme/a b", true),

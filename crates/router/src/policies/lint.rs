@@ -1,4 +1,4 @@
-//! `beamline policy lint`: what a router would say of a policy directory.
+//! `beamline policy lint`: the errors and warnings that a router would report about a policy directory.
 
 use super::files;
 use std::path::Path;
@@ -6,9 +6,9 @@ use std::path::Path;
 pub struct Findings {
     /// Policies that can serve.
     pub policies: usize,
-    /// What keeps others from it, with file and line.
+    /// Why other policies cannot serve, with file and line.
     pub errors: Vec<String>,
-    /// What is most likely a mistake, with file and line.
+    /// Likely mistakes in policies that serve, with file and line.
     pub warnings: Vec<String>,
 }
 
@@ -16,6 +16,7 @@ pub fn lint(dir: &Path) -> Findings {
     let look = files::look(dir);
     let mut findings = Findings { policies: 0, errors: Vec::new(), warnings: Vec::new() };
     let at = dir.display();
+
     if !look.exists {
         findings.errors.push(format!("{at}: there is no such directory"));
     }
@@ -26,6 +27,7 @@ pub fn lint(dir: &Path) -> Findings {
     findings
         .errors
         .extend(tenants.map(|(tenant, why)| format!("{at}/{tenant}: cannot be read: {why}")));
+
     for (name, files) in &look.files {
         match files::read(name, files) {
             Ok(version) => {

@@ -1,46 +1,47 @@
-//! Which version of a policy serves, and what to tell the other routers of it. Pure.
+//! Decides which version of a policy serves, and what to do about the version that routers share. Pure.
 //!
-//! Policies fail closed: what has once been a tenant's policy is served by its own last good version or refused, until somebody
-//! deletes it. An accident (a typo, a vanished file, an unreadable directory) never makes another policy serve.
+//! Policies fail closed: once a tenant has had a policy, its last good version serves or its requests are refused, until
+//! an operator deletes it. An accident (a typo, a vanished file, an unreadable directory) never makes another policy serve.
 
 use super::files::Name;
 use super::source::Version;
 use std::sync::Arc;
 use wire::policy::{Entry, Tombstone};
 
-/// What the directory says of a policy.
+/// The state of a policy in the directory.
 #[derive(Clone)]
 pub enum Disk {
     Good(Arc<Version>),
-    /// There is a file, which cannot be used.
+    /// The file exists and cannot be used, for this reason.
     Broken(String),
-    /// There is no file, or none that can be seen: why.
+    /// No file can be seen, for this reason.
     Absent(String),
 }
 
-/// A version that could be used, and when it was read.
+/// A usable version, and when it was read.
 #[derive(Clone)]
 pub struct Good {
     pub version: Arc<Version>,
     pub at_ms: u64,
 }
 
-/// What is to be done about the version that routers share.
+/// The next step about the version that routers share.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Store ours: it is newly read.
+    /// Store this router's version: it was read newly.
     Store,
-    /// Fetch theirs: it is newer than what is known here.
+    /// Fetch the stored version: it is newer than the one known here.
     Fetch,
-    /// The policy was deleted here: tell the others, and forget it.
+    /// The policy was deleted here: publish the deletion and forget the policy.
     Delete,
-    /// The policy was deleted elsewhere.
+    /// The policy was deleted elsewhere: forget it.
     Forget,
-    /// There is a policy, of which no version could be used yet: the others must know, so that nothing else serves for it.
+    /// The policy exists but never had a usable version: publish that it exists, so that no other policy serves for it.
     Note,
 }
 
-/// `fresh`: what is on disk was read just now, and is not yet known to be stored. `entry` is what all routers know.
+/// The next step. `fresh` means that the version on disk was read newly and is not known to be stored; `entry` is the
+/// policy's entry in the index that all routers share.
 pub fn next(
     disk: &Disk,
     fresh: bool,
@@ -52,13 +53,15 @@ pub fn next(
         let is_stored = entry.is_some_and(|entry| !entry.deleted && entry.hash == version.hash);
         return (fresh && !is_stored).then_some(Step::Store);
     }
+
     let stored = entry.filter(|entry| !entry.deleted);
     let known_ms = stored.map(|entry| entry.at_ms).max(last_good.map(|good| good.at_ms));
-    // A tombstone that is older belongs to a policy of that name which came back since.
+    // An older tombstone belongs to an earlier policy of this name.
     let is_deleted = |known_ms: u64| tombstone.is_some_and(|tombstone| tombstone.deleted_ms >= known_ms);
     if matches!(disk, Disk::Absent(_)) && known_ms.is_some_and(is_deleted) {
         return Some(Step::Delete);
     }
+
     match (entry, last_good) {
         (None, None) if matches!(disk, Disk::Broken(_)) => Some(Step::Note),
         (Some(entry), Some(good)) if entry.deleted => (entry.at_ms >= good.at_ms).then_some(Step::Forget),
@@ -71,13 +74,13 @@ pub fn next(
     }
 }
 
-/// What requests for a policy get.
+/// How requests for a policy are served.
 pub enum Serving {
-    /// This version; and what is wrong with its file.
+    /// This version serves; the text says what is wrong with the policy's file.
     Version(Arc<Version>, Option<String>),
-    /// A refusal that says why.
+    /// Requests are refused for this reason.
     Refusal(String),
-    /// There is no such policy.
+    /// The policy does not exist.
     Nothing,
 }
 
@@ -90,6 +93,7 @@ pub fn serving(name: &Name, disk: &Disk, last_good: Option<&Good>) -> Serving {
             format!("; to delete the policy for good: beamline policy delete --vanished {name}"),
         ),
     };
+
     match (last_good, disk) {
         (Some(good), _) => {
             let (version, at) = (&good.version.compiled.version, wire::time::rfc3339(good.at_ms / 1000));
@@ -116,107 +120,113 @@ mod tests {
         Good { version: version(name), at_ms }
     }
 
-    fn stored(name: &str, at_ms: u64) -> Option<Entry> {
-        Some(Entry { hash: version(name).hash.clone(), at_ms, deleted: false })
+    /// The state of a policy before a step. By default its file is gone and nothing else is known of it.
+    struct Before {
+        disk: Disk,
+        fresh: bool,
+        last_good: Option<Good>,
+        entry: Option<Entry>,
+        tombstone: Option<Tombstone>,
     }
 
-    #[test]
-    fn what_is_shared_follows_files_and_deletions() {
-        let on_disk = || Disk::Good(version("a"));
-        let broken = || Disk::Broken("acme/p.yaml:1: bad".into());
-        let absent = || Disk::Absent("its file is gone".into());
-        let deleted = |at_ms| Some(Entry { hash: String::new(), at_ms, deleted: true });
-        let noted = |at_ms| Some(Entry { hash: String::new(), at_ms, deleted: false });
-        let tombstone = |deleted_ms| Some(Tombstone { deleted_ms, by: String::new() });
-        let cases = [
-            ("a new file is stored", on_disk(), true, None, None, None, Some(Step::Store)),
-            ("a stored file is not stored again", on_disk(), true, None, stored("a", 5), None, None),
-            ("a changed file is stored", on_disk(), true, None, stored("b", 5), None, Some(Step::Store)),
-            ("routers of different files leave each other's", on_disk(), false, None, stored("b", 5), None, None),
-            ("a file that came back is stored", on_disk(), true, None, deleted(5), None, Some(Step::Store)),
-            ("a file wins over a tombstone", on_disk(), false, None, stored("a", 5), tombstone(9), None),
-            (
-                "broken at the start: the stored one",
-                broken(),
-                false,
-                None,
-                stored("a", 5),
-                None,
-                Some(Step::Fetch),
-            ),
-            ("gone at the start: the stored one", absent(), false, None, stored("a", 5), None, Some(Step::Fetch)),
-            (
-                "another router mended it",
-                broken(),
-                false,
-                Some(good("a", 5)),
-                stored("b", 9),
-                None,
-                Some(Step::Fetch),
-            ),
-            ("ours is newer", broken(), false, Some(good("b", 9)), stored("a", 5), None, None),
-            ("both are the same", broken(), false, Some(good("a", 5)), stored("a", 9), None, None),
-            ("nothing was ever good", broken(), false, None, None, None, Some(Step::Note)),
-            ("nothing was ever good, and is gone", absent(), false, None, noted(5), None, Some(Step::Fetch)),
-            (
-                "nothing was ever good, and is deleted",
-                absent(),
-                false,
-                None,
-                noted(5),
-                tombstone(9),
-                Some(Step::Delete),
-            ),
-            ("good at last", on_disk(), true, None, noted(5), None, Some(Step::Store)),
-            ("deleted", absent(), false, Some(good("a", 5)), stored("a", 5), tombstone(9), Some(Step::Delete)),
-            (
-                "deleted while no router ran",
-                absent(),
-                false,
-                None,
-                stored("a", 5),
-                tombstone(9),
-                Some(Step::Delete),
-            ),
-            (
-                "deleted, and never stored",
-                absent(),
-                false,
-                Some(good("a", 5)),
-                None,
-                tombstone(9),
-                Some(Step::Delete),
-            ),
-            (
-                "the tombstone of an older one",
-                absent(),
-                false,
-                Some(good("a", 9)),
-                stored("a", 9),
-                tombstone(5),
-                None,
-            ),
-            (
-                "a broken file is no deleted one",
-                broken(),
-                false,
-                Some(good("a", 5)),
-                stored("a", 5),
-                tombstone(9),
-                None,
-            ),
-            ("deleted already", absent(), false, None, deleted(9), tombstone(9), None),
-            ("deleted elsewhere", absent(), false, Some(good("a", 5)), deleted(9), None, Some(Step::Forget)),
-            ("deleted before it came back", broken(), false, Some(good("a", 9)), deleted(5), None, None),
-        ];
-        for (case, disk, fresh, last_good, entry, tombstone, expected) in cases {
-            let step = next(&disk, fresh, last_good.as_ref(), entry.as_ref(), tombstone.as_ref());
-            assert_eq!(step, expected, "{case}");
+    impl Before {
+        fn absent() -> Self {
+            Self {
+                disk: Disk::Absent("its file is gone".into()),
+                fresh: false,
+                last_good: None,
+                entry: None,
+                tombstone: None,
+            }
+        }
+
+        fn broken() -> Self {
+            Self { disk: Disk::Broken("acme/p.yaml:1: bad".into()), ..Self::absent() }
+        }
+
+        /// The file holds version `a`.
+        fn on_disk() -> Self {
+            Self { disk: Disk::Good(version("a")), ..Self::absent() }
+        }
+
+        fn fresh(self) -> Self {
+            Self { fresh: true, ..self }
+        }
+
+        fn last_good(self, name: &str, at_ms: u64) -> Self {
+            Self { last_good: Some(good(name, at_ms)), ..self }
+        }
+
+        fn stored(self, name: &str, at_ms: u64) -> Self {
+            let hash = version(name).hash.clone();
+            Self { entry: Some(Entry { hash, at_ms, deleted: false }), ..self }
+        }
+
+        /// Other routers know that the policy exists, but no usable version of it.
+        fn noted(self, at_ms: u64) -> Self {
+            Self {
+                entry: Some(Entry { hash: String::new(), at_ms, deleted: false }),
+                ..self
+            }
+        }
+
+        fn deleted(self, at_ms: u64) -> Self {
+            Self { entry: Some(Entry { hash: String::new(), at_ms, deleted: true }), ..self }
+        }
+
+        fn tombstone(self, deleted_ms: u64) -> Self {
+            Self { tombstone: Some(Tombstone { deleted_ms, by: String::new() }), ..self }
+        }
+
+        fn next(&self) -> Option<Step> {
+            next(&self.disk, self.fresh, self.last_good.as_ref(), self.entry.as_ref(), self.tombstone.as_ref())
         }
     }
 
+    fn check(case: &str, before: Before, expected: Option<Step>) {
+        assert_eq!(before.next(), expected, "{case}");
+    }
+
     #[test]
-    fn a_policy_is_served_by_its_own_last_good_version_or_refused() {
+    fn newly_read_file_is_stored_once() {
+        let file = Before::on_disk;
+        check("a new file", file().fresh(), Some(Step::Store));
+        check("the same version is stored", file().fresh().stored("a", 5), None);
+        check("another version is stored", file().fresh().stored("b", 5), Some(Step::Store));
+        check("another router has another file", file().stored("b", 5), None);
+        check("the file came back after a deletion", file().fresh().deleted(5), Some(Step::Store));
+        check("a file beats a tombstone", file().stored("a", 5).tombstone(9), None);
+        check("the first usable version", file().fresh().noted(5), Some(Step::Store));
+    }
+
+    #[test]
+    fn router_without_a_usable_file_fetches_newer_versions() {
+        let (broken, absent) = (Before::broken, Before::absent);
+        check("broken at the start", broken().stored("a", 5), Some(Step::Fetch));
+        check("gone at the start", absent().stored("a", 5), Some(Step::Fetch));
+        check("another router has a newer version", broken().last_good("a", 5).stored("b", 9), Some(Step::Fetch));
+        check("ours is newer", broken().last_good("b", 9).stored("a", 5), None);
+        check("both are the same", broken().last_good("a", 5).stored("a", 9), None);
+        check("never usable, unknown to others", broken(), Some(Step::Note));
+        check("never usable, and gone", absent().noted(5), Some(Step::Fetch));
+    }
+
+    #[test]
+    fn deletion_needs_a_newer_tombstone_and_no_file() {
+        let (broken, absent) = (Before::broken, Before::absent);
+        check("deleted", absent().last_good("a", 5).stored("a", 5).tombstone(9), Some(Step::Delete));
+        check("deleted while no router ran", absent().stored("a", 5).tombstone(9), Some(Step::Delete));
+        check("deleted, and never stored", absent().last_good("a", 5).tombstone(9), Some(Step::Delete));
+        check("deleted, and never usable", absent().noted(5).tombstone(9), Some(Step::Delete));
+        check("the tombstone is older", absent().last_good("a", 9).stored("a", 9).tombstone(5), None);
+        check("a broken file is not deleted", broken().last_good("a", 5).stored("a", 5).tombstone(9), None);
+        check("deleted already", absent().deleted(9).tombstone(9), None);
+        check("deleted elsewhere", absent().last_good("a", 5).deleted(9), Some(Step::Forget));
+        check("deleted before it came back", broken().last_good("a", 9).deleted(5), None);
+    }
+
+    #[test]
+    fn policy_without_a_usable_file_serves_its_last_good_version_or_refuses() {
         let name = Name::parse("acme/p").unwrap();
         let broken = Disk::Broken("acme/p.yaml:2: unknown field".into());
         let absent = Disk::Absent("its file is gone".into());

@@ -1,4 +1,4 @@
-//! All of a deployment's policies by tenant and name, and which of them serves a request.
+//! All policies by tenant and name, and which of them serves a request.
 
 use super::files::Name;
 use super::source::Version;
@@ -9,13 +9,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use wire::status::{PolicyStatus, RuleErrors};
 
-/// Serves tenants without a policy of their own.
+/// The tenant whose policies serve tenants that have none of that name.
 pub const DEFAULT: &str = "default";
 
-/// A status must fit into one message of the bus (1 MiB on NATS) with room for the breakers, however much is wrong.
+/// A status must fit into one message of the bus (1 MiB on NATS) and leave room for the breakers, however many problems
+/// there are.
 const STATUS_ROWS_MAX: usize = 200;
 const STATUS_BYTES_MAX: usize = 512 * 1024;
-/// Warnings of a policy, and rules of it that failed.
+/// Warnings of one policy, and failed rules of one policy.
 const STATUS_NOTES_MAX: usize = 10;
 const STATUS_TEXT_MAX: usize = 256;
 
@@ -23,9 +24,9 @@ const STATUS_TEXT_MAX: usize = 256;
 pub struct Served {
     pub name: Name,
     pub version: Arc<Version>,
-    /// Of its metrics: tenant and policy, or `other` where too many have labels of their own.
+    /// Tenant and policy in metrics; `other` if too many policies have their own labels.
     labels: (String, String),
-    /// By rule.
+    /// Count and last reason, by rule.
     failures: Mutex<BTreeMap<usize, (u64, String)>>,
 }
 
@@ -59,7 +60,7 @@ impl Served {
         }
         if *count == 1 {
             let Name { tenant, policy } = &self.name;
-            tracing::warn!(tenant, policy, rule, "a condition failed and is taken as false: {why}");
+            tracing::warn!(tenant, policy, rule, "evaluating a condition failed, so it counts as false: {why}");
         }
     }
 
@@ -75,9 +76,9 @@ impl Served {
 pub enum Entry {
     Serves {
         served: Arc<Served>,
-        /// What is wrong with its file.
+        /// What is wrong with the policy's file.
         problem: Option<String>,
-        /// Why it is not stored for the next start.
+        /// Why the version could not be stored for the next start.
         unstored: Option<String>,
     },
     Refuses(String),
@@ -92,10 +93,10 @@ impl Entry {
     }
 }
 
-/// What a request gets.
+/// The policy that serves a request.
 pub enum Lookup<'a> {
     Serves(&'a Arc<Served>),
-    /// The policy is there and cannot be used: why, for the client too.
+    /// The policy exists and cannot be used. The text goes to the client.
     Refuses(String),
     Unknown,
 }
@@ -103,9 +104,9 @@ pub enum Lookup<'a> {
 #[derive(Default)]
 pub struct Set {
     by_tenant: BTreeMap<String, BTreeMap<String, Entry>>,
-    /// Why the directory could never be read: nobody knows which policies there are.
+    /// Why the directory could never be read, in which case the set of policies is unknown.
     unread: Option<String>,
-    /// The same of some tenants' directories.
+    /// The same for the directories of some tenants.
     unread_tenants: BTreeMap<String, String>,
 }
 
@@ -121,13 +122,15 @@ impl Set {
             .insert(name.policy.clone(), entry);
     }
 
-    /// A tenant's own policy serves it or refuses; tenant `default` serves only where the tenant has none of that name.
+    /// The tenant's own policy serves or refuses. That of tenant `default` serves only if the tenant has none of that
+    /// name, which must be certain.
     pub fn find(&self, tenant: &str, policy: &str) -> Lookup<'_> {
         let of = |tenant: &str| self.by_tenant.get(tenant).and_then(|policies| policies.get(policy));
         let unread = |tenant: &str| {
             let why = self.unread_tenants.get(tenant)?;
             Some(format!("the policies of tenant {tenant:?} cannot be read: {why}"))
         };
+
         if let Some(own) = of(tenant) {
             return own.found(tenant, policy);
         }
@@ -135,6 +138,7 @@ impl Set {
             let all = self.unread.as_ref()?;
             Some(format!("the policies cannot be read: {all}"))
         });
+
         match (unread, of(DEFAULT)) {
             (Some(why), _) => Lookup::Refuses(why),
             (None, Some(entry)) => entry.found(DEFAULT, policy),
@@ -153,7 +157,7 @@ impl Set {
         }
     }
 
-    /// All that serve.
+    /// All policies that serve.
     pub fn iter(&self) -> impl Iterator<Item = &Compiled> {
         let entries = self.by_tenant.values().flat_map(BTreeMap::values);
         entries.filter_map(|entry| match entry {
@@ -162,7 +166,7 @@ impl Set {
         })
     }
 
-    /// What fits into a status, policies with a problem first, and how many policies there are.
+    /// The policies that fit into a status, those with problems first, and how many there are in all.
     pub fn status(&self) -> (Vec<PolicyStatus>, u64) {
         let all = self.by_tenant.iter().flat_map(|(tenant, policies)| {
             policies.iter().map(move |(policy, entry)| {
@@ -183,6 +187,7 @@ impl Set {
                 }
             })
         });
+
         let mut rows: Vec<_> = all.collect();
         let total = rows.len() as u64;
         rows.sort_by_key(|row| match row {
@@ -191,6 +196,7 @@ impl Set {
         });
         rows.truncate(STATUS_ROWS_MAX);
         rows.iter_mut().for_each(shorten);
+
         let mut left = STATUS_BYTES_MAX;
         rows.retain(|row| {
             let len = serde_json::to_vec(row).map_or(usize::MAX, |row| row.len());
@@ -200,7 +206,7 @@ impl Set {
         (rows, total)
     }
 
-    /// Policies with something wrong with their files.
+    /// The number of policies and directories with a problem.
     pub fn broken(&self) -> usize {
         let entries = self.by_tenant.values().flat_map(BTreeMap::values);
         let is_broken = |entry: &&Entry| !matches!(entry, Entry::Serves { problem: None, .. });
@@ -230,7 +236,7 @@ mod tests {
     use wire::policy::{Format, Stored};
 
     #[test]
-    fn another_tenants_policy_serves_only_where_there_was_never_an_own_one() {
+    fn default_tenants_policy_serves_only_if_the_tenant_never_had_its_own() {
         let mut set = Set::default();
         let serve = |set: &mut Set, name: &str| {
             let name = Name::parse(name).unwrap();
@@ -268,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_is_bounded_and_shows_problems_first() {
+    fn status_is_bounded_and_shows_problems_first() {
         let mut set = Set::default();
         let rules: String = (0..20)
             .map(|n| format!("  - {{when: \"unknown{n} == '{}'\", to: a}}\n", "\u{e9}".repeat(200)))
@@ -298,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_are_counted_by_rule() {
+    fn rule_failures_are_counted_by_rule() {
         let name = Name::parse("acme/p").unwrap();
         let source = Stored { format: Format::Yaml, text: "providers: [{name: a}]".into() };
         let served = Served::new(name, Arc::new(source::compile("f", "p", source).unwrap()), true);

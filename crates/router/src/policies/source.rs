@@ -1,21 +1,21 @@
-//! The text of a policy file, compiled. Errors and warnings name the line.
+//! Compiles the text of a policy file. Errors and warnings name the line.
 
 use crate::policy::Compiled;
 use sha1::{Digest, Sha1};
 use std::path::Path;
 use wire::policy::{Format, Policy, Stored};
 
-/// A policy as it was written, and what it means.
+/// A version of a policy: its text and the compiled policy.
 pub struct Version {
     pub source: Stored,
-    /// Of format and text, in hex.
+    /// SHA-1 of format and text, in hex.
     pub hash: String,
     pub compiled: Compiled,
-    /// What is most likely a mistake, each with its file and line.
+    /// Likely mistakes, each with its file and line.
     pub warnings: Vec<String>,
 }
 
-/// `None`: this is not a policy file.
+/// The format that a file's extension names; `None` if it is not a policy file.
 pub fn format_of(path: &Path) -> Option<Format> {
     match path.extension()?.to_str()? {
         "json" => Some(Format::Json),
@@ -39,6 +39,7 @@ pub fn compile(at: &str, name: &str, source: Stored) -> Result<Version, String> 
             format!("{at}:{line}: {e}")
         })?,
     };
+
     let compiled = Compiled::new(name, &policy).map_err(|e| {
         let line = line_of_field(text, &e.field);
         format!("{at}:{line}: {e}")
@@ -62,7 +63,7 @@ pub fn hash(source: &Stored) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The line where a field of the checked document stands, by the last name in its path: good enough to find it.
+/// The line of a field, found by the last name in its path. A guess, but close enough for a reader.
 fn line_of_field(text: &str, field: &str) -> usize {
     let (list, rest) = field.split_once('[').unwrap_or((field, ""));
     let nth = rest
@@ -71,6 +72,7 @@ fn line_of_field(text: &str, field: &str) -> usize {
         .and_then(|n| n.parse::<usize>().ok())
         .unwrap_or(0);
     let name = field.rsplit('.').next().unwrap_or(field);
+
     let from = text.find(list).unwrap_or(0);
     let place = text[from..]
         .match_indices(name)

@@ -1,4 +1,5 @@
-//! Conditions of rules: CEL expressions, and the legacy JSON form with the same meaning. An undefined variable is false.
+//! Conditions of rules: CEL expressions, and the legacy JSON form with the same meaning. A condition that names an
+//! undefined variable is false.
 
 mod eval;
 mod pattern;
@@ -13,10 +14,11 @@ use std::cell::OnceCell;
 use std::collections::{BTreeSet, HashMap};
 use wire::router::DecideRequest;
 
+/// An expression, in bytes.
 const EXPRESSION_MAX: usize = 2048;
-/// Every operator of a chain is a step down the stack, for each decision.
+/// Nesting of an expression. Evaluation recurses, and each operator of a chain is one level.
 const DEPTH_MAX: usize = 250;
-/// The top-level variables, and the fields of those that have fixed ones.
+/// The top-level variables, each with its fields if these are fixed.
 const VARIABLES: [(&str, &[&str]); 4] = [
     ("task", &["type", "payload", "payload_ref"]),
     ("tenant_id", &[]),
@@ -31,14 +33,14 @@ pub enum Condition {
 
 pub struct Expression {
     program: Program,
-    /// The patterns of `matches()`, by their text: compiled once, not for each decision.
+    /// The patterns of `matches()` by their text, compiled once and not for each decision.
     patterns: HashMap<String, Pattern>,
-    /// Operators, variables and literals: what an evaluation without loops takes at most, in steps.
+    /// The number of operators, variables and literals: the maximum steps of an evaluation without loops.
     size: u64,
 }
 
 pub enum Legacy {
-    /// `{key: [values]}`: each key of the metadata has one of its values.
+    /// `{key: [values]}`: for each key, the metadata has one of the values.
     OneOf(Vec<(String, Vec<Value>)>),
     /// `{"op": [a, b]}`.
     Compare(Operator, Operand, Operand),
@@ -61,7 +63,7 @@ pub enum Operand {
     Variable(Vec<String>),
 }
 
-/// What conditions see of a request. CEL's own view is built when the first expression asks for it.
+/// What conditions see of a request. The variables of CEL are built when the first expression needs them.
 pub struct Scope<'a> {
     request: &'a DecideRequest,
     variables: OnceCell<Vec<(&'static str, Val<'a>)>>,
@@ -121,7 +123,7 @@ impl Condition {
                 Err(format!("has {} bytes; an expression may have {EXPRESSION_MAX}", text.len()))
             }
             Value::String(text) => {
-                // The parser gives up on some inputs by panicking; a policy file must not end the router.
+                // The parser panics on some inputs, and a policy file must not end the router.
                 let parsed = std::panic::catch_unwind(|| Program::compile(text));
                 let program = parsed
                     .map_err(|_| "cannot be parsed".to_string())?
@@ -139,7 +141,8 @@ impl Condition {
         }
     }
 
-    /// Whether it holds, found in at most so many steps. What is undefined does not hold, and is no error.
+    /// Whether the condition holds, evaluated in at most so many steps. An undefined variable makes it false and is not an
+    /// error.
     pub fn holds(&self, scope: &Scope<'_>, steps: u64) -> Result<bool, Stop> {
         let meter = Meter { left: steps };
         let holds = match self {
@@ -157,7 +160,7 @@ impl Condition {
         }
     }
 
-    /// Steps that an evaluation takes if it neither loops nor looks at long texts.
+    /// The maximum steps of an evaluation without loops and long texts.
     pub fn size(&self) -> u64 {
         match self {
             Self::Cel(expression) => expression.size,
@@ -165,7 +168,7 @@ impl Condition {
         }
     }
 
-    /// Names that mean nothing to any request: most likely they are mistyped.
+    /// Names that no request can have, which are likely typos.
     pub fn lints(&self) -> Vec<String> {
         let Self::Cel(expression) = self else { return Vec::new() };
         let mut lints = BTreeSet::new();
@@ -176,6 +179,7 @@ impl Condition {
             }
             Ok(())
         });
+
         let linted = found.and_then(|()| {
             visit(expression.program.expression(), &mut |expr| {
                 lints.extend(lint(&expr.expr, &bound));
@@ -210,7 +214,7 @@ fn lint(expr: &Expr, bound: &[&str]) -> Option<String> {
                 .func_name
                 .bytes()
                 .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
-            // A function that exists finds fault with an argument of no type that it takes.
+            // A function that exists fails with another error, because of its argument.
             let called = || eval::resolve(&call.func_name, call.target.is_some(), vec![Cel::Null]);
             let unknown = is_name && matches!(called(), Err(ExecutionError::UndeclaredReference(_)));
             unknown.then(|| format!("unknown function {}()", call.func_name))
@@ -219,15 +223,16 @@ fn lint(expr: &Expr, bound: &[&str]) -> Option<String> {
     }
 }
 
-/// Calls `each` for every part of an expression.
+/// Calls `each` for every part of an expression; fails if the expression nests too deep.
 fn visit<'a>(expr: &'a IdedExpr, each: &mut dyn FnMut(&'a IdedExpr) -> Result<(), String>) -> Result<(), String> {
-    // A list of what is left to do instead of a recursion: the expression may be too deep for that.
+    // A work list instead of recursion: the expression may be too deep for the stack.
     let mut left = vec![(expr, 1)];
     while let Some((expr, depth)) = left.pop() {
         if depth > DEPTH_MAX {
             return Err(format!("nests more than {DEPTH_MAX} deep"));
         }
         each(expr)?;
+
         let mut part = |part| left.push((part, depth + 1));
         match &expr.expr {
             Expr::Call(call) => call.target.as_deref().into_iter().chain(&call.args).for_each(part),
@@ -254,7 +259,7 @@ fn compile_pattern(expr: &IdedExpr, patterns: &mut HashMap<String, Pattern>) -> 
         return Ok(());
     }
     let Some(Expr::Literal(LiteralValue::String(pattern))) = call.args.last().map(|arg| &arg.expr) else {
-        return Err("matches() takes a pattern in quotes; a pattern from the request is not taken".into());
+        return Err("matches() takes a pattern in quotes; a pattern from the request is not allowed".into());
     };
     patterns.insert(pattern.inner().into(), Pattern::compile(pattern.inner())?);
     Ok(())
@@ -270,6 +275,7 @@ impl Legacy {
             };
             return Ok(Self::Compare(operator, Operand::compile(left), Operand::compile(right)));
         }
+
         let mut keys = Vec::new();
         for (key, values) in object {
             match values {
@@ -283,13 +289,15 @@ impl Legacy {
                 }
             }
         }
-        // A word with numbers would be read as a key: `{"almost": [1, 2]}` is far more likely a mistyped operator.
+
+        // `{"almost": [1, 2]}` would be a valid key with its values, but is far more likely a mistyped operator.
         if keys
             .iter()
             .any(|(_, values)| values.len() == 2 && values.iter().all(Value::is_number))
         {
             return Err("compares numbers by a key; write {\"in\": [{\"var\": \"context.key\"}, [..]]}".into());
         }
+
         if keys.is_empty() {
             Err("is empty".into())
         } else {
@@ -375,6 +383,7 @@ impl Operator {
             (Value::String(a), Value::String(b)) => Some(a.cmp(b)),
             _ => None,
         };
+
         Ok(match self {
             Self::Equal => is_equal(left, right, meter)?,
             Self::NotEqual => !is_equal(left, right, meter)?,
@@ -401,20 +410,20 @@ mod tests {
         serde_json::from_value(request).unwrap()
     }
 
-    /// As far as any number of steps lead.
+    /// Evaluates with unlimited steps; `None` if the condition does not compile.
     fn holds(when: &str, metadata: Value) -> Option<Result<bool, Stop>> {
         let condition = Condition::compile(&when.into()).ok()?;
         Some(condition.holds(&Scope::new(&request(metadata)), u64::MAX))
     }
 
-    /// Holds in a budget, or says why not.
+    /// Evaluates with a budget of steps.
     fn within(steps: u64, when: &str, metadata: &Value) -> Result<bool, Stop> {
         let condition = Condition::compile(&when.into()).unwrap_or_else(|e| panic!("{when}: {e}"));
         condition.holds(&Scope::new(&request(metadata.clone())), steps)
     }
 
     #[test]
-    fn numbers_of_requests_compare_and_compute_as_users_expect() {
+    fn numbers_of_requests_compare_and_compute() {
         let metadata = json!({"tokens": 5000, "score": 1.5, "zero": 0, "minus": -3, "big": u64::MAX, "least": i64::MIN,
             "list": [1, 2, 3], "limits": {"max": 4000}});
         for (when, expected) in [
@@ -490,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn no_request_and_no_expression_ends_the_router() {
+    fn failing_expressions_are_errors_without_values_of_the_request() {
         let least = json!({"a": i64::MIN, "b": -1, "s": "secret é"});
         for when in [
             "metadata.a / metadata.b > 0",
@@ -524,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn no_expression_goes_too_deep() {
+    fn deep_expressions_are_refused() {
         for (start, step, end) in [
             ("", "(", ""),
             ("", "!", "true"),
@@ -552,7 +561,7 @@ mod tests {
     }
 
     #[test]
-    fn no_request_takes_more_than_the_budget() {
+    fn evaluation_ends_when_its_steps_are_spent() {
         let numbers: Vec<u32> = (0..100_000).collect();
         let long = "ab".repeat(400_000);
         let metadata = json!({"l": numbers, "s": long, "t": long, "deep": vec![vec![1; 300]; 300],
@@ -588,7 +597,7 @@ mod tests {
             let condition = Condition::compile(&legacy).unwrap();
             assert_eq!(condition.holds(&Scope::new(&request(metadata.clone())), 20_000), Err(Stop::Spent), "{legacy}");
         }
-        // What is large and not looked at costs nothing.
+        // Large values that are not evaluated cost nothing.
         let untouched =
             "task.type == 'chat' && metadata.l.size() == 100000 && metadata.l[99999] == 99999 && 'm' in metadata";
         assert_eq!(within(50, untouched, &metadata), Ok(true));
@@ -610,7 +619,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_are_literals_of_bounded_size() {
+    fn patterns_must_be_literals_of_bounded_size() {
         for (when, expected) in [
             ("metadata.s.matches(metadata.pattern)", "takes a pattern in quotes"),
             ("metadata.s.matches('(')", "unclosed group"),
@@ -622,7 +631,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_no_request_has_are_lints() {
+    fn unknown_names_are_lints() {
         for (when, expected) in [
             (
                 "taks.type == 'chat'",

@@ -85,7 +85,7 @@ async fn half_open(router: &Router, generation: u64) {
 }
 
 #[tokio::test]
-async fn a_clients_short_deadline_does_not_count_and_a_providers_own_limit_does() {
+async fn providers_own_limit_counts_as_failure_and_a_clients_deadline_does_not() {
     let router = router(&[("default/default.json", ONE)]).await;
     let short = json!({"options": {"deadline_ms": 50}});
     for n in 0..5 {
@@ -114,7 +114,7 @@ async fn a_clients_short_deadline_does_not_count_and_a_providers_own_limit_does(
 }
 
 #[tokio::test]
-async fn a_strict_policy_takes_a_provider_from_its_own_tenant_only() {
+async fn strict_policy_keeps_a_provider_from_its_own_tenant_only() {
     let strict = r#"{"providers": [{"name": "p", "weight": 1}], "circuit_breaker": {"failure_threshold": 1}}"#;
     let router = router(&[("default/default.json", ONE), ("acme/default.json", strict)]).await;
     fail(&router, &of("acme", push("r1"))).await;
@@ -139,7 +139,7 @@ async fn a_strict_policy_takes_a_provider_from_its_own_tenant_only() {
 }
 
 #[tokio::test]
-async fn what_a_policy_leaves_out_is_as_the_operator_has_it() {
+async fn breaker_rules_that_a_policy_omits_are_the_operators() {
     let partial = r#"{"providers": [{"name": "p", "weight": 1}], "circuit_breaker": {"timeout_ms": 1000}}"#;
     let router = router(&[("default/default.json", partial)]).await;
     for n in 0..3 {
@@ -152,7 +152,7 @@ async fn what_a_policy_leaves_out_is_as_the_operator_has_it() {
 }
 
 #[tokio::test]
-async fn a_busy_endpoint_cools_down_and_is_not_blamed() {
+async fn busy_endpoint_cools_down_without_a_failure() {
     let two = r#"{"providers": [{"name": "p", "weight": 1}, {"name": "spare"}],
         "rules": [{"when": "task.type == 'any'", "to": ["p", "spare"]}]}"#;
     let router = router(&[("default/default.json", two)]).await;
@@ -183,7 +183,7 @@ async fn a_busy_endpoint_cools_down_and_is_not_blamed() {
 }
 
 #[tokio::test]
-async fn a_cool_down_ends_by_itself() {
+async fn cool_down_ends_by_itself() {
     let router = router(&[("default/default.json", ONE)]).await;
     let assignment = assign(&router, &push("r")).await.unwrap();
     end(&router, &assignment, "error", json!({"error_code": "rate_limited", "retry_after_seconds": 1})).await;
@@ -192,7 +192,7 @@ async fn a_cool_down_ends_by_itself() {
 }
 
 #[tokio::test]
-async fn many_decisions_at_once_take_the_last_place_once() {
+async fn concurrent_decisions_take_the_last_place_once() {
     let router = router(&[("default/default.json", ONE)]).await;
     half_open(&router, 1).await;
     // No place may come back while a slow machine is still deciding.
@@ -209,7 +209,7 @@ async fn many_decisions_at_once_take_the_last_place_once() {
 }
 
 #[tokio::test]
-async fn a_place_is_given_back_by_every_way_a_task_can_end() {
+async fn every_end_of_a_task_returns_its_place() {
     let router = router(&[("default/default.json", ONE)]).await;
     half_open(&router, 1).await;
     for n in 0..20 {
@@ -235,7 +235,7 @@ async fn a_place_is_given_back_by_every_way_a_task_can_end() {
 }
 
 #[tokio::test]
-async fn results_from_before_the_trip_are_no_probes() {
+async fn results_from_before_the_trip_do_not_count_as_probes() {
     let router = router(&[("default/default.json", ONE)]).await;
     let mut before = Vec::new();
     for n in 0..8 {
@@ -307,7 +307,7 @@ async fn all(routers: usize, bus: &Bus, state: &str, generation: u64) {
     }
 }
 
-pub async fn every_router_sees_every_outcome_and_one_that_joins_late_agrees(mut router: Router) {
+pub async fn all_routers_follow_the_same_outcomes_and_a_late_one_adopts_them(mut router: Router) {
     let dir = router.dir.path().to_path_buf();
     router.policy("default/default.json", ONE);
     router.cancel.cancel();

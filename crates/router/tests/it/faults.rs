@@ -7,7 +7,7 @@ use std::time::Duration;
 use wire::subjects;
 
 #[tokio::test]
-async fn bytes_that_are_no_request() {
+async fn bytes_that_are_not_a_request_are_refused() {
     let router = Router::local().await;
     let deep = format!("{{\"metadata\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
     let nested = changed(request("r"), json!({"metadata": {"a": json!([[[[[[[[1]]]]]]]])}}));
@@ -48,7 +48,7 @@ async fn bytes_that_are_no_request() {
 }
 
 #[tokio::test]
-async fn what_it_has_taken_is_answered_before_it_ends() {
+async fn queued_requests_are_answered_before_the_router_ends() {
     let router = Router::local().await;
     let asked = (0..200).map(|n| {
         let asked = if n % 2 == 0 {
@@ -81,7 +81,7 @@ async fn what_it_has_taken_is_answered_before_it_ends() {
 }
 
 #[tokio::test]
-async fn the_load_is_told_from_live_numbers() {
+async fn backpressure_status_reports_live_numbers() {
     let router = Router::local().await;
     let load = router.ask(subjects::BACKPRESSURE, &json!({})).await;
     assert_eq!((&load["success"], &load["data"]["status"]), (&json!(true), &json!("inactive")), "{load}");

@@ -40,21 +40,21 @@ macro_rules! on_both {
 }
 
 on_both! {
-    decide::without_policies_the_built_in_one_serves,
-    decide::without_an_inbox_the_answer_has_its_subject,
-    tasks::a_pushed_task_is_stored_once_however_often_it_is_sent,
-    tasks::another_body_of_the_same_id_is_a_conflict,
-    tasks::a_cancelled_task_stays_cancelled,
-    tasks::the_same_id_of_two_tenants_is_two_tasks,
-    tasks::a_record_of_the_previous_version_is_found_by_its_own_tenant,
-    results::a_result_is_billed_once_and_ends_the_task,
-    results::a_restart_bills_nothing_twice,
-    results::a_result_settles_the_task_of_its_assignment_and_no_namesake,
+    decide::built_in_policy_serves_without_policies,
+    decide::answer_without_inbox_goes_to_the_reply_subject,
+    tasks::repeated_push_stores_one_task,
+    tasks::same_id_with_another_body_is_a_conflict,
+    tasks::cancelled_task_stays_cancelled,
+    tasks::same_id_of_two_tenants_is_two_tasks,
+    tasks::record_of_the_previous_version_is_found_by_its_own_tenant,
+    results::result_is_billed_once_and_ends_the_task,
+    results::restart_bills_nothing_twice,
+    results::result_settles_the_task_of_its_assignment_only,
     results::bad_results_become_dead_letters,
-    breakers::every_router_sees_every_outcome_and_one_that_joins_late_agrees,
-    policies::a_broken_policy_serves_its_last_good_version_after_a_restart,
-    policies::a_vanished_directory_serves_on_after_a_restart,
-    policies::a_deleted_policy_stays_deleted_until_a_file_brings_it_back,
+    breakers::all_routers_follow_the_same_outcomes_and_a_late_one_adopts_them,
+    policies::broken_policy_serves_its_last_good_version_after_a_restart,
+    policies::policies_of_a_vanished_directory_serve_after_a_restart,
+    policies::deleted_policy_stays_deleted_until_its_file_returns,
 }
 
 /// A running router, its bus and its policy directory.

@@ -27,7 +27,7 @@ async fn settled(router: &Router) {
     .await;
 }
 
-pub async fn a_result_is_billed_once_and_ends_the_task(router: Router) {
+pub async fn result_is_billed_once_and_ends_the_task(router: Router) {
     let assignment = assigned(&router, "r1").await;
     let mut told = result(&assignment, "success");
     told["trace_id"] = json!("t1");
@@ -56,7 +56,7 @@ pub async fn a_result_is_billed_once_and_ends_the_task(router: Router) {
     assert_eq!(status["results_by_status"], json!({"success": 1}), "counted once");
 }
 
-pub async fn a_restart_bills_nothing_twice(router: Router) {
+pub async fn restart_bills_nothing_twice(router: Router) {
     let assignment = assigned(&router, "r1").await;
     let told = result(&assignment, "timeout").to_string();
     router.append(subjects::RESULT, told.clone()).await;
@@ -68,7 +68,7 @@ pub async fn a_restart_bills_nothing_twice(router: Router) {
     assert_eq!(router.task("r1").await["task"]["state"], "failed");
 }
 
-pub async fn a_result_settles_the_task_of_its_assignment_and_no_namesake(router: Router) {
+pub async fn result_settles_the_task_of_its_assignment_only(router: Router) {
     router.decide(&push("r1")).await;
     router
         .decide(&crate::changed(push("r1"), json!({"tenant_id": "beta"})))
@@ -95,7 +95,7 @@ pub async fn a_result_settles_the_task_of_its_assignment_and_no_namesake(router:
 }
 
 #[tokio::test]
-async fn what_came_while_no_router_ran_is_taken_at_the_start() {
+async fn results_that_arrived_while_no_router_ran_are_recorded_at_the_start() {
     let router = Router::local().await;
     let assignment = assigned(&router, "r1").await;
     router.cancel.cancel();
@@ -167,7 +167,7 @@ pub async fn bad_results_become_dead_letters(router: Router) {
 }
 
 #[tokio::test]
-async fn failures_open_the_breaker_and_all_open_is_said() {
+async fn failures_open_the_breaker_and_no_provider_is_available() {
     let policy = r#"{"providers": [{"name": "p", "weight": 1}, {"name": "spare", "weight": 0}],
         "circuit_breaker": {"failure_threshold": 3, "timeout_ms": 600000}}"#;
     let router = Router::with_policies(&[("default/default.json", policy)]).await;
@@ -198,7 +198,7 @@ async fn failures_open_the_breaker_and_all_open_is_said() {
 }
 
 #[tokio::test]
-async fn what_a_task_does_wrong_is_not_its_providers_failure() {
+async fn errors_that_the_task_caused_do_not_count_against_the_provider() {
     let policy = r#"{"providers": [{"name": "p", "weight": 1}], "circuit_breaker": {"failure_threshold": 2}}"#;
     let router = Router::with_policies(&[("default/default.json", policy)]).await;
     let codes = ["invalid_task", "exit_status", "output", "spawn_failed", "unknown_provider", "max_deliver"];
@@ -220,7 +220,7 @@ async fn what_a_task_does_wrong_is_not_its_providers_failure() {
 
 /// Quoted in a letter, such a payload is larger than what the bus takes.
 #[tokio::test]
-async fn a_dead_letter_that_does_not_fit_leaves_its_payload_out() {
+async fn dead_letter_that_is_too_large_omits_its_payload() {
     let router = Router::local().await;
     let payload = "\"".repeat(wire::limits::BUS_MESSAGE_MAX - 100);
     router.append(subjects::RESULT, payload.into_bytes()).await;

@@ -5,7 +5,7 @@ use bus::Headers;
 use serde_json::{Value, json};
 use wire::subjects;
 
-pub async fn a_pushed_task_is_stored_once_however_often_it_is_sent(router: Router) {
+pub async fn repeated_push_stores_one_task(router: Router) {
     let asked = changed(
         push("r1"),
         json!({"trace_id": "t1", "metadata": {"k": 1}, "options": {"priority": "high", "retry": {"max_attempts": 5, "backoff_ms": 10}}}),
@@ -38,7 +38,7 @@ pub async fn a_pushed_task_is_stored_once_however_often_it_is_sent(router: Route
     assert_eq!(router.task("r1").await, task);
 }
 
-pub async fn another_body_of_the_same_id_is_a_conflict(router: Router) {
+pub async fn same_id_with_another_body_is_a_conflict(router: Router) {
     let first = router.decide(&push("r1")).await;
     let message = "a task of this request_id with another body exists; choose another request_id";
     let conflict = json!({"ok": false, "error": {"code": "idempotency_conflict", "message": message},
@@ -49,7 +49,7 @@ pub async fn another_body_of_the_same_id_is_a_conflict(router: Router) {
     assert_eq!(router.bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages, 1);
 }
 
-pub async fn the_same_id_of_two_tenants_is_two_tasks(router: Router) {
+pub async fn same_id_of_two_tenants_is_two_tasks(router: Router) {
     let mut cancels = router.bus.subscribe(subjects::CONTROL_CANCEL, None, 8).await.unwrap();
     let of_beta = json!({"tenant_id": "beta", "task": {"type": "t", "payload": {"prompt": "ho"}}});
     let (acme, beta) = (router.decide(&push("r1")).await, router.decide(&changed(push("r1"), of_beta)).await);
@@ -87,7 +87,7 @@ pub async fn the_same_id_of_two_tenants_is_two_tasks(router: Router) {
     assert_eq!(told["assignment_id"], beta["assignment_id"], "nobody was told to stop another's");
 }
 
-pub async fn a_record_of_the_previous_version_is_found_by_its_own_tenant(router: Router) {
+pub async fn record_of_the_previous_version_is_found_by_its_own_tenant(router: Router) {
     let answer = router.decide(&push("new")).await;
     let (bytes, _) = router
         .bus
@@ -122,7 +122,7 @@ pub async fn a_record_of_the_previous_version_is_found_by_its_own_tenant(router:
     testkit::eventually(SOON, || async { router.task("old").await["task"]["state"] == "completed" }).await;
 }
 
-pub async fn a_cancelled_task_stays_cancelled(router: Router) {
+pub async fn cancelled_task_stays_cancelled(router: Router) {
     let mut cancels = router.bus.subscribe(subjects::CONTROL_CANCEL, None, 8).await.unwrap();
     router.decide(&push("r1")).await;
     for _ in 0..2 {
@@ -143,7 +143,7 @@ pub async fn a_cancelled_task_stays_cancelled(router: Router) {
 }
 
 #[tokio::test]
-async fn an_ended_task_is_not_cancelled_any_more() {
+async fn ended_task_cannot_be_cancelled() {
     let router = Router::local().await;
     let mut cancels = router.bus.subscribe(subjects::CONTROL_CANCEL, None, 8).await.unwrap();
     router.decide(&push("r1")).await;
@@ -162,7 +162,7 @@ async fn an_ended_task_is_not_cancelled_any_more() {
 }
 
 #[tokio::test]
-async fn a_deadline_follows_the_expected_latency() {
+async fn default_deadline_follows_the_expected_latency() {
     let policy = |ms: u64| json!({"providers": [{"name": "p", "weight": 1, "latency_ms": ms}]}).to_string();
     let router = Router::with_policies(&[
         ("default/quick.json", &policy(10)),
@@ -190,7 +190,7 @@ async fn a_deadline_follows_the_expected_latency() {
 }
 
 #[tokio::test]
-async fn the_same_id_from_many_clients_at_once_is_one_task() {
+async fn concurrent_pushes_of_one_id_are_one_task() {
     let router = Router::local().await;
     let asked = (0..40).map(|n| {
         let asked = changed(push("r1"), json!({"task": {"type": "t", "payload": {"prompt": n % 4}}}));

@@ -25,7 +25,7 @@ fn text(result: &ExecResult) -> &str {
 }
 
 #[tokio::test]
-async fn the_task_is_its_standard_input_and_the_ids_are_in_its_environment() {
+async fn program_gets_task_on_stdin_and_ids_in_its_environment() {
     let result = run("cat; echo \"|$BEAMLINE_REQUEST_ID|$BEAMLINE_TENANT_ID\"", json!({"prompt": "é\n"})).await;
     let (task, ids) = text(&result).split_once('|').unwrap();
     assert_eq!(serde_json::from_str::<Value>(task).unwrap(), json!({"type": "t", "payload": {"prompt": "é\n"}}));
@@ -36,7 +36,7 @@ async fn the_task_is_its_standard_input_and_the_ids_are_in_its_environment() {
 }
 
 #[tokio::test]
-async fn its_environment_is_what_it_is_given_and_the_ids() {
+async fn program_inherits_nothing_of_the_workers_environment() {
     let place = Place::local().await;
     let mut results = place.results().await;
     // Without a slash: the program is looked up in the PATH that it is given, else in the system's own.
@@ -62,13 +62,13 @@ async fn its_environment_is_what_it_is_given_and_the_ids() {
 
 /// Scripts find the usual programs without a PATH.
 #[tokio::test]
-async fn a_script_runs_in_an_empty_environment() {
+async fn script_runs_in_an_empty_environment() {
     let result =
         run("cat >/dev/null; printf 'b\na\n' | sort | tr '\n' ' '; ls / >/dev/null && echo ok", json!({})).await;
     assert_eq!((result.status, text(&result)), (ResultStatus::Success, "a b ok\n"), "{result:?}");
 }
 
-pub async fn output_comes_while_the_program_runs(place: Place) {
+pub async fn output_is_published_while_the_program_runs(place: Place) {
     let script = "printf 'one \\342\\202'; while [ ! -e $DIR/go ]; do sleep 0.02; done; printf '\\254 two'";
     let mut results = place.results().await;
     let mut output = place.output("r").await;
@@ -84,7 +84,7 @@ pub async fn output_comes_while_the_program_runs(place: Place) {
 }
 
 #[tokio::test]
-async fn how_a_program_ends_is_told() {
+async fn result_reports_how_the_program_ended() {
     for (script, code, message) in [
         ("exit 0", None, ""),
         (
@@ -112,7 +112,7 @@ async fn how_a_program_ends_is_told() {
 }
 
 #[tokio::test]
-async fn a_program_that_cannot_start() {
+async fn program_that_cannot_start_fails() {
     let place = Place::local().await;
     let mut results = place.results().await;
     let missing = Kind::Command {
@@ -138,7 +138,7 @@ async fn a_program_that_cannot_start() {
 }
 
 #[tokio::test]
-async fn input_that_is_not_read_is_no_error() {
+async fn unread_input_is_not_an_error() {
     let big = json!({"prompt": "x".repeat(500_000)});
     for script in ["exec <&-; echo ok", "echo ok", "head -c 10 >/dev/null; echo ok"] {
         let result = run(script, big.clone()).await;
@@ -147,7 +147,7 @@ async fn input_that_is_not_read_is_no_error() {
 }
 
 #[tokio::test]
-async fn a_flood_is_cut_off_and_bounded() {
+async fn excessive_output_ends_the_program() {
     let started = Instant::now();
     let result = run("yes", json!({})).await;
     assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("output")));
@@ -184,7 +184,7 @@ async fn timed_out(script: &str, processes: usize) -> Duration {
 
 /// Whose time ran out is what counts against a provider, or does not.
 #[tokio::test]
-async fn a_timeout_says_whose_limit_ran_out() {
+async fn timeout_names_the_limit_that_was_exceeded() {
     for (provider_ms, assignment_ms, code) in
         [(200, 60_000, "timeout"), (60_000, 200, "deadline_exceeded"), (200, 200, "timeout")]
     {
@@ -203,19 +203,19 @@ async fn a_timeout_says_whose_limit_ran_out() {
 }
 
 #[tokio::test]
-async fn a_program_that_hangs_ends_with_all_its_children() {
+async fn hanging_program_is_ended_with_all_its_children() {
     let hangs = "echo $$; sleep 1000 & echo $!; sh -c 'echo $$; sleep 1000 & echo $!; wait' & wait; sleep 1000";
     let took = timed_out(hangs, 4).await;
     assert!(took < Duration::from_secs(3), "SIGTERM was enough: {took:?}");
 }
 
 #[tokio::test]
-async fn a_program_that_ignores_sigterm_is_killed() {
+async fn program_that_ignores_sigterm_is_killed() {
     timed_out("trap '' TERM; echo $$; (trap '' TERM; echo $(sh -c 'echo $PPID'); while :; do sleep 0.1; done) & while :; do sleep 0.1; done", 2).await;
 }
 
 #[tokio::test]
-async fn what_a_program_leaves_behind_does_not_hold_the_run() {
+async fn processes_left_behind_do_not_delay_the_result() {
     let started = Instant::now();
     let result = run("sleep 1000 & echo $!", json!({})).await;
     assert_eq!(result.status, ResultStatus::Success);
@@ -223,7 +223,7 @@ async fn what_a_program_leaves_behind_does_not_hold_the_run() {
     testkit::eventually(SOON, || async { is_gone(text(&result)) }).await;
 }
 
-pub async fn a_cancel_ends_a_running_program(place: Place) {
+pub async fn cancel_ends_a_running_program(place: Place) {
     let mut results = place.results().await;
     let mut output = place.output("r").await;
     let _worker = place.shell("echo $$; sleep 1000", |_| {}).await;
@@ -239,7 +239,7 @@ pub async fn a_cancel_ends_a_running_program(place: Place) {
 }
 
 #[tokio::test]
-async fn a_program_that_closed_its_output_can_still_be_cancelled() {
+async fn program_that_closed_its_output_can_be_cancelled() {
     let place = Place::local().await;
     let mut results = place.results().await;
     let _worker = place.shell("exec >&- 2>&-; : > $DIR/closed; sleep 1000", |_| {}).await;
@@ -250,7 +250,7 @@ async fn a_program_that_closed_its_output_can_still_be_cancelled() {
 }
 
 #[tokio::test]
-async fn a_result_that_the_bus_cannot_take_is_an_error_not_a_loop() {
+async fn result_that_is_too_large_becomes_an_error_result() {
     let place = Place::local().await;
     let mut results = place.results().await;
     // A zero byte is six bytes of JSON.

@@ -9,7 +9,7 @@ use worker::{Config, Kind};
 
 const WAITS: &str = "echo $$; while [ ! -e $DIR/go ]; do sleep 0.02; done; echo done";
 
-pub async fn echo_gives_back_what_it_got(place: Place) {
+pub async fn echo_returns_the_payload(place: Place) {
     let (mut results, mut output) = (place.results().await, place.output("r1").await);
     let _worker = place.worker(Config::default()).await;
     place.assign("r1", "echo", json!({"prompt": "say it again"})).await;
@@ -29,7 +29,7 @@ pub async fn echo_gives_back_what_it_got(place: Place) {
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
 }
 
-pub async fn nobody_has_the_provider(place: Place) {
+pub async fn assignment_without_a_worker_for_its_provider_fails(place: Place) {
     let mut results = place.results().await;
     let backoff = [Duration::from_millis(20); 3];
     let _worker = place.worker(Config { backoff, ..Config::default() }).await;
@@ -119,7 +119,7 @@ async fn assignments_with_control_characters_in_an_id_are_dead_letters() {
 }
 
 #[tokio::test]
-async fn after_its_deliveries_an_assignment_is_given_up() {
+async fn assignment_is_a_dead_letter_after_its_deliveries() {
     let place = Place::local().await;
     place.assign("r", "echo", json!({})).await;
     {
@@ -149,7 +149,7 @@ async fn after_its_deliveries_an_assignment_is_given_up() {
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
 }
 
-pub async fn what_no_slot_is_free_for_another_worker_takes(place: Place) {
+pub async fn assignments_beyond_the_slots_go_to_another_worker(place: Place) {
     let mut results = place.results().await;
     let first = place.shell(WAITS, |config| config.slots = 1).await;
     let mut output = place.output("r0").await;
@@ -191,7 +191,7 @@ impl Process {
 }
 
 #[tokio::test]
-async fn after_a_crash_it_runs_again_and_leaves_one_result() {
+async fn crashed_run_is_repeated_and_leaves_one_result() {
     let Place { dir, bus, .. } = Place::local().await;
     let path = |name: &str| dir.path().join(name);
     // Each run leaves its own mark and waits for the word.
@@ -221,7 +221,7 @@ async fn after_a_crash_it_runs_again_and_leaves_one_result() {
 }
 
 #[tokio::test]
-async fn a_result_whose_acknowledgement_was_lost_stays_the_only_one() {
+async fn lost_acknowledgement_leaves_one_result() {
     let place = Place::local().await;
     let stored = json!({"version": "1", "assignment_id": "a-r", "request_id": "r", "status": "success",
         "provider_id": "echo", "job": {"type": "t"}, "output": {"text": "the first"}});
@@ -238,7 +238,7 @@ async fn a_result_whose_acknowledgement_was_lost_stays_the_only_one() {
 }
 
 #[tokio::test]
-async fn a_cancel_stops_the_run_it_names_and_no_namesake() {
+async fn cancel_stops_only_the_run_that_it_names() {
     let place = Place::local().await;
     let (mut results, mut output) = (place.results().await, place.output("r").await);
     let _worker = place.shell(WAITS, |_| {}).await;
@@ -267,7 +267,7 @@ async fn a_cancel_stops_the_run_it_names_and_no_namesake() {
 }
 
 #[tokio::test]
-async fn the_tasks_record_says_whether_to_run() {
+async fn task_record_decides_whether_an_assignment_runs() {
     let place = Place::local().await;
     let mut results = place.results().await;
     let task = |state: &str, result: Value| {
@@ -318,7 +318,7 @@ fn assigned_result() -> Value {
 }
 
 #[tokio::test]
-async fn a_drain_lets_what_runs_end_and_says_so() {
+async fn drain_waits_for_runs_and_reports_draining() {
     let place = Place::local().await;
     let mut results = place.results().await;
     let mut beats = place.bus.subscribe(subjects::HEARTBEAT, None, 64).await.unwrap();
@@ -348,7 +348,7 @@ async fn a_drain_lets_what_runs_end_and_says_so() {
 }
 
 #[tokio::test]
-async fn a_drain_has_an_end_and_what_was_not_finished_runs_elsewhere() {
+async fn drain_timeout_returns_unfinished_runs_to_the_stream() {
     let place = Place::local().await;
     let mut results = place.results().await;
     let mut output = place.output("r").await;
@@ -367,7 +367,7 @@ async fn a_drain_has_an_end_and_what_was_not_finished_runs_elsewhere() {
 }
 
 #[tokio::test]
-async fn a_draining_worker_can_still_be_told_to_stop_a_task() {
+async fn draining_worker_still_obeys_cancels() {
     let place = Place::local().await;
     let mut results = place.results().await;
     let mut output = place.output("r").await;
@@ -381,7 +381,7 @@ async fn a_draining_worker_can_still_be_told_to_stop_a_task() {
 }
 
 #[tokio::test]
-async fn two_providers_of_one_name_are_refused() {
+async fn two_providers_with_one_name_are_refused() {
     let place = Place::local().await;
     let providers = vec![provider("echo", Kind::Echo), provider("echo", Kind::Ops)];
     let error = worker::bind(Config { providers, ..Config::default() }, place.bus.clone())

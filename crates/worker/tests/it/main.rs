@@ -42,11 +42,11 @@ macro_rules! on_both {
 }
 
 on_both! {
-    command::output_comes_while_the_program_runs,
-    command::a_cancel_ends_a_running_program,
-    delivery::echo_gives_back_what_it_got,
-    delivery::nobody_has_the_provider,
-    delivery::what_no_slot_is_free_for_another_worker_takes,
+    command::output_is_published_while_the_program_runs,
+    command::cancel_ends_a_running_program,
+    delivery::echo_returns_the_payload,
+    delivery::assignment_without_a_worker_for_its_provider_fails,
+    delivery::assignments_beyond_the_slots_go_to_another_worker,
 }
 
 /// A directory and a bus in it.

@@ -34,7 +34,7 @@ fn words(words: &[&str]) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn an_answer_is_streamed_word_by_word() {
+async fn answer_is_streamed_word_by_word() {
     let endpoint = OpenAi::start().await;
     endpoint.reply(Reply::text("one two three"));
     let place = Place::local().await;
@@ -57,7 +57,7 @@ async fn an_answer_is_streamed_word_by_word() {
 }
 
 #[tokio::test]
-async fn messages_go_on_as_they_are_and_a_task_without_any_is_refused() {
+async fn messages_are_sent_unchanged_and_a_task_without_any_is_invalid() {
     let endpoint = OpenAi::start().await;
     let messages = json!([{"role": "assistant", "content": "hello"}, {"role": "user", "content": "again please"}]);
     let result = ask(endpoint.url(), json!({"params": {"messages": messages}}), 60_000).await;
@@ -71,7 +71,7 @@ async fn messages_go_on_as_they_are_and_a_task_without_any_is_refused() {
 }
 
 #[tokio::test]
-async fn what_goes_wrong_is_told_and_what_was_said_is_kept() {
+async fn failed_request_reports_its_error_and_keeps_partial_output() {
     let endpoint = OpenAi::start().await;
     let error = |status: u16, message: &str| Reply::Error { status, message: message.into() };
     for (reply, code, message, kept) in [
@@ -100,7 +100,7 @@ async fn what_goes_wrong_is_told_and_what_was_said_is_kept() {
 }
 
 #[tokio::test]
-async fn a_slow_or_silent_endpoint_meets_the_deadline() {
+async fn slow_or_silent_endpoint_runs_into_the_deadline() {
     let endpoint = OpenAi::start().await;
     endpoint.reply(Reply::Hang);
     endpoint.reply(Reply::Words { words: words(&["tick "; 1000]), delay: Duration::from_millis(50) });
@@ -119,7 +119,7 @@ async fn a_slow_or_silent_endpoint_meets_the_deadline() {
 }
 
 #[tokio::test]
-async fn a_cancel_ends_the_request() {
+async fn cancel_ends_the_request() {
     let endpoint = OpenAi::start().await;
     endpoint.reply(Reply::Words { words: words(&["tick "; 10_000]), delay: Duration::from_millis(20) });
     let place = Place::local().await;
@@ -149,7 +149,7 @@ async fn raw(answer: Vec<u8>) -> String {
 }
 
 #[tokio::test]
-async fn a_busy_endpoint_is_told_as_such_with_the_time_to_come_back() {
+async fn busy_endpoint_reports_rate_limited_with_retry_after() {
     for (answer, code, retry_after_seconds) in [
         ("429 Too Many Requests\r\nretry-after: 7", "rate_limited", Some(7)),
         ("429 Too Many Requests", "rate_limited", Some(wire::limits::COOL_DOWN_DEFAULT_S)),
@@ -168,7 +168,7 @@ async fn a_busy_endpoint_is_told_as_such_with_the_time_to_come_back() {
 }
 
 #[tokio::test]
-async fn nonsense_is_an_error_and_odd_endings_are_not() {
+async fn invalid_streams_are_errors_and_unusual_endings_are_not() {
     let ok = |body: &str| format!("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n{body}").into_bytes();
     let delta = r#"data: {"choices":[{"delta":{"content":"hi"}}]}"#;
     let stop = r#"data: {"choices":[{"delta":{},"finish_reason":"stop"}]}"#;

@@ -79,7 +79,7 @@ async fn questions_are_answered_from_live_numbers() {
 }
 
 #[tokio::test]
-async fn who_is_here_comes_from_presence() {
+async fn who_lists_the_rooms_presence() {
     let place = Place::local().await;
     let _worker = place.worker(Config::default()).await;
     let asked = json!({"prompt": "who is here?", "room": "lobby"});
@@ -114,7 +114,7 @@ async fn who_is_here_comes_from_presence() {
 }
 
 #[tokio::test]
-async fn an_answer_comes_line_by_line() {
+async fn ops_answers_are_streamed_line_by_line() {
     let place = Place::local().await;
     let _worker = place.worker(Config::default()).await;
     let mut output = place.output("q").await;

@@ -1,8 +1,9 @@
-//! Evaluates CEL expressions over a request, and counts what it does: an evaluation that needs more steps than it was
-//! given ends with [`Stop::Spent`].
+//! Evaluates CEL expressions over a request and counts the steps: an evaluation that needs more steps than it may take
+//! ends with [`Stop::Spent`].
 //!
-//! The crate `cel` parses, and does arithmetic and functions of single values. Whatever can take long (loops, searching
-//! and comparing lists and texts, patterns) is done here, on the request's own JSON, so that nothing is copied before it is needed.
+//! The crate `cel` parses, and computes arithmetic and functions of single values. Everything that can take long (loops,
+//! searching and comparing lists and texts, patterns) is done here, on the request's own JSON, so values are copied only
+//! when they are needed.
 
 use super::pattern::Pattern;
 use cel::common::ast::operators as op;
@@ -16,20 +17,20 @@ use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Bytes of text that are compared, searched or copied in one step.
+/// Bytes of text that count as one step when they are compared, searched or copied.
 const TEXT_STEP: usize = 64;
-/// Calling a function of the crate takes about as long as this many steps.
+/// Steps charged for calling a function of the crate: about the time that it takes.
 const FUNCTION_STEPS: u64 = 20;
-/// So do copying a text, and putting an entry into a map.
+/// Steps charged for copying a text and for inserting an entry into a map.
 const COPY_STEPS: u64 = 8;
 const ENTRY_STEPS: u64 = 40;
 
 /// Why an evaluation has no value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stop {
-    /// Something it names is not in the request.
+    /// The expression names something that the request does not have.
     Undefined,
-    /// Types that do not fit, an overflow, a division by zero. Names types and functions, never values of the request.
+    /// Wrong types, an overflow, a division by zero. The text names types and functions, never values of the request.
     Failed(String),
     /// All steps are used up.
     Spent,
@@ -39,7 +40,7 @@ fn failed<T>(what: impl Into<String>) -> Result<T, Stop> {
     Err(Stop::Failed(what.into()))
 }
 
-/// The steps that are left.
+/// The steps that an evaluation may still take.
 pub struct Meter {
     pub left: u64,
 }
@@ -55,7 +56,7 @@ impl Meter {
         self.charge(1 + (text.len() / TEXT_STEP) as u64)
     }
 
-    /// What copying or comparing the whole of it takes.
+    /// Charges the steps of copying or comparing the whole value.
     pub fn json(&mut self, json: &Json) -> Result<(), Stop> {
         match json {
             Json::String(text) => self.text(text),
@@ -94,7 +95,7 @@ impl Meter {
     }
 }
 
-/// A value of an expression. Whatever is in the request is borrowed.
+/// A value of an expression. Values of the request are borrowed.
 #[derive(Clone)]
 pub enum Val<'a> {
     Text(&'a str),
@@ -102,7 +103,7 @@ pub enum Val<'a> {
     Object(&'a Map<String, Json>),
     /// A variable that is not JSON by itself.
     Fields(Arc<[(&'static str, Val<'a>)]>),
-    /// What the expression computed, and everything of fixed size.
+    /// A computed value, or one of fixed size.
     Made(Cel),
 }
 
@@ -140,7 +141,7 @@ impl<'a> Val<'a> {
     }
 }
 
-/// Integers are `int`, as literals are, so that `metadata.tokens / 1000` is a division of integers. Only what `int` cannot
+/// Integers are `int`, like literals, so that `metadata.tokens / 1000` divides integers. Only a number that `int` cannot
 /// hold is a `uint`.
 fn of_number(number: &Number) -> Cel {
     match (number.as_i64(), number.as_u64()) {
@@ -166,15 +167,15 @@ type Evaluated<'a> = Result<Val<'a>, Stop>;
 pub struct Evaluation<'a> {
     /// The variables of every condition.
     pub variables: &'a [(&'static str, Val<'a>)],
-    /// Every pattern that the expression names.
+    /// The expression's compiled patterns.
     pub patterns: &'a HashMap<String, Pattern>,
-    /// Variables of the loops around, the innermost last.
+    /// Variables of the enclosing loops, the innermost last.
     pub loops: Vec<(&'a str, Val<'a>)>,
     pub meter: Meter,
 }
 
 impl<'a> Evaluation<'a> {
-    // Expressions nest, and so do these functions: what needs room on the stack is in functions of its own.
+    // Expressions nest and so do these calls, so everything with large locals is in a function of its own.
     pub fn eval(&mut self, expr: &'a IdedExpr) -> Evaluated<'a> {
         self.meter.charge(1)?;
         match &expr.expr {
@@ -185,7 +186,7 @@ impl<'a> Evaluation<'a> {
             Expr::List(list) => self.list(list),
             Expr::Map(map) => self.map(map),
             Expr::Comprehension(each) => self.each(each),
-            Expr::Struct(_) | Expr::Unspecified => failed("conditions make no messages"),
+            Expr::Struct(_) | Expr::Unspecified => failed("conditions cannot create messages"),
         }
     }
 
@@ -202,7 +203,7 @@ impl<'a> Evaluation<'a> {
         let mut fields = HashMap::new();
         for entry in &map.entries {
             let EntryExpr::MapEntry(entry) = &entry.expr else {
-                return failed("this map cannot be made");
+                return failed("this kind of map entry is not supported");
             };
             let Ok(key) = TryInto::<Key>::try_into(self.made(&entry.key)?) else {
                 return failed("a key of a map is neither a string nor a number nor a bool");
@@ -220,7 +221,7 @@ impl<'a> Evaluation<'a> {
         }
     }
 
-    /// The value as one of the crate's, copied.
+    /// Evaluates to a value of the crate, copied from the request where necessary.
     fn made(&mut self, expr: &'a IdedExpr) -> Result<Cel, Stop> {
         let value = self.eval(expr)?;
         self.copied(value)
@@ -228,7 +229,7 @@ impl<'a> Evaluation<'a> {
 
     fn copied(&mut self, value: Val<'a>) -> Result<Cel, Stop> {
         match value {
-            // Cheap to copy, however large: lists, maps and texts of the crate are counted references.
+            // Cheap whatever its size: lists, maps and texts of the crate are counted references.
             Val::Made(value) => self.meter.charge(1).map(|()| value),
             Val::Text(text) => {
                 self.meter.charge(COPY_STEPS)?;
@@ -264,7 +265,8 @@ impl<'a> Evaluation<'a> {
         if let Some((_, value)) = found {
             return Ok(value.clone());
         }
-        // The name of a type, perhaps.
+
+        // It may be the name of a type.
         self.meter.charge(FUNCTION_STEPS)?;
         let ident = IdedExpr { id: 0, expr: Expr::Ident(name.into()) };
         STANDARD
@@ -293,7 +295,7 @@ impl<'a> Evaluation<'a> {
             (op::LOGICAL_OR, [left, right]) => self.logical(left, right, true),
             (op::LOGICAL_NOT, [of]) => self.truth(of).map(|of| truth(!of)),
             (op::NOT_STRICTLY_FALSE, [of]) => self.not_strictly_false(of),
-            // A loop's `@result + [item]`. Nothing else can name the result, so it grows in place.
+            // A loop's `@result + [item]`. Nothing else can name the result, so it is extended in place.
             (op::ADD, [IdedExpr { expr: Expr::Ident(result), .. }, item]) if result.starts_with('@') => {
                 self.append(result, item)
             }
@@ -357,12 +359,13 @@ impl<'a> Evaluation<'a> {
         done.map(Val::Made).map_err(of_crate)
     }
 
-    /// `&&` and `||`: the value that decides alone does so beside an error, too.
+    /// `&&` and `||`. A side that decides alone does so even if the other side is an error.
     fn logical(&mut self, left: &'a IdedExpr, right: &'a IdedExpr, decides: bool) -> Evaluated<'a> {
         let left = self.truth(left);
         if left == Ok(decides) || left == Err(Stop::Spent) {
             return left.map(truth);
         }
+
         let both = match (left, self.truth(right)) {
             (Err(error), Ok(right)) if right != decides => Err(error),
             (Err(error), Err(other)) if other != Stop::Spent => Err(error),
@@ -373,7 +376,7 @@ impl<'a> Evaluation<'a> {
 
     fn equal(&mut self, left: &Val<'a>, right: &Val<'a>) -> Result<bool, Stop> {
         if let (Some(left), Some(right)) = (left.text(), right.text()) {
-            // Texts of different lengths are not looked at.
+            // Texts of different lengths are not compared byte by byte.
             self.meter.text(if left.len() == right.len() { left } else { "" })?;
             return Ok(left == right);
         }
@@ -443,7 +446,7 @@ impl<'a> Evaluation<'a> {
         found.ok_or(Stop::Undefined)
     }
 
-    /// `all`, `exists`, `exists_one`, `map`, `filter`: the parser has made a fold of each.
+    /// `all`, `exists`, `exists_one`, `map`, `filter`: the parser turns each into a fold.
     fn each(&mut self, each: &'a ComprehensionExpr) -> Evaluated<'a> {
         if each.iter_var2.is_some() {
             return failed("a loop has one variable here");
@@ -461,12 +464,13 @@ impl<'a> Evaluation<'a> {
     }
 
     fn fold(&mut self, each: &'a ComprehensionExpr, range: Items<'a>, place: usize) -> Evaluated<'a> {
-        // In `all` and `exists`, a later item may decide in spite of an error.
+        // In `all` and `exists`, a later item may decide the result in spite of an error.
         let decides = match &each.loop_step.expr {
             Expr::Call(call) if call.func_name == op::LOGICAL_AND => Some(false),
             Expr::Call(call) if call.func_name == op::LOGICAL_OR => Some(true),
             _ => None,
         };
+
         let mut pending = None;
         for item in range {
             if !self.truth(&each.loop_cond)? {
@@ -484,13 +488,14 @@ impl<'a> Evaluation<'a> {
                 Err(stop) => pending = Some(stop),
             }
         }
+
         match pending {
             Some(stop) => Err(stop),
             None => self.eval(&each.result),
         }
     }
 
-    /// What a loop goes over: the items of a list, the keys of a map.
+    /// What a loop iterates over: the items of a list, the keys of a map.
     fn items(&mut self, of: Val<'a>) -> Result<Items<'a>, Stop> {
         Ok(match of {
             Val::List(items) => Box::new(items.iter().map(Val::of)),
@@ -511,6 +516,7 @@ impl<'a> Evaluation<'a> {
         for expr in call.target.as_deref().into_iter().chain(&call.args) {
             args.push(self.eval(expr)?);
         }
+
         match (call.func_name.as_str(), args.as_slice()) {
             ("size", [of]) => {
                 let size = match of {
@@ -553,7 +559,7 @@ impl<'a> Evaluation<'a> {
         }
     }
 
-    /// A function of the crate, on copies of its arguments.
+    /// Calls a function of the crate with copies of its arguments.
     fn of_crate(&mut self, call: &CallExpr, args: Vec<Val<'a>>) -> Evaluated<'a> {
         self.meter.charge(FUNCTION_STEPS)?;
         let args = args
@@ -567,12 +573,12 @@ impl<'a> Evaluation<'a> {
     }
 }
 
-// Building a context with the standard functions costs tens of microseconds: there is one a thread.
+// Building a context with the standard functions takes tens of microseconds, so each thread keeps one.
 thread_local! {
     static STANDARD: Context<'static, 'static> = Context::default();
 }
 
-/// Calls a function that the crate knows.
+/// Calls a function of the crate.
 pub fn resolve(name: &str, is_method: bool, args: Vec<Cel>) -> Result<Cel, ExecutionError> {
     STANDARD.with(|standard| {
         let mut scope = standard.new_inner_scope();
@@ -610,7 +616,7 @@ fn field<'a>(of: &Val<'a>, name: &str) -> Evaluated<'a> {
 
 type Items<'a> = Box<dyn Iterator<Item = Val<'a>> + 'a>;
 
-/// The crate's errors carry values of the request, which must not get into logs.
+/// Rewords an error of the crate: its own text contains values of the request, which must not get into logs.
 fn of_crate(error: ExecutionError) -> Stop {
     Stop::Failed(match error {
         ExecutionError::UndeclaredReference(name) => format!("there is no function {name}"),

@@ -1,5 +1,6 @@
-//! Patterns of `matches()`. Their time is bounded by what is counted: each byte of a text is looked at once, by an automaton whose
-//! states are built as texts need them. A text that needs too many of them (`(a|b)*a(a|b){30}` has texts that do) has no answer.
+//! Patterns of `matches()`, in time bounded by the steps charged. Each byte of a text is read once, by an automaton whose
+//! states are built as texts need them. A text that needs too many states, which `(a|b)*a(a|b){30}` can cause, has no
+//! result.
 
 use super::Stop;
 use super::eval::Meter;
@@ -11,9 +12,9 @@ use std::error::Error;
 
 /// Bytes of a compiled pattern. A class such as `\w` has about 100,000 in Unicode.
 const SIZE_MAX: usize = 1024 * 1024;
-/// Bytes of the states of one pattern that are kept from text to text.
+/// Bytes of states that a pattern keeps from one text to the next.
 const STATES_MAX: usize = 128 * 1024;
-/// Bytes of a text that are looked at in a step, and bytes of states that are built in a step.
+/// Bytes of text read, and bytes of states built, that count as one step.
 const TEXT_STEP: usize = 16;
 const STATES_STEP: usize = 16;
 
@@ -27,16 +28,17 @@ impl Pattern {
         let config = DFA::config()
             .cache_capacity(STATES_MAX)
             .skip_cache_capacity_check(true)
-            // Gives up rather than begin anew.
+            // Give up when the cache is full, instead of starting over.
             .minimum_cache_clear_count(Some(0))
             .unicode_word_boundary(true);
+
         let limits = thompson::Config::new().nfa_size_limit(Some(SIZE_MAX));
         let automaton = DFA::builder()
             .configure(config)
             .thompson(limits)
             .build(pattern)
             .map_err(|error| {
-                // The cause says more: where it does not parse, or that it is too large.
+                // The innermost cause says where the pattern does not parse, or that it is too large.
                 let mut cause: &dyn Error = &error;
                 while let Some(deeper) = cause.source() {
                     cause = deeper;
@@ -50,7 +52,8 @@ impl Pattern {
     pub fn is_match(&self, text: &str, meter: &mut Meter) -> Result<bool, Stop> {
         meter.charge(1 + (text.len() / TEXT_STEP) as u64)?;
         let mut cache = self.cache.lock();
-        // Earlier texts may have filled the cache: then once more with an empty one.
+
+        // Earlier texts may have filled the cache, so a second attempt starts with an empty one.
         for _ in 0..2 {
             let before = cache.memory_usage();
             let found = self
@@ -73,7 +76,7 @@ impl Pattern {
 mod tests {
     use super::*;
 
-    /// Within so many steps.
+    /// Matches with a budget of steps.
     fn matches(pattern: &str, text: &str, steps: u64) -> Result<bool, Stop> {
         Pattern::compile(pattern)
             .unwrap_or_else(|e| panic!("{e}"))
@@ -81,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_find_what_they_should() {
+    fn patterns_match() {
         for (pattern, text, expected) in [
             ("^r.*t$", "rust", true),
             ("us", "rust", true),
@@ -103,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_needs_too_many_states_has_no_answer() {
+    fn text_that_needs_too_many_states_spends_all_steps() {
         let mut seed = 1_u64;
         let letters = std::iter::repeat_with(|| {
             seed = seed
@@ -119,7 +122,7 @@ mod tests {
         let most = (text.len() / TEXT_STEP + 2 * STATES_MAX / STATES_STEP + 2) as u64;
         assert!(steps <= most, "{steps} of {most}");
 
-        // The next text is none the worse for it, and what is built once is free the next time.
+        // The next text is not affected, and states that are built already cost nothing.
         let mut meter = Meter { left: 1000 };
         assert_eq!(pattern.is_match("ac", &mut meter), Ok(false));
         let first = meter.left;
