@@ -4,9 +4,9 @@
 //! open for the timeout, then becomes half open: a few calls, the probes, hold a place each. Enough successful probes
 //! close the breaker; one failed probe trips it again.
 //!
-//! The generation counts the trips. A call remembers the generation at which it was let through, which tells the outcome
-//! of a probe from that of a call from before the trip. Within a generation a breaker only moves from open through half
-//! open to closed, so of two routers' views the one with the greater (generation, state) is newer.
+//! The generation counts the trips. A call remembers the generation at which it was let through, which tells the
+//! outcome of a probe from that of a call from before the trip. Within a generation a breaker only moves from open
+//! through half open to closed, so of two routers' views the one with the greater (generation, state) is newer.
 
 use std::collections::{HashMap, VecDeque};
 use wire::policy::CircuitBreaker;
@@ -107,7 +107,8 @@ impl Breaker {
         }
     }
 
-    /// Lets a call through if it may. In a half-open breaker the call then holds a place until it leaves, ends or expires.
+    /// Lets a call through if it may. In a half-open breaker the call then holds a place until it leaves, ends or
+    /// expires.
     pub fn enter(&mut self, holder: &str, rules: &CircuitBreaker, now_ms: u64) -> bool {
         if !self.lets_through(rules, now_ms) {
             return false;
@@ -343,8 +344,8 @@ mod tests {
     }
 
     proptest! {
-        /// In any order of events, a half-open breaker holds exactly the places of the probes in flight, never more than
-        /// allowed. It closes after enough successful probes and trips at the first failed one.
+        /// In any order of events, a half-open breaker holds exactly the places of the probes in flight, never more
+        /// than allowed. It closes after enough successful probes and trips at the first failed one.
         #[test]
         fn places_never_leak(steps in prop::collection::vec((0..400u64, 0..10u8, any::<prop::sample::Index>()), 1..400)) {
             let (mut breaker, mut now_ms) = (Breaker::default(), 0);

@@ -1,8 +1,9 @@
 //! Which providers are eligible now: breakers in two layers, and cool-downs. Sans-IO: time is an argument.
 //!
-//! Each provider has a breaker that all tenants share, with the operator's rules. A policy with its own `circuit_breaker`
-//! has a second breaker for each of its providers. Only tasks that the policy decided feed that breaker, and it keeps the
-//! provider from these tasks only. A provider is eligible if both breakers let a call through and it is not cooling down.
+//! Each provider has a breaker that all tenants share, with the operator's rules. A policy with its own
+//! `circuit_breaker` has a second breaker for each of its providers. Only tasks that the policy decided feed that
+//! breaker, and it keeps the provider from these tasks only. A provider is eligible if both breakers let a call through
+//! and it is not cooling down.
 
 use crate::breaker::{Breaker, Outcome, State, View};
 use parking_lot::Mutex;
@@ -220,8 +221,8 @@ impl Breakers {
         }
     }
 
-    /// Forgets the breakers for which `exists` is false: those of policies that are gone, and of providers that no policy
-    /// names any more.
+    /// Forgets the breakers for which `exists` is false: those of policies that are gone, and of providers that no
+    /// policy names any more.
     pub fn retain(&self, exists: impl Fn(&BreakerStatus) -> bool) {
         let mut table = self.table.lock();
         table

@@ -1,7 +1,7 @@
 //! Decides by policy which provider handles a task, assigns the task to a worker, and records its result.
 //!
-//! A decide request passes through `serve` (the loop), `intake` (validation), `decide` (policy and breakers) and, if the
-//! task is pushed, `tasks`. Results return through `results` and become the outcomes that all routers learn from in
+//! A decide request passes through `serve` (the loop), `intake` (validation), `decide` (policy and breakers) and, if
+//! the task is pushed, `tasks`. Results return through `results` and become the outcomes that all routers learn from in
 //! `outcomes`. [`policy`] is pure; the loops around it own the clock and the bus.
 
 mod backpressure;

@@ -24,8 +24,8 @@ const OF_THE_TASK: [&str; 3] = ["invalid_task", "exit_status", "output"];
 /// Errors of a worker that could not start the task.
 const NOT_STARTED: [&str; 3] = ["spawn_failed", "unknown_provider", "max_deliver"];
 
-/// The one place that decides what counts against a provider. With `client_deadline`, the client set the task's deadline;
-/// otherwise the router did, as a multiple of the provider's expected latency.
+/// The one place that decides what counts against a provider. With `client_deadline`, the client set the task's
+/// deadline; otherwise the router did, as a multiple of the provider's expected latency.
 fn judge(result: &ExecResult, client_deadline: bool) -> Verdict {
     let code = result.error_code.as_deref().unwrap_or_default();
     match result.status {

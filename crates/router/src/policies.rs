@@ -28,7 +28,8 @@ use tokio_util::sync::CancellationToken;
 use wire::policy::{Format, Index, Stored, Tombstone};
 use wire::status::PolicyStatus;
 
-/// How often the directory is polled. Polling sees every editor's way of saving, mounted volumes and swapped links alike.
+/// How often the directory is polled. Polling sees every editor's way of saving, mounted volumes and swapped links
+/// alike.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// Every so many polls, the router also reads what other routers have stored and deleted.
 const LOOKS_PER_INDEX: u64 = 4;

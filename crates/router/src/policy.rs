@@ -1,5 +1,5 @@
-//! A compiled policy, and the decision that it makes for a request. Pure: what is known about providers is an argument, and
-//! the draw is a hash.
+//! A compiled policy, and the decision that it makes for a request. Pure: what is known about providers is an argument,
+//! and the draw is a hash.
 
 mod condition;
 mod rendezvous;
@@ -13,8 +13,8 @@ use wire::router::{Constraints, DecideRequest, Decision, Reason};
 const LATENCY_UNKNOWN_MS: f64 = 1000.0;
 const BREAKER_TIMEOUT_MAX_MS: u64 = 86_400_000;
 /// Steps that all conditions of a policy together may take for one request. Each rule has an equal share, so a request
-/// cannot use up the steps of later rules. The slowest step takes about 40 ns, so all together take less than 5 ms, about
-/// as long as decoding a request of 1 MiB.
+/// cannot use up the steps of later rules. The slowest step takes about 40 ns, so all together take less than 5 ms,
+/// about as long as decoding a request of 1 MiB.
 const STEPS_MAX: u64 = 100_000;
 const RULES_MAX: usize = 500;
 
@@ -148,9 +148,9 @@ impl Compiled {
         self.providers.iter().map(|provider| provider.name.as_str())
     }
 
-    /// Decides which provider handles the request: the first matching rule, else the session's provider, else a weighted
-    /// draw. The draw hashes the request id, so every router makes the same decision, also after a restart, as long as the
-    /// policy and the providers' health stay the same.
+    /// Decides which provider handles the request: the first matching rule, else the session's provider, else a
+    /// weighted draw. The draw hashes the request id, so every router makes the same decision, also after a restart, as
+    /// long as the policy and the providers' health stay the same.
     pub fn decide(&self, request: &DecideRequest, world: &dyn World) -> Result<Decision, Undecided> {
         let mut explanation = Vec::new();
         let constraints = request.constraints.unwrap_or_default();

@@ -58,7 +58,8 @@ async fn handle(router: &Router, delivery: &Delivery) {
         Ok(result) => match record(router, &result, delivery).await {
             Ok(()) => Ok(()),
             Err(error) => {
-                tracing::warn!(%error, request_id = result.request_id, "a result was not recorded; the stream redelivers it");
+                let request_id = &result.request_id;
+                tracing::warn!(%error, request_id, "a result was not recorded; the stream redelivers it");
                 let tries = (delivery.delivered as usize - 1).min(BACKOFF.len() - 1);
                 delivery.nak(BACKOFF[tries]).await
             }

@@ -1,7 +1,7 @@
 //! Pushes tasks: a task is assigned once, however often its request arrives and whatever ends between the steps.
 //!
-//! The task's record is created first, with the assignment's id. A client that repeats the request after a crash makes a
-//! router append the same assignment again, and the stream drops it as a duplicate.
+//! The task's record is created first, with the assignment's id. A client that repeats the request after a crash makes
+//! a router append the same assignment again, and the stream drops it as a duplicate.
 
 use crate::Router;
 use crate::decide::Chosen;

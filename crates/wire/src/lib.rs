@@ -18,13 +18,14 @@ pub mod time;
 pub mod trace;
 pub mod websocket;
 
-/// What is wrong with JSON, without the values that serde quotes: they may be what a person wrote, and this is for logs.
+/// Describes a JSON error for logs, without the values of users that serde quotes.
 pub fn unfit(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    // Of the rest, the place alone; names of missing fields are our own.
+    // Syntax errors and missing fields quote nothing of the input.
     if !error.is_data() || text.starts_with("missing field ") {
         return text;
     }
+
     match text.rsplit_once(", expected ") {
         Some((_, expected)) => format!("a value does not fit, expected {expected}"),
         None => format!("a value does not fit at line {} column {}", error.line(), error.column()),

@@ -158,8 +158,8 @@ pub enum Format {
     Toml,
 }
 
-/// Every policy that there has ever been, by `<tenant>/<policy>`, under [`crate::subjects::POLICIES_INDEX`]. The first router that
-/// finds a policy directory makes it: from then on the built-in policy serves nobody.
+/// Every policy that there has ever been, by `<tenant>/<policy>`, under [`crate::subjects::POLICIES_INDEX`]. The first
+/// router that finds a policy directory makes it: from then on the built-in policy serves nobody.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Index {
     pub policies: BTreeMap<String, Entry>,

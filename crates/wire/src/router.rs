@@ -435,8 +435,8 @@ pub struct Awaited {
 }
 
 impl Awaited {
-    /// Whether output or a result belongs to this task. `None` if that is not known yet: the assignment is not known, and
-    /// a v1 worker need not name the tenant.
+    /// Whether output or a result belongs to this task. `None` if that is not known yet: the assignment is not known,
+    /// and a v1 worker need not name the tenant.
     pub fn owns(&self, assignment_id: &str, tenant_id: Option<&str>) -> Option<bool> {
         match (&self.assignment_id, tenant_id) {
             (Some(ours), _) => Some(ours == assignment_id),

@@ -57,8 +57,8 @@ impl Job<'_> {
     }
 }
 
-/// How long a run may take, and whose limit that is. A provider that exceeds its own limit has failed; one that runs into
-/// a shorter deadline of the assignment has not.
+/// How long a run may take, and whose limit that is. A provider that exceeds its own limit has failed; one that runs
+/// into a shorter deadline of the assignment has not.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Limit {
     /// The provider's own limit ([`ProviderConfig::timeout`]).
@@ -242,8 +242,8 @@ impl Provider {
         }
     }
 
-    /// Runs the job until it ends, `limit` passes or `stop` is cancelled. Processes that it started have ended when this
-    /// returns.
+    /// Runs the job until it ends, `limit` passes or `stop` is cancelled. Processes that it started have ended when
+    /// this returns.
     pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Limit, stop: &CancellationToken) -> Outcome {
         // A command watches the limit and the stop itself: it must end its child process before it returns.
         let mut outcome = if let Work::Command(command) = &self.work {

@@ -253,9 +253,9 @@ async fn fail(
     bus::dead_letter::bury(&worker.bus, delivery, &text).await
 }
 
-/// Attends to an assignment while it runs: makes its record `running` and sends an in-progress ack at every third of the
-/// ack wait, so that the stream does not redeliver it. While the bus is away the run continues: at worst the assignment
-/// runs twice and leaves one result.
+/// Attends to an assignment while it runs: makes its record `running` and sends an in-progress ack at every third of
+/// the ack wait, so that the stream does not redeliver it. While the bus is away the run continues: at worst the
+/// assignment runs twice and leaves one result.
 async fn attend(bus: &Bus, delivery: &Delivery, assignment: &ExecAssignment, stop: &CancellationToken) -> Infallible {
     tokio::time::sleep(RUNNING_AFTER).await;
     if let Err(error) = mark_running(bus, assignment, stop).await {
@@ -293,8 +293,8 @@ async fn mark_running(bus: &Bus, assignment: &ExecAssignment, stop: &Cancellatio
     }
 }
 
-/// The task's record, if it has one for this assignment: an assignment need not have a record, and the record of another
-/// assignment does not concern this one.
+/// The task's record, if it has one for this assignment: an assignment need not have a record, and the record of
+/// another assignment does not concern this one.
 async fn record_of(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Option<Record>> {
     let record = bus::tasks::load(bus, &assignment.tenant_id, &assignment.request_id).await?;
     Ok(record.filter(|record| record.task.assignment_id.as_ref() == Some(&assignment.assignment_id)))

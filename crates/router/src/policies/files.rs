@@ -64,8 +64,8 @@ pub struct File {
     pub stamp: std::result::Result<Stamp, String>,
 }
 
-/// Identifies a file's content: differs whenever the content may differ, also after a swap by `rename` and after a write
-/// that restores the modification time.
+/// Identifies a file's content: differs whenever the content may differ, also after a swap by `rename` and after a
+/// write that restores the modification time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stamp {
     device: u64,
@@ -259,13 +259,14 @@ pub fn names(dir: &Path) -> BTreeSet<Name> {
     look.files.into_keys().chain(look.tombstones.into_keys()).collect()
 }
 
-/// Deletes a policy for good: leaves a tombstone for the routers, then removes the policy's files. Versions that a router
-/// read before `tombstone.deleted_ms` serve no more. Returns the removed files.
+/// Deletes a policy for good: leaves a tombstone for the routers, then removes the policy's files. Versions that a
+/// router read before `tombstone.deleted_ms` serve no more. Returns the removed files.
 pub fn delete(dir: &Path, name: &Name, tombstone: &Tombstone) -> Result<Vec<PathBuf>> {
     let tenant = dir.join(&name.tenant);
     std::fs::create_dir_all(&tenant)?;
 
-    // The tombstone comes first: without it, a missing file would look like an accident, and the policy would still serve.
+    // The tombstone comes first: without it, a missing file would look like an accident, and the policy would still
+    // serve.
     let part = tenant.join(format!(".{}.deleted", name.policy));
     std::fs::write(&part, serde_json::to_vec(tombstone).map_err(Error::other)?)?;
     std::fs::rename(&part, tenant.join(format!("{}.deleted", name.policy)))?;

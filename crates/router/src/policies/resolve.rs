@@ -1,7 +1,8 @@
 //! Decides which version of a policy serves, and what to do about the version that routers share. Pure.
 //!
-//! Policies fail closed: once a tenant has had a policy, its last good version serves or its requests are refused, until
-//! an operator deletes it. An accident (a typo, a vanished file, an unreadable directory) never makes another policy serve.
+//! Policies fail closed: once a tenant has had a policy, its last good version serves or its requests are refused,
+//! until an operator deletes it. An accident (a typo, a vanished file, an unreadable directory) never makes another
+//! policy serve.
 
 use super::files::Name;
 use super::source::Version;

@@ -49,7 +49,8 @@ impl Served {
             Stop::Spent => "takes more steps than a rule may",
         };
         let (tenant, policy) = self.labels.clone();
-        counter!("beamline_router_rule_errors_total", "tenant" => tenant, "policy" => policy, "rule" => rule.to_string())
+        let number = rule.to_string();
+        counter!("beamline_router_rule_errors_total", "tenant" => tenant, "policy" => policy, "rule" => number)
             .increment(1);
 
         let mut failures = self.failures.lock();

@@ -141,8 +141,8 @@ impl Condition {
         }
     }
 
-    /// Whether the condition holds, evaluated in at most so many steps. An undefined variable makes it false and is not an
-    /// error.
+    /// Whether the condition holds, evaluated in at most so many steps. An undefined variable makes it false and is not
+    /// an error.
     pub fn holds(&self, scope: &Scope<'_>, steps: u64) -> Result<bool, Stop> {
         let meter = Meter { left: steps };
         let holds = match self {

@@ -33,8 +33,8 @@ enum End {
 }
 
 impl Command {
-    /// Runs the program until it exits, `limit` passes or `stop` is cancelled. Its whole process group has ended when this
-    /// returns.
+    /// Runs the program until it exits, `limit` passes or `stop` is cancelled. Its whole process group has ended when
+    /// this returns.
     pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Limit, stop: &CancellationToken) -> Outcome {
         let mut child = match self.process(job).spawn() {
             Ok(child) => child,

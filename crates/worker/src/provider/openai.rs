@@ -221,8 +221,8 @@ fn message_of(text: &str) -> String {
     message.chars().take(ERROR_SHOWN_MAX).collect()
 }
 
-/// The cool-down that a busy endpoint asks for, in seconds; `None` if it is not busy. 429 always means busy, 503 only with
-/// `Retry-After`, which is a number of seconds or a date (RFC 9110, 10.2.3).
+/// The cool-down that a busy endpoint asks for, in seconds; `None` if it is not busy. 429 always means busy, 503 only
+/// with `Retry-After`, which is a number of seconds or a date (RFC 9110, 10.2.3).
 fn cool_down(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option<u64> {
     let given = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
     let seconds = given.map(str::trim).and_then(|text| {

@@ -1,9 +1,9 @@
 //! Evaluates CEL expressions over a request and counts the steps: an evaluation that needs more steps than it may take
 //! ends with [`Stop::Spent`].
 //!
-//! The crate `cel` parses, and computes arithmetic and functions of single values. Everything that can take long (loops,
-//! searching and comparing lists and texts, patterns) is done here, on the request's own JSON, so values are copied only
-//! when they are needed.
+//! The crate `cel` parses, and computes arithmetic and functions of single values. Everything that can take long
+//! (loops, searching and comparing lists and texts, patterns) is done here, on the request's own JSON, so values are
+//! copied only when they are needed.
 
 use super::pattern::Pattern;
 use cel::common::ast::operators as op;
@@ -141,8 +141,8 @@ impl<'a> Val<'a> {
     }
 }
 
-/// Integers are `int`, like literals, so that `metadata.tokens / 1000` divides integers. Only a number that `int` cannot
-/// hold is a `uint`.
+/// Integers are `int`, like literals, so that `metadata.tokens / 1000` divides integers. Only a number that `int`
+/// cannot hold is a `uint`.
 fn of_number(number: &Number) -> Cel {
     match (number.as_i64(), number.as_u64()) {
         (Some(int), _) => Cel::Int(int),

@@ -1,6 +1,6 @@
-//! Patterns of `matches()`, in time bounded by the steps charged. Each byte of a text is read once, by an automaton whose
-//! states are built as texts need them. A text that needs too many states, which `(a|b)*a(a|b){30}` can cause, has no
-//! result.
+//! Patterns of `matches()`, in time bounded by the steps charged. Each byte of a text is read once, by an automaton
+//! whose states are built as texts need them. A text that needs too many states, which `(a|b)*a(a|b){30}` can cause,
+//! has no result.
 
 use super::Stop;
 use super::eval::Meter;
