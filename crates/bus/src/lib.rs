@@ -134,8 +134,8 @@ pub trait BusApi: Send + Sync + 'static {
     /// Makes several writes in this order.
     ///
     /// The embedded bus commits all of them together, or none. Over [`nats`], a write starts once the one before is
-    /// acknowledged, except that neighbouring puts are made at the same time; the first failure ends them. So put them in
-    /// an order in which what a crash leaves is safe to repeat. A batch must not put one key twice.
+    /// acknowledged, except that neighbouring puts are made at the same time; the first failure ends them. So put them
+    /// in an order in which what a crash leaves is safe to repeat. A batch must not put one key twice.
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete>;
 
     /// Opens a durable consumer. Consumers with the same name share its messages.
@@ -144,8 +144,8 @@ pub trait BusApi: Send + Sync + 'static {
     /// The size of a stream and the backlog of each of its consumers.
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo>;
 
-    /// Creates a durable key-value bucket whose entries live `max_age` after their last write, for ever if there is none.
-    /// Safe to repeat.
+    /// Creates a durable key-value bucket whose entries live `max_age` after their last write, for ever if there is
+    /// none. Safe to repeat.
     async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()>;
 
     /// Stores a value and returns its revision. With `expected`, only if the entry is at that revision (0: does not

@@ -40,8 +40,8 @@ pub struct Local {
 }
 
 impl Local {
-    /// Opens the bus in the directory `dir`. Only one process may use it at a time. Acknowledged writes survive the death of
-    /// the process.
+    /// Opens the bus in the directory `dir`. Only one process may use it at a time. Acknowledged writes survive the
+    /// death of the process.
     pub async fn open(dir: &Path) -> Result<Bus> {
         Self::open_with(dir, Durability::Process).await
     }

@@ -73,7 +73,8 @@ impl Client {
         Ok(Self { requests, tenant: None })
     }
 
-    /// The same connection, for the tasks of this tenant. Without one, the gateway's settings say whose tasks are meant.
+    /// The same connection, for the tasks of this tenant. Without one, the gateway's settings say whose tasks are
+    /// meant.
     #[must_use]
     pub fn of_tenant(&self, tenant: &str) -> Self {
         Self { requests: self.requests.clone(), tenant: Some(tenant.into()) }

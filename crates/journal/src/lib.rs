@@ -35,7 +35,8 @@ pub enum Error {
     #[error("{path} is in use by another process; stop it or use another data directory", path = .0.display())]
     InUse(PathBuf),
     #[error(
-        "{path} is damaged: {what}; restore it from a backup, or move it away to start empty (what it holds is lost then)",
+        "{path} is damaged: {what}; restore it from a backup, or move it away to start empty \
+         (what it holds is lost then)",
         path = path.display()
     )]
     Damaged { path: PathBuf, what: String },

@@ -1,15 +1,16 @@
 //! An append-only log of groups in one SQLite file, with a snapshot so that opening it stays short.
 //!
-//! The owner keeps its state in memory and describes each change as bytes. A *group* is what one commit adds: one row, with a
-//! checksum, numbered without gaps. A *snapshot* is the state written out in parts, a part with each of many commits, while
-//! changes go on. It is therefore not the state of one moment: its owner replays every group that came after the snapshot
-//! *began*, so changes must be absolute ("key k is now v"), and applying one again must change nothing.
+//! The owner keeps its state in memory and describes each change as bytes. A *group* is what one commit adds: one row,
+//! with a checksum, numbered without gaps. A *snapshot* is the state written out in parts, a part with each of many
+//! commits, while changes go on. It is therefore not the state of one moment: its owner replays every group that came
+//! after the snapshot *began*, so changes must be absolute ("key k is now v"), and applying one again must change
+//! nothing.
 //!
-//! Rows are also where values live: the owner remembers a [`Place`] and reads it back when it needs it, and says which rows
-//! hold nothing that it still needs.
+//! Rows are also where values live: the owner remembers a [`Place`] and reads it back when it needs it, and says which
+//! rows hold nothing that it still needs.
 //!
-//! SQLite brings the crash safety: a commit is whole or absent. What it cannot tell is damage to rows that were once whole;
-//! checksums and the unbroken numbering find that, and the log refuses to open.
+//! SQLite brings the crash safety: a commit is whole or absent. What it cannot tell is damage to rows that were once
+//! whole; checksums and the unbroken numbering find that, and the log refuses to open.
 
 use crate::{Error, Result, lock};
 use bytes::Bytes;
@@ -24,7 +25,8 @@ use std::time::Duration;
 
 /// After this many bytes the background thread moves the write-ahead log into the database.
 const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
-/// A write-ahead log of more pages (4 KiB each) is finished by the writer: under constant load the thread never catches up.
+/// A write-ahead log of more pages (4 KiB each) is finished by the writer: under constant load the thread never catches
+/// up.
 const WAL_PAGES_MAX: u64 = 16 * 1024;
 /// The write-ahead log's file shrinks to this when it is restarted.
 const WAL_BYTES_KEPT: i64 = 16 * 1024 * 1024;
@@ -41,7 +43,8 @@ CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) 
 /// What an acknowledged commit survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Durability {
-    /// The death of the process: a commit was handed to the kernel. A power cut may take the last commits, never part of one.
+    /// The death of the process: a commit was handed to the kernel. A power cut may take the last commits, never part
+    /// of one.
     #[default]
     Process,
     /// A power cut: a commit waits until the disk has it.
@@ -306,7 +309,8 @@ impl Log {
         Ok(())
     }
 
-    /// The background thread moves the write-ahead log into the database; where it cannot keep up, the writer waits for the rest.
+    /// The background thread moves the write-ahead log into the database; where it cannot keep up, the writer waits for
+    /// the rest.
     fn keep_wal_short(&mut self, written: usize) {
         self.since_checkpoint += written;
         if self.wal_pages.load(Relaxed) > WAL_PAGES_MAX {
@@ -314,7 +318,8 @@ impl Log {
                 .writer
                 .query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
             if let Err(error) = restarted {
-                tracing::warn!(%error, path = %self.path.display(), "cannot restart the write-ahead log; trying again later");
+                let path = self.path.display();
+                tracing::warn!(%error, %path, "cannot restart the write-ahead log; trying again later");
             }
             self.wal_pages.store(0, Relaxed);
         } else if self.since_checkpoint > CHECKPOINT_BYTES

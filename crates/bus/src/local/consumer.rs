@@ -79,7 +79,8 @@ async fn pump(
                 }
             }
             Err(error) => {
-                tracing::error!(%error, stream = consumer.config.stream, "cannot claim messages from the stream; retrying");
+                let stream = consumer.config.stream;
+                tracing::error!(%error, stream, "cannot claim messages from the stream; retrying");
                 Duration::from_secs(1)
             }
         };

@@ -1,4 +1,5 @@
-//! The embedded bus's engine: one thread owns the state of all streams, consumers and buckets, and the log that keeps it.
+//! The embedded bus's engine: one thread owns the state of all streams, consumers and buckets, and the log that keeps
+//! it.
 //!
 //! Operations that arrive while a commit runs share the next one. An answer leaves after the commit that holds its
 //! operation. Reads are operations too, so nobody sees what a crash could still undo.
@@ -178,7 +179,8 @@ impl Engine {
         }
     }
 
-    /// Commits the group, and with it a part of the upkeep: a snapshot goes on, dead rows go, sparse ones are rewritten.
+    /// Commits the group, and with it a part of the upkeep: a snapshot goes on, dead rows go, sparse ones are
+    /// rewritten.
     fn write(&mut self, mut group: Group) -> Result<()> {
         let Some(values) = &mut self.values else { return Ok(()) };
         self.state.flush_cursors(&mut group);
@@ -218,7 +220,8 @@ impl Engine {
 
     /// The state is ahead of the log now: nothing is answered from it any more.
     fn fail(&mut self, error: &Error) {
-        tracing::error!(%error, path = %self.path.display(), "the bus cannot write; it refuses everything until it can");
+        let path = self.path.display();
+        tracing::error!(%error, %path, "the bus cannot write; it refuses every operation until it can");
         *self.shared.failure.lock() = Some(format!("the bus cannot write to {}: {error}", self.path.display()));
         self.values = None;
         self.snapshot = None;

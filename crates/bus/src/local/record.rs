@@ -1,8 +1,8 @@
-//! What the embedded bus writes to its log. Every record says how things are, not how they change, so replaying one twice
-//! changes nothing.
+//! What the embedded bus writes to its log. Every record says how things are, not how they change, so replaying one
+//! twice changes nothing.
 //!
-//! In a group, a record stands behind its length, and a value behind its record: `u32 length · record · u32 length · value`,
-//! little-endian; a length of 0 means that the record has no value.
+//! In a group, a record stands behind its length, and a value behind its record: `u32 length · record · u32 length ·
+//! value`, little-endian; a length of 0 means that the record has no value.
 
 use crate::{Headers, Message};
 use bytes::{Buf, BufMut, Bytes};
@@ -176,7 +176,7 @@ pub struct SeenRecord {
     pub at_ms: u64,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct PlaceRecord {
     #[prost(uint64, tag = "1")]
     pub row: u64,

@@ -1,7 +1,8 @@
-//! Streams, consumers and buckets in memory; values (messages, entries) lie in the log and are known here by their place.
+//! Streams, consumers and buckets in memory; values (messages, entries) lie in the log and are known here by their
+//! place.
 //!
-//! Sans-IO: time is an argument, and every change is described in a [`Group`] for the log. [`State::apply`] takes the same
-//! records back when the log is opened.
+//! Sans-IO: time is an argument, and every change is described in a [`Group`] for the log. [`State::apply`] takes the
+//! same records back when the log is opened.
 
 mod consumer;
 mod seen;
@@ -287,8 +288,8 @@ impl State {
         Ok(())
     }
 
-    /// Hands out up to `max` messages for `ack_wait`: those due for redelivery, then new ones. `clock_ms` never goes back.
-    /// With them, the time at which the next one is due, if nothing happens before.
+    /// Hands out up to `max` messages for `ack_wait`: those due for redelivery, then new ones. `clock_ms` never goes
+    /// back. With them, the time at which the next one is due, if nothing happens before.
     pub fn claim(
         &mut self,
         group: &mut Group,

@@ -77,8 +77,8 @@ impl Store {
         millis(self.opened.elapsed()) + 1
     }
 
-    /// Runs `operation` in the next commit and returns its answer once that is done. Dropping the future does not undo an
-    /// operation that was queued.
+    /// Runs `operation` in the next commit and returns its answer once that is done. Dropping the future does not undo
+    /// an operation that was queued.
     async fn run<T: Send + 'static>(
         &self,
         operation: impl FnOnce(&mut State, &mut Group) -> Result<T> + Send + 'static,
@@ -251,8 +251,8 @@ impl Store {
         .await
     }
 
-    /// Whether the engine answers. After a failed commit it does not, until the log is open again; a disk that fills up is
-    /// noticed by the next write.
+    /// Whether the engine answers. After a failed commit it does not, until the log is open again; a disk that fills up
+    /// is noticed by the next write.
     pub async fn health(&self) -> Result<()> {
         self.run(|_, _| Ok(())).await
     }
@@ -263,7 +263,8 @@ impl Store {
         self.run_then(|_, _| Ok(()), |(), values| values.give_back()).await
     }
 
-    /// Notes in the log how far consumers have got, if that has changed: so that what a crash interrupts counts as delivered.
+    /// Notes in the log how far consumers have got, if that has changed: so that what a crash interrupts counts as
+    /// delivered.
     pub async fn flush_cursors(&self) -> Result<()> {
         if !self.shared.unflushed.swap(false, Relaxed) {
             return Ok(());

@@ -1,5 +1,5 @@
-//! Key-value buckets over the connection's own inbox: a call that times out leaves nothing behind, and a lost connection
-//! fails the calls in flight at once.
+//! Key-value buckets over the connection's own inbox: a call that times out leaves nothing behind, and a lost
+//! connection fails the calls in flight at once.
 //!
 //! A bucket is the stream `KV_<bucket>` with one subject for each key; an entry's revision is its sequence.
 

@@ -286,8 +286,8 @@ impl Pump {
                     tracing::error!(stream = self.config.stream, "message without JetStream metadata ignored");
                     continue;
                 };
-                // Only this task fills the queue, and it requested no more than fits. A `send` could be cancelled while it
-                // waits for the scheduler, and the message would come back only after its ack wait.
+                // Only this task fills the queue, and it requested no more than fits. A `send` could be cancelled while
+                // it waits for the scheduler, and the message would come back only after its ack wait.
                 match self.sender.try_send(delivery) {
                     Ok(()) => {}
                     Err(TrySendError::Full(delivery)) => crate::give_back(&delivery).await,

@@ -219,8 +219,8 @@ pub async fn closed_consumer_returns_undelivered_messages(bus: Bus) {
     let mut others = BTreeSet::new();
     soon(async {
         while others.len() < 4 {
-            // On a starved machine the close gives up on its naks, and the messages come after their ack wait: in that time
-            // the one that was taken must not come, too.
+            // On a starved machine the close gives up on its naks, and the messages come after their ack wait: in that
+            // time the one that was taken must not come, too.
             taken.in_progress().await.unwrap();
             let Ok(delivery) = timeout(Duration::from_secs(2), second.next()).await else {
                 continue;

@@ -66,9 +66,8 @@ impl Report {
 
     pub fn markdown(&self) -> String {
         let mut text = String::from(
-            "# Benchmarks\n\nWritten by `make bench`: each figure beside a peer's from the same run. A ratio above 1 is good \
-             for rates, below 1 \
-             for times and bytes.\n\n",
+            "# Benchmarks\n\nWritten by `make bench`: each figure beside a peer's from the same run. \
+             A ratio above 1 is good for rates, below 1 for times and bytes.\n\n",
         );
         let _ = writeln!(text, "- commit: {}", output("git", &["describe", "--always", "--dirty"]));
         let _ = writeln!(text, "- date: {}", output("date", &["-u", "+%F %H:%M UTC"]));

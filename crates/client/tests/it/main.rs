@@ -16,7 +16,8 @@ use worker::{Kind, ProviderConfig};
 /// The deadline for anything that must happen.
 const SOON: Duration = Duration::from_secs(20);
 
-const POLICY: &str = r#"{"version": "e2e", "providers": [{"name": "echo", "weight": 1}, {"name": "sh", "weight": 0}, {"name": "nobody", "weight": 0}],
+const POLICY: &str = r#"{"version": "e2e",
+    "providers": [{"name": "echo", "weight": 1}, {"name": "sh", "weight": 0}, {"name": "nobody", "weight": 0}],
     "rules": [{"when": "task.type == 'program'", "to": "sh"}, {"when": "task.type == 'lost'", "to": "nobody"}]}"#;
 
 /// All parts in one process. The provider `sh` prints "one", waits for the file `go` and prints "two".
@@ -82,7 +83,10 @@ impl Deployment {
 }
 
 fn submit(id: &str, task_type: &str, wait: &str) -> Value {
-    json!({"command": "task_submit", "task_type": task_type, "request_id": id, "wait": wait, "params": {"prompt": "say it again"}})
+    json!({
+        "command": "task_submit", "task_type": task_type, "request_id": id, "wait": wait,
+        "params": {"prompt": "say it again"},
+    })
 }
 
 /// The IPC error code, and the router's code and HTTP status if the router refused the request.
@@ -300,7 +304,8 @@ async fn concurrent_requests_receive_their_own_results() {
     let many = (0..100).map(|n| {
         let client = client.clone();
         async move {
-            let task = json!({"command": "task_submit", "task_type": "t", "wait": "result", "params": {"prompt": format!("p{n}")}});
+            let params = json!({"prompt": format!("p{n}")});
+            let task = json!({"command": "task_submit", "task_type": "t", "wait": "result", "params": params});
             assert_eq!(client.submit(&task).await.unwrap()["output"]["text"], format!("p{n}"));
         }
     });

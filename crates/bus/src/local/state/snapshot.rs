@@ -1,7 +1,10 @@
-//! The state as records: written out in parts while it changes, and put together again from them and the groups behind them.
+//! The state as records: written out in parts while it changes, and put together again from them and the groups behind
+//! them.
 
 use super::{Bucket, Entry, State, StoredAt, Stream};
-use crate::local::record::{ConsumerRecord, EntryRecord, Group, Kind, MessageRecord, SeenRecord, StreamRecord, each};
+use crate::local::record::{
+    ConsumerRecord, EntryRecord, Group, Kind, MessageRecord, RemovedRecord, SeenRecord, StreamRecord, each,
+};
 use bytes::Bytes;
 use journal::Place;
 use std::collections::BTreeMap;
@@ -120,84 +123,68 @@ impl State {
     fn apply_one(&mut self, kind: Kind, place: Option<Place>) {
         match kind {
             Kind::Stream(record) => {
-                let stream = self.streams.entry(record.stream).or_default();
+                let stream = self.stream(record.stream);
                 stream.last = stream.last.max(record.last);
             }
             Kind::Message(record) => {
-                let Some(place) = place.or(record.place.map(Place::from)) else {
-                    return;
-                };
-                let stream = self.streams.entry(record.stream).or_default();
-                stream.last = stream.last.max(record.sequence);
-                if let Some(id) = id_of(&record.id_hash) {
-                    stream.seen.insert(id, record.sequence, record.stored_ms);
-                }
-                let subject = stream.interned(&record.subject.into());
-                stream
-                    .messages
-                    .insert(record.sequence, StoredAt { place, stored_ms: record.stored_ms, subject });
+                let place = place.or(record.place.map(Place::from));
+                self.stream(record.stream.clone()).apply_message(record, place);
             }
+            Kind::Seen(record) => {
+                if let Some(id) = id_of(&record.id_hash) {
+                    let stream = self.stream(record.stream);
+                    stream.seen.insert(id, record.sequence, record.at_ms);
+                }
+            }
+            Kind::Dropped(record) => {
+                let stream = self.stream(record.stream);
+                stream.messages = stream.messages.split_off(&(record.up_to + 1));
+            }
+
             Kind::Consumer(record) => {
-                let stream = self.streams.entry(record.stream).or_default();
-                let consumer = stream.consumers.entry(record.name).or_default();
+                let consumer = self.stream(record.stream).consumers.entry(record.name).or_default();
                 consumer.filter = record.filter;
                 consumer.restore(record.next, record.out.into_iter().zip(record.delivered));
             }
             Kind::Cursor(record) => {
-                let stream = self.streams.entry(record.stream).or_default();
-                stream
-                    .consumers
-                    .entry(record.consumer)
-                    .or_default()
-                    .replay_cursor(record.next, &stream.messages);
+                let stream = self.stream(record.stream);
+                let consumer = stream.consumers.entry(record.consumer).or_default();
+                consumer.replay_cursor(record.next, &stream.messages);
             }
             Kind::Delivered(record) => {
-                let stream = self.streams.entry(record.stream).or_default();
-                let consumer = stream.consumers.entry(record.consumer).or_default();
+                let consumer = self.stream(record.stream).consumers.entry(record.consumer).or_default();
                 consumer.replay_delivered(record.sequence, record.delivered);
             }
             Kind::Settled(record) => {
-                let stream = self.streams.entry(record.stream).or_default();
-                stream
-                    .consumers
-                    .entry(record.consumer)
-                    .or_default()
-                    .settled(record.sequence);
+                let stream = self.stream(record.stream);
+                let consumer = stream.consumers.entry(record.consumer).or_default();
+                consumer.settled(record.sequence);
                 if record.removes {
                     stream.messages.remove(&record.sequence);
                 }
             }
-            Kind::Dropped(record) => {
-                let stream = self.streams.entry(record.stream).or_default();
-                stream.messages = stream.messages.split_off(&(record.up_to + 1));
-            }
+
             Kind::Entry(record) => {
-                let Some(place) = place.or(record.place.map(Place::from)) else {
-                    return;
-                };
+                let place = place.or(record.place.map(Place::from));
                 self.revision = self.revision.max(record.revision);
-                let bucket = self.buckets.entry(record.bucket).or_default();
-                if bucket.revision_of(&record.key) <= record.revision {
-                    bucket.put(&record.key, Entry { place, revision: record.revision, at_ms: record.at_ms });
-                }
+                self.buckets
+                    .entry(record.bucket.clone())
+                    .or_default()
+                    .apply_entry(&record, place);
             }
             Kind::Removed(record) => {
                 self.revision = self.revision.max(record.revision);
-                let bucket = self.buckets.entry(record.bucket).or_default();
-                if bucket.revision_of(&record.key) <= record.revision
-                    && let Some(entry) = bucket.entries.remove(&*record.key)
-                {
-                    bucket.order.remove(&entry.revision);
-                }
+                self.buckets
+                    .entry(record.bucket.clone())
+                    .or_default()
+                    .apply_removed(&record);
             }
             Kind::Revision(last) => self.revision = self.revision.max(last),
-            Kind::Seen(record) => {
-                if let Some(id) = id_of(&record.id_hash) {
-                    let stream = self.streams.entry(record.stream).or_default();
-                    stream.seen.insert(id, record.sequence, record.at_ms);
-                }
-            }
         }
+    }
+
+    fn stream(&mut self, name: String) -> &mut Stream {
+        self.streams.entry(name).or_default()
     }
 
     /// After a replay: counts what is there, over the rows that the log has. A live value without its row is damage.
@@ -280,6 +267,38 @@ impl Bucket {
 fn following<'a, T>(map: &'a BTreeMap<String, T>, after: Option<&str>) -> Option<(&'a String, &'a T)> {
     let from = after.map_or(Unbounded, Excluded);
     map.range::<str, _>((from, Unbounded)).next()
+}
+
+impl Stream {
+    /// A message without a place has its value in no row that the log still has.
+    fn apply_message(&mut self, record: MessageRecord, place: Option<Place>) {
+        let Some(place) = place else { return };
+        self.last = self.last.max(record.sequence);
+        if let Some(id) = id_of(&record.id_hash) {
+            self.seen.insert(id, record.sequence, record.stored_ms);
+        }
+        let subject = self.interned(&record.subject.into());
+        let stored = StoredAt { place, stored_ms: record.stored_ms, subject };
+        self.messages.insert(record.sequence, stored);
+    }
+}
+
+impl Bucket {
+    fn apply_entry(&mut self, record: &EntryRecord, place: Option<Place>) {
+        let Some(place) = place else { return };
+        // A snapshot may hold a newer entry than the group that is replayed after it.
+        if self.revision_of(&record.key) <= record.revision {
+            self.put(&record.key, Entry { place, revision: record.revision, at_ms: record.at_ms });
+        }
+    }
+
+    fn apply_removed(&mut self, record: &RemovedRecord) {
+        if self.revision_of(&record.key) <= record.revision
+            && let Some(entry) = self.entries.remove(&*record.key)
+        {
+            self.order.remove(&entry.revision);
+        }
+    }
 }
 
 fn id_of(bytes: &[u8]) -> Option<u128> {

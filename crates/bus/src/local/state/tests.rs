@@ -149,6 +149,39 @@ fn declare(state: &mut State, group: &mut Group) {
     state.consumer(group, &consumer("log", "some", Some("log.a"))).unwrap();
 }
 
+/// A batch is atomic: refused, it changes nothing; accepted, it holds all of its steps.
+fn write_batch(
+    state: &mut State,
+    group: &mut Group,
+    disk: &Disk,
+    consumer: ConsumerConfig,
+    which: u8,
+    settled: Option<u64>,
+    now: u64,
+) -> Result<(), TestCaseError> {
+    let before = format!("{:?}", seen_by_users(state, disk, now));
+    let message = Message { subject: format!("{}.a", consumer.stream).into(), ..Message::default() };
+    let mut batch = vec![
+        Step::Append { stream: consumer.stream, message: NewMessage::new(&message, None) },
+        Step::Put {
+            bucket: "B".into(),
+            key: (which % 7).to_string(),
+            value: "b".into(),
+            expected: which.is_multiple_of(3).then_some(0),
+        },
+    ];
+    batch.extend(settled.map(|sequence| Step::Ack { consumer: consumer.into(), sequence }));
+
+    match state.write(group, &batch, now, now) {
+        Ok(taken) => prop_assert_eq!(taken.len(), batch.len()),
+        Err(_) => {
+            prop_assert!(group.is_empty());
+            prop_assert_eq!(before, format!("{:?}", seen_by_users(state, disk, now)));
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
@@ -164,7 +197,8 @@ proptest! {
         for (action, which, ms) in steps {
             now += ms;
             let mut group = Group::new(disk.last + 1);
-            let of = [("work", "w", None), ("log", "all", None), ("log", "some", Some("log.a"))][usize::from(which) % 3];
+            let consumers = [("work", "w", None), ("log", "all", None), ("log", "some", Some("log.a"))];
+            let of = consumers[usize::from(which) % 3];
             let config = consumer(of.0, of.1, of.2);
             match action {
                 0..=3 => {
@@ -173,7 +207,8 @@ proptest! {
                     let message = Message { subject: subject.into(), payload, ..Message::default() };
                     let id = which.to_string();
                     // A full work queue refuses.
-                    let _ = state.append(&mut group, of.0, &NewMessage::new(&message, (which > 20).then_some(id.as_str())), now);
+                    let new = NewMessage::new(&message, (which > 20).then_some(id.as_str()));
+                    let _ = state.append(&mut group, of.0, &new, now);
                 }
                 4 | 5 => {
                     let (claimed, _) = state.claim(&mut group, &config, usize::from(which) % 5 + 1, now).unwrap();
@@ -192,23 +227,8 @@ proptest! {
                     state.kv_put(&mut group, "B", &key, &vec![which; usize::from(which)], None, now).unwrap();
                 }
                 10 | 11 => {
-                    // Atomic: a refused batch changes nothing, an accepted one holds all of its steps.
-                    let before = format!("{:?}", seen_by_users(&state, &disk, now));
-                    let message = Message { subject: format!("{}.a", of.0).into(), ..Message::default() };
-                    let expected = (which % 3 == 0).then_some(0);
                     let taken = taken.entry(of.1).or_default();
-                    let mut batch = vec![
-                        Step::Append { stream: of.0, message: NewMessage::new(&message, None) },
-                        Step::Put { bucket: "B".into(), key: (which % 7).to_string(), value: "b".into(), expected },
-                    ];
-                    batch.extend(taken.pop().map(|sequence| Step::Ack { consumer: config.into(), sequence }));
-                    match state.write(&mut group, &batch, now, now) {
-                        Ok(written) => prop_assert_eq!(written.len(), batch.len()),
-                        Err(_) => {
-                            prop_assert!(group.is_empty());
-                            prop_assert_eq!(before, format!("{:?}", seen_by_users(&state, &disk, now)));
-                        }
-                    }
+                    write_batch(&mut state, &mut group, &disk, config, which, taken.pop(), now)?;
                 }
                 12 => while state.prune(&mut group, now) {},
                 _ if disk.open.is_none() => disk.open = Some((disk.last, Vec::new(), Cursor::Start)),
