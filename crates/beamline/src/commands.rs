@@ -1,6 +1,6 @@
 //! The subcommands besides `up` and `config`.
 
-pub mod keys;
+pub mod credentials;
 pub mod policy;
 pub mod soak;
 pub mod submit;

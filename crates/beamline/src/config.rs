@@ -5,12 +5,12 @@
 //!
 //! A new setting is a row in `config/keys.rs` and a line in `config/settings.rs`.
 
+mod cross_checks;
 mod file;
 mod keys;
 mod layers;
 mod namespaces;
 mod problems;
-mod relations;
 mod renew;
 mod roles;
 mod settings;
@@ -38,12 +38,12 @@ pub fn load(layers: &Layers) -> Result<Settings, Problems> {
 /// Turns tables into typed settings, unless there are `problems` already or the tables add some.
 fn typed(tables: Tables, mut problems: Problems) -> Result<Settings, Problems> {
     let mut settings = Settings::new(tables, &mut problems);
-    relations::check(&settings, &mut problems);
+    cross_checks::check(&settings, &mut problems);
 
     if !problems.0.is_empty() {
         return Err(problems);
     }
-    settings.warnings.extend(relations::warnings(&settings));
+    settings.warnings.extend(cross_checks::warnings(&settings));
     Ok(settings)
 }
 

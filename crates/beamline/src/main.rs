@@ -1,7 +1,6 @@
 //! `beamline`: carries a message from a program to a person and back.
 
 mod activation;
-mod alive;
 mod cli;
 mod commands;
 mod config;
@@ -15,6 +14,7 @@ mod metrics;
 mod notify;
 mod proxies;
 mod secrets;
+mod self_check;
 mod wiring;
 
 use clap::Parser;
@@ -44,8 +44,8 @@ fn run(command: cli::Command) -> anyhow::Result<()> {
         cli::Command::Up(setting) => up(setting),
         cli::Command::Submit(args) => in_runtime(commands::submit::submit(args)),
         cli::Command::Ping(args) => in_runtime(commands::submit::ping(args)),
-        cli::Command::Token(args) => commands::keys::token(args),
-        cli::Command::ApiKey(args) => commands::keys::api_key(args),
+        cli::Command::Token(args) => commands::credentials::token(args),
+        cli::Command::ApiKey(args) => commands::credentials::api_key(args),
         cli::Command::User(cli::User::Add { name, data_dir }) => in_runtime(commands::user::add(name, data_dir)),
         cli::Command::Policy(cli::Policy::Lint { dir }) => commands::policy::lint(dir),
         cli::Command::Policy(cli::Policy::Delete { name, policies, vanished }) => {

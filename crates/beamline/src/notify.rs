@@ -27,7 +27,7 @@ pub fn status(text: &str) {
     send(&[NotifyState::Status(text)]);
 }
 
-/// Reports twice per `WatchdogSec=` that the process is alive, each time after `alive` has checked it. The service
+/// Reports twice per `WatchdogSec=` that the process is alive, each time after `self_check` has passed. The service
 /// manager restarts a process that stops reporting.
 pub async fn watchdog<F: Future<Output = Result<(), String>>>(alive: impl Fn() -> F) -> Infallible {
     let Some(patience) = sd_notify::watchdog_enabled() else {

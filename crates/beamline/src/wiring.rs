@@ -13,7 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 mod announce;
-pub mod parts;
+pub mod bind;
 mod reload;
 mod stages;
 mod start;

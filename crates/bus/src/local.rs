@@ -2,11 +2,11 @@
 
 mod consumer;
 mod engine;
+mod migrate;
 mod record;
 mod state;
 mod store;
 pub(crate) mod subjects;
-mod takeover;
 
 use crate::{
     Acker, Appended, Bus, BusApi, Consumer, ConsumerConfig, Delivery, Error, Headers, Incomplete, Message, Result,

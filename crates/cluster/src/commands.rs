@@ -7,8 +7,8 @@ mod subscriptions;
 pub use subscriptions::{expire, leave_all};
 
 use crate::Node;
-use crate::authorize::Denied;
 use crate::client::{Client, Outbox, frame};
+use crate::permissions::Denied;
 use crate::session::{Outcome, Transport};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, OnceLock};

@@ -4,7 +4,7 @@ pub mod memory;
 pub mod redis;
 
 use crate::Rules;
-use crate::authorize::Denied;
+use crate::permissions::Denied;
 use async_trait::async_trait;
 use std::collections::BTreeMap;
 use std::sync::Arc;

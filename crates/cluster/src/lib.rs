@@ -3,7 +3,6 @@
 //! A connection is one task ([`session`]). The [`hub`] knows which clients of this node follow which channel, and
 //! delivers to them. An [`engine`] keeps the histories and carries publications between nodes.
 
-mod authorize;
 mod bus_api;
 mod client;
 mod commands;
@@ -11,6 +10,7 @@ mod engine;
 mod hub;
 mod node;
 mod operations;
+mod permissions;
 mod place;
 mod ready;
 mod rules;

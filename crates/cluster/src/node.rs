@@ -1,9 +1,9 @@
 //! The state that all connections of a node share, and what the node does with it.
 
-use crate::authorize::Denied;
 use crate::client::Client;
 use crate::engine::Engine;
 use crate::hub::Hub;
+use crate::permissions::Denied;
 use crate::status::Stats;
 use crate::token::Tokens;
 use crate::{Config, Rules};

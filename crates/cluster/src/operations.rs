@@ -1,7 +1,7 @@
 //! The operations of the channels API, which other parts ask for over the bus and programs over HTTP.
 
 use crate::Node;
-use crate::authorize::Denied;
+use crate::permissions::Denied;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bus::Message;

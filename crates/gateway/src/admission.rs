@@ -1,7 +1,7 @@
 //! Who may use the gateway, for which tenants, and how much of it at once.
 
 use crate::Config;
-use crate::budget::Budget;
+use crate::byte_budget::Budget;
 use crate::in_flight::{Full, Place, Places};
 use arc_swap::{ArcSwap, Guard};
 use std::collections::BTreeSet;
@@ -107,8 +107,8 @@ impl std::ops::Deref for Live {
 }
 
 impl Config {
-    /// Root may speak for every tenant, other users only for their own.
-    pub(crate) fn may_speak_for(&self, uid: u32, tenant: &str) -> bool {
+    /// Root may act for every tenant, other users only for their own.
+    pub(crate) fn may_act_for(&self, uid: u32, tenant: &str) -> bool {
         if uid == 0 {
             return true;
         }
@@ -120,7 +120,7 @@ impl Config {
     }
 
     /// The tenants in which a task is looked up when the user names none, in this order: `default` first if the user
-    /// may speak for it, because submits without a tenant go there; then the user's other tenants as the settings list
+    /// may act for it, because submits without a tenant go there; then the user's other tenants as the settings list
     /// them.
     pub(crate) fn tenants_of(&self, uid: u32) -> Vec<String> {
         if uid == 0 || self.tenants.is_empty() {
@@ -132,7 +132,7 @@ impl Config {
             .filter(|tenant| !["*", DEFAULT_TENANT].contains(&tenant.as_str()))
             .cloned();
         let default = self
-            .may_speak_for(uid, DEFAULT_TENANT)
+            .may_act_for(uid, DEFAULT_TENANT)
             .then(|| DEFAULT_TENANT.to_string());
         default.into_iter().chain(others).collect()
     }
@@ -187,7 +187,7 @@ mod tests {
     #[test]
     fn user_speaks_only_for_its_own_tenants() {
         let mut config = Config::default();
-        let may = |config: &Config, uid, tenant| config.may_speak_for(uid, tenant);
+        let may = |config: &Config, uid, tenant| config.may_act_for(uid, tenant);
         assert!(may(&config, 0, "acme") && may(&config, 1000, "default") && !may(&config, 1000, "acme"));
 
         config.tenants = [(1000, vec!["acme".into(), "beta".into()]), (1001, vec!["*".into()])].into();

@@ -3,7 +3,7 @@
 
 mod io;
 
-use crate::budget::{Claim, Share};
+use crate::byte_budget::{Claim, Share};
 use crate::output::Pieces;
 use crate::reply::{Reply, Slot};
 use crate::session::{Effect, Event, Exit, Finished, Session, Start};

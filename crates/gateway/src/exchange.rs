@@ -4,7 +4,7 @@ use crate::Gateway;
 use crate::deadline::Deadline;
 use crate::failure::Failure;
 use crate::reply::{PAYLOAD_MAX, Reply};
-use crate::router;
+use crate::upstream;
 use bytes::Bytes;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -34,7 +34,7 @@ impl Exchange {
         let trace_id = match (given, &submit.trace_id) {
             (Some((_, trace_id)), _) => trace_id.to_string(),
             (None, Some(trace_id)) => trace_id.clone(),
-            (None, None) => router::new_trace_id(),
+            (None, None) => upstream::new_trace_id(),
         };
 
         let request_id = submit.request_id.clone();
@@ -54,7 +54,7 @@ impl Exchange {
 
     /// An exchange about a task that exists already.
     pub fn about(gateway: Arc<Gateway>, uid: u32, task: &TaskRef, deadline: Deadline) -> Self {
-        let trace_id = router::new_trace_id();
+        let trace_id = upstream::new_trace_id();
         Self {
             gateway,
             uid,
@@ -161,7 +161,7 @@ impl Exchange {
     }
 
     async fn request_router(&self, subject: &str, payload: Vec<u8>) -> Result<Bytes, Failure> {
-        let headers = router::headers(Some(&self.trace_id), self.traceparent.as_deref(), Some(&self.tenant_id));
+        let headers = upstream::headers(Some(&self.trace_id), self.traceparent.as_deref(), Some(&self.tenant_id));
 
         let timeout = self.gateway.shared.admission.settings().request_timeout;
         let due = self.deadline.at.min(Instant::now() + timeout);
@@ -169,7 +169,7 @@ impl Exchange {
         let asked = self
             .gateway
             .shared
-            .router
+            .upstream
             .ask(&self.gateway.bus, subject, headers, payload.into(), due);
         Ok(asked.await?)
     }
@@ -182,13 +182,13 @@ impl Exchange {
         Err(Failure::new(ErrorCode::Timeout, "The deadline passed before the request could begin"))
     }
 
-    /// Refuses a tenant that the user may not speak for.
+    /// Refuses a tenant that the user may not act for.
     pub fn check_tenant(&self, tenant_id: &str) -> Result<(), Failure> {
         let uid = self.uid;
-        if self.gateway.shared.admission.settings().may_speak_for(uid, tenant_id) {
+        if self.gateway.shared.admission.settings().may_act_for(uid, tenant_id) {
             return Ok(());
         }
-        let text = format!("User {uid} may not speak for tenant {tenant_id:?}; gateway.tenants says who may");
+        let text = format!("User {uid} may not act for tenant {tenant_id:?}; gateway.tenants says who may");
         Err(Failure::new(ErrorCode::Forbidden, text))
     }
 

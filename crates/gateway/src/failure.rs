@@ -1,7 +1,7 @@
 //! Why a request failed, and how each entry reports it: as an error frame on the socket, as an error body over HTTP.
 
 use crate::reply::RETRY_AFTER_MS;
-use crate::router::Refused;
+use crate::upstream::Refused;
 use serde_json::{Map, Value};
 use std::time::Duration;
 use wire::ipc::{ErrorCode, ErrorPayload};

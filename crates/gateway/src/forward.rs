@@ -101,7 +101,7 @@ mod tests {
     use wire::router::TaskQuery;
     use wire::subjects;
 
-    /// The uids are made up: tests run as root, who may speak for every tenant.
+    /// The uids are made up: tests run as root, who may act for every tenant.
     #[tokio::test]
     async fn task_of_another_tenant_is_answered_like_an_unknown_one() {
         let dir = tempfile::tempdir().unwrap();

@@ -2,7 +2,7 @@
 //! error under the HTTP status of its code.
 
 use crate::failure::Failure;
-use crate::{Gateway, Shared, router};
+use crate::{Gateway, Shared, upstream};
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -41,7 +41,7 @@ async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Respon
 
 async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) -> Result<Bytes, Failure> {
     let started = Instant::now();
-    let Shared { admission, router, stats } = &*gateway.shared;
+    let Shared { admission, upstream, stats } = &*gateway.shared;
     let (parts, body) = request.into_parts();
     if !authorized(&parts.headers, &admission.settings().api_key) {
         let text = "X-API-Key is missing or wrong; `beamline api-key` prints it";
@@ -66,7 +66,7 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
     let headers = headers(&parts.headers, asked);
     let due = started + admission.settings().request_timeout;
 
-    let answer = router.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
+    let answer = upstream.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
     stats.forwarded(started.elapsed());
     answer.map_err(Failure::from)
 }
@@ -79,7 +79,7 @@ fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
     let trace_id = match (parent.and_then(trace::trace_id_of), asked.trace_id.take()) {
         (Some(trace), _) => Some(trace.to_string()),
         (None, Some(trace)) => Some(trace).filter(|trace| id::is_valid(trace)),
-        (None, None) => Some(router::new_trace_id()),
+        (None, None) => Some(upstream::new_trace_id()),
     };
 
     let parent = parent
@@ -87,7 +87,7 @@ fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
         .or_else(|| trace::traceparent(trace_id.as_deref()?, rand::random()));
 
     let tenant_id = asked.tenant_id.as_deref().filter(|tenant| id::is_tenant(tenant));
-    let headers = router::headers(trace_id.as_deref(), parent.as_deref(), tenant_id);
+    let headers = upstream::headers(trace_id.as_deref(), parent.as_deref(), tenant_id);
     asked.trace_id = trace_id;
     headers
 }

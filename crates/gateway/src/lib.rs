@@ -6,7 +6,7 @@
 
 mod admission;
 mod breaker;
-mod budget;
+mod byte_budget;
 mod connection;
 mod deadline;
 mod exchange;
@@ -16,12 +16,12 @@ mod forward;
 mod http;
 mod in_flight;
 mod output;
-mod pressure;
 mod reload;
 mod reply;
 mod request;
 mod retry;
-mod router;
+mod shedding;
+mod upstream;
 // Public for the simulation in tests/it and for the fuzz target, which drive a session without a gateway.
 pub mod session;
 mod socket;
@@ -34,8 +34,8 @@ pub use reload::Control;
 use admission::Admission;
 use bus::Bus;
 use in_flight::Full;
-use pressure::Poller;
 use reply::Reply;
+use shedding::Poller;
 use stats::Stats;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -80,7 +80,7 @@ pub struct Config {
     /// Users who may connect besides root and the user that this process runs as. While it is empty, the mode of the
     /// socket keeps others out.
     pub allowed_uids: Vec<u32>,
-    /// Tenants that each uid may speak for; `*` stands for any. Empty: every user speaks for `default` only.
+    /// Tenants that each uid may act for; `*` stands for any. Empty: every user speaks for `default` only.
     pub tenants: BTreeMap<u32, Vec<String>>,
     /// The key of the HTTP entry; while it is empty, every HTTP request is refused.
     pub api_key: String,
@@ -138,7 +138,7 @@ struct Gateway {
 /// What sessions share. It does no IO by itself.
 pub struct Shared {
     pub admission: Admission,
-    pub router: router::Access,
+    pub upstream: upstream::Access,
     pub stats: Stats,
 }
 
@@ -146,7 +146,7 @@ impl Shared {
     /// `uid` is the user that this process runs as.
     pub fn new(config: Config, uid: u32) -> Self {
         Self {
-            router: router::Access::new(config.breaker, config.request_timeout),
+            upstream: upstream::Access::new(config.breaker, config.request_timeout),
             stats: Stats::default(),
             admission: Admission::new(config, uid),
         }
@@ -204,7 +204,7 @@ impl Bound {
         let background = TaskTracker::new();
         background.spawn(waiters.clone().run(results, ended.clone()));
         background.spawn(stats::run(shared.clone(), bus.clone(), ended.clone()));
-        background.spawn(Poller::new(shared.router.pressure(), bus.clone()).run(ended.clone()));
+        background.spawn(Poller::new(shared.upstream.pressure(), bus.clone()).run(ended.clone()));
 
         let sessions = TaskTracker::new();
         while let Some(accepted) = cancel.run_until_cancelled(listener.accept()).await {

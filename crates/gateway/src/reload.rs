@@ -18,13 +18,13 @@ impl Control {
     /// Takes effect at once, also for open connections. What is in flight goes on; while more is in flight than a
     /// lowered limit allows, nothing new begins. The socket's path does not change.
     pub fn reload(&self, mut config: Config) {
-        let Shared { admission, router, .. } = &*self.shared;
+        let Shared { admission, upstream, .. } = &*self.shared;
         {
             let before = admission.settings();
             config.socket = before.socket.clone();
             // Configuring the breaker resets how long it stays open, so only a change does.
             if (config.breaker, config.request_timeout) != (before.breaker, before.request_timeout) {
-                router.configure(config.breaker, config.request_timeout);
+                upstream.configure(config.breaker, config.request_timeout);
             }
         }
 

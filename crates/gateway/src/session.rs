@@ -10,7 +10,7 @@ mod replies;
 mod requests;
 mod v1_order;
 
-pub use crate::budget::{Claim, Share};
+pub use crate::byte_budget::{Claim, Share};
 pub use crate::reply::{Reply, Slot};
 pub use crate::request::Request;
 

@@ -80,7 +80,7 @@ pub async fn run(shared: Arc<Shared>, bus: Bus, cancel: CancellationToken) {
 }
 
 fn status(shared: &Shared, gateway: String, uptime: Duration) -> GatewayStatus {
-    let Shared { admission, router, stats } = shared;
+    let Shared { admission, upstream, stats } = shared;
     let errors_by_code = stats.inner.lock().errors.clone();
     GatewayStatus {
         gateway,
@@ -91,6 +91,6 @@ fn status(shared: &Shared, gateway: String, uptime: Duration) -> GatewayStatus {
         requests_total: stats.requests.load(Relaxed),
         errors_by_code,
         forward_us: stats.forward_us(),
-        breaker: router.state().as_str().into(),
+        breaker: upstream.state().as_str().into(),
     }
 }

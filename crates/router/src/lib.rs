@@ -4,6 +4,7 @@
 //! the task is pushed, `tasks`. Results return through `results` and become the outcomes that all routers learn from in
 //! `outcomes`. [`policy`] is pure; the loops around it own the clock and the bus.
 
+mod assign;
 mod backpressure;
 mod breaker;
 mod breakers;
@@ -17,7 +18,6 @@ mod results;
 mod serve;
 mod stats;
 mod status;
-mod tasks;
 
 use bus::{Bus, Message};
 pub use policies::files::{Name as PolicyName, delete as delete_policy, names as policy_names};

@@ -154,14 +154,14 @@ impl Compiled {
     pub fn decide(&self, request: &DecideRequest, world: &dyn World) -> Result<Decision, Undecided> {
         let mut explanation = Vec::new();
         let constraints = request.constraints.unwrap_or_default();
-        let fits = |c: &Candidate| world.is_available(&c.name) && meets(c, &constraints, world);
+        let is_eligible = |c: &Candidate| world.is_available(&c.name) && meets(c, &constraints, world);
 
         if let Some((n, rule)) = self.matching_rule(request, world) {
             // Only the providers that the rule names are eligible: others may not understand its tasks.
             let mut reason = Reason::BestScore;
             for named in rule.to.iter().map(|place| &self.providers[*place]) {
                 explanation.push(format!("rule {n} names {}", named.name));
-                if fits(named) {
+                if is_eligible(named) {
                     return Ok(self.decision(named, reason, None, explanation, world));
                 }
                 explanation.push(format!("{} cannot take it now", named.name));
@@ -175,12 +175,12 @@ impl Compiled {
             Some(value.as_str().map_or_else(|| value.to_string(), String::from))
         });
         if let Some(session) = session {
-            let pinned = self.draw(&request.tenant_id, &session, fits, world)?;
+            let pinned = self.draw(&request.tenant_id, &session, is_eligible, world)?;
             explanation.push("the session's provider".into());
             return Ok(self.decision(pinned, Reason::Sticky, Some(session), explanation, world));
         }
 
-        let drawn = self.draw(&request.tenant_id, &request.request_id, fits, world)?;
+        let drawn = self.draw(&request.tenant_id, &request.request_id, is_eligible, world)?;
         explanation.push("drawn by weight".into());
         Ok(self.decision(drawn, Reason::Weighted, None, explanation, world))
     }
@@ -203,10 +203,10 @@ impl Compiled {
         &self,
         tenant: &str,
         key: &str,
-        fits: impl Fn(&Candidate) -> bool,
+        is_eligible: impl Fn(&Candidate) -> bool,
         world: &dyn World,
     ) -> Result<&Candidate, Undecided> {
-        let eligible = self.providers.iter().filter(|c| c.weight > 0.0 && fits(c));
+        let eligible = self.providers.iter().filter(|c| c.weight > 0.0 && is_eligible(c));
         let drawn = rendezvous::highest(eligible, |c| (&c.name, c.weight), &[tenant, key]);
         // Providers of weight 0 are never drawn, so their state is not the reason.
         drawn.ok_or_else(|| why_none(self.providers.iter().filter(|c| c.weight > 0.0), world))

@@ -99,7 +99,7 @@ impl Exchange {
     async fn push(self, router: Arc<Router>, context: Context, request: DecideRequest, slot: OwnedSemaphorePermit) {
         router.stats.in_flight.fetch_add(1, Relaxed);
 
-        match crate::tasks::push(&router, &request).await {
+        match crate::assign::push(&router, &request).await {
             Ok((task, decision)) => {
                 router.stats.decided(&decision, self.started.elapsed());
                 tracing::info!(

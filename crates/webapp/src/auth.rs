@@ -2,8 +2,8 @@
 
 use crate::accounts::{self, Accounts, LOGIN_TTL, User};
 use crate::channels::Channels;
-use crate::guesses::{self, Ended, Guesses, Try};
-use crate::limits::Wait;
+use crate::rate_limits::Wait;
+use crate::sign_in_limits::{self, Ended, Guesses, Try};
 use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
@@ -140,7 +140,7 @@ async fn login(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, bo
         Err(rejection) => return problem(rejection.status(), rejection.body_text()),
     };
 
-    let device = auth.device(&headers, &guesses::account(&name));
+    let device = auth.device(&headers, &sign_in_limits::account(&name));
     let by = Try { address: address(&peer), name, device };
     let trying = match auth.guesses.trying(&by, Instant::now()) {
         Ok(trying) => trying,
@@ -176,7 +176,7 @@ async fn signup(State(auth): State<Arc<Auth>>, peer: Peer, headers: HeaderMap, b
     };
 
     // Operators' accounts are created on the command line, so that the first visitor cannot become an operator.
-    if auth.operators.contains(&guesses::account(&name)) {
+    if auth.operators.contains(&sign_in_limits::account(&name)) {
         return problem(StatusCode::BAD_REQUEST, format!("the name {name} is reserved; choose another"));
     }
     if let Err(wait) = auth.guesses.signup(address(&peer), Instant::now()) {

@@ -11,11 +11,11 @@ mod chat;
 mod db;
 mod diff;
 mod files;
-mod guesses;
-mod limits;
 mod live;
 mod pages;
+mod rate_limits;
 mod rpc;
+mod sign_in_limits;
 mod tree;
 
 pub use accounts::{User, generate_password};
@@ -117,7 +117,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         origins: config.origins,
         operators: config.operators,
         channels: channels.clone(),
-        guesses: guesses::Guesses::default(),
+        guesses: sign_in_limits::Guesses::default(),
     };
 
     Ok(Bound {

@@ -11,7 +11,7 @@ pub async fn add(name: String, args: cli::DataDir) -> Result<()> {
     layers.flags.extend(args.data_dir.map(|dir| ("data_dir", dir)));
     let settings = load(&layers)?;
     secrets::data_dir(&settings.data_dir)?;
-    let config = wiring::parts::webapp_config(&settings)?;
+    let config = wiring::bind::webapp_config(&settings)?;
 
     if std::io::stdin().is_terminal() {
         write!(std::io::stderr(), "password for {name}: ")?;

@@ -1,6 +1,6 @@
 //! SIGHUP: reads the settings again, and the bus's certificates; changes what a running process can change.
 
-use super::parts;
+use super::bind;
 use crate::config::{self, Changes, Layers, Settings};
 use crate::{log, notify};
 use anyhow::Result;
@@ -96,7 +96,7 @@ impl Reload {
         let mut settings = self.settings.clone();
         let changes = settings.renew(fresh)?;
         let gateway = match &self.gateway {
-            Some(gateway) => Some((gateway, parts::gateway_config(&settings)?)),
+            Some(gateway) => Some((gateway, bind::gateway_config(&settings)?)),
             None => None,
         };
 

@@ -14,7 +14,7 @@ pub struct Stages {
     pub work: Stage,
     /// The web app.
     pub pages: Stage,
-    /// The cluster node, then the HTTP port.
+    /// The cluster node and the HTTP port.
     pub nodes: Stage,
     /// Metrics and health, which report until the end.
     pub operations: Stage,

@@ -1,12 +1,12 @@
 //! Starts the process: binds the ports and the parts, and runs them in their stages.
 
 use super::announce::{self, Ready};
-use super::parts;
+use super::bind;
 use super::stages::Stages;
 use crate::activation::Given;
-use crate::alive::Door;
 use crate::config::{Role, Settings};
 use crate::health::{self, Health};
+use crate::self_check::Door;
 use crate::{grpc, http, listen, metrics, secrets};
 use anyhow::{Context, Result, ensure};
 use axum::Router;
@@ -50,7 +50,7 @@ pub async fn start(
     let ports = Ports::bind(settings, given.http, given.ops, given.grpc)?;
     let addresses = ports.addresses();
     let metrics = metrics::install()?;
-    let bus = parts::bus(settings).await?;
+    let bus = bind::bus(settings).await?;
     tracing::info!(bus = bus.describe(), "bus is up");
 
     // Consumers first, producers last: whatever the first request needs is already there.
@@ -109,13 +109,14 @@ impl Ports {
         Addresses { http: self.http.1, ops: self.ops.1, grpc: self.grpc.1 }
     }
 
-    /// Begins to accept. The HTTP port closes after the node has moved its clients; metrics and health stay up last.
+    /// Begins to accept. The HTTP port stops accepting when the node begins to move its clients; metrics and health
+    /// end last.
     fn serve(self, settings: &Settings, stages: &mut Stages, routes: Router, health: Arc<Health>) {
         let drain = settings.drain_timeout();
         let (metrics, draining) = (health.metrics.clone(), health.draining.clone());
 
         let (listener, _) = self.http;
-        let (front, max) = (parts::http_front(settings), settings.http.max_connections);
+        let (front, max) = (bind::http_front(settings), settings.http.max_connections);
         let routes = routes.merge(health::http_routes(health.clone()));
         stages.nodes.run("HTTP listener", |cancel| async move {
             http::serve(listener, routes, front, max, drain, cancel).await;
@@ -123,7 +124,7 @@ impl Ports {
         });
 
         let (listener, address) = self.ops;
-        let front = parts::ops_front(settings, address);
+        let front = bind::ops_front(settings, address);
         let routes = health::ops_routes(health);
         stages.operations.run("operations listener", |cancel| async move {
             http::serve(listener, routes, front, OPS_CONNECTIONS_MAX, drain, cancel).await;
@@ -182,7 +183,7 @@ impl<'a> Parts<'a> {
         if !self.settings.has_role(Role::Cluster) {
             return Ok(());
         }
-        let node = parts::cluster(self.settings, http, self.bus.clone()).await?;
+        let node = bind::cluster(self.settings, http, self.bus.clone()).await?;
         self.routes = std::mem::take(&mut self.routes).merge(node.routes());
 
         let ready = node.ready();
@@ -201,7 +202,7 @@ impl<'a> Parts<'a> {
         if !self.settings.has_role(Role::Worker) {
             return Ok(());
         }
-        let worker = parts::worker(self.settings, self.bus.clone()).await?;
+        let worker = bind::worker(self.settings, self.bus.clone()).await?;
         self.stages
             .work
             .run("worker", |cancel| async move { Ok(worker.run(cancel).await?) });
@@ -212,7 +213,7 @@ impl<'a> Parts<'a> {
         if !self.settings.has_role(Role::Router) {
             return Ok(());
         }
-        let router = parts::router(self.settings, self.bus.clone()).await?;
+        let router = bind::router(self.settings, self.bus.clone()).await?;
         self.stages
             .work
             .run("router", |cancel| async move { Ok(router.run(cancel).await?) });
@@ -223,7 +224,7 @@ impl<'a> Parts<'a> {
         if !self.settings.has_role(Role::Webapp) {
             return Ok(());
         }
-        let webapp = parts::webapp(self.settings, self.bus.clone()).await?;
+        let webapp = bind::webapp(self.settings, self.bus.clone()).await?;
         self.admin_password = admin_password(self.settings, &webapp).await?;
 
         self.routes = std::mem::take(&mut self.routes).merge(webapp.routes());
@@ -244,7 +245,7 @@ impl<'a> Parts<'a> {
         if !self.settings.has_role(Role::Gateway) {
             return Ok(());
         }
-        let gateway = parts::gateway(self.settings, given, self.bus.clone()).await?;
+        let gateway = bind::gateway(self.settings, given, self.bus.clone()).await?;
         self.routes = std::mem::take(&mut self.routes).merge(gateway.routes());
         self.gateway = Some((gateway.socket().to_path_buf(), gateway.control()));
         self.stages

@@ -4,9 +4,9 @@
 //! Operations that arrive while a commit runs share the next one. An answer leaves after the commit that holds its
 //! operation. Reads are operations too, so nobody sees what a crash could still undo.
 
+use super::migrate;
 use super::record::{Group, Stored};
 use super::state::{Cursor, State};
-use super::takeover;
 use crate::{Error, Message, Result};
 use bytes::Bytes;
 use journal::{Commit, Durability, Log, Part, Place};
@@ -249,7 +249,7 @@ impl Engine {
 
 fn load(path: &Path, durability: Durability) -> Result<(Values, State)> {
     let mut log = Log::open(path, durability)?;
-    takeover::older_format(&mut log)?;
+    migrate::older_format(&mut log)?;
     let state = std::cell::RefCell::new(State::default());
     log.replay(|part| state.borrow_mut().apply(0, part), |row, group| state.borrow_mut().apply(row, group))?;
     let mut state = state.into_inner();

@@ -1,8 +1,8 @@
 //! Subscribing, recovering and leaving channels.
 
-use crate::authorize::Denied;
 use crate::client::{Client, Held, frame};
 use crate::engine;
+use crate::permissions::Denied;
 use crate::token::ttl;
 use crate::{Node, Rules};
 use bus::clock::unix_seconds;

@@ -1,6 +1,6 @@
 //! What a connection waits for on its socket and its clock.
 
-use crate::budget::Share;
+use crate::byte_budget::Share;
 use futures_util::future::BoxFuture;
 use std::cell::RefCell;
 use std::pin::Pin;

@@ -1,7 +1,7 @@
 //! Replies that wait for their reader, and their share of the reply budget.
 
 use crate::Shared;
-use crate::budget;
+use crate::byte_budget;
 use crate::reply::Reply;
 use wire::ipc::ErrorCode;
 
@@ -12,7 +12,7 @@ const FREE_REPLY: usize = 4 * 1024;
 pub struct Held {
     pub reply: Reply,
     /// Returned when the reply is written to the output, or when the session ends.
-    _budget: Option<budget::Share>,
+    _budget: Option<byte_budget::Share>,
 }
 
 impl From<Reply> for Held {

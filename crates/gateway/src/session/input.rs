@@ -1,6 +1,6 @@
 //! Bytes from the client that are not a whole frame yet, the clock of that frame, and its share of the receive budget.
 
-use crate::budget::{Budget, Claim, Share};
+use crate::byte_budget::{Budget, Claim, Share};
 use bytes::BytesMut;
 use std::time::{Duration, Instant};
 use wire::ipc::{Decoder, Frame, Violation};

@@ -148,7 +148,7 @@ impl Session {
             features: ["pipelining", "multiplexing", "streaming", "query", "cancel", "wait_result", "wait_stream"]
                 .map(String::from)
                 .to_vec(),
-            breaker: self.shared.router.state().as_str().into(),
+            breaker: self.shared.upstream.state().as_str().into(),
             limits: Limits {
                 max_connections: settings.max_connections,
                 max_in_flight: settings.max_in_flight,

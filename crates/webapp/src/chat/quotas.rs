@@ -4,7 +4,7 @@
 //! spends it, so that neither a restart nor a second web app lifts it.
 
 use crate::db::{Error, Result};
-use crate::limits::{Rate, Wait};
+use crate::rate_limits::{Rate, Wait};
 use crate::rpc::Refusal;
 use parking_lot::Mutex;
 use sqlx::AnyConnection;

@@ -40,7 +40,7 @@ const ABSENCES: &[Absence] = &[
         except: &[
             ("crates/wire/", "messages live here"),
             ("crates/beamline/src/config", "the settings file"),
-            ("crates/beamline/src/commands/keys.rs", "claims of a token: signed here, read by the cluster"),
+            ("crates/beamline/src/commands/credentials.rs", "claims of a token: signed here, read by the cluster"),
             ("crates/beamline/src/health.rs", "bodies of the health endpoints, which only this crate serves"),
             ("crates/beamline/src/wiring/announce.rs", "the line `ready {…}` on stdout"),
             ("crates/cluster/src/token.rs", "claims of a token: signed here and read here"),
@@ -97,10 +97,7 @@ const ABSENCES: &[Absence] = &[
         tokens: &["tokio::spawn(", "task::spawn(", "thread::spawn("],
         beside: "",
         within: &["crates/"],
-        except: &[
-            ("crates/client/src/lib.rs", "the connection's only task; it ends with the last handle"),
-            ("crates/cluster/src/engine/redis.rs", "the subscription's only task; it ends with the engine"),
-        ],
+        except: &[("crates/client/src/lib.rs", "the connection's only task; it ends with the last handle")],
         message: "no detached task: spawn on a TaskTracker or JoinSet that someone waits for",
     },
     Absence {

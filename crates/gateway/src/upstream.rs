@@ -1,8 +1,8 @@
 //! The path to the router: load shedding, the circuit breaker, and a bounded number of retries.
 
 use crate::breaker::{Breaker, Config, Outcome, Pass, State};
-use crate::pressure::Pressure;
 use crate::retry::Budget;
+use crate::shedding::Pressure;
 use bus::{Bus, Headers, Message};
 use bytes::Bytes;
 use parking_lot::Mutex;

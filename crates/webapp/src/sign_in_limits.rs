@@ -4,7 +4,7 @@
 //! the account has never signed in. A browser in which it has signed in is counted separately, so strangers cannot lock
 //! the owner out.
 
-use crate::limits::{Backoff, Rate, Wait};
+use crate::rate_limits::{Backoff, Rate, Wait};
 use parking_lot::Mutex;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
