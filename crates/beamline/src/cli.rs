@@ -13,7 +13,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run the parts (all of them unless --roles says otherwise)
+    /// Run the parts (all of them, unless --roles selects some)
     Up(Setting),
     /// Submit a task to the gateway and print the answer
     Submit(Submit),
@@ -29,7 +29,7 @@ pub enum Command {
     /// Check the policies, or delete one
     #[command(subcommand)]
     Policy(Policy),
-    /// Load a running part for a long time, and judge whether it held up
+    /// Load a running part for a long time, and check it for lost requests and growth
     #[command(subcommand)]
     Soak(Soak),
     /// Show or check the settings
@@ -40,10 +40,10 @@ pub enum Command {
 /// Settings that have a flag; the file and the environment set the others.
 #[derive(Debug, Args, Default)]
 pub struct Setting {
-    /// Settings file [default: beamline.toml where it exists]
+    /// Settings file [default: beamline.toml, if it exists]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Directory for everything that is stored on this machine
+    /// Directory for everything that Beamline stores on this machine
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<String>,
     /// Address of pages, WebSocket and API; port 0 picks a free one
@@ -108,7 +108,7 @@ pub struct Socket {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum Wait {
-    /// The provider that was selected
+    /// The decision: the selected provider
     Decision,
     /// The result of the task
     Result,
@@ -139,7 +139,7 @@ pub struct Submit {
 
 #[derive(Debug, Args)]
 pub struct DataDir {
-    /// Directory for everything that is stored on this machine [default: from the settings]
+    /// Directory for everything that Beamline stores on this machine [default: from the settings]
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<String>,
 }
@@ -170,7 +170,7 @@ pub enum User {
 pub enum Policy {
     /// Check all policies of a directory; fails if one cannot be used
     Lint {
-        /// Directory of <tenant>/<policy>.{json,yaml,toml} [default: from the settings]
+        /// Policy directory, with <tenant>/<policy>.{json,yaml,toml} [default: from the settings]
         #[arg(value_name = "DIR")]
         dir: Option<PathBuf>,
     },
@@ -178,7 +178,7 @@ pub enum Policy {
     Delete {
         #[arg(value_name = "TENANT/POLICY")]
         name: String,
-        /// The policy directory [default: from the settings]
+        /// Policy directory [default: from the settings]
         #[arg(long, value_name = "DIR")]
         policies: Option<PathBuf>,
         /// Delete the policy even though its file is missing from the directory
@@ -206,7 +206,7 @@ pub struct SoakGateway {
     /// Requests that each client keeps in flight
     #[arg(long, value_name = "N", default_value = "4")]
     pub in_flight: usize,
-    /// End after this many requests, if that comes first
+    /// End after this many requests, if --for has not passed before
     #[arg(long, value_name = "N")]
     pub requests: Option<u64>,
     /// Requests per second of all clients together, without bursts [default: as fast as answers arrive]
@@ -215,7 +215,7 @@ pub struct SoakGateway {
     /// Deadline of each request
     #[arg(long, value_name = "DURATION")]
     pub deadline: Option<String>,
-    /// Replace the router on this NATS and answer every request after its deadline; no router may run there
+    /// Replace the router on this NATS server and answer every request after its deadline; no router may run there
     #[arg(long, value_name = "URL", requires = "deadline")]
     pub late_router: Option<String>,
     /// URL of the gateway's metrics, such as http://127.0.0.1:9090/metrics, to watch its tasks and requests in flight
@@ -225,14 +225,14 @@ pub struct SoakGateway {
     /// Task type, by which policies select a provider
     #[arg(long = "type", value_name = "TYPE", default_value = "echo")]
     pub task_type: String,
-    /// Write the evidence to this file as JSON, also while the soak runs
+    /// Write the evidence to this file as JSON, and update it while the soak runs
     #[arg(long, value_name = "FILE")]
     pub evidence: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum Config {
-    /// Print the effective settings, and where each came from
+    /// Print the effective settings and the source of each
     Show(Setting),
     /// Check the settings without starting anything
     Check(Setting),

@@ -4,18 +4,18 @@
 use anyhow::{Context, Result};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 
-/// Upper bounds of the histogram buckets in seconds, from the time of a decision to that of a slow answer.
+/// Upper bounds of the histogram buckets in seconds: from a fast decision to a slow answer of a provider.
 const BUCKETS: &[f64] = &[0.000_025, 0.000_1, 0.000_25, 0.001, 0.002_5, 0.01, 0.025, 0.1, 0.25, 1.0, 5.0];
 
 /// Name, whether the counter has labels, and help.
 const COUNTERS: &[(&str, bool, &str)] = &[
-    ("beamline_bus_bad_headers_total", false, "Headers that the bus could not carry and omitted"),
+    ("beamline_bus_bad_headers_total", false, "Headers omitted because the bus cannot carry them"),
     ("beamline_bus_dropped_total", false, "Messages dropped because a subscriber's queue was full"),
     ("beamline_bus_late_replies_total", false, "Replies that arrived after their request had timed out"),
     (
         "beamline_bus_message_ids_forgotten_total",
         false,
-        "Message ids that the embedded bus forgot early for lack of room; it does not recognize a repeat of them",
+        "Message ids that the embedded bus evicted early for lack of room; it no longer deduplicates them",
     ),
     ("beamline_cluster_connects_total", false, "Connections that sent a valid connect command"),
     ("beamline_cluster_deliveries_total", false, "Publications queued for a connection"),
@@ -33,10 +33,10 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     (
         "beamline_gateway_held_back_total",
         false,
-        "Decide requests that the gateway refused because the router reported overload",
+        "Decide requests shed by the gateway because the router reported overload",
     ),
     ("beamline_gateway_requests_total", false, "Requests received"),
-    ("beamline_gateway_retries_total", false, "Requests that were sent to the router again"),
+    ("beamline_gateway_retries_total", false, "Requests retried at the router"),
     ("beamline_gateway_status_failures_total", false, "Polls of the router's load that got no answer"),
     ("beamline_reloads_total", true, "Reloads by SIGHUP, by outcome: done or refused"),
     (

@@ -9,11 +9,11 @@ pub struct Key {
     /// Dotted name, as in `beamline.toml`.
     pub name: &'static str,
     pub kind: Kind,
-    /// As the file would write it; `None` leaves the setting unset.
+    /// In the syntax of the file; `None` leaves the setting unset.
     pub default: Option<&'static str>,
     /// A well-known environment variable besides `BEAMLINE_<TABLE>_<KEY>`.
     pub env: Option<&'static str>,
-    /// Whether SIGHUP changes it; other settings need a restart.
+    /// Whether SIGHUP reloads it; other settings need a restart.
     pub live: bool,
     pub help: &'static str,
 }
@@ -47,16 +47,16 @@ pub const KEYS: &[Key] = &[
         "data_dir",
         Path,
         "data",
-        "directory for everything that is stored here: streams, history, accounts, secrets",
+        "directory for everything stored on this machine: streams, history, accounts, secrets",
     ),
     key("roles", List, "gateway,router,worker,cluster,webapp", "parts that this process runs"),
     key("http.listen", Address, "127.0.0.1:8000", "address of pages, WebSocket and server API"),
-    key("http.origins", List, "", "further origins whose pages may connect, as https://host; *: any"),
+    key("http.origins", List, "", "additional origins whose pages may connect, as https://host; *: any"),
     key(
         "http.hosts",
         List,
         "",
-        "names that this server answers to besides localhost, its addresses and the hosts of http.origins; *: any",
+        "names that this server accepts besides localhost, its addresses and the hosts of http.origins; *: any",
     ),
     key(
         "http.trusted_proxies",
@@ -121,7 +121,7 @@ pub const KEYS: &[Key] = &[
         "gateway.write_timeout",
         Duration,
         "10s",
-        "time within which a client must read some of its waiting answers",
+        "time within which a client must read some of its queued answers",
     )),
     live(key("gateway.request_timeout", Duration, "5s", "deadline of requests that set none")),
     live(key(
@@ -131,12 +131,7 @@ pub const KEYS: &[Key] = &[
         "longest deadline of a request; longer ones are shortened to it",
     )),
     live(key("gateway.receive_budget", Size, "64MiB", "memory for unfinished frames of all connections")),
-    live(key(
-        "gateway.reply_budget",
-        Size,
-        "64MiB",
-        "memory for answers of all connections that their clients have not read yet",
-    )),
+    live(key("gateway.reply_budget", Size, "64MiB", "memory for unread answers of all connections")),
     live(key(
         "gateway.allowed_uids",
         List,
@@ -147,7 +142,7 @@ pub const KEYS: &[Key] = &[
         "gateway.tenants",
         List,
         "",
-        "tenants that a uid may act for, as 1000=acme or 1001=*; empty: everybody acts for default",
+        "tenants that a uid may act for, as 1000=acme or 1001=*; empty: all users act for default",
     )),
     key("router.policies", Path, "policies", "directory of policies, <tenant>/<policy>.{json,yaml,toml}"),
     key(
@@ -172,7 +167,7 @@ pub const KEYS: &[Key] = &[
         "router.circuit_breaker.min_calls",
         Count(1, 10_000),
         "10",
-        "number of calls from which on the share counts",
+        "minimum number of calls before the share counts",
     ),
     key(
         "router.circuit_breaker.timeout",
@@ -197,7 +192,7 @@ pub const KEYS: &[Key] = &[
         "bus.durability",
         Choice(&["process", "power"]),
         "process",
-        "what an acknowledged write to the embedded bus survives: the end of the process, or a power failure too",
+        "what an acknowledged write to the embedded bus survives: a crash of the process, or also a power failure",
     ),
     env(unset("nats.url", Url(url::nats), "NATS server to use instead of the embedded bus"), "NATS_URL"),
     unset("nats.connections", Count(1, 8), "number of connections to NATS; unset: one per core, at most 8"),
@@ -231,14 +226,14 @@ pub const KEYS: &[Key] = &[
         ),
         "DATABASE_URL",
     ),
-    unset("cluster.node", Text, "name of this node; unset: chosen at start"),
+    unset("cluster.node", Text, "name of this node; unset: generated at startup"),
     key(
         "cluster.max_connections",
         Count(1, 1_000_000),
         "10000",
         "limit of WebSocket connections to this node",
     ),
-    key("cluster.ping_interval", Duration, "25s", "time between two pings of the server"),
+    key("cluster.ping_interval", Duration, "25s", "interval of the server's pings"),
     key(
         "cluster.pong_timeout",
         Duration,
@@ -249,7 +244,7 @@ pub const KEYS: &[Key] = &[
         "cluster.client_queue",
         Size,
         "1MiB",
-        "memory for messages that a slow client has not read; beyond it the client is disconnected",
+        "memory for messages that a slow client has not read; a client that exceeds it is disconnected",
     ),
     key(
         "cluster.drain_period",
@@ -258,14 +253,14 @@ pub const KEYS: &[Key] = &[
         "time over which a shutdown spreads the disconnects of its clients",
     ),
     key("auth.token_ttl", Duration, "15m", "lifetime of a connection token"),
-    key("auth.signup", Bool, "true", "let people create accounts themselves"),
+    key("auth.signup", Bool, "true", "allow people to create their own accounts"),
     key("auth.operators", List, "admin", "accounts that may stop any answer and delete any room"),
     key("webapp.runs_at_once", Count(1, 1_000), "3", "assistant answers that one user may have in progress"),
     key("webapp.runs_per_minute", Count(1, 100_000), "10", "assistant answers that one user may ask for"),
     key("webapp.runs_per_day", Count(1, 10_000_000), "300", "assistant answers that one user may ask for"),
     key("webapp.messages_per_minute", Count(1, 100_000), "60", "messages that one user may send"),
     key("webapp.messages_per_day", Count(1, 10_000_000), "3000", "messages that one user may send"),
-    key("webapp.rooms_per_day", Count(1, 1_000), "20", "rooms that one user may make"),
+    key("webapp.rooms_per_day", Count(1, 1_000), "20", "rooms that one user may create"),
     key("shutdown.deadline", Duration, "10s", "deadline of each stage of the drain"),
     key("log.format", Choice(&["human", "json"]), "human", "format of the log lines on stderr"),
     live(key(
@@ -278,7 +273,7 @@ pub const KEYS: &[Key] = &[
 
 /// Keys of each `[[worker.providers]]`.
 pub const PROVIDER: &[Key] = &[
-    unset("name", Text, "name by which policies refer to it"),
+    unset("name", Text, "name by which policies select it"),
     unset("kind", Choice(&["echo", "command", "openai", "ops"]), "how it runs a task"),
     unset("program", Path, "command: the program; the task is its standard input"),
     key("args", List, "", "command: arguments"),
@@ -297,7 +292,7 @@ pub const PROVIDER: &[Key] = &[
 ];
 
 /// Keys of each `[[cluster.namespaces]]`, and, except for the name, of `[cluster.defaults]`. None has a default here: a
-/// key that an entry does not give stays as it is in the namespace that the entry changes.
+/// key that an entry omits keeps the value of the namespace that the entry overrides.
 pub const NAMESPACE: &[Key] = &[
     unset("name", Text, "the rules apply to channels <name>:…"),
     unset("history_size", Count(0, 100_000), "publications kept for each channel; 0: none"),
