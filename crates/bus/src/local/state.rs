@@ -224,9 +224,10 @@ impl State {
     /// Takes all steps in their order, or none: every step is checked before the first one changes anything.
     pub fn write(&mut self, group: &mut Group, steps: &[Step], now_ms: u64, clock_ms: u64) -> Result<Vec<Taken>> {
         for (index, step) in steps.iter().enumerate() {
-            self.check(step, now_ms)?;
-            // Each step is checked against the state before the batch, which two puts of one key would outdate.
-            if steps[..index].iter().any(|earlier| earlier.puts_what(step)) {
+            let earlier = &steps[..index];
+            self.check(step, earlier, now_ms)?;
+            // Puts are checked against the state before the batch, which two of one key would outdate.
+            if earlier.iter().any(|earlier| earlier.puts_what(step)) {
                 return Err(Error::Storage("a batch puts one key twice".into()));
             }
         }
@@ -243,15 +244,15 @@ impl State {
         Ok(taken.map(|taken| taken.expect("the step was checked")).collect())
     }
 
-    /// Fails as taking the step would.
-    fn check(&mut self, step: &Step, now_ms: u64) -> Result<()> {
+    /// Fails if taking the step after the earlier ones of its batch might fail.
+    fn check(&mut self, step: &Step, earlier: &[Step], now_ms: u64) -> Result<()> {
         match step {
             Step::Put { bucket, key, expected, .. } => self.check_revision(bucket, key, *expected, now_ms),
             Step::Append { stream, message } => {
                 let (stream, config) = self.declared(stream)?;
                 match stream.duplicate_of(message, &config, now_ms) {
                     Some(_) => Ok(()),
-                    None => stream.ensure_room(&config, message.size),
+                    None => stream.ensure_room(&config, message.size + appended_bytes(earlier, config.name)),
                 }
             }
             Step::Ack { consumer, .. } => {
@@ -572,6 +573,15 @@ impl Bucket {
         }
         dropped
     }
+}
+
+/// What these steps append to a stream, if none of it is a duplicate.
+fn appended_bytes(steps: &[Step], name: &str) -> u64 {
+    let bytes = steps.iter().map(|step| match step {
+        Step::Append { stream, message } if *stream == name => message.size,
+        Step::Append { .. } | Step::Put { .. } | Step::Ack { .. } => 0,
+    });
+    bytes.sum()
 }
 
 fn unknown(config: &ConsumerConfig) -> Error {

@@ -309,3 +309,22 @@ fn a_full_work_queue_refuses_and_keeps_what_it_has() {
     assert!((30..40).contains(&stored), "{stored}");
     assert_eq!(state.info("work").unwrap().messages, stored as u64);
 }
+
+#[test]
+fn a_batch_that_overfills_a_work_queue_is_refused_whole() {
+    let mut state = State::default();
+    let mut group = Group::new(1);
+    declare(&mut state, &mut group);
+    let append = || {
+        let message = Message {
+            subject: "work.a".into(),
+            payload: vec![b'x'; 1500].into(),
+            ..Message::default()
+        };
+        Step::Append { stream: "work", message: NewMessage::new(&message, None) }
+    };
+    let refused = state.write(&mut group, &[append(), append(), append()], 0, 0);
+    assert!(refused.err().unwrap().to_string().contains("holds its"));
+    assert_eq!(state.info("work").unwrap().messages, 0);
+    assert_eq!(state.write(&mut group, &[append(), append()], 0, 0).unwrap().len(), 2);
+}
