@@ -136,6 +136,9 @@ pub trait BusApi: Send + Sync + 'static {
     /// The embedded bus commits all of them together, or none. Over [`nats`], a write starts once the one before is
     /// acknowledged, except that neighbouring puts are made at the same time; the first failure ends them. So put them
     /// in an order in which what a crash leaves is safe to repeat. A batch must not put one key twice.
+    ///
+    /// Dropping the future does not undo what has begun. Live subscribers may then miss its messages, and consumers
+    /// find them up to five seconds later.
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete>;
 
     /// Opens a durable consumer. Consumers with the same name share its messages.
@@ -186,7 +189,8 @@ pub enum Written {
     Acked,
 }
 
-/// Why a batch failed, and what the steps before that have done. The embedded bus undoes those, so there are none.
+/// Why a batch failed, and what the steps before that have done. The embedded bus undoes those, so there are none. Over
+/// [`nats`], the failed step itself may have been done, if its acknowledgement was lost, and so may puts next to it.
 #[derive(Debug, thiserror::Error)]
 #[error("the batch failed after {} steps", .written.len())]
 pub struct Incomplete {

@@ -115,6 +115,8 @@ pub struct Engine {
     last_snapshot_bytes: u64,
     /// Bytes of groups since the last snapshot began.
     since_snapshot: u64,
+    /// When the last commit failed.
+    failed: Instant,
     next_reopen: Instant,
     shared: Arc<Shared>,
 }
@@ -131,6 +133,7 @@ impl Engine {
             snapshot_bytes: 0,
             last_snapshot_bytes: 0,
             since_snapshot: 0,
+            failed: Instant::now(),
             next_reopen: Instant::now(),
             shared,
         })
@@ -225,7 +228,8 @@ impl Engine {
         *self.shared.failure.lock() = Some(format!("the bus cannot write to {}: {error}", self.path.display()));
         self.values = None;
         self.snapshot = None;
-        self.next_reopen = Instant::now() + REOPEN_INTERVAL;
+        self.failed = Instant::now();
+        self.next_reopen = self.failed + REOPEN_INTERVAL;
     }
 
     /// Takes the state back from what the disk has.
@@ -236,7 +240,7 @@ impl Engine {
         self.next_reopen = Instant::now() + REOPEN_INTERVAL;
         match load(&self.path, self.durability) {
             Ok((values, mut state)) => {
-                state.adopt(&self.state);
+                state.adopt(&self.state, super::state::millis(self.failed.elapsed()));
                 self.state = state;
                 self.values = Some(values);
                 self.shared.failure.lock().take();

@@ -439,6 +439,36 @@ mod tests {
         assert_eq!(open(dir.path()).await.stream_info("S").await.unwrap().messages, acknowledged + 1);
     }
 
+    #[tokio::test]
+    async fn an_outage_takes_no_delivery_from_its_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path()).await;
+        let ack_wait = Duration::from_secs(3);
+        let config = ConsumerConfig { ack_wait, ..reader(10) };
+        let handle = store.consumer(&config).await.unwrap();
+        store.append(&message("held"), None).await.unwrap();
+        // The file may not grow. The next commit fails, before the log knows that the message was handed out.
+        let full = |(), values: &Values| {
+            let limited = values.log.connection().execute_batch("PRAGMA max_page_count = 1");
+            Ok(limited.map_err(journal::Error::from)?)
+        };
+        store.run_then(|_, _| Ok(()), full).await.unwrap();
+        let held = store.claim(&handle, 1).await.unwrap().messages.remove(0);
+        let large = message(&"x".repeat(1_000_000));
+        assert!(store.append(&large, None).await.is_err());
+
+        tokio::time::sleep(ack_wait + Duration::from_millis(500)).await;
+        testkit::eventually(Duration::from_secs(20), || async { store.health().await.is_ok() }).await;
+        let again = store.claim(&handle, 10).await.unwrap();
+        assert!(again.messages.is_empty(), "it is held, and nobody could prolong it");
+        assert!(again.next.unwrap() <= ack_wait);
+        store.settle(&handle, held.sequence, Outcome::Ack).await.unwrap();
+        assert_eq!(store.stream_info("S").await.unwrap().messages, 0);
+        // The refused one left no gap: its sequence is handed out.
+        store.append(&message("next"), None).await.unwrap();
+        assert_eq!(store.claim(&handle, 10).await.unwrap().messages.len(), 1);
+    }
+
     const OLDER: &str = r#"
         CREATE TABLE messages (stream TEXT, seq INTEGER, subject TEXT, headers TEXT, payload BLOB, stored_ms INTEGER);
         CREATE TABLE sequences (stream TEXT PRIMARY KEY, last INTEGER);

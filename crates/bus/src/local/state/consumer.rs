@@ -212,13 +212,21 @@ impl Consumer {
         self.pending = (self.out.len() + unread) as u64;
     }
 
-    /// Deliveries that are still held keep their time.
-    pub fn adopt(&mut self, before: &Self) {
+    /// Deliveries that are still held stay so, and have as much time as before the outage: during it nobody could settle
+    /// or prolong one.
+    pub fn adopt(&mut self, before: &Self, messages: &BTreeMap<u64, StoredAt>, last: u64, outage_ms: u64) {
+        // The log may not have the latest cursor. Nor has it what was appended last, whose sequences are given out again.
+        let flushed = self.flushed;
+        self.replay_cursor(before.next.min(last + 1), messages);
+        self.flushed = flushed;
+
         for (sequence, out) in &before.out {
             if self.out.contains_key(sequence) {
-                self.hold(*sequence, *out);
+                let due_ms = out.due_ms.saturating_add(outage_ms);
+                self.hold(*sequence, Out { due_ms, ..*out });
             }
         }
+        self.blocked = before.blocked;
     }
 
     fn hold(&mut self, sequence: u64, out: Out) {

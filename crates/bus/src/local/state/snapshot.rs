@@ -217,13 +217,17 @@ impl State {
         Ok(())
     }
 
-    /// After the log was opened again within the process: declarations, and deliveries that are still held.
-    pub fn adopt(&mut self, before: &Self) {
+    /// After the log was opened again within the process, which took `outage_ms`: declarations, and deliveries that are
+    /// still held.
+    pub fn adopt(&mut self, before: &Self, outage_ms: u64) {
         for (name, old) in &before.streams {
             let stream = self.streams.entry(name.clone()).or_default();
             stream.config = old.config.clone();
-            for (name, consumer) in &mut stream.consumers {
-                old.consumers.get(name).into_iter().for_each(|old| consumer.adopt(old));
+            let Stream { messages, consumers, last, .. } = stream;
+            for (name, consumer) in consumers {
+                if let Some(old) = old.consumers.get(name) {
+                    consumer.adopt(old, messages, *last, outage_ms);
+                }
             }
         }
         for (name, old) in &before.buckets {
