@@ -5,6 +5,7 @@ use crate::Router;
 use bus::clock::unix_ms;
 use bus::tasks::Record;
 use bus::{Consumer, Delivery, Message, Write, Written};
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -93,6 +94,7 @@ fn check(result: &ExecResult) -> Result<(), String> {
 /// repeat: the usage event has the assignment's id, and the record is final once.
 async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bus::Result<()> {
     let msg_id = format!("usage-{}", result.assignment_id);
+    let mut kept = Cow::Borrowed(result);
     for _ in 0..ATTEMPTS_MAX {
         let record = bus::tasks::of_result(&router.bus, result).await?;
         // The record is written last, so an assignment whose record has the result was fully recorded before.
@@ -106,7 +108,7 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
             .into();
         let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
         let mut writes = vec![Write::Append { message, msg_id: Some(&msg_id) }];
-        writes.extend(record.map(|record| finished(record, result).into_write()));
+        writes.extend(record.map(|record| finished(record, &kept).into_write()));
         writes.push(Write::Ack(delivery));
 
         let (written, error) = match router.bus.write(writes).await {
@@ -129,10 +131,27 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
             }
             // The record changed after it was read: read it again.
             Some(bus::Error::WrongRevision(_)) => {}
+            // A record holds more than the result, so a result that fits a message may not fit its record.
+            Some(bus::Error::TooLarge { size, max }) if kept.output.is_some() => {
+                kept = Cow::Owned(without_output(result, size, max));
+            }
             Some(error) => return Err(error),
         }
     }
     Err(bus::Error::WrongRevision(result.request_id.clone()))
+}
+
+/// What a record keeps of a result whose output does not fit it. A worker reports the same of an output that does not
+/// fit a message.
+fn without_output(result: &ExecResult, size: usize, max: usize) -> ExecResult {
+    let text = format!("the output makes a record of {size} bytes, more than the bus takes ({max})");
+    ExecResult {
+        status: ResultStatus::Error,
+        output: None,
+        error_code: Some("output".into()),
+        error_message: Some(text),
+        ..result.clone()
+    }
 }
 
 /// The tenant that pays. The task's record says who asked; a result need not name a tenant.

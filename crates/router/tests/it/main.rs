@@ -51,6 +51,7 @@ on_both! {
     results::restart_bills_nothing_twice,
     results::result_settles_the_task_of_its_assignment_only,
     results::bad_results_become_dead_letters,
+    results::result_too_large_for_its_record_is_billed_and_ends_the_task,
     breakers::all_routers_follow_the_same_outcomes_and_a_late_one_adopts_them,
     policies::broken_policy_serves_its_last_good_version_after_a_restart,
     policies::policies_of_a_vanished_directory_serve_after_a_restart,

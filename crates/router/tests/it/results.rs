@@ -94,6 +94,23 @@ pub async fn result_settles_the_task_of_its_assignment_only(router: Router) {
     assert_eq!(payer["tenant_id"], "beta");
 }
 
+/// Such a result fits a message, but not the task's record, which holds more.
+pub async fn result_too_large_for_its_record_is_billed_and_ends_the_task(router: Router) {
+    let assignment = assigned(&router, "r1").await;
+    let mut told = result(&assignment, "success");
+    told["output"] = json!("");
+    let rest = wire::limits::BUS_MESSAGE_MAX - told.to_string().len() - 100;
+    told["output"] = json!("x".repeat(rest));
+    router.append(subjects::RESULT, told.to_string()).await;
+
+    ended(&router, "r1", "failed").await;
+    settled(&router).await;
+    let task = router.task("r1").await["task"].clone();
+    assert_eq!((&task["result"]["error_code"], &task["result"]["output"]), (&json!("output"), &Value::Null));
+    let usage = router.stored(subjects::STREAM_USAGE).await;
+    assert_eq!((usage.len(), &usage[0]["status"]), (1, &json!("success")));
+}
+
 #[tokio::test]
 async fn results_that_arrived_while_no_router_ran_are_recorded_at_the_start() {
     let router = Router::local().await;
