@@ -445,6 +445,10 @@ mod tests {
 
         let mut acknowledged = Vec::new();
         let mut refusals = Vec::new();
+        // Alone in its batch, so that something fits: a batch is refused whole, and all others may hold a large row.
+        let (first, stored) = insert(1000, 10).await.unwrap();
+        stored.unwrap();
+        acknowledged.push(first);
         for round in 0..20 {
             let writes: Vec<_> = (0..50)
                 .map(|n| insert(round * 50 + n, if n % 7 == 3 { 60_000 } else { 10 }))
