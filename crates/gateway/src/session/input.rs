@@ -132,3 +132,29 @@ impl Input {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::{Effect, Event, Session};
+    use crate::{Config, Shared};
+    use std::sync::Arc;
+    use wire::ipc::{FrameType, Version};
+
+    #[test]
+    fn frame_that_starts_a_v1_stream_leaves_no_buffer_behind() {
+        const LARGE: usize = 1024 * 1024;
+        let mut session = Session::new(Arc::new(Shared::new(Config::default(), 0)), 0);
+        let submit = serde_json::json!({"command": "task_submit", "task_type": "t", "wait": "stream",
+            "context": "x".repeat(LARGE)});
+        let mut frame = BytesMut::new();
+        Frame::new(Version::V1, FrameType::TaskSubmit, submit.to_string()).encode(&mut frame);
+        for part in frame.chunks(64 * 1024) {
+            session.handle(Event::Received(part), Instant::now());
+        }
+
+        assert!(matches!(session.effect(), Some(Effect::Start(_))));
+        assert!(!session.reads(), "the stream has the connection to itself");
+        assert!(!session.input.bytes.try_reclaim(LARGE), "the frame's buffer is held while the stream lasts");
+    }
+}

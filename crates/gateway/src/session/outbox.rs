@@ -60,8 +60,29 @@ impl Outbox {
             self.due = None;
         }
         // A connection keeps a small buffer for its next replies, but not one that a burst has grown.
-        if self.is_empty() && self.bytes.capacity() > HIGH {
+        // Its capacity does not tell: that leaves out the part that was written.
+        if self.is_empty() && self.bytes.try_reclaim(HIGH + 1) {
             self.bytes = BytesMut::new();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffer_that_a_burst_has_grown_is_released() {
+        let held = |size: usize, part: usize| {
+            let mut outbox = Outbox::default();
+            outbox.put(Version::V1, Reply::ok(vec![b'x'; size]));
+            while !outbox.is_empty() {
+                outbox.written(part.min(outbox.bytes().len()), 0);
+            }
+            outbox.bytes.try_reclaim(size)
+        };
+        assert!(held(1024, 1000), "a small buffer is kept");
+        assert!(!held(4 * HIGH, 4 * HIGH + HEADER_V1), "written at once");
+        assert!(!held(4 * HIGH, HIGH / 2), "written in parts");
     }
 }

@@ -23,7 +23,8 @@ impl Session {
                 }
             }
         }
-        // A frame is not late while it is not read.
+        // During a v1 stream nothing is read for minutes: no frame is late meanwhile, and no empty buffer is held.
+        self.input.shrink();
         self.input.stop_clock();
     }
 
