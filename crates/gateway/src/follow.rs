@@ -6,13 +6,15 @@ use crate::output::{OutputReader, Pieces};
 use crate::reply::{PAYLOAD_MAX, Reply};
 use crate::waiters::{Finished, Waiter};
 use serde_json::value::RawValue;
-use std::time::{Duration, Instant};
+use std::convert::Infallible;
+use std::time::Duration;
+use tokio::sync::mpsc;
 use wire::ipc::{ErrorCode, FrameType, StreamComplete};
 use wire::router::{Awaited, TaskState};
 use wire::subjects;
 
-/// When the task's record is read for the first time, and how often after that. It has the result if the message was
-/// missed: during a reconnect, because a queue was full, or because the task had ended before.
+/// When the task's record is read for the first time, and the pause before it is read again. It has the result if the
+/// message was missed: during a reconnect, because a queue was full, or because the task had ended before.
 const LOOK_FIRST: Duration = Duration::from_millis(250);
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// How long to wait for output that the result announces; later it counts as lost.
@@ -92,7 +94,16 @@ impl Following<'_> {
     }
 
     async fn finished(&mut self) -> Result<Finished, Failure> {
-        let mut look = Instant::now() + LOOK_FIRST;
+        // The record is read concurrently: a router that answers slowly delays no output, and a client that reads
+        // slowly leaves no call to the router unfinished.
+        let (exchange, (sender, records)) = (self.exchange, mpsc::channel(1));
+        tokio::select! {
+            finished = self.ended(records) => finished,
+            never = read_records(exchange, sender) => match never {},
+        }
+    }
+
+    async fn ended(&mut self, mut records: mpsc::Receiver<Box<TaskState>>) -> Result<Finished, Failure> {
         loop {
             tokio::select! {
                 // Output that has arrived precedes a result that has arrived too.
@@ -104,9 +115,8 @@ impl Following<'_> {
                     return finished.map_err(closed);
                 }
 
-                () = tokio::time::sleep_until(look.into()) => {
-                    look += LOOK_AGAIN;
-                    if let Some(finished) = self.look().await {
+                Some(record) = records.recv() => {
+                    if let Some(finished) = self.look(*record) {
                         return Ok(finished);
                     }
                 }
@@ -119,9 +129,8 @@ impl Following<'_> {
         }
     }
 
-    /// Reads the task's record. An error is not an answer: the next look, or the deadline, decides.
-    async fn look(&mut self) -> Option<Finished> {
-        let TaskState { result, assignment_id, .. } = self.exchange.record().await.ok()?;
+    fn look(&mut self, record: TaskState) -> Option<Finished> {
+        let TaskState { result, assignment_id, .. } = record;
         if let Some(result) = result {
             return Some(Finished::from_result(&result));
         }
@@ -174,6 +183,19 @@ pub fn complete(request_id: &str, finished: &Finished) -> Result<Reply, Failure>
     let complete = StreamComplete { task_id: request_id.into(), result };
     let payload = serde_json::to_vec(&complete).expect("a completion is JSON");
     Ok(Reply::new(FrameType::StreamComplete, payload))
+}
+
+/// Reads the task's record again and again. An error is not an answer: the next look, or the deadline, decides.
+async fn read_records(exchange: &Exchange, records: mpsc::Sender<Box<TaskState>>) -> Infallible {
+    let mut pause = LOOK_FIRST;
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = LOOK_AGAIN;
+        if let Ok(record) = exchange.record().await {
+            // Fails only if nobody follows the task any more.
+            let _ = records.send(Box::new(record)).await;
+        }
+    }
 }
 
 async fn next(output: &mut Option<bus::Subscription>) -> Option<bus::Message> {

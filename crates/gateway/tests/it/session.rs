@@ -350,6 +350,29 @@ async fn v1_stream_has_the_connection_to_itself_and_ends_with_the_result() {
     assert_eq!(raw.answer().await.1["request_id"], "r");
 }
 
+#[tokio::test]
+async fn router_that_does_not_read_a_record_delays_neither_output_nor_result() {
+    // Longer than the test waits for an answer.
+    let fixture = Fixture::start(|config| config.request_timeout = Duration::from_secs(60)).await;
+    fixture.echo_router().await;
+    let mut looks = fixture.bus.subscribe(subjects::GET_DECISION, None, 16).await.unwrap();
+
+    let mut raw = fixture.connect().await;
+    raw.submit_v1(json!({"request_id": "s", "wait": "stream"})).await;
+    let _unanswered = looks.next().await.unwrap();
+
+    publish_chunk(&fixture.bus, "s", 0).await;
+    let (kind, value) = raw.answer().await;
+    assert_eq!((kind, &value["data"]), (FrameType::StreamData, &json!("c0")));
+
+    let result = json!({"version": "1", "assignment_id": "a", "request_id": "s", "status": "success",
+        "provider_id": "p", "job": {"type": "t"}, "chunks": 1});
+    let payload = result.to_string().into();
+    let message = Message { subject: subjects::RESULT.into(), payload, ..Message::default() };
+    fixture.bus.append(message, None).await.unwrap();
+    assert_eq!(raw.answer().await.0, FrameType::StreamComplete);
+}
+
 async fn publish_chunk(bus: &Bus, id: &str, seq: u64) {
     let chunk = json!({"request_id": id, "assignment_id": "a", "attempt": 1, "seq": seq, "data": format!("c{seq}")});
     let subject = subjects::output(id).into();
