@@ -9,15 +9,19 @@ use super::streams;
 use crate::{Error, Result};
 use async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE;
 use async_nats::jetstream::ErrorCode;
+use async_nats::jetstream::response::Response;
 use async_nats::{HeaderMap, StatusCode};
 use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use bytes::Bytes;
+use serde_json::Value;
 use std::time::Duration;
 
 const DEADLINE: Duration = Duration::from_secs(5);
 /// Bytes on the wire of the headers of a put, and more.
 const HEADERS_MAX: usize = 128;
+/// Other clients mark a deleted key with a message that has this header.
+const DELETED_HEADER: &str = "KV-Operation";
 /// How servers refuse a put with another expected revision.
 const WRONG_REVISION: [ErrorCode; 2] =
     [ErrorCode::STREAM_WRONG_LAST_SEQUENCE, ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT];
@@ -55,12 +59,12 @@ pub async fn get(link: &Link, bucket: &str, key: &str) -> Result<Option<(Bytes, 
     let failed = |why: &str| Error::Storage(format!("cannot read from bucket {bucket}: {why}"));
     match entry.status {
         None | Some(StatusCode::OK) => {}
-        Some(StatusCode::NOT_FOUND) => return Ok(None),
+        // Any replica answers, also one that does not have the newest entries yet.
+        Some(StatusCode::NOT_FOUND) => return get_from_leader(link, bucket, key).await,
         Some(status) => return Err(failed(&format!("{status} {}", entry.description.unwrap_or_default()))),
     }
     let headers = entry.headers.unwrap_or_default();
-    // Other clients mark a deleted key with a message that has this header.
-    if headers.get("KV-Operation").is_some() {
+    if headers.get(DELETED_HEADER).is_some() {
         return Ok(None);
     }
     let revision = headers
@@ -68,6 +72,35 @@ pub async fn get(link: &Link, bucket: &str, key: &str) -> Result<Option<(Bytes, 
         .and_then(|sequence| sequence.as_str().parse().ok());
     let revision = revision.ok_or_else(|| failed("the reply has no sequence"))?;
     Ok(Some((entry.payload, revision)))
+}
+
+/// As [`get`], from the replica that takes the writes.
+async fn get_from_leader(link: &Link, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
+    let failed = |why: &str| Error::Storage(format!("cannot read from bucket {bucket}: {why}"));
+    let subject = format!("$JS.API.STREAM.MSG.GET.KV_{bucket}");
+    let asked = serde_json::json!({"last_by_subj": format!("$KV.{bucket}.{}", encode(key))});
+    let reply = link
+        .ask(&subject, HeaderMap::new(), asked.to_string().into(), Awaited::Reply, DEADLINE)
+        .await
+        .map_err(|error| unavailable(bucket, error))?;
+
+    let stored = match serde_json::from_slice::<Response<Value>>(&reply.payload) {
+        Ok(Response::Ok(found)) => found["message"].clone(),
+        Ok(Response::Err { error }) if error.error_code() == ErrorCode::NO_MESSAGE_FOUND => return Ok(None),
+        Ok(Response::Err { error }) => return Err(failed(&error.to_string())),
+        Err(error) => return Err(failed(&error.to_string())),
+    };
+    // Headers and data are base64, and left out if empty.
+    let decoded = |field: &str| {
+        let text = stored[field].as_str().unwrap_or_default();
+        STANDARD.decode(text).map_err(|error| failed(&error.to_string()))
+    };
+    if String::from_utf8_lossy(&decoded("hdrs")?).contains(DELETED_HEADER) {
+        return Ok(None);
+    }
+    let revision = stored["seq"].as_u64();
+    let revision = revision.ok_or_else(|| failed("the reply has no sequence"))?;
+    Ok(Some((decoded("data")?.into(), revision)))
 }
 
 /// The server answers for a bucket only while its stream is there.
@@ -83,4 +116,69 @@ fn unavailable(bucket: &str, error: Error) -> Error {
 /// Encodes a key. Keys of the bus are arbitrary strings; NATS allows few characters and no empty key.
 fn encode(key: &str) -> String {
     format!("k{}", URL_SAFE_NO_PAD.encode(key))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nats::{NatsConfig, access::Access};
+    use std::sync::Arc;
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::TcpStream;
+    use tokio_util::sync::CancellationToken;
+    use tokio_util::task::TaskTracker;
+
+    /// Answers direct gets of the bucket as a replica that has nothing yet.
+    async fn empty_replica(port: u16) {
+        let mut stream = BufReader::new(TcpStream::connect(("127.0.0.1", port)).await.unwrap());
+        let hello = "CONNECT {\"verbose\":false,\"headers\":true}\r\nSUB $JS.API.DIRECT.GET.KV_B.> 1\r\nPING\r\n";
+        stream.write_all(hello.as_bytes()).await.unwrap();
+        let mut line = String::new();
+        while !line.starts_with("PONG") {
+            line.clear();
+            stream.read_line(&mut line).await.unwrap();
+        }
+        tokio::spawn(async move {
+            let status = "NATS/1.0 404 Message Not Found\r\n\r\n";
+            let mut line = String::new();
+            while stream.read_line(&mut line).await.unwrap_or(0) > 0 {
+                if let ["MSG", _, _, reply, _] = line.split_whitespace().collect::<Vec<_>>()[..] {
+                    let answer = format!("HPUB {reply} {0} {0}\r\n{status}\r\n", status.len());
+                    stream.write_all(answer.as_bytes()).await.unwrap();
+                }
+                line.clear();
+            }
+        });
+    }
+
+    #[tokio::test]
+    async fn an_entry_that_a_replica_does_not_have_yet_is_read_from_the_leader() {
+        let server = testkit::NatsServer::start().await;
+        let (tasks, cancel) = (TaskTracker::new(), CancellationToken::new());
+        let access = Arc::new(Access::new(NatsConfig { url: server.url(), ..NatsConfig::default() }).unwrap());
+        let link = Link::open(0, &access, &tasks, &cancel).await.unwrap();
+        // Without direct gets of its own, the server leaves them to the replica below.
+        let config = async_nats::jetstream::stream::Config {
+            name: "KV_B".into(),
+            subjects: vec!["$KV.B.>".into()],
+            ..Default::default()
+        };
+        link.jetstream.create_stream(config).await.unwrap();
+        empty_replica(server.port()).await;
+
+        assert_eq!(get(&link, "B", "key").await.unwrap(), None);
+        let first = put(&link, "B", "key", "value".into(), Some(0)).await.unwrap();
+        assert_eq!(get(&link, "B", "key").await.unwrap(), Some(("value".into(), first)));
+        let second = put(&link, "B", "key", "".into(), None).await.unwrap();
+        assert_eq!(get(&link, "B", "key").await.unwrap(), Some(("".into(), second)));
+
+        let mut deleted = HeaderMap::new();
+        deleted.insert(DELETED_HEADER, "DEL");
+        let subject = format!("$KV.B.{}", encode("key"));
+        link.ask(&subject, deleted, Bytes::new(), Awaited::PubAck, DEADLINE)
+            .await
+            .unwrap();
+        assert_eq!(get(&link, "B", "key").await.unwrap(), None);
+        cancel.cancel();
+    }
 }
