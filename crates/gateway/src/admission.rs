@@ -1,8 +1,8 @@
-//! Who may use the gateway, for which tenants, and how much of it at once.
+//! Admission: which users may use the gateway, for which tenants, and how many requests and connections each may have.
 
 use crate::Config;
 use crate::byte_budget::Budget;
-use crate::in_flight::{Full, Place, Places};
+use crate::in_flight::{Full, Permit, Permits};
 use arc_swap::{ArcSwap, Guard};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ pub struct Admission {
     live: ArcSwap<Live>,
     /// The user that this process runs as.
     uid: u32,
-    connections: Arc<Places>,
-    in_flight: Arc<Places>,
+    connections: Arc<Permits>,
+    in_flight: Arc<Permits>,
 }
 
 /// Settings, and the limits derived from them. A reload replaces both at once.
@@ -24,9 +24,9 @@ pub struct Live {
     pub share: usize,
     /// Connections that one user may have.
     pub connection_share: usize,
-    /// What is left of [`Config::receive_budget`].
+    /// The free part of [`Config::receive_budget`].
     pub receive: Budget,
-    /// What is left of [`Config::reply_budget`].
+    /// The free part of [`Config::reply_budget`].
     pub replies: Budget,
 }
 
@@ -42,12 +42,12 @@ impl Admission {
         }
     }
 
-    /// The current settings: read them at each use, so that a reload takes effect.
+    /// The current settings. Callers read them at each use, so that a reload takes effect.
     pub fn settings(&self) -> Guard<Arc<Live>> {
         self.live.load()
     }
 
-    /// Replaces the settings. Shares of a budget that changes its size stay valid until they are returned.
+    /// Replaces the settings. Shares of a resized budget stay valid until they are returned.
     pub fn reload(&self, config: Config) {
         let before = self.live.load();
         let receive = before.receive.resized(config.receive_budget);
@@ -64,14 +64,14 @@ impl Admission {
         uid == 0 || uid == self.uid || self.settings().allowed_uids.contains(&uid)
     }
 
-    /// A place for one more request of this user.
-    pub fn request(&self, uid: u32) -> Result<Place, Full> {
+    /// Takes a permit for one request of this user. The error names the limit that is reached.
+    pub fn request(&self, uid: u32) -> Result<Permit, Full> {
         let settings = self.settings();
         self.in_flight.take(uid, settings.max_in_flight, settings.share)
     }
 
-    /// A place for one more connection of this user.
-    pub fn connection(&self, uid: u32) -> Result<Place, Full> {
+    /// Takes a permit for one connection of this user. The error names the limit that is reached.
+    pub fn connection(&self, uid: u32) -> Result<Permit, Full> {
         let settings = self.settings();
         self.connections
             .take(uid, settings.max_connections, settings.connection_share)
@@ -107,7 +107,7 @@ impl std::ops::Deref for Live {
 }
 
 impl Config {
-    /// Root may act for every tenant, other users only for their own.
+    /// Whether the user may act for this tenant: root for every tenant, other users only for those of their own.
     pub(crate) fn may_act_for(&self, uid: u32, tenant: &str) -> bool {
         if uid == 0 {
             return true;
@@ -119,9 +119,8 @@ impl Config {
         own.any(|own| own == "*" || own == tenant)
     }
 
-    /// The tenants in which a task is looked up when the user names none, in this order: `default` first if the user
-    /// may act for it, because submits without a tenant go there; then the user's other tenants as the settings list
-    /// them.
+    /// The tenants to search for a task, in order, when the user names none: `default` first if the user may act for
+    /// it, because submits without a tenant go there; then the user's other tenants in the order of the settings.
     pub(crate) fn tenants_of(&self, uid: u32) -> Vec<String> {
         if uid == 0 || self.tenants.is_empty() {
             return vec![DEFAULT_TENANT.into()];
@@ -137,8 +136,8 @@ impl Config {
         default.into_iter().chain(others).collect()
     }
 
-    /// What one user may have of `all`: `set`, or an equal part for each user who may connect, root aside. `own` is the
-    /// user that this process runs as.
+    /// One user's share of the limit `all`: `set`, or an equal share for each user who may connect, root aside. `own`
+    /// is the user that this process runs as.
     fn share(&self, all: usize, set: Option<usize>, own: u32) -> usize {
         let others: BTreeSet<u32> = self
             .allowed_uids
@@ -161,7 +160,7 @@ mod tests {
             Config { allowed_uids: allowed_uids.to_vec(), ..Config::default() }.share(all, set, 999)
         };
         assert_eq!(share(1000, &[], None), 1000, "no other user may connect");
-        assert_eq!(share(1000, &[0, 999], None), 1000, "root and our own user do not count as others");
+        assert_eq!(share(1000, &[0, 999], None), 1000, "root and the gateway's own user get no separate share");
         assert_eq!(share(1000, &[1000], None), 500);
         assert_eq!(share(1000, &[1000, 1001, 1000], None), 333);
         assert_eq!(share(2, &[1000, 1001, 1002], None), 1);
@@ -175,10 +174,10 @@ mod tests {
         let admission = Admission::new(config.clone(), OWN);
         let greedy = [(); 2].map(|()| admission.connection(70_001).unwrap());
         assert_eq!(admission.connection(70_001).unwrap_err(), Full::User);
-        let ours = [(); 2].map(|()| admission.connection(OWN).unwrap());
+        let own = [(); 2].map(|()| admission.connection(OWN).unwrap());
         assert_eq!(admission.connection(70_001).unwrap_err(), Full::All);
 
-        drop((greedy, ours));
+        drop((greedy, own));
         admission.reload(Config { max_connections_per_user: Some(1), ..config });
         let _one = admission.connection(70_001).unwrap();
         assert_eq!(admission.connection(70_001).unwrap_err(), Full::User);

@@ -1,7 +1,7 @@
-//! The circuit breaker before the router: a state machine that takes the time as an argument.
+//! The circuit breaker in front of the router: a state machine that takes the time as an argument.
 //!
-//! It opens after several failures in a row, or when failures are a large enough share of the recent calls. It stays
-//! open for a while, longer each time a probe fails. Half open, it lets a few probes through, and enough successes
+//! The breaker opens after several consecutive failures, or when the failure rate of recent calls is too high. It stays
+//! open for a while, longer each time a probe fails. Half open, it lets a few probes through; enough successful probes
 //! close it.
 
 use std::time::{Duration, Instant};
@@ -10,14 +10,15 @@ use std::time::{Duration, Instant};
 pub struct Config {
     /// Failures in a row that open the breaker.
     pub consecutive_failures: u32,
-    /// Share of failures in [`Config::window`] that opens the breaker, once the window has `min_calls` calls.
+    /// Share of failed calls (0 to 1) within [`Config::window`] that opens the breaker, once the window has
+    /// `min_calls`.
     pub failure_rate: f64,
     pub min_calls: u32,
     pub window: Duration,
-    /// How long it stays open at first; doubled after each failed probe, up to the maximum.
+    /// How long the breaker stays open at first; doubled after each failed probe, up to `open_for_max`.
     pub open_for: Duration,
     pub open_for_max: Duration,
-    /// Half open: how many calls may be in flight at once, and how many must succeed to close it.
+    /// Half open: how many probes may be in flight at once, and how many must succeed to close the breaker.
     pub probes: u32,
     pub successes: u32,
 }
@@ -60,9 +61,9 @@ pub enum Outcome {
     Answered,
     /// No answer in time, or the router reported that it cannot work.
     Failed,
-    /// No responders: known at once, and true for every later call.
-    Nobody,
-    /// No evidence either way: the router shed load, the bus was lost, or the caller went away.
+    /// No router subscribes to the subject. The bus reports it at once, and every later call would fail too.
+    NoResponders,
+    /// No evidence either way: the router shed load, the bus was disconnected, or the caller was cancelled.
     Neutral,
 }
 
@@ -78,7 +79,7 @@ pub struct Breaker {
     config: Config,
     phase: Phase,
     generation: u64,
-    /// How long it stays open the next time.
+    /// How long the breaker stays open the next time.
     open_for: Duration,
 }
 
@@ -103,7 +104,7 @@ impl Breaker {
         }
     }
 
-    /// The state that a call would find now. Only calls change the stored phase.
+    /// The state as a call would find it at `now`. Only [`Breaker::pass`] turns an open breaker half open.
     pub fn state_at(&self, now: Instant) -> State {
         match self.phase {
             Phase::Open { until } if now >= until => State::HalfOpen,
@@ -111,21 +112,21 @@ impl Breaker {
         }
     }
 
-    /// How long until an open breaker lets calls through again.
-    pub fn open_for_another(&self, now: Instant) -> Duration {
+    /// How long an open breaker will refuse calls; zero unless it is open.
+    pub fn time_until_half_open(&self, now: Instant) -> Duration {
         match self.phase {
             Phase::Open { until } => until.saturating_duration_since(now),
             _ => Duration::ZERO,
         }
     }
 
-    /// Applies to later calls. A window that has begun keeps its length.
+    /// Replaces the settings for later calls. The current window keeps its length until the breaker next closes.
     pub fn configure(&mut self, config: Config) {
         self.config = config;
         self.open_for = config.open_for;
     }
 
-    /// Permits a call. The error is the time after which to try again.
+    /// Permits a call. The error is how long to wait before trying again.
     pub fn pass(&mut self, now: Instant) -> Result<Pass, Duration> {
         if let Phase::Open { until } = self.phase {
             if now < until {
@@ -149,7 +150,7 @@ impl Breaker {
 
         let config = self.config;
         match (&mut self.phase, outcome) {
-            // A call cannot end while open: it would be of an earlier generation.
+            // Unreachable: every call that was in flight when the breaker opened has an earlier generation.
             (Phase::Open { .. }, _) => {}
 
             (Phase::Closed { .. }, Outcome::Neutral) => {}
@@ -166,10 +167,10 @@ impl Breaker {
                     self.open(now);
                 }
             }
-            // Every other call would fail too, so there is no need to count.
-            (Phase::Closed { .. }, Outcome::Nobody) => self.open(now),
+            // Every other call would fail too, so the breaker does not wait for more failures.
+            (Phase::Closed { .. }, Outcome::NoResponders) => self.open(now),
 
-            // The probe is free for another call.
+            // Another call may take the probe's slot.
             (Phase::HalfOpen { probing, .. }, Outcome::Neutral) => *probing -= 1,
             (Phase::HalfOpen { probing, succeeded }, Outcome::Answered) => {
                 *probing -= 1;
@@ -179,8 +180,8 @@ impl Breaker {
                     self.enter(Phase::Closed { in_a_row: 0, window: Window::new(config.window) });
                 }
             }
-            // One failed probe is enough.
-            (Phase::HalfOpen { .. }, Outcome::Failed | Outcome::Nobody) => self.open(now),
+            // One failed probe reopens the breaker.
+            (Phase::HalfOpen { .. }, Outcome::Failed | Outcome::NoResponders) => self.open(now),
         }
     }
 
@@ -198,12 +199,12 @@ impl Breaker {
 
 const BUCKETS: usize = 10;
 
-/// Calls and failures in a sliding window, which moves on in steps of a tenth.
+/// Calls and failures in a sliding window, which advances in steps of a tenth of its length.
 #[derive(Debug)]
 struct Window {
     step: Duration,
     began: Option<Instant>,
-    /// The number of the newest step. The calls and failures of a step are in the bucket of its number modulo
+    /// The number of the newest step. A step's calls and failures are in the bucket with index number modulo
     /// [`BUCKETS`].
     newest: u64,
     buckets: [(u32, u32); BUCKETS],
@@ -216,23 +217,23 @@ impl Window {
     }
 
     fn count(&mut self, failed: bool, now: Instant) {
-        self.turn(now);
+        self.advance(now);
         let (calls, failures) = &mut self.buckets[self.newest as usize % BUCKETS];
         *calls += 1;
         *failures += u32::from(failed);
     }
 
     fn sum(&mut self, now: Instant) -> (u32, u32) {
-        self.turn(now);
+        self.advance(now);
         self.buckets
             .iter()
             .fold((0, 0), |(calls, failed), bucket| (calls + bucket.0, failed + bucket.1))
     }
 
-    fn turn(&mut self, now: Instant) {
+    fn advance(&mut self, now: Instant) {
         let began = *self.began.get_or_insert(now);
         let number = (now.saturating_duration_since(began).as_nanos() / self.step.as_nanos()) as u64;
-        // After a long pause each bucket is cleared once.
+        // However many steps have passed, each bucket is cleared at most once.
         let passed = number.saturating_sub(self.newest).min(BUCKETS as u64);
         for step in 0..passed {
             self.buckets[(number - step) as usize % BUCKETS] = (0, 0);
@@ -280,9 +281,9 @@ mod tests {
     }
 
     #[test]
-    fn open_breaker_reports_half_open_once_its_time_is_over() {
+    fn open_breaker_reports_half_open_after_its_open_time() {
         let (mut breaker, now) = breaker();
-        call(&mut breaker, Outcome::Nobody, now);
+        call(&mut breaker, Outcome::NoResponders, now);
         assert_eq!(breaker.state_at(now + Duration::from_millis(499)), State::Open);
         assert_eq!(breaker.state_at(now + Duration::from_millis(500)), State::HalfOpen);
     }
@@ -299,7 +300,7 @@ mod tests {
     #[test]
     fn no_responders_opens_the_breaker_at_once() {
         let (mut breaker, now) = breaker();
-        call(&mut breaker, Outcome::Nobody, now);
+        call(&mut breaker, Outcome::NoResponders, now);
         assert_eq!(breaker.state(), State::Open);
     }
 
@@ -330,7 +331,7 @@ mod tests {
     #[test]
     fn load_shed_by_the_router_does_not_use_up_probes() {
         let (mut breaker, now) = breaker();
-        call(&mut breaker, Outcome::Nobody, now);
+        call(&mut breaker, Outcome::NoResponders, now);
         let later = now + Duration::from_secs(1);
         for _ in 0..100 {
             call(&mut breaker, Outcome::Neutral, later);
@@ -341,29 +342,29 @@ mod tests {
     #[test]
     fn probes_are_bounded_and_each_failed_probe_doubles_the_wait() {
         let (mut breaker, mut now) = breaker();
-        call(&mut breaker, Outcome::Nobody, now);
+        call(&mut breaker, Outcome::NoResponders, now);
         for wait in [1000, 2000, 4000, 8000, 10_000, 10_000] {
             now += breaker.pass(now).unwrap_err();
             let probes: Vec<Pass> = (0..3).map(|_| breaker.pass(now).unwrap()).collect();
             assert!(breaker.pass(now).is_err(), "a fourth probe is not permitted");
             breaker.settle(probes[0], Outcome::Failed, now);
-            // The other probes belong to the state that has ended.
+            // The remaining probes belong to an earlier generation, so their outcomes are ignored.
             breaker.settle(probes[1], Outcome::Answered, now);
             breaker.settle(probes[2], Outcome::Answered, now);
             assert_eq!(breaker.pass(now), Err(Duration::from_millis(wait)));
         }
     }
 
-    /// The simplest model of the breaker: it remembers every call.
+    /// A reference model of the breaker that remembers every call.
     struct Model {
         calls: Vec<(Instant, bool)>,
         in_a_row: u32,
     }
 
     proptest! {
-        /// A closed breaker opens exactly when a count over all remembered calls says so, up to one step of time.
+        /// A closed breaker opens exactly when the failure rate over all remembered calls requires it.
         #[test]
-        fn closed_breaker_agrees_with_a_count_of_all_calls(
+        fn closed_breaker_opens_exactly_when_the_reference_model_does(
             steps in prop::collection::vec((0..1500u64, 0..10u8), 1..300),
         ) {
             let config = Config { consecutive_failures: 1000, ..Config::default() };
@@ -406,7 +407,7 @@ mod tests {
                         Err(wait) => prop_assert!(wait <= Config::default().open_for_max),
                     },
                     action => if let Some(pass) = passes.pop() {
-                        let outcomes = [Outcome::Answered, Outcome::Failed, Outcome::Nobody, Outcome::Neutral];
+                        let outcomes = [Outcome::Answered, Outcome::Failed, Outcome::NoResponders, Outcome::Neutral];
                         let outcome = outcomes[usize::from(action) - 2];
                         breaker.settle(pass, outcome, now);
                     },

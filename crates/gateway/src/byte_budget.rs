@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes of one permit: a semaphore cannot count the bytes of every budget.
+/// Bytes per permit: the permits of a semaphore are too few to count the bytes of a large budget one by one.
 const UNIT: usize = 1024;
 
 #[derive(Debug, Clone)]
@@ -12,13 +12,13 @@ pub struct Budget {
     left: Arc<Semaphore>,
 }
 
-/// A part of a budget; returned when it is dropped.
+/// A part of a budget. Dropping it returns the bytes.
 #[derive(Debug)]
 pub struct Share {
     _permits: OwnedSemaphorePermit,
 }
 
-/// A request for a part of a budget.
+/// A claim on a part of a budget, not yet granted.
 #[derive(Debug)]
 pub struct Claim {
     left: Arc<Semaphore>,
@@ -30,7 +30,7 @@ impl Budget {
         Self { bytes, left: Arc::new(Semaphore::new(bytes / UNIT)) }
     }
 
-    /// The budget after a reload: this one, with what is taken from it, unless its size changes.
+    /// The budget after a reload: a new one if the size changes, otherwise this one with the shares taken from it.
     pub fn resized(&self, bytes: usize) -> Self {
         if bytes == self.bytes {
             self.clone()
@@ -39,7 +39,7 @@ impl Budget {
         }
     }
 
-    /// Claims that many bytes; a claim larger than the budget is one for the whole budget.
+    /// Claims that many bytes. A claim larger than the budget is reduced to the whole budget.
     pub fn claim(&self, bytes: usize) -> Claim {
         let permits = bytes.div_ceil(UNIT).min(self.bytes / UNIT);
         Claim {
@@ -55,16 +55,16 @@ impl Budget {
 }
 
 impl Claim {
-    /// Takes the share if the budget has it now.
+    /// Takes the share if enough of the budget is free.
     pub fn try_take(&self) -> Option<Share> {
         let permits = self.left.clone().try_acquire_many_owned(self.permits).ok()?;
         Some(Share { _permits: permits })
     }
 
-    /// Takes the share as soon as the budget has it; claims are served in order.
+    /// Waits until enough of the budget is free, and takes the share. Claims are served in order.
     pub async fn take(self) -> Share {
         let permits = self.left.acquire_many_owned(self.permits).await;
-        Share { _permits: permits.expect("nobody closes a budget") }
+        Share { _permits: permits.expect("the semaphore is never closed") }
     }
 }
 

@@ -1,5 +1,5 @@
-//! One connection: the only task that reads and writes its socket, keeps its clock and runs its requests. It does what
-//! its [`Session`] decides.
+//! One connection: the only task that reads and writes its socket, keeps its timers and runs its requests. All
+//! decisions are made by its [`Session`].
 
 mod io;
 
@@ -18,7 +18,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// Pieces of output that may wait between the requests and their session.
+/// Capacity of the channel that carries pieces of output from the requests to their session.
 const PIECES: usize = 16;
 
 pub async fn run(gateway: Arc<Gateway>, stream: UnixStream, uid: u32, cancel: CancellationToken) {
@@ -33,6 +33,7 @@ struct Connection {
     writer: OwnedWriteHalf,
     session: Session,
     requests: FuturesUnordered<BoxFuture<'static, Finished>>,
+    /// Carries pieces of output from the requests to the session.
     pieces: (mpsc::Sender<(Slot, Reply)>, mpsc::Receiver<(Slot, Reply)>),
     /// The wait for a share of the receive budget.
     budget: Option<BoxFuture<'static, Share>>,
@@ -56,7 +57,7 @@ impl Connection {
     async fn serve(mut self, cancel: CancellationToken) -> Exit {
         let mut draining = false;
         loop {
-            // Written first: the session ends only when its output is written.
+            // Flushed first: the session ends only once its output is written.
             if self.flush().is_err() {
                 return Exit::Broken;
             }
@@ -80,13 +81,13 @@ impl Connection {
                     }
                 }
                 Some((slot, piece)) = self.pieces.1.recv(), if room => self.handle(Event::Piece(slot, piece)),
-                // Also while the client does not read: deadlines pass, and places in flight are released.
+                // Also while the client does not read: requests reach their deadlines and release their permits.
                 Some(finished) = self.requests.next(), if !self.requests.is_empty() => {
                     self.handle(Event::Finished(finished));
                 }
                 received = io::receive(&mut self.reader, |bytes| self.session.handle(Event::Received(bytes), now())),
                     if reads => match received {
-                        // The client may still read: it closed only its sending side, as far as is known.
+                        // The client may still read: it may have closed only its sending side.
                         Ok(0) => self.handle(Event::EndOfFile),
                         Ok(_) => {}
                         Err(_) => return Exit::Broken,
@@ -109,7 +110,7 @@ impl Connection {
         self.session.handle(event, now());
     }
 
-    /// Writes what the socket takes now.
+    /// Writes as much as the socket accepts without waiting.
     fn flush(&mut self) -> std::io::Result<()> {
         while !self.session.output().is_empty() {
             match self.writer.try_write(self.session.output()) {
@@ -125,7 +126,7 @@ impl Connection {
         match effect {
             Effect::Start(start) => self.start(start),
             Effect::AwaitBudget(claim) => self.budget = Some(Box::pin(Claim::take(claim))),
-            Effect::LeaveBudget => self.budget = None,
+            Effect::StopAwaitingBudget => self.budget = None,
             Effect::Abandon => self.requests.clear(),
             Effect::ReadOnce => {
                 let read = io::read_once(&self.reader, |bytes| self.session.handle(Event::Received(bytes), now()));
@@ -137,19 +138,19 @@ impl Connection {
         }
     }
 
-    fn start(&mut self, Start { slot, request, deadline, place }: Start) {
+    fn start(&mut self, Start { slot, request, deadline, permit }: Start) {
         let (gateway, uid) = (self.gateway.clone(), self.uid);
         let mut pieces = Pieces::new(slot, self.pieces.0.clone());
         self.requests.push(Box::pin(async move {
             let reply = forward::run(gateway, uid, request, deadline, &mut pieces).await;
-            // Released before the client reads the answer: a client that does not read holds no place.
-            drop(place);
+            // Released before the client reads the answer, so that a client that does not read holds no permit.
+            drop(permit);
             Finished { slot, reply, pieces: pieces.sent() }
         }));
     }
 
     fn timer(&mut self) {
-        // If the timer ends the drain, streams that have ended still get the output that precedes their last frame.
+        // If the timer ends the drain, finished streams must first receive the output that precedes their last frame.
         while let Ok((slot, piece)) = self.pieces.1.try_recv() {
             self.handle(Event::Piece(slot, piece));
         }
@@ -157,7 +158,7 @@ impl Connection {
     }
 }
 
-/// Tokio's clock, which tests can pause.
+/// The time of Tokio's clock, which tests can pause.
 fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }

@@ -5,19 +5,19 @@ use crate::request::Request;
 use std::time::{Duration, Instant};
 use wire::ipc::Wait;
 
-/// The longest that an assignment may take (contract: its deadline is clamped to 60 s).
+/// The longest time that an assignment may take (contract: its deadline is clamped to 60 s).
 const RESULT_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy)]
 pub struct Deadline {
     pub at: Instant,
-    /// What the client asked for, at most [`Config::max_deadline`]; `None` if the gateway's default applies.
+    /// The time that the client asked for, at most [`Config::max_deadline`]; `None` if the gateway's default applies.
     pub own: Option<Duration>,
 }
 
 impl Deadline {
-    /// The deadline of a request that arrives now: that of its frame (0: none), else that of its payload, else the
-    /// default for what it waits for. None exceeds [`Config::max_deadline`].
+    /// The deadline of a request that arrives at `now`: that of its frame (`frame_ms`, 0 for none), else that of its
+    /// payload, else the default for the request's kind. No deadline exceeds [`Config::max_deadline`].
     pub fn of(request: &Request, frame_ms: u32, config: &Config, now: Instant) -> Self {
         let of_frame = (frame_ms > 0).then(|| Duration::from_millis(frame_ms.into()));
         let (own, waits) = match request {
@@ -72,7 +72,7 @@ mod tests {
 
             let expected = Duration::from_secs(expected_s);
             assert_eq!(deadline.at - now, expected, "{frame_ms}");
-            assert!(deadline.own.is_none_or(|own| own == expected), "the worker is given the same time");
+            assert!(deadline.own.is_none_or(|own| own == expected), "the worker gets the same deadline");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! One request's way to the router and back.
+//! The exchange of one client request with the router.
 
 use crate::Gateway;
 use crate::deadline::Deadline;
@@ -13,13 +13,13 @@ use wire::ipc::{ErrorCode, ExchangeContext, TaskRef, TaskSubmit, Wait};
 use wire::router::{DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskQuery, TaskState, VERSION};
 use wire::{subjects, trace};
 
-/// A request in flight, with everything that its messages, errors and log lines name.
+/// A request in flight, with the ids that its messages, errors and log lines carry.
 pub struct Exchange {
     pub gateway: Arc<Gateway>,
     uid: u32,
     pub request_id: String,
     trace_id: String,
-    /// W3C trace context; `None` if the trace id does not have the form for one.
+    /// W3C trace context; `None` if the trace id is not 32 hex digits.
     traceparent: Option<String>,
     pub tenant_id: String,
     pub deadline: Deadline,
@@ -27,7 +27,7 @@ pub struct Exchange {
 
 impl Exchange {
     pub fn of_submit(gateway: Arc<Gateway>, uid: u32, submit: &TaskSubmit, deadline: Deadline) -> Self {
-        // The trace of a well-formed traceparent wins over the trace id beside it.
+        // The trace id in a well-formed traceparent takes precedence over the separate trace id.
         let given = submit.traceparent.as_deref();
         let given = given.and_then(|parent| Some((parent, trace::trace_id_of(parent)?)));
 
@@ -66,7 +66,7 @@ impl Exchange {
         }
     }
 
-    /// Sends the submit to the router. The decision comes back byte for byte.
+    /// Sends the submit to the router. Returns the decision byte for byte.
     pub async fn decide(&self, submit: TaskSubmit) -> Result<Bytes, Failure> {
         let request = self.decide_request(submit);
         let request = serde_json::to_vec(&request).map_err(|e| Failure::new(ErrorCode::Internal, e.to_string()))?;
@@ -86,7 +86,7 @@ impl Exchange {
             .filter_map(|(name, value)| Some((name.into(), value?)))
             .collect();
 
-        // Nobody waits past the client's own deadline, so the task need not run any longer.
+        // The client does not wait past its own deadline, so the task need not run any longer.
         let options = self.deadline.own.filter(|_| waits).map(|own| RequestOptions {
             deadline_ms: Some(u64::try_from(own.as_millis()).unwrap_or(u64::MAX)),
             ..RequestOptions::default()
@@ -112,8 +112,8 @@ impl Exchange {
         }
     }
 
-    /// Finds the task of the tenant that the client names, else of the first of the user's tenants that has a task with
-    /// this id. The exchange is then one of that tenant.
+    /// Finds the task: of the tenant that the client names, else of the first of the user's tenants that has a task
+    /// with this id. Sets the exchange's tenant to that one.
     pub async fn find(&mut self, named: Option<String>) -> Result<TaskState, Failure> {
         let tenants = match named {
             Some(tenant) => vec![tenant],
@@ -138,13 +138,13 @@ impl Exchange {
         self.ask(subjects::GET_DECISION).await
     }
 
-    /// Cancels the task. It is looked up first, because a router of the previous version cancels a task of any tenant.
+    /// Cancels the task. The task is looked up first, because a router of the previous version ignores the tenant.
     pub async fn cancel(&mut self, named: Option<String>) -> Result<TaskState, Failure> {
         self.find(named).await?;
         self.ask(subjects::CANCEL).await
     }
 
-    /// Asks the router about this tenant's task.
+    /// Sends a query about this tenant's task to the router.
     async fn ask(&self, subject: &str) -> Result<TaskState, Failure> {
         let query = TaskQuery { request_id: self.request_id.clone(), tenant_id: None };
         let query = serde_json::to_vec(&query).expect("a query is JSON");
@@ -153,7 +153,7 @@ impl Exchange {
         let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply).map_err(|e| {
             Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {}", wire::unfit(&e)))
         })?;
-        // A router of the previous version answers for any tenant.
+        // A router of the previous version answers with the task of any tenant.
         if answer.task.tenant() != self.tenant_id {
             return Err(Failure::rejected(ErrorBody::unknown_task(&self.request_id)));
         }
@@ -166,20 +166,20 @@ impl Exchange {
         let timeout = self.gateway.shared.admission.settings().request_timeout;
         let due = self.deadline.at.min(Instant::now() + timeout);
 
-        let asked = self
+        let answer = self
             .gateway
             .shared
             .upstream
             .ask(&self.gateway.bus, subject, headers, payload.into(), due);
-        Ok(asked.await?)
+        Ok(answer.await?)
     }
 
-    /// Refuses a request whose deadline has passed while it waited for its turn.
+    /// Refuses a request whose deadline passed while it waited for its turn.
     pub fn check_time(&self) -> Result<(), Failure> {
         if Instant::now() < self.deadline.at {
             return Ok(());
         }
-        Err(Failure::new(ErrorCode::Timeout, "The deadline passed before the request could begin"))
+        Err(Failure::new(ErrorCode::Timeout, "The deadline passed before the request could start"))
     }
 
     /// Refuses a tenant that the user may not act for.
@@ -192,7 +192,7 @@ impl Exchange {
         Err(Failure::new(ErrorCode::Forbidden, text))
     }
 
-    /// Logs that the request goes to the router.
+    /// Logs a submit that is about to be sent to the router.
     pub fn log_accepted(&self, submit: &TaskSubmit) {
         tracing::info!(
             trace_id = self.trace_id,
@@ -204,10 +204,10 @@ impl Exchange {
         );
     }
 
-    /// Counts and logs the outcome, and makes the last frame of the answer from it.
+    /// Counts and logs the outcome. Returns the last frame of the answer.
     pub fn end(&self, outcome: Result<Reply, Failure>, started: Instant) -> Reply {
         let took = started.elapsed();
-        self.gateway.shared.stats.forwarded(took);
+        self.gateway.shared.stats.completed(took);
         let took_us = took.as_micros() as u64;
 
         let failure = match outcome {
@@ -242,11 +242,11 @@ impl Exchange {
         });
         let reply = Reply::from_payload(&mut payload);
 
-        // A message about an invalid request quotes parts of it: they are for its sender, not for the log.
+        // A message about an invalid request quotes parts of the request, which must not reach the log.
         let error = &payload.error;
         let reason = error.reason.as_deref();
         let why = if reason == Some("invalid_request") {
-            "the request is not valid"
+            "invalid request"
         } else {
             &error.message
         };

@@ -1,4 +1,4 @@
-//! Why a request failed, and how each entry reports it: as an error frame on the socket, as an error body over HTTP.
+//! Maps failures to error frames on the socket and to error bodies over HTTP.
 
 use crate::reply::RETRY_AFTER_MS;
 use crate::upstream::Refused;
@@ -15,12 +15,12 @@ pub struct Failure {
     body: Box<ErrorBody>,
     /// When to try again, if the gateway itself refuses.
     retry_after: Option<Duration>,
-    /// Whether it ends a stream that has begun.
+    /// Whether the failure ends a stream that has begun.
     pub in_stream: bool,
 }
 
 impl Failure {
-    /// A failure that the gateway itself found.
+    /// A failure that the gateway itself detected.
     pub fn new(code: ErrorCode, text: impl Into<String>) -> Self {
         let body = match code {
             ErrorCode::FrameTooLarge => ErrorBody::invalid(IntakeCode::PayloadTooLarge, text),
@@ -34,7 +34,7 @@ impl Failure {
         Self::reported(ErrorCode::Rejected, error)
     }
 
-    /// A failure with its own error body, where that of [`Failure::new`] would say less.
+    /// A failure with a more specific error body than the one [`Failure::new`] would build.
     pub fn reported(code: ErrorCode, body: ErrorBody) -> Self {
         Self { code, body: Box::new(body), retry_after: None, in_stream: false }
     }
@@ -62,7 +62,7 @@ impl Failure {
         let mut payload = ErrorPayload::new(self.code, error.message);
         let detail = &mut payload.error;
         detail.retry_after_ms = match self.retry_after {
-            // Rounded up: a client that comes back too early would be refused again.
+            // Rounded up: a client that retries too early would be refused again.
             Some(pause) => Some(
                 u64::try_from(pause.as_nanos().div_ceil(1_000_000))
                     .unwrap_or(u64::MAX)
@@ -82,7 +82,7 @@ impl Failure {
     pub fn into_body(self) -> ErrorBody {
         let mut body = *self.body;
         if let Some(pause) = self.retry_after {
-            // Rounded up: a client that comes back too early would be refused again.
+            // Rounded up: a client that retries too early would be refused again.
             let seconds = pause.as_nanos().div_ceil(1_000_000_000);
             body.retry_after_seconds = Some(u64::try_from(seconds).unwrap_or(u64::MAX).max(1));
         }
@@ -90,7 +90,7 @@ impl Failure {
     }
 }
 
-/// The router's code that means the same as a code of the gateway.
+/// The router code equivalent to a code of the gateway.
 fn router_code(code: ErrorCode) -> RouterCode {
     match code {
         ErrorCode::InvalidVersion | ErrorCode::InvalidType | ErrorCode::InvalidPayload | ErrorCode::FrameTooLarge => {
@@ -104,13 +104,13 @@ fn router_code(code: ErrorCode) -> RouterCode {
     }
 }
 
-/// The socket has no field for the intake code, so it joins the details.
+/// Adds the intake code to the details, because an error frame has no field for it.
 fn with_intake(details: Option<Value>, intake: Option<IntakeCode>) -> Option<Value> {
     let Some(intake) = intake else { return details };
     let mut fields = match details {
         Some(Value::Object(fields)) => fields,
         None => Map::new(),
-        // Details of another form have no room for it.
+        // Details that are not an object cannot take another field.
         Some(other) => return Some(other),
     };
     fields.insert("intake_error_code".into(), intake.as_str().into());
@@ -125,7 +125,7 @@ impl From<Refused> for Failure {
                 let text = "the router has not answered lately, so the gateway's circuit breaker is open; try again";
                 Self::new(ErrorCode::Unavailable, text).retry_after(retry_after)
             }
-            Refused::Nobody { retry_after } => {
+            Refused::NoResponders { retry_after } => {
                 Self::new(ErrorCode::Unavailable, "no router is running; start one or try again")
                     .retry_after(retry_after)
             }
@@ -142,7 +142,7 @@ impl From<bus::Error> for Failure {
     fn from(error: bus::Error) -> Self {
         let text = error.to_string();
         match error {
-            // The subject would only tell the client how the gateway reaches the router.
+            // The bus error names a subject, which is internal to the gateway.
             bus::Error::Timeout(_) => Self::new(ErrorCode::Timeout, "no answer before the deadline"),
             bus::Error::TooLarge { .. } => Self::new(ErrorCode::FrameTooLarge, text),
             bus::Error::Disconnected(_) => {
@@ -162,8 +162,7 @@ impl From<bus::Error> for Failure {
 mod tests {
     use super::*;
 
-    /// What a client learns from a failure: code, `retry_after_ms`, `status` and `reason` on the socket; status, code
-    /// and
+    /// What a client receives: `code`, `retry_after_ms`, `status` and `reason` on the socket; status, `code` and
     /// `retry_after_seconds` over HTTP.
     type Reports = ((u16, Option<u64>, Option<u16>, Option<String>), (u16, String, Option<u64>));
 
@@ -192,7 +191,11 @@ mod tests {
             (11, Some(1501)),
             (503, "unavailable", Some(2)),
         );
-        check(|| Refused::Nobody { retry_after: Duration::ZERO }, (11, Some(1)), (503, "unavailable", Some(1)));
+        check(
+            || Refused::NoResponders { retry_after: Duration::ZERO },
+            (11, Some(1)),
+            (503, "unavailable", Some(1)),
+        );
         check(
             || Refused::Bus(bus::Error::Disconnected("no server".into())),
             (11, Some(100)),
@@ -205,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn the_routers_own_error_keeps_its_code_and_its_time() {
+    fn router_error_keeps_its_code_and_retry_time() {
         let refused = || Refused::Router(Box::new(ErrorBody::new(RouterCode::Backpressure, "later").retry_after(0)));
         let expected = ((12, Some(0), Some(429), Some("backpressure".into())), (429, "backpressure".into(), Some(0)));
         assert_eq!(reports(refused), expected);
@@ -215,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn intake_code_joins_the_details() {
+    fn intake_code_is_added_to_the_details() {
         let details = |error: ErrorBody| Failure::rejected(error).into_payload().error.details;
         let large = || ErrorBody::invalid(IntakeCode::PayloadTooLarge, "large");
         let expected = serde_json::json!({"intake_error_code": "PAYLOAD_TOO_LARGE"});

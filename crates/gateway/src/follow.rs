@@ -1,4 +1,4 @@
-//! Following a task to its result: the waiter for the result, the task's output, and looks at the task's record.
+//! Follows a task to its result: waits for the published result, forwards the task's output, and polls its record.
 
 use crate::exchange::Exchange;
 use crate::failure::Failure;
@@ -13,16 +13,16 @@ use wire::ipc::{ErrorCode, FrameType, StreamComplete};
 use wire::router::{Awaited, TaskState};
 use wire::subjects;
 
-/// When the task's record is read for the first time, and the pause before it is read again. It has the result if the
-/// message was missed: during a reconnect, because a queue was full, or because the task had ended before.
-const LOOK_FIRST: Duration = Duration::from_millis(250);
-const LOOK_AGAIN: Duration = Duration::from_secs(2);
-/// How long to wait for output that the result announces; later it counts as lost.
+/// When the task's record is polled first, and the pause between polls. The record has the result even if the message
+/// with it was missed: during a reconnect, because a queue was full, or because the task had already ended.
+const RECORD_POLL_DELAY: Duration = Duration::from_millis(250);
+const RECORD_POLL_PAUSE: Duration = Duration::from_secs(2);
+/// How long to wait, once the result is there, for the rest of the output; after that it counts as lost.
 const OUTPUT_GRACE: Duration = Duration::from_millis(500);
-/// Messages with output that may wait for one reader.
+/// Capacity of the queue of one output subscription, in messages.
 const OUTPUT_QUEUE: usize = 4096;
 
-/// A wait for one task's result. It begins before the router hears of the request, so that no message comes too early.
+/// A wait for one task's result. It begins before the request is sent to the router, so that no message is missed.
 pub struct Follow {
     waiter: Waiter,
     /// Present if the client wants the output too.
@@ -47,7 +47,8 @@ impl Follow {
         Ok(Self { output: Some(output), ..follow })
     }
 
-    /// Waits until the task that the router decided has ended, passing its output on if the client wants it.
+    /// Waits until the task has ended; forwards its output if the client wants it. `assignment_id` is the one that the
+    /// router decided, if it named one.
     pub async fn run(
         self,
         exchange: &Exchange,
@@ -94,21 +95,21 @@ impl Following<'_> {
     }
 
     async fn finished(&mut self) -> Result<Finished, Failure> {
-        // The record is read concurrently: a router that answers slowly delays no output, and a client that reads
-        // slowly leaves no call to the router unfinished.
+        // The record is polled concurrently, so that a slow router delays no output, and a slow client leaves no call
+        // to the router unfinished.
         let (exchange, (sender, records)) = (self.exchange, mpsc::channel(1));
         tokio::select! {
             finished = self.ended(records) => finished,
-            never = read_records(exchange, sender) => match never {},
+            never = poll_records(exchange, sender) => match never {},
         }
     }
 
     async fn ended(&mut self, mut records: mpsc::Receiver<Box<TaskState>>) -> Result<Finished, Failure> {
         loop {
             tokio::select! {
-                // Output that has arrived precedes a result that has arrived too.
+                // Output that has arrived is forwarded before the result.
                 biased;
-                Some(message) = next(&mut self.output) => self.pass(&message).await?,
+                Some(message) = next(&mut self.output) => self.forward(&message).await?,
 
                 finished = &mut self.waiter.finished => {
                     let closed = |_| Failure::new(ErrorCode::Internal, "The result channel closed unexpectedly");
@@ -116,26 +117,27 @@ impl Following<'_> {
                 }
 
                 Some(record) = records.recv() => {
-                    if let Some(finished) = self.look(*record) {
+                    if let Some(finished) = self.apply_record(*record) {
                         return Ok(finished);
                     }
                 }
 
                 () = tokio::time::sleep_until(self.exchange.deadline.at.into()) => {
-                    let text = "The deadline passed before the result; the task goes on and can be queried";
+                    let text = "The deadline passed before the result arrived; the task goes on and can be queried";
                     return Err(Failure::new(ErrorCode::Timeout, text));
                 }
             }
         }
     }
 
-    fn look(&mut self, record: TaskState) -> Option<Finished> {
+    /// Takes the result from the task's record, if the task has ended.
+    fn apply_record(&mut self, record: TaskState) -> Option<Finished> {
         let TaskState { result, assignment_id, .. } = record;
         if let Some(result) = result {
             return Some(Finished::from_result(&result));
         }
 
-        // A router of the previous version names the assignment only here, not with its decision.
+        // A router of the previous version names the assignment only in the record, not in its decision.
         if self.reader.task.assignment_id.is_none() {
             self.reader.task.assignment_id = assignment_id;
             self.waiter.decided(&self.reader.task);
@@ -147,17 +149,17 @@ impl Following<'_> {
         let mut grace = std::pin::pin!(tokio::time::sleep(OUTPUT_GRACE));
         while finished.chunks.is_some_and(|all| self.reader.next < all) {
             tokio::select! {
-                // Output that has arrived is passed on even if the client took long to read what preceded it.
+                // Output that has arrived is forwarded even if a slow client has used up the grace period.
                 biased;
-                Some(message) = next(&mut self.output) => self.pass(&message).await?,
+                Some(message) = next(&mut self.output) => self.forward(&message).await?,
                 () = &mut grace => break,
             }
         }
         Ok(())
     }
 
-    /// Passes a piece of output to the session, which takes pieces only as fast as its client reads them.
-    async fn pass(&mut self, message: &bus::Message) -> Result<(), Failure> {
+    /// Forwards a piece of output to the session, which takes pieces only as fast as its client reads them.
+    async fn forward(&mut self, message: &bus::Message) -> Result<(), Failure> {
         let Some(piece) = self.reader.take(&message.payload) else {
             return Ok(());
         };
@@ -167,7 +169,7 @@ impl Following<'_> {
             return Err(Failure::new(ErrorCode::FrameTooLarge, text));
         }
 
-        let late = |_| Failure::new(ErrorCode::Timeout, "The deadline passed before the client had read the output");
+        let late = |_| Failure::new(ErrorCode::Timeout, "The deadline passed before the client read the output");
         tokio::time::timeout_at(self.exchange.deadline.at.into(), self.pieces.send(piece))
             .await
             .map_err(late)
@@ -185,14 +187,14 @@ pub fn complete(request_id: &str, finished: &Finished) -> Result<Reply, Failure>
     Ok(Reply::new(FrameType::StreamComplete, payload))
 }
 
-/// Reads the task's record again and again. An error is not an answer: the next look, or the deadline, decides.
-async fn read_records(exchange: &Exchange, records: mpsc::Sender<Box<TaskState>>) -> Infallible {
-    let mut pause = LOOK_FIRST;
+/// Polls the task's record until it is dropped. Errors are ignored: the next poll or the deadline settles the wait.
+async fn poll_records(exchange: &Exchange, records: mpsc::Sender<Box<TaskState>>) -> Infallible {
+    let mut pause = RECORD_POLL_DELAY;
     loop {
         tokio::time::sleep(pause).await;
-        pause = LOOK_AGAIN;
+        pause = RECORD_POLL_PAUSE;
         if let Ok(record) = exchange.record().await {
-            // Fails only if nobody follows the task any more.
+            // Fails only once the receiver is dropped, which ends this future too.
             let _ = records.send(Box::new(record)).await;
         }
     }

@@ -1,5 +1,4 @@
-//! Carries out requests: each kind is a few exchanges with the router, and following the task if the client waits for
-//! it.
+//! Carries out requests: a few exchanges with the router each, then following the task if the client waits for it.
 
 use crate::Gateway;
 use crate::deadline::Deadline;
@@ -15,10 +14,10 @@ use std::time::Instant;
 use wire::ipc::{TaskAnswer, TaskSubmit, Wait};
 use wire::router::{AnswerHead, TaskState};
 
-/// Carries the request out. Returns the last frame of its answer; the frames before it go to `pieces`.
+/// Carries out the request. Returns the last frame of its answer; the frames before it go to `pieces`.
 pub async fn run(gateway: Arc<Gateway>, uid: u32, request: Request, deadline: Deadline, pieces: &mut Pieces) -> Reply {
     let started = Instant::now();
-    // The larger and rarer kinds are boxed, so that a submit needs no memory for them.
+    // The futures of the larger, rarer kinds are boxed, so that they do not inflate the future of a submit.
     let (exchange, outcome) = match request {
         Request::Submit(submit) => {
             let exchange = Exchange::of_submit(gateway, uid, &submit, deadline);
@@ -52,7 +51,7 @@ async fn submit(exchange: &Exchange, submit: Box<TaskSubmit>, pieces: &mut Piece
     exchange.check_time()?;
     exchange.log_accepted(&submit);
 
-    // Before the router hears of the request, so that neither output nor result is missed.
+    // Subscribed before the request is sent, so that neither output nor result is missed.
     let follow = match submit.wait {
         Wait::Decision => None,
         Wait::Result => Some(Follow::result(exchange)),
@@ -65,13 +64,13 @@ async fn submit(exchange: &Exchange, submit: Box<TaskSubmit>, pieces: &mut Piece
 
     let head = serde_json::from_slice::<AnswerHead>(&decided).ok();
     let assignment_id = head.and_then(|head| head.assignment_id);
-    // Boxed: most requests wait only for the decision and need no memory for this.
+    // Boxed: most requests wait only for the decision.
     Box::pin(follow.run(exchange, assignment_id, pieces)).await
 }
 
 async fn subscribe(exchange: &mut Exchange, tenant: Option<String>, pieces: &mut Pieces) -> Result<Reply, Failure> {
     exchange.check_time()?;
-    // Before the lookup: a task that ends in between is not missed.
+    // Subscribed before the lookup, so that a task that ends in between is not missed.
     let follow = Follow::stream(exchange).await?;
     let known = exchange.find(tenant).await?;
     match &known.result {
@@ -101,7 +100,7 @@ mod tests {
     use wire::router::TaskQuery;
     use wire::subjects;
 
-    /// The uids are made up: tests run as root, who may act for every tenant.
+    /// The uids are made up, because root may act for every tenant.
     #[tokio::test]
     async fn task_of_another_tenant_is_answered_like_an_unknown_one() {
         let dir = tempfile::tempdir().unwrap();
@@ -120,7 +119,7 @@ mod tests {
                 };
 
                 let query: TaskQuery = serde_json::from_slice(&message.payload).unwrap();
-                // Like a router of the previous version, which answers by the id alone.
+                // Like a router of the previous version, which looks up the task by its id alone.
                 let task =
                     serde_json::json!({"task_id": query.request_id, "state": state, "tenant_id": query.request_id});
 
@@ -140,7 +139,7 @@ mod tests {
             };
 
             let deadline = Deadline::of(&request, 0, &gateway.shared.admission.settings(), Instant::now());
-            let reply = run(gateway.clone(), uid, request, deadline, &mut Pieces::nowhere()).await;
+            let reply = run(gateway.clone(), uid, request, deadline, &mut Pieces::disconnected()).await;
             let mut answer: Value = serde_json::from_slice(&reply.payload).unwrap();
             answer["context"] = Value::Null;
             answer
@@ -159,7 +158,7 @@ mod tests {
             }
 
             let forbidden = answer(1000, Some("acme"), "acme", name).await;
-            assert_eq!(forbidden["error"]["code"], 13, "{name}: the settings decide, whether or not the task exists");
+            assert_eq!(forbidden["error"]["code"], 13, "{name}: forbidden whether or not the task exists");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The HTTP entry: `POST /api/v1/routes/decide` with `X-API-Key`. The router's answer comes back byte for byte, and its
-//! error under the HTTP status of its code.
+//! The HTTP entry: `POST /api/v1/routes/decide` with `X-API-Key`. The router's answer is returned byte for byte, an
+//! error with the HTTP status of its code.
 
 use crate::failure::Failure;
 use crate::{Gateway, Shared, upstream};
@@ -19,7 +19,7 @@ use wire::limits::DECIDE_MAX;
 use wire::router::{Context, ErrorBody, ErrorResponse, IntakeCode, RequestHead, RouterCode};
 use wire::{subjects, trace};
 
-/// When to retry after too many requests in flight.
+/// When clients should retry after a refusal because too many requests are in flight.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 pub fn routes(gateway: Arc<Gateway>) -> axum::Router {
@@ -29,17 +29,17 @@ pub fn routes(gateway: Arc<Gateway>) -> axum::Router {
 }
 
 async fn decide(State(gateway): State<Arc<Gateway>>, request: Request) -> Response {
-    let mut asked = RequestHead::default();
-    match answer(&gateway, request, &mut asked).await {
+    let mut head = RequestHead::default();
+    match answer(&gateway, request, &mut head).await {
         Ok(answer) => respond(StatusCode::OK, answer.into(), None),
         Err(failure) => {
             gateway.shared.stats.failed(failure.code);
-            refuse(failure.into_body(), asked)
+            refuse(failure.into_body(), head)
         }
     }
 }
 
-async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) -> Result<Bytes, Failure> {
+async fn answer(gateway: &Gateway, request: Request, head: &mut RequestHead) -> Result<Bytes, Failure> {
     let started = Instant::now();
     let Shared { admission, upstream, stats } = &*gateway.shared;
     let (parts, body) = request.into_parts();
@@ -54,29 +54,29 @@ async fn answer(gateway: &Gateway, request: Request, asked: &mut RequestHead) ->
         return Err(Failure::reported(ErrorCode::InvalidPayload, large));
     };
 
-    // Taken only now: a client that sends its body slowly would keep the place from others.
-    let Ok(_place) = admission.request(admission.uid()) else {
+    // Taken only once the body is complete, so that a client that sends slowly holds no permit.
+    let Ok(_permit) = admission.request(admission.uid()) else {
         let busy = Failure::new(ErrorCode::Overloaded, "too many requests in flight");
         return Err(busy.retry_after(RETRY_AFTER));
     };
-    stats.taken();
+    stats.admitted();
 
-    // Read only for the headers and for errors of the gateway itself: the router validates the request.
-    *asked = serde_json::from_slice(&body).unwrap_or_default();
-    let headers = headers(&parts.headers, asked);
+    // Parsed only for the headers and for the gateway's own errors: the router validates the request.
+    *head = serde_json::from_slice(&body).unwrap_or_default();
+    let headers = headers(&parts.headers, head);
     let due = started + admission.settings().request_timeout;
 
     let answer = upstream.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
-    stats.forwarded(started.elapsed());
+    stats.completed(started.elapsed());
     answer.map_err(Failure::from)
 }
 
-/// The trace id is that of `traceparent`, else that of the body, else a new one. An id that is not valid as a header is
-/// left out: the router then reports what is wrong with the body.
-fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
+/// The headers of the request to the router. The trace id is that of `traceparent`, else that of the body, else a new
+/// one. An id that is not valid as a header is omitted: the router then reports what is wrong with the body.
+fn headers(given: &HeaderMap, head: &mut RequestHead) -> Headers {
     let text = |name: &str| given.get(name).and_then(|value| value.to_str().ok());
     let parent = text("traceparent").filter(|parent| trace::trace_id_of(parent).is_some());
-    let trace_id = match (parent.and_then(trace::trace_id_of), asked.trace_id.take()) {
+    let trace_id = match (parent.and_then(trace::trace_id_of), head.trace_id.take()) {
         (Some(trace), _) => Some(trace.to_string()),
         (None, Some(trace)) => Some(trace).filter(|trace| id::is_valid(trace)),
         (None, None) => Some(upstream::new_trace_id()),
@@ -86,16 +86,16 @@ fn headers(given: &HeaderMap, asked: &mut RequestHead) -> Headers {
         .map(String::from)
         .or_else(|| trace::traceparent(trace_id.as_deref()?, rand::random()));
 
-    let tenant_id = asked.tenant_id.as_deref().filter(|tenant| id::is_tenant(tenant));
+    let tenant_id = head.tenant_id.as_deref().filter(|tenant| id::is_tenant(tenant));
     let headers = upstream::headers(trace_id.as_deref(), parent.as_deref(), tenant_id);
-    asked.trace_id = trace_id;
+    head.trace_id = trace_id;
     headers
 }
 
-fn refuse(error: ErrorBody, asked: RequestHead) -> Response {
+fn refuse(error: ErrorBody, head: RequestHead) -> Response {
     let status = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let retry_after = error.retry_after_seconds;
-    let context = Context { request_id: asked.request_id, trace_id: asked.trace_id };
+    let context = Context { request_id: head.request_id, trace_id: head.trace_id };
     let body = serde_json::to_vec(&ErrorResponse::new(error, context)).expect("an error body serializes to JSON");
     respond(status, body.into(), retry_after)
 }

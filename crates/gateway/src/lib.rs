@@ -2,7 +2,7 @@
 //! the answers.
 //!
 //! One task serves each connection (`connection`). Its requests run inside that task, so they end with the connection.
-//! What a connection does is decided by [`session`], which does no IO.
+//! The decisions of a connection are made by [`session`], which does no IO.
 
 mod admission;
 mod breaker;
@@ -64,27 +64,27 @@ pub struct Config {
     pub max_in_flight_v2: usize,
     /// How long a frame may take to arrive once its first byte has.
     pub read_timeout: Duration,
-    /// How long a client may read nothing while replies wait for it.
+    /// How long a client may read nothing while replies are queued for it.
     pub write_timeout: Duration,
-    /// The deadline of a request that names none. Waiting for a result adds the time that an assignment may take.
+    /// The deadline of a request that sets none. Waiting for a result adds the time that an assignment may take.
     pub request_timeout: Duration,
     /// The longest deadline; longer ones are shortened to it.
     pub max_deadline: Duration,
     /// Bytes of unfinished frames on all connections together.
     pub receive_budget: usize,
-    /// Bytes of finished replies that wait for their readers, on all connections together.
+    /// Bytes of finished replies that their clients have not read, on all connections together.
     pub reply_budget: usize,
     /// How long requests in flight may take when a drain begins. After a further quarter, clients that are not reading
     /// are disconnected.
     pub drain_timeout: Duration,
-    /// Users who may connect besides root and the user that this process runs as. While it is empty, the mode of the
-    /// socket keeps others out.
+    /// Users who may connect besides root and the user that this process runs as. While the list is empty, the mode
+    /// of the socket keeps other users out.
     pub allowed_uids: Vec<u32>,
-    /// Tenants that each uid may act for; `*` stands for any. Empty: every user speaks for `default` only.
+    /// Tenants that each uid may act for; `*` stands for any. Empty: every user acts for `default` only.
     pub tenants: BTreeMap<u32, Vec<String>>,
-    /// The key of the HTTP entry; while it is empty, every HTTP request is refused.
+    /// The API key of the HTTP entry; while it is empty, every HTTP request is refused.
     pub api_key: String,
-    /// When requests are refused because the router does not answer.
+    /// When the circuit breaker refuses requests because the router does not answer.
     pub breaker: breaker::Config,
 }
 
@@ -113,6 +113,7 @@ impl Default for Config {
     }
 }
 
+/// Why the gateway cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("socket {path}: {problem}")]
@@ -128,14 +129,14 @@ pub struct Bound {
     results: bus::Subscription,
 }
 
-/// What sessions and the HTTP entry share.
+/// State that the sessions and the HTTP entry share.
 struct Gateway {
     shared: Arc<Shared>,
     waiters: Waiters,
     bus: Bus,
 }
 
-/// What sessions share. It does no IO by itself.
+/// State that all sessions share. It does no IO.
 pub struct Shared {
     pub admission: Admission,
     pub upstream: upstream::Access,
@@ -159,8 +160,8 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     prepare(config, listener, bus).await
 }
 
-/// Like [`bind`], on a socket that was inherited: [`Config::socket`] is ignored, and the socket's file stays
-/// afterwards.
+/// Like [`bind`], on an inherited socket: [`Config::socket`] is ignored, and the socket's file is not removed at the
+/// end.
 pub async fn adopt(mut config: Config, given: std::os::unix::net::UnixListener, bus: Bus) -> Result<Bound, Error> {
     let listener = socket::Listener::adopt(given)?;
     config.socket = listener.path().into();
@@ -194,12 +195,12 @@ impl Bound {
         Control::new(self.gateway.shared.clone(), self.listener.file().cloned())
     }
 
-    /// Serves until cancelled; then answers what is in flight and closes.
+    /// Serves until cancelled, then drains: answers the requests in flight and closes all connections.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { gateway, listener, results } = self;
         let Gateway { shared, waiters, bus } = &*gateway;
 
-        // These outlive the sessions, which need them while they drain.
+        // The background tasks outlive the sessions, which need them while they drain.
         let ended = CancellationToken::new();
         let background = TaskTracker::new();
         background.spawn(waiters.clone().run(results, ended.clone()));
@@ -211,14 +212,15 @@ impl Bound {
             match accepted {
                 Ok(stream) => accept(&gateway, stream, &sessions, &cancel),
                 Err(error) => {
-                    // Usually out of file descriptors: waiting for some to be closed avoids a busy loop.
+                    // Usually out of file descriptors: pausing until some are closed avoids a busy loop.
                     tracing::warn!(%error, "cannot accept an IPC connection; retrying");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             }
         }
 
-        // Removes the socket's file at once, so that clients do not connect to a gateway that drains.
+        // Removes the socket's file before the drain, so that clients do not connect to a gateway that is shutting
+        // down.
         drop(listener);
         sessions.close();
         sessions.wait().await;
@@ -240,8 +242,8 @@ fn accept(gateway: &Arc<Gateway>, stream: UnixStream, sessions: &TaskTracker, ca
         return refuse(&stream, Reply::error(ErrorCode::Forbidden, NOT_ADMITTED));
     };
 
-    let place = match admission.connection(uid) {
-        Ok(place) => place,
+    let permit = match admission.connection(uid) {
+        Ok(permit) => permit,
         Err(full) => {
             let limit = match full {
                 Full::All => "gateway.max_connections",
@@ -256,7 +258,7 @@ fn accept(gateway: &Arc<Gateway>, stream: UnixStream, sessions: &TaskTracker, ca
     let connection = connection::run(gateway.clone(), stream, uid, cancel.clone());
     sessions.spawn(async move {
         connection.await;
-        drop(place);
+        drop(permit);
     });
 }
 
@@ -266,7 +268,7 @@ const NOT_ADMITTED: &str = "This user may not connect; gateway.allowed_uids says
 fn refuse(stream: &UnixStream, reply: Reply) {
     let mut bytes = bytes::BytesMut::new();
     Frame::new(Version::V1, reply.kind, reply.payload).encode(&mut bytes);
-    // The frame fits the empty buffer. A client that is gone needs no answer.
+    // The frame fits the empty buffer. A client that has disconnected needs no answer.
     let _ = stream.try_write(&bytes);
 }
 
@@ -275,7 +277,7 @@ mod tests {
     use super::*;
     use wire::ipc::FrameType;
 
-    /// Starts a session of that user. The uid is made up, because tests run as one user.
+    /// Starts a session for `uid`. The uid is made up, because all tests run as the same user.
     fn connect(gateway: &Arc<Gateway>, uid: u32) -> UnixStream {
         let (client, stream) = UnixStream::pair().unwrap();
         tokio::spawn(connection::run(gateway.clone(), stream, uid, CancellationToken::new()));
@@ -377,7 +379,7 @@ mod tests {
             let read = tokio::io::AsyncReadExt::read_buf(&mut greedy[1], &mut input);
             let read = tokio::time::timeout(Duration::from_secs(20), read)
                 .await
-                .expect("a refusal in time");
+                .expect("the refusal arrives in time");
             assert_ne!(read.unwrap(), 0);
         };
 

@@ -1,16 +1,16 @@
-//! A task's output on its way from the bus to a client.
+//! A task's output: reading it from the bus and sending it to the client's session.
 
 use crate::reply::{Reply, Slot};
 use tokio::sync::mpsc;
 use wire::ipc::{FrameType, StreamData};
 use wire::router::{Awaited, OutputChunk};
 
-/// Orders the output of one task and keeps only that of the newest attempt: a worker that starts again begins at `seq`
-/// 0.
+/// Filters the output of one task: only its own pieces, each once, and only those of the newest attempt. A worker that
+/// restarts a task begins again at `seq` 0.
 pub struct OutputReader {
     pub task: Awaited,
     attempt: u32,
-    /// The `seq` of the next piece; as many have arrived.
+    /// The `seq` of the next piece.
     pub next: u64,
 }
 
@@ -19,11 +19,11 @@ impl OutputReader {
         Self { task, attempt: 0, next: 0 }
     }
 
-    /// Makes a frame from a message on the output subject of the request. `None` if the message repeats one that has
-    /// arrived before, or belongs to another task.
+    /// Turns a message on the request's output subject into a frame. `None` if the message is malformed, repeats an
+    /// earlier one, or belongs to another task.
     pub fn take(&mut self, payload: &[u8]) -> Option<Reply> {
         let chunk: OutputChunk = serde_json::from_slice(payload).ok()?;
-        // A router that does not name the assignment knows only one task with this id, whatever its tenant.
+        // A router that does not name the assignment has only one task with this id, whatever its tenant.
         let owned = self.task.owns(&chunk.assignment_id, chunk.tenant_id.as_deref());
         let repeated = chunk.attempt < self.attempt || (chunk.attempt == self.attempt && chunk.seq < self.next);
         if !owned.unwrap_or(true) || repeated {
@@ -37,7 +37,7 @@ impl OutputReader {
     }
 }
 
-/// Sends the pieces of one stream to its session, before the stream's last frame.
+/// Sends the pieces of one stream to its session, ahead of the stream's last frame.
 pub struct Pieces {
     slot: Slot,
     session: mpsc::Sender<(Slot, Reply)>,
@@ -49,9 +49,9 @@ impl Pieces {
         Self { slot, session, sent: 0 }
     }
 
-    /// Waits while the client does not read. Cancelling it sends nothing.
+    /// Sends one piece; waits while the client does not read. If it is cancelled, nothing is sent.
     pub async fn send(&mut self, piece: Reply) {
-        // Sending fails only if the session has ended, and the session runs this request.
+        // Sending fails only once the session has ended, and the session's own task runs this request.
         let _ = self.session.send((self.slot, piece)).await;
         self.sent += 1;
     }
@@ -60,8 +60,9 @@ impl Pieces {
         self.sent
     }
 
+    /// Pieces that no session receives.
     #[cfg(test)]
-    pub fn nowhere() -> Self {
+    pub fn disconnected() -> Self {
         Self::new(Slot::V2(1), mpsc::channel(1).0)
     }
 }
@@ -71,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn output_of_another_task_with_the_same_request_id_is_left_out() {
+    fn output_of_another_task_with_the_same_request_id_is_dropped() {
         let chunk = |assignment: &str, tenant: Option<&str>, seq: u64| {
             let mut chunk = serde_json::json!({
                 "request_id": "r", "assignment_id": assignment, "attempt": 1, "seq": seq, "data": assignment,

@@ -1,4 +1,4 @@
-//! Settings that change while the gateway runs.
+//! Reloads the settings of a running gateway.
 
 use crate::{Config, Shared, socket};
 use std::sync::Arc;
@@ -15,14 +15,14 @@ impl Control {
         Self { shared, file }
     }
 
-    /// Takes effect at once, also for open connections. What is in flight goes on; while more is in flight than a
-    /// lowered limit allows, nothing new begins. The socket's path does not change.
+    /// Takes effect at once, also for open connections. Requests in flight continue; while more of them are in flight
+    /// than a lowered limit allows, new ones are refused. The socket's path does not change.
     pub fn reload(&self, mut config: Config) {
         let Shared { admission, upstream, .. } = &*self.shared;
         {
             let before = admission.settings();
             config.socket = before.socket.clone();
-            // Configuring the breaker resets how long it stays open, so only a change does.
+            // Configuring the breaker resets its open time, so an unchanged configuration is not applied again.
             if (config.breaker, config.request_timeout) != (before.breaker, before.request_timeout) {
                 upstream.configure(config.breaker, config.request_timeout);
             }
@@ -30,7 +30,7 @@ impl Control {
 
         let shared = !config.allowed_uids.is_empty();
         if let Some(file) = &self.file
-            && let Err(error) = file.share(shared)
+            && let Err(error) = file.set_shared(shared)
         {
             tracing::error!(%error, shared, "cannot change the mode of the gateway's socket; change it by hand");
         }
@@ -46,7 +46,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
     use wire::ipc::{Decoder, ErrorCode, Frame, FrameType, Version};
 
-    /// The uid is made up: tests run as root, who is always admitted.
+    /// The uid is made up, because tests may run as root, who is always admitted.
     #[tokio::test]
     async fn user_removed_from_the_settings_is_refused_on_an_open_connection() {
         let dir = tempfile::tempdir().unwrap();
@@ -62,7 +62,7 @@ mod tests {
         let session = connection::run(bound.gateway.clone(), stream, 12345, CancellationToken::new());
         let session = tokio::spawn(session);
 
-        // No router runs: UNAVAILABLE means that the request was let through.
+        // No router runs: UNAVAILABLE means that the request was admitted.
         for (allowed, expected) in
             [(12345, ErrorCode::Unavailable), (23456, ErrorCode::Forbidden), (12345, ErrorCode::Unavailable)]
         {

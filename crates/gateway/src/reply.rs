@@ -1,4 +1,4 @@
-//! Replies to requests: their frames, and the errors that the gateway makes itself.
+//! Replies to requests: their frames, and the gateway's own errors.
 
 use bytes::Bytes;
 use wire::ipc::{ErrorCode, ErrorPayload, FrameType, HEADER_V2};
@@ -6,21 +6,21 @@ use wire::limits::IPC_FRAME_MAX;
 
 /// The largest payload that fits a frame of either version.
 pub const PAYLOAD_MAX: usize = IPC_FRAME_MAX - HEADER_V2;
-/// When to retry after an overload or a disconnection that ends by itself.
+/// When clients should retry after a temporary overload or disconnection.
 pub const RETRY_AFTER_MS: u64 = 100;
-/// Longer texts of errors are cut: one that quotes a whole payload, escaped, would exceed a frame.
+/// Error texts are cut to this many bytes: one that quotes a whole payload, escaped, would exceed a frame.
 const TEXT_MAX: usize = 1024;
 
-/// Which request of its connection a reply answers.
+/// Identifies the request of a connection that a reply answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Slot {
-    /// Its place in the order of v1 requests.
+    /// The request's position in the order of v1 requests.
     V1(u64),
-    /// Its request id.
+    /// The request id.
     V2(u64),
 }
 
-/// One frame of an answer, without what identifies its request.
+/// One frame of an answer, without the id of its request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reply {
     pub kind: FrameType,
@@ -46,11 +46,11 @@ impl Reply {
         Self::new(FrameType::ResponseError, error.encode())
     }
 
-    /// Encodes an error. Texts that the router sent are cut if the frame would be too large otherwise.
+    /// Encodes an error. If it would exceed a frame, the details are removed and the router's texts are cut.
     pub fn from_payload(payload: &mut ErrorPayload) -> Self {
         let mut bytes = payload.encode();
         if bytes.len() > PAYLOAD_MAX {
-            // Code, status and reason say more than what is cut.
+            // Code, status and reason matter most, so they stay.
             let error = &mut payload.error;
             error.details = None;
             error.message = shortened(std::mem::take(&mut error.message));
@@ -70,7 +70,7 @@ impl Reply {
     }
 }
 
-/// The text of an error, cut to what a reply may carry.
+/// Cuts an error text to [`TEXT_MAX`] bytes.
 pub fn shortened(mut text: String) -> String {
     if text.len() > TEXT_MAX {
         text.truncate(text.floor_char_boundary(TEXT_MAX));

@@ -1,10 +1,10 @@
-//! Requests of clients: parsing and checking their payloads.
+//! Client requests: parsing and validating their payloads.
 
 use crate::reply::shortened;
 use serde::de::DeserializeOwned;
 use wire::ipc::{FrameType, TaskRef, TaskSubmit, Wait};
 
-/// A request that has a valid payload.
+/// A request with a valid payload.
 pub enum Request {
     Submit(Box<TaskSubmit>),
     Query(TaskRef),
@@ -13,7 +13,7 @@ pub enum Request {
 }
 
 impl Request {
-    /// Parses the payload of a frame. The error is for the client and names the field that is wrong.
+    /// Parses the payload of a frame. The error is the text for the client and names the invalid field.
     pub fn parse(kind: FrameType, payload: &[u8]) -> Result<Self, String> {
         Self::read(kind, payload).map_err(shortened)
     }
@@ -49,7 +49,7 @@ impl Request {
 
 fn object<T: DeserializeOwned>(payload: &[u8]) -> Result<T, String> {
     let text = std::str::from_utf8(payload).map_err(|e| format!("Payload is not UTF-8: {e}"))?;
-    // Serde would accept an array for a struct too.
+    // Serde would also accept an array for a struct.
     if !text.trim_start().starts_with('{') {
         return Err("Payload is not a JSON object".into());
     }

@@ -1,9 +1,10 @@
-//! The retry budget: it keeps retries from becoming the load that keeps a router down.
+//! The retry budget: bounds the load that retries add to a router in trouble.
 
 use std::time::Instant;
 
-/// Retries that each request adds to the budget, and that each second adds.
+/// Retries that each request adds to the budget.
 const PER_REQUEST: f64 = 0.2;
+/// Retries that each second adds to the budget.
 const PER_SECOND: f64 = 10.0;
 const SAVED_MAX: f64 = 100.0;
 
@@ -18,14 +19,15 @@ impl Budget {
         Self { saved: PER_SECOND, at: None }
     }
 
+    /// Adds the share of one request to the budget.
     pub fn request(&mut self, now: Instant) {
-        self.pass_time(now);
+        self.refill(now);
         self.saved = (self.saved + PER_REQUEST).min(SAVED_MAX);
     }
 
     /// Takes one retry from the budget. Returns false if there is none.
     pub fn take(&mut self, now: Instant) -> bool {
-        self.pass_time(now);
+        self.refill(now);
         let enough = self.saved >= 1.0;
         if enough {
             self.saved -= 1.0;
@@ -33,7 +35,7 @@ impl Budget {
         enough
     }
 
-    fn pass_time(&mut self, now: Instant) {
+    fn refill(&mut self, now: Instant) {
         let passed = self
             .at
             .map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
@@ -57,12 +59,12 @@ mod tests {
             budget.request(now);
             tries += u32::from(budget.take(now));
         }
-        // 20 % of 10,000 requests, ten a second for ten seconds, and the ten of an unused budget.
+        // 20 % of 10,000 requests, ten a second for ten seconds, and the ten of a new budget.
         assert!((2090..=2120).contains(&tries), "{tries}");
     }
 
     #[test]
-    fn saved_retries_are_bounded() {
+    fn budget_is_capped_at_a_hundred_retries() {
         let mut budget = Budget::new();
         let start = Instant::now();
         budget.request(start);

@@ -1,4 +1,4 @@
-//! One connection's session, sans-IO: it takes events and the time, and returns effects.
+//! The session of one connection, sans-IO: it takes events and the time, and returns effects.
 //!
 //! The session decodes frames, admits requests, and decides which replies may leave. The loop in
 //! [`connection`](crate::connection) owns the socket, the clock and the requests that run.
@@ -16,7 +16,7 @@ pub use crate::request::Request;
 
 use crate::Shared;
 use crate::deadline::Deadline;
-use crate::in_flight::Place;
+use crate::in_flight::Permit;
 use held::Held;
 use input::Input;
 use outbox::Outbox;
@@ -26,52 +26,54 @@ use std::time::Instant;
 use v1_order::V1Order;
 use wire::ipc::{ErrorCode, Version};
 
-/// v1 replies that may wait for their turn, PONGs included; beyond it the socket is not read.
+/// v1 replies that may wait for their turn, PONGs included; at the limit the socket is not read.
 const V1_WAITING_MAX: usize = 1024;
 
-/// What happens to a session.
+/// An input of a session.
 pub enum Event<'a> {
     /// The client has sent these bytes.
     Received(&'a [u8]),
-    /// The client sends no more. It may still read.
+    /// The client has closed its sending side. It may still read.
     EndOfFile,
-    /// [`Effect::ReadOnce`] found nothing.
+    /// [`Effect::ReadOnce`] found no bytes.
     NothingToRead,
-    /// The socket has taken this many bytes of [`Session::output`].
+    /// This many bytes of [`Session::output`] were written to the socket.
     Written(usize),
-    /// A request has a piece of output. Pieces are kept back while [`Session::has_room`] is false.
+    /// A request has sent a piece of output. Pieces must be held back while [`Session::has_room`] is false.
     Piece(Slot, Reply),
     Finished(Finished),
-    /// The budget has the share that [`Effect::AwaitBudget`] asked for.
+    /// The share that [`Effect::AwaitBudget`] waits for has been granted.
     Budget(Share),
-    /// The gateway shuts down.
+    /// The gateway begins to drain.
     Drain,
     /// The time of [`Session::timer`] has come.
     Timer,
 }
 
-/// What the owner of the session has to do.
+/// An action that the owner of the session must carry out.
 pub enum Effect {
+    /// Run the request.
     Start(Start),
     /// Wait for the share, then report [`Event::Budget`].
     AwaitBudget(Claim),
     /// Stop waiting for the share.
-    LeaveBudget,
-    /// Drop all requests that run: they have been answered.
+    StopAwaitingBudget,
+    /// Drop all running requests: the session has answered them.
     Abandon,
-    /// Read what the socket has now, without waiting. Report [`Event::Received`] or [`Event::NothingToRead`].
+    /// Read the bytes that the socket has now, without waiting. Report [`Event::Received`] or
+    /// [`Event::NothingToRead`].
     ReadOnce,
     /// Close the connection.
     End(Exit),
 }
 
-/// A request to run. Its end is reported as [`Event::Finished`].
+/// A request to run. Its owner reports the end as [`Event::Finished`].
 pub struct Start {
     pub slot: Slot,
     pub request: Request,
     pub deadline: Deadline,
     /// Dropped when the request ends.
-    pub place: Place,
+    pub permit: Permit,
 }
 
 /// A request that has ended.
@@ -99,7 +101,7 @@ pub enum Exit {
 enum Phase {
     /// Requests are read and started.
     Serving,
-    /// New requests are refused. Those in flight may take until then.
+    /// New requests are refused. Those in flight may take until `until`.
     Draining {
         until: Instant,
     },
@@ -111,11 +113,11 @@ enum Phase {
     Ended(Exit),
 }
 
-/// A v1 stream has the connection to itself: it starts when all requests before it are answered, and those behind it
-/// are not read before it ends.
+/// A v1 stream has the connection to itself: it starts once all requests before it are answered, and the requests
+/// behind it are not read until it ends.
 enum V1Stream {
-    Waiting { request: Request, deadline: Deadline, place: Place },
-    Running { place: u64, pieces: u64 },
+    Waiting { request: Request, deadline: Deadline, permit: Permit },
+    Running { position: u64, pieces: u64 },
 }
 
 pub struct Session {
@@ -167,27 +169,27 @@ impl Session {
             Event::Timer => self.timer_passed(now),
         }
 
-        // Any event may make room for replies, and replies that leave make room for frames.
+        // Any event may make room for replies, and released replies make room for more frames.
         self.release();
         self.decode(now);
         self.outbox
             .start_clock(now, || self.shared.admission.settings().write_timeout);
     }
 
-    /// The next thing to do; `None` while only an event can change anything. Write [`Session::output`] before asking.
+    /// The next action; `None` until another event is handled. Write [`Session::output`] before calling this.
     pub fn effect(&mut self) -> Option<Effect> {
         if let Some(effect) = self.effects.pop_front() {
             return Some(effect);
         }
 
-        let idle = self.open() == 0 && self.outbox.is_empty();
+        let idle = self.in_flight() == 0 && self.outbox.is_empty();
         match self.phase {
             Phase::Ended(exit) => Some(Effect::End(exit)),
             _ if !idle => None,
             // All replies are written, and nothing more is read.
             Phase::Closing { exit, .. } => Some(Effect::End(exit)),
             _ if self.input.has_ended() => Some(Effect::End(Exit::ClientClosed)),
-            // What the client sent before it could know of the drain still gets an answer.
+            // Requests that the client sent before it could notice the drain are still answered.
             Phase::Draining { .. } if self.input.is_empty() => Some(Effect::ReadOnce),
             Phase::Draining { .. } | Phase::Serving => None,
         }
@@ -198,12 +200,12 @@ impl Session {
         self.outbox.bytes()
     }
 
-    /// Whether the socket is to be read.
+    /// Whether the socket may be read.
     pub fn reads(&self) -> bool {
         self.takes_frames() && !self.input.has_ended() && !self.input.awaits_budget()
     }
 
-    /// Whether pieces of output may arrive.
+    /// Whether the session accepts pieces of output.
     pub fn has_room(&self) -> bool {
         self.outbox.has_room()
     }
@@ -217,11 +219,11 @@ impl Session {
     }
 
     /// Requests in flight.
-    fn open(&self) -> usize {
+    fn in_flight(&self) -> usize {
         self.v1_open + self.v2_open.len()
     }
 
-    /// Frames are not decoded while their answers have no room, nor during a v1 stream.
+    /// Whether frames may be decoded: not while the outbox is full, and not during a v1 stream.
     fn takes_frames(&self) -> bool {
         matches!(self.phase, Phase::Serving | Phase::Draining { .. })
             && self.v1_stream.is_none()
@@ -243,16 +245,17 @@ impl Session {
         if passed(self.outbox.due()) {
             self.phase = Phase::Ended(Exit::WriteTimeout);
         } else if passed(self.drain_due()) {
-            self.drain_over(now);
+            self.drain_expired(now);
         } else if passed(self.input.due()) {
-            self.frame_late();
+            self.frame_timed_out();
         } else if passed(self.stream_due()) {
-            // It is started after its deadline only to be answered with a timeout, so that its place is released.
+            // The stream is started although its deadline has passed: it is answered with a timeout and releases its
+            // permit.
             self.start_waiting_stream();
         }
     }
 
-    /// When the stream that waits for its turn has no time left.
+    /// The deadline of a stream that waits for its turn.
     fn stream_due(&self) -> Option<Instant> {
         match &self.v1_stream {
             Some(V1Stream::Waiting { deadline, .. }) => Some(deadline.at),
@@ -260,10 +263,11 @@ impl Session {
         }
     }
 
-    /// The frame that has begun is not complete in time: the client is slow, or others hold the receive budget.
-    fn frame_late(&mut self) {
-        if self.input.leave_budget() {
-            self.effects.push_back(Effect::LeaveBudget);
+    /// Closes a session whose frame is incomplete at its deadline: the client is slow, or other connections hold the
+    /// receive budget.
+    fn frame_timed_out(&mut self) {
+        if self.input.stop_awaiting_budget() {
+            self.effects.push_back(Effect::StopAwaitingBudget);
             self.overloaded(Version::V1, "Too many bytes of unfinished frames");
         } else {
             self.refuse(Version::V1, ErrorCode::Timeout, "The frame was not complete in time");
@@ -278,7 +282,7 @@ impl Session {
             Phase::Closing { exit, until: None } => Phase::Closing { exit, until: Some(until) },
             unchanged => unchanged,
         };
-        // A frame that has begun may take until the end of the drain.
+        // An incomplete frame may take until the end of the drain.
         self.input.stop_clock();
     }
 
@@ -290,9 +294,9 @@ impl Session {
         }
     }
 
-    fn drain_over(&mut self, now: Instant) {
+    fn drain_expired(&mut self, now: Instant) {
         if matches!(self.phase, Phase::Closing { exit: Exit::Drained, .. }) {
-            // Everything was answered, but the client has not read it.
+            // Every request was answered, but the client has not read all answers.
             self.phase = Phase::Ended(Exit::WriteTimeout);
             return;
         }
@@ -302,9 +306,9 @@ impl Session {
         self.phase = Phase::Closing { exit: Exit::Drained, until: Some(until) };
     }
 
-    /// Answers every request in flight with code 6.
+    /// Answers every request in flight with `CONNECTION_CLOSED`.
     fn abandon(&mut self, now: Instant) {
-        // Whatever has ended keeps its own answer, whether or not there is room for it.
+        // Finished requests keep their own answers, even if the outbox is full.
         for (slot, held, pieces) in std::mem::take(&mut self.ended) {
             if self.pieces_of(slot) >= pieces {
                 self.settle(slot, held);
@@ -312,20 +316,20 @@ impl Session {
         }
 
         self.ended_bytes = 0;
-        let open = self.open();
+        let open = self.in_flight();
         if open == 0 {
             return;
         }
 
-        // Queued behind the starts of requests that are abandoned here, so that none of them runs on.
+        // Queued behind the pending starts, so that those requests are dropped too.
         self.effects.push_back(Effect::Abandon);
         if let Some(V1Stream::Waiting { .. }) = self.v1_stream.take() {
-            // It has no place in the order yet.
+            // A waiting stream has no position in the order yet.
             self.v1_order.join();
         }
 
         let error = || {
-            let text = "The gateway shut down before the answer came; the task may still run";
+            let text = "The gateway shut down before the answer arrived; the task may still run";
             Reply::error(ErrorCode::ConnectionClosed, text)
         };
 
@@ -338,7 +342,7 @@ impl Session {
             self.shared.stats.failed(ErrorCode::ConnectionClosed);
         }
 
-        // Requests behind a v1 stream are still in the input.
+        // Requests behind a v1 stream are still in the input buffer: they are refused now.
         self.release();
         self.decode(now);
     }

@@ -1,10 +1,9 @@
 //! Load shedding: polls the router and, while it reports `active`, rejects decide requests with the router's own
 //! refusal.
 //!
-//! One router of the queue group answers each poll, as one decides each request. If some of several routers are
-//! overloaded, the gateway therefore rejects for about that share of the time, without knowing how many there are. A
-//! poll that fails changes nothing, and a report that is not repeated soon expires: a router that cannot be reached is
-//! the breaker's concern.
+//! Each poll is answered by one router of the queue group, like each decide request. If some of several routers are
+//! overloaded, the gateway therefore sheds load for about that share of the time. A failed poll changes nothing, and a
+//! report that is not renewed expires: an unreachable router is left to the circuit breaker.
 
 use bus::{Bus, Headers};
 use bytes::Bytes;
@@ -18,20 +17,20 @@ use wire::router::{Backpressure, BackpressureStatus, ErrorBody, RouterCode, Stat
 use wire::subjects;
 
 /// How often the router is polled while there are requests.
-const POLL_EVERY: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// The shortest time between two polls, however many requests the router refuses.
-const POLL_PAUSE: Duration = Duration::from_millis(100);
-const ANSWER_WITHIN: Duration = Duration::from_secs(1);
-/// How long a report holds if it is not repeated.
-const HOLDS_FOR: Duration = Duration::from_secs(3);
-/// When clients should retry if the router does not say, seconds.
+const POLL_INTERVAL_MIN: Duration = Duration::from_millis(100);
+const POLL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a report is valid if it is not renewed.
+const REPORT_TTL: Duration = Duration::from_secs(3);
+/// When clients should retry if the router gives no time, seconds.
 const RETRY_AFTER: u64 = 1;
 
-/// What requests and the [`Poller`] share.
+/// State that the requests and the [`Poller`] share.
 #[derive(Default)]
 pub struct Pressure {
     report: Report,
-    /// Whether there was a request since the last poll.
+    /// Whether a decide request has arrived since the last tick of the poller.
     wanted: AtomicBool,
     /// Notified when the router refuses a request because of its load.
     refused: Notify,
@@ -53,7 +52,7 @@ impl Pressure {
         Err(Box::new(error.retry_after(retry_after)))
     }
 
-    /// Polls soon: the router has refused a request because of its load, and others may meet the same.
+    /// Triggers a poll: the router has refused a request because of its load, and may refuse the next ones too.
     pub fn refused(&self) {
         self.refused.notify_one();
     }
@@ -71,8 +70,8 @@ impl Poller {
     }
 
     pub async fn run(self, cancel: CancellationToken) {
-        let mut ticks = tokio::time::interval(POLL_EVERY);
-        // A poll that took long is not followed by a burst of polls.
+        let mut ticks = tokio::time::interval(POLL_INTERVAL);
+        // A slow poll must not be followed by a burst of polls.
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let refused = tokio::select! {
@@ -91,7 +90,7 @@ impl Poller {
 
             let poll = async {
                 self.poll().await;
-                tokio::time::sleep(POLL_PAUSE).await;
+                tokio::time::sleep(POLL_INTERVAL_MIN).await;
             };
             tokio::select! {
                 () = cancel.cancelled() => return,
@@ -102,12 +101,12 @@ impl Poller {
 
     async fn poll(&self) {
         let headers = Headers::new().with("version", VERSION);
-        let asked = self
+        let reply = self
             .bus
-            .request(subjects::BACKPRESSURE, headers, Bytes::new(), ANSWER_WITHIN);
-        let answer = asked.await.map_err(|e| e.to_string());
-        match answer.and_then(|message| read(&message.payload)) {
-            Ok(backpressure) => self.heard(&backpressure, Instant::now()),
+            .request(subjects::BACKPRESSURE, headers, Bytes::new(), POLL_TIMEOUT);
+        let reply = reply.await.map_err(|e| e.to_string());
+        match reply.and_then(|message| read(&message.payload)) {
+            Ok(backpressure) => self.record(&backpressure, Instant::now()),
             Err(error) => {
                 metrics::counter!("beamline_gateway_status_failures_total").increment(1);
                 tracing::debug!(error, "the router did not report its load");
@@ -115,7 +114,7 @@ impl Poller {
         }
     }
 
-    fn heard(&self, data: &Backpressure, now: Instant) {
+    fn record(&self, data: &Backpressure, now: Instant) {
         let report = &self.pressure.report;
         let before = report.overload(now).is_some();
         let active = data.status == BackpressureStatus::Active;
@@ -133,24 +132,24 @@ fn read(payload: &[u8]) -> Result<Backpressure, String> {
         .ok_or_else(|| reply.error.unwrap_or_else(|| "the reply has no data".into()))
 }
 
-/// The router's newest report. Time is an argument.
+/// The router's latest report. Time is an argument.
 #[derive(Default)]
 struct Report {
     /// Fast path: avoids the lock when not overloaded.
-    any: AtomicBool,
-    /// When clients should retry, and until when the report holds.
+    overloaded: AtomicBool,
+    /// When clients should retry, in seconds, and when the report expires.
     overload: Mutex<Option<(u64, Instant)>>,
 }
 
 impl Report {
-    /// `overload` is when clients should retry, in seconds; `None` if the router takes requests.
+    /// `overload` is when clients should retry, in seconds; `None` if the router accepts requests.
     fn update(&self, overload: Option<u64>, now: Instant) {
-        *self.overload.lock() = overload.map(|retry_after| (retry_after, now + HOLDS_FOR));
-        self.any.store(overload.is_some(), Relaxed);
+        *self.overload.lock() = overload.map(|retry_after| (retry_after, now + REPORT_TTL));
+        self.overloaded.store(overload.is_some(), Relaxed);
     }
 
     fn overload(&self, now: Instant) -> Option<u64> {
-        if !self.any.load(Relaxed) {
+        if !self.overloaded.load(Relaxed) {
             return None;
         }
         let overload = self.overload.lock().filter(|(_, until)| now < *until);
@@ -163,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn report_holds_until_the_next_one_or_until_it_expires() {
+    fn report_is_valid_until_it_is_replaced_or_expires() {
         let report = Report::default();
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);

@@ -1,4 +1,4 @@
-//! The listening socket: it is private from the moment it exists, and never replaces one that is in use.
+//! The listening socket. Its mode is restricted from the moment it exists, and it never replaces a socket in use.
 
 use crate::Error;
 use std::fs::{DirBuilder, TryLockError};
@@ -11,11 +11,11 @@ use tokio::net::{UnixListener, UnixStream};
 
 /// The size of `sun_path` without its terminating zero.
 const PATH_MAX: usize = 107;
-/// How long another gateway may hold the lock while it starts; it takes milliseconds.
+/// How long to wait while another gateway that is starting holds the lock; a start takes milliseconds.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
-const LOCK_LOOK: Duration = Duration::from_millis(5);
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
-/// Dropping it removes the socket file, if that is still the one that it created.
+/// A listening socket. Dropping it removes the socket file, unless another process has replaced the file.
 pub struct Listener {
     listener: UnixListener,
     path: PathBuf,
@@ -31,7 +31,7 @@ pub struct File {
 }
 
 impl Listener {
-    /// `shared`: other users can reach the socket, and each connection is checked.
+    /// Creates the socket. `shared`: users other than this one can connect, and each connection is checked.
     pub async fn bind(path: &Path, shared: bool) -> Result<Self, Error> {
         let problem = |problem: String| Error::Socket { path: path.display().to_string(), problem };
         let bytes = path.as_os_str().len();
@@ -39,14 +39,14 @@ impl Listener {
             return Err(problem(format!("the path has {bytes} bytes; a socket's path may have at most {PATH_MAX}")));
         }
 
-        let cannot =
-            |e: std::io::Error| format!("cannot listen: {e}; does its directory exist and may we write there?");
-        let directory = std::fs::File::open(parent(path)).map_err(|e| problem(cannot(e)))?;
+        let cannot_listen =
+            |e: std::io::Error| format!("cannot listen: {e}; does its directory exist and is it writable?");
+        let directory = std::fs::File::open(parent(path)).map_err(|e| problem(cannot_listen(e)))?;
 
-        // Looking at the path and binding it must not interleave with another gateway's start.
-        alone(&directory).await.map_err(problem)?;
-        make_way(path).await.map_err(problem)?;
-        let listener = bind_private(path, mode(shared)).map_err(|e| problem(cannot(e)))?;
+        // Checking the path and binding it must not interleave with another gateway's start.
+        lock(&directory).await.map_err(problem)?;
+        check_path_free(path).await.map_err(problem)?;
+        let listener = bind_private(path, mode(shared)).map_err(|e| problem(cannot_listen(e)))?;
 
         let inode = std::fs::symlink_metadata(path)
             .map_err(|e| problem(e.to_string()))?
@@ -59,8 +59,8 @@ impl Listener {
     }
 
     /// Listens on an inherited socket. Its file and its mode stay as they are.
-    pub fn adopt(given: std::os::unix::net::UnixListener) -> Result<Self, Error> {
-        let address = given.local_addr().ok();
+    pub fn adopt(inherited: std::os::unix::net::UnixListener) -> Result<Self, Error> {
+        let address = inherited.local_addr().ok();
         let path = address
             .as_ref()
             .and_then(|address| address.as_pathname())
@@ -68,13 +68,13 @@ impl Listener {
             .to_path_buf();
 
         let problem = |problem: String| Error::Socket { path: path.display().to_string(), problem };
-        let socket = socket2::SockRef::from(&given);
-        let ours = |e: std::io::Error| problem(format!("the inherited descriptor is not a usable socket: {e}"));
+        let socket = socket2::SockRef::from(&inherited);
+        let unusable = |e: std::io::Error| problem(format!("the inherited descriptor is not a usable socket: {e}"));
 
-        // A service manager may hand over any kind of descriptor.
-        let stream = socket.domain().map_err(ours)? == socket2::Domain::UNIX
-            && socket.r#type().map_err(ours)? == socket2::Type::STREAM;
-        if !stream || !socket.is_listener().map_err(ours)? {
+        // A service manager may pass any kind of descriptor.
+        let stream = socket.domain().map_err(unusable)? == socket2::Domain::UNIX
+            && socket.r#type().map_err(unusable)? == socket2::Type::STREAM;
+        if !stream || !socket.is_listener().map_err(unusable)? {
             let text = "the inherited descriptor is not a listening Unix stream socket; pass one with ListenStream=";
             return Err(problem(text.into()));
         }
@@ -85,8 +85,8 @@ impl Listener {
             ));
         }
 
-        given.set_nonblocking(true).map_err(ours)?;
-        let listener = UnixListener::from_std(given).map_err(ours)?;
+        inherited.set_nonblocking(true).map_err(unusable)?;
+        let listener = UnixListener::from_std(inherited).map_err(unusable)?;
         Ok(Self { listener, path, file: None })
     }
 
@@ -105,21 +105,21 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // Another gateway may have bound the path after somebody removed our file.
-        if let Some(file) = self.file.as_ref().filter(|file| file.is_there()) {
+        // If the file was removed while this gateway ran, another gateway may have bound the path since.
+        if let Some(file) = self.file.as_ref().filter(|file| file.is_current()) {
             let _ = std::fs::remove_file(&file.path);
         }
     }
 }
 
 impl File {
-    fn is_there(&self) -> bool {
+    fn is_current(&self) -> bool {
         std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode)
     }
 
-    /// Sets whether other users can reach the socket.
-    pub fn share(&self, shared: bool) -> std::io::Result<()> {
-        if !self.is_there() {
+    /// Sets whether other users can connect to the socket. Does nothing if the file was replaced.
+    pub fn set_shared(&self, shared: bool) -> std::io::Result<()> {
+        if !self.is_current() {
             return Ok(());
         }
         std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(mode(shared)))
@@ -136,25 +136,26 @@ fn parent(path: &Path) -> &Path {
         .unwrap_or(Path::new("."))
 }
 
-/// Locks the directory until it is dropped: several gateways that start at once could all find the path free.
-async fn alone(directory: &std::fs::File) -> Result<(), String> {
-    let give_up = tokio::time::Instant::now() + LOCK_WAIT;
+/// Locks the directory until `directory` is dropped. Without the lock, gateways that start at once could all find the
+/// path free.
+async fn lock(directory: &std::fs::File) -> Result<(), String> {
+    let deadline = tokio::time::Instant::now() + LOCK_WAIT;
     loop {
         match directory.try_lock() {
             Ok(()) => return Ok(()),
             Err(TryLockError::Error(e)) => return Err(format!("its directory cannot be locked: {e}")),
-            Err(TryLockError::WouldBlock) if tokio::time::Instant::now() < give_up => {
-                tokio::time::sleep(LOCK_LOOK).await;
+            Err(TryLockError::WouldBlock) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(LOCK_POLL).await;
             }
             Err(TryLockError::WouldBlock) => {
-                return Err("another gateway is starting there and does not finish; stop it or try again".into());
+                return Err("another gateway has been starting there for too long; stop it or try again".into());
             }
         }
     }
 }
 
-/// Checks that the path is free, or holds a socket that nobody listens on.
-async fn make_way(path: &Path) -> Result<(), String> {
+/// Checks that the path is free or holds a stale socket.
+async fn check_path_free(path: &Path) -> Result<(), String> {
     let found = match std::fs::symlink_metadata(path) {
         Ok(found) => found,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
@@ -162,7 +163,7 @@ async fn make_way(path: &Path) -> Result<(), String> {
     };
 
     if !found.file_type().is_socket() {
-        return Err("there is a file that is not a socket; remove it or set another path".into());
+        return Err("the path is taken by a file that is not a socket; remove it or set another path".into());
     }
 
     match UnixStream::connect(path).await {
@@ -171,23 +172,24 @@ async fn make_way(path: &Path) -> Result<(), String> {
                 .peer_cred()
                 .ok()
                 .and_then(|cred| cred.pid())
-                .map(holder)
+                .map(describe)
                 .unwrap_or_default();
             Err(format!("another gateway is listening{by}; stop it or set another path"))
         }
-        // Stale: a gateway that was killed has left it.
+        // Stale: left behind by a gateway that was killed.
         Err(e) if e.kind() == ErrorKind::ConnectionRefused => Ok(()),
         Err(e) => Err(format!("cannot tell whether a gateway is listening there: {e}")),
     }
 }
 
-fn holder(pid: i32) -> String {
+fn describe(pid: i32) -> String {
     let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     format!(": {} (pid {pid})", name.trim())
 }
 
-/// Binds in a directory that only this user may enter, sets the mode there, then renames the socket into place: at no
-/// moment could another user connect. The directory is named by its descriptor, so that a long path still fits.
+/// Binds in a directory that only this user may enter, sets the mode there, then renames the socket into place, so that
+/// no other user can connect before the mode is set. The directory is named by its descriptor, so that a long path
+/// still fits `sun_path`.
 fn bind_private(path: &Path, mode: u32) -> std::io::Result<UnixListener> {
     let private = parent(path).join(format!(".beamline-{}", uuid::Uuid::new_v4().simple()));
     DirBuilder::new().mode(0o700).create(&private)?;
@@ -200,7 +202,7 @@ fn bind_private(path: &Path, mode: u32) -> std::io::Result<UnixListener> {
         Ok(listener)
     })();
 
-    // Still there only if binding or renaming failed.
+    // The socket is still there only if a step failed.
     let _ = std::fs::remove_file(private.join("s"));
     let _ = std::fs::remove_dir(&private);
     bound
@@ -231,11 +233,11 @@ mod tests {
     async fn inherited_socket_is_used_and_left_in_place() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let given = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let inherited = std::os::unix::net::UnixListener::bind(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
         let _early = std::os::unix::net::UnixStream::connect(&path).unwrap();
 
-        let listener = Listener::adopt(given).unwrap();
+        let listener = Listener::adopt(inherited).unwrap();
         assert_eq!(listener.path(), path);
         listener.accept().await.unwrap();
 
@@ -280,9 +282,9 @@ mod tests {
         let path = dir.path().join("s");
         let listener = Listener::bind(&path, false).await.unwrap();
         let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
-        listener.file().unwrap().share(true).unwrap();
+        listener.file().unwrap().set_shared(true).unwrap();
         assert_eq!(mode(), 0o666);
-        listener.file().unwrap().share(false).unwrap();
+        listener.file().unwrap().set_shared(false).unwrap();
         assert_eq!(mode(), 0o600);
     }
 
@@ -300,7 +302,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn path_that_is_not_a_socket_is_left_alone() {
+    async fn path_that_is_not_a_socket_is_left_untouched() {
         let dir = tempfile::tempdir().unwrap();
         let [file, folder, link] = ["file", "folder", "link"].map(|name| dir.path().join(name));
         std::fs::write(&file, "precious").unwrap();
@@ -313,7 +315,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn path_of_the_full_length_works_and_a_longer_one_is_refused() {
+    async fn path_of_the_maximum_length_works_and_a_longer_one_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let room = PATH_MAX - dir.path().as_os_str().len() - 1;
         let full = dir.path().join("x".repeat(room));

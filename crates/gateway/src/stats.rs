@@ -25,25 +25,25 @@ struct Inner {
 }
 
 impl Stats {
-    /// Counts a request that was admitted.
-    pub fn taken(&self) {
+    /// Counts an admitted request.
+    pub fn admitted(&self) {
         self.requests.fetch_add(1, Relaxed);
     }
 
-    /// Counts an error that a client gets.
+    /// Counts an error that is sent to a client.
     pub fn failed(&self, code: ErrorCode) {
         *self.inner.lock().errors.entry(code.name().into()).or_default() += 1;
         metrics::counter!("beamline_gateway_errors_total", "code" => code.name()).increment(1);
     }
 
-    /// Counts a request that has ended.
-    pub fn forwarded(&self, took: Duration) {
+    /// Records how long a request took from its arrival to its answer.
+    pub fn completed(&self, took: Duration) {
         self.inner.lock().forward_us.add(took);
         metrics::histogram!("beamline_gateway_request_duration_seconds").record(took.as_secs_f64());
     }
 
     fn forward_us(&self) -> Percentiles {
-        // Cloned, so that no request waits for the lock while the window is sorted.
+        // Cloned, so that no request waits for the lock while the percentiles are computed.
         let window = self.inner.lock().forward_us.clone();
         window.percentiles()
     }

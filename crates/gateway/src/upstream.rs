@@ -1,4 +1,4 @@
-//! The path to the router: load shedding, the circuit breaker, and a bounded number of retries.
+//! Access to the router: load shedding, the circuit breaker, and bounded retries.
 
 use crate::breaker::{Breaker, Config, Outcome, Pass, State};
 use crate::retry::Budget;
@@ -12,21 +12,21 @@ use std::time::{Duration, Instant};
 use wire::router::{AnswerHead, ErrorBody, RouterCode, VERSION};
 use wire::subjects;
 
-/// A timeout counts against the breaker only if the request had at least this much time, or 90 % of the request timeout
-/// if that is less.
-const FAIR_CHANCE: Duration = Duration::from_millis(500);
+/// A timeout counts against the breaker only if the request had at least this much time, or 90 % of the request
+/// timeout if that is less.
+const MIN_TIMEOUT_COUNTED: Duration = Duration::from_millis(500);
 /// The mean pause before a retry, with a jitter of half of it in either direction.
-const PAUSE: Duration = Duration::from_millis(100);
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
-/// The access to the router that all requests share.
+/// The gateway's access to the router, shared by all requests.
 pub struct Access {
     breaker: Mutex<Breaker>,
     retries: Mutex<Budget>,
     pressure: Arc<Pressure>,
-    fair_chance_us: AtomicU64,
+    min_timeout_counted_us: AtomicU64,
 }
 
-/// Why a request to the router has no answer.
+/// Why a request to the router failed.
 #[derive(Debug)]
 pub enum Refused {
     /// The breaker is open.
@@ -34,12 +34,13 @@ pub enum Refused {
         retry_after: Duration,
     },
     /// No router is running, which opens the breaker.
-    Nobody {
+    NoResponders {
         retry_after: Duration,
     },
     Bus(bus::Error),
     /// The router rejected the request.
     Router(Box<ErrorBody>),
+    /// The router's answer could not be parsed.
     Unreadable(String),
 }
 
@@ -49,16 +50,17 @@ impl Access {
             breaker: Mutex::new(Breaker::new(config)),
             retries: Mutex::new(Budget::new()),
             pressure: Arc::default(),
-            fair_chance_us: fair_chance_us(request_timeout).into(),
+            min_timeout_counted_us: min_timeout_counted_us(request_timeout).into(),
         }
     }
 
     pub fn configure(&self, config: Config, request_timeout: Duration) {
         self.breaker.lock().configure(config);
-        self.fair_chance_us.store(fair_chance_us(request_timeout), Relaxed);
+        self.min_timeout_counted_us
+            .store(min_timeout_counted_us(request_timeout), Relaxed);
     }
 
-    /// The breaker's state that a request would find now.
+    /// The state of the breaker as a request would find it now.
     pub fn state(&self) -> State {
         self.breaker.lock().state_at(Instant::now())
     }
@@ -67,9 +69,9 @@ impl Access {
         self.pressure.clone()
     }
 
-    /// Returns the router's answer byte for byte. A request that failed because the bus was disconnected, or because
-    /// the router was unavailable, is retried while there is time and retry budget. That is safe: the router recognises
-    /// a repeated request by its id.
+    /// Returns the router's answer byte for byte. A request that fails because the bus is disconnected or the router
+    /// is unavailable is retried until `due`, within the retry budget. Retrying is safe: the router deduplicates
+    /// requests by their id.
     pub async fn ask(
         &self,
         bus: &Bus,
@@ -84,12 +86,12 @@ impl Access {
         }
 
         self.retries.lock().request(Instant::now());
-        let mut before = None;
+        let mut previous = None;
         loop {
-            let refused = match self.once(bus, subject, headers.clone(), payload.clone(), due).await {
+            let refused = match self.attempt(bus, subject, headers.clone(), payload.clone(), due).await {
                 Ok(answer) => return Ok(answer),
-                // If these attempts opened the breaker, their own error says more than that it is open.
-                Err(refused @ Refused::Open { .. }) => return Err(before.unwrap_or(refused)),
+                // If an earlier attempt opened the breaker, report the error of that attempt: it names the cause.
+                Err(refused @ Refused::Open { .. }) => return Err(previous.unwrap_or(refused)),
                 Err(refused) => refused,
             };
 
@@ -99,20 +101,20 @@ impl Access {
                 _ => false,
             };
 
-            // Jitter keeps the retries of many requests apart.
-            let pause = PAUSE.mul_f64(0.5 + rand::random::<f64>());
+            // Jitter spreads the retries of requests that failed together.
+            let pause = RETRY_PAUSE.mul_f64(0.5 + rand::random::<f64>());
             let now = Instant::now();
             if !temporary || now + pause >= due || !self.retries.lock().take(now) {
                 return Err(refused);
             }
 
             metrics::counter!("beamline_gateway_retries_total").increment(1);
-            before = Some(refused);
+            previous = Some(refused);
             tokio::time::sleep(pause).await;
         }
     }
 
-    async fn once(
+    async fn attempt(
         &self,
         bus: &Bus,
         subject: &str,
@@ -126,7 +128,7 @@ impl Access {
 
         let mut answer = match bus.request(subject, headers, payload, left).await {
             Ok(Message { payload, .. }) => read(payload),
-            Err(bus::Error::NoResponders(_)) => Err(Refused::Nobody { retry_after: Duration::ZERO }),
+            Err(bus::Error::NoResponders(_)) => Err(Refused::NoResponders { retry_after: Duration::ZERO }),
             Err(error) => Err(Refused::Bus(error)),
         };
 
@@ -138,59 +140,59 @@ impl Access {
             Ok(_) => Outcome::Answered,
             Err(Refused::Router(error)) => match error.code {
                 RouterCode::Internal | RouterCode::Unavailable => Outcome::Failed,
-                // The router sheds load: it is alive, but a probe must not close the breaker for that.
+                // The router is alive but sheds load, so the call is no reason to open or to close the breaker.
                 _ if error.status() == 429 => Outcome::Neutral,
                 _ => Outcome::Answered,
             },
             Err(Refused::Unreadable(_)) => Outcome::Failed,
-            Err(Refused::Nobody { .. }) => Outcome::Nobody,
-            Err(Refused::Bus(bus::Error::Timeout(_))) if left >= self.fair_chance() => Outcome::Failed,
+            Err(Refused::NoResponders { .. }) => Outcome::NoResponders,
+            Err(Refused::Bus(bus::Error::Timeout(_))) if left >= self.min_timeout_counted() => Outcome::Failed,
             Err(Refused::Bus(_) | Refused::Open { .. }) => Outcome::Neutral,
         });
 
-        // Known only now: settling the call has opened the breaker.
-        if let Err(Refused::Nobody { retry_after }) = &mut answer {
-            *retry_after = self.breaker.lock().open_for_another(Instant::now());
+        // Known only after the call is settled, which opens the breaker.
+        if let Err(Refused::NoResponders { retry_after }) = &mut answer {
+            *retry_after = self.breaker.lock().time_until_half_open(Instant::now());
         }
         answer
     }
 
-    fn fair_chance(&self) -> Duration {
-        Duration::from_micros(self.fair_chance_us.load(Relaxed))
+    fn min_timeout_counted(&self) -> Duration {
+        Duration::from_micros(self.min_timeout_counted_us.load(Relaxed))
     }
 
     fn call(&self) -> Result<Call<'_>, Refused> {
-        let pass = self.observed(|breaker| breaker.pass(Instant::now()));
+        let pass = self.transition(|breaker| breaker.pass(Instant::now()));
         match pass {
             Ok(pass) => Ok(Call { access: self, pass: Some(pass) }),
             Err(retry_after) => Err(Refused::Open { retry_after }),
         }
     }
 
-    /// Changes the breaker, and logs a change of its state exactly once.
-    fn observed<R>(&self, step: impl FnOnce(&mut Breaker) -> R) -> R {
+    /// Runs `step` on the breaker, and logs a change of its state exactly once.
+    fn transition<R>(&self, step: impl FnOnce(&mut Breaker) -> R) -> R {
         let mut breaker = self.breaker.lock();
         let before = breaker.state();
         let result = step(&mut breaker);
         let after = breaker.state();
-        // Metrics and logs need no lock.
+        // Metrics and logs are written without the lock.
         drop(breaker);
 
         if before != after {
             let (from, to) = (before.as_str(), after.as_str());
             metrics::counter!("beamline_gateway_breaker_transitions_total", "to" => to).increment(1);
-            tracing::warn!(from, to, "the circuit breaker for the router changed its state");
+            tracing::warn!(from, to, "the circuit breaker for the router changed state");
         }
         result
     }
 }
 
-fn fair_chance_us(request_timeout: Duration) -> u64 {
-    // At most FAIR_CHANCE, which fits.
-    FAIR_CHANCE.min(request_timeout.mul_f64(0.9)).as_micros() as u64
+fn min_timeout_counted_us(request_timeout: Duration) -> u64 {
+    // At most MIN_TIMEOUT_COUNTED, which fits 64 bits.
+    MIN_TIMEOUT_COUNTED.min(request_timeout.mul_f64(0.9)).as_micros() as u64
 }
 
-/// One call in flight. Dropping it reports no outcome: the caller went away.
+/// One call in flight. Dropping it settles the call as [`Outcome::Neutral`]: the caller was cancelled.
 struct Call<'a> {
     access: &'a Access,
     pass: Option<Pass>,
@@ -204,7 +206,7 @@ impl Call<'_> {
     fn report(&mut self, outcome: Outcome) {
         if let Some(pass) = self.pass.take() {
             self.access
-                .observed(|breaker| breaker.settle(pass, outcome, Instant::now()));
+                .transition(|breaker| breaker.settle(pass, outcome, Instant::now()));
         }
     }
 }
@@ -215,7 +217,7 @@ impl Drop for Call<'_> {
     }
 }
 
-/// 32 hex digits.
+/// A random trace id of 32 hex digits.
 pub fn new_trace_id() -> String {
     uuid::Uuid::new_v4().simple().to_string()
 }

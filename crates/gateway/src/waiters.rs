@@ -1,4 +1,4 @@
-//! Waits for results: one subscription serves all requests of the gateway.
+//! Waiting for results: one subscription serves all requests of the gateway.
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use wire::router::{Awaited, ExecResult};
 
-/// Results that may wait in the subscription. One that is dropped is found by the next look at the task's record.
+/// Capacity of the subscription's queue, in results. A result that does not fit is found later in the task's record.
 pub const QUEUE_MAX: usize = 65_536;
 
 #[derive(Clone, Default)]
@@ -27,9 +27,10 @@ struct Waiting {
 }
 
 enum Phase {
-    /// The router has not answered, so the assignment is unknown. A result that may be the task's is kept until then.
+    /// The router has not answered, so the assignment is unknown. A result that may belong to the task is kept until
+    /// the router answers.
     Undecided {
-        early: Option<Heard>,
+        early: Option<Received>,
         finished: oneshot::Sender<Finished>,
     },
     Decided {
@@ -38,24 +39,24 @@ enum Phase {
     Ended,
 }
 
-/// A result as it was published, and the field of it that the gateway reads.
+/// A result as it was published, and the number of output pieces that it announces.
 #[derive(Debug, Clone)]
 pub struct Finished {
     pub result: Bytes,
     pub chunks: Option<u64>,
 }
 
-/// A result, and the task that it belongs to.
+/// A received result and the task that it belongs to.
 #[derive(Clone)]
-struct Heard {
+struct Received {
     assignment_id: String,
     tenant_id: Option<String>,
     finished: Finished,
 }
 
 impl Finished {
-    /// Reads a result and its request id. The bytes stay as they came, unless an envelope has to be removed.
-    fn decode(payload: &Bytes) -> Option<(String, Heard)> {
+    /// Decodes a result and its request id. The bytes are unchanged, except that an envelope is removed.
+    fn decode(payload: &Bytes) -> Option<(String, Received)> {
         let result = ExecResult::decode(payload).ok()?;
         let enveloped = serde_json::from_slice::<Envelope>(payload).is_ok_and(|e| e.kind.is_some());
 
@@ -67,7 +68,7 @@ impl Finished {
 
         let finished = Self { result: bytes, chunks: result.chunks };
         let ExecResult { request_id, assignment_id, tenant_id, .. } = result;
-        Some((request_id, Heard { assignment_id, tenant_id, finished }))
+        Some((request_id, Received { assignment_id, tenant_id, finished }))
     }
 
     pub fn from_result(result: &ExecResult) -> Self {
@@ -82,21 +83,20 @@ struct Envelope {
 }
 
 impl Waiting {
-    fn hear(&mut self, heard: &Heard) {
-        let owned = self.task.owns(&heard.assignment_id, heard.tenant_id.as_deref());
+    fn receive(&mut self, received: &Received) {
+        let owned = self.task.owns(&received.assignment_id, received.tenant_id.as_deref());
         self.phase = match std::mem::replace(&mut self.phase, Phase::Ended) {
             Phase::Undecided { early, finished } => {
-                // Only one is kept: keeping the wrong one costs no more than the time until the next look at the
-                // record.
+                // Only one result is kept. If it is the wrong one, the next poll of the record finds the right one.
                 let keeps = owned == Some(true) || (owned.is_none() && early.is_none());
-                let early = if keeps { Some(heard.clone()) } else { early };
+                let early = if keeps { Some(received.clone()) } else { early };
                 Phase::Undecided { early, finished }
             }
 
-            // A router that does not name the assignment knows only one task with this id, whatever its tenant.
+            // A router that does not name the assignment has only one task with this id, whatever its tenant.
             Phase::Decided { finished } if owned.unwrap_or(true) => {
-                // Fails if the request has ended meanwhile.
-                let _ = finished.send(heard.finished.clone());
+                // Fails if the request has already ended.
+                let _ = finished.send(received.finished.clone());
                 Phase::Ended
             }
             unchanged => unchanged,
@@ -109,7 +109,7 @@ impl Waiting {
             Phase::Undecided { early, finished } => {
                 self.phase = Phase::Decided { finished };
                 if let Some(early) = early {
-                    self.hear(&early);
+                    self.receive(&early);
                 }
             }
             unchanged => self.phase = unchanged,
@@ -126,13 +126,13 @@ pub struct Waiter {
 }
 
 impl Waiters {
-    /// Waits for the result of this tenant's request: from now on it is not missed.
+    /// Registers a wait for the result of this tenant's request. Results published from now on are not missed.
     pub fn register(&self, request_id: &str, tenant_id: &str) -> Waiter {
         let (sender, finished) = oneshot::channel();
         let task = Awaited { tenant_id: tenant_id.into(), assignment_id: None };
         let phase = Phase::Undecided { early: None, finished: sender };
 
-        // Several requests may wait for the same id, so each wait has a number of its own.
+        // Several requests may wait for the same id, so each wait has its own number.
         let mut table = self.0.lock();
         table.next += 1;
         let number = table.next;
@@ -159,24 +159,24 @@ impl Waiters {
     }
 
     fn publish(&self, payload: &Bytes) {
-        // Every gateway receives every result: most concern no request of this one.
+        // Every gateway receives every result, and an idle one need not decode them.
         if self.0.lock().by_request.is_empty() {
             return;
         }
-        let Some((request_id, heard)) = Finished::decode(payload) else {
-            tracing::warn!("cannot read a result; requests that wait for it find it in the task's record");
+        let Some((request_id, received)) = Finished::decode(payload) else {
+            tracing::warn!("cannot decode a result; requests that wait for it will read it from the task's record");
             return;
         };
 
         let mut table = self.0.lock();
         for waiting in table.by_request.get_mut(&request_id).into_iter().flatten() {
-            waiting.hear(&heard);
+            waiting.receive(&received);
         }
     }
 }
 
 impl Waiter {
-    /// Tells which task the router decided, and so which result ends this wait.
+    /// Sets the task that the router decided. Only its result ends this wait.
     pub fn decided(&self, task: &Awaited) {
         let mut table = self.waiters.0.lock();
         let waiting = table.by_request.get_mut(&self.request_id).into_iter().flatten();
@@ -215,9 +215,9 @@ mod tests {
         )
     }
 
-    fn heard(assignment_id: &str, tenant_id: Option<&str>) -> Heard {
+    fn received(assignment_id: &str, tenant_id: Option<&str>) -> Received {
         let finished = Finished { result: Bytes::copy_from_slice(assignment_id.as_bytes()), chunks: None };
-        Heard {
+        Received {
             assignment_id: assignment_id.into(),
             tenant_id: tenant_id.map(String::from),
             finished,
@@ -229,7 +229,7 @@ mod tests {
         waiting.decided(Awaited { tenant_id: "acme".into(), assignment_id });
     }
 
-    /// Checks which result ends the wait, given those that arrive before and after the router's answer.
+    /// Checks which result ends the wait, given the results that arrive before and after the router's answer.
     #[track_caller]
     fn check(
         before: &[(&str, Option<&str>)],
@@ -240,25 +240,25 @@ mod tests {
         let (mut waiting, mut finished) = waiting();
         before
             .iter()
-            .for_each(|(assignment, tenant)| waiting.hear(&heard(assignment, *tenant)));
-        assert!(finished.try_recv().is_err(), "no result ends the wait before the router has answered");
+            .for_each(|(assignment, tenant)| waiting.receive(&received(assignment, *tenant)));
+        assert!(finished.try_recv().is_err(), "a result ended the wait before the router answered");
 
         decided(&mut waiting, answer);
         after
             .iter()
-            .for_each(|(assignment, tenant)| waiting.hear(&heard(assignment, *tenant)));
+            .for_each(|(assignment, tenant)| waiting.receive(&received(assignment, *tenant)));
 
         let ended = finished.try_recv().ok().map(|finished| finished.result);
         assert_eq!(ended.as_deref(), expected.map(str::as_bytes));
     }
 
     #[test]
-    fn only_the_result_of_the_own_assignment_ends_a_wait() {
-        let (ours, other, unnamed) = (Some("acme"), Some("beta"), None);
-        check(&[], Some("a"), &[("b", ours), ("b", unnamed), ("a", unnamed)], Some("a"));
+    fn only_the_result_of_its_own_assignment_ends_a_wait() {
+        let (own, other, unnamed) = (Some("acme"), Some("beta"), None);
+        check(&[], Some("a"), &[("b", own), ("b", unnamed), ("a", unnamed)], Some("a"));
         check(&[], Some("a"), &[("b", other)], None);
         check(&[("a", unnamed), ("b", other)], Some("a"), &[], Some("a"));
-        check(&[("b", unnamed), ("a", ours), ("c", unnamed)], Some("a"), &[], Some("a"));
+        check(&[("b", unnamed), ("a", own), ("c", unnamed)], Some("a"), &[], Some("a"));
         check(&[("b", other), ("b", unnamed)], Some("a"), &[], None);
 
         // The router does not name the assignment.

@@ -1,4 +1,4 @@
-//! What a connection waits for on its socket and its clock.
+//! The futures that a connection waits for on its socket, its budget and its timers.
 
 use crate::byte_budget::Share;
 use futures_util::future::BoxFuture;
@@ -10,16 +10,15 @@ use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 const SCRATCH_SIZE: usize = 64 * 1024;
+/// How often a socket is checked for a hangup while it is not read.
 const HANGUP_POLL: Duration = Duration::from_millis(100);
 
 thread_local! {
-    /// The receive buffer of all connections on this thread, so that a connection that waits holds no buffer of its
-    /// own.
+    /// The receive buffer of all connections on this thread, so that an idle connection holds no buffer of its own.
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH_SIZE]);
 }
 
-/// Waits for bytes and passes them to `take`. Returns how many there were; 0 at the end of the stream. Cancelling it
-/// loses nothing.
+/// Waits for bytes and passes them to `take`. Returns their number, 0 at the end of the stream. Cancel-safe.
 pub async fn receive(reader: &mut OwnedReadHalf, mut take: impl FnMut(&[u8])) -> std::io::Result<usize> {
     std::future::poll_fn(|context| {
         SCRATCH.with_borrow_mut(|scratch| {
@@ -34,7 +33,7 @@ pub async fn receive(reader: &mut OwnedReadHalf, mut take: impl FnMut(&[u8])) ->
     .await
 }
 
-/// Passes the bytes that have arrived to `take`. Returns whether there were any.
+/// Passes bytes that have already arrived to `take`, without waiting. Returns whether there were any.
 pub fn read_once(reader: &OwnedReadHalf, mut take: impl FnMut(&[u8])) -> bool {
     SCRATCH.with_borrow_mut(|scratch| match reader.try_read(scratch) {
         Ok(read) if read > 0 => {
@@ -45,7 +44,7 @@ pub fn read_once(reader: &OwnedReadHalf, mut take: impl FnMut(&[u8])) -> bool {
     })
 }
 
-/// Waits for the share of the budget, or forever if none is awaited.
+/// Waits for the share of the receive budget; forever if none is awaited.
 pub async fn granted(budget: &mut Option<BoxFuture<'static, Share>>) -> Share {
     match budget {
         Some(share) => share.await,
@@ -53,7 +52,7 @@ pub async fn granted(budget: &mut Option<BoxFuture<'static, Share>>) -> Share {
     }
 }
 
-/// Waits until then, or forever.
+/// Waits until `due`; forever if it is `None`.
 pub async fn at(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
@@ -61,13 +60,13 @@ pub async fn at(due: Option<Instant>) {
     }
 }
 
-/// Returns when the client has closed both directions. Watched while its frames are not read.
+/// Waits until the client has closed both directions. Used while its frames are not read, when no read reports it.
 pub async fn gone(stream: &OwnedWriteHalf) {
     loop {
         match stream.ready(Interest::READABLE | Interest::WRITABLE).await {
             Ok(ready) if ready.is_write_closed() => return,
             Err(_) => return,
-            // Unread bytes keep the socket readable, so there is no change to wait for.
+            // Unread bytes keep the socket readable, so readiness would return at once: poll instead.
             Ok(_) => tokio::time::sleep(HANGUP_POLL).await,
         }
     }

@@ -1,17 +1,17 @@
-//! Replies that wait for their reader, and their share of the reply budget.
+//! Replies that wait for their client to read, and their shares of the reply budget.
 
 use crate::Shared;
 use crate::byte_budget;
 use crate::reply::Reply;
 use wire::ipc::ErrorCode;
 
-/// A reply up to this size is not charged against the budget; the limits of requests in flight bound their number.
+/// A reply up to this size is not charged against the budget; the limits on requests in flight bound their number.
 const FREE_REPLY: usize = 4 * 1024;
 
 #[derive(Debug)]
 pub struct Held {
     pub reply: Reply,
-    /// Returned when the reply is written to the output, or when the session ends.
+    /// Returned when the reply moves to the outbox, or when the session ends.
     _budget: Option<byte_budget::Share>,
 }
 
@@ -22,7 +22,7 @@ impl From<Reply> for Held {
 }
 
 impl Held {
-    /// The reply; or code 10 in its place if [`crate::Config::reply_budget`] has no room for it.
+    /// Holds the reply, or replaces it with `OVERLOADED` if [`crate::Config::reply_budget`] is exhausted.
     pub fn within_budget(shared: &Shared, reply: Reply) -> Self {
         if reply.payload.len() <= FREE_REPLY {
             return reply.into();
@@ -37,8 +37,8 @@ impl Held {
 
 fn overloaded(shared: &Shared, reply: Reply) -> Reply {
     shared.stats.failed(ErrorCode::Overloaded);
-    let text = "The request was carried out, but too many answers wait for clients that do not read \
-                (gateway.reply_budget); read what is there, then query the task";
+    let text = "The request was carried out, but its answer was dropped: unread answers have exhausted \
+                gateway.reply_budget; read the answers that are waiting, then query the task";
     let error = Reply::overloaded(text);
     if reply.ends_stream() { error.in_stream() } else { error }
 }
@@ -77,17 +77,17 @@ mod tests {
         (bound.gateway, bus)
     }
 
-    /// Answers decide requests with large decisions. For the task `held` it returns the reply subject instead.
+    /// Answers decide requests with large decisions. The reply subject of the task `held` goes to the channel instead.
     async fn large_answers(bus: &Bus) -> tokio::sync::mpsc::Receiver<Arc<str>> {
         let mut requests = bus.subscribe(wire::subjects::DECIDE, None, 4096).await.unwrap();
 
-        let (bus, (tell, held)) = (bus.clone(), tokio::sync::mpsc::channel(1));
+        let (bus, (sender, held)) = (bus.clone(), tokio::sync::mpsc::channel(1));
         tokio::spawn(async move {
             while let Some(message) = requests.next().await {
                 let request: Value = serde_json::from_slice(&message.payload).unwrap();
                 let subject = message.reply.unwrap();
                 if request["request_id"] == "held" {
-                    tell.send(subject).await.unwrap();
+                    sender.send(subject).await.unwrap();
                 } else {
                     decide(&bus, subject, &request["request_id"]).await;
                 }
@@ -127,7 +127,7 @@ mod tests {
 
             let read = tokio::time::timeout(PATIENCE, client.read_buf(input))
                 .await
-                .expect("an answer in time");
+                .expect("an answer arrives in time");
             assert_ne!(read.unwrap(), 0);
         }
     }
@@ -174,7 +174,7 @@ mod tests {
             }
         }
 
-        // Each socket and outbox hold some replies beside the budget.
+        // Each socket and outbox holds some replies in addition to the budget.
         let most = BUDGET / LARGE + CLIENTS * 4;
         assert!((BUDGET / LARGE / 2..=most).contains(&whole), "{whole} of {most}");
 

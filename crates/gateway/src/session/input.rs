@@ -1,4 +1,4 @@
-//! Bytes from the client that are not a whole frame yet, the clock of that frame, and its share of the receive budget.
+//! The receive buffer of a session, the timer of its unfinished frame, and that frame's share of the receive budget.
 
 use crate::byte_budget::{Budget, Claim, Share};
 use bytes::BytesMut;
@@ -11,20 +11,20 @@ const FREE_RECEIVE: usize = 16 * 1024;
 #[derive(Default)]
 pub struct Input {
     bytes: BytesMut,
-    /// When the frame that has begun must be complete.
+    /// When the unfinished frame must be complete.
     due: Option<Instant>,
     share: FrameShare,
-    /// The client sends no more.
+    /// The client has closed its sending side.
     ended: bool,
 }
 
-/// The share of the receive budget that the unfinished frame has.
+/// The unfinished frame's share of the receive budget.
 #[derive(Default)]
 enum FrameShare {
     /// The frame is small, or its length has not arrived.
     #[default]
     None,
-    /// Others hold too much of the budget: nothing is read until the share is granted.
+    /// The budget is exhausted: nothing is read until the share is granted.
     Awaited,
     Granted {
         _share: Share,
@@ -67,14 +67,14 @@ impl Input {
         Ok(frame)
     }
 
-    /// Releases the buffer once all its frames are decoded: a connection that waits holds no memory for input.
+    /// Releases the buffer once all its frames are decoded, so that an idle connection holds no memory for input.
     pub fn shrink(&mut self) {
         if self.is_empty() {
             self.bytes = BytesMut::new();
         }
     }
 
-    /// Starts the clock of the frame that has begun, unless it runs already.
+    /// Starts the timer of the unfinished frame, unless it is already running.
     pub fn start_clock(&mut self, now: Instant, timeout: impl FnOnce() -> Duration) {
         if self.due.is_none() && !self.is_empty() && !self.ended {
             self.due = Some(now + timeout());
@@ -85,10 +85,10 @@ impl Input {
         self.due = None;
     }
 
-    /// Charges the frame that has begun, if it is large, against the budget. Returns the claim if it has to wait.
+    /// Charges a large unfinished frame against the budget. Returns the claim if the frame has to wait for it.
     pub fn charge(&mut self, budget: impl FnOnce() -> Budget) -> Option<Claim> {
         let length = Decoder::peek_length(&self.bytes).ok().flatten()?;
-        // After the end of the input the frame stays incomplete, and needs no room.
+        // After the end of the input the frame can never be completed, so it needs no budget.
         if length <= FREE_RECEIVE || self.ended || !matches!(self.share, FrameShare::None) {
             return None;
         }
@@ -106,17 +106,17 @@ impl Input {
         }
     }
 
-    /// The frame that has begun may be received, and has its whole time for it again.
+    /// Accepts the awaited share: the frame may be received, and its timer starts anew.
     pub fn granted(&mut self, share: Share) {
         if self.awaits_budget() {
             self.grant(share);
-            // The clock starts anew: the client could not send while the frame was not read.
+            // The client could not send while the frame was not read, so that time does not count.
             self.due = None;
         }
     }
 
     /// Gives up waiting for the budget. Returns whether the frame was waiting.
-    pub fn leave_budget(&mut self) -> bool {
+    pub fn stop_awaiting_budget(&mut self) -> bool {
         let awaited = self.awaits_budget();
         if awaited {
             self.share = FrameShare::None;
@@ -127,7 +127,7 @@ impl Input {
     fn grant(&mut self, share: Share) {
         self.share = FrameShare::Granted { _share: share };
         if let Ok(Some(length)) = Decoder::peek_length(&self.bytes) {
-            // All at once: a buffer that doubles as it grows could exceed what was granted.
+            // Reserved at once: a buffer that doubles as it grows could exceed the share.
             self.bytes.reserve(length.saturating_sub(self.bytes.len()));
         }
     }

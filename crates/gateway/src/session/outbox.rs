@@ -1,4 +1,4 @@
-//! Bytes on their way to the client, and the clock that ends a client that does not read.
+//! Bytes that wait to be written to the client, and the timer that disconnects a client that does not read.
 
 use crate::reply::Reply;
 use bytes::{Buf, BytesMut};
@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use wire::ipc::{Frame, HEADER_V1, Version};
 use wire::limits::IPC_FRAME_MAX;
 
-/// Once this many bytes wait for the client, no more of its requests are read. A client that has more than this waiting
-/// must read as much within each [`crate::Config::write_timeout`], or it is disconnected.
+/// Once this many bytes wait for the client, none of its requests are read. A client with more than this waiting must
+/// read this many bytes within each [`crate::Config::write_timeout`], or it is disconnected.
 const HIGH: usize = 256 * 1024;
 
 #[derive(Default)]
 pub struct Outbox {
     bytes: BytesMut,
-    /// When the client must have read something. Set while there are bytes.
+    /// When the write timeout expires. Set while there are bytes.
     due: Option<Instant>,
     /// Bytes that the client has read since `due` was set.
     read: usize,
@@ -41,26 +41,27 @@ impl Outbox {
         self.due
     }
 
-    /// Starts the clock if bytes wait and it does not run yet.
+    /// Starts the timer if bytes wait and it is not running.
     pub fn start_clock(&mut self, now: Instant, timeout: impl FnOnce() -> Duration) {
         if self.due.is_none() && !self.is_empty() {
             self.due = Some(now + timeout());
         }
     }
 
-    /// The socket took `written` bytes. `behind` is the size of the replies that wait for room in the outbox.
+    /// Removes bytes that were written to the socket. `behind` is the size of the replies that wait for room in the
+    /// outbox, in bytes.
     pub fn written(&mut self, written: usize, behind: usize) {
         self.bytes.advance(written);
         self.read += written;
 
-        // A client that has little to read may take all its time for it, as long as it reads at all.
+        // With little waiting, reading any bytes at all restarts the timer.
         let little_waits = self.bytes.len() + behind <= HIGH;
         if self.is_empty() || little_waits || self.read >= HIGH {
             self.read = 0;
             self.due = None;
         }
-        // A connection keeps a small buffer for its next replies, but not one that a burst has grown.
-        // Its capacity does not tell: that leaves out the part that was written.
+        // A small buffer is kept for the next replies; one that a burst has grown is released. `capacity` leaves out
+        // the part that was written, so it cannot tell.
         if self.is_empty() && self.bytes.try_reclaim(HIGH + 1) {
             self.bytes = BytesMut::new();
         }

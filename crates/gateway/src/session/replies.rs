@@ -1,4 +1,4 @@
-//! Replies to the client: what may leave, and in which order.
+//! Replies to the client: which may be sent, and in which order.
 
 use super::held::Held;
 use super::{Finished, Session, V1Stream};
@@ -8,11 +8,11 @@ use wire::ipc::{ErrorCode, Version};
 impl Session {
     pub(super) fn piece(&mut self, slot: Slot, piece: Reply) {
         match (slot, &mut self.v1_stream) {
-            (Slot::V1(place), Some(V1Stream::Running { place: running, pieces })) if place == *running => {
+            (Slot::V1(position), Some(V1Stream::Running { position: running, pieces })) if position == *running => {
                 *pieces += 1;
                 self.outbox.put(Version::V1, piece);
             }
-            // A piece of a request that was abandoned.
+            // The request was abandoned.
             (Slot::V1(_), _) => {}
             (Slot::V2(request_id), _) => {
                 if let Some(pieces) = self.v2_open.get_mut(&request_id) {
@@ -23,11 +23,11 @@ impl Session {
         }
     }
 
-    /// Keeps the last frame of a request until it may leave. One that may leave at once is not charged against the
-    /// reply budget, so that clients that read are served whatever others leave unread.
+    /// Queues the last frame of a request. A frame that can be sent at once is not charged against the reply budget,
+    /// so that clients that read are served even while others exhaust the budget.
     pub(super) fn finished(&mut self, Finished { slot, reply, pieces }: Finished) {
         let its_turn = match slot {
-            Slot::V1(place) => self.v1_order.is_first(place),
+            Slot::V1(position) => self.v1_order.is_first(position),
             Slot::V2(_) => true,
         };
         let leaves = its_turn && self.ended.is_empty() && self.has_room();
@@ -41,7 +41,8 @@ impl Session {
         self.ended.push_back((slot, held, pieces));
     }
 
-    /// Moves replies whose turn has come to the outbox while it has room, and starts a v1 stream whose turn has come.
+    /// Moves replies whose turn has come to the outbox while it has room. Starts a waiting v1 stream when its turn
+    /// comes.
     pub(super) fn release(&mut self) {
         loop {
             while self.has_room()
@@ -50,7 +51,7 @@ impl Session {
                 self.outbox.put(Version::V1, reply);
             }
 
-            // Its turn comes when all replies before it have left.
+            // A v1 stream's turn comes once all replies before it are in the outbox.
             if self.v1_order.is_empty() {
                 self.start_waiting_stream();
             }
@@ -60,29 +61,32 @@ impl Session {
                 return;
             }
 
-            let (slot, held, _) = self.ended.pop_front().expect("there is a first one");
+            let (slot, held, _) = self.ended.pop_front().expect("the queue has a ready reply");
             self.settle(slot, held);
         }
     }
 
-    /// How many pieces of this request have arrived.
+    /// How many pieces of this request's output have arrived.
     pub(super) fn pieces_of(&self, slot: Slot) -> u64 {
         match (slot, &self.v1_stream) {
-            (Slot::V1(place), Some(V1Stream::Running { place: running, pieces })) if place == *running => *pieces,
+            (Slot::V1(position), Some(V1Stream::Running { position: running, pieces })) if position == *running => {
+                *pieces
+            }
             (Slot::V1(_), _) => 0,
             (Slot::V2(request_id), _) => self.v2_open.get(&request_id).copied().unwrap_or(0),
         }
     }
 
-    /// The request is no longer in flight; in v1 its reply waits for those before it.
+    /// Ends the request. A v2 reply moves to the outbox, a v1 reply waits for those before it.
     pub(super) fn settle(&mut self, slot: Slot, held: Held) {
         self.ended_bytes -= held.reply.payload.len();
         match slot {
-            Slot::V1(place) => {
+            Slot::V1(position) => {
                 self.v1_open -= 1;
-                self.v1_stream
-                    .take_if(|stream| matches!(stream, V1Stream::Running { place: running, .. } if *running == place));
-                self.v1_order.insert(place, held);
+                self.v1_stream.take_if(
+                    |stream| matches!(stream, V1Stream::Running { position: running, .. } if *running == position),
+                );
+                self.v1_order.insert(position, held);
             }
             Slot::V2(request_id) => {
                 self.v2_open.remove(&request_id);
@@ -93,18 +97,18 @@ impl Session {
 
     pub(super) fn start_waiting_stream(&mut self) {
         let waiting = |stream: &mut V1Stream| matches!(stream, V1Stream::Waiting { .. });
-        if let Some(V1Stream::Waiting { request, deadline, place }) = self.v1_stream.take_if(waiting) {
-            self.start_v1(request, deadline, place);
+        if let Some(V1Stream::Waiting { request, deadline, permit }) = self.v1_stream.take_if(waiting) {
+            self.start_v1(request, deadline, permit);
         }
     }
 
-    /// Answers at once; in v1 behind the replies before it.
+    /// Answers at once, except that a v1 reply waits for those before it.
     pub(super) fn answer(&mut self, version: Version, reply: Reply) {
         match version {
             Version::V1 if self.v1_order.is_empty() => self.outbox.put(version, reply),
             Version::V1 => {
-                let place = self.v1_order.join();
-                self.v1_order.insert(place, reply);
+                let position = self.v1_order.join();
+                self.v1_order.insert(position, reply);
             }
             Version::V2 { request_id, .. } => self.outbox.put(Version::V2 { request_id, deadline_ms: 0 }, reply),
         }

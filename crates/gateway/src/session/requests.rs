@@ -1,8 +1,8 @@
-//! Frames from the client: decoding them, and admitting the requests in them.
+//! Frames from the client: decoding them and admitting their requests.
 
 use super::{Effect, Exit, Session, Start, V1Stream};
 use crate::deadline::Deadline;
-use crate::in_flight::{Full, Place};
+use crate::in_flight::{Full, Permit};
 use crate::reply::{Reply, Slot};
 use crate::request::Request;
 use std::time::{Duration, Instant};
@@ -10,25 +10,25 @@ use wire::ipc::{Capabilities, ErrorCode, Frame, FrameType, Limits, Version};
 use wire::limits::IPC_FRAME_MAX;
 
 impl Session {
-    /// Decodes frames while they may be taken.
+    /// Decodes the frames in the input while the session accepts them.
     pub(super) fn decode(&mut self, now: Instant) {
         while self.takes_frames() {
             match self.input.frame() {
                 Ok(Some(frame)) => self.frame(frame, now),
                 Ok(None) => return self.await_rest(now),
                 Err(violation) => {
-                    // The version of a broken frame is unknown; every client understands v1.
+                    // The version of a broken frame is unknown, and every client understands v1.
                     self.refuse(Version::V1, violation.code(), &violation.to_string());
                     self.close(Exit::FramingLost);
                 }
             }
         }
-        // During a v1 stream nothing is read for minutes: no frame is late meanwhile, and no empty buffer is held.
+        // A v1 stream stops reading for minutes: meanwhile no frame can time out, and an empty buffer is released.
         self.input.shrink();
         self.input.stop_clock();
     }
 
-    /// The first frame is incomplete: starts its clock, and charges it against the receive budget if it is large.
+    /// Starts the timer of the unfinished frame, and charges the frame against the receive budget if it is large.
     fn await_rest(&mut self, now: Instant) {
         self.input.shrink();
         if !self.is_draining() {
@@ -64,7 +64,7 @@ impl Session {
                 let capabilities = serde_json::to_vec(&self.capabilities()).expect("capabilities are JSON");
                 self.answer(version, Reply::ok(capabilities));
             }
-            // PING and CAPABILITIES need no request in flight, so they are answered to the end.
+            // PING and CAPABILITIES, above, start no request, so they are answered during a drain too.
             _ if self.is_draining() => {
                 self.refuse(version, ErrorCode::ConnectionClosed, "The gateway is shutting down");
             }
@@ -82,7 +82,7 @@ impl Session {
             return self.refuse(version, ErrorCode::Forbidden, crate::NOT_ADMITTED);
         }
 
-        // The limits may have been lowered below what is open, so `>=`.
+        // `>=`, because a reload may have lowered the limits below the number in flight.
         let settings = admission.settings();
         let full = match version {
             Version::V1 => self.v1_open >= settings.max_in_flight_v1,
@@ -93,29 +93,29 @@ impl Session {
             return self.overloaded(version, "Too many requests in flight on this connection");
         }
 
-        let place = match admission.request(self.uid) {
-            Ok(place) => place,
+        let permit = match admission.request(self.uid) {
+            Ok(permit) => permit,
             Err(Full::All) => return self.overloaded(version, "Too many requests in flight"),
             Err(Full::User) => {
                 let text = format!(
-                    "User {} has its share of the requests in flight; gateway.max_in_flight_per_user sets it",
+                    "User {} has reached its share of requests in flight; gateway.max_in_flight_per_user sets it",
                     self.uid
                 );
                 return self.overloaded(version, &text);
             }
         };
 
-        // Admitted: from here on the request is answered exactly once.
-        self.shared.stats.taken();
+        // Admitted: from here on the request gets exactly one answer.
+        self.shared.stats.admitted();
         match version {
             Version::V1 => {
                 self.v1_open += 1;
                 let deadline = Deadline::of(&request, 0, &settings, now);
-                // Pieces of a stream carry no id in v1, so no other reply may come between them.
+                // Pieces of a v1 stream carry no id, so no other reply may come between them.
                 if request.is_stream() && !self.v1_order.is_empty() {
-                    self.v1_stream = Some(V1Stream::Waiting { request, deadline, place });
+                    self.v1_stream = Some(V1Stream::Waiting { request, deadline, permit });
                 } else {
-                    self.start_v1(request, deadline, place);
+                    self.start_v1(request, deadline, permit);
                 }
             }
             Version::V2 { request_id, deadline_ms } => {
@@ -123,19 +123,19 @@ impl Session {
                 let deadline = Deadline::of(&request, deadline_ms, &settings, now);
                 let slot = Slot::V2(request_id);
                 self.effects
-                    .push_back(Effect::Start(Start { slot, request, deadline, place }));
+                    .push_back(Effect::Start(Start { slot, request, deadline, permit }));
             }
         }
     }
 
-    pub(super) fn start_v1(&mut self, request: Request, deadline: Deadline, place: Place) {
-        let turn = self.v1_order.join();
+    pub(super) fn start_v1(&mut self, request: Request, deadline: Deadline, permit: Permit) {
+        let position = self.v1_order.join();
         if request.is_stream() {
-            self.v1_stream = Some(V1Stream::Running { place: turn, pieces: 0 });
+            self.v1_stream = Some(V1Stream::Running { position, pieces: 0 });
         }
-        let slot = Slot::V1(turn);
+        let slot = Slot::V1(position);
         self.effects
-            .push_back(Effect::Start(Start { slot, request, deadline, place }));
+            .push_back(Effect::Start(Start { slot, request, deadline, permit }));
     }
 
     fn capabilities(&self) -> Capabilities {

@@ -1,4 +1,4 @@
-//! Keeps v1 replies in the order of their requests, which have no ids.
+//! Sends v1 replies in the order of their requests, because v1 requests have no ids.
 
 use super::held::Held;
 use crate::reply::Reply;
@@ -6,48 +6,49 @@ use std::collections::BTreeMap;
 
 #[derive(Default)]
 pub struct V1Order {
-    /// The place of the next request.
+    /// The position of the next request.
     next: u64,
-    /// The place of the next reply to leave.
+    /// The position of the next reply to send.
     head: u64,
     /// Replies that wait for those before them.
     waiting: BTreeMap<u64, Held>,
 }
 
 impl V1Order {
-    /// Whether all replies have left.
+    /// Whether all replies have been removed.
     pub fn is_empty(&self) -> bool {
         self.next == self.head
     }
 
-    /// Replies that have not left.
+    /// The number of replies that have not been removed.
     pub fn len(&self) -> usize {
-        usize::try_from(self.next - self.head).expect("places are bounded")
+        usize::try_from(self.next - self.head).expect("the number of waiting replies is bounded")
     }
 
-    /// Gives one more request its place, behind all others.
+    /// Assigns the next position to a request.
     pub fn join(&mut self) -> u64 {
         self.next += 1;
         self.next - 1
     }
 
-    /// Whether all replies before this place have left.
-    pub fn is_first(&self, place: u64) -> bool {
-        place == self.head
+    /// Whether the reply at this position is the next to send.
+    pub fn is_first(&self, position: u64) -> bool {
+        position == self.head
     }
 
-    pub fn insert(&mut self, place: u64, reply: impl Into<Held>) {
-        self.waiting.insert(place, reply.into());
+    /// Adds the reply to the request at this position.
+    pub fn insert(&mut self, position: u64, reply: impl Into<Held>) {
+        self.waiting.insert(position, reply.into());
     }
 
-    /// Fills the places that have no reply yet.
+    /// Adds a reply at each position that has none yet.
     pub fn insert_missing(&mut self, reply: impl Fn() -> Reply) {
-        for place in self.head..self.next {
-            self.waiting.entry(place).or_insert_with(|| reply().into());
+        for position in self.head..self.next {
+            self.waiting.entry(position).or_insert_with(|| reply().into());
         }
     }
 
-    /// Removes the first reply, if it is there.
+    /// Removes the next reply to send, if it has arrived.
     pub fn pop(&mut self) -> Option<Reply> {
         if self.waiting.is_empty() {
             return None;
@@ -67,12 +68,12 @@ mod tests {
         Reply::ok(text.as_bytes())
     }
 
-    fn left(order: &mut V1Order) -> Vec<Bytes> {
+    fn pop_all(order: &mut V1Order) -> Vec<Bytes> {
         std::iter::from_fn(|| order.pop()).map(|reply| reply.payload).collect()
     }
 
     #[test]
-    fn replies_leave_in_the_order_of_their_requests() {
+    fn replies_are_sent_in_the_order_of_their_requests() {
         let mut order = V1Order::default();
         let [first, second, third] = [order.join(), order.join(), order.join()];
         order.insert(third, reply("3"));
@@ -80,7 +81,7 @@ mod tests {
         assert_eq!((order.pop(), order.len()), (None, 3));
 
         order.insert(first, reply("1"));
-        assert_eq!(left(&mut order), ["1", "2", "3"]);
+        assert_eq!(pop_all(&mut order), ["1", "2", "3"]);
         assert!(order.is_empty());
     }
 
@@ -90,6 +91,6 @@ mod tests {
         let [_, second, _] = [order.join(), order.join(), order.join()];
         order.insert(second, reply("2"));
         order.insert_missing(|| reply("closed"));
-        assert_eq!(left(&mut order), ["closed", "2", "closed"]);
+        assert_eq!(pop_all(&mut order), ["closed", "2", "closed"]);
     }
 }

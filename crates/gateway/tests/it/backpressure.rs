@@ -1,4 +1,4 @@
-//! Limits of requests in flight, on one connection and on all of them, and the refusal of a request beyond them.
+//! Limits on requests in flight, per connection and in total, and the refusal of requests beyond them.
 
 use crate::{Fixture, Raw, decision};
 use axum::body::{Body, to_bytes};
@@ -43,7 +43,7 @@ impl Held {
         held
     }
 
-    /// Waits until that many requests have reached the router, and checks that no more have.
+    /// Waits until `requests` requests have reached the router, and checks that no more have.
     async fn arrived(&self, requests: usize) {
         eventually(PATIENCE, async || self.arrived.load(SeqCst) >= requests).await;
         assert_eq!(self.arrived.load(SeqCst), requests, "more requests than the limit were let through");
@@ -89,7 +89,7 @@ async fn backpressure_defaults() {
     for (name, limit) in [("max_in_flight", 1000), ("max_in_flight_v1", 10), ("max_in_flight_v2", 256)] {
         assert_eq!(limits[name], limit, "{name}");
     }
-    // The limits are enforced too: 10 on a v1 connection, 256 on a v2 connection, 1000 in all.
+    // The limits are enforced: 10 on a v1 connection, 256 on a v2 connection, 1000 in total.
     for _ in 0..11 {
         submit(&mut v1, Version::V1).await;
     }
@@ -147,9 +147,9 @@ async fn backpressure_refuses_the_limit_plus_first_and_accepts_again() {
             answers.push(raw.answer().await);
         }
         // The fourth and the sixth request are refused.
-        let places = if one { [3, 5] } else { [0, 2] };
-        for (place, answer) in answers.into_iter().enumerate() {
-            if places.contains(&place) {
+        let refused = if one { [3, 5] } else { [0, 2] };
+        for (position, answer) in answers.into_iter().enumerate() {
+            if refused.contains(&position) {
                 is_overloaded(answer)
             } else {
                 is_ok(answer)

@@ -1,4 +1,4 @@
-//! Every row of the contract's table of bad input, its edge cases, and clients that misbehave.
+//! Every row of the contract's table of bad input, edge cases, and misbehaving clients.
 
 use crate::{Fixture, decision, task};
 use bytes::BytesMut;
@@ -182,7 +182,7 @@ async fn shortest_and_longest_deadlines_are_honoured() {
         raw.send(&v2(n as u64, deadline_ms, &task(fields))).await;
         assert_eq!(raw.answer().await.0, FrameType::ResponseOk, "{n}");
     }
-    // The request timeout applies however long the client would wait.
+    // The request timeout applies even if the client's deadline is longer.
     for (n, deadline_ms) in [(7, 0), (8, u32::MAX), (9, 1)] {
         raw.send(&v2(n, deadline_ms, &task(json!({"request_id": "never"}))))
             .await;
@@ -232,7 +232,7 @@ async fn unreadable_answers_of_the_router_are_internal_errors() {
 }
 
 #[tokio::test]
-async fn thousands_of_clients_that_leave_early_leave_nothing_in_flight() {
+async fn thousands_of_early_disconnects_leave_nothing_in_flight() {
     let fixture = Fixture::start(|config| config.max_connections = 64).await;
     let asked = Arc::new(AtomicUsize::new(0));
     let seen = asked.clone();
@@ -250,7 +250,7 @@ async fn thousands_of_clients_that_leave_early_leave_nothing_in_flight() {
 
     for round in 0..2000 {
         let mut raw = loop {
-            // Connections are refused at the limit, until the places of clients that left are released.
+            // Connections are refused at the limit until the slots of disconnected clients are released.
             let mut raw = fixture.connect().await;
             if round % 100 != 0 {
                 break raw;

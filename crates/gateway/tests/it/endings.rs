@@ -1,4 +1,4 @@
-//! How connections end, and the requests in flight on them: by lost framing, by a timeout, by a drain.
+//! How connections and their requests in flight end: by lost framing, by a timeout, by a drain.
 
 use crate::{Fixture, Raw, decision, task};
 use bytes::BytesMut;
@@ -67,7 +67,7 @@ async fn requests_before_lost_framing_are_answered() {
         seen(&mut raw).await;
         raw.send(&rest).await;
         read_timeout_passes(&fixture).await;
-        // The gateway does not read this any more.
+        // The gateway no longer reads this request.
         raw.submit_v2(2, json!({})).await;
         gate.add_permits(1);
 
@@ -122,7 +122,7 @@ async fn drain_timeout_answers_every_request_that_waits() {
     raw.send(&submit(v2(1), json!({"request_id": "never"}))).await;
     raw.send(&submit(Version::V1, json!({"request_id": "never"}))).await;
     raw.send(&ping).await;
-    // The PONG shows that all of this has arrived. The stream waits for its turn, and so do the requests behind it.
+    // The PONG shows that all frames have arrived. The stream and the requests behind it wait for their turn.
     let mut rest = hex::decode("0000001402f00000000000000000006300000000").unwrap();
     rest.extend(submit(Version::V1, json!({"wait": "stream"})));
     rest.extend(submit(Version::V1, json!({"request_id": "behind"})));
@@ -157,7 +157,7 @@ async fn client_that_waits_for_the_receive_budget_is_not_timed_out_as_slow() {
 
     gate.add_permits(1);
     let bytes = large(200);
-    // The PONG shows that the part behind the PING has been read too.
+    // The PONG shows that the partial frame behind the PING has been read too.
     let ping = hex::decode("0000000601f0").unwrap();
     let begin = async |part: &[u8]| {
         let mut raw = fixture.connect().await;
@@ -173,7 +173,7 @@ async fn client_that_waits_for_the_receive_budget_is_not_timed_out_as_slow() {
     waits.send(&bytes[20_000..]).await;
     assert_eq!(waits.answer().await.0, FrameType::ResponseOk);
 
-    // No frame is completed: the holder of the budget is slow, and the third client finds the budget exhausted.
+    // No frame is completed: the holder of the budget is slow, and the budget is exhausted for the third client.
     let mut first = begin(&bytes[..20_000]).await;
     let mut second = begin(&bytes[..20_000]).await;
     let mut third = begin(&bytes[..20_000]).await;
@@ -194,7 +194,7 @@ async fn client_that_waits_for_the_receive_budget_is_not_timed_out_as_slow() {
             );
         }
     };
-    // The third client sends its whole frame, as far as the gateway reads it.
+    // The third client sends its whole frame, but the gateway may read only a part.
     let (_, answered) = tokio::join!(writer.write_all(&bytes[20_000..]), answered);
 
     assert_eq!(first.error_code().await, 5);
@@ -233,7 +233,7 @@ async fn requests_are_answered_once_the_client_reads_again() {
         writer.write_all(&bytes).await.unwrap();
         writer
     });
-    // The answers have thirteen megabytes: more than the gateway holds for a client that does not read.
+    // The answers total 13 MB, more than the gateway buffers for a client that does not read.
     raw.stream = reader.reunite(writing.await.unwrap()).unwrap();
 
     for asked in 0..ASKED {

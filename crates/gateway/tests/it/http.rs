@@ -49,9 +49,9 @@ async fn traceparent_reaches_the_router_and_the_decision_comes_back() {
     assert_eq!((head.status(), &body["decision"]["provider_id"]), (StatusCode::OK, &json!("t")));
 }
 
-/// Rows: traceparent, tenant and trace id of a request, and the trace id on the bus; "" stands for a new one.
+/// Rows: traceparent, tenant and trace id of a request, and the expected trace id on the bus; "" means a new one.
 #[tokio::test]
-async fn every_request_has_the_headers_that_are_valid() {
+async fn request_carries_only_valid_headers() {
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let fixture = fixture().await;
     let (sent, mut seen) = tokio::sync::mpsc::channel(1);
@@ -87,7 +87,7 @@ async fn every_request_has_the_headers_that_are_valid() {
         let on_bus = headers.get("trace_id").unwrap();
         assert!(on_bus == expected || (expected.is_empty() && on_bus.len() == 32), "{headers:?}");
         assert_eq!(headers.get("version"), Some("1"));
-        // An invalid tenant is left for the router to refuse.
+        // An invalid tenant is not sent as a header; the router refuses the request.
         assert_eq!(headers.get("tenant_id"), (tenant == "acme").then_some("acme"), "{headers:?}");
         // Only a trace id of 32 hex digits fits a trace context.
         let context = headers.get("traceparent").map(|parent| &parent[3..35]);
@@ -152,7 +152,7 @@ async fn missing_router_wrong_key_and_large_body_have_their_errors() {
 }
 
 #[tokio::test]
-async fn slow_body_does_not_hold_a_place_in_flight() {
+async fn slow_body_holds_no_permit() {
     let fixture = Fixture::start(|config| {
         config.api_key = KEY.into();
         config.max_in_flight = 1;

@@ -7,7 +7,7 @@ use wire::ipc::{FrameType, Version};
 use wire::router::DecideRequest;
 use wire::subjects;
 
-/// Checks the tenant that the router is sent, in the header and in the payload; or the error.
+/// Checks the tenant that reaches the router in the header and in the payload, or the error that the client gets.
 async fn check(cases: &[(&str, String, Result<&str, u64>)]) {
     let fixture = Fixture::start(|_| {}).await;
     let mut wire = fixture.bus.subscribe(subjects::DECIDE, None, 64).await.unwrap();
@@ -22,7 +22,7 @@ async fn check(cases: &[(&str, String, Result<&str, u64>)]) {
                 Ok(tenant) => {
                     assert_eq!(kind, FrameType::ResponseOk, "{name}: {answer}");
                     let message = wire.next().await.unwrap();
-                    // Parsing refuses duplicate fields, so the payload has only one reading.
+                    // The parser rejects duplicate fields, so the payload can be read in only one way.
                     let request: DecideRequest = serde_json::from_slice(&message.payload).unwrap();
 
                     let tenants: Vec<&str> = message
@@ -139,7 +139,7 @@ async fn lookalikes_of_a_field_are_ignored() {
 }
 
 #[tokio::test]
-async fn numbers_and_depths_beyond_all_bounds() {
+async fn extreme_numbers_and_depths_are_accepted_or_refused() {
     let nested = |depth: usize| submit(&format!(r#""context":{}{}"#, "[".repeat(depth), "]".repeat(depth)));
     let objects = |depth: usize| submit(&format!(r#""params":{}1{}"#, r#"{"a":"#.repeat(depth), "}".repeat(depth)));
     let accepted = [

@@ -1,4 +1,4 @@
-//! Tests a bound gateway with raw bytes, on the embedded bus and with a scripted router.
+//! Tests of a bound gateway with raw bytes, on the embedded bus with a scripted router.
 
 mod backpressure;
 mod bad_input;
@@ -100,7 +100,7 @@ struct Raw {
 
 impl Raw {
     async fn send(&mut self, bytes: &[u8]) {
-        // A gateway that refuses this connection may have closed it already. Its error can still be read.
+        // A gateway that refuses this connection may already have closed it. The error frame can still be read.
         if let Err(error) = self.stream.write_all(bytes).await {
             assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
         }
@@ -121,7 +121,7 @@ impl Raw {
         self.send(&bytes).await;
     }
 
-    /// The next frame; `None` when the gateway has closed.
+    /// The next frame; `None` once the gateway has closed the connection.
     async fn next(&mut self) -> Option<Frame> {
         tokio::time::timeout(Duration::from_secs(20), async {
             loop {
@@ -134,7 +134,7 @@ impl Raw {
             }
         })
         .await
-        .expect("an answer in time")
+        .expect("a frame arrives in time")
     }
 
     async fn answer(&mut self) -> (FrameType, Value) {

@@ -1,4 +1,4 @@
-//! Tasks of two tenants with the same request id, whose output and results share their subjects.
+//! Tasks of two tenants with the same request id: their output and results share subjects.
 
 use crate::{Fixture, task};
 use bus::{Bus, Message};
@@ -13,7 +13,7 @@ async fn publish(bus: &Bus, subject: &str, what: Value) {
         .unwrap();
 }
 
-/// Publishes one piece of output and the result of this tenant's task `same`, with or without naming the tenant.
+/// Publishes one piece of output and the result of the tenant's task `same`, with or without naming the tenant.
 async fn work(bus: &Bus, tenant: &str, names_it: bool) {
     let assignment_id = format!("a-{tenant}");
     let mut chunk =
@@ -47,8 +47,8 @@ async fn task_of_another_tenant_with_the_same_id_neither_feeds_nor_ends_a_wait()
                 }
             })
             .await;
-        // If the worker names no tenant, the wrong result may be kept until the decision. Then the record has the right
-        // one.
+        // If the worker names no tenant, the waiter may keep the wrong result until the decision; the record has the
+        // right one.
         let mut records = fixture.bus.subscribe(subjects::GET_DECISION, None, 64).await.unwrap();
 
         let bus = fixture.bus.clone();
@@ -80,11 +80,11 @@ async fn task_of_another_tenant_with_the_same_id_neither_feeds_nor_ends_a_wait()
                 panic!("{frame:?}")
             };
             let answer: Value = serde_json::from_slice(&frame.payload).unwrap();
-            let place = usize::try_from(request_id).unwrap() - 1;
+            let index = usize::try_from(request_id).unwrap() - 1;
             match frame.frame_type().unwrap() {
-                FrameType::StreamData => streamed[place].push(answer["data"].clone()),
-                FrameType::StreamComplete => ended[place] = answer["result"]["assignment_id"].clone(),
-                FrameType::ResponseOk => ended[place] = answer["assignment_id"].clone(),
+                FrameType::StreamData => streamed[index].push(answer["data"].clone()),
+                FrameType::StreamComplete => ended[index] = answer["result"]["assignment_id"].clone(),
+                FrameType::ResponseOk => ended[index] = answer["assignment_id"].clone(),
                 other => panic!("{other:?} {answer}"),
             }
         }
@@ -109,7 +109,7 @@ async fn reference_to_a_task_names_its_tenant() {
 
         let asked = queries.next().await.unwrap();
         assert_eq!(asked.headers.get("tenant_id"), Some(expected));
-        // Like a router of the previous version, which answers by the id alone.
+        // Like a router of the previous version, which looks up the task by its id alone.
         let known = json!({"ok": true, "task": {"task_id": "t", "state": "queued", "tenant_id": "acme"}});
         publish(&fixture.bus, &asked.reply.unwrap(), known).await;
 

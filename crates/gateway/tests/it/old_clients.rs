@@ -1,4 +1,4 @@
-//! v1 clients: however their bytes are split, the answers are the same bytes in the same order.
+//! v1 clients get the same bytes in the same order, however their input is split.
 
 use crate::{Fixture, task};
 use bytes::BytesMut;
@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use wire::ipc::{Frame, FrameType, Version};
 
-/// Valid and invalid frames on one connection. The last one loses the framing, so the gateway closes the connection.
+/// Valid and invalid frames on one connection. The last one breaks the framing, so the gateway closes the connection.
 fn conversation() -> Vec<Vec<u8>> {
     let frame = |kind: FrameType, payload: &str| {
         let mut bytes = BytesMut::new();
@@ -61,7 +61,7 @@ async fn answers(fixture: &Fixture, pieces: impl IntoIterator<Item = &[u8]>) -> 
 
 #[tokio::test]
 async fn answers_do_not_depend_on_how_the_bytes_were_split() {
-    // Some frames arrive byte by byte, and the machine may be slow.
+    // Some frames are sent byte by byte, and the machine may be slow.
     let fixture = Fixture::start(|config| config.read_timeout = std::time::Duration::from_secs(600)).await;
     fixture
         .router(|request: Value, _| async move {

@@ -1,4 +1,4 @@
-//! The path of the socket: files in the way are never touched, and only one running gateway has the path.
+//! The path of the socket: other files are never touched, and only one running gateway owns the path.
 
 use bus::Bus;
 use std::os::unix::fs::{FileTypeExt, symlink};
@@ -18,7 +18,7 @@ async fn bind(path: &Path, bus: &Bus) -> Result<gateway::Bound, String> {
 }
 
 #[tokio::test]
-async fn files_in_the_way_stay_untouched() {
+async fn other_files_at_the_path_stay_untouched() {
     let dir = tempfile::tempdir().unwrap();
     let bus = bus(dir.path()).await;
     let at = |name: &str| dir.path().join(name);
@@ -98,7 +98,7 @@ async fn too_long_path_is_refused_and_never_truncated() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_of_several_gateways_that_start_at_once_has_the_path() {
+async fn exactly_one_of_several_starting_gateways_binds_the_path() {
     let dir = tempfile::tempdir().unwrap();
     let bus = bus(dir.path()).await;
     for round in 0..40 {
@@ -136,7 +136,7 @@ async fn one_of_several_gateways_that_start_at_once_has_the_path() {
 }
 
 #[tokio::test]
-async fn gateway_that_ends_keeps_the_socket_of_its_successor() {
+async fn stopping_gateway_does_not_remove_the_socket_of_its_successor() {
     let dir = tempfile::tempdir().unwrap();
     let bus = bus(dir.path()).await;
     let path = dir.path().join("s");

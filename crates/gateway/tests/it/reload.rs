@@ -23,9 +23,9 @@ fn config(fixture: &Fixture) -> gateway::Config {
     }
 }
 
-/// Requests above a lowered limit go on, and new ones are refused until the count drops below it.
+/// Requests above a lowered limit continue; new ones are refused until the count drops below the limit.
 #[tokio::test]
-async fn limit_of_requests_is_lowered_below_what_is_in_flight_and_raised_again() {
+async fn request_limit_can_be_lowered_below_the_number_in_flight_and_raised_again() {
     type Set = fn(&mut gateway::Config, usize);
     let limits: [(&str, Set); 2] = [
         ("over all", |config, limit| config.max_in_flight = limit),
@@ -62,7 +62,7 @@ async fn limit_of_requests_is_lowered_below_what_is_in_flight_and_raised_again()
 
         limit(2);
         for id in 5..=6 {
-            // Three, then two are in flight: the limit is still reached.
+            // With three, then two in flight, the limit is still reached.
             gate.add_permits(1);
             assert_eq!(raw.answer().await.0, FrameType::ResponseOk, "{name}");
             raw.submit_v2(id, json!({})).await;
@@ -73,7 +73,7 @@ async fn limit_of_requests_is_lowered_below_what_is_in_flight_and_raised_again()
         assert_eq!(raw.answer().await.0, FrameType::ResponseOk, "{name}");
         raw.submit_v2(7, json!({})).await;
         raw.submit_v2(8, json!({})).await;
-        assert_eq!(raw.error_code().await, OVERLOADED, "{name}: only one place is free");
+        assert_eq!(raw.error_code().await, OVERLOADED, "{name}: only one slot is free");
 
         limit(3);
         raw.submit_v2(8, json!({})).await;

@@ -1,4 +1,4 @@
-//! The path to the router: every error that it may return, and the circuit breaker.
+//! Access to the router: every error that the router may return, and the circuit breaker.
 
 use crate::{Fixture, decision};
 use gateway::BreakerConfig;
@@ -32,7 +32,7 @@ fn refusal(code: &str) -> Value {
     json!({"ok": false, "error": error, "context": {"request_id": "r"}})
 }
 
-/// A scripted router returns every row of the error table, because the real one cannot be made to return some of them.
+/// A scripted router returns every row of the error table; some rows cannot be provoked in a real router.
 #[tokio::test]
 async fn every_router_error_reaches_the_client_unchanged() {
     let fixture = Fixture::start(|config| config.request_timeout = Duration::from_secs(2)).await;
@@ -40,7 +40,7 @@ async fn every_router_error_reaches_the_client_unchanged() {
         .router(|request, _| async move { Some(refusal(request["task"]["type"].as_str().unwrap())) })
         .await;
     for known in RouterCode::KNOWN {
-        // These two count against the breaker, which another test is about.
+        // These two count against the breaker, which has its own tests.
         if matches!(known, RouterCode::Internal | RouterCode::Unavailable) {
             continue;
         }
@@ -62,12 +62,12 @@ async fn every_router_error_reaches_the_client_unchanged() {
 }
 
 #[tokio::test]
-async fn missing_router_is_reported_at_once_and_a_new_one_is_noticed() {
+async fn missing_router_is_reported_at_once_and_a_started_one_is_used() {
     let fixture = Fixture::start(|_| {}).await;
     let (_, answer) = submit(&fixture, json!({"timeout_ms": 60_000})).await;
     assert_eq!(answer["error"]["code"], 11, "the refusal does not wait for the deadline: {answer}");
 
-    // The breaker is half open once its time is over, even without requests.
+    // The breaker reports half open once its open time has passed, even without requests.
     eventually(PATIENCE, async || breaker(&fixture).await == "half_open").await;
 
     let (_, answer) = submit(&fixture, json!({})).await;
@@ -86,7 +86,7 @@ async fn missing_router_is_reported_at_once_and_a_new_one_is_noticed() {
 }
 
 #[tokio::test]
-async fn refusal_without_a_router_says_when_the_breaker_permits_calls_again() {
+async fn refusal_without_a_router_carries_the_breakers_retry_time() {
     let fixture = Fixture::start(|config| config.breaker.open_for = Duration::from_secs(3600)).await;
     for _ in 0..2 {
         let (_, answer) = submit(&fixture, json!({})).await;

@@ -1,4 +1,4 @@
-//! A scripted router: the id of a task says how it replies. `Answered-2-17` is answered and has two pieces of output.
+//! A scripted router whose behaviour is encoded in the task id: `Answered-2-17` is answered, with two pieces of output.
 
 use bus::{Bus, Message};
 use bytes::Bytes;
@@ -11,20 +11,20 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use wire::subjects;
 
-/// The deadline of requests that must not be answered in time.
+/// The deadline of requests that must time out.
 pub const SHORT: Duration = Duration::from_millis(30);
 const LATE: Duration = Duration::from_millis(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
     Answered,
-    /// Answered when the case releases it.
+    /// Answered once the case releases it.
     Held,
     /// Never answered.
     Silent,
     /// Answered after [`SHORT`].
     Late,
-    /// Decided, but without a result.
+    /// Decided, but never completed.
     Forgotten,
     Refused,
     Nonsense,
@@ -34,7 +34,7 @@ impl Fate {
     pub const ALL: [Self; 7] =
         [Self::Answered, Self::Held, Self::Silent, Self::Late, Self::Forgotten, Self::Refused, Self::Nonsense];
 
-    /// Whether the deadline ends the request.
+    /// Whether the request may end by its deadline.
     pub fn runs_out(self) -> bool {
         matches!(self, Self::Silent | Self::Late | Self::Forgotten)
     }
@@ -57,12 +57,12 @@ pub struct Script {
     case: Arc<Mutex<Case>>,
 }
 
-/// The state that one case shares with the router.
+/// State that one test case shares with the router.
 #[derive(Clone)]
 pub struct Case {
     /// Each permit releases one held reply.
     pub replies: Arc<Semaphore>,
-    /// Tasks that have reached the router.
+    /// Ids of the tasks that have reached the router.
     pub arrived: Arc<Mutex<BTreeSet<String>>>,
 }
 
@@ -100,7 +100,7 @@ impl Script {
         let id = request["request_id"].as_str().unwrap();
         case.arrived.lock().insert(id.into());
 
-        let (fate, chunks) = read(id).expect("an id of the script");
+        let (fate, chunks) = read(id).expect("the task id is one of the script's");
         match fate {
             Fate::Silent => return,
             Fate::Held => case.replies.acquire().await.unwrap().forget(),

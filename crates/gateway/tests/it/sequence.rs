@@ -1,5 +1,5 @@
-//! Plays a sequence of client and router actions against a real gateway. Then it checks what must hold: each request
-//! has exactly one answer, v1 in order and v2 by its id, and nothing is left in flight.
+//! Plays a sequence of client and router actions against a real gateway, then checks the invariants: each request has
+//! exactly one answer, v1 in order and v2 by its id, and nothing is left in flight.
 
 use crate::script::{Case, Fate, SHORT, Script, task_id};
 use bytes::BytesMut;
@@ -14,19 +14,19 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use wire::ipc::{Decoder, Frame, FrameType, Version};
 use wire::status::GatewayStatus;
 
-/// A case that takes longer hangs.
+/// A case that takes longer is considered hung.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Further actions are not played.
+/// Actions played per sequence; further ones are ignored.
 const ACTIONS_MAX: usize = 64;
 const LONG_MS: u32 = 8_000;
 
 #[derive(Debug, Clone)]
 pub enum Action {
-    /// A request; v1 without an id.
+    /// The client makes a request: v2 with this id, or v1.
     Ask { v2: Option<u8>, what: What },
-    /// Everything so far is written, that many bytes at a time (0: at once).
+    /// The client writes all pending requests, `cut` bytes at a time (0: at once).
     Write { cut: u8 },
-    /// The router releases that many held replies.
+    /// The router releases this many held replies.
     Release { replies: u8 },
     /// The gateway begins to drain.
     Drain,
@@ -43,7 +43,7 @@ pub enum What {
         size: u16,
     },
     Unfit(Unfit),
-    /// Bytes that are not a frame, from [`End::Violation`]; the expected error code.
+    /// Bytes that are not a frame, from [`End::Violation`], with the expected error code.
     Broken(u16),
 }
 
@@ -63,18 +63,18 @@ pub enum Unfit {
     ServerType,
     Json,
     Field,
-    /// Unknown flags in v2; in v1 a submit with an empty task type.
+    /// In v2 unknown flags, in v1 a submit with an empty task type.
     Flags,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// The client stops sending and reads on.
+    /// The client closes its sending side and keeps reading.
     HalfClose,
-    /// The client stops sending in the middle of a frame.
+    /// The client closes its sending side in the middle of a frame.
     Cut,
     Close,
-    /// Bytes that are not a frame, and their error code.
+    /// The client sends bytes that are not a frame; the expected error code.
     Violation(u16),
 }
 
@@ -92,7 +92,7 @@ struct Asked {
     id: String,
 }
 
-/// A gateway, its router, and the counts of requests that it has admitted.
+/// A gateway, its scripted router, and the number of requests that the gateway must have admitted.
 pub struct World {
     dir: tempfile::TempDir,
     bus: bus::Bus,
@@ -102,12 +102,13 @@ pub struct World {
     cancel: CancellationToken,
     running: tokio::task::JoinHandle<Result<(), gateway::Error>>,
     number: u64,
-    /// Requests that were certainly admitted, and those whose clients do not know.
+    /// Requests whose answers show that they were admitted.
     answered: u64,
+    /// Requests without an answer, which may have been admitted.
     unknown: u64,
 }
 
-/// All frames for one request.
+/// All frames that answer one request.
 #[derive(Debug)]
 struct Answer {
     output: Vec<Frame>,
@@ -154,7 +155,7 @@ impl World {
         }
     }
 
-    /// Panics if something does not hold. A sequence with a drain needs a world of its own.
+    /// Panics if an invariant is violated. A sequence with a drain needs a world of its own.
     pub async fn play(&mut self, sequence: &Sequence) {
         let case = self.script.next_case();
         let stream = UnixStream::connect(self.dir.path().join("s")).await.unwrap();
@@ -165,7 +166,7 @@ impl World {
         }
 
         let reading = tokio::spawn(read(reader, may_read.clone(), hang_up.clone()));
-        // Writes concurrently: the gateway may not read before its answers are read.
+        // Written concurrently, because the gateway may stop reading until its answers are read.
         let (writes, taken) = mpsc::channel(ACTIONS_MAX + 1);
         let half_close = matches!(sequence.end, End::HalfClose | End::Cut);
         let writing = tokio::spawn(write(writer, taken, half_close, hang_up.clone()));
@@ -240,34 +241,37 @@ impl World {
                 .checked_sub(answers.len())
                 .expect("no more answers than requests");
             assert!(missing == 0 || gone || drained, "{missing} without an answer, {key:?}: {answers:?}");
-            for (place, answer) in answers.iter().enumerate() {
+            for (position, answer) in answers.iter().enumerate() {
                 let fits = match key {
-                    None => fits(&asked[place], answer, drained),
-                    // An answer does not show which use of its id it is for. A use that came too early gets code 4.
+                    None => fits(&asked[position], answer, drained),
+                    // An answer does not show which request with a reused id it belongs to. An early reuse gets code 4.
                     Some(_) if asked.len() > 1 && error(answer) == Some(4) => true,
                     Some(_) => asked.iter().any(|asked| fits(asked, answer, drained)),
                 };
                 let what: Vec<What> = asked.iter().map(|asked| asked.what).collect();
-                assert!(fits, "{key:?}, {place} of {what:?} got {answer:?}");
-                self.answered += u64::from(was_taken(answer));
+                assert!(fits, "{key:?}, {position} of {what:?} got {answer:?}");
+                self.answered += u64::from(was_admitted(answer));
             }
-            // A client that is gone does not know whether its requests were admitted.
+            // A disconnected client cannot tell whether its requests were admitted.
             self.unknown += missing as u64;
             if !gone {
                 let arrived = case.arrived.lock();
                 let seen = (1..)
                     .zip(&asked)
                     .filter(|(_, asked)| arrived.contains(&asked.id))
-                    .map(|(place, _)| place);
+                    .map(|(position, _)| position);
                 let due = if key.is_none() {
                     seen.last().unwrap_or(0)
                 } else {
                     seen.count()
                 };
-                assert!(answers.len() >= due, "the router has seen {due} of {key:?}, answered are {answers:?}");
+                assert!(
+                    answers.len() >= due,
+                    "the router received {due} requests of {key:?}, but only these were answered: {answers:?}"
+                );
             }
         }
-        assert!(answers.is_empty(), "answers that nobody asked for: {answers:?}");
+        assert!(answers.is_empty(), "answers without a request: {answers:?}");
     }
 
     /// Waits until nothing is in flight, and checks the number of admitted requests.
@@ -292,10 +296,13 @@ impl World {
             .await
             .expect("nothing is left in flight");
         let known = self.answered..=self.answered + self.unknown;
-        assert!(known.contains(&taken), "the gateway has admitted {taken} requests, its clients know of {known:?}");
+        assert!(
+            known.contains(&taken),
+            "the gateway admitted {taken} requests, but its clients account for {known:?}"
+        );
     }
 
-    /// Drains the gateway, if it does not drain yet.
+    /// Drains the gateway if it is not draining yet, and waits for its end.
     pub async fn end(self) {
         self.cancel.cancel();
         let ended = tokio::time::timeout(PATIENCE, self.running)
@@ -390,10 +397,10 @@ async fn write(
 ) -> OwnedWriteHalf {
     let all = async {
         while let Some((bytes, cut)) = taken.recv().await {
-            // Large inputs are written in larger pieces, so that no case takes long.
+            // Large inputs are written in larger pieces, to bound the time of a case.
             let piece = usize::from(cut) * (1 + bytes.len() / 2048);
             for piece in bytes.chunks(if cut == 0 { bytes.len().max(1) } else { piece }) {
-                // A gateway that drains or has lost the framing may have closed the connection.
+                // The gateway may have closed the connection, by a drain or after a framing error.
                 if writer.write_all(piece).await.is_err() {
                     break;
                 }
@@ -429,7 +436,7 @@ fn answers(mut received: BytesMut, gone: bool) -> BTreeMap<Option<u64>, Vec<Answ
             output.entry(key).or_default().push(frame);
             continue;
         }
-        // A refused payload has no output: output with its id belongs to the request that is in flight.
+        // A refused payload has no output: pieces with its id belong to the request still in flight.
         let refused = json(&frame)["error"]["code"] == 4;
         let output = if refused {
             Vec::new()
@@ -440,7 +447,7 @@ fn answers(mut received: BytesMut, gone: bool) -> BTreeMap<Option<u64>, Vec<Answ
     }
     assert!(
         gone || (received.is_empty() && output.is_empty()),
-        "the answers end in the middle: {output:?}, {received:?}"
+        "the answers end within a stream or a frame: {output:?}, {received:?}"
     );
     answers
 }
@@ -454,7 +461,7 @@ fn error(answer: &Answer) -> Option<u64> {
 }
 
 /// Whether the answer shows that the request was admitted.
-fn was_taken(answer: &Answer) -> bool {
+fn was_admitted(answer: &Answer) -> bool {
     let value = json(&answer.last);
     match answer.last.frame_type() {
         Some(FrameType::ResponseOk) => value.get("protocol_versions").is_none(),
@@ -503,7 +510,7 @@ fn fits(asked: &Asked, answer: &Answer, drained: bool) -> bool {
         Fate::Refused => code == Some(12) && answer.output.is_empty(),
         Fate::Nonsense => code == Some(99) && answer.output.is_empty(),
         Fate::Silent => ran_out,
-        // On a machine that stalls for a moment, both times may have passed when the gateway looks.
+        // If the machine stalls, the answer and the deadline may both have come before the gateway runs again.
         Fate::Late => ran_out || answered,
         Fate::Forgotten if matches!(asked_kind, Kind::Result | Kind::Stream | Kind::Subscribe) => ran_out,
         Fate::Forgotten => answered || ran_out,

@@ -1,4 +1,5 @@
-//! Random sequences, each played against a real gateway. A failing one is shrunk and printed; it becomes a case here.
+//! Random sequences, each played against a real gateway. A failing sequence is shrunk and printed; it becomes a case
+//! here.
 
 use crate::script::Fate;
 use crate::sequence::{Action, End, Kind, Sequence, Unfit, What, World};

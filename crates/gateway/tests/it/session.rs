@@ -1,4 +1,4 @@
-//! What a session answers, in which order and within which limits.
+//! Sessions over a real socket: their answers, the order of the answers, and the limits.
 
 use crate::{Fixture, decision, task};
 use bus::{Bus, Message};
@@ -207,7 +207,7 @@ async fn slow_client_is_disconnected_and_the_connection_limit_is_reported() {
     slow.send(&[0, 0, 0, 50, 1]).await;
     assert_eq!(slow.error_code().await, 5);
     assert!(slow.next().await.is_none());
-    // The place is released as soon as the session has ended.
+    // The connection slot is released as soon as the session has ended.
     let mut first = loop {
         let mut raw = fixture.connect().await;
         raw.frame(Version::V1, FrameType::Ping, "").await;
@@ -221,7 +221,7 @@ async fn slow_client_is_disconnected_and_the_connection_limit_is_reported() {
 }
 
 #[tokio::test]
-async fn clients_that_leave_early_leave_nothing_in_flight() {
+async fn early_disconnects_leave_nothing_in_flight() {
     let fixture = Fixture::start(|_| {}).await;
     fixture.router(|_, _| std::future::pending()).await;
     for _ in 0..300 {
@@ -312,7 +312,7 @@ async fn v1_stream_has_the_connection_to_itself_and_ends_with_the_result() {
             async move {
                 let id = request["request_id"].as_str().unwrap().to_string();
                 if request["push_assignment"] == true {
-                    // The result overtakes the last piece: the stream waits for all pieces that the result announces.
+                    // The result overtakes the last piece, so the gateway must wait for all announced pieces.
                     for seq in 0..2 {
                         publish_chunk(&bus, &id, seq).await;
                     }

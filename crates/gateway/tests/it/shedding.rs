@@ -1,4 +1,4 @@
-//! Load shedding: how the gateway reacts to the load that the router reports.
+//! Load shedding: how the gateway responds to the load that the router reports.
 
 use crate::{Fixture, decision};
 use axum::body::{Body, to_bytes};
@@ -16,7 +16,7 @@ use wire::subjects;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A router that reports the given load (nothing if it is empty) and counts its decisions.
+/// A router that reports the given load status (nothing if it is empty) and counts its decisions.
 struct Loaded {
     fixture: Fixture,
     status: watch::Sender<&'static str>,
@@ -110,7 +110,7 @@ async fn requests_are_shed_until_an_overloaded_router_recovers() {
     let body: Value = serde_json::from_slice(&to_bytes(body, 1 << 20).await.unwrap()).unwrap();
     assert_eq!((head.status.as_u16(), head.headers["retry-after"].to_str().unwrap()), (429, "30"));
     assert_eq!((&body["error"]["code"], &body["context"]["request_id"]), (&json!("backpressure"), &json!("r")));
-    assert_eq!(router.decided.load(Relaxed), before, "the router got no request");
+    assert_eq!(router.decided.load(Relaxed), before, "a request reached the overloaded router");
 
     // Queries are not shed.
     let mut raw = router.fixture.connect().await;
@@ -122,7 +122,7 @@ async fn requests_are_shed_until_an_overloaded_router_recovers() {
     eventually(PATIENCE, async || router.is_served().await).await;
 }
 
-/// A report expires if it is not repeated: whether the router is there at all is the breaker's concern.
+/// A report that is not renewed expires; an unreachable router is left to the circuit breaker.
 #[tokio::test]
 async fn requests_are_served_while_the_router_reports_nothing() {
     let router = Loaded::start("").await;

@@ -1,5 +1,5 @@
-//! Random lives of one connection, played against the sans-IO session: bytes that arrive in any pieces, requests that
-//! end in any order, timers, budgets and drains. Then what must hold. Used by `simulations` and by fuzz/session.
+//! Simulates one connection against the sans-IO session: bytes that arrive in arbitrary chunks, requests that end in
+//! any order, timers, budgets and drains; then checks the invariants. Used by `simulations` and by fuzz/session.
 
 use bytes::BytesMut;
 use gateway::session::{Claim, Effect, Event, Exit, Finished, Reply, Request, Session, Share, Slot, Start};
@@ -11,39 +11,39 @@ use std::time::{Duration, Instant};
 use wire::ipc::{Decoder, Frame, FrameType, Version};
 
 const BUDGET: usize = 64 * 1024;
-/// Pieces of output that may wait between the requests and the session.
+/// Capacity of the channel between the requests and the session, in pieces of output.
 const PIECES: usize = 4;
-/// More rounds than any life needs; a session that lasts longer is stuck.
+/// More rounds than any simulation needs; a session that takes more is stuck.
 const ROUNDS_MAX: usize = 10_000;
 
 #[derive(Debug, Clone)]
 pub enum Step {
-    /// The client writes a request; v1 without an id.
+    /// The client writes a request: v2 with this id, or v1.
     Ask {
         v2: Option<u8>,
         what: What,
     },
     /// The client writes bytes that are not a frame.
     Break,
-    /// That many of the written bytes arrive.
+    /// This many of the written bytes arrive.
     Arrive(u16),
-    /// The client closes its sending side. What it has written arrives before.
+    /// The client closes its sending side, after all written bytes have arrived.
     EndOfFile,
-    /// The client reads that many bytes.
+    /// The client reads this many bytes.
     Read(u32),
-    /// One of the streams that run sends a piece of output.
+    /// One of the running streams sends a piece of output.
     Piece {
         request: u8,
         size: u32,
     },
-    /// One of the requests that run ends with a reply of this size.
+    /// One of the running requests ends with a reply of this size.
     Finish {
         request: u8,
         size: u32,
     },
-    /// Others take the receive budget, or return it.
+    /// Other connections take the whole receive budget, or return it.
     Occupy(bool),
-    /// That many milliseconds pass.
+    /// This many milliseconds pass.
     Wait(u16),
     Drain,
 }
@@ -56,14 +56,14 @@ pub enum What {
         stream: bool,
         size: u32,
     },
-    /// A request whose payload does not fit.
+    /// A request with an invalid payload.
     Unfit,
 }
 
 struct Asked {
     version: Version,
     what: What,
-    /// Written bytes up to the end of its frame.
+    /// Position of the end of the request's frame among all written bytes.
     end: usize,
 }
 
@@ -79,7 +79,7 @@ struct World {
     session: Session,
     now: Instant,
     asked: Vec<Asked>,
-    /// Bytes that the client has written and that have not arrived.
+    /// Bytes that the client has written but that have not arrived.
     written: BytesMut,
     arrived: usize,
     ended: bool,
@@ -93,7 +93,7 @@ struct World {
     exit: Option<Exit>,
 }
 
-/// Plays the steps, then lets everything end. Panics if something does not hold.
+/// Plays the steps, then runs the connection to its end. Panics if an invariant is violated.
 pub fn play(steps: &[Step]) {
     let mut world = World::new();
     for step in steps {
@@ -116,7 +116,7 @@ impl World {
             reply_budget: BUDGET,
             read_timeout: Duration::from_secs(1),
             write_timeout: Duration::from_secs(1),
-            // Short, so that a stream may run out of time while it waits for its turn.
+            // Short, so that a stream may reach its deadline while it waits for its turn.
             max_deadline: Duration::from_secs(1),
             drain_timeout: Duration::from_secs(1),
             ..Config::default()
@@ -250,7 +250,7 @@ impl World {
                 return;
             };
             self.now = self.now.max(timer);
-            // Like the loop around the session, which delivers all pieces before a timer.
+            // Like the connection's loop, which delivers all pieces before a timer event.
             for (slot, piece) in std::mem::take(&mut self.pieces) {
                 self.session.handle(Event::Piece(slot, piece), self.now);
             }
@@ -263,7 +263,7 @@ impl World {
         panic!("the timer stays at {:?}", self.session.timer());
     }
 
-    /// Carries out all effects, and delivers pieces and budget while the session takes them.
+    /// Carries out all effects, and delivers pieces and budget as long as the session accepts them.
     fn settle(&mut self) {
         for _ in 0..ROUNDS_MAX {
             if self.exit.is_some() {
@@ -281,7 +281,7 @@ impl World {
             let Some(effect) = self.session.effect() else { return };
             self.carry_out(effect);
         }
-        panic!("the session has no end of effects");
+        panic!("the session keeps returning effects");
     }
 
     fn carry_out(&mut self, effect: Effect) {
@@ -301,7 +301,7 @@ impl World {
                 assert!(self.claim.is_none(), "one frame is unfinished at a time");
                 self.claim = Some(claim);
             }
-            Effect::LeaveBudget => assert!(self.claim.take().is_some(), "no share was awaited"),
+            Effect::StopAwaitingBudget => assert!(self.claim.take().is_some(), "no share was awaited"),
             Effect::Abandon => self.running.clear(),
             Effect::ReadOnce => {
                 if self.ended || self.written.is_empty() {
@@ -359,19 +359,19 @@ impl World {
         assert!(exit != Exit::ReadTimeout || claim.is_none(), "a closed session still waits for the budget");
         drop((session, running, claim));
         let settings = shared.admission.settings();
-        assert_eq!(shared.admission.requests_held(), 0, "a place in flight leaks");
+        assert_eq!(shared.admission.requests_held(), 0, "a permit leaked");
         assert_eq!((settings.receive.left(), settings.replies.left()), (BUDGET, BUDGET), "a budget leaks");
     }
 
     fn judge_key(&self, key: Option<u64>, asked: &[(usize, &Asked)], answers: &[Answer], exit: Exit) {
         for (at, answer) in answers.iter().enumerate() {
             let fits = |(number, ask): &(usize, &Asked)| answer.fits(*number, ask.what);
-            // v1 replies come in order; which use of a v2 id is answered shows only in its number.
+            // v1 replies come in order. For a reused v2 id, only the number shows which request was answered.
             let fits = match key {
                 None => asked.get(at).is_some_and(fits),
                 Some(_) => at < asked.len() && asked.iter().any(fits),
             };
-            // A violation or an incomplete frame gets one more v1 error, the last one.
+            // A framing violation or an incomplete frame gets one final v1 error.
             let lost = matches!(exit, Exit::FramingLost | Exit::ReadTimeout | Exit::Drained | Exit::WriteTimeout);
             let farewell = key.is_none() && lost && at + 1 == answers.len() && answer.code().is_some();
             assert!(fits || farewell, "answer {at} of {key:?} does not fit: {answer:?}, {exit:?}");
@@ -420,7 +420,7 @@ impl Answer {
 
     fn fits(&self, number: usize, what: What) -> bool {
         match (what, self.code()) {
-            // The id is in use by a request that goes on.
+            // The id is still in use by an earlier request.
             (_, Some(4)) if what != What::Unfit => self.pieces == 0,
             // Overload, and the drain. The last frame of a stream may be replaced after its output was sent.
             (What::Submit { .. }, Some(code)) => matches!(code, 6 | 10),
@@ -435,10 +435,10 @@ impl Answer {
     }
 }
 
-/// By id (none: v1), in the order of their last frames; and the bytes of a frame that is cut.
+/// The answers by id (`None`: v1) in the order of their last frames, and the bytes of an incomplete frame.
 fn answers(mut received: BytesMut) -> (BTreeMap<Option<u64>, Vec<Answer>>, BytesMut) {
     let mut answers: BTreeMap<Option<u64>, Vec<Answer>> = BTreeMap::new();
-    // By the request that sends them: errors about a reused id may come between.
+    // Counted per request number, because errors about a reused id may come in between.
     let mut pieces: BTreeMap<u64, u64> = BTreeMap::new();
     while let Some(frame) = Decoder.decode(&mut received).expect("the session keeps its framing") {
         let kind = frame.frame_type().expect("the type is known");

@@ -1,4 +1,4 @@
-//! Random simulations of the session. What fails is shrunk and printed; it becomes a case here.
+//! Random simulations of the session. A failing one is shrunk and printed; it becomes a case here.
 
 use crate::simulation::{Step, What, play};
 use proptest::prelude::*;
@@ -26,7 +26,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Steps that happen at most once, each at some place or not at all.
+/// Random steps, with the steps that happen at most once inserted at random positions or not at all.
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let at = || prop::option::weighted(0.4, any::<prop::sample::Index>());
     (prop::collection::vec(step(), 0..80), at(), at(), at()).prop_map(|(mut steps, drain, end, broken)| {
@@ -42,8 +42,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// v1 replies leave in order, no request is answered twice, every request that was started is answered unless its
-    /// client stops reading, nothing leaks, and the session always ends.
+    /// v1 replies are sent in order, no request is answered twice, every started request is answered unless its client
+    /// stops reading, nothing leaks, and the session always ends.
     #[test]
     fn session_answers_each_request_once_and_always_ends(steps in steps()) {
         play(&steps);

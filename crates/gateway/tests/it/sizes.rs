@@ -1,4 +1,4 @@
-//! Answers that do not fit a frame: no frame exceeds the limit, and the connection goes on.
+//! Answers that do not fit a frame: no frame exceeds the limit, and the connection stays open.
 
 use crate::{Fixture, Raw, decision, task};
 use bus::{Bus, Message};
@@ -7,7 +7,7 @@ use wire::ipc::{FrameType, Version};
 use wire::limits::IPC_FRAME_MAX;
 use wire::subjects;
 
-/// More than a frame holds, less than a message on the bus.
+/// More than a frame can hold, less than the limit of a bus message.
 const LARGE: usize = IPC_FRAME_MAX + IPC_FRAME_MAX / 2;
 
 async fn alive(raw: &mut Raw) {
@@ -20,7 +20,7 @@ async fn error_quotes_only_a_part_of_a_large_payload() {
     let fixture = Fixture::start(|_| {}).await;
 
     let mut raw = fixture.connect().await;
-    // Escaped quotes are twice as long.
+    // Escaping doubles the length of the quotes.
     let quotes = "\"".repeat(IPC_FRAME_MAX / 2 - 100);
     let long = "ü".repeat(IPC_FRAME_MAX / 2 - 100);
     for payload in [

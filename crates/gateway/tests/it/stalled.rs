@@ -1,4 +1,4 @@
-//! Clients that ask for long deadlines or do not read: what they hold is bounded, and other clients are served.
+//! Clients with long deadlines or that do not read: their resources are bounded, and other clients are served.
 
 use crate::{Fixture, Raw, decision};
 use serde_json::{Value, json};
@@ -9,12 +9,12 @@ use wire::subjects;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const NEVER: Duration = Duration::from_secs(600);
-/// So many requests that their answers, some megabytes, exceed what a socket buffers.
+/// Enough requests that their answers, several megabytes, exceed the socket's buffers.
 const FLOOD: usize = 10_000;
 
-/// A gateway with two places for requests in flight. Its router never answers requests called `held…`; it decides all
-/// others, but no worker ever runs them.
-async fn with_two_places(change: impl FnOnce(&mut gateway::Config)) -> Fixture {
+/// A gateway that allows two requests in flight. Its router never answers requests called `held…`; it decides all
+/// others, but no worker runs them.
+async fn with_limit_of_two(change: impl FnOnce(&mut gateway::Config)) -> Fixture {
     let fixture = Fixture::start(|config| {
         (config.max_in_flight, config.write_timeout) = (2, NEVER);
         change(config);
@@ -29,7 +29,7 @@ async fn with_two_places(change: impl FnOnce(&mut gateway::Config)) -> Fixture {
 }
 
 impl Raw {
-    /// Asks for more than the client reads.
+    /// Sends more requests than the client reads answers.
     async fn flood(&mut self) {
         self.send(&hex::decode("0000000601f2").unwrap().repeat(FLOOD)).await;
     }
@@ -47,7 +47,7 @@ async fn another_is_served(fixture: &Fixture) {
 
 #[tokio::test]
 async fn no_request_is_in_flight_longer_than_the_maximum_deadline() {
-    let fixture = with_two_places(|config| config.max_deadline = Duration::from_millis(300)).await;
+    let fixture = with_limit_of_two(|config| config.max_deadline = Duration::from_millis(300)).await;
     let mut raw = fixture.connect().await;
     let day = json!({"wait": "result", "timeout_ms": 86_400_000});
     raw.submit_v1(day.clone()).await;
@@ -74,7 +74,7 @@ async fn no_request_is_in_flight_longer_than_the_maximum_deadline() {
 
 #[tokio::test]
 async fn requests_of_a_client_that_does_not_read_end_at_their_deadlines() {
-    let fixture = with_two_places(|_| {}).await;
+    let fixture = with_limit_of_two(|_| {}).await;
     let mut raw = fixture.connect().await;
     let version = |request_id| Version::V2 { request_id, deadline_ms: 500 };
     raw.frame(version(1), FrameType::TaskSubmit, &crate::task(json!({"request_id": "held"})))
@@ -83,9 +83,9 @@ async fn requests_of_a_client_that_does_not_read_end_at_their_deadlines() {
         .await;
 
     raw.flood().await;
-    // The places are released although the client has not read a byte.
+    // The permits are released although the client has not read a byte.
     another_is_served(&fixture).await;
-    // The answers have waited for the client.
+    // The answers are still delivered once the client reads.
     let mut late = 0;
     for _ in 0..FLOOD + 2 {
         let frame = raw.next().await.expect("the connection is open");
@@ -101,7 +101,7 @@ async fn requests_of_a_client_that_does_not_read_end_at_their_deadlines() {
 
 #[tokio::test]
 async fn stream_that_is_not_read_ends_at_its_deadline() {
-    let fixture = with_two_places(|config| config.max_in_flight = 1).await;
+    let fixture = with_limit_of_two(|config| config.max_in_flight = 1).await;
     let mut output = fixture.bus.subscribe(subjects::DECIDE, None, 8).await.unwrap();
     let mut raw = fixture.connect().await;
     let asked = json!({"request_id": "s", "wait": "stream", "timeout_ms": 700});
@@ -129,7 +129,7 @@ async fn stream_that_is_not_read_ends_at_its_deadline() {
 
 #[tokio::test]
 async fn stream_that_waits_for_its_turn_ends_at_its_deadline() {
-    let fixture = with_two_places(|config| config.request_timeout = NEVER).await;
+    let fixture = with_limit_of_two(|config| config.request_timeout = NEVER).await;
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({"request_id": "held", "wait": "decision", "timeout_ms": 600_000}))
         .await;
@@ -161,7 +161,7 @@ async fn probe_of_a_client_that_does_not_read_is_settled() {
     })
     .await;
     let mut asked = fixture.bus.subscribe(subjects::DECIDE, None, 8).await.unwrap();
-    // This request is the only probe.
+    // This request takes the only probe.
     let version = Version::V2 { request_id: 1, deadline_ms: 600 };
     raw.frame(version, FrameType::TaskSubmit, &crate::task(json!({"request_id": "held"})))
         .await;
