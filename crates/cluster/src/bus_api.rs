@@ -1,4 +1,4 @@
-//! The channels API on the bus: requests of other parts, and disconnects for all nodes.
+//! The channels API on the bus: requests from other parts, and disconnects for all nodes.
 
 use crate::Node;
 use crate::operations::{NODE_DISCONNECT, Operation};
@@ -55,7 +55,7 @@ pub async fn run(node: Arc<Node>, mut requests: Requests, cancel: CancellationTo
             Some(message) = requests.history.next() => (Operation::History, message),
             Some(message) = requests.presence.next() => (Operation::Presence, message),
             Some(message) = requests.disconnect.next() => (Operation::Disconnect, message),
-            // Handled here: it is quick, and no answer is expected.
+            // Handled inline: a disconnect is quick and has no answer.
             Some(message) = requests.node_disconnect.next() => {
                 if let Ok(Disconnect { user, session }) = serde_json::from_slice(&message.payload) {
                     node.disconnect(&user, session.as_deref(), wire::realtime::Disconnect::ForceDisconnect);
@@ -70,8 +70,8 @@ pub async fn run(node: Arc<Node>, mut requests: Requests, cancel: CancellationTo
             answer(&node, operation, message).await;
             drop(permit);
         });
-        // The first poll happens here, in the order of arrival, so that publications to a channel queue for its lock in
-        // that order. `unconstrained`, because an exhausted task budget would send one of them to the back.
+        // Polled once here, in the order of arrival, so that publications to a channel queue for its lock in that
+        // order. `unconstrained`, because an exhausted coop budget would make one of them queue later.
         if futures_util::poll!(unconstrained(&mut work)).is_pending() {
             tracker.spawn(work);
         }

@@ -1,4 +1,4 @@
-//! One connected client, as the rest of the node sees it: its identity, its subscriptions and its outbox.
+//! A connected client: its identity, its subscriptions and its outbox.
 
 use bytes::{Bytes, BytesMut};
 use parking_lot::{Mutex, MutexGuard};
@@ -13,7 +13,7 @@ pub struct Client {
     pub number: u64,
     pub id: String,
     pub user: String,
-    /// The sign-in of its newest token.
+    /// The sign-in that the newest token was issued for (its claim `sid`).
     login: Mutex<Option<String>>,
     /// The claim `info` of the connection token, as JSON.
     pub info: Bytes,
@@ -22,7 +22,7 @@ pub struct Client {
     subscriptions: Mutex<HashMap<String, Held>>,
 }
 
-/// What a client holds of a subscription.
+/// One subscription of a client.
 #[derive(Debug, Clone, Default)]
 pub struct Held {
     pub presence: bool,
@@ -31,7 +31,7 @@ pub struct Held {
     pub expires: Option<u64>,
     /// The claim `info` of the subscription token, as JSON.
     pub info: Bytes,
-    /// The client missed publications, was told so and has not subscribed again.
+    /// The client missed publications, was notified, and has not resubscribed.
     pub lost: bool,
 }
 
@@ -44,7 +44,7 @@ impl Client {
         encoding: Encoding,
         outbox: Arc<Outbox>,
     ) -> Self {
-        // Unlike `number`, unique across nodes: presence is keyed by it.
+        // Unlike `number`, the id is unique across nodes: presence is keyed by it.
         let id = uuid::Uuid::new_v4().to_string();
         Self {
             number,
@@ -62,7 +62,7 @@ impl Client {
         self.login.lock().as_deref() == Some(login)
     }
 
-    /// A new token may be of another sign-in of the same user.
+    /// Sets the sign-in of a new token, which may differ from that of the previous one.
     pub fn set_login(&self, login: Option<String>) {
         *self.login.lock() = login;
     }
@@ -71,7 +71,7 @@ impl Client {
         self.outbox.push_reply(frame(self.encoding, reply));
     }
 
-    /// The client as others see it on a channel, with the `info` of its subscription token there.
+    /// The client as other clients see it on a channel, with the `info` of its subscription token for it.
     pub fn info_on(&self, channel: &str) -> ClientInfo {
         let chan_info = self
             .subscriptions
@@ -91,8 +91,8 @@ impl Client {
         self.subscriptions.lock().get(channel).is_some_and(|held| !held.lost)
     }
 
-    /// Whether the client holds the channel, even if its subscription was lost.
-    pub fn holds(&self, channel: &str) -> bool {
+    /// Whether the client has a subscription to the channel, even a lost one.
+    pub fn has_subscription(&self, channel: &str) -> bool {
         self.subscriptions.lock().contains_key(channel)
     }
 
@@ -100,27 +100,27 @@ impl Client {
         self.subscriptions.lock().len()
     }
 
-    pub fn hold(&self, channel: &str, held: Held) {
+    pub fn add_subscription(&self, channel: &str, held: Held) {
         self.subscriptions.lock().insert(channel.into(), held);
     }
 
-    /// Takes the expiry of a refreshed subscription token.
+    /// Sets the expiry of a refreshed subscription token, in Unix seconds.
     pub fn extend(&self, channel: &str, expires: Option<u64>) {
         if let Some(held) = self.subscriptions.lock().get_mut(channel) {
             held.expires = expires;
         }
     }
 
-    /// Tells the client that it missed publications, so that it subscribes again. Its presence stays until it has done
-    /// so or has left.
-    pub fn lose(&self, channel: &str) {
+    /// Notifies the client that it missed publications, so that it resubscribes. Its presence entry stays until the
+    /// client has resubscribed or left.
+    pub fn lose_subscription(&self, channel: &str) {
         if let Some(held) = self.subscriptions.lock().get_mut(channel) {
             held.lost = true;
         }
         self.unsubscribed(channel, Unsubscribe::InsufficientState);
     }
 
-    /// Tells the client that a subscription has ended.
+    /// Notifies the client that a subscription has ended.
     pub fn unsubscribed(&self, channel: &str, code: Unsubscribe) {
         let unsubscribe = UnsubscribePush { code: code as u32, reason: code.reason().into() };
         let push = Push { unsubscribe: Some(unsubscribe), ..Push::default() };
@@ -128,7 +128,7 @@ impl Client {
         self.outbox.push(frame(self.encoding, &Reply::push(channel, push)));
     }
 
-    pub fn forget(&self, channel: &str) -> Option<Held> {
+    pub fn remove_subscription(&self, channel: &str) -> Option<Held> {
         self.subscriptions.lock().remove(channel)
     }
 
@@ -155,22 +155,23 @@ pub fn frame(encoding: Encoding, reply: &Reply) -> Bytes {
     frame.freeze()
 }
 
-/// The frames that wait for a client: bounded in bytes, filled by anyone, emptied by the client's session.
+/// The queue of frames for a client, bounded in bytes. Any task may push; the client's session writes.
 ///
-/// Replies do not count against the bound. They have their own: a command is carried out only when [`Outbox::room`]
-/// resolves, so at most one reply goes beyond half the bound.
+/// Replies do not count against this limit. They have their own: a command is carried out only once [`Outbox::room`]
+/// resolves, so at most one reply exceeds half the limit.
 pub struct Outbox {
     queue: Mutex<Queue>,
     limit: usize,
-    /// Notified when there is something to take.
+    /// Notified when there are frames or a close code to take.
     pub changed: Notify,
+    /// Notified when bytes were written.
     sent: Notify,
 }
 
 #[derive(Default)]
 struct Queue {
     frames: VecDeque<Bytes>,
-    /// Bytes that were pushed and are not written yet.
+    /// Bytes that were pushed but not yet written.
     unsent: usize,
     /// How many of the unsent bytes are replies.
     replies: usize,
@@ -187,19 +188,19 @@ impl Outbox {
         }
     }
 
-    /// Adds a frame that is no reply. A client whose unsent bytes would exceed the limit is closed as slow.
+    /// Queues a push. A client whose unsent bytes would exceed the limit is disconnected as slow.
     pub fn push(&self, frame: Bytes) {
         let mut queue = self.queue.lock();
-        // A single frame of any size is taken: it may be larger than the limit.
+        // An empty queue accepts a frame of any size, even one larger than the limit.
         if queue.unsent > 0 && queue.unsent + frame.len() > self.limit + queue.replies {
-            // The client cannot take the backlog, and recovers it when it comes back.
+            // The client cannot keep up with the backlog; it recovers it after it reconnects.
             queue.frames.clear();
             queue.close.get_or_insert(Disconnect::Slow);
         }
         self.enqueue(queue, frame);
     }
 
-    /// Adds a reply to one of the client's own commands.
+    /// Queues a reply to one of the client's own commands.
     pub fn push_reply(&self, frame: Bytes) {
         let mut queue = self.queue.lock();
         queue.replies += frame.len();
@@ -222,7 +223,7 @@ impl Outbox {
             let sent = self.sent.notified();
             {
                 let mut queue = self.queue.lock();
-                // Frames are not marked as replies: what is unsent bounds how many of them can be left.
+                // Queued frames are not marked as replies, but unsent replies cannot exceed the unsent bytes.
                 queue.replies = queue.replies.min(queue.unsent);
                 if queue.replies <= self.limit / 2 || queue.close.is_some() {
                     return;
@@ -232,13 +233,13 @@ impl Outbox {
         }
     }
 
-    /// Accepts no more frames. The session writes those that wait, then a close frame with this code.
+    /// Accepts no more frames. The session writes the queued ones, then a close frame with this code.
     pub fn close(&self, code: Disconnect) {
         self.queue.lock().close.get_or_insert(code);
         self.changed.notify_one();
     }
 
-    /// Moves the waiting frames into `frames`. Returns the close code once the connection is to be closed.
+    /// Moves the queued frames into `frames`. Returns the close code if the connection must be closed.
     pub fn take(&self, frames: &mut VecDeque<Bytes>) -> Option<Disconnect> {
         let mut queue = self.queue.lock();
         if frames.is_empty() {
@@ -250,7 +251,7 @@ impl Outbox {
         queue.close
     }
 
-    /// Counts written bytes, which makes room.
+    /// Counts bytes as written, which makes room for more frames.
     pub fn written(&self, bytes: usize) {
         self.queue.lock().unsent -= bytes;
         self.sent.notify_waiters();

@@ -21,7 +21,7 @@ use wire::realtime::{
 /// RPCs that one client may have in flight.
 pub const RPCS_MAX: usize = 32;
 
-/// A connection, as its commands see it.
+/// The parts of a connection that its commands use.
 #[derive(Clone)]
 pub struct Connection {
     pub node: Arc<Node>,
@@ -51,12 +51,12 @@ impl From<Denied> for Failure {
     }
 }
 
-/// Carries out the commands of one message, in order. RPCs are only started: the session runs them beside the commands
-/// that follow. `rpcs` is the number of RPCs in flight.
+/// Carries out the commands of one message, in order. RPCs are only started: the session runs them concurrently with
+/// later commands. `rpcs` is the number of RPCs in flight.
 pub async fn carry_out(connection: Connection, commands: Vec<Command>, rpcs: usize) -> Outcome {
     let mut outcome = Outcome::default();
     for command in commands {
-        // A client that does not read its replies is not served further.
+        // Backpressure: no further command is carried out while the client does not read its replies.
         connection.outbox.room().await;
         let id = command.id;
         let method = command.into_method();
@@ -74,7 +74,7 @@ pub async fn carry_out(connection: Connection, commands: Vec<Command>, rpcs: usi
             }
             Err(Failure::Denied(code, text)) => {
                 connection.reply(&Reply::failed(id, code, text));
-                // The client may connect again, but the rest of this message relied on the connect that was refused.
+                // The client may retry the connect, but the rest of this message relied on the refused one.
                 if connection.client.get().is_none() {
                     break;
                 }
@@ -108,14 +108,14 @@ async fn carry_out_one(
     rpcs: usize,
     outcome: &mut Outcome,
 ) -> Result<(), Failure> {
-    // Without an id there is nothing to reply to, and every method except `send` has a reply.
+    // Every method except `send` has a reply, which needs an id.
     if id == 0 && !matches!(method, Some(Method::Send(_))) {
         return Err(Failure::Close(Disconnect::BadRequest));
     }
 
     let reply = match method {
         Some(Method::Connect(_)) => return Err(Failure::Close(Disconnect::BadRequest)),
-        // The reply goes through the hub, which puts it before the first live publication.
+        // The hub sends the reply, so that it precedes the first live publication.
         Some(Method::Subscribe(request)) => return Ok(subscriptions::subscribe(node, client, id, request).await?),
         Some(Method::Unsubscribe(request)) => {
             subscriptions::unsubscribe(node, client, &request.channel).await;
@@ -138,7 +138,7 @@ async fn carry_out_one(
             Reply { history: Some(history), ..Reply::default() }
         }
         Some(Method::Ping(_)) => Reply { ping: Some(PingResult {}), ..Reply::default() },
-        // Accepted and dropped: nothing here consumes messages of clients.
+        // Accepted and dropped: the server has no consumer for client messages.
         Some(Method::Send(_)) => return Ok(()),
         Some(Method::Rpc(_)) if rpcs + outcome.rpcs.len() >= RPCS_MAX => {
             let text = format!("a connection may have {RPCS_MAX} RPCs in flight; wait for a reply");

@@ -1,4 +1,4 @@
-//! Engines: where publications get their order, are kept and travel between nodes.
+//! Engines, which order publications, keep the histories and carry publications between nodes.
 
 pub mod memory;
 pub mod redis;
@@ -15,6 +15,7 @@ use wire::realtime::{ClientInfo, ErrorCode, Publication, Push};
 
 const TIDY_INTERVAL: Duration = Duration::from_secs(15);
 
+/// Why an engine could not carry out an operation.
 #[derive(Debug, thiserror::Error)]
 pub enum Failed {
     #[error("{0}")]
@@ -24,7 +25,7 @@ pub enum Failed {
 }
 
 impl Failed {
-    /// The error that a client gets; the details are in the log.
+    /// The error reply for a client. The details are only logged.
     pub fn denied(&self) -> Denied {
         let text = match self {
             Self::Journal(_) => "the channel's history cannot be read or written now; try again",
@@ -43,9 +44,9 @@ pub struct Page {
 
 #[async_trait]
 pub trait Engine: Send + Sync {
-    /// Returns once the publication is stored in the channel's history, if it keeps one. Every node that follows the
-    /// channel receives publications in the order of offsets. A repeated idempotency key is acknowledged with the
-    /// position of its first publication, and nothing is published.
+    /// Publishes to a channel. Returns once the publication is stored, if the channel keeps a history. Every node that
+    /// follows the channel receives publications in the order of their offsets. A repeated idempotency key publishes
+    /// nothing and returns the position of its first publication.
     async fn publish(
         &self,
         channel: &str,
@@ -54,31 +55,32 @@ pub trait Engine: Send + Sync {
         idempotency_key: Option<String>,
     ) -> Result<Position, Failed>;
 
-    /// Sends a join or leave to every node that follows the channel. It may be lost.
+    /// Sends a join or leave to every node that follows the channel, at most once.
     async fn event(&self, channel: &str, push: Push);
 
-    /// The history of a channel: all of it, or the publications after `since`.
+    /// Reads the whole history of a channel, or the publications after `since`.
     async fn history(&self, channel: &str, rules: &Rules, since: Option<&Position>) -> Result<Page, Failed>;
 
     /// Adds a client to the channel's presence, or removes it (`None`).
     async fn present(&self, channel: &str, client: &str, info: Option<ClientInfo>) -> Result<(), Failed>;
 
+    /// The clients present on a channel, by client id.
     async fn presence(&self, channel: &str) -> Result<BTreeMap<String, ClientInfo>, Failed>;
 
-    /// Makes publications to the channel arrive on this node. Returns once they do.
+    /// Makes the channel's publications arrive on this node. Returns once they do.
     async fn follow(&self, channel: &str) -> Result<(), Failed>;
-    /// Called when the channel has lost its last subscriber on this node.
+    /// Stops following a channel that has lost its last subscriber on this node.
     async fn unfollow(&self, channel: &str);
 
-    /// Runs the engine's own loop until cancelled. If it ends earlier, the node fails.
+    /// Runs the engine's own loop until cancelled. If the loop ends earlier, the node fails.
     async fn serve(&self, cancel: CancellationToken) {
         cancel.cancelled().await;
     }
 
-    /// Removes what has expired and renews what must not; called every 15 s.
+    /// Removes expired data and renews this node's presence entries. Called every 15 s.
     async fn tidy(&self);
 
-    /// Closes the engine in good order. It refuses publications afterwards.
+    /// Closes the engine cleanly. Afterwards it refuses publications.
     async fn close(&self) -> Result<(), Failed> {
         Ok(())
     }
@@ -87,16 +89,16 @@ pub trait Engine: Send + Sync {
     fn describe(&self) -> &'static str;
 }
 
-/// A new epoch.
+/// A new random epoch of 8 hex digits.
 pub fn fresh_epoch() -> String {
     uuid::Uuid::new_v4().simple().to_string()[..8].to_string()
 }
 
-/// Runs the engine until cancelled, or until it ends by itself.
+/// Runs the engine's loop and its housekeeping until cancelled, or until the loop ends unexpectedly.
 pub async fn run(engine: Arc<dyn Engine>, cancel: CancellationToken) {
     let cancel = cancel.child_token();
     let serving = async {
-        // Ends the housekeeping as well if the engine ends by itself.
+        // If the engine's loop ends unexpectedly, this also ends the housekeeping.
         engine.serve(cancel.clone()).await;
         cancel.cancel();
     };

@@ -1,7 +1,7 @@
-//! The followers of each channel on this node, and the delivery to them.
+//! The subscribers of each channel on this node, and the delivery to them.
 //!
-//! A subscription begins by collecting: publications that arrive while its history is read are kept, and are sent
-//! behind the subscribe reply, except those that the history already had. Live publications thus continue recovered
+//! A subscription begins by collecting: publications that arrive while its history is read are kept, and are sent after
+//! the subscribe reply, except those that the history already contained. Live publications thus continue the recovered
 //! ones without a gap or a duplicate.
 
 use crate::client::{Client, frame};
@@ -16,9 +16,10 @@ use wire::channels::Position;
 use wire::realtime::{Encoding, Publication, Push, Reply};
 
 const SHARDS: usize = 64;
-/// Publications that one subscription may collect. One that would need more is told that it missed some.
+/// Publications that one subscription may collect. If more arrive, the subscription is lost and the client
+/// resubscribes.
 const COLLECTED_MAX: usize = 4096;
-/// Clients do not reach these channels, since no namespace has the name `ready`.
+/// Prefix of the channels for readiness probes. Clients cannot use them, because no namespace is called `ready`.
 const PROBE_PREFIX: &str = "$ready:";
 
 type Shard = Mutex<HashMap<Arc<str>, Arc<Mutex<Channel>>>>;
@@ -34,7 +35,7 @@ pub struct Hub {
 struct Channel {
     /// Keyed by the number of the client.
     subscribers: HashMap<u64, Subscriber>,
-    /// Offset of the newest publication seen. The next one has the next offset, or there is a gap.
+    /// Offset of the newest publication seen; 0 if unknown. If the next one does not continue it, there is a gap.
     newest: u64,
     /// The epoch of `newest`; empty while it is unknown.
     epoch: String,
@@ -42,13 +43,13 @@ struct Channel {
 
 struct Subscriber {
     client: Arc<Client>,
-    /// The client has the publications up to this offset.
+    /// The client has received the publications up to this offset.
     position: u64,
-    /// The client knows its position and recovers, so it must be told of a gap.
+    /// The client tracks its position and recovers, so it must be notified of a gap.
     positioned: bool,
     /// `None` once the subscription is live.
     collected: Option<Collected>,
-    /// A publication may have been missed while it collected, which the client is told instead of going live.
+    /// A publication may have been missed while the subscription collected, so it must not go live.
     lost: bool,
 }
 
@@ -61,7 +62,7 @@ struct Collected {
 }
 
 impl Collected {
-    /// Returns false if there is no room, or if the publication is of another epoch than those before it.
+    /// Keeps a publication. Returns false if there is no room or its epoch differs from that of the earlier ones.
     fn take(&mut self, publication: &Publication, epoch: &str) -> bool {
         if publication.offset > 0 {
             if self.epoch.is_empty() {
@@ -80,7 +81,7 @@ impl Collected {
 }
 
 impl Channel {
-    /// Continues in a new epoch, in which the positions of live subscribers mean nothing.
+    /// Continues in a new epoch. The positions of live subscribers are reset, because they belong to the old one.
     fn begin_epoch(&mut self, epoch: &str, newest: u64) {
         self.epoch = epoch.into();
         self.newest = newest;
@@ -90,8 +91,8 @@ impl Channel {
             .for_each(|subscriber| subscriber.position = 0);
     }
 
-    /// Ends the subscriptions of positioned clients, which subscribe again and recover. A subscription that collects is
-    /// only marked: its client is told when it would go live.
+    /// Ends the subscriptions of positioned clients, which resubscribe and recover. A subscription that still collects
+    /// is only marked as lost: its client is notified when it would go live.
     fn end_positioned(&mut self, channel: &str) {
         self.subscribers.retain(|_, subscriber| {
             if subscriber.collected.is_some() {
@@ -99,7 +100,7 @@ impl Channel {
                 return true;
             }
             if subscriber.positioned {
-                subscriber.client.lose(channel);
+                subscriber.client.lose_subscription(channel);
             }
             !subscriber.positioned
         });
@@ -117,7 +118,7 @@ impl Default for Hub {
     }
 }
 
-/// The frames of one reply: each encoding is made for its first reader and shared with the others.
+/// The frames of one reply: each encoding is built for the first client that needs it and shared with the others.
 struct Encoded<'a> {
     reply: &'a dyn Fn() -> Reply,
     json: Option<Bytes>,
@@ -139,7 +140,7 @@ impl<'a> Encoded<'a> {
 }
 
 impl Hub {
-    /// The channel on which this node checks that it is ready.
+    /// The channel of this node's readiness probes.
     pub fn probe_channel(node: &str) -> String {
         format!("{PROBE_PREFIX}{node}")
     }
@@ -152,7 +153,7 @@ impl Hub {
         self.shard(channel).lock().get(channel).cloned()
     }
 
-    /// The number of followed channels.
+    /// The number of channels with a subscriber on this node.
     pub fn channels(&self) -> usize {
         self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
@@ -196,7 +197,7 @@ impl Hub {
     pub fn leave(&self, channel: &str, client: u64) -> bool {
         let mut shard = self.shard(channel).lock();
         let Some(found) = shard.get(channel) else { return false };
-        // The shard stays locked, so that nobody joins a channel that is being removed.
+        // The shard stays locked, so that no client joins a channel that is being removed.
         let empty = {
             let mut found = found.lock();
             found.subscribers.remove(&client);
@@ -208,13 +209,13 @@ impl Hub {
         empty
     }
 
-    /// Ends the collecting of a subscription: sends `reply`, if it is given, then the collected publications behind
-    /// `position`, the newest one of the history that was read. A `positioned` client is unsubscribed instead if it may
-    /// have missed a publication.
+    /// Makes a collecting subscription live: sends `reply`, if given, then the collected publications after `position`,
+    /// the newest position of the history that was read. A `positioned` client that may have missed a publication is
+    /// unsubscribed instead.
     pub fn go_live(&self, channel: &str, client: &Client, reply: Option<Bytes>, position: &Position, positioned: bool) {
         let Some(found) = self.find(channel) else { return };
         let mut found = found.lock();
-        // Under the lock of the channel, so that no live publication can get before the reply.
+        // Sent under the channel's lock, so that no live publication can precede the reply.
         if let Some(reply) = reply {
             client.outbox.push_reply(reply);
         }
@@ -223,18 +224,18 @@ impl Hub {
         };
 
         let collected = subscriber.collected.take().unwrap_or_default();
-        // The history was read before or after the epoch changed, so the collected offsets do not continue it.
+        // The epoch changed between the read of the history and the collected publications: they do not continue it.
         let epochs_differ =
             !collected.epoch.is_empty() && !position.epoch.is_empty() && collected.epoch != position.epoch;
         if positioned && (subscriber.lost || epochs_differ) {
-            client.lose(channel);
+            client.lose_subscription(channel);
             return;
         }
 
-        // A subscriber that is up to date brings the channel up to date as well.
+        // The history that this subscriber read also updates the channel's own position.
         if !position.epoch.is_empty() && !epochs_differ && !subscriber.lost {
             if found.epoch != position.epoch {
-                // This history was read after the others got their positions, so theirs are of an epoch that has ended.
+                // This history is newer than the other subscribers' positions, so the epoch of those has ended.
                 if !found.epoch.is_empty() {
                     found.end_positioned(channel);
                 }
@@ -246,7 +247,7 @@ impl Hub {
         subscriber.position = position.offset;
         subscriber.positioned = positioned;
         for publication in collected.publications {
-            // Those up to the position were in the history already.
+            // Publications up to the position were already in the history.
             if publication.offset == 0 || publication.offset > subscriber.position {
                 subscriber.position = subscriber.position.max(publication.offset);
                 let push = Push { r#pub: Some(publication), ..Push::default() };
@@ -261,7 +262,7 @@ impl Hub {
     /// `epoch` is the epoch of the offset.
     pub fn publication(&self, channel: &str, publication: &Publication, epoch: &str) {
         if channel.starts_with(PROBE_PREFIX) {
-            // A probe has no subscriber: it waits here and not in a channel.
+            // Probes are not subscribers of a channel; they wait in a map of their own.
             for probe in self.probes.lock().remove(channel).into_iter().flatten() {
                 let _ = probe.send(());
             }
@@ -273,7 +274,7 @@ impl Hub {
         if offset > 0 {
             let other_epoch = !found.epoch.is_empty() && found.epoch != epoch;
             let gap = found.newest > 0 && offset > found.newest + 1;
-            // Before the delivery: this publication must not seem to continue what those clients have.
+            // Ended before the delivery: for those clients this publication does not continue the previous one.
             if other_epoch || gap {
                 found.end_positioned(channel);
             }
@@ -283,7 +284,7 @@ impl Hub {
             found.newest = found.newest.max(offset);
         }
 
-        // Made once per encoding, and only if a subscriber needs it.
+        // Encoded at most once per encoding, and only if a subscriber needs it.
         let reply = || {
             let push = Push { r#pub: Some(publication.clone()), ..Push::default() };
             Reply::push(channel, push)
@@ -296,7 +297,7 @@ impl Hub {
                 subscriber.lost |= !taken;
                 continue;
             }
-            // Without an offset it is in no history, so no position says whether the client has it.
+            // A publication without an offset is in no history, so positions do not apply to it.
             if offset > 0 {
                 if offset <= subscriber.position {
                     continue;
@@ -324,12 +325,14 @@ impl Hub {
         }
     }
 
-    /// Publications of any channel may have been missed: positioned clients subscribe again and recover.
+    /// Ends the subscriptions of all positioned clients, because publications of any channel may have been missed. The
+    /// clients resubscribe and recover.
     pub fn interrupted(&self) {
         for channel in self.followed() {
             if let Some(found) = self.find(&channel) {
                 let mut found = found.lock();
-                // Unknown until the next publication or subscription, which then is no gap.
+                // The position is unknown until the next publication or subscription, so that this does not count as a
+                // gap.
                 found.newest = 0;
                 found.epoch.clear();
                 found.end_positioned(&channel);
@@ -342,7 +345,7 @@ impl Hub {
         let (sender, receiver) = oneshot::channel();
         let mut probes = self.probes.lock();
         let waiting = probes.entry(channel.into()).or_default();
-        // Earlier probes that timed out would pile up while nothing is delivered.
+        // Probes that timed out would otherwise pile up while nothing is delivered.
         waiting.retain(|sender| !sender.is_closed());
         waiting.push(sender);
         receiver

@@ -11,11 +11,11 @@ mod hub;
 mod node;
 mod operations;
 mod permissions;
-mod place;
 mod ready;
 mod rules;
 mod server_api;
 mod session;
+mod slot;
 mod status;
 mod token;
 mod upgrade;
@@ -47,11 +47,11 @@ pub struct Config {
     pub connect_timeout: Duration,
     /// The HS256 secret of connection and subscription tokens.
     pub token_secret: Vec<u8>,
-    /// The key of the server API; empty closes it.
+    /// The key of the server API; while it is empty, every request is refused.
     pub api_key: String,
     /// Origins, as `https://…`, whose pages may connect besides those of the node's own host; `*` allows all.
     pub origins: Vec<String>,
-    /// Bytes that may wait for a slow client before it is disconnected.
+    /// Bytes that may be queued for a slow client before it is disconnected.
     pub client_queue: usize,
     /// How long a connection or subscription outlives its token, so that the client can refresh it.
     pub refresh_grace: Duration,
@@ -65,11 +65,11 @@ pub struct Config {
 
 #[derive(Debug, Clone)]
 pub enum EngineConfig {
-    /// One node, which keeps its histories in a file of this directory. `boot_id` names the boot of the machine (on
-    /// Linux `/proc/sys/kernel/random/boot_id`) and tells a power cut from the death of the process. If it is empty,
-    /// every unclean end counts as a power cut, after which channels begin a new epoch.
+    /// A single node, which keeps its histories in a file in `dir`. `boot_id` identifies the boot of the machine (on
+    /// Linux `/proc/sys/kernel/random/boot_id`) and distinguishes a power cut from a killed process. If it is empty,
+    /// every unclean shutdown counts as a power cut, after which channels begin a new epoch.
     Memory { dir: PathBuf, boot_id: String },
-    /// Any number of nodes. The URL of one server, or the URLs of a Redis Cluster separated by commas.
+    /// Any number of nodes that share a Redis. `url` is one server, or the comma-separated servers of a Redis Cluster.
     Redis { url: String },
 }
 
@@ -95,6 +95,7 @@ impl Default for Config {
     }
 }
 
+/// Why a node cannot start, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot subscribe on the bus: {0}")]
@@ -111,12 +112,13 @@ pub enum Error {
     LoopEnded(&'static str),
 }
 
-/// A node with its engine connected and its bus subjects subscribed, which does not serve yet.
+/// A node whose engine is connected and whose bus subjects are subscribed, but which does not serve yet.
 pub struct Bound {
     node: Arc<Node>,
     requests: bus_api::Requests,
 }
 
+/// Connects the engine and subscribes to the node's bus subjects. Nothing is served before [`Bound::run`].
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     if config.token_secret.is_empty() {
         return Err(Error::NoSecret);
@@ -131,7 +133,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         EngineConfig::Redis { url } => engine::redis::Redis::connect(url, hub.clone()).await?,
     };
 
-    // Requests that arrive from here on wait until the node runs.
+    // Requests that arrive from here on are queued until the node runs.
     let requests = bus_api::Requests::subscribe(&bus).await?;
     let node = Arc::new(Node::new(config, bus, hub, engine));
     Ok(Bound { node, requests })
@@ -146,12 +148,13 @@ impl Bound {
             .with_state(self.node.clone())
     }
 
+    /// The node's readiness check.
     pub fn ready(&self) -> Ready {
         let node = &self.node;
         Ready::new(&node.config.node, node.hub.clone(), node.engine.clone())
     }
 
-    /// Serves until cancelled, then drains. If one of the node's loops ends by itself, the node drains as well and
+    /// Serves until cancelled, then drains. If one of the node's loops ends unexpectedly, the node drains too and
     /// returns an error that names the loop.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { node, requests } = self;
@@ -169,7 +172,7 @@ impl Bound {
             tracing::error!(%error, "the node failed; draining its clients");
         }
 
-        // The loops run until the last client is gone: a departure still needs the engine.
+        // The loops run until the last session has ended, because ending subscriptions still needs the engine.
         node.drain().await;
         stop.cancel();
         while let Some(ended) = loops.join_next().await {
@@ -178,7 +181,7 @@ impl Bound {
             }
         }
 
-        // An engine that is not closed treats the next start as one after a crash, which is right after a failure.
+        // After a failure the engine is not closed, so that the next start treats the shutdown as unclean.
         if outcome.is_ok() {
             let closed = node.engine.close().await;
             if let Err(error) = closed {

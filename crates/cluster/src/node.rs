@@ -1,4 +1,4 @@
-//! The state that all connections of a node share, and what the node does with it.
+//! The state that all connections of a node share: draining, disconnecting, publishing and reading histories.
 
 use crate::client::Client;
 use crate::engine::Engine;
@@ -20,9 +20,9 @@ use wire::channels::Position;
 use wire::limits::HISTORY_PAGE_MAX;
 use wire::realtime::{Disconnect, ErrorCode, HistoryResult, Publication};
 
-/// Sessions that are still open this long after the last close frame was sent are abandoned.
-const GOODBYE_MAX: Duration = Duration::from_secs(5);
-/// Timers have a resolution of a millisecond, so a drain takes shorter pauses together.
+/// How long a drain waits for sessions to end after it has closed the last client.
+const DRAIN_GRACE: Duration = Duration::from_secs(5);
+/// Timers have a resolution of one millisecond, so a drain combines pauses shorter than this.
 const PAUSE_MIN: Duration = Duration::from_millis(2);
 
 pub struct Node {
@@ -37,9 +37,9 @@ pub struct Node {
     /// Open sockets, including those whose client has not connected yet.
     pub connections: AtomicUsize,
     pub sessions: TaskTracker,
-    /// Cancelled when the drain begins.
+    /// Cancelled when a drain begins.
     pub stopping: CancellationToken,
-    /// Runs the cleanup after a session that panicked.
+    /// Runs the cleanup after a session has panicked.
     pub runtime: tokio::runtime::Handle,
     stats: Stats,
 }
@@ -67,14 +67,14 @@ impl Node {
         &self.stats
     }
 
-    /// Refuses new clients and closes the present ones, paced over `drain_period`. Returns when all sessions have
-    /// ended, or after a deadline.
+    /// Refuses new clients and disconnects the connected ones, paced over `drain_period`. Returns when all sessions
+    /// have ended, or [`DRAIN_GRACE`] after the last disconnect.
     pub async fn drain(&self) {
         self.stopping.cancel();
         let clients: Vec<_> = self.clients.lock().values().cloned().collect();
         let pause = self.config.drain_period / u32::try_from(clients.len().max(1)).unwrap_or(u32::MAX);
 
-        // Due times and not pauses, so that the drain keeps its period however late a timer fires.
+        // Absolute due times rather than pauses, so that late timers do not stretch the drain.
         let mut due = Instant::now();
         for client in clients {
             client.outbox.close(Disconnect::Shutdown);
@@ -84,19 +84,19 @@ impl Node {
             }
         }
 
-        // Waits for the cleanup after panicked sessions as well.
+        // Also waits for the cleanup after panicked sessions.
         self.sessions.close();
-        if tokio::time::timeout(GOODBYE_MAX, self.sessions.wait()).await.is_err() {
+        if tokio::time::timeout(DRAIN_GRACE, self.sessions.wait()).await.is_err() {
             tracing::warn!(
                 sessions = self.sessions.len(),
-                "some clients did not read their close frame in time; their sockets are closed"
+                "some clients did not read their close frame in time; abandoning their sessions"
             );
         }
     }
 
     /// Closes the connections of a user on this node: all of them, or those of one sign-in.
     pub fn disconnect(&self, user: &str, login: Option<&str>, code: Disconnect) {
-        // First, so that a client that is connecting with such a token is either refused or already in the map.
+        // Ended first, so that a client that is connecting with such a token is either refused or already in the map.
         if let Some(login) = login {
             self.tokens.end(login);
         }
@@ -108,7 +108,7 @@ impl Node {
             .for_each(|client| client.outbox.close(code));
     }
 
-    /// Publishes through the engine. Returns once the engine has acknowledged.
+    /// Publishes through the engine. Returns the position once the engine has acknowledged the publication.
     pub async fn publish(
         &self,
         channel: &str,
@@ -125,8 +125,9 @@ impl Node {
         })
     }
 
-    /// A page of a channel's history. `limit` 0 returns only the position; a negative one all, up to
-    /// [`HISTORY_PAGE_MAX`]. With `since`, publications after that position, or before it if `reverse`.
+    /// Reads a page of a channel's history. A `limit` of 0 returns only the position, a negative one all publications,
+    /// up to [`HISTORY_PAGE_MAX`]. With `since`, returns the publications after that position, or with `reverse` those
+    /// before it.
     pub async fn history(
         &self,
         channel: &str,
@@ -145,7 +146,7 @@ impl Node {
         let mut publications = page.publications;
         if let Some(since) = since {
             if !since.epoch.is_empty() && since.epoch != page.position.epoch {
-                let text = "the history has begun a new epoch; read it without since";
+                let text = "the channel has begun a new epoch; read its history without since";
                 return Err((ErrorCode::UnrecoverablePosition, text.into()));
             }
             publications.retain(|publication| {

@@ -1,4 +1,4 @@
-//! The operations of the channels API, which other parts ask for over the bus and programs over HTTP.
+//! The operations of the channels API, which other parts use over the bus and other programs over HTTP.
 
 use crate::Node;
 use crate::permissions::Denied;
@@ -16,7 +16,7 @@ use wire::channels::{
 use wire::limits::PUBLICATION_MAX;
 use wire::realtime::{ErrorCode, HistoryResult, Publication};
 
-/// A disconnect, for every node: unlike the operation, which one node of the group takes.
+/// Subject of a disconnect for every node. The operation itself goes to one node of the group, which publishes here.
 pub const NODE_DISCONNECT: &str = "beamline.nodes.v1.disconnect";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,9 +26,9 @@ pub enum Operation {
     History,
     Presence,
     Disconnect,
-    /// By HTTP only: it answers for this node.
+    /// HTTP only, because the answer covers this node alone.
     Channels,
-    /// By HTTP only: it answers for this node.
+    /// HTTP only, because the answer covers this node alone.
     Info,
 }
 
@@ -49,8 +49,8 @@ impl Operation {
 }
 
 impl Node {
-    /// Carries out an operation. The result stays text: a parsed value would sort the keys and round the numbers of
-    /// publications.
+    /// Carries out an operation. The result is raw JSON, because a parsed value would sort the keys and round the
+    /// numbers of publications.
     pub async fn operate(&self, operation: Operation, request: &[u8]) -> Result<Box<RawValue>, Denied> {
         match operation {
             Operation::Publish => json(self.publish_for_service(read(request)?).await?),
@@ -66,23 +66,26 @@ impl Node {
     async fn publish_for_service(&self, request: Publish) -> Result<Position, Denied> {
         let data = data(request.data, request.b64)?;
         let publication = Publication { data, tags: request.tags, ..Publication::default() };
-        self.put(&request.channel, publication, request.skip_history, request.idempotency_key)
+        self.publish_as_service(&request.channel, publication, request.skip_history, request.idempotency_key)
             .await
     }
 
     async fn broadcast(&self, request: Broadcast) -> Result<Positions, Denied> {
         let data = data(request.data, request.b64)?;
         let mut positions = Vec::with_capacity(request.channels.len());
-        // The first failure ends it; the channels before it keep their publication.
+        // Stops at the first failure; the channels before it keep their publication.
         for channel in &request.channels {
             let publication = Publication { data: data.clone(), ..Publication::default() };
-            positions.push(self.put(channel, publication, request.skip_history, None).await?);
+            positions.push(
+                self.publish_as_service(channel, publication, request.skip_history, None)
+                    .await?,
+            );
         }
         Ok(Positions { positions })
     }
 
-    /// Services are not bound by the rules for clients, only by what the channel keeps.
-    async fn put(
+    /// Publishes for a service. The permissions of clients do not apply, only the channel's history settings.
+    async fn publish_as_service(
         &self,
         channel: &str,
         publication: Publication,
@@ -91,7 +94,7 @@ impl Node {
     ) -> Result<Position, Denied> {
         let mut rules = self.rules(channel)?.clone();
         if skip_history {
-            // As in a channel without history: no offset, no recovery.
+            // Published as in a channel without history: no offset, no recovery.
             rules.history_size = 0;
         }
         self.publish(channel, publication, &rules, idempotency_key).await
@@ -104,7 +107,7 @@ impl Node {
     }
 
     async fn presence(&self, request: Presence) -> Result<PresenceResult, Denied> {
-        // Only a channel that may exist has presence.
+        // Refuses invalid names and unknown namespaces.
         self.rules(&request.channel)?;
 
         let presence = self.engine.presence(&request.channel).await;
@@ -117,7 +120,7 @@ impl Node {
         })
     }
 
-    /// Tells every node, this one included, to close the connections of a user.
+    /// Makes every node, this one included, close the connections of a user.
     async fn disconnect_everywhere(&self, request: Disconnect) -> Result<Done, Denied> {
         let payload = serde_json::to_vec(&request)
             .expect("a request serializes to JSON")
@@ -159,7 +162,7 @@ fn json(result: impl Serialize) -> Result<Box<RawValue>, Denied> {
 }
 
 fn data(json: Option<Box<RawValue>>, b64: Option<String>) -> Result<Bytes, Denied> {
-    // Some programs write `null` for the field that they do not use.
+    // Some programs set the field that they do not use to `null`.
     let json = json.filter(|json| b64.is_none() || json.get() != "null");
     let data = match (json, b64) {
         (Some(json), None) => Bytes::from(String::from(Box::<str>::from(json))),

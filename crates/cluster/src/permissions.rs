@@ -1,4 +1,4 @@
-//! Decides who may do what on which channel.
+//! Authorization: what a client may do on a channel.
 
 use crate::rules::{Rules, namespace_of};
 use crate::token::Refusal;
@@ -7,11 +7,11 @@ use bytes::Bytes;
 use wire::limits::CHANNEL_MAX;
 use wire::realtime::ErrorCode;
 
-/// The code and text of an error reply.
+/// A refusal: the code and text of the error reply.
 pub type Denied = (ErrorCode, String);
 
 impl Node {
-    /// The rules of a channel; an error if its name or namespace is not valid.
+    /// The rules of a channel; an error if its name is invalid or its namespace unknown.
     pub fn rules(&self, channel: &str) -> Result<&Rules, Denied> {
         if channel.is_empty() || channel.len() > CHANNEL_MAX || channel.chars().any(char::is_control) {
             let text = format!("a channel name must have 1 to {CHANNEL_MAX} bytes and no control characters");
@@ -25,7 +25,7 @@ impl Node {
         })
     }
 
-    /// Whether a client may subscribe; `token` is the subscription token, which private channels need.
+    /// Checks that a client may subscribe. `token` is the subscription token, which only private channels require.
     pub fn may_subscribe(&self, client: &Client, channel: &str, token: &str) -> Result<Rules, Denied> {
         let rules = self.may_touch(client, channel)?;
         if channel.starts_with('$') {
@@ -34,6 +34,7 @@ impl Node {
         Ok(rules.clone())
     }
 
+    /// Checks that a client may publish.
     pub fn may_publish(&self, client: &Client, channel: &str) -> Result<Rules, Denied> {
         let rules = self.may_touch(client, channel)?;
         if !rules.publish {
@@ -50,7 +51,7 @@ impl Node {
         Ok(rules.clone())
     }
 
-    /// Whether a client may read a channel's history and presence, which only subscribers may.
+    /// Checks that a client may read a channel's history and presence: only subscribers may.
     pub fn may_read(&self, client: &Client, channel: &str) -> Result<Rules, Denied> {
         let rules = self.may_touch(client, channel)?;
         if !client.is_subscribed(channel) {
@@ -77,14 +78,14 @@ impl Node {
             }
         })?;
 
-        // A token that another user passed on, or of another channel, opens nothing.
+        // The token must belong to this user and this channel.
         if claims.channel != channel || claims.sub != client.user {
             return Err((ErrorCode::PermissionDenied, "the subscription token is for another user or channel".into()));
         }
         Ok((claims.exp, crate::token::json(claims.info)))
     }
 
-    /// What every use of a channel requires.
+    /// Checks the conditions common to every use of a channel.
     fn may_touch(&self, client: &Client, channel: &str) -> Result<&Rules, Denied> {
         let rules = self.rules(channel)?;
         let denied = |text: &str| Err((ErrorCode::PermissionDenied, text.to_string()));

@@ -9,7 +9,7 @@ use std::time::Duration;
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(5);
 const HISTORY_TTL: Duration = Duration::from_secs(10);
 
-/// Tells whether channels work on this node.
+/// Checks whether channels work on this node.
 #[derive(Clone)]
 pub struct Ready {
     hub: Arc<Hub>,
@@ -22,8 +22,9 @@ impl Ready {
         Self { hub, engine, channel: Hub::probe_channel(node) }
     }
 
-    /// Publishes through the engine and waits for the delivery on this node. The publication has a history, because a
-    /// Redis that has become a read-only replica still delivers publications that it need not store.
+    /// Publishes through the engine and waits for the delivery on this node. The error says what failed. The probe
+    /// channel keeps a history, because a Redis server that has become a read-only replica still delivers publications
+    /// that need not be stored.
     pub async fn check(&self) -> Result<(), String> {
         let delivered = self.hub.probe(&self.channel);
         self.engine.follow(&self.channel).await.map_err(|e| e.to_string())?;

@@ -7,11 +7,11 @@ pub struct Rules {
     /// Publications kept for each channel; 0 keeps none.
     pub history_size: usize,
     pub history_ttl: Duration,
-    /// Subscribers can ask who is subscribed.
+    /// Subscribers may query who is subscribed.
     pub presence: bool,
     /// Joins and leaves are announced to subscribers.
     pub join_leave: bool,
-    /// A client that was away gets the publications that it missed. Needs a history.
+    /// A client that resubscribes gets the publications that it missed. Requires a history.
     pub recovery: bool,
     /// Clients may publish.
     pub publish: bool,
@@ -22,7 +22,7 @@ pub struct Rules {
 }
 
 impl Default for Rules {
-    /// The rules of channels without a namespace, open enough to try things out.
+    /// The rules of channels without a namespace, permissive enough to experiment with.
     fn default() -> Self {
         Self {
             history_size: 100,
@@ -43,14 +43,14 @@ impl Rules {
         self.history_size > 0 && !self.history_ttl.is_zero()
     }
 
-    /// Whether a client that was away can get what it missed.
+    /// Whether a client that resubscribes can recover the publications that it missed.
     pub fn recovers(&self) -> bool {
         self.recovery && self.keeps_history()
     }
 }
 
-/// The rules that settings change; `None` keeps the base. `user_limited` and `durable` are no settings: the product's
-/// own apps rely on theirs.
+/// The rules that settings may override; `None` keeps the base. `user_limited` and `durable` cannot be set, because the
+/// product's own apps rely on them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Overrides {
     pub history_size: Option<usize>,
@@ -62,6 +62,7 @@ pub struct Overrides {
 }
 
 impl Overrides {
+    /// `base` with these overrides applied.
     pub fn over(&self, base: &Rules) -> Rules {
         Rules {
             history_size: self.history_size.unwrap_or(base.history_size),
@@ -100,7 +101,7 @@ pub fn built_in() -> Vec<Namespace> {
     let closed = Rules { publish: false, presence: false, ..Rules::default() };
     let namespace = |name: &str, rules| Namespace { name: name.into(), rules };
     vec![
-        // A page session starts again after a restart, so its deltas are not worth keeping.
+        // A page session starts over after a restart, so its deltas need not be kept.
         namespace(
             "app",
             Rules {
@@ -122,7 +123,7 @@ pub fn of<'a>(channel: &str, namespaces: &'a [Namespace], defaults: &'a Rules) -
         return Some(defaults);
     };
 
-    // From the end, so that a namespace that was added later wins over an earlier one of the same name.
+    // Searched from the end, so that a later namespace overrides an earlier one of the same name.
     namespaces
         .iter()
         .rev()

@@ -1,4 +1,4 @@
-//! The server API: `POST /api/<operation>` with `X-API-Key`, for programs that speak HTTP.
+//! The server API: `POST /api/<operation>` with `X-API-Key`, for other programs.
 
 use crate::Node;
 use crate::operations::Operation;
@@ -13,7 +13,7 @@ use wire::channels::{ApiAnswer, Failure};
 use wire::limits::PUBLICATION_MAX;
 use wire::realtime::ErrorCode;
 
-/// A publication and what stands around it.
+/// A publication of the maximum size and the request's other fields.
 const BODY_MAX: usize = PUBLICATION_MAX + 64 * 1024;
 
 pub async fn handle(State(node): State<Arc<Node>>, Path(name): Path<String>, request: Request) -> Response {
@@ -34,14 +34,14 @@ pub async fn handle(State(node): State<Arc<Node>>, Path(name): Path<String>, req
         return Json(failure(ErrorCode::MethodNotFound, format!("no operation {name:?}"))).into_response();
     };
 
-    // An error of the operation is an answer as well, with status 200.
+    // An error of the operation is an answer too, with status 200.
     match node.operate(operation, &body).await {
         Ok(result) => Json(ApiAnswer::Result(result)).into_response(),
         Err((code, message)) => Json(failure(code, message)).into_response(),
     }
 }
 
-/// The whole body; no body is an empty request.
+/// Reads the whole body. An empty body counts as an empty request.
 async fn body(request: Request) -> Result<Bytes, Response> {
     match axum::body::to_bytes(request.into_body(), BODY_MAX).await {
         Ok(body) if body.is_empty() => Ok(Bytes::from_static(b"{}")),

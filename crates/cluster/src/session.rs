@@ -1,8 +1,8 @@
-//! A WebSocket connection: reads commands, has them carried out, and writes what its outbox holds. One task.
+//! The session of a WebSocket connection, one task: reads commands, carries them out, and writes the client's outbox.
 
 use crate::client::{Outbox, frame};
 use crate::commands::{self, Connection};
-use crate::place::Place;
+use crate::slot::ConnectionSlot;
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -19,20 +19,20 @@ use wire::realtime::{Disconnect, Encoding, Reply, decode_commands};
 use wire::websocket::{self, Decoder, Event, Opcode};
 
 const READ_CHUNK: usize = 4 * 1024;
-/// Frames in one write.
+/// Frames in one vectored write.
 const WRITE_SLICES: usize = 64;
-/// A client that takes no bytes for this long is gone.
+/// A client that reads no bytes for this long is disconnected.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Time for a client to take its last frames and the close frame.
-const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
-/// Time for a client to close its side after the close frame.
+/// How long a client may take to read its last frames and the close frame.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a client may take to close its side after the close frame.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a client asked for in its upgrade request.
+/// The transport options that a client chose in its upgrade request.
 #[derive(Debug, Clone, Copy)]
 pub struct Transport {
     pub encoding: Encoding,
-    /// Pings are WebSocket frames, not messages of the protocol.
+    /// Pings are WebSocket ping frames instead of protocol messages.
     pub frame_pings: bool,
 }
 
@@ -42,18 +42,18 @@ pub enum Exit {
     /// The connection broke, or the client stopped reading.
     Gone,
     Closed(Disconnect),
-    /// The client broke the WebSocket protocol, or sent a close frame: the close code of our answer.
+    /// The client broke the WebSocket protocol or sent a close frame. Holds the close code of the server's answer.
     Violation(u16),
 }
 
-pub async fn run(place: Place, stream: TcpStream, early: Bytes, transport: Transport) {
-    let node = place.node().clone();
-    let mut session = Session::new(&place, stream, early, transport);
+pub async fn run(slot: ConnectionSlot, stream: TcpStream, early: Bytes, transport: Transport) {
+    let node = slot.node().clone();
+    let mut session = Session::new(&slot, stream, early, transport);
     let exit = session.serve().await;
 
-    // Dropping the session drops the command in progress, which could otherwise subscribe after the departure.
+    // Dropping the session cancels the command in progress, which could otherwise subscribe after the cleanup.
     drop(session);
-    place.leave().await;
+    slot.release().await;
     node.stats().ended(exit);
     tracing::debug!(?exit, "connection ended");
 }
@@ -66,11 +66,11 @@ struct Session {
     /// Frames to write. The first may be partly written.
     output: VecDeque<Bytes>,
     phase: Phase,
-    /// The commands of one message. Nothing more is read while they are carried out.
+    /// The commands of one message. Nothing is read while they are carried out.
     current: Option<BoxFuture<'static, Outcome>>,
-    /// RPCs in flight, and the ends of expired subscriptions.
+    /// RPCs in flight, and the cleanup of expired subscriptions.
     rpcs: FuturesUnordered<BoxFuture<'static, ()>>,
-    /// When the client must have taken some bytes; `None` while there are none to take.
+    /// When the write timeout expires; `None` while no bytes wait to be written.
     write_due: Option<Instant>,
 }
 
@@ -81,7 +81,7 @@ enum Phase {
         next_ping: Instant,
         /// When the pong to the oldest unanswered ping is due.
         pong_due: Option<Instant>,
-        /// When the connection token ends, with its grace.
+        /// When the connection token and its refresh grace expire.
         token_end: Option<Instant>,
     },
 }
@@ -100,22 +100,22 @@ impl TokenEnd {
     }
 }
 
-/// What the session has to do after the commands of a message.
+/// The effects of one message's commands on the session.
 #[derive(Default)]
 pub struct Outcome {
-    /// The end of the newest token, if a connect or refresh succeeded.
+    /// The expiry of the new token, if a connect or refresh succeeded.
     pub token_end: Option<TokenEnd>,
     pub rpcs: Vec<BoxFuture<'static, ()>>,
     pub close: Option<Disconnect>,
 }
 
 impl Session {
-    fn new(place: &Place, stream: TcpStream, early: Bytes, transport: Transport) -> Self {
-        let node = place.node().clone();
+    fn new(slot: &ConnectionSlot, stream: TcpStream, early: Bytes, transport: Transport) -> Self {
+        let node = slot.node().clone();
         let until = Instant::now() + node.config.connect_timeout;
         let connection = Connection {
             outbox: Arc::new(Outbox::new(node.config.client_queue)),
-            client: place.client().clone(),
+            client: slot.client().clone(),
             transport,
             node,
         };
@@ -134,11 +134,11 @@ impl Session {
 
     async fn serve(&mut self) -> Exit {
         let Err(exit) = self.exchange().await;
-        self.say_goodbye(exit).await;
+        self.close(exit).await;
         exit
     }
 
-    /// Reads, carries out and writes until there is a reason to stop.
+    /// Reads, carries out commands and writes until the session has a reason to end.
     async fn exchange(&mut self) -> Result<Infallible, Exit> {
         self.decode()?;
         let mut closing: Option<Disconnect> = None;
@@ -147,7 +147,7 @@ impl Session {
                 closing = self.connection.outbox.take(&mut self.output);
             }
             self.write()?;
-            // A client that is closed as slow does not get its backlog first.
+            // A client that is disconnected as slow does not get its backlog first.
             if let Some(code) = closing
                 && (self.output.is_empty() || code == Disconnect::Slow)
             {
@@ -158,12 +158,12 @@ impl Session {
             let connecting = matches!(self.phase, Phase::Connecting { .. });
             tokio::select! {
                 () = self.connection.outbox.changed.notified(), if closing.is_none() => {}
-                // A drain paces the disconnects of connected clients; the others hold nothing and go at once.
+                // A drain paces the disconnects of connected clients only; connecting ones are closed at once.
                 () = self.connection.node.stopping.cancelled(), if connecting => {
                     return Err(Exit::Closed(Disconnect::Shutdown));
                 }
                 ready = self.stream.writable(), if !self.output.is_empty() => ready.map_err(|_| Exit::Gone)?,
-                // While commands are in progress nothing is read, so that TCP slows a client that sends too fast.
+                // Nothing is read while commands are in progress, so that TCP flow control slows the client down.
                 ready = self.stream.readable(), if self.current.is_none() && closing.is_none() => {
                     ready.map_err(|_| Exit::Gone)?;
                     self.read()?;
@@ -202,7 +202,7 @@ impl Session {
                 }
             };
             match event {
-                // JSON may come in a binary frame as well, but protobuf is never text.
+                // JSON may also come in a binary frame, but protobuf is never text.
                 Event::Text(_) if self.connection.transport.encoding == Encoding::Protobuf => {
                     return Err(Exit::Closed(Disconnect::BadRequest));
                 }
@@ -213,7 +213,7 @@ impl Session {
                     self.connection.outbox.push(pong.freeze());
                 }
                 Event::Pong => self.pong(),
-                // Echoed. 1000 is a normal closure, for a close frame without a code.
+                // The code is echoed; a close frame without one is answered with 1000, a normal closure.
                 Event::Close(code) => return Err(Exit::Violation(code.unwrap_or(1000))),
             }
         }
@@ -228,7 +228,7 @@ impl Session {
     fn message(&mut self, message: &Bytes) -> Result<(), Exit> {
         let connection = &self.connection;
         let mut commands = decode_commands(connection.transport.encoding, message).map_err(|error| {
-            tracing::debug!(%error, "cannot read a client's message");
+            tracing::debug!(%error, "cannot decode a client's message");
             Exit::Closed(Disconnect::BadRequest)
         })?;
 
@@ -262,7 +262,7 @@ impl Session {
         }
     }
 
-    /// A connect or refresh succeeded. The first one begins the phase in which the client is pinged.
+    /// Sets the token expiry after a connect or refresh succeeded. A connect also starts the pings.
     fn present_token(&mut self, end: TokenEnd) {
         let (now, config) = (Instant::now(), &self.connection.node.config);
         let ends = match end {
@@ -278,7 +278,7 @@ impl Session {
         }
     }
 
-    /// Writes as much of the output as the socket takes.
+    /// Writes as much of the output as the socket accepts without waiting.
     fn write(&mut self) -> Result<(), Exit> {
         while !self.output.is_empty() {
             match self.stream.try_write_vectored(&slices(&self.output)) {
@@ -297,7 +297,7 @@ impl Session {
 
         self.write_due = None;
         if self.output.capacity() > WRITE_SLICES {
-            // A backlog that was written leaves no memory behind.
+            // Releases the memory of a large backlog.
             self.output = VecDeque::new();
         }
         Ok(())
@@ -323,7 +323,7 @@ impl Session {
             return Err(Exit::Gone);
         }
 
-        // The order decides the close code when several are due at once.
+        // If several timers are due at once, this order determines the close code.
         match &mut self.phase {
             Phase::Connecting { until } if *until <= now => Err(Exit::Closed(Disconnect::Stale)),
             Phase::Connecting { .. } => Ok(()),
@@ -341,7 +341,7 @@ impl Session {
         }
     }
 
-    /// Pings the client, and ends its expired subscriptions on the same occasion.
+    /// Pings the client, and ends its expired subscriptions at the same time.
     fn ping(&mut self) {
         let Connection { node, client, outbox, transport } = &self.connection;
         if let Some(client) = client.get() {
@@ -356,15 +356,15 @@ impl Session {
         });
     }
 
-    /// Writes the close frame behind what is due before it, and closes the socket in good order.
-    async fn say_goodbye(&mut self, exit: Exit) {
+    /// Writes the remaining frames and the close frame, then closes the socket gracefully.
+    async fn close(&mut self, exit: Exit) {
         let (code, reason) = match exit {
             Exit::Gone => return,
             Exit::Closed(disconnect) => (disconnect as u16, disconnect.reason()),
             Exit::Violation(code) => (code, ""),
         };
         if exit == Exit::Closed(Disconnect::Slow) {
-            // The first frame may be partly written, and the close frame cannot stand in the middle of it.
+            // The first frame may be partly written and must be completed before the close frame.
             self.output.truncate(1);
         } else {
             self.connection.outbox.take(&mut self.output);
@@ -373,8 +373,8 @@ impl Session {
         websocket::encode_close(code, reason, &mut close);
         self.output.push_back(close.freeze());
 
-        let _ = timeout(GOODBYE_TIMEOUT, self.flush()).await;
-        // Closing a socket with unread bytes resets it, and the client might lose the close frame.
+        let _ = timeout(CLOSE_TIMEOUT, self.flush()).await;
+        // Closing a socket with unread bytes resets the connection, and the client could miss the close frame.
         let _ = timeout(LINGER_TIMEOUT, self.linger()).await;
     }
 
@@ -392,7 +392,7 @@ impl Session {
         }
     }
 
-    /// Shuts our side down and reads until the client has closed its own.
+    /// Shuts down the sending side and reads until the client has closed its own.
     async fn linger(&mut self) {
         let mut rest = [0; 1024];
         let _ = self.stream.shutdown().await;
@@ -408,7 +408,7 @@ fn slices(output: &VecDeque<Bytes>) -> Vec<IoSlice<'_>> {
         .collect()
 }
 
-/// Removes bytes that were written from the front.
+/// Removes written bytes from the front of the output.
 fn drop_written(output: &mut VecDeque<Bytes>, mut written: usize) {
     while let Some(first) = output.front_mut() {
         if written < first.len() {
@@ -420,7 +420,7 @@ fn drop_written(output: &mut VecDeque<Bytes>, mut written: usize) {
     }
 }
 
-/// Resolves with the outcome of the current commands; never, if there are none.
+/// Resolves with the outcome of the current commands; pending forever if there are none.
 async fn current(future: &mut Option<BoxFuture<'static, Outcome>>) -> Outcome {
     match future {
         Some(future) => future.await,

@@ -45,7 +45,7 @@ impl Stats {
         let code = match exit {
             Exit::Gone => "gone".to_string(),
             Exit::Closed(disconnect) => (disconnect as u16).to_string(),
-            // A client may send any of 2,000 codes. They share one label, so that it cannot create metrics at will.
+            // A client may send any of 2,000 close codes. They share one label, so that clients cannot create metrics.
             Exit::Violation(1000 | 1001) => "left".to_string(),
             Exit::Violation(_) => "violation".to_string(),
         };
@@ -53,6 +53,7 @@ impl Stats {
     }
 }
 
+/// Publishes the node's status every second, until cancelled.
 pub async fn run(node: Arc<Node>, cancel: CancellationToken) {
     let started = Instant::now();
     let mut cpu = CpuMeter::new();
@@ -104,9 +105,9 @@ fn status(node: &Node, uptime: Duration, cpu: f64) -> NodeStatus {
     }
 }
 
-/// Shows the same figures as metrics.
+/// Exports the status as metrics.
 fn record(status: &NodeStatus) {
-    // Counters are kept by the node and set as a whole, so that both views show the same figures.
+    // The counters are set to the status' totals, so that status and metrics show the same figures.
     metrics::gauge!("beamline_cluster_connections").set(status.connections as f64);
     metrics::gauge!("beamline_cluster_channels").set(status.channels as f64);
     metrics::counter!("beamline_cluster_connects_total").absolute(status.connects_total);
@@ -116,7 +117,7 @@ fn record(status: &NodeStatus) {
     metrics::gauge!("beamline_process_resident_bytes").set(status.rss_bytes as f64);
 }
 
-/// The resident memory: the second field of statm, in pages of 4 KiB.
+/// The resident memory in bytes: the second field of statm, in pages of 4 KiB.
 fn rss_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     statm
@@ -141,14 +142,15 @@ impl CpuMeter {
     /// The time in user and kernel mode since the start, in hundredths of a second.
     fn now() -> u64 {
         let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-        // The process name in parentheses may contain spaces, so fields are counted from behind it: utime is the 12th.
+        // The process name in parentheses may contain spaces, so fields are counted after it: utime is the 12th, stime
+        // the 13th.
         let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
         let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
         let field = |index: usize| fields.get(index).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
         field(11) + field(12)
     }
 
-    /// The share since the last call.
+    /// The CPU time since the last call, as a share of one core.
     fn share(&mut self) -> f64 {
         let (ticks, at) = (Self::now(), Instant::now());
         let seconds = at.duration_since(self.at).as_secs_f64().max(0.001);

@@ -17,7 +17,7 @@ const ENDED_MAX: usize = 10_000;
 pub struct Tokens {
     key: DecodingKey,
     validation: Validation,
-    /// Sign-ins that have ended: their tokens are refused although they have not expired.
+    /// Sign-ins that have ended. Their tokens are refused even before they expire.
     ended: Mutex<Ended>,
 }
 
@@ -62,7 +62,7 @@ pub struct Connection {
     /// Channels that the server subscribes at connect.
     #[serde(default)]
     pub channels: Vec<String>,
-    /// The sign-in that the token was made for. It is refused once the user has signed out.
+    /// The sign-in that the token was issued for. The token is refused once the user has signed out.
     #[serde(default)]
     pub sid: Option<String>,
     /// Set in a subscription token only.
@@ -80,7 +80,7 @@ pub struct Subscription {
     pub info: Option<Box<RawValue>>,
 }
 
-/// The bytes of a claim, as they stand in the token.
+/// The JSON of a claim, byte for byte as in the token; empty if there is none.
 pub fn json(claim: Option<Box<RawValue>>) -> Bytes {
     claim
         .map(|json| Bytes::from(String::from(Box::<str>::from(json))))
@@ -90,8 +90,8 @@ pub fn json(claim: Option<Box<RawValue>>) -> Bytes {
 impl Tokens {
     pub fn new(secret: &[u8]) -> Self {
         let mut validation = Validation::new(Algorithm::HS256);
-        // `exp` is optional. A grace after it is not for new connections, only for those that are open: see the
-        // session.
+        // `exp` is optional. There is no leeway for new connections: the refresh grace applies only to open ones, in
+        // the session.
         validation.required_spec_claims.clear();
         validation.validate_aud = false;
         validation.leeway = 0;
@@ -112,11 +112,11 @@ impl Tokens {
         self.ended.lock().known.contains(sid)
     }
 
-    /// Checks a connection token. A subscription token is refused: its holder may see one channel and nothing else.
+    /// Checks a connection token. A subscription token is refused, because it grants access to one channel only.
     pub fn connection(&self, token: &str) -> Result<Connection, Refusal> {
         let claims: Connection = self.read(token)?;
         if claims.channel.is_some() {
-            return Err(Refusal::Invalid("it is a subscription token, since it has the claim channel".into()));
+            return Err(Refusal::Invalid("it is a subscription token (it has the claim channel)".into()));
         }
 
         if claims.sid.as_deref().is_some_and(|sid| self.has_ended(sid)) {

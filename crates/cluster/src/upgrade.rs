@@ -1,8 +1,8 @@
 //! The upgrade of an HTTP request to a WebSocket connection.
 
 use crate::Node;
-use crate::place::Place;
 use crate::session::{self, Transport};
+use crate::slot::ConnectionSlot;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, Uri, header};
@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use wire::realtime::Encoding;
 use wire::websocket::accept_key;
 
-/// The subprotocol by which a client asks for protobuf.
+/// The subprotocol with which a client requests protobuf.
 const PROTOBUF: &str = "centrifuge-protobuf";
 
 pub async fn handle(State(node): State<Arc<Node>>, mut request: Request) -> Response {
@@ -34,15 +34,15 @@ pub async fn handle(State(node): State<Arc<Node>>, mut request: Request) -> Resp
 
     let subprotocol = offers_protobuf(headers);
     let transport = transport(subprotocol, request.uri());
-    let Some(place) = Place::take(&node) else {
+    let Some(slot) = ConnectionSlot::take(&node) else {
         metrics::counter!("beamline_cluster_refused_total").increment(1);
         let text = "the node is full; cluster.max_connections is the limit";
         return refuse(StatusCode::SERVICE_UNAVAILABLE, text);
     };
 
-    // The upgrade resolves once hyper has sent the response, so the session needs a task of its own.
+    // The upgrade resolves only after hyper has sent the response, so the session runs in a task of its own.
     let upgrade = hyper::upgrade::on(&mut request);
-    node.sessions.spawn(serve(upgrade, place, transport));
+    node.sessions.spawn(serve(upgrade, slot, transport));
     switching_protocols(&key, subprotocol)
 }
 
@@ -50,21 +50,23 @@ fn refuse(status: StatusCode, text: &str) -> Response {
     (status, format!("{text}\n")).into_response()
 }
 
-/// Runs the session, once the response has been written and hyper gives the socket away.
-async fn serve(upgrade: OnUpgrade, place: Place, transport: Transport) {
+/// Runs the session once hyper has written the response and released the socket.
+async fn serve(upgrade: OnUpgrade, slot: ConnectionSlot, transport: Transport) {
     match upgrade.await {
         Ok(upgraded) => match tcp_stream(upgraded) {
-            Some((stream, early)) => Box::pin(session::run(place, stream, early, transport)).await,
-            None => tracing::error!("cannot serve a WebSocket: its connection is not plain TCP (TLS in this process?)"),
+            Some((stream, early)) => Box::pin(session::run(slot, stream, early, transport)).await,
+            None => {
+                tracing::error!("cannot serve a WebSocket: its connection is not plain TCP; terminate TLS in a proxy")
+            }
         },
         Err(error) => tracing::debug!(%error, "a connection ended before its upgrade"),
     }
 }
 
-/// The socket itself, and the bytes that were read from it already. Serving it through hyper's reader would cost memory
-/// and copies for every connection.
+/// The underlying socket, and the bytes that were already read from it. Serving it through hyper's wrapper would cost
+/// memory and copies for every connection.
 fn tcp_stream(upgraded: Upgraded) -> Option<(TcpStream, Bytes)> {
-    // axum serves through hyper-util's `auto`, which wraps the stream once more.
+    // axum serves through hyper-util's `auto`, which adds a wrapper around the stream.
     match auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded) {
         Ok(parts) => Some((parts.io.into_inner(), parts.read_buf)),
         Err(upgraded) => upgraded
@@ -106,7 +108,7 @@ fn transport(subprotocol: bool, uri: &Uri) -> Transport {
     }
 }
 
-/// The key of a WebSocket upgrade; `None` if the request is no such upgrade.
+/// The key of a WebSocket upgrade; `None` if the request is not one.
 fn upgrade_key(headers: &HeaderMap) -> Option<String> {
     let has = |name: header::HeaderName, token: &str| {
         headers
@@ -127,7 +129,8 @@ fn upgrade_key(headers: &HeaderMap) -> Option<String> {
     (is_upgrade && !key.is_empty()).then(|| key.to_string())
 }
 
-/// Programs send no origin. The origin of a page must be our own host or one of `http.origins`.
+/// Requests without an origin are allowed: only browsers send one. A page's origin must be the node's own host or one
+/// of `http.origins`.
 fn origin_allowed(headers: &HeaderMap, origins: &[String]) -> bool {
     let Some(origin) = headers.get(header::ORIGIN) else {
         return true;

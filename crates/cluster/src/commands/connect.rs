@@ -16,7 +16,7 @@ use wire::realtime::{
 
 const VERSION: &str = concat!("beamline ", env!("CARGO_PKG_VERSION"));
 
-/// Gives a connection its client, subscribes the channels of its token and replies. Returns when the token ends.
+/// Authenticates the client, subscribes it to the channels of its token, and replies. Returns when the token expires.
 pub async fn connect(connection: &Connection, id: u32, request: ConnectRequest) -> Result<TokenEnd, Failure> {
     let node = &*connection.node;
     let mut claims = authenticate(&node.tokens, &request.token)?;
@@ -26,7 +26,7 @@ pub async fn connect(connection: &Connection, id: u32, request: ConnectRequest) 
     let client = admit(connection, claims)?;
     let subscriptions = prepare_all(node, &client, channels, request.subs).await;
 
-    // Publications of these channels are collected until the reply is on its way.
+    // Publications to these channels are collected until the reply is queued.
     let connect = connect_result(node, &client, connection.transport, ttl, &subscriptions);
     client.reply(&Reply { id, connect: Some(connect), ..Reply::default() });
     for (channel, prepared) in subscriptions {
@@ -42,7 +42,7 @@ fn authenticate(tokens: &Tokens, token: &str) -> Result<token::Connection, Failu
         return Err(Failure::Close(Disconnect::InvalidToken));
     }
     tokens.connection(token).map_err(|refusal| match refusal {
-        // An error reply, not a disconnect: the client fetches a new token and connects again.
+        // An error reply rather than a disconnect, so that the client fetches a new token and connects again.
         Refusal::Expired => {
             let text = "the connection token has expired; get a new one";
             Failure::Denied(ErrorCode::TokenExpired, text.into())
@@ -54,7 +54,7 @@ fn authenticate(tokens: &Tokens, token: &str) -> Result<token::Connection, Failu
     })
 }
 
-/// Adds the client to the node. From here on the session removes it when it ends, however it ends.
+/// Adds the client to the node. The connection slot removes it, however the session ends.
 fn admit(connection: &Connection, claims: token::Connection) -> Result<Arc<Client>, Failure> {
     let node = &connection.node;
     let login = claims.sid.clone();
@@ -65,7 +65,7 @@ fn admit(connection: &Connection, claims: token::Connection) -> Result<Arc<Clien
     });
     node.clients.lock().insert(number, client.clone());
 
-    // A sign-out since the token was read did not find this client among those to close.
+    // A sign-out after the token was checked may have missed this client, which was not in the map yet.
     if login.is_some_and(|login| node.tokens.has_ended(&login)) {
         return Err(Failure::Close(Disconnect::InvalidToken));
     }
@@ -114,7 +114,7 @@ fn connect_result(
             .iter()
             .map(|(channel, prepared)| (channel.clone(), prepared.result.clone()))
             .collect(),
-        // Pings that are WebSocket frames are no messages of the protocol.
+        // WebSocket ping frames are not announced in the protocol.
         ping: if transport.frame_pings { 0 } else { ping },
         pong: !transport.frame_pings,
         time: i64::try_from(unix_ms()).unwrap_or(0),
@@ -124,7 +124,7 @@ fn connect_result(
     }
 }
 
-/// Takes a newer token of the same user, and returns when it ends.
+/// Accepts a newer token of the same user. Returns when the token expires.
 pub fn refresh(
     tokens: &Tokens,
     client: &Client,
@@ -138,7 +138,7 @@ pub fn refresh(
         return Err(Failure::Close(Disconnect::InvalidToken));
     }
 
-    // From now on the sign-out of this sign-in closes the connection.
+    // From now on, ending this sign-in disconnects the client.
     client.set_login(claims.sid);
     let ttl = claims.exp.map(ttl);
     let refreshed = RefreshResult {

@@ -1,4 +1,4 @@
-//! RPCs: a client's call becomes a request on the bus, answered by whichever part serves the method.
+//! RPCs: a client's call becomes a request on the bus, answered by the part that serves the method.
 
 use crate::client::Client;
 use bus::{Bus, Headers};
@@ -9,15 +9,15 @@ use std::time::Duration;
 use wire::channels;
 use wire::realtime::{Error, ErrorCode, Reply, RpcRequest, RpcResult};
 
-/// Shorter than the five seconds that clients wait for a reply, so that they get an error and not silence.
+/// Shorter than the 5 s that clients wait for a reply, so that they get an error instead of timing out.
 const RPC_TIMEOUT: Duration = Duration::from_millis(4500);
 
-/// Sends the request and, once it is answered, the reply.
+/// Calls the method over the bus and replies to the client.
 pub fn call(bus: Bus, client: Arc<Client>, id: u32, request: RpcRequest) -> BoxFuture<'static, ()> {
     Box::pin(async move {
         let answer = answer(&bus, &client, request).await;
 
-        // RPCs do not wait in the line of commands, so each waits for room by itself.
+        // RPCs run outside the command loop, so each waits for room in the outbox itself.
         client.outbox.room().await;
         client.reply(&match answer {
             Ok(data) => Reply { id, rpc: Some(RpcResult { data }), ..Reply::default() },
@@ -29,7 +29,7 @@ pub fn call(bus: Bus, client: Arc<Client>, id: u32, request: RpcRequest) -> BoxF
     })
 }
 
-/// The data of the reply, or an error code, which may be the part's own, and its text.
+/// The data of the reply, or an error code and text, which may be those of the serving part.
 async fn answer(bus: &Bus, client: &Client, request: RpcRequest) -> Result<Bytes, (u32, String)> {
     let method = request.method;
     let Some(subject) = wire::subjects::rpc(&method) else {

@@ -19,7 +19,7 @@ use wire::realtime::{
 /// A subscription whose publications the hub collects until it goes live.
 pub struct Prepared {
     pub result: SubscribeResult,
-    /// Up to here the client has the history, once it has read `result`.
+    /// The newest position of the history that `result` covers.
     pub position: Position,
     pub rules: Rules,
     /// Seconds until the subscription token expires.
@@ -52,8 +52,8 @@ pub async fn prepare(
         return Err((ErrorCode::AlreadySubscribed, "already subscribed to this channel".into()));
     }
     let rules = allowed?;
-    // A lost subscription that is renewed takes no further place.
-    if !client.holds(channel) && client.subscription_count() >= CHANNELS_PER_CLIENT_MAX {
+    // Renewing a lost subscription does not add to the count.
+    if !client.has_subscription(channel) && client.subscription_count() >= CHANNELS_PER_CLIENT_MAX {
         let text = format!("a connection may subscribe to {CHANNELS_PER_CLIENT_MAX} channels; unsubscribe from one");
         return Err((ErrorCode::LimitExceeded, text));
     }
@@ -63,7 +63,7 @@ pub async fn prepare(
         node.subscription_token(client, channel, &request.token)?
     };
 
-    // Held and joined before the engine is asked: if the session ends meanwhile, `leave_all` undoes both.
+    // Registered with client and hub before the engine is used: if the session ends meanwhile, `leave_all` undoes both.
     let held = Held {
         presence: rules.presence,
         join_leave: rules.join_leave,
@@ -71,14 +71,14 @@ pub async fn prepare(
         info,
         lost: false,
     };
-    client.hold(channel, held);
+    client.add_subscription(channel, held);
     node.hub.join(channel, client);
 
     match follow_and_recover(node, client, request, &rules).await {
         Ok((result, position)) => Ok(Prepared { result, position, rules, ttl: expires.map(ttl) }),
         Err(error) => {
             tracing::warn!(channel, %error, "a subscription failed");
-            client.forget(channel);
+            client.remove_subscription(channel);
             let last = node.hub.leave(channel, client.number);
             withdraw(node, client, channel, rules.presence, last).await;
             Err(error.denied())
@@ -86,7 +86,7 @@ pub async fn prepare(
     }
 }
 
-/// Makes the engine deliver the channel to this node before the history is read, so that nothing falls in between.
+/// Follows the channel before its history is read, so that no publication is missed in between.
 async fn follow_and_recover(
     node: &Node,
     client: &Client,
@@ -122,7 +122,7 @@ async fn recover(
         .await?;
 
     let same_epoch = request.epoch.is_empty() || request.epoch == page.position.epoch;
-    // The history is in order, so nothing is missing if it continues right behind the client's offset.
+    // The history is contiguous, so nothing is missing if it continues right after the client's offset.
     let complete = match page.publications.first() {
         Some(first) => Some(first.offset) == request.offset.checked_add(1),
         None => request.offset == page.position.offset,
@@ -153,16 +153,18 @@ pub async fn announce(node: &Node, client: &Client, channel: &str, rules: &Rules
 }
 
 pub async fn unsubscribe(node: &Node, client: &Client, channel: &str) {
-    // Read first: what the subscription token says about the client is forgotten with the subscription.
+    // Read before the subscription is removed, because the info of its token is removed with it.
     let info = client.info_on(channel);
-    let Some(held) = client.forget(channel) else { return };
+    let Some(held) = client.remove_subscription(channel) else {
+        return;
+    };
 
     let last = node.hub.leave(channel, client.number);
     depart(node, client, channel, &held, info, last).await;
 }
 
-/// Ends all subscriptions of a closed connection. The hub stops delivering to it first, since the engine may take long
-/// for the rest.
+/// Ends all subscriptions of a closed connection. The client is removed from the hub first, because the engine may be
+/// slow.
 pub async fn leave_all(node: &Node, client: &Client) {
     node.clients.lock().remove(&client.number);
     let departures: Vec<_> = client
@@ -171,7 +173,7 @@ pub async fn leave_all(node: &Node, client: &Client) {
         .map(|(channel, held)| {
             let info = client.info_on(&channel);
             let last = node.hub.leave(&channel, client.number);
-            client.forget(&channel);
+            client.remove_subscription(&channel);
             (channel, held, info, last)
         })
         .collect();
@@ -181,8 +183,8 @@ pub async fn leave_all(node: &Node, client: &Client) {
     }
 }
 
-/// Tells the engine and the other subscribers that a client, which the hub no longer has, is gone. `last`: nobody on
-/// this node follows the channel any more.
+/// Removes a client that has left the hub from the engine, and announces its leave. `last`: the channel has no other
+/// subscriber on this node.
 async fn depart(node: &Node, client: &Client, channel: &str, held: &Held, info: ClientInfo, last: bool) {
     withdraw(node, client, channel, held.presence, last).await;
     if held.join_leave {
@@ -193,7 +195,7 @@ async fn depart(node: &Node, client: &Client, channel: &str, held: &Held, info: 
     }
 }
 
-/// Undoes what the engine was told of a subscription.
+/// Undoes a subscription in the engine: the follow, if it was the last one on this node, and the presence entry.
 async fn withdraw(node: &Node, client: &Client, channel: &str, presence: bool, last: bool) {
     if last {
         node.engine.unfollow(channel).await;
@@ -201,12 +203,12 @@ async fn withdraw(node: &Node, client: &Client, channel: &str, presence: bool, l
     if presence {
         let removed = node.engine.present(channel, &client.id, None).await;
         if let Err(error) = removed {
-            tracing::debug!(channel, %error, "cannot remove a presence entry; it expires by itself");
+            tracing::debug!(channel, %error, "cannot remove a presence entry; it will expire");
         }
     }
 }
 
-/// Extends a subscription by a newer token.
+/// Extends a subscription with a newer token.
 pub fn refresh(node: &Node, client: &Client, request: &SubRefreshRequest) -> Result<SubRefreshResult, Denied> {
     if !client.is_subscribed(&request.channel) {
         return Err((ErrorCode::PermissionDenied, "not subscribed to this channel".into()));
@@ -218,8 +220,8 @@ pub fn refresh(node: &Node, client: &Client, request: &SubRefreshRequest) -> Res
     Ok(SubRefreshResult { expires: ttl.is_some(), ttl: ttl.unwrap_or(0) })
 }
 
-/// Ends the subscriptions whose token expired and was not refreshed within the grace; the client subscribes again with
-/// a new token. `None` if there are none.
+/// Ends the subscriptions whose token was not refreshed within the grace after its expiry; the client resubscribes with
+/// a new token. `None` if there are no such subscriptions.
 pub fn expire(node: &Arc<Node>, client: &Arc<Client>) -> Option<BoxFuture<'static, ()>> {
     let latest = unix_seconds().saturating_sub(node.config.refresh_grace.as_secs());
     let mut expired = client.subscriptions();

@@ -1,4 +1,4 @@
-//! The engine of a single node: histories in memory, and in a journal so that they survive a restart.
+//! The engine of a single node: histories are kept in memory, and in a journal so that they survive a restart.
 //!
 //! A channel's stream stays locked while a publication gets its offset, is written and is delivered, so all readers see
 //! publications in the order of offsets.
@@ -27,13 +27,12 @@ CREATE TABLE IF NOT EXISTS publications (
     PRIMARY KEY (channel, offset)) WITHOUT ROWID;
 ";
 
-/// A channel without subscribers or publications for this long is forgotten. When it is used again, it begins a new
-/// epoch.
-const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
+/// A channel without subscribers or publications for this long is evicted. If it is used again, it begins a new epoch.
+const EVICT_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
 /// The same for a channel whose history is not kept across restarts.
-const FORGET_VOLATILE_AFTER: Duration = Duration::from_secs(3600);
-/// The same for a channel without any publication, since clients can create any number of these by asking for them.
-const FORGET_EMPTY_AFTER: Duration = Duration::from_secs(300);
+const EVICT_VOLATILE_AFTER: Duration = Duration::from_secs(3600);
+/// The same for a channel without any publication, because clients can create any number of these by reading them.
+const EVICT_EMPTY_AFTER: Duration = Duration::from_secs(300);
 
 pub struct Memory {
     hub: Arc<Hub>,
@@ -86,18 +85,18 @@ impl Stream {
             .map_or(self.position.offset + 1, |kept| kept.publication.offset)
     }
 
-    fn forget_after(&self) -> Duration {
+    fn evict_after(&self) -> Duration {
         match (self.position.offset, self.durable) {
-            (0, _) => FORGET_EMPTY_AFTER,
-            (_, true) => FORGET_AFTER,
-            (_, false) => FORGET_VOLATILE_AFTER,
+            (0, _) => EVICT_EMPTY_AFTER,
+            (_, true) => EVICT_AFTER,
+            (_, false) => EVICT_VOLATILE_AFTER,
         }
     }
 }
 
 impl Memory {
-    /// Opens the file in `dir`. `boot_id` names the boot of the machine and tells a power cut from the death of the
-    /// process.
+    /// Opens `channels.db` in `dir`. `boot_id` identifies the boot of the machine, which distinguishes a power cut from
+    /// a killed process.
     pub async fn open<'a>(
         dir: &Path,
         boot_id: &str,
@@ -137,10 +136,10 @@ impl Memory {
         stream
     }
 
-    /// Drops a stream, unless somebody other than the caller uses it. Returns whether it was dropped.
-    fn forget(&self, channel: &str) -> bool {
+    /// Removes a stream from memory unless another task uses it. Returns whether it was removed.
+    fn evict(&self, channel: &str) -> bool {
         let mut streams = self.streams.lock();
-        // One handle is the map's and one the caller's.
+        // The map has one handle and the caller another.
         let idle = streams
             .get(channel)
             .is_some_and(|stream| Arc::strong_count(stream) <= 2);
@@ -165,7 +164,7 @@ impl Memory {
                 .execute(params![channel, epoch, offset])?;
                 db.prepare_cached("INSERT OR REPLACE INTO publications VALUES (?1, ?2, ?3, ?4, ?5)")?
                     .execute(params![channel, offset, data, at_ms, key])?;
-                // Higher offsets are of an earlier epoch: the channel was forgotten and is used again.
+                // Higher offsets belong to an earlier epoch: the channel was evicted and is used again.
                 db.prepare_cached("DELETE FROM publications WHERE channel = ?1 AND (offset < ?2 OR offset > ?3)")?
                     .execute(params![channel, oldest, offset])?;
                 Ok(())
@@ -191,7 +190,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Removes a forgotten channel from the journal, unless it has begun a new epoch meanwhile.
+    /// Removes an evicted channel from the journal, unless it has begun a new epoch meanwhile.
     async fn remove(&self, channel: String, epoch: String) -> Result<(), journal::Error> {
         self.journal
             .write(move |db| {
@@ -205,9 +204,9 @@ impl Memory {
     }
 }
 
-/// Begins a new epoch in every stored channel, unless the file certainly holds every acknowledged publication: offsets
-/// of lost publications are assigned again, which must not happen within one epoch. The histories stay readable, and
-/// offsets continue from there. Returns the number of channels.
+/// Begins a new epoch in every stored channel, unless the file is certain to hold every acknowledged publication: the
+/// offsets of lost publications are assigned again, which must not happen within one epoch. The histories stay readable
+/// and their offsets continue. Returns the number of channels.
 fn renew_epochs(db: &Connection, continuity: Continuity) -> journal::rusqlite::Result<usize> {
     if continuity == Continuity::Certain {
         return Ok(0);
@@ -243,7 +242,7 @@ async fn load(journal: &Journal) -> Result<HashMap<String, Stream>, journal::Err
         while let Some(row) = rows.next()? {
             let channel: String = row.get(0)?;
             let data: Vec<u8> = row.get(1)?;
-            // An unreadable row is skipped, so that it does not prevent the start.
+            // An unreadable row is skipped, so that it cannot prevent the start.
             if let (Some(stream), Ok(publication)) = (streams.get_mut(&channel), Publication::decode(&data[..])) {
                 stream.touched_ms = row.get(2)?;
                 stream
@@ -275,7 +274,7 @@ impl Engine for Memory {
         let mut stream = stream.lock().await;
         let at_ms = unix_ms();
         stream.expire(rules.history_ttl, at_ms);
-        // Keys live as long as their publications are in the history.
+        // An idempotency key is known as long as its publication is in the history.
         if idempotency_key.is_some()
             && let Some(known) = stream.history.iter().find(|kept| kept.key == idempotency_key)
         {
@@ -296,7 +295,7 @@ impl Engine for Memory {
             stream.stored_from = oldest;
         }
 
-        // Stored: from here on nothing can fail, so memory and journal agree.
+        // From here on nothing can fail, so memory and journal agree.
         stream.position.offset = offset;
         (stream.ttl, stream.durable, stream.touched_ms) = (rules.history_ttl, rules.durable, at_ms);
         self.hub.publication(channel, &kept.publication, &stream.position.epoch);
@@ -355,7 +354,7 @@ impl Engine for Memory {
 
     async fn tidy(&self) {
         let now = unix_ms();
-        // Copied, so that publishers do not wait for the map while streams are tidied one after the other.
+        // Copied, so that publishers do not wait for the map's lock while the streams are tidied.
         let streams: Vec<_> = self
             .streams
             .lock()
@@ -372,18 +371,18 @@ impl Engine for Memory {
             }
 
             let used = self.hub.is_followed(&channel);
-            if used || now.saturating_sub(stream.touched_ms) < stream.forget_after().as_millis() as u64 {
+            if used || now.saturating_sub(stream.touched_ms) < stream.evict_after().as_millis() as u64 {
                 continue;
             }
 
             let (durable, epoch) = (stream.durable, stream.position.epoch.clone());
             drop(stream);
-            let forgotten = self.forget(&channel);
-            if !(forgotten && durable) {
+            let evicted = self.evict(&channel);
+            if !(evicted && durable) {
                 continue;
             }
             if let Err(error) = self.remove(channel, epoch).await {
-                tracing::warn!(%error, "cannot remove a forgotten channel; it comes back at the next start");
+                tracing::warn!(%error, "cannot remove an evicted channel; it will reappear at the next start");
             }
         }
     }
@@ -427,7 +426,7 @@ mod tests {
         memory.journal.read(count).await.unwrap()
     }
 
-    /// Makes all publications, and the last use of each channel, this much older.
+    /// Backdates all publications and the last use of each channel by this much.
     async fn age(memory: &Memory, by: Duration) {
         let by = by.as_millis() as u64;
         let streams: Vec<_> = memory.streams.lock().values().cloned().collect();
@@ -442,7 +441,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn expired_publications_leave_memory_and_file() {
+    async fn expired_publications_are_removed_from_memory_and_file() {
         let dir = tempfile::tempdir().unwrap();
         let rules = Rules { history_ttl: Duration::from_secs(60), ..Rules::default() };
         let memory = open(dir.path(), &rules).await;
@@ -456,7 +455,7 @@ mod tests {
         age(&memory, Duration::from_secs(61)).await;
         publish(&memory, "b", &rules).await;
         memory.tidy().await;
-        assert_eq!(stored(&memory).await, 1, "only the publication to b is left");
+        assert_eq!(stored(&memory).await, 1, "publications other than the one to b are left");
 
         age(&memory, Duration::from_secs(61)).await;
         drop(memory);
@@ -467,7 +466,7 @@ mod tests {
             .values()
             .map(|stream| stream.try_lock().unwrap().history.len())
             .sum();
-        assert_eq!(kept, 0, "a restart brings no expired publication back");
+        assert_eq!(kept, 0, "a restart restored expired publications");
         let page = memory.history("a", &rules, None).await.unwrap();
         assert_eq!(page.position, Position { offset: 3, ..position }, "the position stays");
     }
@@ -502,7 +501,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn unused_channels_are_forgotten() {
+    async fn unused_channels_are_evicted() {
         let dir = tempfile::tempdir().unwrap();
         let rules = Rules::default();
         let memory = open(dir.path(), &rules).await;
@@ -511,16 +510,16 @@ mod tests {
         }
         let first = publish(&memory, "used", &rules).await;
 
-        age(&memory, FORGET_EMPTY_AFTER).await;
+        age(&memory, EVICT_EMPTY_AFTER).await;
         memory.tidy().await;
         assert_eq!(memory.streams.lock().len(), 1);
 
-        age(&memory, FORGET_AFTER).await;
+        age(&memory, EVICT_AFTER).await;
         memory.tidy().await;
         assert!(memory.streams.lock().is_empty());
         assert_eq!(stored(&memory).await, 0);
 
-        // The channel begins a new epoch between being forgotten and being removed from the journal.
+        // The channel begins a new epoch between its eviction and its removal from the journal.
         let second = publish(&memory, "used", &rules).await;
         assert_ne!(first.epoch, second.epoch);
         memory.remove("used".into(), first.epoch).await.unwrap();

@@ -1,8 +1,8 @@
-//! The engine of any number of nodes that share a Redis. A channel has a stream and a position there; one script
-//! changes both and publishes, atomically.
+//! The engine of any number of nodes that share a Redis. Each channel has a stream and a position in Redis; one script
+//! updates both and publishes, atomically.
 //!
-//! A node that was disconnected from Redis cannot know what it missed, so its positioned clients subscribe again and
-//! recover from the stream.
+//! A node that was disconnected from Redis cannot know which publications it missed, so its positioned clients
+//! resubscribe and recover from the stream.
 
 mod follow;
 mod server;
@@ -30,23 +30,23 @@ use wire::realtime::{ClientInfo, Publication, Push};
 const PREFIX: &str = "beamline:";
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(4);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A channel's position outlives its publications, so that a client that comes back late learns that it missed some.
+/// A channel's position outlives its publications, so that a client that reconnects late learns that it missed some.
 const POSITION_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A presence entry that its node does not renew expires.
 const PRESENCE_TTL_MS: u64 = 60_000;
-/// An entry that expired this long ago is removed by the node that reads it. The clocks of nodes differ by less.
+/// A presence entry that expired this long ago is removed by the node that reads it. Clocks must differ by less.
 const PRESENCE_REMOVED_AFTER_MS: u64 = 600_000;
 /// Presence entries renewed concurrently.
 const RENEWALS_MAX: usize = 64;
 /// Locks that keep the publications of a channel in order. Channels with the same hash share one.
 const LANES: usize = 256;
 
-/// Reads the replication id of the server that runs the script, which names the life of its data. Redis makes a new one
-/// whenever acknowledged writes may have been lost: each time a primary starts, whatever it has loaded, and each time a
-/// replica is promoted. The run id would not do: a primary that became a replica, gave up its last writes and was
-/// promoted again is still the same process. The script reads it and not the node, because the node's connection
-/// reconnects by itself and resends, perhaps to another server. INFO costs about 6 µs in each script.
-macro_rules! life {
+/// Reads the replication id of the server that runs the script. Redis generates a new one whenever acknowledged writes
+/// may have been lost: each time a primary starts and each time a replica is promoted. The run id would not suffice: a
+/// primary that became a replica, discarded its last writes and was promoted again is still the same process. The
+/// script reads the id rather than the node, because the node's connection reconnects on its own and may resend to
+/// another server. INFO costs about 6 µs per script.
+macro_rules! replication_id {
     () => {
         r"
 local life = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
@@ -55,13 +55,13 @@ if not life then return redis.error_reply('ERR INFO replication names no master_
     };
 }
 
-/// Reads the channel's epoch, or begins a new one if the position was written in another life of the data. The history
-/// stays and offsets continue: new subscribers see it, and only recovery from the old epoch fails.
+/// Reads the channel's epoch, or begins a new one if the position was written under another replication id. The history
+/// stays and offsets continue: new subscribers see the history, and only recovery from the old epoch fails.
 /// KEYS: stream, position · ARGV: fresh epoch, position ttl ms.
 macro_rules! epoch {
     () => {
         concat!(
-            life!(),
+            replication_id!(),
             r"
 local known = redis.call('HMGET', KEYS[2], 'e', 'life')
 local epoch = known[1]
@@ -76,8 +76,8 @@ redis.call('PEXPIRE', KEYS[2], ARGV[2])
     };
 }
 
-/// Runs at the start, so that a server or user without INFO fails there and not at the first publication.
-const LIFE: &str = concat!(life!(), "return life");
+/// Run at the start, so that a server or user without INFO fails then rather than at the first publication.
+const REPLICATION_ID: &str = concat!(replication_id!(), "return life");
 
 /// Assigns the offset, stores the publication and publishes it.
 /// KEYS: stream, position, idempotency · ARGV: fresh epoch, position ttl ms, publication, size, ttl ms, topic, key
@@ -113,15 +113,16 @@ return {epoch, newest, redis.call('XRANGE', KEYS[1], '(' .. ARGV[3] .. '-0', '+'
 
 pub struct Redis {
     publish_command: &'static str,
-    /// Publications of this node to a channel go one after the other, because the connection may reorder them.
+    /// One lock per lane: this node's publications to a channel are sent one at a time, because the connection may
+    /// reorder them.
     order: Vec<tokio::sync::Mutex<()>>,
     hasher: RandomState,
     connection: Commands,
     history: Script,
     follows: Follows,
-    /// `None` once it runs.
+    /// `None` once the loop runs.
     follower: Mutex<Option<Follower>>,
-    /// The presence entries of this node's clients, by channel and client, which it renews.
+    /// The presence entries of this node's clients, by channel and client. The node renews them.
     present: Mutex<HashMap<(String, String), ClientInfo>>,
 }
 
@@ -133,7 +134,7 @@ impl Redis {
         let mut connection = server.commands().await.map_err(failed)?;
 
         redis::cmd("EVAL")
-            .arg(LIFE)
+            .arg(REPLICATION_ID)
             .arg(0)
             .query_async::<String>(&mut connection)
             .await
@@ -168,7 +169,7 @@ impl Redis {
 
         let (channel, client) = entry;
         self.write_presence(channel, client, &info).await?;
-        // The client may have left meanwhile, before the entry was written again.
+        // If the client left meanwhile, the entry was written again after its removal.
         if !self.present.lock().contains_key(entry) {
             self.remove_presence(channel, &[client]).await?;
         }
@@ -209,8 +210,8 @@ fn without_password(urls: &str) -> String {
 }
 
 fn key(channel: &str, of: &str) -> String {
-    // In a cluster, the braces keep a channel's keys on one server. The dot keeps a channel that begins with `}` from
-    // making them empty.
+    // In a cluster, the braces (a hash tag) keep a channel's keys on one server. The dot keeps the tag from being empty
+    // for a channel that begins with `}`, which Redis would ignore.
     format!("{PREFIX}{of}:{{.{channel}}}")
 }
 
@@ -242,7 +243,7 @@ impl Engine for Redis {
             }
 
             let once = idempotency_key.as_deref().unwrap_or("");
-            // EVAL and not EVALSHA: where the script is not known yet, the retry would come after later publications.
+            // EVAL rather than EVALSHA: if the script is not loaded, the retry would come after later publications.
             let (offset, epoch): (u64, String) = redis::cmd("EVAL")
                 .arg(PUBLISH)
                 .arg(3)
@@ -261,7 +262,8 @@ impl Engine for Redis {
                 .await?;
             Ok::<_, Failed>(Position { offset, epoch })
         };
-        // The wait for the turn counts, too: while Redis hangs, a queue of publications would take minutes.
+        // The timeout includes the wait for the lane: while Redis hangs, queued publications would otherwise wait for
+        // minutes.
         let late = |_| Failed::Redis(server::io("no reply in time"));
         tokio::time::timeout(RESPONSE_TIMEOUT, published).await.map_err(late)?
     }
@@ -314,7 +316,7 @@ impl Engine for Redis {
                 self.write_presence(channel, client, &info).await?;
             }
             None => {
-                // First, so that an entry that cannot be removed is not renewed and expires.
+                // Removed here first, so that an entry that cannot be removed from Redis is not renewed and expires.
                 self.present.lock().remove(&entry);
                 self.remove_presence(channel, &[client]).await?;
             }
@@ -330,7 +332,7 @@ impl Engine for Redis {
             .await?;
 
         let now = unix_ms();
-        let (mut alive, mut dead) = (BTreeMap::new(), Vec::new());
+        let (mut alive, mut expired) = (BTreeMap::new(), Vec::new());
         for (client, value) in entries {
             let Some((until, info)) = value.split_first_chunk::<8>() else {
                 continue;
@@ -339,13 +341,13 @@ impl Engine for Redis {
             if until > now {
                 alive.extend(ClientInfo::decode(info).ok().map(|info| (client, info)));
             } else if until.saturating_add(PRESENCE_REMOVED_AFTER_MS) < now {
-                dead.push(client);
+                expired.push(client);
             }
         }
-        // Entries of nodes that died. The key itself does not expire while other clients come and go.
 
-        if !dead.is_empty() {
-            self.remove_presence(channel, &dead).await?;
+        // Entries of crashed nodes. The key itself does not expire while other clients renew it.
+        if !expired.is_empty() {
+            self.remove_presence(channel, &expired).await?;
         }
         Ok(alive)
     }
@@ -368,8 +370,8 @@ impl Engine for Redis {
     }
 
     async fn tidy(&self) {
-        let mine: Vec<_> = self.present.lock().keys().cloned().collect();
-        let renewals = futures_util::stream::iter(mine.iter().map(Ok));
+        let own: Vec<_> = self.present.lock().keys().cloned().collect();
+        let renewals = futures_util::stream::iter(own.iter().map(Ok));
         let renewed = renewals
             .try_for_each_concurrent(RENEWALS_MAX, |entry| self.renew(entry))
             .await;
@@ -412,13 +414,13 @@ mod tests {
         assert_eq!(present.keys().collect::<Vec<_>>(), ["here"]);
         assert_eq!(redis.present.lock().len(), 1);
 
-        // An entry of a node that died long ago, in a channel that is still used.
-        let dead = [1_u64.to_be_bytes().to_vec(), ann.encode_to_vec()].concat();
+        // An entry of a node that crashed long ago, in a channel that is still used.
+        let expired = [1_u64.to_be_bytes().to_vec(), ann.encode_to_vec()].concat();
         let key = key("c", "presence");
         let _: i64 = redis::cmd("HSET")
             .arg(&key)
             .arg("dead")
-            .arg(dead)
+            .arg(expired)
             .query_async(&mut redis.connection.clone())
             .await
             .unwrap();

@@ -59,7 +59,7 @@ async fn server_api_publishes_reads_and_disconnects() {
         while client.push().await.join.unwrap().info.unwrap().client != client.connected.client {}
         clients.push(client);
     }
-    // The join of the second client.
+    // Skips the join of the second client.
     clients[0].push().await;
 
     let first = node
@@ -180,7 +180,7 @@ async fn publications_of_one_publisher_keep_their_order() {
     keeps_order(&Node::start_with(|config| config.client_queue = 16 * 1024 * 1024).await).await;
 }
 
-/// Publications that are sent without waiting for answers are delivered in the order of sending.
+/// Publications sent without waiting for their answers are delivered in the order in which they were sent.
 pub async fn keeps_order(node: &Node) {
     let mut ann = Client::connect(node, "ann").await;
     ann.subscribe(to("news")).await;

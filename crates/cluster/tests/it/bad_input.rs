@@ -1,4 +1,4 @@
-//! Input that no proper client sends.
+//! Input that no well-behaved client sends.
 
 use crate::client::{Client, ENCODINGS, to};
 use crate::node::{DEADLINE, Node};
@@ -65,7 +65,7 @@ async fn messages_over_the_limit_close_the_connection() {
     }
 }
 
-/// A connection after its upgrade, as plain bytes.
+/// Opens a connection and upgrades it. Returns the raw socket.
 async fn raw(node: &Node) -> TcpStream {
     let mut stream = TcpStream::connect(node.address).await.unwrap();
     let request = format!(
@@ -108,11 +108,11 @@ async fn protocol_violations_are_answered_with_their_close_code() {
         assert_eq!(answer.first(), Some(&0x88), "{name}: {answer:?}");
         assert_eq!(u16::from_be_bytes([answer[2], answer[3]]), expected, "{name}");
     }
-    // Every connection gave its slot back.
+    // Every connection has released its slot.
     connections_become(&node, 0).await;
 }
 
-/// Waits until the node counts so many connections.
+/// Waits until the node reports this many connections.
 async fn connections_become(node: &Node, expected: u64) {
     let mut statuses = node.bus.subscribe(wire::subjects::NODE_STATUS, None, 16).await.unwrap();
     let counted = async {
@@ -127,9 +127,9 @@ async fn connections_become(node: &Node, expected: u64) {
         .expect("the node counts the connections in time");
 }
 
-/// The message comes byte by byte, with a ping between its two fragments.
+/// The message arrives byte by byte, with a ping between its two fragments.
 #[tokio::test]
-async fn message_may_come_byte_by_byte() {
+async fn fragmented_message_may_arrive_byte_by_byte() {
     let node = Node::start().await;
     let mut stream = raw(&node).await;
     stream.set_nodelay(true).unwrap();
@@ -199,7 +199,7 @@ async fn slow_client_is_closed_and_others_get_everything() {
     slow.present_token(&crate::node::user("bob")).await;
     slow.subscribe(to("news")).await;
 
-    // 10 MB: more than the kernel's buffers and the client's queue hold.
+    // 10 MB, more than the kernel's buffers and the client's queue can hold.
     const PUBLICATIONS: usize = 200;
     let mut statuses = node.bus.subscribe(wire::subjects::NODE_STATUS, None, 16).await.unwrap();
     let text = "x".repeat(50_000);

@@ -113,7 +113,7 @@ async fn subscription_token_opens_a_private_channel_until_it_expires() {
     assert_eq!(&ann.publication().await.info.unwrap().chan_info[..], br#"{"role":"host"}"#);
     ann.unsubscribe("$vip").await;
 
-    // The subscription ends with the token, unless it is refreshed.
+    // The subscription ends with its token unless the token is refreshed.
     let mut bob = Client::connect(&node, "ann").await;
     assert!(ann.subscribe(opens(now_s() + 1)).await.expires);
     assert!(bob.subscribe(opens(now_s() + 1)).await.expires);
@@ -185,7 +185,7 @@ async fn unsubscribed_client_receives_nothing() {
     let ask = HistoryRequest { channel: "news".into(), limit: -1, ..HistoryRequest::default() };
     assert_eq!(code(&ann.try_history(ask).await), 103);
 
-    // It may subscribe again. A channel without subscribers is removed.
+    // The client may subscribe again. A channel without subscribers is removed.
     ann.subscribe(to("news")).await;
     ann.cut();
     eventually(DEADLINE, || async { node.call("channels", &json!({})).await["result"]["channels"] == json!([]) }).await;

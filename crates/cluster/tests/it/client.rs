@@ -1,4 +1,4 @@
-//! A client that sends what a test gives it and keeps everything that it receives.
+//! A test client that sends exactly the given commands and keeps everything that it receives.
 
 use crate::node::{DEADLINE, Node, user};
 use bytes::Bytes;
@@ -40,7 +40,7 @@ pub fn again(channel: &str, before: &SubscribeResult, offset: u64) -> SubscribeR
 }
 
 impl Client {
-    /// Opens the WebSocket connection, and sends no connect command.
+    /// Opens the WebSocket connection without sending a connect command.
     pub async fn open(node: &Node, encoding: Encoding) -> Self {
         Self::open_at(node, encoding, "").await
     }
@@ -164,7 +164,7 @@ impl Client {
         }
     }
 
-    /// Takes the pushes that arrived before awaited replies.
+    /// Takes the pushes that arrived while a reply was awaited.
     pub fn kept(&mut self) -> VecDeque<Push> {
         std::mem::take(&mut self.pushes)
     }
@@ -185,7 +185,7 @@ impl Client {
         }
     }
 
-    /// Asserts that nothing more was pushed before the reply to a ping that is sent now.
+    /// Sends a ping and asserts that no push precedes its reply.
     pub async fn nothing_pushed(&mut self) {
         let ping = Command { ping: Some(wire::realtime::PingRequest {}), ..Command::default() };
         assert!(self.ask(ping).await.ping.is_some());

@@ -1,5 +1,5 @@
-//! A store that comes back with older data begins a new epoch: no client is told `recovered` over a hole, and no
-//! position is assigned twice.
+//! A store that is restored to older data begins a new epoch: no client gets `recovered` despite a gap, and no position
+//! is assigned twice.
 
 use crate::client::{Client, again, number, numbers, to};
 use crate::node::{DEADLINE, Node};
@@ -29,7 +29,7 @@ impl Publisher<'_> {
         for _ in 0..count {
             self.last += 1;
             let request = json!({"channel": CHANNEL, "data": self.last});
-            // While the store is down, publications are refused and need not be kept.
+            // Retried while the store is down: publications are refused then.
             while !position["result"].is_object() {
                 position = self.node.call("publish", &request).await;
             }
@@ -56,7 +56,7 @@ struct Reader<'a> {
     epoch: String,
     at: u64,
     got: Publications,
-    /// The ranges that the node called complete: (epoch, from, to), without the first offset.
+    /// The ranges that the node reported as complete: (epoch, from, to), `from` excluded.
     complete: Vec<(String, u64, u64)>,
 }
 
@@ -116,7 +116,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Asserts that it received every acknowledged publication of the ranges that were called complete.
+    /// Asserts that the client received every acknowledged publication of the ranges reported as complete.
     fn missed_nothing(&self, acknowledged: &Publications) {
         for (epoch, from, to) in &self.complete {
             for offset in from + 1..=*to {
@@ -129,8 +129,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Runs two readers through a rollback of the store: `keep` saves its state after publication 3, `go_back` returns to
-/// it after publication 6.
+/// Runs two readers through a rollback of the store: `keep` saves the store after publication 3, `go_back` restores
+/// that state after publication 6.
 async fn recovers_from_rollback(node: &Node, keep: impl AsyncFnOnce(), go_back: impl AsyncFnOnce()) {
     let mut publisher = Publisher { node, last: 0, acknowledged: BTreeMap::new() };
     let mut stays = Reader::start(node, Encoding::Json).await;
@@ -142,12 +142,15 @@ async fn recovers_from_rollback(node: &Node, keep: impl AsyncFnOnce(), go_back: 
     goes.read_to(&lost).await;
 
     go_back().await;
-    // Past the readers' offset: without a new epoch they would seem to have the first of these already.
+    // Past the readers' offset: without a new epoch they would appear to have the first of these already.
     let last = publisher.publish(8).await;
     assert_ne!(last.0, kept.0, "a new epoch");
     assert_eq!(last.1, kept.1 + 8, "offsets continue from the restored history");
     goes.reconnect().await;
-    assert!(goes.complete.last().is_some_and(|range| range.0 == last.0), "it is told that it missed some");
+    assert!(
+        goes.complete.last().is_some_and(|range| range.0 == last.0),
+        "the client is notified that it missed some"
+    );
     stays.read_to(&last).await;
     let last = publisher.publish(2).await;
     for reader in [&mut stays, &mut goes] {
@@ -278,7 +281,7 @@ async fn repeated_key_in_a_new_epoch_returns_its_first_position() {
     assert_eq!(read(&node.call("publish", &keyed).await), given);
 }
 
-/// The new subscriber learns of the epoch from the history, before any publication. Nobody resubscribes in a loop.
+/// The new subscriber learns of the epoch from the history, before any publication. No client resubscribes in a loop.
 #[tokio::test]
 async fn new_subscriber_in_a_new_epoch_ends_the_subscriptions_of_the_old_one() {
     let redis = RedisServer::start().await;
@@ -345,7 +348,7 @@ async fn restored_older_channels_db_begins_a_new_epoch() {
     node.stop().await;
     crate::recovery::released(dir.path()).await;
 
-    // Restored into an empty directory, as the documentation says, and over the newer file.
+    // Restored into an empty directory, as documented, and over the newer file.
     copy(backup.path(), restored.path());
     for log in ["channels.db-wal", "channels.db-shm"] {
         let _ = std::fs::remove_file(dir.path().join(log));

@@ -1,4 +1,4 @@
-//! Faults of the code itself: a session that panics leaves nothing behind, and a loop that panics ends the node.
+//! Panics: a session that panics leaks nothing, and a loop that panics ends the node.
 
 use crate::client::{Client, to};
 use crate::node::{DEADLINE, Node};
@@ -10,7 +10,7 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata};
 use wire::realtime::Encoding;
 
-/// Panics on the thread of the test where an event with this text is logged, like a fault of the code at that place.
+/// A subscriber that panics on the test's thread when an event with this text is logged, to simulate a bug there.
 struct PanicAt(&'static str);
 
 impl tracing::Subscriber for PanicAt {
@@ -45,13 +45,13 @@ impl tracing::Subscriber for PanicAt {
 async fn panic_before_connect_frees_the_slot() {
     let node = Node::start_with(|config| config.max_connections = 1).await;
     let mut ann = Client::open(&node, Encoding::Json).await;
-    let _fault = tracing::subscriber::set_default(PanicAt("cannot read a client's message"));
+    let _fault = tracing::subscriber::set_default(PanicAt("cannot decode a client's message"));
     futures_util::SinkExt::send(&mut ann.socket, Message::text("{"))
         .await
         .unwrap();
     assert_eq!(ann.closed().await, 1006, "the session ends without a close frame");
 
-    // A full node would refuse the upgrade. The slot is free once the panic has unwound, which closed the socket above.
+    // A full node would refuse the upgrade. The close above shows that the panic has unwound and freed the slot.
     let _bob = Client::connect(&node, "bob").await;
     node.stop().await;
 }
@@ -67,7 +67,7 @@ async fn panicked_session_leaves_its_channels_and_frees_its_slot() {
     ann.subscribe(to("news")).await;
     assert_eq!(bob.push().await.join.unwrap().info.unwrap().user, "ann");
 
-    let _fault = tracing::subscriber::set_default(PanicAt("cannot read a client's message"));
+    let _fault = tracing::subscriber::set_default(PanicAt("cannot decode a client's message"));
     futures_util::SinkExt::send(&mut ann.socket, Message::text("{"))
         .await
         .unwrap();
@@ -104,7 +104,7 @@ async fn panicked_redis_follower_ends_the_node() {
     let mut ann = Client::connect(&node, "ann").await;
     ann.subscribe(to("news")).await;
 
-    let _fault = tracing::subscriber::set_default(PanicAt("cannot read a message on Redis"));
+    let _fault = tracing::subscriber::set_default(PanicAt("cannot decode a message from Redis"));
     redis.command("PUBLISH beamline:topic:{.news} x").await.unwrap();
     assert_eq!(ann.closed().await, 3001, "its clients are drained");
     let error = node.failed().await;

@@ -1,4 +1,4 @@
-//! Embedded JSON passes byte for byte on every way in and out.
+//! Embedded JSON passes byte for byte through every entry and every encoding.
 
 use crate::client::{Client, ENCODINGS, to};
 use crate::node::{API_KEY, DEADLINE, Node, token};
@@ -9,7 +9,7 @@ use serde_json::value::RawValue;
 use wire::realtime::{Command, Encoding, HistoryRequest, RpcRequest};
 use wire::subjects;
 
-/// Has unsorted and repeated keys, numbers that no float can hold, and line breaks.
+/// JSON with unsorted and repeated keys, numbers that no float can represent, and line breaks.
 const TEXT: &str = "{\"z\":1.10,\r\n \"a\": 12345678901234567890,\n\"z\":[1e400, null]}";
 
 /// [`TEXT`] as it reaches JSON clients, whose messages are single lines.

@@ -1,5 +1,4 @@
-//! Tests of nodes on free ports over real sockets: with a test client that sends exactly what a test gives it, and with
-//! the unmodified npm client.
+//! Tests of nodes on free ports over real sockets, with a scripted test client and with the unmodified npm client.
 
 mod api;
 mod bad_input;

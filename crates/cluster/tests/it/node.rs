@@ -1,4 +1,4 @@
-//! Starts a node in this process, served on a free port.
+//! A node that runs in the test's process, served on a free port.
 
 use bus::Bus;
 use cluster::{Config, EngineConfig, Ready};
@@ -97,7 +97,7 @@ impl Node {
         self.stopped().await;
     }
 
-    /// Waits for a node to fail by itself. Returns its error.
+    /// Waits until the node fails. Returns its error.
     pub async fn failed(self) -> cluster::Error {
         let ended = timeout(DEADLINE, self.node).await.expect("the node fails in time");
         self.cancel.cancel();

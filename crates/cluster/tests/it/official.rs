@@ -78,7 +78,7 @@ async fn npm_client_works() {
     drive("client.test.mjs", &node).await;
 }
 
-/// Checks the check: a script that fails makes its test fail.
+/// Tests the harness: a failing script must fail its test.
 #[tokio::test]
 #[should_panic(expected = "deliberate")]
 async fn failing_script_fails_the_test() {

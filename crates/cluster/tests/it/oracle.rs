@@ -1,4 +1,4 @@
-//! Our WebSocket frames against tungstenite's: each side reads what the other writes.
+//! Checks the WebSocket codec against tungstenite: each side reads the frames that the other writes.
 
 use bytes::{Bytes, BytesMut};
 use proptest::collection::vec;
@@ -41,7 +41,7 @@ fn messages() -> impl Strategy<Value = Vec<Message>> {
     let message = prop_oneof![
         ".{0,300}".prop_map(Message::text),
         vec(any::<u8>(), 0..300).prop_map(Message::binary),
-        // The two longer encodings of the length.
+        // Sizes that need the two longer encodings of the length.
         (126_usize..70_000).prop_map(|size| Message::binary(vec![7; size])),
         vec(any::<u8>(), 0..125).prop_map(|bytes| Message::Ping(bytes.into())),
     ];
@@ -75,7 +75,7 @@ proptest! {
     }
 
     #[test]
-    fn tungstenite_reads_our_frames(messages in messages()) {
+    fn tungstenite_reads_frames_of_the_encoder(messages in messages()) {
         let mut theirs = WebSocket::from_raw_socket(Pipe::default(), Role::Client, None);
         for message in &messages {
             let (opcode, payload) = match message {

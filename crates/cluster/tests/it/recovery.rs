@@ -1,4 +1,4 @@
-//! Recovery: a client gets everything that it missed, once, or is told that it cannot.
+//! Recovery: a client gets everything that it missed, once, or is notified that recovery failed.
 
 use crate::client::{Client, ENCODINGS, again, number, numbers, to};
 use crate::node::Node;
@@ -33,7 +33,7 @@ async fn missed_publications_are_recovered_in_order() {
         assert_eq!(number(&ann.publication().await), 5);
         ann.nothing_pushed().await;
 
-        // A client that missed nothing recovers, too.
+        // A client that missed nothing also recovers.
         ann.unsubscribe(&channel).await;
         let after = ann.subscribe(again(&channel, &before, 5)).await;
         assert!(after.recovered && after.publications.is_empty());
@@ -70,7 +70,7 @@ async fn recovery_is_never_partial() {
 }
 
 #[tokio::test]
-async fn expired_history_recovers_nobody() {
+async fn expired_history_prevents_recovery() {
     let ttl = std::time::Duration::from_millis(50);
     let node = Node::start_with(|config| config.defaults.history_ttl = ttl).await;
     let mut ann = Client::connect(&node, "ann").await;
@@ -122,7 +122,7 @@ async fn restart_keeps_durable_channels_only() {
     assert!(!after.recovered && after.epoch != before.1.epoch, "page sessions are not durable: {after:?}");
 }
 
-/// Replies do not make a client slow: one that was away for long is not closed for what it asked for.
+/// Replies do not count as a backlog: a client that recovers a long history is not disconnected as slow.
 #[tokio::test]
 async fn recovery_may_exceed_the_client_queue() {
     let node = Node::start_with(|config| config.client_queue = 64 * 1024).await;
@@ -143,7 +143,7 @@ async fn recovery_may_exceed_the_client_queue() {
                 .await;
         }
         ann.send(&commands).await;
-        // These arrive while the replies are being written.
+        // These publications arrive while the replies are being written.
         node.call("broadcast", &json!({"channels": channels, "data": "live"}))
             .await;
         for command in commands {
@@ -169,7 +169,7 @@ async fn reopened(dir: &std::path::Path) -> Node {
     Node::start_in(dir, |_| {}).await
 }
 
-/// A xorshift generator: the same seed makes the same test.
+/// A xorshift generator, so that a seed reproduces a test.
 struct Random(u64);
 
 impl Random {
@@ -181,8 +181,7 @@ impl Random {
     }
 }
 
-/// While publishers never pause, clients subscribe, unsubscribe, break off and recover. Each sees every publication
-/// once.
+/// Clients subscribe, unsubscribe, disconnect and recover under constant publishing. Each sees every publication once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn recovering_clients_see_no_gap_and_no_duplicate() {
     let seed = std::time::SystemTime::now()
@@ -234,7 +233,8 @@ pub async fn publish_and_recover(writing: &Arc<Node>, reading: &Arc<Node>, seed:
     }
 }
 
-/// Leaves and recovers until `stop`, then once more. Returns the offset at which it began, and those that it saw.
+/// Leaves and recovers until `stop`, then once more. Returns the offset at which the client began, and the offsets that
+/// it received.
 async fn read(
     node: Arc<Node>,
     channel: &'static str,
@@ -250,10 +250,10 @@ async fn read(
     loop {
         let last_round = stop.load(SeqCst);
         for _ in 0..random.below(30) {
-            // Short, since nothing more arrives once the publishers are done.
+            // Short, because nothing more arrives once the publishers are done.
             let push = tokio::time::timeout(std::time::Duration::from_millis(20), client.push());
             match push.await {
-                // Told to subscribe again: a server of the Redis Cluster may close its connection at any time.
+                // The client must resubscribe: a server of the Redis Cluster may close its connection at any time.
                 Ok(push) if push.unsubscribe.is_some() => break,
                 Ok(push) => seen.push(push.r#pub.unwrap().offset),
                 Err(_) => {}
@@ -264,7 +264,7 @@ async fn read(
         match random.below(3) {
             0 => {
                 client.unsubscribe(channel).await;
-                // Publications that were pushed before the unsubscribe took effect count as well.
+                // Publications pushed before the unsubscribe took effect also count.
                 seen.extend(
                     client
                         .kept()

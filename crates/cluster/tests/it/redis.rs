@@ -1,4 +1,4 @@
-//! Nodes that share a Redis: each delivers the publications of the other, and clients learn of what Redis loses.
+//! Nodes that share a Redis: each delivers the other's publications, and clients are notified if Redis loses any.
 
 use crate::client::{Client, ENCODINGS, again, code, number, numbers, to};
 use crate::node::{DEADLINE, Node};
@@ -77,7 +77,7 @@ pub async fn two_nodes_share(url: &str) {
         };
         assert_eq!(numbers(&ann.history(ask).await.publications), [4, 3]);
 
-        // Channels without history cross as well.
+        // Publications without history reach the other node too.
         let unkept = json!({"channel": channel, "data": 5, "skip_history": true});
         one.call("publish", &unkept).await;
         assert!(ann.push().await.join.is_some());
@@ -145,7 +145,7 @@ async fn restarted_redis_keeps_publications_and_begins_a_new_epoch() {
     eventually(DEADLINE, || async { two.ready.check().await.is_ok() }).await;
     assert!(bob.publish("news", "3").await.publish.is_some());
 
-    // Only Redis itself knows that nothing was lost. Clients load their state again, and it is complete.
+    // The node cannot know that nothing was lost, so the client resubscribes; its history is complete.
     let after = ann.subscribe(again("news", &before, 1)).await;
     assert!(!after.recovered && after.epoch != before.epoch && after.offset == 2, "{after:?}");
     let ask = HistoryRequest { channel: "news".into(), limit: -1, ..HistoryRequest::default() };
@@ -172,7 +172,7 @@ async fn flushed_redis_begins_a_new_epoch() {
         ann.publication().await;
     }
 
-    // The connection stays, and the next publication is of another epoch.
+    // The connection stays open, and the next publication has a new epoch.
     redis.command("FLUSHALL").await.unwrap();
     node.publish("news", json!(4)).await;
     assert_eq!(unsubscribed(&mut ann).await, ("news".into(), 2500));
@@ -194,7 +194,7 @@ async fn node_is_not_ready_while_its_redis_is_a_replica() {
     let redis = RedisServer::start().await;
     let node = start(&redis.url(), "n1").await;
     node.ready.check().await.unwrap();
-    // A replica of a primary that does not exist is read-only, but still delivers what is published.
+    // A replica of a primary that does not exist is read-only, but still delivers publications.
     redis.command("REPLICAOF 127.0.0.1 1").await.unwrap();
     assert!(node.ready.check().await.is_err());
     redis.command("REPLICAOF NO ONE").await.unwrap();
@@ -261,7 +261,7 @@ async fn redis_cluster_carries_channels() {
     two_nodes_share(&urls).await;
     meet_across(&urls).await;
 
-    // Names that could put a channel's keys on different servers.
+    // Channel names that could spread a channel's keys over several servers.
     let (one, two) = (start(&urls, "n1").await, start(&urls, "n2").await);
     let mut ann = Client::connect(&one, "ann").await;
     for channel in ["}x{", "a}b{c}", "{", "{}", "chat:{x}"] {
@@ -290,13 +290,13 @@ async fn channels_recover_when_a_primary_of_the_cluster_dies() {
     }
 
     redis.kill_primary().await;
-    // Every subscription ends, since nobody knows what was missed.
+    // Every subscription ends, because the node cannot know what was missed.
     let mut ended = std::collections::HashSet::new();
     while ended.len() < channels.len() {
         ended.insert(unsubscribed(&mut ann).await.0);
     }
 
-    // Every channel works again on the server that took over.
+    // Every channel works again on the promoted server.
     redis.wait_until_whole().await;
     for channel in &channels {
         eventually(DEADLINE, || async {
@@ -317,7 +317,7 @@ async fn channels_recover_when_a_primary_of_the_cluster_dies() {
             let push = ann.push().await;
             match push.r#pub {
                 Some(publication) if push.channel == *channel && number(&publication) == 3 => break,
-                // Subscriptions may end again until every server has its role.
+                // Subscriptions may end again until the failover is complete.
                 _ if push.unsubscribe.is_some() => {
                     ann.subscribe(to(&push.channel)).await;
                     two.publish(&push.channel, json!(3)).await;

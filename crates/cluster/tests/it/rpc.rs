@@ -66,7 +66,7 @@ async fn unserved_methods_are_not_found() {
     }
 }
 
-/// A slow RPC delays neither other RPCs nor other commands. Too many at once are refused.
+/// A slow RPC delays neither other RPCs nor other commands. RPCs beyond the limit are refused.
 #[tokio::test]
 async fn rpcs_run_concurrently_up_to_a_limit() {
     let node = Node::start().await;

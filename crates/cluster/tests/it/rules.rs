@@ -1,4 +1,4 @@
-//! Which channels exist, and who may use them.
+//! Authorization: which channels exist, and which clients may use them.
 
 use crate::client::{Client, ENCODINGS, code, to};
 use crate::node::{Node, now_s, sign, token};
@@ -114,7 +114,7 @@ async fn error_names_the_setting_that_would_allow_it() {
 }
 
 #[tokio::test]
-async fn connection_has_a_limit_of_channels() {
+async fn subscriptions_of_a_connection_are_limited() {
     let node = Node::start().await;
     let mut ann = Client::connect(&node, "ann").await;
     for number in 0..CHANNELS_PER_CLIENT_MAX {

@@ -1,4 +1,4 @@
-//! The life of a connection: connect, commands, pings, tokens and close.
+//! The lifecycle of a connection: connect, commands, pings, tokens and close.
 
 use crate::client::{Client, ENCODINGS, code, to};
 use crate::node::{DEADLINE, Node, SECRET, exchange, now_s, sign, status, token, user};
@@ -106,7 +106,7 @@ async fn first_method_of_a_command_counts() {
         let both = Command { subscribe: Some(to("news")), rpc: rpc(), ..Command::default() };
         assert!(client.ask(both).await.subscribe.is_some());
 
-        // A `send` needs no id, whatever follows it. A `send` that does not count excuses no missing id.
+        // Only the first method counts: a leading `send` needs no id, but a later one does not excuse a missing id.
         client
             .send(&[Command { send: send(), rpc: rpc(), ..Command::default() }])
             .await;
@@ -154,7 +154,7 @@ async fn commands_of_one_message_are_answered_in_order() {
 }
 
 #[tokio::test]
-async fn client_that_answers_no_ping_is_closed() {
+async fn client_that_does_not_answer_pings_is_disconnected() {
     let node = Node::start_with(|config| {
         config.ping_interval = Duration::from_millis(60);
         config.pong_timeout = Duration::from_millis(150);
@@ -211,7 +211,7 @@ async fn connection_ends_with_its_token_unless_refreshed() {
 }
 
 #[tokio::test]
-async fn refresh_to_a_token_without_exp_lifts_the_old_end() {
+async fn refresh_to_a_token_without_exp_removes_the_expiry() {
     let node = Node::start_with(|config| config.refresh_grace = Duration::from_millis(200)).await;
     let short = || token(&json!({"sub": "ann", "exp": now_s() + 2}));
     for encoding in ENCODINGS {
@@ -244,7 +244,7 @@ async fn subscription_token_opens_no_connection() {
         client.send(&[Command { id: 1, connect, ..Command::default() }]).await;
         assert_eq!(client.closed().await, 3500, "{claims}");
     }
-    // And a connection token is no subscription token.
+    // A connection token is not accepted as a subscription token either.
     let to_vip = SubscribeRequest {
         channel: "$vip".into(),
         token: user("ann"),
@@ -269,7 +269,7 @@ async fn end_of_a_sign_in_closes_its_connections_and_no_others() {
         .await;
     assert_eq!((laptop.closed().await, second_tab.closed().await), (3503, 3503));
 
-    // The token has not run out, but its sign-in is over.
+    // The token has not expired, but its sign-in has ended.
     let mut again = Client::open(&node, Encoding::Json).await;
     let connect = Some(ConnectRequest { token: of("laptop"), ..ConnectRequest::default() });
     again.send(&[Command { id: 1, connect, ..Command::default() }]).await;

@@ -1,7 +1,7 @@
-//! This node's subscriptions on Redis: one loop follows and unfollows channels, hands messages to the hub, and
+//! This node's subscriptions on Redis: one loop follows and unfollows channels, passes messages to the hub, and
 //! reconnects.
 
-use super::server::{Commands, Heard, Pushes, Server, Subscriber, io};
+use super::server::{Commands, Pushes, Received, Server, Subscriber, io};
 use crate::hub::Hub;
 use prost::Message;
 use redis::RedisError;
@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use wire::realtime::{Publication, Push};
 
-/// The channel is in braces as in its keys, so that a cluster has topic and keys on one server.
+/// The channel is in braces, as in its keys, so that a cluster keeps topic and keys on one server.
 const TOPIC: &str = "beamline:topic:{.";
 const QUEUE_MAX: usize = 1024;
 /// How often the connection is pinged.
@@ -39,7 +39,7 @@ struct Follow {
 }
 
 impl Follows {
-    /// Follows or unfollows a channel. Returns once its publications arrive, or no longer need to.
+    /// Follows or unfollows a channel. Returns once the change has taken effect.
     pub async fn set(&self, channel: &str, on: bool) -> Result<(), RedisError> {
         let gone = || io("the node is stopping");
         let (done, answer) = oneshot::channel();
@@ -54,15 +54,15 @@ impl Follows {
 
 pub struct Follower {
     server: Server,
-    /// Reconnects by itself when it is used.
+    /// Reconnects on its own when it is used.
     commands: Commands,
     hub: Arc<Hub>,
     subscriber: Subscriber,
     pushes: Pushes,
     inbox: mpsc::Receiver<Follow>,
     followed: HashSet<String>,
-    /// Unfollowed channels of a cluster, with the number of confirmations to come. A confirmation looks as if the
-    /// server dropped the topic, and the channel may be followed again by then.
+    /// Unfollowed channels of a cluster, with the number of outstanding confirmations. A confirmation looks like a
+    /// dropped topic, and the channel may have been followed again by then.
     leaving: HashMap<String, usize>,
 }
 
@@ -108,14 +108,14 @@ impl Follower {
         loop {
             tokio::select! {
                 () = cancel.cancelled() => return Exit::Stopped,
-                heard = self.pushes.next() => match heard {
-                    Heard::Message { topic, payload } => {
+                received = self.pushes.next() => match received {
+                    Received::Message { topic, payload } => {
                         if let Some(channel) = channel(&topic) {
                             deliver(&self.hub, channel, &payload);
                         }
                     }
-                    Heard::Dropped(topic) if self.confirms_unfollow(&topic) => {}
-                    Heard::Dropped(_) | Heard::Lost => return Exit::Lost,
+                    Received::Dropped(topic) if self.confirms_unfollow(&topic) => {}
+                    Received::Dropped(_) | Received::Lost => return Exit::Lost,
                 },
                 follow = self.inbox.recv() => {
                     let Some(follow) = follow else { return Exit::Stopped };
@@ -123,7 +123,7 @@ impl Follower {
                         return Exit::Lost;
                     }
                 }
-                // A host that vanished does not close its connections; only a ping finds out.
+                // A crashed host does not close its connections; only a ping detects that.
                 _ = pings.tick() => {
                     if self.subscriber.ping().await.is_err() {
                         return Exit::Lost;
@@ -147,8 +147,8 @@ impl Follower {
         true
     }
 
-    /// Requests for one channel may have overtaken each other on their way here, so an unfollow counts only if the hub
-    /// has no subscriber left. An error means that the connection is lost.
+    /// Follows or unfollows a channel. Requests for one channel may arrive out of order, so an unfollow takes effect
+    /// only if the hub has no subscriber left. An error means that the connection is lost.
     async fn set(&mut self, Follow { channel, on, done }: Follow) -> Result<(), ()> {
         let changes = if on {
             !self.followed.contains(&channel)
@@ -167,7 +167,7 @@ impl Follower {
             self.subscriber.remove(&topic).await
         };
 
-        // Even if the unsubscribe failed: the connection is replaced then, without this topic.
+        // Also if the unsubscribe failed: the connection is then replaced by one without this topic.
         if !on {
             self.followed.remove(&channel);
             if self.subscriber.confirms_by_push() {
@@ -182,7 +182,7 @@ impl Follower {
         ended
     }
 
-    /// Tries until it has a new connection with all followed topics; `None` when the node stops.
+    /// Retries until a new connection has all followed topics; `None` when the node stops.
     async fn reconnect(&mut self, cancel: &CancellationToken) -> Option<()> {
         let mut wait = RETRY.0;
         loop {
@@ -190,13 +190,13 @@ impl Follower {
             self.followed.retain(|channel| self.hub.is_followed(channel));
             let topics: Vec<String> = self.followed.iter().map(|channel| topic(channel)).collect();
             let attempt = async {
-                // Clients recover through the other connection, so it must work as well before they are told to.
+                // Clients recover through the command connection, so it must work too before they are notified.
                 redis::cmd("PING").query_async::<()>(&mut self.commands).await?;
                 self.server.subscribe(&topics).await
             };
             match refusing(&mut self.inbox, cancel, attempt).await? {
                 Ok(connection) => {
-                    // Confirmations of the old connection will not come.
+                    // The old connection's outstanding confirmations will never arrive.
                     (self.subscriber, self.pushes) = connection;
                     self.leaving.clear();
                     return Some(());
@@ -204,7 +204,7 @@ impl Follower {
                 Err(error) => tracing::debug!(%error, "cannot reconnect to Redis yet"),
             }
 
-            // Full jitter, so that nodes that lost Redis together do not come back together.
+            // Full jitter, so that nodes that lost Redis at the same time do not all reconnect at the same time.
             let share = f64::from(uuid::Uuid::new_v4().as_u128() as u16) / f64::from(u16::MAX);
             let pause = tokio::time::sleep(wait.mul_f64(share));
             wait = (wait * 2).min(RETRY.1);
@@ -213,7 +213,7 @@ impl Follower {
     }
 }
 
-/// Awaits `future`, and meanwhile answers requests with an error; `None` when the node stops.
+/// Awaits `future` and answers requests with an error meanwhile; `None` when the node stops.
 async fn refusing<T>(
     inbox: &mut mpsc::Receiver<Follow>,
     cancel: &CancellationToken,
@@ -241,7 +241,7 @@ fn deliver(hub: &Hub, channel: &str, payload: &[u8]) {
         _ => None,
     };
     if decoded.is_none() {
-        tracing::warn!(channel, "cannot read a message on Redis; does another program publish to these topics?");
+        tracing::warn!(channel, "cannot decode a message from Redis; does another program publish to these topics?");
     }
 }
 

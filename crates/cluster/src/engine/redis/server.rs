@@ -15,14 +15,14 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-/// A command that finds Redis disconnected waits for this many attempts to reconnect.
+/// How many attempts to reconnect a command waits for while Redis is disconnected.
 const RETRIES: usize = 2;
 const RETRY_DELAY_MAX: Duration = Duration::from_millis(500);
-/// Messages that may wait for the node. Beyond it the connection counts as lost, and clients recover.
+/// Messages that may be queued for the node. If more arrive, the connection counts as lost, and clients recover.
 const MESSAGES_MAX: usize = 64 * 1024;
 /// Topics in one SUBSCRIBE.
 const TOPICS_MAX: usize = 1000;
-/// SSUBSCRIBEs in flight: topics of a cluster are on many servers, so each has its own command.
+/// SSUBSCRIBE commands in flight: the topics of a cluster are on many servers, so each needs a command of its own.
 const SUBSCRIBES_MAX: usize = 64;
 
 #[derive(Clone)]
@@ -192,7 +192,7 @@ impl Subscriber {
         }
     }
 
-    /// Whether an unsubscribe is confirmed by [`Heard::Dropped`].
+    /// Whether an unsubscribe is confirmed by [`Received::Dropped`].
     pub fn confirms_by_push(&self) -> bool {
         matches!(self, Self::Cluster(_))
     }
@@ -211,8 +211,8 @@ pub struct Pushes {
     overflowed: Arc<AtomicBool>,
 }
 
-/// What arrived on a subscription.
-pub enum Heard {
+/// An event on a subscription.
+pub enum Received {
     Message {
         topic: Vec<u8>,
         payload: Vec<u8>,
@@ -224,14 +224,14 @@ pub enum Heard {
 }
 
 impl Pushes {
-    pub async fn next(&mut self) -> Heard {
+    pub async fn next(&mut self) -> Received {
         loop {
             let Some(push) = self.receiver.recv().await else {
-                return Heard::Lost;
+                return Received::Lost;
             };
             if self.overflowed.load(Relaxed) {
-                tracing::warn!("messages from Redis were lost, because the node cannot keep up; its clients recover");
-                return Heard::Lost;
+                tracing::warn!("messages from Redis were dropped because the node cannot keep up; its clients recover");
+                return Received::Lost;
             }
 
             let mut data = push.data.into_iter().map(|value| match value {
@@ -242,10 +242,10 @@ impl Pushes {
 
             match (push.kind, data.next(), data.next()) {
                 (PushKind::Message | PushKind::SMessage, Some(topic), Some(payload)) => {
-                    return Heard::Message { topic, payload };
+                    return Received::Message { topic, payload };
                 }
-                (PushKind::SUnsubscribe, Some(topic), _) => return Heard::Dropped(topic),
-                (PushKind::Disconnection, ..) => return Heard::Lost,
+                (PushKind::SUnsubscribe, Some(topic), _) => return Received::Dropped(topic),
+                (PushKind::Disconnection, ..) => return Received::Lost,
                 _ => {}
             }
         }
