@@ -1,5 +1,5 @@
-//! Socket activation: takes over the sockets that the service manager has bound, so that clients can connect before and
-//! while this process starts.
+//! Socket activation: adopts the sockets that the service manager has bound, so that clients can connect before this
+//! process has started.
 
 use anyhow::{Context, Result, bail, ensure};
 use listenfd::ListenFd;
@@ -7,7 +7,7 @@ use socket2::SockRef;
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 
-/// The sockets by the listener that they are for.
+/// The inherited sockets, by listener.
 #[derive(Debug, Default)]
 pub struct Given {
     pub gateway: Option<UnixListener>,

@@ -1,4 +1,4 @@
-//! Reads the settings, checks them, and hands each part a typed table.
+//! Reads the settings, checks them, and produces a typed table for each part.
 //!
 //! A value comes from its default, the file, the environment or a flag; a later source overrides an earlier one.
 //! [`load`] reports every problem at once, before any port is bound. Only this module reads the environment.
@@ -28,7 +28,7 @@ pub use settings::{Bus, LogFormat, Settings};
 use std::time::Duration;
 use tables::Tables;
 
-/// Reads the layers into typed settings; fails with every problem that they have.
+/// Reads the layers into typed settings. The error lists every problem.
 pub fn load(layers: &Layers) -> Result<Settings, Problems> {
     let mut problems = Problems::default();
     let tables = layers.read(&mut problems);

@@ -6,12 +6,12 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-/// The pause after an accept that failed.
+/// The pause after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Time for clients to close their connections at the end; those still open are closed.
+/// How long clients may take to close their connections at the end, before they are closed.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// Serves until cancelled. From the beginning of the drain it reports `NOT_SERVING`.
+/// Serves until cancelled. Reports `NOT_SERVING` once `draining` is cancelled.
 pub async fn serve(listener: TcpListener, draining: CancellationToken, cancel: CancellationToken) -> Result<()> {
     let (mut reporter, health) = tonic_health::server::health_reporter();
     reporter
@@ -34,7 +34,7 @@ pub async fn serve(listener: TcpListener, draining: CancellationToken, cancel: C
             match listener.accept().await {
                 Ok((stream, _)) => return Some((Ok::<_, std::io::Error>(stream), listener)),
                 Err(error) => {
-                    // Usually out of file descriptors: wait until some are closed, and do not spin.
+                    // Usually out of file descriptors: pause until some are closed, rather than spin.
                     tracing::warn!(%error, "cannot accept a gRPC connection; trying again");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }

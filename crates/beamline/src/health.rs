@@ -21,7 +21,7 @@ pub type Check = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<(), String>>
 
 /// Headers that reverse proxies add.
 const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
-/// A check that takes longer has failed.
+/// A check that takes longer counts as failed.
 const CHECK_MAX: Duration = Duration::from_secs(2);
 
 pub struct Health {
@@ -67,12 +67,12 @@ async fn live() -> Json<Live> {
     Json(Live { status: "ok", version: env!("CARGO_PKG_VERSION") })
 }
 
-/// Says which checks fail, and why.
+/// Reports which checks fail, and why.
 async fn ready(State(health): State<Arc<Health>>) -> Response {
     report(&health, |problem| problem).await
 }
 
-/// Says which checks fail. Why they fail may name servers and users, so only the operations port says that.
+/// Reports which checks fail, but not why: the reasons may name servers and users.
 async fn ready_on_http(State(health): State<Arc<Health>>) -> Response {
     report(&health, |_| "failed".into()).await
 }
@@ -119,7 +119,7 @@ async fn metrics_on_http(
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     headers: HeaderMap,
 ) -> Response {
-    // A reverse proxy on this machine forwards requests from anywhere.
+    // A reverse proxy on this machine forwards requests from other machines.
     let forwarded = FORWARDED.iter().any(|name| headers.contains_key(*name));
     if (peer.ip().to_canonical().is_loopback() && !forwarded) || health.metrics_public {
         return metrics(health).await;

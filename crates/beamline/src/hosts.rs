@@ -1,8 +1,8 @@
 //! The host names that this server answers to.
 //!
-//! Another site can make its own name resolve to our address (DNS rebinding). The browser then takes us for that site's
-//! origin, and only the `Host` header gives it away, so a request must name one of our hosts. An IP address cannot be
-//! rebound, so the address that a connection came in on is always ours.
+//! Another site can make its own name resolve to this server's address (DNS rebinding). The browser then treats the
+//! server as that site's origin, and only the `Host` header reveals it, so a request must name one of this server's
+//! hosts. An IP address cannot be rebound, so the local address of a connection is always accepted.
 
 use axum::http::request::Parts;
 use axum::http::uri::Authority;
@@ -10,7 +10,8 @@ use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use std::net::IpAddr;
 
-/// Paths that are answered for any host: load balancers use addresses or names of their own, and learn nothing secret.
+/// Paths that are answered for any host, because load balancers use addresses or names of their own. They reveal
+/// nothing secret.
 const OPEN_TO_ALL: [&str; 4] = ["/health", "/ready", "/healthz", "/readyz"];
 
 /// The hosts that requests may name.
@@ -24,15 +25,15 @@ pub struct Hosts {
 /// Why a request is refused.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// It names no host or several, or the name cannot be parsed.
+    /// The request names no host or several, or the name cannot be parsed.
     Unreadable,
-    /// It names a host that is not ours.
+    /// The request names a host that is not one of this server's.
     Foreign(String),
 }
 
 impl Hosts {
-    /// Takes the settings `http.hosts` and `http.origins`. The hosts of origins are ours, too: they are a proxy's
-    /// public names.
+    /// Combines the settings `http.hosts` and `http.origins`. The hosts of origins are accepted too: they are the
+    /// public names of a proxy.
     pub fn new(listed: &[String], origins: &[String]) -> Self {
         let of_origins = origins
             .iter()
@@ -47,7 +48,7 @@ impl Hosts {
         Self { names, any: listed.iter().any(|host| host == "*") }
     }
 
-    /// Allows every host, for a port that serves other machines and not browsers.
+    /// Allows every host, for a port whose clients are not browsers.
     pub fn any() -> Self {
         Self { names: Vec::new(), any: true }
     }
@@ -63,7 +64,7 @@ impl Hosts {
             return Ok(());
         }
 
-        // A request in absolute form, as to a proxy, names a host in its target as well. Both must be ours.
+        // A request in absolute form, as sent to a proxy, also names a host in its target. Both must be accepted.
         for named in [Some(host_header(&request.headers)?), authority(&request.uri)]
             .into_iter()
             .flatten()
@@ -123,7 +124,7 @@ fn authority(uri: &Uri) -> Option<&str> {
 }
 
 /// Normalizes a host for comparison: lower case, without port and without the final dot of a full name. `None` if the
-/// text is no host.
+/// text is not a host.
 fn name_of(text: &str) -> Option<String> {
     let authority: Authority = text.parse().ok()?;
     let host = authority.host();

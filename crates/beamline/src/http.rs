@@ -17,10 +17,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
-/// Time for a request to arrive and be answered. It does not cover a WebSocket after its upgrade.
+/// How long a request may take to arrive and be answered; a WebSocket is not covered after its upgrade.
 const REQUEST_MAX: Duration = Duration::from_secs(30);
 
-/// In a drain, time for a client to finish a request that it has begun to send, or to read its answer.
+/// In a drain, how long a client may take to finish sending a request or to read its answer.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 /// The checks that every request passes before a route sees it.
@@ -36,7 +36,7 @@ impl Front {
     async fn answer(&self, mut request: Request<Body>, routes: Router, peer: SocketAddr, local: IpAddr) -> Response {
         let (parts, body) = request.into_parts();
         if let Err(refusal) = self.hosts.check(&parts, local) {
-            tracing::debug!(%peer, ?refusal, "refused a request by its Host header; http.hosts lists our names");
+            tracing::debug!(%peer, ?refusal, "refused a request by its Host header; http.hosts lists the accepted names");
             return refusal.into_response();
         }
 
@@ -52,8 +52,8 @@ impl Front {
     }
 }
 
-/// Serves until cancelled, then lets the requests in progress end within `drain`. WebSockets are not among them: after
-/// the upgrade they belong to the cluster node.
+/// Serves until cancelled, then gives the requests in progress `drain` to finish. WebSockets do not count: after the
+/// upgrade they belong to the cluster node.
 pub async fn serve(
     listener: TcpListener,
     routes: Router,
@@ -84,14 +84,14 @@ pub async fn serve(
                 });
             }
             Err(error) => {
-                // Usually out of file descriptors: wait until some are closed, and do not spin.
+                // Usually out of file descriptors: pause until some are closed, rather than spin.
                 tracing::warn!(%error, "cannot accept an HTTP connection; trying again");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
 
-    // Closed before the drain, so that new clients go elsewhere.
+    // Closed before the drain, so that new clients connect to another server.
     drop(listener);
     tracker.close();
     tracker.wait().await;
@@ -108,7 +108,7 @@ async fn connection(
     let _ = stream.set_nodelay(true);
     let Ok(local) = stream.local_addr() else { return };
 
-    // Counts the requests in progress. It is closed so that its `wait` ends whenever there are none.
+    // Counts the requests in progress. Closed, so that `wait` returns whenever there are none.
     let handled = TaskTracker::new();
     handled.close();
     let handlers = handled.clone();
@@ -148,7 +148,7 @@ async fn connection(
     }
 }
 
-/// Resolves when no request has been in progress for a while. A connection that is still open then only waits for its
+/// Resolves when no request has been in progress for a while. A connection that is still open then is waiting for its
 /// client.
 async fn idle(handled: &TaskTracker) {
     loop {

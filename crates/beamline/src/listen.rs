@@ -1,4 +1,4 @@
-//! Binds a TCP port, or takes the socket that the service manager bound. If the port is taken, the error names the
+//! Binds a TCP port, or adopts the socket that the service manager bound. If the port is taken, the error names the
 //! process that holds it.
 
 use anyhow::{Context, Result, anyhow};

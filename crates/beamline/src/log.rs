@@ -6,7 +6,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
-/// Decides what is logged; a reload changes it.
+/// A handle that changes the log filter on a reload.
 pub struct Filter(reload::Handle<EnvFilter, Registry>);
 
 pub fn init(settings: &Settings) -> anyhow::Result<Filter> {

@@ -1,4 +1,4 @@
-//! `beamline`: carries a message from a program to a person and back.
+//! The `beamline` binary: parses the command line and runs the command.
 
 mod activation;
 mod cli;
@@ -25,11 +25,11 @@ use std::time::Duration;
 /// process.
 const EXIT_SETTINGS: u8 = 64;
 
-/// Many small messages spent half their time in the system's allocator.
+/// With many small messages, the system's allocator took half of the time.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How long blocking tasks may hold up the end of the process after the drain.
+/// How long blocking tasks may delay the exit of the process after the drain.
 const RUNTIME_SHUTDOWN_MAX: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -64,7 +64,7 @@ fn exit_code(done: anyhow::Result<()>) -> ExitCode {
             eprint!("beamline: {error}");
             ExitCode::from(EXIT_SETTINGS)
         }
-        // The reader of our output has seen enough, as `head` does.
+        // The reader closed the pipe early, as `head` does, which is not a failure.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("beamline: {error:#}");
@@ -83,7 +83,7 @@ fn up(setting: cli::Setting) -> anyhow::Result<()> {
     let layers = setting.into_layers();
     let settings = config::load(&layers)?;
 
-    // Takes variables out of the environment, which is safe only before there are threads.
+    // Removes variables from the environment, which is safe only before any thread is started.
     let given = activation::Given::take(layers.environment.get("LISTEN_FDNAMES").map(String::as_str))?;
     let filter = log::init(&settings)?;
     for warning in &settings.warnings {

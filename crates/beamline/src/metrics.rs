@@ -1,5 +1,5 @@
-//! Describes every metric, and registers counters without labels at 0: an alert on an increase sees the first event
-//! only if there was a zero before it.
+//! Describes every metric, and registers counters without labels at 0, because an alert on an increase detects the
+//! first event only if the counter was exported before it.
 
 use anyhow::{Context, Result};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};

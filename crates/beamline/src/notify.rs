@@ -4,7 +4,7 @@ use sd_notify::NotifyState;
 use std::convert::Infallible;
 use std::time::Duration;
 
-/// A self-check that takes longer has failed. A short `WatchdogSec=` shortens it further.
+/// A self-check that takes longer counts as failed. A short `WatchdogSec=` lowers this limit.
 const CHECK_MAX: Duration = Duration::from_secs(5);
 
 pub fn ready(status: &str) {

@@ -3,8 +3,8 @@
 use axum::http::{HeaderMap, HeaderValue};
 use std::net::{IpAddr, SocketAddr};
 
-/// The header that proxies append to. `Forwarded` is not read: most proxies pass on what the client sent, which could
-/// name anybody.
+/// The header that proxies append to. `Forwarded` is ignored: most proxies pass on the client's own, which can claim
+/// any address.
 const FORWARDED_FOR: &str = "x-forwarded-for";
 
 /// The reverse proxies whose header is trusted.
@@ -60,8 +60,8 @@ impl Proxies {
         self.0.iter().any(|network| network.holds(address))
     }
 
-    /// The address of the client behind `peer`: the last one in `X-Forwarded-For` that is no trusted proxy. Anything
-    /// before it was written by the client or by somebody unknown.
+    /// The address of the client behind `peer`: the last one in `X-Forwarded-For` that is not a trusted proxy. Earlier
+    /// entries cannot be trusted.
     pub fn client(&self, peer: SocketAddr, headers: &HeaderMap) -> SocketAddr {
         let mut client = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         if !self.trusts(client.ip()) {
@@ -74,7 +74,7 @@ impl Proxies {
             .map(HeaderValue::as_bytes)
             .collect();
         for hop in lines.iter().rev().flat_map(|line| line.rsplit(|byte| *byte == b',')) {
-            // Nothing before an unreadable hop can be trusted. The hops after it can, since our proxies wrote them.
+            // Entries before an unreadable one cannot be trusted. Later ones can, because trusted proxies wrote them.
             let Some(address) = std::str::from_utf8(hop).ok().and_then(|hop| hop_address(hop.trim())) else {
                 break;
             };

@@ -10,7 +10,7 @@ use std::path::Path;
 pub const TOKEN_SECRET: &str = "token-secret";
 /// The key of the server API and of decisions over HTTP.
 pub const API_KEY: &str = "api-key";
-/// The password of the first account, until somebody removes the file.
+/// The password of the first account, until the file is removed.
 pub const ADMIN_PASSWORD: &str = "admin-password";
 
 /// Creates the data directory, private to its owner, if it is missing.
@@ -22,7 +22,7 @@ pub fn data_dir(dir: &Path) -> Result<()> {
         .with_context(|| format!("cannot create the data directory {}", dir.display()))
 }
 
-/// Reads a secret of at least 32 characters; creates it if it does not exist.
+/// Reads a secret and checks that it has at least 32 characters; creates it if it does not exist.
 pub fn load_or_create(dir: &Path, name: &str) -> Result<String> {
     let random = || {
         rand::random::<[u8; 32]>()
@@ -67,7 +67,7 @@ pub fn read(dir: &Path, name: &str) -> Result<String> {
     Ok(text.trim().to_string())
 }
 
-/// Writes the secret to a temporary file and links that into place, so that a reader sees the whole secret or no file.
+/// Writes the secret to a temporary file and links it into place, so that a reader sees the whole secret or no file.
 fn write_new(dir: &Path, name: &str, secret: &str) -> std::io::Result<()> {
     let partial = dir.join(format!(".{name}.{}", std::process::id()));
     let mut file = OpenOptions::new()
@@ -85,7 +85,7 @@ fn write_new(dir: &Path, name: &str, secret: &str) -> std::io::Result<()> {
     std::fs::remove_file(&partial)?;
     linked?;
 
-    // Sync the directory, so that the name survives a power failure too.
+    // Syncs the directory, so that the file name survives a power failure too.
     File::open(dir)?.sync_all()
 }
 

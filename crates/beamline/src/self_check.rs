@@ -7,17 +7,17 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use wire::ipc::{Decoder, Frame, FrameType, Version};
 
-/// The entrance that the self-check tries.
+/// The endpoint that the self-check connects to.
 #[derive(Debug, Clone)]
-pub enum Door {
+pub enum Endpoint {
     /// The gateway's socket, to which the process's own user may always connect.
     Gateway(PathBuf),
     /// The operations port, in a process without a gateway.
     Operations(SocketAddr),
 }
 
-impl Door {
-    /// Waits for an answer. The caller sets the timeout.
+impl Endpoint {
+    /// Waits for an answer; the error says what failed. The caller sets the timeout.
     pub async fn answers(&self) -> Result<(), String> {
         match self {
             Self::Gateway(path) => gateway(path).await.map_err(|e| format!("the gateway's socket: {e}")),
@@ -33,7 +33,7 @@ async fn gateway(path: &PathBuf) -> std::io::Result<()> {
     let mut stream = UnixStream::connect(path).await?;
     let mut bytes = BytesMut::new();
     Frame::new(Version::V1, FrameType::Ping, Vec::new()).encode(&mut bytes);
-    // A gateway that refuses may have closed the connection already; its frame can still be read.
+    // A gateway that refuses may already have closed the connection; its frame can still be read.
     let _ = stream.write_all(&bytes).await;
 
     bytes.clear();
@@ -73,19 +73,19 @@ mod tests {
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
         let answers = async { listener.accept().await.unwrap().0.write_all(says).await.unwrap() };
-        let door = Door::Gateway(path);
-        tokio::join!(door.answers(), answers).0.is_ok()
+        let endpoint = Endpoint::Gateway(path);
+        tokio::join!(endpoint.answers(), answers).0.is_ok()
     }
 
     async fn behind_operations(says: &'static [u8]) -> bool {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let door = Door::Operations(listener.local_addr().unwrap());
+        let endpoint = Endpoint::Operations(listener.local_addr().unwrap());
         let answers = async {
             let mut stream = listener.accept().await.unwrap().0;
             stream.read_buf(&mut BytesMut::new()).await.unwrap();
             stream.write_all(says).await.unwrap();
         };
-        tokio::join!(door.answers(), answers).0.is_ok()
+        tokio::join!(endpoint.answers(), answers).0.is_ok()
     }
 
     #[tokio::test]
@@ -97,7 +97,7 @@ mod tests {
         assert!(!behind_gateway(&refusal[..5]).await);
         assert!(!behind_gateway(b"").await);
         assert!(!behind_gateway(b"HTTP/1.1 200 OK").await);
-        assert!(Door::Gateway("/nonexistent".into()).answers().await.is_err());
+        assert!(Endpoint::Gateway("/nonexistent".into()).answers().await.is_err());
     }
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-//! The life of the process after its settings are loaded: start, serve, drain.
+//! Runs the process once its settings are loaded: start, serve, drain.
 //!
 //! The order of the drain is the order of the fields of [`Stages`].
 
@@ -18,7 +18,7 @@ mod reload;
 mod stages;
 mod start;
 
-/// What the process starts with.
+/// The inputs of a start: settings, their sources and inherited sockets.
 pub struct Start {
     pub layers: Layers,
     pub settings: Settings,
@@ -26,9 +26,9 @@ pub struct Start {
     pub filter: log::Filter,
 }
 
-/// Runs the process until a signal or until a part ends by itself, then drains.
+/// Runs the process until a signal arrives or a part ends unexpectedly, then drains.
 pub async fn up(start: Start) -> Result<()> {
-    // Handle signals from here on, so that a start that waits for an unreachable server can be ended too.
+    // Signals are handled from here on, so that a start that waits for an unreachable server can be interrupted.
     let mut signals = Signals::new()?;
     let deadline = start.settings.shutdown_deadline;
     let draining = CancellationToken::new();
@@ -51,7 +51,7 @@ pub async fn up(start: Start) -> Result<()> {
     Ok(())
 }
 
-/// Returns `Ok` when a signal asks the process to end, and an error when the start or a part fails.
+/// Returns `Ok` when a signal requests a stop, and an error when the start or a part fails.
 async fn start_and_serve(
     start: Start,
     signals: &mut Signals,
@@ -68,7 +68,7 @@ async fn start_and_serve(
         }
     };
 
-    let Running { bus, gateway, door, status } = running;
+    let Running { bus, gateway, endpoint, status } = running;
     notify::ready(&status);
     let reload = Reload { layers, settings, filter, bus, gateway, status };
     tokio::select! {
@@ -83,7 +83,7 @@ async fn start_and_serve(
             ended
         }
         never = reload.run(&mut signals.hangup) => match never {},
-        never = notify::watchdog(|| door.answers()) => match never {},
+        never = notify::watchdog(|| endpoint.answers()) => match never {},
     }
 }
 

@@ -37,8 +37,7 @@ pub fn api_key(args: cli::DataDir) -> Result<()> {
     Ok(())
 }
 
-/// Reads a secret that `beamline up` has created. A secret created here would open nothing: the running process has its
-/// own.
+/// Reads a secret that `beamline up` has created. It is never created here, because a running process would not use it.
 fn existing(args: cli::DataDir, name: &str) -> Result<String> {
     let dir = data_dir(args)?;
     let missing = || {

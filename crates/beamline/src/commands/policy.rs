@@ -28,7 +28,7 @@ pub fn lint(dir: Option<PathBuf>) -> Result<()> {
     }
 }
 
-/// Deletes a policy; with `vanished`, also one that the directory has no file of.
+/// Deletes a policy; with `vanished`, even if its file is missing from the directory.
 pub fn delete(name: &str, dir: Option<PathBuf>, vanished: bool) -> Result<()> {
     let Some(name) = PolicyName::parse(name) else {
         bail!("{name:?} is not the name of a policy; write TENANT/POLICY, for example acme/default");

@@ -54,7 +54,7 @@ pub async fn gateway(args: cli::SoakGateway) -> Result<()> {
     let seen = loop {
         tokio::select! {
             seen = &mut soak => break seen?,
-            // A soak that is interrupted is judged by what it has seen.
+            // An interrupted soak is judged by its evidence so far.
             _ = ended.recv() => stop.cancel(),
             _ = interrupted.recv() => stop.cancel(),
         }
@@ -71,7 +71,7 @@ pub async fn gateway(args: cli::SoakGateway) -> Result<()> {
     bail!("failed: {}", seen.problems.join("; "))
 }
 
-/// Replaces the file atomically: a reader sees the old or the new evidence.
+/// Replaces the file atomically, so that a reader sees either the old or the new evidence.
 fn write(file: &Path, seen: &Evidence) -> Result<()> {
     let failed = || format!("cannot write {}", file.display());
     let beside = file.with_extension("part");

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use wire::ipc::{TaskSubmit, Wait};
 
-/// How long past the deadline to wait: the gateway reports a missed deadline after it.
+/// How long to wait past the deadline for the gateway to report that it was missed.
 const GRACE: Duration = Duration::from_secs(2);
 
 pub async fn ping(args: cli::Socket) -> Result<()> {
@@ -36,7 +36,7 @@ pub async fn submit(args: cli::Submit) -> Result<()> {
         }
     };
 
-    // The gateway knows the deadline too, and its error says more than ours.
+    // The gateway enforces the deadline too, and its error is more specific.
     let patience = timeout.map_or(Duration::MAX, |timeout| timeout + GRACE);
     let answered = tokio::time::timeout(patience, answered).await;
     answered.context("no answer within --timeout; the task may still run")?
@@ -74,7 +74,7 @@ fn params(argument: &str) -> Result<Map<String, Value>> {
     }
 }
 
-/// Writes the output to stdout as it arrives. An error, which goes to stderr, says how a task failed.
+/// Writes the output to stdout as it arrives. If the task fails, returns an error with the reason.
 async fn stream(client: &Client, request: &Value) -> Result<()> {
     let mut events = client.stream(request).await?;
     let mut out = std::io::stdout();
@@ -93,7 +93,7 @@ async fn stream(client: &Client, request: &Value) -> Result<()> {
             StreamEvent::Complete(complete) => {
                 let result = serde_json::to_value(&complete)?;
                 match &result["result"]["output"] {
-                    // A provider that does not stream has its whole output in the result.
+                    // A provider that does not stream returns its whole output in the result.
                     output if !streamed && !output.is_null() => writeln!(out, "{output:#}")?,
                     _ => writeln!(out)?,
                 }
@@ -104,7 +104,7 @@ async fn stream(client: &Client, request: &Value) -> Result<()> {
     bail!("the stream ended without a result")
 }
 
-/// Fails if the task failed, so that the command does too.
+/// Returns an error if the task failed, so that the command fails too.
 fn failed_result(answer: &Value) -> Result<()> {
     let result = ["result", "exec_result"]
         .iter()

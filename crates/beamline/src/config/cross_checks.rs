@@ -1,4 +1,4 @@
-//! What no single value shows: settings that contradict each other, and settings that are probably not what was meant.
+//! Checks across settings: problems for settings that contradict each other, warnings for probable mistakes.
 
 use super::problems::Problems;
 use super::roles;
@@ -7,7 +7,7 @@ use super::tables::Values;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// The longest timeout that a policy may give its breaker; the operator's own has the same bound.
+/// The longest breaker timeout that a policy may set; the same bound applies to the setting.
 const BREAKER_TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
 
 pub fn check(settings: &Settings, problems: &mut Problems) {
@@ -111,7 +111,7 @@ impl Checks<'_> {
         }
     }
 
-    /// A page takes what is published in `app` for the server's word, so no client may ever publish there.
+    /// Pages trust every publication in `app` as the server's, so clients must never be able to publish there.
     fn app_channels_stay_closed(&mut self) {
         if published_by_clients(self.settings).any(|name| name == "app") {
             let what = "app may not have publish = true: its channels are other people's pages; remove the line";
@@ -146,7 +146,7 @@ fn open_channels(settings: &Settings) -> Vec<String> {
         .collect()
 }
 
-/// A server that listens for other machines is usually reached by a name, and refuses every name that it is not given.
+/// Warns if a server that listens for other machines has no host names: it refuses requests under any name not listed.
 fn no_host_names(settings: &Settings) -> Option<String> {
     let listen = settings.http.listen;
     (!listen.ip().is_loopback() && !settings.http.hosts.has_names()).then(|| {

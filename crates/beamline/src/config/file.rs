@@ -7,7 +7,7 @@ use super::value::{Kind, list, parse};
 use std::path::Path;
 use toml::de::{DeTable, DeValue};
 
-/// Sets what `text`, the content of the file `path`, gives.
+/// Parses `text`, the content of the file `path`, into `tables`.
 pub fn read(path: &Path, text: &str, tables: &mut Tables, problems: &mut Problems) {
     let (document, errors) = DeTable::parse_recoverable(text);
     let mut reader = Reader { path, text, problems };
@@ -41,7 +41,7 @@ struct Entry<'a> {
 }
 
 impl Entry<'_> {
-    /// Whether the file gives this key, even with a value that cannot be used.
+    /// Whether the entry sets this key, even to an invalid value.
     fn gives(&self, key: &str) -> bool {
         self.table.keys().any(|name| name.get_ref() == key)
     }
@@ -111,7 +111,7 @@ impl Reader<'_> {
         Some(entry)
     }
 
-    /// One table with keys of its own; keys that it does not give have their defaults.
+    /// Reads an entry of a repeated table; keys that it does not set have their defaults.
     fn entry<'v>(
         &mut self,
         head: &str,
@@ -176,7 +176,7 @@ impl Reader<'_> {
     }
 }
 
-/// Keys that a provider of this kind cannot do without.
+/// Keys that a provider of this kind requires.
 fn required(provider: &Values) -> &'static [&'static str] {
     match provider.maybe_text("kind").as_deref() {
         Some("command") => &["program"],

@@ -291,8 +291,8 @@ pub const PROVIDER: &[Key] = &[
     unset("system", Text, "openai: system prompt"),
 ];
 
-/// Keys of each `[[cluster.namespaces]]`, and, except for the name, of `[cluster.defaults]`. None has a default here: a
-/// key that an entry omits keeps the value of the namespace that the entry overrides.
+/// Keys of each `[[cluster.namespaces]]` and, except for the name, of `[cluster.defaults]`. No key has a default here:
+/// a key that an entry does not set keeps its value in the namespace that the entry overrides.
 pub const NAMESPACE: &[Key] = &[
     unset("name", Text, "the rules apply to channels <name>:…"),
     unset("history_size", Count(0, 100_000), "publications kept for each channel; 0: none"),

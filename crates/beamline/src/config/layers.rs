@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 /// Read where it exists, unless `--config` names another file.
 const DEFAULT_FILE: &str = "beamline.toml";
 
-/// What the settings are read from. SIGHUP reads the same layers again.
+/// The sources of the settings. SIGHUP reads the same layers again.
 #[derive(Debug, Default)]
 pub struct Layers {
-    /// Named by `--config`: must exist. `None` stands for `beamline.toml`, which may be missing.
+    /// The file named by `--config`, which must exist. `None` means `beamline.toml`, which may be missing.
     pub file: Option<PathBuf>,
     pub environment: BTreeMap<String, String>,
     /// Pairs of key and value.
@@ -60,7 +60,7 @@ impl Layers {
         for key in KEYS {
             let ours = variable_of(key);
             for name in key.env.into_iter().chain([ours.as_str()]) {
-                // A service manager or container that leaves a variable empty means that it is not set.
+                // An empty variable counts as unset, as service managers and containers use it.
                 let Some(text) = self.environment.get(name).filter(|text| !text.is_empty()) else {
                     continue;
                 };
@@ -86,8 +86,8 @@ impl Layers {
         }
     }
 
-    /// Warns about variables that look like settings and set nothing. They are no error: an orchestrator may define
-    /// `BEAMLINE_PORT` by itself.
+    /// Warns about variables that look like settings but are unknown. They are not errors, because an orchestrator may
+    /// define variables such as `BEAMLINE_PORT` on its own.
     fn unknown_variables(&self) -> Vec<String> {
         let known: Vec<String> = KEYS.iter().map(variable_of).collect();
         let unknown = self

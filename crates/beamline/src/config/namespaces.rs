@@ -13,7 +13,7 @@ pub fn defaults(tables: &Tables) -> Rules {
     given.over(&Rules::default())
 }
 
-/// The built-in namespaces as the settings change them, then the settings' own.
+/// The built-in namespaces with the overrides of the settings, then the namespaces that only the settings have.
 pub fn effective(tables: &Tables) -> Vec<Namespace> {
     let entries: Vec<_> = tables
         .namespaces
@@ -23,7 +23,7 @@ pub fn effective(tables: &Tables) -> Vec<Namespace> {
     cluster::namespaces(&entries, &defaults(tables))
 }
 
-/// Appends the effective rules as tables of the file, with the line of each key that the file gives.
+/// Appends the effective rules in the form of the settings file, with the line of each key that the file sets.
 pub fn show(settings: &Settings, out: &mut String) {
     let tables = &settings.tables;
     show_rules(out, "[cluster.defaults]", None, &settings.cluster.defaults, tables.namespace_defaults.as_ref());
@@ -36,7 +36,7 @@ pub fn show(settings: &Settings, out: &mut String) {
     }
 }
 
-/// The keys that an entry gives; the others stay as they are in the namespace that it changes.
+/// The keys that an entry sets; the others keep their values in the namespace that it overrides.
 fn overrides(values: &Values) -> Overrides {
     Overrides {
         history_size: values.maybe_number("history_size"),

@@ -1,4 +1,4 @@
-//! SIGHUP: takes over the settings that a running process can change, and names those that need a restart.
+//! SIGHUP: applies the changed settings that a running process can change, and lists those that need a restart.
 
 use super::keys::KEYS;
 use super::problems::Problems;
@@ -10,14 +10,14 @@ use super::value::Value;
 /// Keys of settings that differ between the running process and the files.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// In force now.
-    pub taken: Vec<&'static str>,
-    /// In force after a restart only.
-    pub waiting: Vec<&'static str>,
+    /// Applied by the reload.
+    pub applied: Vec<&'static str>,
+    /// Applied only by a restart.
+    pub needs_restart: Vec<&'static str>,
 }
 
 impl Settings {
-    /// Takes over the live settings of `fresh`. Fails, and changes nothing, if they do not fit the others.
+    /// Takes the live settings from `fresh`. Fails and changes nothing if they conflict with the other settings.
     pub fn renew(&mut self, fresh: &Self) -> Result<Changes, Problems> {
         let mut changes = Changes::default();
         let mut tables = self.tables.clone();
@@ -27,8 +27,8 @@ impl Settings {
             let differs = tables.values.value(key.name) != fresh.values.value(key.name);
             match (differs, key.live) {
                 (false, _) => {}
-                (true, true) => changes.taken.push(key.name),
-                (true, false) => changes.waiting.push(key.name),
+                (true, true) => changes.applied.push(key.name),
+                (true, false) => changes.needs_restart.push(key.name),
             }
             if key.live {
                 tables.values.take_over(key, &fresh.values);
@@ -41,14 +41,14 @@ impl Settings {
             ("cluster.defaults", plain(&tables.namespace_defaults).eq(plain(&fresh.namespace_defaults))),
         ];
         let differing = repeated.iter().filter(|(_, same)| !same).map(|(name, _)| *name);
-        changes.waiting.extend(differing);
+        changes.needs_restart.extend(differing);
 
         *self = typed(tables, Problems::default())?;
         Ok(changes)
     }
 }
 
-/// The values without their sources: an entry that only moved to other lines of the file has not changed.
+/// The values without their sources, because an entry that only moved within the file has not changed.
 fn plain<'a>(tables: impl IntoIterator<Item = &'a Values>) -> impl Iterator<Item = Vec<(&'a str, &'a Value)>> {
     tables.into_iter().map(|table| table.without_sources().collect())
 }
@@ -64,21 +64,21 @@ mod tests {
     }
 
     #[test]
-    fn live_settings_are_taken_over_and_the_others_wait() {
+    fn live_settings_are_applied_and_the_others_need_a_restart() {
         let mut settings = read("[gateway]\nmax_in_flight = 5\nsocket = \"/a\"\n");
         let fresh = "[gateway]\nmax_in_flight = 7\nsocket = \"/b\"\n[log]\nlevel = \"debug\"\n[worker]\nslots = 3\n\
                      [[worker.providers]]\nname = \"x\"\nkind = \"echo\"\n";
         for (again, taken) in [(false, &["gateway.max_in_flight", "log.level"][..]), (true, &[])] {
             let changes = settings.renew(&read(fresh)).unwrap();
-            assert_eq!(changes.taken, taken, "again: {again}");
-            assert_eq!(changes.waiting, ["gateway.socket", "worker.slots", "worker.providers"], "again: {again}");
+            assert_eq!(changes.applied, taken, "again: {again}");
+            assert_eq!(changes.needs_restart, ["gateway.socket", "worker.slots", "worker.providers"], "again: {again}");
         }
         assert_eq!(settings.gateway.max_in_flight, 7);
         assert_eq!(settings.gateway.socket, Path::new("/a"));
 
         // A setting that is no longer in the file returns to its default.
         let changes = settings.renew(&read("[gateway]\nsocket = \"/a\"\n")).unwrap();
-        assert_eq!(changes.waiting, [""; 0]);
+        assert_eq!(changes.needs_restart, [""; 0]);
         assert_eq!(settings.gateway.max_in_flight, 1000);
     }
 
@@ -86,7 +86,7 @@ mod tests {
     fn live_setting_without_a_default_becomes_unset_again() {
         let mut settings = read("[gateway]\nmax_in_flight_per_user = 5\n");
         let changes = settings.renew(&read("")).unwrap();
-        assert_eq!(changes.taken, ["gateway.max_in_flight_per_user"]);
+        assert_eq!(changes.applied, ["gateway.max_in_flight_per_user"]);
         assert_eq!(settings.gateway.max_in_flight_per_user, None);
         assert_eq!(settings.renew(&read("")).unwrap(), super::Changes::default());
     }

@@ -1,7 +1,7 @@
 //! The parts that a process runs, and which of them need each other.
 //!
-//! On NATS any part runs alone. The embedded bus reaches only the parts of one process, so some parts are no use there
-//! without others.
+//! On NATS, any part can run alone. The embedded bus connects only the parts of one process, so some parts are useless
+//! there without others.
 
 use super::settings::{Bus, Settings};
 use std::fmt;
@@ -18,7 +18,7 @@ pub enum Role {
 use Role::{Cluster, Gateway, Router, Webapp, Worker};
 
 impl Role {
-    /// All roles, in the order in which a message passes them.
+    /// All roles, in the order in which a message passes through them.
     const ALL: [Self; 5] = [Gateway, Router, Worker, Cluster, Webapp];
 
     /// Parses an item of the setting `roles`.
@@ -48,17 +48,17 @@ impl fmt::Display for Role {
     }
 }
 
-/// Roles that do not work without one of the others, and what they lack then.
+/// Roles that do not work without one of the listed roles, and the consequence.
 const NEEDS: &[(Role, &[Role], &str)] = &[
     (Gateway, &[Router], "finds no router to ask"),
     (Router, &[Gateway, Webapp], "receives no requests"),
     (Worker, &[Router], "gets no task"),
     (Webapp, &[Cluster], "has no node for its pages to connect to"),
 ];
-/// Roles that work without the other, with reduced function.
+/// Roles that have reduced function without the other, and the consequence.
 const WANTS: &[(Role, Role, &str)] = &[
     (Router, Worker, "assignments wait in the stream until a worker runs on this data directory"),
-    (Webapp, Router, "in rooms nobody answers the assistant's questions"),
+    (Webapp, Router, "questions to the assistant in rooms get no answer"),
 ];
 
 /// Returns a problem for each role that cannot work in this process.

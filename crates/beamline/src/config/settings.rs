@@ -1,7 +1,7 @@
 //! The typed settings: one table for each part, made from [`Tables`].
 //!
-//! A part's table is the part's own `Config`, as far as settings determine it. The wiring adds what only a running
-//! process knows: secrets, bound addresses, the boot id.
+//! A part's table is the part's own `Config`, as far as the settings determine it. The wiring adds values known only at
+//! run time: secrets, bound addresses, the boot id.
 
 use super::namespaces;
 use super::problems::Problems;
@@ -73,7 +73,7 @@ pub enum LogFormat {
 }
 
 impl Settings {
-    /// Types every table. A list's item that cannot be read is reported and left out.
+    /// Converts every table. List items that cannot be parsed are reported and left out.
     pub(super) fn new(tables: Tables, problems: &mut Problems) -> Self {
         let values = &tables.values;
         let mut lists = Lists { tables: &tables, problems };
@@ -114,14 +114,14 @@ impl Settings {
         self.tables.values.source(key) == Some(&Source::Default)
     }
 
-    /// How long a part may take to finish what it has in flight: shorter than the stage's deadline, so that abandoned
-    /// work can still be reported.
+    /// How long a part may take to finish its work in flight: shorter than the stage's deadline, so that abandoned work
+    /// can still be reported.
     pub fn drain_timeout(&self) -> Duration {
         drain_timeout(&self.tables.values)
     }
 }
 
-/// Names the file only: the tables hold secrets.
+/// Prints only the file, because the tables hold secrets.
 impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Settings")
@@ -130,7 +130,7 @@ impl fmt::Debug for Settings {
     }
 }
 
-/// Parses the items of lists, and reports each one that cannot be read.
+/// Parses the items of lists, and reports each item that is invalid.
 struct Lists<'a> {
     tables: &'a Tables,
     problems: &'a mut Problems,
@@ -258,7 +258,7 @@ fn worker(tables: &Tables) -> worker::Config {
     config
 }
 
-/// Returns `None` for a provider without a key that its kind requires, which was reported when the file was read.
+/// Returns `None` if the provider lacks a required key, which was reported when the file was read.
 fn provider(values: &Values, passed_on: &BTreeMap<String, String>) -> Option<worker::ProviderConfig> {
     let kind = match values.maybe_text("kind")?.as_str() {
         "echo" => worker::Kind::Echo,
@@ -359,8 +359,8 @@ fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).expect("durations of settings are bounded by years")
 }
 
-/// An origin as a browser writes it: no path, no slash at the end. With `*` every page may connect, and only ours may
-/// sign in.
+/// Parses an origin in the form that browsers send: no path, no trailing slash. With `*`, every page may connect, but
+/// only the server's own pages may sign in.
 fn parse_origin(text: &str) -> Result<String, String> {
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     let fits = host.is_some_and(|host| {

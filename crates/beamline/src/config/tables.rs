@@ -16,11 +16,11 @@ pub enum Source {
     Flag,
 }
 
-/// One table of values; each value has the kind that its key has in the table of keys.
+/// One table of values. Each value has the kind of its key in the table of keys.
 #[derive(Clone, Default)]
 pub struct Values(BTreeMap<&'static str, (Value, Source)>);
 
-/// Everything that the layers hold.
+/// All values of the merged layers.
 #[derive(Clone, Default)]
 pub struct Tables {
     pub values: Values,
@@ -42,7 +42,7 @@ impl Tables {
         Self { values: Values::of_defaults(KEYS), ..Self::default() }
     }
 
-    /// Where a reader finds the setting `key`: with file and line, if the file gives it.
+    /// Locates the setting `key` for a message: file and line if the file sets it.
     pub fn place(&self, key: &str) -> String {
         match (self.values.source(key), &self.file) {
             (Some(Source::File { line }), Some(file)) => format!("{}:{line}: {key}", file.display()),
@@ -50,7 +50,7 @@ impl Tables {
         }
     }
 
-    /// Where a reader finds an entry of the repeated table `table`.
+    /// Locates an entry of the repeated table `table` for a message.
     pub fn place_of(&self, table: &str, entry: &Values) -> String {
         match (entry.first_line(), &self.file) {
             (Some(line), Some(file)) => format!("{}:{line}: {table}", file.display()),
@@ -59,8 +59,8 @@ impl Tables {
     }
 }
 
-/// Two typed getters: one returns `None` for an unset key, the other is for keys with a default. Asking for a kind that
-/// the key does not have is a bug and panics.
+/// Defines two typed getters: one returns `None` for an unset key, the other is for keys with a default. A getter of
+/// the wrong kind for a key is a bug and panics.
 macro_rules! getters {
     ($maybe:ident, $name:ident, $variant:ident, $type:ty) => {
         getters!($maybe, $variant, $type);
@@ -96,7 +96,7 @@ impl Values {
         self.0.insert(key.name, (value, source));
     }
 
-    /// Takes the value of `key` over from another table, with its source; a key that is unset there becomes unset.
+    /// Copies the value of `key` and its source from another table; a key that is unset there becomes unset.
     pub fn take_over(&mut self, key: &Key, from: &Self) {
         match from.0.get(key.name) {
             Some(value) => self.0.insert(key.name, value.clone()),
@@ -138,7 +138,7 @@ impl Values {
     getters!(maybe_list, list, List, Vec<String>);
     getters!(maybe_u64, Number, u64);
 
-    /// A number as the integer type that its bounds in the table of keys fit.
+    /// A number, as an integer type that covers the bounds in the table of keys.
     pub fn maybe_number<N: TryFrom<u64>>(&self, key: &str) -> Option<N> {
         let number = self.maybe_u64(key)?;
         Some(N::try_from(number).unwrap_or_else(|_| panic!("setting {key} does not fit its type: {number}")))

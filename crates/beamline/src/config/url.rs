@@ -1,4 +1,4 @@
-//! Checks the URLs of servers, as far as that works without connecting. The errors never repeat a user or a password.
+//! Checks the URLs of servers without connecting. The errors never repeat a user or a password.
 
 use std::path::Path;
 use url::Url;
@@ -63,7 +63,8 @@ pub fn redis(text: &str) -> Result<(), String> {
     }
 }
 
-/// Redis selects its databases by number. The text is not repeated: it may be the end of a password with a slash in it.
+/// Checks the number of a Redis database. The error does not repeat the text, which may be part of a password that
+/// contains a slash.
 fn database_number(text: &str) -> Result<(), String> {
     if text.parse::<u32>().is_ok() {
         return Ok(());

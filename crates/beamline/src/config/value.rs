@@ -9,7 +9,7 @@ use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
-/// Checks a URL. The error completes a sentence that begins with the setting's name, and repeats no password.
+/// Checks a URL. The error completes a sentence that begins with the setting's name, and never repeats a password.
 pub type Rule = fn(&str) -> Result<(), String>;
 
 /// Longer durations are almost certainly mistakes.
@@ -143,8 +143,8 @@ fn variables(items: &[String]) -> Result<(), String> {
     Ok(())
 }
 
-/// `EnvFilter` reads a bare word that is no level as the name of a target: it logs everything of that target and
-/// nothing else. A mistyped level must not silence the log that way, so a bare word has to be a level.
+/// Checks a log filter. `EnvFilter` takes a bare word that is not a level as a target and logs nothing else; so that a
+/// mistyped level cannot silence the log, a bare word must be a level.
 fn log_filter(text: &str) -> Result<(), String> {
     for word in text.split(',').filter(|word| !word.is_empty()) {
         let is_bare = !word.contains(['=', '[', ']', '{', '}']);

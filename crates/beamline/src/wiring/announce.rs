@@ -1,4 +1,4 @@
-//! Tells programs and people that the process serves, and where.
+//! Announces that the process is ready, and its addresses: to the parent process, the service manager and the terminal.
 
 use super::start::Addresses;
 use crate::config::{LogFormat, Role, Settings};
@@ -9,7 +9,7 @@ use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-/// The line `ready {…}` on stdout, for the program that started the process.
+/// The line `ready {…}` on stdout, for the parent process.
 #[derive(Debug, Serialize)]
 pub struct Ready {
     grpc: SocketAddr,
@@ -66,7 +66,7 @@ pub fn greet(settings: &Settings, http: SocketAddr, socket: Option<&Path>, admin
 fn pages(settings: &Settings, http: SocketAddr, admin_password: Option<&str>) -> Vec<String> {
     let mut lines = vec![format!("  chat      http://{http}/"), format!("  console   http://{http}/console")];
     lines.push(match admin_password {
-        // A stderr that is no terminal goes to a log, which is kept and which others can read.
+        // A stderr that is not a terminal usually goes to a log, which others may read.
         Some(_) if !std::io::stderr().is_terminal() => {
             let file = settings.data_dir.join(secrets::ADMIN_PASSWORD);
             format!("  sign in   name admin, password in {}", file.display())

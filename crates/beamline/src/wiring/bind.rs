@@ -1,4 +1,4 @@
-//! Binds each part: takes its typed settings, and adds what only this process knows.
+//! Binds each part: takes its typed settings and adds the values known only at run time.
 
 use crate::config::{self, Settings};
 use crate::hosts::Hosts;
@@ -25,8 +25,8 @@ pub fn http_front(settings: &Settings) -> Front {
     }
 }
 
-/// On loopback the operations port can be reached by the browsers of this machine, and so by pages whose name resolves
-/// to it: it checks hosts like the HTTP port. Elsewhere its clients are monitors, which use names that only they know.
+/// On loopback, browsers on this machine can reach the operations port, so it checks hosts like the HTTP port (DNS
+/// rebinding). Elsewhere its clients are monitors, which may use any name.
 pub fn ops_front(settings: &Settings, listen: SocketAddr) -> Front {
     let front = http_front(settings);
     if listen.ip().is_loopback() {
@@ -36,7 +36,7 @@ pub fn ops_front(settings: &Settings, listen: SocketAddr) -> Front {
     }
 }
 
-/// `http` is the bound address of the HTTP listener, by which the node appears in the console.
+/// `http` is the bound address of the HTTP listener, which the console shows for the node.
 pub async fn cluster(settings: &Settings, http: SocketAddr, bus: Bus) -> Result<cluster::Bound> {
     let mut config = cluster::Config {
         address: http.to_string(),
@@ -54,7 +54,7 @@ pub async fn cluster(settings: &Settings, http: SocketAddr, bus: Bus) -> Result<
         .context("the cluster node cannot start")
 }
 
-/// Identifies the current boot of this machine; empty where the kernel does not tell.
+/// The id of this machine's current boot; empty if the kernel does not report one.
 fn this_boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .unwrap_or_default()
@@ -80,7 +80,7 @@ pub async fn webapp(settings: &Settings, bus: Bus) -> Result<webapp::Bound> {
         .context("the web app cannot start")
 }
 
-/// Also the configuration that `beamline user` works with.
+/// The configuration of the web app, which `beamline user` uses too.
 pub fn webapp_config(settings: &Settings) -> Result<webapp::Config> {
     Ok(webapp::Config {
         token_secret: secrets::load_or_create(&settings.data_dir, secrets::TOKEN_SECRET)?.into_bytes(),
@@ -88,7 +88,7 @@ pub fn webapp_config(settings: &Settings) -> Result<webapp::Config> {
     })
 }
 
-/// Binds the gateway to the socket that the service manager has `given`, otherwise to one of its own.
+/// Binds the gateway to the inherited socket `given`, or else to a socket of its own.
 pub async fn gateway(settings: &Settings, given: Option<UnixListener>, bus: Bus) -> Result<gateway::Bound> {
     let config = gateway_config(settings)?;
     let bound = match given {
@@ -98,7 +98,7 @@ pub async fn gateway(settings: &Settings, given: Option<UnixListener>, bus: Bus)
     bound.context("the gateway cannot start")
 }
 
-/// Reads the API key anew at each call, so that a reload takes over a changed key.
+/// Reads the API key at each call, so that a reload applies a changed key.
 pub fn gateway_config(settings: &Settings) -> Result<gateway::Config> {
     Ok(gateway::Config {
         api_key: secrets::load_or_create(&settings.data_dir, secrets::API_KEY)?,

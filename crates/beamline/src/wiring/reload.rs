@@ -1,4 +1,4 @@
-//! SIGHUP: reads the settings again, and the bus's certificates; changes what a running process can change.
+//! SIGHUP: reloads the settings and the bus's certificates, and applies what a running process can change.
 
 use super::bind;
 use crate::config::{self, Changes, Layers, Settings};
@@ -8,19 +8,19 @@ use bus::Bus;
 use std::convert::Infallible;
 use tokio::signal::unix::Signal;
 
-/// What the process runs with, and where it came from.
+/// The handles that a reload changes, and the sources of the settings.
 pub struct Reload {
     pub layers: Layers,
     pub settings: Settings,
     pub filter: log::Filter,
     pub bus: Bus,
     pub gateway: Option<gateway::Control>,
-    /// What the service manager shows before and after a reload.
+    /// The status line that the service manager shows before and after a reload.
     pub status: String,
 }
 
 impl Reload {
-    /// Reloads at each signal. A signal that comes during a reload causes another one.
+    /// Reloads at each signal. A signal that arrives during a reload triggers another one.
     pub async fn run(mut self, hangups: &mut Signal) -> Infallible {
         while hangups.recv().await.is_some() {
             notify::reloading();
@@ -65,14 +65,17 @@ impl Reload {
                 return false;
             }
         };
-        let taken = if changes.taken.is_empty() {
+        let taken = if changes.applied.is_empty() {
             "none has changed".into()
         } else {
-            changes.taken.join(", ")
+            changes.applied.join(", ")
         };
         tracing::info!(settings = taken, "reloaded");
-        if !changes.waiting.is_empty() {
-            tracing::warn!(settings = changes.waiting.join(", "), "these settings changed, and each needs a restart");
+        if !changes.needs_restart.is_empty() {
+            tracing::warn!(
+                settings = changes.needs_restart.join(", "),
+                "these settings changed, and each needs a restart"
+            );
         }
         true
     }
@@ -83,15 +86,15 @@ impl Reload {
             return true;
         };
         let error = match error {
-            // The text of this error says that the bus is disconnected, but its open connections stay.
+            // This variant's own text says that the bus is disconnected, but its open connections stay.
             bus::Error::Disconnected(problem) => problem,
             other => other.to_string(),
         };
-        tracing::error!(error, "the bus keeps its present certificates and credentials");
+        tracing::error!(error, "cannot reload the bus's certificates and credentials; the current ones stay in use");
         false
     }
 
-    /// Takes over all live settings, or none.
+    /// Applies all live settings, or none.
     fn take(&mut self, fresh: &Settings) -> Result<Changes> {
         let mut settings = self.settings.clone();
         let changes = settings.renew(fresh)?;

@@ -1,4 +1,4 @@
-//! The running tasks of the process, in stages that drain one after the other.
+//! The running parts of the process, in stages that drain one after another.
 
 use anyhow::{Result, anyhow};
 use std::future::Future;
@@ -31,7 +31,7 @@ impl Stages {
         }
     }
 
-    /// Waits until a part ends by itself, which is always an error.
+    /// Waits until a part ends unexpectedly, which is always an error.
     pub async fn first_end(&mut self) -> Result<()> {
         tokio::select! {
             ended = self.intake.first_end() => ended,
@@ -42,7 +42,7 @@ impl Stages {
         }
     }
 
-    /// Ends the stages one after the other, each within `deadline`. Returns whether all of them ended in time.
+    /// Drains the stages one after another, each within `deadline`. Returns whether all of them ended in time.
     pub async fn drain(self, deadline: Duration) -> bool {
         let mut in_time = true;
         for stage in [self.intake, self.work, self.pages, self.nodes, self.operations] {
@@ -64,7 +64,7 @@ impl Stage {
         Self { name, cancel: CancellationToken::new(), parts: JoinSet::new() }
     }
 
-    /// Runs a part until the token that it is given is cancelled.
+    /// Runs a part. `run` gets the token whose cancellation ends the part.
     pub fn run<F, R>(&mut self, part: &'static str, run: R)
     where
         R: FnOnce(CancellationToken) -> F,
@@ -74,7 +74,7 @@ impl Stage {
         self.parts.spawn(async move { (part, run.await) });
     }
 
-    /// Waits for the first part that ends; forever, if the stage runs none.
+    /// Waits for the first part to end; forever if the stage runs no part.
     async fn first_end(&mut self) -> Result<()> {
         match self.parts.join_next().await {
             None => std::future::pending().await,

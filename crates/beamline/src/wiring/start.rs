@@ -6,7 +6,7 @@ use super::stages::Stages;
 use crate::activation::Given;
 use crate::config::{Role, Settings};
 use crate::health::{self, Health};
-use crate::self_check::Door;
+use crate::self_check::Endpoint;
 use crate::{grpc, http, listen, metrics, secrets};
 use anyhow::{Context, Result, ensure};
 use axum::Router;
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Limit of open connections to the operations port, whose clients are monitors and scrapers.
 const OPS_CONNECTIONS_MAX: usize = 64;
-/// Between two upkeeps of the metrics: histograms keep every sample until then.
+/// Interval between upkeeps of the metrics. Histograms keep every sample until the next upkeep.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Handles on the running process, for signals and the watchdog.
@@ -28,12 +28,12 @@ pub struct Running {
     pub bus: Bus,
     pub gateway: Option<gateway::Control>,
     /// Where the watchdog's self-check connects.
-    pub door: Door,
+    pub endpoint: Endpoint,
     /// One line for the service manager.
     pub status: String,
 }
 
-/// Starts everything, or fails; what runs by then is in `stages`, for the caller to drain.
+/// Starts the whole process. If it fails, the parts already running are in `stages`, for the caller to drain.
 pub async fn start(
     settings: &Settings,
     given: Given,
@@ -53,7 +53,7 @@ pub async fn start(
     let bus = bind::bus(settings).await?;
     tracing::info!(bus = bus.describe(), "bus is up");
 
-    // Consumers first, producers last: whatever the first request needs is already there.
+    // Consumers start first and producers last, so that the first request finds every part it needs.
     let mut parts = Parts::new(settings, bus, stages);
     parts.start_cluster(addresses.http).await?;
     parts.start_worker().await?;
@@ -71,7 +71,7 @@ pub async fn start(
     Ok(Running {
         bus,
         gateway,
-        door: socket.map_or(Door::Operations(addresses.ops), Door::Gateway),
+        endpoint: socket.map_or(Endpoint::Operations(addresses.ops), Endpoint::Gateway),
         status: announce::status(settings, addresses.http),
     })
 }
@@ -83,7 +83,7 @@ struct Ports {
     grpc: (TcpListener, SocketAddr),
 }
 
-/// The real addresses of the listeners, where the settings may say port 0.
+/// The bound addresses of the listeners; the settings may say port 0.
 pub struct Addresses {
     pub http: SocketAddr,
     pub ops: SocketAddr,
@@ -91,7 +91,7 @@ pub struct Addresses {
 }
 
 impl Ports {
-    /// Takes the listeners that the service manager has given, and binds the others.
+    /// Adopts the listeners inherited from the service manager, and binds the others.
     fn bind(
         settings: &Settings,
         http: Option<std::net::TcpListener>,
@@ -109,8 +109,8 @@ impl Ports {
         Addresses { http: self.http.1, ops: self.ops.1, grpc: self.grpc.1 }
     }
 
-    /// Begins to accept. The HTTP port stops accepting when the node begins to move its clients; metrics and health
-    /// end last.
+    /// Begins to accept connections. The HTTP port stops accepting when the node begins to disconnect its clients;
+    /// metrics and health are served to the end.
     fn serve(self, settings: &Settings, stages: &mut Stages, routes: Router, health: Arc<Health>) {
         let drain = settings.drain_timeout();
         let (metrics, draining) = (health.metrics.clone(), health.draining.clone());
@@ -141,7 +141,7 @@ impl Ports {
     }
 }
 
-/// Starts the parts that are among the roles, and collects what they add to the process.
+/// Starts the parts of the roles, and collects their routes, checks and handles.
 struct Parts<'a> {
     settings: &'a Settings,
     bus: Bus,

@@ -41,12 +41,12 @@ async fn timeout_of_submit_is_the_deadline_of_the_task() {
         .run(&["submit", "--type", "echo", "--wait", "result", "--timeout", "1s", "{}"])
         .await;
     assert_eq!(output.code, Some(1));
-    // The gateway and the worker both know the deadline, and either may report it first.
+    // The gateway and the worker both enforce the deadline, and either may report it first.
     let names_deadline = output.stderr.contains("deadline") || output.stderr.contains("timeout");
     assert!(names_deadline && !output.stderr.contains("--timeout"), "{}", output.stderr);
 }
 
-/// Deadlines that a client chose too short do not count against the provider; five failures would open its breaker.
+/// Deadlines that are too short do not count against the provider, whose breaker opens after five failures.
 #[tokio::test]
 async fn five_short_deadlines_do_not_open_the_breaker() {
     let settings = "[[worker.providers]]\nname = \"echo\"\nkind = \"command\"\nprogram = \"/bin/sh\"\n\

@@ -1,5 +1,5 @@
-//! The router accepts what the gateway sends, for every golden message and every field: the real gateway, router and
-//! worker run on one bus, and the test reads what passes between them with the types of the contract.
+//! The router accepts every golden message and every field as the gateway sends it. The real gateway, router and worker
+//! run on one bus, and the tests decode the messages between them with the contract's types.
 
 use bus::{Bus, Subscription};
 use bytes::BytesMut;

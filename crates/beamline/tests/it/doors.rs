@@ -82,7 +82,7 @@ async fn guess(process: &Process, client: &str) {
 }
 
 #[tokio::test]
-async fn client_behind_a_trusted_proxy_has_its_own_address() {
+async fn client_behind_a_trusted_proxy_is_limited_by_its_own_address() {
     let trusting = Process::start_with_settings("[http]\ntrusted_proxies = [\"127.0.0.0/8\"]\n").await;
     guess(&trusting, "198.51.100.1").await;
     assert!(trusting.log().contains("198.51.100.1"), "{}", trusting.log());

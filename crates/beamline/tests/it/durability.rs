@@ -1,4 +1,4 @@
-//! SIGKILL at random moments: everything acknowledged is there after the restart.
+//! SIGKILL at random moments: everything acknowledged survives the restart.
 
 use crate::process::Process;
 use crate::realtime::{Client, Failed};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 const ROUNDS: usize = 4;
 
-/// Everything whose acknowledgement left the process.
+/// Everything that the process has acknowledged.
 #[derive(Default)]
 struct Acknowledged {
     /// Chat text by message id.

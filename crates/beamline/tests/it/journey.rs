@@ -1,4 +1,4 @@
-//! The whole way of a message, from a program on the socket and from a person in a room.
+//! End to end: messages from a program on the socket and from a person in a room.
 
 use crate::process::Process;
 use crate::realtime::Client;

@@ -124,7 +124,7 @@ pub async fn run_in(dir: &Path, args: &[&str]) -> Output {
     }
 }
 
-/// What a service manager provides to a process.
+/// The descriptor and variables that a service manager passes to a process.
 #[derive(Default)]
 pub struct Manager {
     /// The name of descriptor 3, and the descriptor.

@@ -24,7 +24,7 @@ async fn paced_soak_keeps_its_rate_and_watches_the_metrics() {
     let process = Process::start().await;
     let metrics = format!("http://{}/metrics", process.ops());
     let args = ["soak", "gateway", "--for", "3s", "--rate", "100", "--metrics", &metrics, "--evidence", "seen.json"];
-    // It never sends more than its rate. On a busy machine it may send less, and then it must fail.
+    // The soak never exceeds its rate. On a busy machine it may fall short of it, and then it must fail.
     process.run(&args).await;
     let seen: Value = serde_json::from_slice(&std::fs::read(process.dir.path().join("seen.json")).unwrap()).unwrap();
     assert!((1..=302).contains(&seen["sent"].as_u64().unwrap()), "{}", seen["sent"]);

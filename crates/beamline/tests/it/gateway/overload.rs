@@ -29,7 +29,7 @@ const HASTE: Duration = Duration::from_millis(100);
 async fn gateway_sheds_load_until_an_overloaded_router_has_recovered() {
     let stage = Stage::start().await;
     let (delay, delayed) = watch::channel(Duration::ZERO);
-    let (url, _way) = way_to_nats(stage.nats.port(), delayed).await;
+    let (url, _way) = delaying_proxy(stage.nats.port(), delayed).await;
     let router = Process::start_with(&["--roles", "router", "--nats-url", &url]).await;
     let client = stage.client().await;
     let fine = submit("echo", json!({}));
@@ -92,8 +92,8 @@ async fn gateway_sheds_load_until_an_overloaded_router_has_recovered() {
     drop(router);
 }
 
-/// Returns another address of NATS, on which messages to NATS arrive after `delay`.
-async fn way_to_nats(port: u16, delay: watch::Receiver<Duration>) -> (String, JoinSet<()>) {
+/// Starts a proxy in front of NATS that delays messages to NATS by `delay`. Returns its address.
+async fn delaying_proxy(port: u16, delay: watch::Receiver<Duration>) -> (String, JoinSet<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("nats://{}", listener.local_addr().unwrap());
     let mut way = JoinSet::new();

@@ -1,5 +1,5 @@
-//! What causes each row of the table of errors in the scenarios: the real router, or a scripted responder that replaces
-//! it. When the router learns to cause a row, it moves from the second list to the first.
+//! The source of each row of the error table in the scenarios: the real router, or a scripted responder that replaces
+//! it. When the router can cause a row, the row moves from the second list to the first.
 
 use std::collections::BTreeSet;
 use wire::router::RouterCode;
