@@ -35,7 +35,7 @@ pub async fn run(stream: UnixStream, mut calls: mpsc::Receiver<Call>) {
     let mut output = BytesMut::new();
     // All handles are dropped; no more calls will come.
     let mut done = false;
-    // Writing failed. The gateway may have sent its reason before it closed, so reading continues.
+    // Set once a write has failed. The gateway may have sent a reason before it closed, so reading continues.
     let mut broken = false;
 
     loop {
@@ -97,11 +97,11 @@ async fn fail_all(cause: Cause, open: HashMap<u64, Reader>, mut calls: mpsc::Rec
     }
 }
 
-/// Why the connection cannot be used any more.
+/// Why the connection can no longer be used.
 enum Cause {
     /// The error that the gateway sent before it closed.
     Refused(Box<ErrorPayload>),
-    /// The gateway sent something that is not valid in the protocol.
+    /// The gateway violated the protocol.
     Protocol(String),
 }
 
@@ -114,7 +114,7 @@ impl Cause {
     }
 }
 
-/// Routes all complete frames in `input`; an error means that the connection cannot be used any more.
+/// Routes all complete frames in `input`. An error means that the connection can no longer be used.
 async fn deliver(input: &mut BytesMut, open: &mut HashMap<u64, Reader>) -> Result<(), Cause> {
     while let Some(frame) = Decoder.decode(input).map_err(|e| Cause::Protocol(e.to_string()))? {
         let Some(kind) = frame.frame_type() else {

@@ -58,7 +58,7 @@ fn describe(payload: &ErrorPayload) -> String {
 #[derive(Clone)]
 pub struct Client {
     requests: mpsc::Sender<connection::Call>,
-    /// Whose tasks [`Client::query`], [`Client::cancel`] and [`Client::subscribe`] are about.
+    /// The tenant that [`Client::query`], [`Client::cancel`] and [`Client::subscribe`] name.
     tenant: Option<Arc<str>>,
 }
 
@@ -73,17 +73,19 @@ impl Client {
         Ok(Self { requests, tenant: None })
     }
 
-    /// The same connection, for the tasks of this tenant. Without one, the gateway's settings say whose tasks are
-    /// meant.
+    /// A handle to the same connection for the tasks of this tenant. Without a tenant, the gateway searches the tenants
+    /// that its settings allow the user.
     #[must_use]
     pub fn of_tenant(&self, tenant: &str) -> Self {
         Self { requests: self.requests.clone(), tenant: Some(tenant.into()) }
     }
 
+    /// Checks that the gateway answers.
     pub async fn ping(&self) -> Result<(), Error> {
         self.call(FrameType::Ping, Bytes::new(), None).await.map(drop)
     }
 
+    /// The gateway's protocol versions, features and limits.
     pub async fn capabilities(&self) -> Result<Capabilities, Error> {
         decode(&self.call(FrameType::Capabilities, Bytes::new(), None).await?)
     }
@@ -116,7 +118,7 @@ impl Client {
     fn reference(&self, task_id: &str) -> Bytes {
         let tenant_id = self.tenant.as_deref().map(String::from);
         let task = TaskRef { command: None, task_id: task_id.into(), tenant_id };
-        serde_json::to_vec(&task).expect("a reference is JSON").into()
+        serde_json::to_vec(&task).expect("a task reference is JSON").into()
     }
 
     /// Sends one request and waits for its single response. The gateway enforces `deadline` in whole milliseconds;

@@ -1,4 +1,4 @@
-//! End to end in one process: the client, a gateway, a router and a worker on the embedded bus.
+//! End-to-end tests in one process: the client, a gateway, a router and a worker on the embedded bus.
 
 use bus::Bus;
 use client::{Client, Error, StreamEvent};
@@ -13,7 +13,7 @@ use wire::router::{ResultStatus, State};
 use wire::subjects;
 use worker::{Kind, ProviderConfig};
 
-/// The deadline for anything that must happen.
+/// The deadline for every awaited condition.
 const SOON: Duration = Duration::from_secs(20);
 
 const POLICY: &str = r#"{"version": "e2e",
@@ -394,6 +394,6 @@ async fn closed_connection_fails_all_requests_in_flight() {
     let (_dir, client) = scripted(data).await;
     let mut stream = client.subscribe("t").await.unwrap();
     assert!(matches!(stream.next().await, Ok(Some(StreamEvent::Data(_)))));
-    assert!(matches!(stream.next().await, Err(Error::Closed)), "a stream that broke off is not complete");
+    assert!(matches!(stream.next().await, Err(Error::Closed)), "an interrupted stream is not complete");
     assert!(matches!(stream.next().await, Ok(None)));
 }
