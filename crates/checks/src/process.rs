@@ -9,7 +9,7 @@ pub struct Holds {
     pub threads: u64,
 }
 
-/// Returns `None` when the process has exited or belongs to another user.
+/// Reads the resources of a process. Returns `None` if it has exited or belongs to another user.
 pub fn look(pid: u32) -> Option<Holds> {
     let of = |name: &str| PathBuf::from(format!("/proc/{pid}/{name}"));
     let statm = std::fs::read_to_string(of("statm")).ok()?;

@@ -233,7 +233,7 @@ async fn sample(
                     Some(source) => source.read().await.ok(),
                     None => None,
                 };
-                // Once the lanes wind down, a sample would not show the process under the load that is judged.
+                // Samples taken while the lanes end would not show the process under load.
                 if let Some(holds) = process::look(seen.pid) && !load.is_over() {
                     let took = load.began.elapsed();
                     seen.samples.push(Sample { second: took.as_secs_f64(), holds, figures });
@@ -250,7 +250,7 @@ async fn sample(
     }
 }
 
-/// Judges the soak again and again until it passes or the gateway's metrics have had the time to settle.
+/// Judges the soak repeatedly until it passes or the gateway's metrics have had time to settle.
 async fn settle(config: &Config, mut seen: Seen, load: &Load, source: Option<&Source>, took: Duration) -> Evidence {
     let deadline = Instant::now() + SETTLED;
     loop {
@@ -341,7 +341,7 @@ impl Load {
             }
         }
 
-        // Count the request under the lock, so that all lanes together send no more than `requests`.
+        // Counted under the lock, so that all lanes together send no more than `requests`.
         let over = self.is_over();
         let mut tally = self.tally.lock();
         let more = !over && tally.sent < self.requests;

@@ -18,7 +18,7 @@ impl Beamline {
         Self::start_in(dir)
     }
 
-    /// Restarts on the same data, so that the work of a first start (hashing a password) does not count.
+    /// Restarts on the same data, so that the work of a first start (hashing a password) is not measured.
     pub fn start_again(self) -> Result<Self> {
         drop(self.child);
         Self::start_in(self.dir)

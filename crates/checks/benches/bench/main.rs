@@ -1,4 +1,4 @@
-//! Runs the benchmarks of `make bench`: our figures beside a peer's from the same run, on this machine.
+//! Runs the benchmarks of `make bench`: Beamline's figures beside a peer's, from the same run on the same machine.
 //!
 //! Arguments select benchmarks by name (`gateway`, `decide`, `fanout`, `memory`, `console`). `--write FILE` also writes
 //! the table to a file.

@@ -1,4 +1,4 @@
-//! The table of results: our figure, the peer's, their ratio and the goal.
+//! The table of results: Beamline's figure, the peer's, their ratio and the goal.
 
 use std::fmt::Write;
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! WebSocket clients that cost next to nothing: they count the data that arrives and do not parse it.
+//! WebSocket clients with minimal overhead: they count the data that arrives and do not parse it.
 
 use crate::Result;
 use std::net::{Ipv4Addr, SocketAddr};

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use wire::subjects;
 
-/// Requests that may wait for their late answer; further ones wait in the subscription.
+/// Requests that may be queued for their late answer; further ones wait in the subscription.
 const QUEUE: usize = 65_536;
 /// How long past the deadline an answer is sent, so that even a busy gateway has given up by then.
 const AFTER: Duration = Duration::from_secs(1);
@@ -25,7 +25,7 @@ pub struct LateRouter {
 }
 
 impl LateRouter {
-    /// Fails with [`Error::RouterThere`] when a real router serves this NATS server, rather than take its requests.
+    /// Fails with [`Error::RouterThere`] if a real router is running on this NATS server, whose requests it would take.
     pub async fn start(url: &str, deadline: Duration) -> Result<Self, Error> {
         let config = NatsConfig { url: url.into(), name: "late-router".into(), ..NatsConfig::default() };
         let bus = Nats::connect(config).await?;
@@ -46,7 +46,7 @@ impl LateRouter {
         Ok(Self { bus, requests, delay: deadline + AFTER })
     }
 
-    /// Answers until `end` is cancelled and nothing is owed; returns the number of replies published.
+    /// Answers until `end` is cancelled and no reply is outstanding. Returns the number of published replies.
     pub async fn run(mut self, end: CancellationToken) -> u64 {
         let mut owed: VecDeque<(Instant, Arc<str>)> = VecDeque::new();
         let mut answered = 0;

@@ -19,7 +19,7 @@ impl Pace {
 
     /// Returns the time at which the next request is due.
     pub fn next(&mut self, now: Instant) -> Instant {
-        // Forget what was missed earlier, so that a stall of the gateway does not end in a burst.
+        // Older missed requests are skipped, so that a stall of the gateway does not end in a burst.
         let earliest = now.checked_sub(BEHIND_MAX).unwrap_or(now);
         let due = self.next.max(earliest);
         self.next = due + self.step;
@@ -42,7 +42,7 @@ mod tests {
         // Three steps late: all three are caught up.
         assert_eq!([pace.next(at(6)), pace.next(at(6))], [at(3), at(4)]);
 
-        // A second late: only the last ten steps are, besides the request of now.
+        // A second late: only the last ten steps are caught up, besides the current one.
         let now = at(1000);
         let at_once = (0..100).filter(|_| pace.next(now) <= now).count();
         assert_eq!(at_once, 11);

@@ -4,7 +4,7 @@ use hdrhistogram::Histogram;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Longer times are recorded as this.
+/// Longer times are recorded as this maximum.
 const LONGEST: Duration = Duration::from_secs(3600);
 
 pub struct Tally {
@@ -32,7 +32,7 @@ impl Tally {
         self.errors.values().sum()
     }
 
-    /// The time in µs within which this share (0 to 1) of the outcomes came.
+    /// The time in µs within which this share (0 to 1) of the outcomes arrived.
     pub fn within_us(&self, share: f64) -> u64 {
         self.times.value_at_quantile(share)
     }

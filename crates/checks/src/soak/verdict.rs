@@ -8,14 +8,14 @@ use wire::ipc::ErrorCode;
 /// Memory growth below this over the whole soak is noise: allocators keep memory, and tables double.
 const NOISE_BYTES: f64 = 2.0 * 1024.0 * 1024.0;
 const NOISE_SHARE: f64 = 0.02;
-/// A shorter soak is all warm-up as far as memory goes, so only growth too large for a warm-up counts.
+/// In a shorter soak, memory is still warming up, so only growth too large for a warm-up counts.
 const SHORT_SECONDS: f64 = 60.0;
 const NOISE_BYTES_SHORT: f64 = 32.0 * 1024.0 * 1024.0;
 /// Descriptors that come and go independently of the load (a log file, a scrape of the metrics), and their tasks.
 const NOISE_COUNT: u64 = 8;
 /// The first part of the soak that is ignored: caches fill and pools reach their size.
 const WARM_UP: f64 = 0.25;
-/// The soak fails when it reached less than this share of the requested rate: it did not test that load.
+/// A soak that reaches less than this share of the requested rate fails, because it did not test that load.
 const RATE_SHARE: f64 = 0.9;
 
 pub fn judge(config: &Config, seen: &Seen, tally: &Tally, took: Duration) -> Evidence {
@@ -100,7 +100,7 @@ impl Memory {
     }
 }
 
-/// Checks that the soak reached the rate that it was asked for. A soak of a second cannot.
+/// Checks that the soak reached the requested rate. A soak of one second is too short for that.
 fn rate(config: &Config, tally: &Tally, seconds: f64) -> Option<String> {
     let asked = config.per_second?;
     let reached = tally.sent as f64 / seconds;

@@ -1,4 +1,4 @@
-//! Lanes, each of which sends one request after another, and clients that cost next to nothing.
+//! Lanes, each of which sends one request after another, and clients with minimal overhead.
 
 use crate::Result;
 use bytes::BytesMut;
