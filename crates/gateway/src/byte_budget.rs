@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes per permit: the permits of a semaphore are too few to count the bytes of a large budget one by one.
+/// Bytes per permit. A semaphore bounds its permits, so a large budget may not have one for every byte.
 const UNIT: usize = 1024;
 
 #[derive(Debug, Clone)]
