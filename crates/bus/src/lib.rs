@@ -131,14 +131,14 @@ pub trait BusApi: Send + Sync + 'static {
     /// Live subscribers of the subject receive the message, too. With [`nats`], they also receive duplicates.
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended>;
 
-    /// Makes several writes in this order.
+    /// Makes several writes, in order.
     ///
-    /// The embedded bus commits all of them together, or none. Over [`nats`], a write starts once the one before is
-    /// acknowledged, except that neighbouring puts are made at the same time; the first failure ends them. So put them
-    /// in an order in which what a crash leaves is safe to repeat. A batch must not put one key twice.
+    /// The embedded bus commits all of them, or none. Over [`nats`], each write starts after the previous one is
+    /// acknowledged, except that adjacent puts run concurrently; the batch ends at the first failure. Choose an order
+    /// in which an incomplete batch is safe to repeat. A batch must not put one key twice.
     ///
-    /// Dropping the future does not undo what has begun. Live subscribers may then miss its messages, and consumers
-    /// find them up to five seconds later.
+    /// Dropping the future does not cancel writes that have begun. Live subscribers may then miss the appended messages,
+    /// and consumers receive them up to five seconds late.
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete>;
 
     /// Opens a durable consumer. Consumers with the same name share its messages.
@@ -147,17 +147,18 @@ pub trait BusApi: Send + Sync + 'static {
     /// The size of a stream and the backlog of each of its consumers.
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo>;
 
-    /// Creates a durable key-value bucket whose entries live `max_age` after their last write, for ever if there is
-    /// none. Safe to repeat.
+    /// Creates a durable key-value bucket. Its entries expire `max_age` after their last write; with `None` they never
+    /// expire. Idempotent.
     async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()>;
 
     /// Stores a value and returns its revision. With `expected`, only if the entry is at that revision (0: does not
-    /// exist), else [`Error::WrongRevision`]. A value is bounded as a message is, else [`Error::TooLarge`].
+    /// exist), else [`Error::WrongRevision`]. A value has the size limit of a message, else
+    /// [`Error::TooLarge`].
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64>;
     /// The value and its revision; `None` if there is no such entry.
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>>;
 
-    /// Checks that messages get through now. Used by `/ready`.
+    /// Checks that the bus delivers messages now. Used by `/ready`.
     async fn health(&self) -> Result<()>;
 
     /// Reads certificates and credentials from their files again and reconnects with them, one connection after the
@@ -173,15 +174,15 @@ pub trait BusApi: Send + Sync + 'static {
 
 /// One step of [`BusApi::write`].
 pub enum Write<'a> {
-    /// As [`BusApi::kv_put`].
+    /// See [`BusApi::kv_put`].
     Put { bucket: &'a str, key: String, value: Bytes, expected: Option<u64> },
-    /// As [`BusApi::append`].
+    /// See [`BusApi::append`].
     Append { message: Message, msg_id: Option<&'a str> },
-    /// As [`Delivery::ack`], for a delivery of the same bus.
+    /// See [`Delivery::ack`]. The delivery must come from the same bus.
     Ack(&'a Delivery),
 }
 
-/// What a step of [`BusApi::write`] has done.
+/// The result of one step of [`BusApi::write`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Written {
     Put { revision: u64 },
@@ -189,8 +190,9 @@ pub enum Written {
     Acked,
 }
 
-/// Why a batch failed, and what the steps before that have done. The embedded bus undoes those, so there are none. Over
-/// [`nats`], the failed step itself may have been done, if its acknowledgement was lost, and so may puts next to it.
+/// A failed batch: the error, and the results of the steps before it. The embedded bus rolls these steps back, so there
+/// are none. Over [`nats`], the failed step itself and puts adjacent to it may have been stored, if only their
+/// acknowledgement was lost.
 #[derive(Debug, thiserror::Error)]
 #[error("the batch failed after {} steps", .written.len())]
 pub struct Incomplete {
@@ -339,7 +341,7 @@ pub enum Outcome {
     Ack,
     /// Redeliver after this delay.
     Nak(Duration),
-    /// Still working: restart `ack_wait`.
+    /// The receiver is still working: restart `ack_wait`.
     InProgress,
     /// Never redeliver.
     Term,

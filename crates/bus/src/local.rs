@@ -27,7 +27,7 @@ use tokio_util::task::TaskTracker;
 
 /// How often expired messages, message ids and bucket entries are deleted.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(10);
-/// How long the log may not know yet that a message was handed out.
+/// How often the consumers' cursors are recorded. A delivery within the last interval may not count after a crash.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(100);
 
 pub struct Local {
@@ -40,8 +40,8 @@ pub struct Local {
 }
 
 impl Local {
-    /// Opens the bus in the directory `dir`. Only one process may use it at a time. Acknowledged writes survive the
-    /// death of the process.
+    /// Opens the bus in the directory `dir`. Only one process may use it at a time. Acknowledged writes survive a
+    /// crash of the process.
     pub async fn open(dir: &Path) -> Result<Bus> {
         Self::open_with(dir, Durability::Process).await
     }
@@ -66,7 +66,7 @@ impl Local {
     }
 }
 
-/// Upkeep that no operation asks for.
+/// Prunes the store and records cursors, periodically, until cancelled.
 async fn tend(store: Arc<Store>, cancel: CancellationToken) {
     let mut prune = tokio::time::interval(PRUNE_INTERVAL);
     let mut flush = tokio::time::interval(FLUSH_INTERVAL);
@@ -77,7 +77,7 @@ async fn tend(store: Arc<Store>, cancel: CancellationToken) {
             _ = flush.tick() => store.flush_cursors().await,
         };
         if let Err(error) = tended {
-            tracing::warn!(%error, "cannot tend the streams; trying again later");
+            tracing::warn!(%error, "cannot prune the streams or record cursors; retrying later");
         }
     }
 }
@@ -168,7 +168,7 @@ impl BusApi for Local {
 }
 
 impl Local {
-    /// The step of the store that makes this write.
+    /// The store's step for this write.
     fn step(&self, write: &Write<'_>) -> Result<Step> {
         match write {
             Write::Put { bucket, key, value, expected } => {
@@ -183,7 +183,7 @@ impl Local {
             }
             Write::Ack(delivery) => match &delivery.acker {
                 Acker::Local(settle) => Ok(settle.step()),
-                Acker::Nats(_) => Err(Error::Storage("the delivery is of another bus".into())),
+                Acker::Nats(_) => Err(Error::Storage("the delivery belongs to another bus".into())),
             },
         }
     }

@@ -38,7 +38,7 @@ use tokio_util::task::TaskTracker;
 const APPEND_DEADLINE: Duration = Duration::from_secs(5);
 const HEALTH_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Replies go here, one message a subject: no order is theirs to keep.
+/// Prefix of reply subjects. Each gets one message, so there is no order to keep.
 const INBOXES: &str = "_INBOX.";
 
 /// The servers and the credentials. Files are read again at every connect.
@@ -95,7 +95,7 @@ impl Nats {
             .ok_or_else(|| Error::Storage(format!("bucket {bucket} is not declared")))
     }
 
-    /// Makes puts at the same time; other steps of a batch are not its business.
+    /// Makes the puts of a batch concurrently and ignores its other writes.
     async fn put_all(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>> {
         let puts = writes.into_iter().filter_map(|write| match write {
             Write::Put { bucket, key, value, expected } => Some(async move {

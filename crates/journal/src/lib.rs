@@ -36,7 +36,7 @@ pub enum Error {
     InUse(PathBuf),
     #[error(
         "{path} is damaged: {what}; restore it from a backup, or move it away to start empty \
-         (what it holds is lost then)",
+         (its contents are then lost)",
         path = path.display()
     )]
     Damaged { path: PathBuf, what: String },
@@ -59,7 +59,7 @@ type Read = Box<dyn FnOnce(&Connection) + Send>;
 pub struct Journal {
     writes: mpsc::Sender<Write>,
     reads: mpsc::Sender<Read>,
-    /// Set by the writer thread itself, so that no write can follow the record of the end.
+    /// Set by the writer thread itself, so that no write can follow the record of the clean shutdown.
     closed: Arc<AtomicBool>,
     life: Option<Life>,
     _lock: Arc<File>,
@@ -111,7 +111,7 @@ impl Journal {
         Ok(Self { writes, reads, closed: Arc::default(), life, _lock: lock })
     }
 
-    /// Refuses further writes. A file that was opened with [`Journal::resume`] also records an orderly end.
+    /// Refuses further writes. A file that was opened with [`Journal::resume`] also records a clean shutdown.
     pub async fn close(&self) -> Result<()> {
         let (closed, life) = (self.closed.clone(), self.life.clone());
         self.write(move |db| {
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn continuity_is_certain_only_after_a_kill_or_an_orderly_end() {
+    async fn continuity_is_certain_only_after_a_kill_or_a_clean_shutdown() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j.db");
         let check = async |boot: &str, expected: Continuity, end_in_order: bool, what: &str| {
@@ -321,16 +321,16 @@ mod tests {
             if end_in_order {
                 journal.close().await.unwrap();
                 let late = journal.write(|db| db.execute("INSERT INTO t VALUES (1)", [])).await;
-                assert!(late.is_err(), "no write is acknowledged after the record of the end");
+                assert!(late.is_err(), "no write is acknowledged after the record of the shutdown");
             }
         };
 
         check("a", Continuity::Doubtful, false, "a new file has no record").await;
-        check("a", Continuity::Certain, false, "only the process died").await;
-        check("b", Continuity::Doubtful, false, "the machine died while the process ran").await;
-        check("b", Continuity::Certain, true, "the process died again").await;
-        check("c", Continuity::Certain, false, "the machine restarted after an orderly end").await;
-        check("d", Continuity::Doubtful, false, "the orderly end does not count twice").await;
+        check("a", Continuity::Certain, false, "only the process was killed").await;
+        check("b", Continuity::Doubtful, false, "the machine crashed while the process ran").await;
+        check("b", Continuity::Certain, true, "the process was killed again").await;
+        check("c", Continuity::Certain, false, "the machine restarted after a clean shutdown").await;
+        check("d", Continuity::Doubtful, false, "a clean shutdown counts only once").await;
         check("", Continuity::Doubtful, false, "the boot is unknown").await;
         check("", Continuity::Doubtful, false, "two unknown boots do not match").await;
     }

@@ -14,8 +14,8 @@ use std::time::UNIX_EPOCH;
 
 const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS life (
     one INTEGER PRIMARY KEY CHECK (one = 1), boot TEXT NOT NULL, marks TEXT NOT NULL, ended INTEGER NOT NULL)";
-/// The content of the lock file, for a person who looks into it.
-const NOTE: &[u8] = b"locks the database beside it, and tells it from a copy\n";
+/// The content of the lock file, which explains it to people.
+const NOTE: &[u8] = b"locks the database beside it, and distinguishes it from a copy\n";
 
 /// Whether a file is complete when it is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,8 +51,8 @@ impl Life {
         let continuity = self.continuity(db, boot)?;
         let marks = self.renew_marks().map_err(failed)?;
 
-        // Synced to disk. Otherwise a power failure could restore the record of an earlier orderly end, and the writes
-        // lost with it would go unnoticed.
+        // Synced to disk. Otherwise a power failure could restore the record of an earlier clean shutdown, and the lost
+        // writes would go unnoticed.
         db.pragma_update(None, "synchronous", "FULL")?;
         let transaction = db.transaction()?;
         let begun = begin(&transaction, continuity)?;
@@ -62,7 +62,7 @@ impl Life {
         Ok(begun)
     }
 
-    /// Records an orderly end, which holds for the writes up to now.
+    /// Records a clean shutdown: all writes up to now are complete.
     pub fn end(&self, db: &Connection) -> rusqlite::Result<()> {
         // New marks: a copy that was made while the file was in use has the old ones.
         let marks = self.renew_marks().map_err(failed)?;
@@ -70,7 +70,7 @@ impl Life {
         Ok(())
     }
 
-    /// Compares the record in the file with the present boot and marks.
+    /// Compares the record in the file with the current boot and marks.
     fn continuity(&self, db: &Connection, boot: &str) -> rusqlite::Result<Continuity> {
         let recorded = db
             .query_row("SELECT boot, marks, ended FROM life", [], |row| {

@@ -1,16 +1,15 @@
-//! An append-only log of groups in one SQLite file, with a snapshot so that opening it stays short.
+//! An append-only log of groups in one SQLite file, with a snapshot that keeps its replay short.
 //!
-//! The owner keeps its state in memory and describes each change as bytes. A *group* is what one commit adds: one row,
-//! with a checksum, numbered without gaps. A *snapshot* is the state written out in parts, a part with each of many
-//! commits, while changes go on. It is therefore not the state of one moment: its owner replays every group that came
-//! after the snapshot *began*, so changes must be absolute ("key k is now v"), and applying one again must change
-//! nothing.
+//! The owner keeps its state in memory and encodes each change as bytes. A *group* holds the changes of one commit: one
+//! row, with a checksum, numbered without gaps. A *snapshot* is the encoded state, written in parts, one with each of
+//! many commits, while changes continue. It is therefore not the state of one moment: the owner also replays every
+//! group since the snapshot *began*. So changes must be absolute ("key k is now v") and idempotent.
 //!
-//! Rows are also where values live: the owner remembers a [`Place`] and reads it back when it needs it, and says which
-//! rows hold nothing that it still needs.
+//! Values stay in the rows: the owner keeps the [`Place`] of a value, reads the value when needed, and names the rows
+//! that it no longer needs.
 //!
-//! SQLite brings the crash safety: a commit is whole or absent. What it cannot tell is damage to rows that were once
-//! whole; checksums and the unbroken numbering find that, and the log refuses to open.
+//! SQLite makes commits atomic, also in a crash. Checksums and the numbering detect rows that were damaged or lost
+//! later; [`Log::replay`] then fails.
 
 use crate::{Error, Result, lock};
 use bytes::Bytes;
@@ -23,12 +22,12 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// After this many bytes the background thread moves the write-ahead log into the database.
+/// After this many bytes, the background thread checkpoints the write-ahead log.
 const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
-/// A write-ahead log of more pages (4 KiB each) is finished by the writer: under constant load the thread never catches
-/// up.
+/// If the write-ahead log has more pages (4 KiB each), the writer itself checkpoints it, because the background thread
+/// does not catch up under constant load.
 const WAL_PAGES_MAX: u64 = 16 * 1024;
-/// The write-ahead log's file shrinks to this when it is restarted.
+/// Size to which the file of the write-ahead log shrinks when it is restarted, in bytes.
 const WAL_BYTES_KEPT: i64 = 16 * 1024 * 1024;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -43,15 +42,15 @@ CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) 
 /// What an acknowledged commit survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Durability {
-    /// The death of the process: a commit was handed to the kernel. A power cut may take the last commits, never part
-    /// of one.
+    /// A crash of the process: the kernel has the commit. A power failure may lose the last commits, but never part of
+    /// one.
     #[default]
     Process,
-    /// A power cut: a commit waits until the disk has it.
+    /// A power failure: the commit waits until it is on disk.
     Power,
 }
 
-/// Where a value lies: bytes of one group.
+/// The place of a value: a range of bytes in one group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     pub row: u64,
@@ -59,21 +58,21 @@ pub struct Place {
     pub len: u32,
 }
 
-/// What one commit writes, all or nothing.
+/// The contents of one commit, which is atomic.
 #[derive(Debug, Default)]
 pub struct Commit<'a> {
-    /// Empty: no row is added.
+    /// The group; if it is empty, no row is added.
     pub group: &'a [u8],
-    /// The next part of the snapshot that is being written.
+    /// The next part of the snapshot in progress.
     pub part: Option<Part<'a>>,
-    /// Rows that hold nothing of use any more. None may be newer than the last complete snapshot's beginning.
+    /// Rows to delete, which the owner no longer needs. None may be newer than [`Log::snapshot_since`].
     pub drop_rows: &'a [u64],
 }
 
 #[derive(Debug)]
 pub struct Part<'a> {
     pub data: &'a [u8],
-    /// The snapshot is complete with it and replaces the one before.
+    /// Whether this part completes the snapshot, which then replaces the previous one.
     pub last: bool,
 }
 
@@ -81,21 +80,21 @@ pub struct Log {
     writer: Connection,
     path: PathBuf,
     last: u64,
-    /// Groups up to this one are in the snapshot.
+    /// Groups up to this one are covered by the complete snapshot.
     snapshot_since: u64,
     generation: u64,
-    /// The snapshot that is being written: the group at which it began, and parts written.
+    /// The snapshot in progress: the group at which it began, and the number of parts written.
     open_snapshot: Option<(u64, u64)>,
     wal_pages: Arc<AtomicU64>,
-    /// Bytes written since the background thread was woken.
+    /// Bytes written since the background thread was last woken.
     since_checkpoint: usize,
-    /// `None` only while the log is dropped.
+    /// `None` only during the drop of the log.
     checkpointer: Option<Checkpointer>,
     _lock: Arc<File>,
 }
 
 impl Log {
-    /// Opens or creates the log. Blocks. A file that another process holds is refused.
+    /// Opens or creates the log. Blocks. Fails with [`Error::InUse`] if another handle or process holds the file.
     pub fn open(path: &Path, durability: Durability) -> Result<Self> {
         let lock = lock(path)?;
         let failed = |source| Error::Open { path: path.to_path_buf(), source };
@@ -111,11 +110,12 @@ impl Log {
             "NORMAL"
         };
         writer.pragma_update(None, "synchronous", synchronous).map_err(failed)?;
-        // The background thread does it, so that no commit waits for one.
+        // The background thread checkpoints, so that commits do not wait for it.
         writer.pragma_update(None, "wal_autocheckpoint", 0).map_err(failed)?;
         writer
             .pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT)
             .map_err(failed)?;
+
         writer.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
         writer.execute_batch(SCHEMA).map_err(failed)?;
 
@@ -128,7 +128,7 @@ impl Log {
         let newest: Option<u64> = writer
             .query_row("SELECT max(id) FROM log", [], |row| row.get(0))
             .map_err(failed)?;
-        // Rows that a snapshot covers may all be gone.
+        // The snapshot may cover all groups, and their rows may be deleted.
         let last = newest.unwrap_or(0).max(snapshot_since);
 
         let wal_pages = Arc::new(AtomicU64::new(0));
@@ -147,12 +147,12 @@ impl Log {
         })
     }
 
-    /// Number of the newest group; the next commit's group is this plus one.
+    /// Number of the newest group. The group of the next commit gets this number plus one.
     pub fn last(&self) -> u64 {
         self.last
     }
 
-    /// The group at which the complete snapshot began; rows up to it may be dropped.
+    /// The group at which the complete snapshot began. Rows up to it may be deleted.
     pub fn snapshot_since(&self) -> u64 {
         self.snapshot_since
     }
@@ -161,12 +161,12 @@ impl Log {
         self.open_snapshot.is_some()
     }
 
-    /// For statements on tables of an older format, within one transaction with what they are turned into.
+    /// The writer's connection, for reading and dropping the tables of an older format.
     pub fn connection(&self) -> &Connection {
         &self.writer
     }
 
-    /// Forgets everything.
+    /// Deletes all groups and snapshots.
     pub fn clear(&mut self) -> Result<()> {
         self.writer
             .execute_batch("BEGIN; DELETE FROM log; DELETE FROM snapshot; DELETE FROM meta; COMMIT")?;
@@ -174,19 +174,21 @@ impl Log {
         Ok(())
     }
 
-    /// One row, whole.
+    /// Reads a whole row.
     pub fn read_row(&self, row: u64) -> Result<Bytes> {
         let mut select = self.writer.prepare_cached("SELECT data FROM log WHERE id = ?1")?;
         Ok(select.query_row([row], |row| row.get::<_, Vec<u8>>(0))?.into())
     }
 
-    /// Reads the snapshot's parts, then every group since it began, oldest first.
+    /// Passes the parts of the snapshot to `part`, then every group since it began to `group`, oldest first. Fails if a
+    /// part or a group is missing or damaged.
     pub fn replay(
         &self,
         mut part: impl FnMut(&[u8]) -> std::result::Result<(), String>,
         mut group: impl FnMut(u64, &[u8]) -> std::result::Result<(), String>,
     ) -> Result<()> {
         let damaged = |what: String| Error::Damaged { path: self.path.clone(), what };
+
         let mut parts = self
             .writer
             .prepare("SELECT part, crc, data FROM snapshot WHERE generation = ?1 ORDER BY part")?;
@@ -196,13 +198,13 @@ impl Log {
             let (number, crc): (u64, u32) = (row.get(0)?, row.get(1)?);
             let data = row.get_ref(2)?.as_blob().map_err(|error| damaged(error.to_string()))?;
             if number != expected || crc != crc32fast::hash(data) {
-                return Err(damaged(format!("part {number} of the snapshot is not what was written")));
+                return Err(damaged(format!("part {number} of the snapshot is damaged or out of order")));
             }
             part(data).map_err(damaged)?;
             expected += 1;
         }
         if self.generation > 0 && expected == 1 {
-            return Err(damaged("the snapshot is gone".into()));
+            return Err(damaged("the snapshot is missing".into()));
         }
 
         let mut groups = self
@@ -217,7 +219,7 @@ impl Log {
                 return Err(damaged(format!("groups {expected} to {} are missing", id - 1)));
             }
             if crc != crc32fast::hash(data) {
-                return Err(damaged(format!("group {id} is not what was written")));
+                return Err(damaged(format!("group {id} does not match its checksum")));
             }
             group(id, data).map_err(damaged)?;
             expected += 1;
@@ -225,23 +227,24 @@ impl Log {
         Ok(())
     }
 
-    /// Every row, with its size in bytes.
+    /// Returns every row with its size in bytes.
     pub fn rows(&self) -> Result<Vec<(u64, u64)>> {
         let mut rows = self.writer.prepare("SELECT id, length(data) FROM log ORDER BY id")?;
         let rows = rows.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// A snapshot begins: what is committed from here on is replayed after it. One that was begun before is given up.
+    /// Begins a snapshot: groups committed from now on are replayed after it. Abandons a snapshot in progress.
     pub fn begin_snapshot(&mut self) {
         self.open_snapshot = Some((self.last, 0));
     }
 
-    /// Writes all of it or nothing. After an error the file is as before, but the caller's state may not be: reopen.
+    /// Commits everything or nothing. After an error the file is unchanged, but the caller's state may be ahead of it,
+    /// so the caller must reopen the log.
     pub fn commit(&mut self, commit: &Commit<'_>) -> Result<()> {
         let written = self.write(commit);
         if written.is_err() && !self.writer.is_autocommit() {
-            // Its own failure changes nothing: the transaction ends with the connection at the latest.
+            // A failed rollback needs no handling: the transaction ends at the latest when the connection is closed.
             let _ = self.writer.execute_batch("ROLLBACK");
         }
         written?;
@@ -249,6 +252,7 @@ impl Log {
         if !commit.group.is_empty() {
             self.last += 1;
         }
+
         if let (Some(part), Some((since, parts))) = (&commit.part, &mut self.open_snapshot) {
             *parts += 1;
             if part.last {
@@ -257,6 +261,7 @@ impl Log {
                 self.open_snapshot = None;
             }
         }
+
         self.keep_wal_short(commit.group.len() + commit.part.as_ref().map_or(0, |part| part.data.len()));
         Ok(())
     }
@@ -268,10 +273,11 @@ impl Log {
             db.prepare_cached("INSERT INTO log VALUES (?1, ?2, ?3)")?
                 .execute(params![self.last + 1, crc32fast::hash(commit.group), commit.group])?;
         }
+
         if let (Some(part), Some((since, parts))) = (&commit.part, self.open_snapshot) {
             let generation = self.generation + 1;
             if parts == 0 {
-                // Parts of an attempt that a crash ended.
+                // Removes the parts of a snapshot that was not completed.
                 db.execute("DELETE FROM snapshot WHERE generation >= ?1", [generation])?;
             }
             db.prepare_cached("INSERT INTO snapshot VALUES (?1, ?2, ?3, ?4)")?
@@ -282,15 +288,16 @@ impl Log {
                 db.execute("DELETE FROM snapshot WHERE generation < ?1", [generation])?;
             }
         }
+
         for row in commit.drop_rows {
-            debug_assert!(*row <= self.snapshot_since, "replay needs this row");
+            debug_assert!(*row <= self.snapshot_since, "the replay needs this row");
             db.prepare_cached("DELETE FROM log WHERE id = ?1")?.execute([row])?;
         }
         db.prepare_cached("COMMIT")?.execute([])?;
         Ok(())
     }
 
-    /// The bytes at a place. Reads the pages of that value only.
+    /// Reads the value at a place. Reads only the pages that hold it.
     pub fn read(&self, place: Place) -> Result<Bytes> {
         let mut value = vec![0; place.len as usize];
         let row = i64::try_from(place.row).expect("rows are counted from 1");
@@ -299,7 +306,7 @@ impl Log {
         Ok(value.into())
     }
 
-    /// Gives free pages beyond `keep` back to the disk, at most `pages` at once.
+    /// If the file has more than `keep` free pages, returns up to `pages` of them to the file system.
     pub fn give_back(&self, keep: u64, pages: u64) -> Result<()> {
         let free: u64 = self.writer.query_row("PRAGMA freelist_count", [], |row| row.get(0))?;
         if free > keep {
@@ -309,8 +316,8 @@ impl Log {
         Ok(())
     }
 
-    /// The background thread moves the write-ahead log into the database; where it cannot keep up, the writer waits for
-    /// the rest.
+    /// Wakes the background thread to checkpoint the write-ahead log. If that thread cannot keep up, checkpoints here,
+    /// which blocks the writer.
     fn keep_wal_short(&mut self, written: usize) {
         self.since_checkpoint += written;
         if self.wal_pages.load(Relaxed) > WAL_PAGES_MAX {
@@ -319,14 +326,14 @@ impl Log {
                 .query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
             if let Err(error) = restarted {
                 let path = self.path.display();
-                tracing::warn!(%error, %path, "cannot restart the write-ahead log; trying again later");
+                tracing::warn!(%error, %path, "cannot restart the write-ahead log; retrying later");
             }
             self.wal_pages.store(0, Relaxed);
         } else if self.since_checkpoint > CHECKPOINT_BYTES
             && let Some((wake, _)) = &self.checkpointer
         {
             self.since_checkpoint = 0;
-            // A full channel means that it is at work already.
+            // A full channel means that the thread is already woken.
             let _ = wake.try_send(());
         }
     }
@@ -336,7 +343,7 @@ impl Drop for Log {
     fn drop(&mut self) {
         if let Some((wake, thread)) = self.checkpointer.take() {
             drop(wake);
-            // It only moves pages; a panic there loses nothing.
+            // The thread only checkpoints, so a panic there loses no data.
             let _ = thread.join();
         }
     }
@@ -344,19 +351,21 @@ impl Drop for Log {
 
 type Checkpointer = (mpsc::SyncSender<()>, JoinHandle<()>);
 
-/// A thread that checkpoints whenever it is woken, over a connection of its own, without holding up the writer.
+/// Starts the thread that checkpoints when woken, over its own connection and without blocking the writer.
 fn checkpointer(path: &Path, wal_pages: Arc<AtomicU64>) -> rusqlite::Result<Checkpointer> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     let (wake, woken) = mpsc::sync_channel(1);
+
     let run = move || {
         while woken.recv().is_ok() {
             match connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| row.get::<_, i64>(1)) {
                 Ok(pages) => wal_pages.store(u64::try_from(pages).unwrap_or(0), Relaxed),
-                Err(error) => tracing::warn!(%error, "cannot checkpoint the write-ahead log; trying again later"),
+                Err(error) => tracing::warn!(%error, "cannot checkpoint the write-ahead log; retrying later"),
             }
         }
     };
+
     let name = format!("{}-checkpoint", path.file_stem().unwrap_or_default().to_string_lossy());
     let thread = std::thread::Builder::new().name(name).spawn(run);
     Ok((wake, thread.map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?))
@@ -396,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_come_back_in_order_and_values_by_place() {
+    fn replay_returns_groups_in_order_and_read_returns_values() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = open(dir.path()).unwrap();
         for group in ["one", "two", "three"] {
@@ -413,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_complete_snapshot_replaces_the_groups_before_it_began() {
+    fn complete_snapshot_replaces_the_groups_before_its_beginning() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = open(dir.path()).unwrap();
         commit(&mut log, "one");
@@ -421,7 +430,7 @@ mod tests {
         snapshot(&mut log, "a", false);
         commit(&mut log, "two");
 
-        // Unfinished: opening takes the groups.
+        // The snapshot is incomplete, so the replay uses the groups.
         drop(log);
         let mut log = open(dir.path()).unwrap();
         assert_eq!(replayed(&log).unwrap(), (vec![], vec![(1, "one".into()), (2, "two".into())]));
@@ -432,27 +441,29 @@ mod tests {
         snapshot(&mut log, "c", true);
         log.commit(&Commit { drop_rows: &[1, 2], ..Commit::default() }).unwrap();
         drop(log);
+
         let mut log = open(dir.path()).unwrap();
         assert_eq!(replayed(&log).unwrap(), (vec!["b".into(), "c".into()], vec![(3, "three".into())]));
         assert_eq!(log.rows().unwrap(), [(3, 5)]);
 
-        // Every row is gone: numbers go on all the same.
+        // The numbering continues even if all rows are deleted.
         log.begin_snapshot();
         snapshot(&mut log, "d", true);
         log.commit(&Commit { drop_rows: &[3], ..Commit::default() }).unwrap();
         drop(log);
+
         let mut log = open(dir.path()).unwrap();
         commit(&mut log, "four");
         assert_eq!(replayed(&log).unwrap(), (vec!["d".into()], vec![(4, "four".into())]));
     }
 
     #[test]
-    fn damage_is_refused_and_named() {
+    fn replay_of_a_damaged_log_names_the_damage() {
         for (damage, named) in [
             ("UPDATE log SET data = x'00' WHERE id = 3", "group 3"),
             ("DELETE FROM log WHERE id = 3", "groups 3 to 3"),
             ("UPDATE snapshot SET data = x'00'", "part 1"),
-            ("DELETE FROM snapshot", "snapshot is gone"),
+            ("DELETE FROM snapshot", "snapshot is missing"),
         ] {
             let dir = tempfile::tempdir().unwrap();
             let mut log = open(dir.path()).unwrap();
@@ -462,6 +473,7 @@ mod tests {
             for group in ["two", "three", "four"] {
                 commit(&mut log, group);
             }
+
             log.connection().execute_batch(damage).unwrap();
             let error = replayed(&log).unwrap_err();
             assert!(matches!(&error, Error::Damaged { what, .. } if what.contains(named)), "{damage}: {error}");
@@ -469,41 +481,45 @@ mod tests {
     }
 
     #[test]
-    fn a_commit_that_a_full_disk_refuses_leaves_nothing() {
+    fn failed_commit_on_a_full_disk_stores_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = open(dir.path()).unwrap();
         log.connection().execute_batch("PRAGMA max_page_count = 64").unwrap();
+
         let mut stored = 0;
         let refused = loop {
             match log.commit(&Commit { group: &[b'x'; 10_000], ..Commit::default() }) {
                 Ok(()) => stored += 1,
                 Err(error) => break error,
             }
-            assert!(stored < 1000, "the limit was never met");
+            assert!(stored < 1000, "the page limit was never reached");
         };
         assert!(refused.to_string().contains("full"), "{refused}");
+
         drop(log);
         let (_, groups) = replayed(&open(dir.path()).unwrap()).unwrap();
         assert_eq!(groups.len(), stored);
     }
 
     #[test]
-    fn a_write_ahead_log_cut_at_any_byte_opens_with_whole_commits_only() {
+    fn truncated_write_ahead_log_yields_only_complete_commits() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = open(dir.path()).unwrap();
         for n in 0..20 {
             commit(&mut log, &format!("{n}").repeat(1000));
         }
+
         let copy = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
         let (database, wal) = (copy("l.db"), copy("l.db-wal"));
         let mut seen = std::collections::BTreeSet::new();
         for cut in (0..wal.len()).step_by(997) {
             let torn = tempfile::tempdir().unwrap();
             std::fs::write(torn.path().join("l.db"), &database).unwrap();
-            // Cut, and garbage behind it.
+            // Truncated, with garbage appended.
             let mut bytes = wal[..cut].to_vec();
             bytes.extend([0xa5; 100]);
             std::fs::write(torn.path().join("l.db-wal"), bytes).unwrap();
+
             let Ok(log) = open(torn.path()) else { continue };
             let (_, groups) = replayed(&log).unwrap();
             for (n, (row, group)) in groups.iter().enumerate() {
@@ -511,6 +527,6 @@ mod tests {
             }
             seen.insert(groups.len());
         }
-        assert!(seen.len() > 10, "the cuts met many commits: {seen:?}");
+        assert!(seen.len() > 10, "the truncations must cover many commits: {seen:?}");
     }
 }

@@ -1,8 +1,8 @@
-//! The embedded bus's engine: one thread owns the state of all streams, consumers and buckets, and the log that keeps
+//! The embedded bus's engine: one thread owns the state of all streams, consumers and buckets, and the log that stores
 //! it.
 //!
-//! Operations that arrive while a commit runs share the next one. An answer leaves after the commit that holds its
-//! operation. Reads are operations too, so nobody sees what a crash could still undo.
+//! Operations that arrive while a commit runs share the next one. An operation is answered after its commit. Reads are
+//! operations too, so no caller sees a write that a crash could still undo.
 
 use super::migrate;
 use super::record::{Group, Stored};
@@ -18,50 +18,53 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
-/// Operations that share one commit at most.
+/// Maximum operations in one commit.
 const BATCH_MAX: usize = 512;
-/// A group that has grown this large is committed before the next operation runs.
+/// A group of at least this size, in bytes, is committed before the next operation runs.
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
-/// Newest groups kept in memory: most values are read soon after they were written.
+/// Size of the newest groups that are cached in memory: most values are read soon after they are written.
 const CACHE_BYTES: usize = 64 * 1024 * 1024;
-/// A snapshot begins after this many bytes of groups, or twice the size of the last one if that is more.
+/// A snapshot begins after this many bytes of groups, or after twice the size of the last snapshot, if that is more.
 const SNAPSHOT_BYTES_MIN: u64 = 16 * 1024 * 1024;
-/// What one commit adds to a snapshot.
+/// Bytes that one commit adds to a snapshot.
 const PART_BYTES: usize = 64 * 1024;
-/// Rows that one commit drops.
+/// Maximum dead rows that one commit deletes.
 const DROPPED_ROWS_MAX: usize = 256;
-/// Dead bytes that are not worth compacting.
+/// Dead bytes that the log may hold, in addition to as many as are live, before rows are compacted.
 const COMPACT_SLACK: u64 = 64 * 1024 * 1024;
-/// Free pages (4 KiB) that the file keeps, and how many more go back to the disk at once.
+/// Free pages (4 KiB) that the file keeps for later groups.
 const FREE_PAGES_KEPT: u64 = 16 * 1024;
+/// Maximum free pages that one call returns to the file system.
 const PAGES_GIVEN_BACK: u64 = 2 * 1024;
-/// After a failed commit the log is opened again, this often until that works.
+/// After a failed commit, the engine tries to reopen the log at most this often.
 const REOPEN_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Changes the state and describes that in the group; what it returns runs after the commit.
+/// Changes the state and records the change in the group. The returned [`Answer`] runs after the commit.
 pub type Operation = Box<dyn FnOnce(&mut State, &mut Group) -> Answer + Send>;
-/// Runs only if the commit went well. Else the caller learns it from the dropped end of its channel.
+/// Runs only if the commit succeeded. Otherwise it is dropped, which closes the caller's channel.
 pub type Answer = Box<dyn FnOnce(&Values) + Send>;
 
 #[derive(Default)]
 pub struct Shared {
-    /// Why the log refuses writes.
+    /// Why the bus refuses operations; `None` while it accepts them.
     pub failure: Mutex<Option<String>>,
-    /// A consumer has got on and the log does not have that yet.
+    /// Whether a consumer's cursor has advanced beyond the one in the log.
     pub unflushed: AtomicBool,
 }
 
-/// Reads values: from memory while their group is among the newest, else from the log.
+/// Reads values, from memory if their group is one of the newest, otherwise from the log.
 pub struct Values {
     pub log: Log,
-    /// Consecutive groups, the oldest first.
+    /// The cached groups: consecutive rows, oldest first.
     recent: VecDeque<Bytes>,
+    /// Row of the oldest cached group.
     first: u64,
+    /// Size of the cached groups.
     bytes: usize,
 }
 
 impl Values {
-    /// Returns free pages of the file to the disk, but keeps some for the next groups.
+    /// Returns free pages of the file to the file system, but keeps some for later groups.
     pub fn give_back(&self) -> Result<()> {
         Ok(self.log.give_back(FREE_PAGES_KEPT, PAGES_GIVEN_BACK)?)
     }
@@ -108,10 +111,11 @@ pub struct Engine {
     state: State,
     /// `None` after a failed commit, until the log is open again.
     values: Option<Values>,
-    /// How far the snapshot that is being written has got.
+    /// Where the snapshot in progress continues; `None` if there is none.
     snapshot: Option<Cursor>,
-    /// Bytes of it so far; of the complete one.
+    /// Bytes of the snapshot in progress.
     snapshot_bytes: u64,
+    /// Bytes of the last complete snapshot.
     last_snapshot_bytes: u64,
     /// Bytes of groups since the last snapshot began.
     since_snapshot: u64,
@@ -145,24 +149,28 @@ impl Engine {
             if self.values.is_none() {
                 self.reopen();
             }
+
             let mut operations = batch.drain(..);
             while operations.len() > 0 {
                 self.commit_some(&mut operations);
             }
         }
+
+        // All handles are dropped: store the cursors, so that a restart knows what was delivered.
         self.commit_some(&mut std::iter::once::<Operation>(Box::new(|state, group| {
             state.flush_cursors(group);
             Box::new(|_| {})
         })));
     }
 
-    /// Runs operations until their group is large, commits it, and answers them.
+    /// Runs operations until their group is full, commits the group and sends the answers.
     fn commit_some(&mut self, operations: &mut dyn Iterator<Item = Operation>) {
         let Some(values) = &mut self.values else {
-            // Dropped: their callers are told why.
+            // A dropped operation closes its caller's channel; the caller then reads the failure.
             operations.for_each(drop);
             return;
         };
+
         let mut group = Group::new(values.log.last() + 1);
         let mut answers = Vec::new();
         while group.len() < GROUP_BYTES
@@ -177,16 +185,19 @@ impl Engine {
             self.fail(&error);
             return;
         }
+
         if let Some(values) = &self.values {
             answers.into_iter().for_each(|answer| answer(values));
         }
     }
 
-    /// Commits the group, and with it a part of the upkeep: a snapshot goes on, dead rows go, sparse ones are
-    /// rewritten.
+    /// Commits the group together with some maintenance: the next part of a snapshot, the deletion of dead rows, and
+    /// the compaction of a sparse row.
     fn write(&mut self, mut group: Group) -> Result<()> {
         let Some(values) = &mut self.values else { return Ok(()) };
         self.state.flush_cursors(&mut group);
+
+        // Rows after the last snapshot are needed for the replay, so only older ones are compacted or deleted.
         let newest = values.log.snapshot_since();
         compact(&mut self.state, values, &mut group, newest)?;
         let drop_rows = self.state.take_dead_rows(newest, DROPPED_ROWS_MAX);
@@ -202,6 +213,7 @@ impl Engine {
             part: part.as_ref().map(|(data, _)| Part { data, last }),
             drop_rows: &drop_rows,
         })?;
+
         let size = bytes.len() as u64;
         self.state.row_added(row, size);
         values.committed(bytes);
@@ -221,32 +233,34 @@ impl Engine {
         Ok(())
     }
 
-    /// The state is ahead of the log now: nothing is answered from it any more.
+    /// Stops serving: the state is now ahead of the log, so no operation may be answered from it.
     fn fail(&mut self, error: &Error) {
         let path = self.path.display();
-        tracing::error!(%error, %path, "the bus cannot write; it refuses every operation until it can");
+        tracing::error!(%error, %path, "the bus cannot write and refuses every operation; check the disk");
         *self.shared.failure.lock() = Some(format!("the bus cannot write to {}: {error}", self.path.display()));
+
         self.values = None;
         self.snapshot = None;
         self.failed = Instant::now();
         self.next_reopen = self.failed + REOPEN_INTERVAL;
     }
 
-    /// Takes the state back from what the disk has.
+    /// Reloads the state from the log on disk, at most once per [`REOPEN_INTERVAL`].
     fn reopen(&mut self) {
         if Instant::now() < self.next_reopen {
             return;
         }
         self.next_reopen = Instant::now() + REOPEN_INTERVAL;
+
         match load(&self.path, self.durability) {
             Ok((values, mut state)) => {
                 state.adopt(&self.state, super::state::millis(self.failed.elapsed()));
                 self.state = state;
                 self.values = Some(values);
                 self.shared.failure.lock().take();
-                tracing::warn!(path = %self.path.display(), "the bus has opened its log again and tries to write");
+                tracing::warn!(path = %self.path.display(), "the bus reopened its log and accepts operations again");
             }
-            Err(error) => tracing::error!(%error, "cannot open the bus's log again; trying once more soon"),
+            Err(error) => tracing::error!(%error, "cannot reopen the bus's log; retrying"),
         }
     }
 }
@@ -254,19 +268,22 @@ impl Engine {
 fn load(path: &Path, durability: Durability) -> Result<(Values, State)> {
     let mut log = Log::open(path, durability)?;
     migrate::older_format(&mut log)?;
+
     let state = std::cell::RefCell::new(State::default());
     log.replay(|part| state.borrow_mut().apply(0, part), |row, group| state.borrow_mut().apply(row, group))?;
+
     let mut state = state.into_inner();
     let damaged = |what| journal::Error::Damaged { path: path.to_path_buf(), what };
     state.finish_replay(&log.rows()?).map_err(damaged)?;
     Ok((Values::new(log), state))
 }
 
-/// Moves what lives in one sparse row to the group.
+/// Moves the live values of one sparse row to the group, so that the row becomes dead.
 fn compact(state: &mut State, values: &Values, group: &mut Group, newest: u64) -> Result<()> {
     let Some(row) = state.row_to_compact(newest, COMPACT_SLACK) else {
         return Ok(());
     };
+
     let data = values.log.read_row(row)?;
     let moved = super::record::each(row, &data, |kind, place| {
         if let Some(place) = place {

@@ -1,4 +1,4 @@
-//! Takes over what the version before kept in tables of the same file.
+//! Migrates the tables of the previous version to groups, within the same file.
 
 use super::record::{ConsumerRecord, EntryRecord, Group, Kind, MessageRecord, SeenRecord, Stored, StreamRecord};
 use super::state::hash_id;
@@ -10,7 +10,8 @@ const GROUP_BYTES: usize = 1024 * 1024;
 const TABLES: [&str; 9] =
     ["messages", "sequences", "dedup", "consumers", "queue", "kv", "sizes", "revisions", "taken_over"];
 
-/// Turns the tables into groups and drops them. A crash in between begins anew: the tables go last, together.
+/// Writes the tables' contents as groups, then drops the tables in one transaction. After a crash in between, the
+/// migration starts over.
 pub fn older_format(log: &mut Log) -> journal::Result<()> {
     let found = log
         .connection()
@@ -19,11 +20,13 @@ pub fn older_format(log: &mut Log) -> journal::Result<()> {
     if !found {
         return Ok(());
     }
-    tracing::info!("taking over the streams and buckets of an older version");
+
+    tracing::info!("migrating the streams and buckets of an older version");
     log.clear()?;
     for read in [streams, messages, seen, consumers, entries] {
         let records = read(log.connection())?;
         let mut group = Group::new(log.last() + 1);
+
         for (kind, value) in records {
             match value {
                 Some(value) => _ = group.push_bytes(kind, &value),
@@ -34,10 +37,12 @@ pub fn older_format(log: &mut Log) -> journal::Result<()> {
                 log.commit(&Commit { group: &full.into_bytes(), ..Commit::default() })?;
             }
         }
+
         if !group.is_empty() {
             log.commit(&Commit { group: &group.into_bytes(), ..Commit::default() })?;
         }
     }
+
     let drops: String = TABLES
         .iter()
         .map(|table| format!("DROP TABLE IF EXISTS {table};"))
@@ -101,7 +106,7 @@ fn consumers(db: &Connection) -> Sqlite<Records> {
     while let Some(row) = rows.next()? {
         let (id, stream): (i64, String) = (row.get(0)?, row.get(1)?);
         let last: u64 = db.query_row("SELECT last FROM sequences WHERE stream = ?1", [&stream], |row| row.get(0))?;
-        // All that is stored was put into the queue when it came: nothing is ahead of the cursor.
+        // The older format put each stored message into the queue, so no message is beyond the cursor.
         let out = owed.query_map([id], |row| Ok((row.get::<_, u64>(0)?, row.get::<_, u32>(1)?)))?;
         let (out, delivered) = out.collect::<Sqlite<Vec<_>>>()?.into_iter().unzip();
         let (name, filter) = (row.get(2)?, row.get(3)?);

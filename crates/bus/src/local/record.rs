@@ -1,15 +1,15 @@
-//! What the embedded bus writes to its log. Every record says how things are, not how they change, so replaying one
-//! twice changes nothing.
+//! The records that the embedded bus writes to its log. A record states a result, not a change, so replay is
+//! idempotent.
 //!
-//! In a group, a record stands behind its length, and a value behind its record: `u32 length · record · u32 length ·
-//! value`, little-endian; a length of 0 means that the record has no value.
+//! Each record of a group is encoded as `u32 length · record · u32 length · value`, with little-endian lengths. The
+//! second length is that of the value plus 1; 0 means that the record has no value.
 
 use crate::{Headers, Message};
 use bytes::{Buf, BufMut, Bytes};
 use journal::Place;
 use prost::Message as _;
 
-/// One record; its fields carry what a snapshot needs too.
+/// One record of a group or of a snapshot part.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Record {
     #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
@@ -20,34 +20,34 @@ pub struct Record {
 pub enum Kind {
     #[prost(message, tag = "1")]
     Stream(StreamRecord),
-    /// A message is stored. Its value is a [`Stored`].
+    /// A stored message. Its value is a [`Stored`].
     #[prost(message, tag = "2")]
     Message(MessageRecord),
-    /// A consumer exists.
+    /// A consumer, with its cursor and its outstanding deliveries.
     #[prost(message, tag = "3")]
     Consumer(ConsumerRecord),
-    /// Messages were handed out: those before `next`.
+    /// All messages before `next` were delivered at least once, or did not match the filter.
     #[prost(message, tag = "4")]
     Cursor(CursorRecord),
-    /// A message was delivered again.
+    /// A message was redelivered.
     #[prost(message, tag = "5")]
     Delivered(DeliveredRecord),
-    /// A consumer is done with a message.
+    /// A consumer acknowledged or terminated a message.
     #[prost(message, tag = "6")]
     Settled(SettledRecord),
-    /// A stream's messages up to a sequence are gone.
+    /// A stream's messages up to this sequence were deleted.
     #[prost(message, tag = "7")]
     Dropped(DroppedRecord),
-    /// A key has a value.
+    /// The value of a key.
     #[prost(message, tag = "8")]
     Entry(EntryRecord),
-    /// A key has none.
+    /// A key was removed.
     #[prost(message, tag = "9")]
     Removed(RemovedRecord),
-    /// A message id was seen.
+    /// A message id, kept for deduplication.
     #[prost(message, tag = "10")]
     Seen(SeenRecord),
-    /// The newest revision of any entry, those included that are gone.
+    /// The newest revision that any entry has had, removed entries included.
     #[prost(uint64, tag = "11")]
     Revision(u64),
 }
@@ -70,7 +70,7 @@ pub struct MessageRecord {
     pub stored_ms: u64,
     #[prost(string, tag = "4")]
     pub subject: String,
-    /// [`id_hash`] of its message id, empty without one.
+    /// Hash of the message id; empty without one.
     #[prost(bytes = "bytes", tag = "5")]
     pub id_hash: Bytes,
     /// In a snapshot: where the value lies.
@@ -88,9 +88,10 @@ pub struct ConsumerRecord {
     pub filter: Option<String>,
     #[prost(uint64, tag = "4")]
     pub next: u64,
-    /// Handed out and not settled: sequences, and beside each how often it was delivered.
+    /// Sequences of the outstanding deliveries.
     #[prost(uint64, repeated, tag = "5")]
     pub out: Vec<u64>,
+    /// Delivery counts, in the order of `out`.
     #[prost(uint32, repeated, tag = "6")]
     pub delivered: Vec<u32>,
 }
@@ -125,7 +126,7 @@ pub struct SettledRecord {
     pub consumer: String,
     #[prost(uint64, tag = "3")]
     pub sequence: u64,
-    /// The stream is a work queue: the message is gone with it.
+    /// Whether the message was deleted, because the stream is a work queue.
     #[prost(bool, tag = "4")]
     pub removes: bool,
 }
@@ -159,7 +160,7 @@ pub struct RemovedRecord {
     pub bucket: String,
     #[prost(string, tag = "2")]
     pub key: String,
-    /// The revision that was removed.
+    /// The revision of the removed entry.
     #[prost(uint64, tag = "3")]
     pub revision: u64,
 }
@@ -186,12 +187,12 @@ pub struct PlaceRecord {
     pub len: u32,
 }
 
-/// A message as its value holds it.
+/// The value of a message record.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Stored {
     #[prost(string, tag = "1")]
     pub subject: String,
-    /// Names and values in turn.
+    /// Header names and values, alternating.
     #[prost(string, repeated, tag = "2")]
     pub headers: Vec<String>,
     #[prost(bytes = "bytes", tag = "3")]
@@ -238,7 +239,7 @@ impl Stored {
     }
 }
 
-/// The records of one commit, and the number that its row will have.
+/// The records of one commit, and the number of its row in the log.
 pub struct Group {
     row: u64,
     data: Vec<u8>,
@@ -270,7 +271,7 @@ impl Group {
         self.data.put_u32_le(0);
     }
 
-    /// Where the value will lie.
+    /// Appends a record with a value; returns the place of the value in the log.
     pub fn push_with(&mut self, kind: Kind, value: &impl prost::Message) -> Place {
         let len = value.encoded_len();
         self.begin_value(kind, len);
@@ -278,6 +279,7 @@ impl Group {
         self.end_value(len)
     }
 
+    /// As [`Group::push_with`], for a value that is already encoded.
     pub fn push_bytes(&mut self, kind: Kind, value: &[u8]) -> Place {
         self.begin_value(kind, value.len());
         self.data.put_slice(value);
@@ -286,7 +288,7 @@ impl Group {
 
     fn begin_value(&mut self, kind: Kind, len: usize) {
         self.header(kind);
-        // One more, so that a value without bytes is told from no value.
+        // Plus 1, to distinguish an empty value from no value.
         self.data.put_u32_le(small(len) + 1);
     }
 
@@ -301,19 +303,20 @@ impl Group {
     }
 }
 
-/// A group holds a bounded batch of messages, each far below 4 GiB.
+/// Cannot overflow: a group is bounded far below 4 GiB.
 fn small(len: usize) -> u32 {
     u32::try_from(len).expect("a group is smaller than 4 GiB")
 }
 
-/// Each record of a group or a snapshot's part, with the place of its value in row `row`.
+/// Visits each record of a group or a snapshot part, with the place of its value in row `row`.
 pub fn each(
     row: u64,
     data: &[u8],
     mut visit: impl FnMut(Kind, Option<Place>) -> Result<(), String>,
 ) -> Result<(), String> {
     let mut rest = data;
-    let short = || "a record ends too early".to_string();
+    let short = || "a record is truncated".to_string();
+
     while !rest.is_empty() {
         let len = rest.try_get_u32_le().map_err(|_| short())? as usize;
         let header = rest.get(..len).ok_or_else(short)?;
@@ -332,7 +335,8 @@ pub fn each(
                 Some(Place { row, offset, len })
             }
         };
-        let unknown = "a record is of a kind that this version does not know; use a newer one";
+
+        let unknown = "unknown kind of record; a newer version wrote this file, use that version";
         visit(record.kind.ok_or(unknown)?, place)?;
     }
     Ok(())
@@ -344,7 +348,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn records_come_back_with_the_places_of_their_values() {
+    fn each_visits_records_with_the_places_of_their_values() {
         let mut group = Group::new(7);
         let entry = |key: &str| {
             Kind::Entry(EntryRecord { bucket: "B".into(), key: key.into(), revision: 1, at_ms: 2, place: None })
@@ -369,7 +373,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_panic(data in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn arbitrary_bytes_do_not_panic(data in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = each(1, &data, |_, _| Ok(()));
         }
     }

@@ -1,8 +1,7 @@
-//! Streams, consumers and buckets in memory; values (messages, entries) lie in the log and are known here by their
-//! place.
+//! Streams, consumers and buckets in memory. Values (messages and entries) are in the log; the state has their places.
 //!
-//! Sans-IO: time is an argument, and every change is described in a [`Group`] for the log. [`State::apply`] takes the
-//! same records back when the log is opened.
+//! Sans-IO: time is an argument, and every change is recorded in a [`Group`] for the log. [`State::apply`] replays
+//! these records when the log is opened.
 
 mod consumer;
 mod seen;
@@ -26,16 +25,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Messages or entries that one call of [`State::prune`] removes from each stream and bucket.
+/// Maximum messages or entries that one call of [`State::prune`] removes from each stream or bucket.
 const PRUNE_MAX: usize = 1000;
 
-/// A message that is about to be stored. The caller prepares it, which spares the engine's thread the work.
+/// A message to store. Callers create it, so that the engine's thread does not spend time on encoding.
 pub struct NewMessage {
     subject: Arc<str>,
     stored: Stored,
-    /// Bytes of `stored` in the log.
+    /// Encoded size of `stored`, in bytes.
     size: u64,
-    /// Hash of its message id.
+    /// Hash of the message id.
     id: Option<u128>,
 }
 
@@ -59,20 +58,20 @@ pub enum Step {
     Ack { consumer: Arc<ConsumerConfig>, sequence: u64 },
 }
 
-/// What a step has done.
+/// The result of a step.
 pub enum Taken {
     Put {
         revision: u64,
     },
     Appended(Appended),
-    /// `wakes`: as [`State::settle`] returns it.
+    /// `wakes` as returned by [`State::settle`].
     Acked {
         wakes: bool,
     },
 }
 
 impl Step {
-    /// Whether both put the same key.
+    /// Whether both steps put the same key.
     fn puts_what(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Put { bucket, key, .. }, Self::Put { bucket: other_bucket, key: other_key, .. }) => {
@@ -87,7 +86,7 @@ impl Step {
 pub struct State {
     streams: BTreeMap<String, Stream>,
     buckets: BTreeMap<String, Bucket>,
-    /// Newest revision of any entry.
+    /// The newest revision of any entry.
     revision: u64,
     rows: Rows,
 }
@@ -96,15 +95,16 @@ pub struct State {
 struct Stream {
     /// `None` until this process has declared it.
     config: Option<StreamConfig>,
+    /// The newest sequence.
     last: u64,
     messages: BTreeMap<u64, StoredAt>,
-    /// Of the values of its messages.
+    /// Size of the messages' values.
     bytes: u64,
     seen: Seen,
     consumers: BTreeMap<String, Consumer>,
 }
 
-/// A message in the log.
+/// A stored message; its value is in the log.
 struct StoredAt {
     place: Place,
     stored_ms: u64,
@@ -116,7 +116,7 @@ struct Bucket {
     /// `None` until this process has declared it.
     declared: Option<Declared>,
     entries: BTreeMap<Arc<str>, Entry>,
-    /// Keys by revision: the oldest write comes first.
+    /// Keys by revision, so that the oldest write comes first.
     order: BTreeMap<u64, Arc<str>>,
 }
 
@@ -131,11 +131,12 @@ struct Entry {
     at_ms: u64,
 }
 
-/// What the rows of the log are still needed for.
+/// Which rows of the log hold live values.
 #[derive(Default)]
 struct Rows {
-    /// By row: bytes of live values in it, and its size.
+    /// By row: the bytes of live values in it, and its size.
     live: BTreeMap<u64, (u64, u64)>,
+    /// Rows without live values.
     dead: BTreeSet<u64>,
     live_bytes: u64,
     total_bytes: u64,
@@ -185,7 +186,8 @@ impl State {
         stream.config = Some(config);
     }
 
-    /// Stores the message, unless its id was seen within the dedup window. Fails if the stream is a full work queue.
+    /// Stores the message, unless the stream has seen its id within the dedup window. Fails if the stream is a full
+    /// work queue.
     pub fn append(&mut self, group: &mut Group, name: &str, new: &NewMessage, now_ms: u64) -> Result<Appended> {
         let (stream, config) = self.declared(name)?;
         if let Some(sequence) = stream.duplicate_of(new, &config, now_ms) {
@@ -212,6 +214,7 @@ impl State {
         for consumer in stream.consumers.values_mut() {
             consumer.pending += u64::from(consumer.wants(&new.subject));
         }
+
         let subject = stream.interned(&new.subject);
         stream.bytes += u64::from(place.len);
         stream
@@ -221,14 +224,15 @@ impl State {
         Ok(Appended { sequence, duplicate: false })
     }
 
-    /// Takes all steps in their order, or none: every step is checked before the first one changes anything.
+    /// Carries out all steps in order, or none: every step is checked before the first one changes the state.
     pub fn write(&mut self, group: &mut Group, steps: &[Step], now_ms: u64, clock_ms: u64) -> Result<Vec<Taken>> {
         for (index, step) in steps.iter().enumerate() {
             let earlier = &steps[..index];
             self.check(step, earlier, now_ms)?;
-            // Puts are checked against the state before the batch, which two of one key would outdate.
+            // The check uses the state before the batch, so a second put of the same key would be checked against an
+            // outdated revision.
             if earlier.iter().any(|earlier| earlier.puts_what(step)) {
-                return Err(Error::Storage("a batch puts one key twice".into()));
+                return Err(Error::Storage("a batch must not put one key twice".into()));
             }
         }
 
@@ -244,7 +248,7 @@ impl State {
         Ok(taken.map(|taken| taken.expect("the step was checked")).collect())
     }
 
-    /// Fails if taking the step after the earlier ones of its batch might fail.
+    /// Fails if the step could fail after the earlier steps of its batch.
     fn check(&mut self, step: &Step, earlier: &[Step], now_ms: u64) -> Result<()> {
         match step {
             Step::Put { bucket, key, expected, .. } => self.check_revision(bucket, key, *expected, now_ms),
@@ -263,12 +267,13 @@ impl State {
         }
     }
 
-    /// Makes the consumer, or changes the filter of a known one.
+    /// Creates the consumer, or changes the filter of an existing one.
     pub fn consumer(&mut self, group: &mut Group, config: &ConsumerConfig) -> Result<()> {
         let (stream, declared) = self.declared(config.stream)?;
-        // A work queue keeps only what nobody has taken, so its consumers start nowhere else.
+        // A work queue has only messages that are not settled, so its consumers start with the stored ones.
         let from_start = config.from_start || declared.retention == Retention::WorkQueue;
         let next = if from_start { 0 } else { stream.last + 1 };
+
         let known = stream.consumers.get(&config.name);
         if known.is_none_or(|known| known.filter != config.filter) {
             group.push(Kind::Consumer(ConsumerRecord {
@@ -280,6 +285,7 @@ impl State {
                 delivered: Vec::new(),
             }));
         }
+
         let consumer = stream
             .consumers
             .entry(config.name.clone())
@@ -289,8 +295,8 @@ impl State {
         Ok(())
     }
 
-    /// Hands out up to `max` messages for `ack_wait`: those due for redelivery, then new ones. `clock_ms` never goes
-    /// back. With them, the time at which the next one is due, if nothing happens before.
+    /// Claims up to `max` messages for `ack_wait`: first those due for redelivery, then new ones. Also returns the time
+    /// at which the next redelivery is due. `clock_ms` is monotonic.
     pub fn claim(
         &mut self,
         group: &mut Group,
@@ -307,7 +313,7 @@ impl State {
         Ok((claimed, consumer.next_due(clock_ms)))
     }
 
-    /// Settles a delivery. Returns whether a claim may find more than before.
+    /// Settles a delivery. Returns whether a claim may now return more messages.
     pub fn settle(
         &mut self,
         group: &mut Group,
@@ -344,19 +350,20 @@ impl State {
         })
     }
 
-    /// Entries live `max_age` after their last write, or until they are replaced.
+    /// Declares a bucket. Its entries expire `max_age` after their last write.
     pub fn declare_kv(&mut self, bucket: &str, max_age: Option<Duration>) {
         self.buckets.entry(bucket.into()).or_default().declared = Some(Declared { max_age });
     }
 
-    /// Value's place and revision.
+    /// Returns the place and the revision of a value.
     pub fn kv_get(&self, bucket: &str, key: &str, now_ms: u64) -> Result<Option<(Place, u64)>> {
         let known = self.buckets.get(bucket).filter(|bucket| bucket.declared.is_some());
         let known = known.ok_or_else(|| Error::Storage(format!("bucket {bucket} is not declared")))?;
         Ok(known.current(key, now_ms).map(|entry| (entry.place, entry.revision)))
     }
 
-    /// The entry's revision. With `expected`, only if the entry is at that revision (0: does not exist).
+    /// Stores a value and returns its revision. With `expected`, only if the entry is at that revision (0: does not
+    /// exist).
     pub fn kv_put(
         &mut self,
         group: &mut Group,
@@ -367,6 +374,7 @@ impl State {
         now_ms: u64,
     ) -> Result<u64> {
         self.check_revision(bucket, key, expected, now_ms)?;
+
         self.revision += 1;
         let revision = self.revision;
         let record = EntryRecord {
@@ -378,6 +386,7 @@ impl State {
         };
         let place = group.push_bytes(Kind::Entry(record), value);
         self.rows.hold(place);
+
         let entry = Entry { place, revision, at_ms: now_ms };
         if let Some(old) = self.buckets.entry(bucket.into()).or_default().put(key, entry) {
             self.rows.release(old.place);
@@ -393,12 +402,14 @@ impl State {
         Ok(())
     }
 
-    /// Removes some of what has outlived its age or its stream's bytes; whether there may be more.
+    /// Removes expired messages, ids and entries, and messages beyond `max_bytes`, up to [`PRUNE_MAX`] each. Returns
+    /// whether there may be more.
     pub fn prune(&mut self, group: &mut Group, now_ms: u64) -> bool {
         let mut more = false;
         for (name, stream) in &mut self.streams {
             let Some(config) = &stream.config else { continue };
             stream.seen.forget(now_ms, config.dedup_window);
+
             let dropped = stream.drop_old(now_ms);
             if let Some((last, _)) = dropped.last() {
                 group.push(Kind::Dropped(DroppedRecord { stream: name.clone(), up_to: *last }));
@@ -406,6 +417,7 @@ impl State {
             more |= dropped.len() == PRUNE_MAX;
             dropped.into_iter().for_each(|(_, place)| self.rows.release(place));
         }
+
         for (name, bucket) in &mut self.buckets {
             let removed = bucket.drop_old(now_ms);
             more |= removed.len() == PRUNE_MAX;
@@ -415,11 +427,12 @@ impl State {
                 self.rows.release(entry.place);
             }
         }
+
         self.flush_cursors(group);
         more
     }
 
-    /// Notes how far consumers have got since the last time.
+    /// Records the cursors that have advanced since they were last recorded.
     pub fn flush_cursors(&mut self, group: &mut Group) {
         for (name, stream) in &mut self.streams {
             stream
@@ -429,19 +442,20 @@ impl State {
         }
     }
 
-    /// A row of the log came to be.
+    /// Accounts for a committed row.
     pub fn row_added(&mut self, row: u64, size: u64) {
         self.rows.add(row, size);
     }
 
-    /// Rows up to `newest` that hold no live value, at most `max`. They are forgotten here.
+    /// Returns up to `max` rows that hold no live value, up to row `newest`, and removes them from the state.
     pub fn take_dead_rows(&mut self, newest: u64, max: usize) -> Vec<u64> {
         let rows: Vec<u64> = self.rows.dead.range(..=newest).take(max).copied().collect();
         rows.iter().for_each(|row| self.rows.remove(*row));
         rows
     }
 
-    /// The oldest row, where the log is worth compacting and may be up to `newest`: half of it or more is dead.
+    /// Returns the oldest row, up to row `newest`, that is more than half dead. Returns `None` while the dead bytes of
+    /// the log exceed its live bytes by no more than `slack`.
     pub fn row_to_compact(&self, newest: u64, slack: u64) -> Option<u64> {
         if self.rows.total_bytes <= 2 * self.rows.live_bytes + slack {
             return None;
@@ -450,14 +464,14 @@ impl State {
         self.rows.live.range(..=newest).find(half_dead).map(|(row, _)| *row)
     }
 
-    /// Moves a value to the group if it is live at this place.
+    /// Moves a value to the group if it is live at `place`.
     pub fn relocate(&mut self, group: &mut Group, kind: Kind, place: Place, value: &[u8]) {
         let moved = match kind {
             Kind::Message(record) => {
                 let stream = self.streams.get_mut(&record.stream);
                 let held = stream.and_then(|stream| stream.messages.get_mut(&record.sequence));
                 held.filter(|held| held.place == place).map(|held| {
-                    // Its id was noted when it came.
+                    // The id was recorded with the original message.
                     let record = MessageRecord { id_hash: Bytes::new(), ..record };
                     held.place = group.push_bytes(Kind::Message(record), value);
                     held.place
@@ -473,6 +487,7 @@ impl State {
             }
             _ => None,
         };
+
         if let Some(moved) = moved {
             self.rows.hold(moved);
             self.rows.release(place);
@@ -487,28 +502,30 @@ impl State {
 }
 
 impl Stream {
-    /// The sequence of the message that was stored under the same id within the dedup window.
+    /// Returns the sequence of the message that was stored under the same id within the dedup window.
     fn duplicate_of(&self, new: &NewMessage, config: &StreamConfig, now_ms: u64) -> Option<u64> {
         self.seen.get(new.id?, now_ms, config.dedup_window)
     }
 
-    /// A work queue refuses what would take it over its bytes; other streams make room when they are pruned.
+    /// Fails if the message would take a work queue over its `max_bytes`. Other streams are pruned instead.
     fn ensure_room(&self, config: &StreamConfig, size: u64) -> Result<()> {
         let (name, max) = (config.name, config.max_bytes);
         if config.retention == Retention::WorkQueue && self.bytes + size > max {
-            let text = format!("stream {name} holds its {max} bytes; its consumers are behind, try again later");
+            let text = format!(
+                "stream {name} has reached its limit of {max} bytes; its consumers are behind, try again later"
+            );
             return Err(Error::Storage(text));
         }
         Ok(())
     }
 
-    /// Streams have few subjects: neighbours share theirs.
+    /// Returns the newest message's subject if it is equal, to share memory: streams have few subjects.
     fn interned(&self, subject: &Arc<str>) -> Arc<str> {
         let newest = self.messages.last_key_value().map(|(_, message)| &message.subject);
         newest.filter(|newest| *newest == subject).unwrap_or(subject).clone()
     }
 
-    /// Removes the oldest messages, by age and, where the stream may drop unread ones, by bytes.
+    /// Removes messages that have expired or, unless the stream is a work queue, exceed `max_bytes`.
     fn drop_old(&mut self, now_ms: u64) -> Vec<(u64, Place)> {
         let Some(config) = &self.config else { return Vec::new() };
         let oldest_ms = now_ms.saturating_sub(millis(config.max_age));
@@ -536,7 +553,7 @@ impl Stream {
 }
 
 impl Bucket {
-    /// Entries written before are gone.
+    /// Entries written before this time have expired.
     fn oldest_ms(&self, now_ms: u64) -> u64 {
         let max_age = self.declared.and_then(|declared| declared.max_age);
         max_age.map_or(0, |max_age| now_ms.saturating_sub(millis(max_age)))
@@ -547,12 +564,12 @@ impl Bucket {
         self.entries.get(key).filter(|entry| entry.at_ms >= since)
     }
 
-    /// The entry that was there.
+    /// Stores an entry; returns the previous one.
     fn put(&mut self, key: &str, entry: Entry) -> Option<Entry> {
         let name: Arc<str> = key.into();
         let revision = entry.revision;
         let old = self.entries.insert(name.clone(), entry);
-        // A replay may put the same revision again.
+        // During a replay, `old` may have the same revision, so it is removed from `order` first.
         if let Some(old) = &old {
             self.order.remove(&old.revision);
         }

@@ -16,10 +16,10 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot};
 
-/// Operations that wait at most; more make their callers wait.
+/// Maximum operations queued; beyond it, callers wait.
 const QUEUE_MAX: usize = 4096;
 
-/// A cheap handle to the engine; its thread ends with the last one.
+/// A cheap handle to the engine. The engine's thread ends when the last handle is dropped.
 pub struct Store {
     operations: mpsc::Sender<Operation>,
     streams: RwLock<HashMap<&'static str, Arc<Stream>>>,
@@ -29,11 +29,11 @@ pub struct Store {
 
 struct Stream {
     subjects: Vec<String>,
-    /// Something became available.
+    /// Notified when messages become available.
     work: Arc<Notify>,
 }
 
-/// What a pump needs to claim and settle.
+/// A handle to a consumer, for its pump and its deliveries.
 #[derive(Clone)]
 pub struct ConsumerHandle {
     pub config: Arc<ConsumerConfig>,
@@ -49,7 +49,7 @@ pub struct Claimed {
 
 pub struct Claim {
     pub messages: Vec<Claimed>,
-    /// When to look again, if nothing is told before: the earliest time a delivery is due again.
+    /// When to claim again, unless notified earlier: the time until the next redelivery is due.
     pub next: Option<Duration>,
 }
 
@@ -65,20 +65,21 @@ impl Store {
         let shared = Arc::new(Shared::default());
         let engine = Engine::open(path, durability, shared.clone())?;
         let (operations, queue) = mpsc::channel(QUEUE_MAX);
+
         let spawned = std::thread::Builder::new()
             .name("bus".into())
             .spawn(move || engine.run(queue));
-        spawned.map_err(|error| Error::Storage(format!("cannot start the bus's thread: {error}")))?;
+        spawned.map_err(|error| Error::Storage(format!("cannot start the thread of the bus: {error}")))?;
         Ok(Self { operations, streams: RwLock::default(), shared, opened: Instant::now() })
     }
 
-    /// Milliseconds of a clock that nobody can set back, from 1 on.
+    /// Milliseconds of a monotonic clock, counted from 1.
     fn clock_ms(&self) -> u64 {
         millis(self.opened.elapsed()) + 1
     }
 
-    /// Runs `operation` in the next commit and returns its answer once that is done. Dropping the future does not undo
-    /// an operation that was queued.
+    /// Runs `operation` in the next commit and returns its answer after the commit. Dropping the future does not cancel
+    /// a queued operation.
     async fn run<T: Send + 'static>(
         &self,
         operation: impl FnOnce(&mut State, &mut Group) -> Result<T> + Send + 'static,
@@ -86,7 +87,7 @@ impl Store {
         self.run_then(operation, |answer, _| Ok(answer)).await
     }
 
-    /// As [`Store::run`]; after the commit, `read` completes the answer with values from the log.
+    /// As [`Store::run`]. After the commit, `read` completes the answer with values from the log.
     async fn run_then<T: Send + 'static, R: Send + 'static>(
         &self,
         operation: impl FnOnce(&mut State, &mut Group) -> Result<T> + Send + 'static,
@@ -96,17 +97,18 @@ impl Store {
         let operation: Operation = Box::new(move |state, group| {
             let outcome = operation(state, group);
             Box::new(move |values| {
-                // The caller may have gone.
+                // Fails only if the caller has stopped waiting.
                 let _ = answer.send(outcome.and_then(|found| read(found, values)));
             })
         });
+
         self.operations.send(operation).await.map_err(|_| self.refused())?;
         answered.await.map_err(|_| self.refused())?
     }
 
     fn refused(&self) -> Error {
         let failure = self.shared.failure.lock().clone();
-        Error::Storage(failure.unwrap_or_else(|| "the bus's thread has ended; see its log line".into()))
+        Error::Storage(failure.unwrap_or_else(|| "the thread of the bus has ended; see the log".into()))
     }
 
     pub async fn declare_stream(&self, config: StreamConfig) -> Result<()> {
@@ -116,6 +118,8 @@ impl Store {
             Ok(())
         })
         .await?;
+
+        // A redeclared stream keeps its notifier, on which its consumers wait.
         let mut streams = self.streams.write();
         let work = streams
             .get(name)
@@ -135,21 +139,22 @@ impl Store {
         Ok(appended)
     }
 
-    /// Runs all steps in one commit, or none: see [`State::write`]. The caller notifies consumers with [`Store::wake`].
+    /// Carries out all steps in one commit, or none; see [`State::write`]. The caller notifies consumers with
+    /// [`Store::wake`].
     pub async fn write(&self, steps: Vec<Step>) -> Result<Vec<Taken>> {
         let (now, clock) = (unix_ms(), self.clock_ms());
         self.run(move |state, group| state.write(group, &steps, now, clock))
             .await
     }
 
-    /// Wakes the consumers of a stream that takes `subject`.
+    /// Wakes the consumers of the stream that stores `subject`.
     pub fn wake(&self, subject: &str) {
         if let Ok((_, work)) = self.stream_of(subject) {
             work.notify_waiters();
         }
     }
 
-    /// The name of the stream that takes `subject`.
+    /// The name of the stream that stores `subject`.
     pub fn stream_name(&self, subject: &str) -> Result<&'static str> {
         self.stream_of(subject).map(|(name, _)| name)
     }
@@ -171,17 +176,19 @@ impl Store {
             .get(config.stream)
             .map(|stream| stream.work.clone())
             .ok_or_else(missing)?;
+
         let config = Arc::new(config.clone());
         let made = config.clone();
         self.run(move |state, group| state.consumer(group, &made)).await?;
         Ok(ConsumerHandle { config, work })
     }
 
-    /// Takes up to `max` available messages for `ack_wait`.
+    /// Claims up to `max` available messages for `ack_wait`.
     pub async fn claim(&self, consumer: &ConsumerHandle, max: usize) -> Result<Claim> {
         let config = consumer.config.clone();
         let now = self.clock_ms();
         let claim = move |state: &mut State, group: &mut Group| state.claim(group, &config, max, now);
+
         let (messages, next) = self
             .run_then(claim, |(claimed, next), values| {
                 let messages = claimed.into_iter().map(|claimed| {
@@ -195,6 +202,7 @@ impl Store {
                 Ok((messages.collect::<Result<Vec<_>>>()?, next))
             })
             .await?;
+
         self.shared.unflushed.fetch_or(!messages.is_empty(), Relaxed);
         Ok(Claim {
             messages,
@@ -251,20 +259,21 @@ impl Store {
         .await
     }
 
-    /// Whether the engine answers. After a failed commit it does not, until the log is open again; a disk that fills up
-    /// is noticed by the next write.
+    /// Fails while the engine refuses operations: from a failed commit until the log is reopened. Only the next write
+    /// notices a full disk.
     pub async fn health(&self) -> Result<()> {
         self.run(|_, _| Ok(())).await
     }
 
+    /// Removes everything that has expired, and returns free pages to the file system.
     pub async fn prune(&self) -> Result<()> {
         let now = unix_ms();
         while self.run(move |state, group| Ok(state.prune(group, now))).await? {}
         self.run_then(|_, _| Ok(()), |(), values| values.give_back()).await
     }
 
-    /// Notes in the log how far consumers have got, if that has changed: so that what a crash interrupts counts as
-    /// delivered.
+    /// Records the consumers' cursors if they have advanced, so that messages that were delivered before a crash count
+    /// as delivered.
     pub async fn flush_cursors(&self) -> Result<()> {
         if !self.shared.unflushed.swap(false, Relaxed) {
             return Ok(());
@@ -315,7 +324,7 @@ mod tests {
         }
     }
 
-    /// The thread of a store that was dropped lets go of the file soon.
+    /// Opens a store; retries while the thread of a dropped store still holds the file.
     async fn open(dir: &Path) -> Store {
         let opened = Mutex::new(None);
         testkit::eventually(Duration::from_secs(20), || async {
@@ -325,38 +334,42 @@ mod tests {
             done
         })
         .await;
-        let store = opened.into_inner().expect("it was opened");
+        let store = opened.into_inner().expect("the store was opened");
+
         store.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
         store.declare_kv("B", Some(Duration::from_secs(3600))).await.unwrap();
         store
     }
 
     #[tokio::test]
-    async fn a_consumer_at_its_pending_limit_waits_for_a_settlement() {
+    async fn consumer_at_its_pending_limit_waits_for_a_settlement() {
         let dir = tempfile::tempdir().unwrap();
         let store = open(dir.path()).await;
         let handle = store.consumer(&reader(2)).await.unwrap();
         for n in 0..5 {
             store.append(&message(&n.to_string()), None).await.unwrap();
         }
+
         assert_eq!(store.claim(&handle, 10).await.unwrap().messages.len(), 2);
         let nothing = store.claim(&handle, 10).await.unwrap();
         assert!(nothing.messages.is_empty());
-        assert!(nothing.next.unwrap() > Duration::from_secs(25), "it does not poll: {:?}", nothing.next);
+        assert!(nothing.next.unwrap() > Duration::from_secs(25), "next claim in {:?}", nothing.next);
     }
 
     #[tokio::test]
-    async fn a_stream_declared_again_keeps_its_consumers() {
+    async fn redeclared_stream_keeps_its_consumers() {
         let dir = tempfile::tempdir().unwrap();
         let store = open(dir.path()).await;
         let handle = store.consumer(&reader(10)).await.unwrap();
+
         store.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
+
         store.append(&message("1"), None).await.unwrap();
         assert_eq!(store.claim(&handle, 10).await.unwrap().messages.len(), 1);
     }
 
     #[tokio::test]
-    async fn a_consumer_made_among_appends_misses_none() {
+    async fn consumer_created_during_appends_misses_no_message() {
         let dir = tempfile::tempdir().unwrap();
         let store = Arc::new(open(dir.path()).await);
         let appends = (0..400).map(|n: u32| {
@@ -365,20 +378,21 @@ mod tests {
         });
         let appends: Vec<_> = appends.collect();
         store.consumer(&reader(1000)).await.unwrap();
+
         for append in appends {
             append.await.unwrap();
         }
         assert_eq!(store.stream_info("S").await.unwrap().consumers, [("c".to_string(), 400)]);
     }
 
-    /// Enough to begin snapshots, drop rows and leave the cache.
+    /// The traffic is enough to begin snapshots, delete rows and evict values from the cache.
     #[tokio::test]
-    async fn much_traffic_keeps_the_file_small_and_old_values_readable() {
+    async fn heavy_traffic_keeps_the_file_small_and_old_values_readable() {
         let dir = tempfile::tempdir().unwrap();
         let store = open(dir.path()).await;
         let handle = store.consumer(&reader(100)).await.unwrap();
         store.kv_put("B", "old", "kept".into(), None).await.unwrap();
-        store.append(&message("never taken"), None).await.unwrap();
+        store.append(&message("unsettled"), None).await.unwrap();
         let first = store.claim(&handle, 1).await.unwrap().messages.remove(0);
 
         let large = "x".repeat(100_000);
@@ -388,8 +402,9 @@ mod tests {
             assert_eq!(claimed.len(), 1);
             store.settle(&handle, claimed[0].sequence, Outcome::Ack).await.unwrap();
         }
+
         let pages = std::fs::metadata(dir.path().join("bus.db")).unwrap().len();
-        assert!(pages < 100 << 20, "150 MB went through; the file has {pages} bytes");
+        assert!(pages < 100 << 20, "the file has {pages} bytes after 150 MB of traffic");
         assert_eq!(store.kv_get("B", "old").await.unwrap().unwrap().0, "kept");
 
         drop(store);
@@ -397,14 +412,15 @@ mod tests {
         assert_eq!(store.kv_get("B", "old").await.unwrap().unwrap().0, "kept");
         let info = store.stream_info("S").await.unwrap();
         assert_eq!((info.messages, info.consumers), (1, vec![("c".to_string(), 1)]));
+
         let handle = store.consumer(&reader(100)).await.unwrap();
         let again = store.claim(&handle, 10).await.unwrap().messages.remove(0);
         assert_eq!((again.sequence, again.delivered), (first.sequence, 2));
-        assert_eq!(again.message.payload, "never taken");
+        assert_eq!(again.message.payload, "unsettled");
     }
 
     #[tokio::test]
-    async fn a_full_disk_refuses_and_what_was_acknowledged_stays() {
+    async fn full_disk_refuses_appends_and_keeps_acknowledged_messages() {
         let dir = tempfile::tempdir().unwrap();
         let store = open(dir.path()).await;
         let limit = |pages: u32| {
@@ -420,6 +436,7 @@ mod tests {
                 },
             )
         };
+
         limit(200).await.unwrap();
         let mut acknowledged = 0;
         let refused = loop {
@@ -427,27 +444,29 @@ mod tests {
                 Ok(_) => acknowledged += 1,
                 Err(error) => break error,
             }
-            assert!(acknowledged < 1000, "the limit was never met");
+            assert!(acknowledged < 1000, "the page limit was never reached");
         };
         assert!(refused.to_string().contains("full"), "{refused}");
 
-        // The limit is the connection's: the next one has none. Nothing that was refused has become visible.
+        // The limit belongs to the connection, so the reopened log has none. No refused message is visible.
         testkit::eventually(Duration::from_secs(20), || async { store.health().await.is_ok() }).await;
         assert_eq!(store.stream_info("S").await.unwrap().messages, acknowledged);
         store.append(&message("more"), None).await.unwrap();
+
         drop(store);
         assert_eq!(open(dir.path()).await.stream_info("S").await.unwrap().messages, acknowledged + 1);
     }
 
     #[tokio::test]
-    async fn an_outage_takes_no_delivery_from_its_holder() {
+    async fn outage_of_the_log_redelivers_no_outstanding_message() {
         let dir = tempfile::tempdir().unwrap();
         let store = open(dir.path()).await;
         let ack_wait = Duration::from_secs(3);
         let config = ConsumerConfig { ack_wait, ..reader(10) };
         let handle = store.consumer(&config).await.unwrap();
         store.append(&message("held"), None).await.unwrap();
-        // The file may not grow. The next commit fails, before the log knows that the message was handed out.
+
+        // The file cannot grow, so the next commit fails before the log has the cursor of this delivery.
         let full = |(), values: &Values| {
             let limited = values.log.connection().execute_batch("PRAGMA max_page_count = 1");
             Ok(limited.map_err(journal::Error::from)?)
@@ -460,11 +479,16 @@ mod tests {
         tokio::time::sleep(ack_wait + Duration::from_millis(500)).await;
         testkit::eventually(Duration::from_secs(20), || async { store.health().await.is_ok() }).await;
         let again = store.claim(&handle, 10).await.unwrap();
-        assert!(again.messages.is_empty(), "it is held, and nobody could prolong it");
+        assert!(
+            again.messages.is_empty(),
+            "the delivery is outstanding, and its deadline is postponed by the outage"
+        );
         assert!(again.next.unwrap() <= ack_wait);
+
         store.settle(&handle, held.sequence, Outcome::Ack).await.unwrap();
         assert_eq!(store.stream_info("S").await.unwrap().messages, 0);
-        // The refused one left no gap: its sequence is handed out.
+
+        // The sequence of the refused message is assigned again, and this message is delivered.
         store.append(&message("next"), None).await.unwrap();
         assert_eq!(store.claim(&handle, 10).await.unwrap().messages.len(), 1);
     }
@@ -489,26 +513,30 @@ mod tests {
     "#;
 
     #[tokio::test]
-    async fn data_of_the_older_format_is_taken_over() {
+    async fn older_format_is_migrated() {
         let dir = tempfile::tempdir().unwrap();
         Connection::open(dir.path().join("bus.db"))
             .unwrap()
             .execute_batch(OLDER)
             .unwrap();
+
         for opened in 1..=2 {
             let store = open(dir.path()).await;
             assert_eq!(store.kv_get("B", "k").await.unwrap(), Some(("v".into(), 41)), "{opened}");
             assert!(store.append(&message("7"), Some("id-7")).await.unwrap().duplicate);
+
             let handle = store.consumer(&reader(10)).await.unwrap();
             let claimed = store.claim(&handle, 10).await.unwrap().messages;
             let seen: Vec<_> = claimed
                 .iter()
                 .map(|c| (c.sequence, c.delivered, c.message.payload.clone()))
                 .collect();
+
             let (first, second) = if opened == 1 { (3, 1) } else { (4, 2) };
             assert_eq!(seen, [(5, first, "5".into()), (7, second, "7".into())]);
             assert_eq!(claimed[0].message.headers.get("trace_id"), Some("t"));
         }
+
         let store = open(dir.path()).await;
         assert_eq!(store.append(&message("8"), None).await.unwrap().sequence, 8);
         assert_eq!(store.kv_put("B", "k", "w".into(), Some(41)).await.unwrap(), 42);

@@ -18,11 +18,11 @@ use serde_json::Value;
 use std::time::Duration;
 
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Bytes on the wire of the headers of a put, and more.
+/// Upper bound of a put's headers, in bytes on the wire.
 const HEADERS_MAX: usize = 128;
 /// Other clients mark a deleted key with a message that has this header.
 const DELETED_HEADER: &str = "KV-Operation";
-/// How servers refuse a put with another expected revision.
+/// Error codes of a put whose expected revision does not match.
 const WRONG_REVISION: [ErrorCode; 2] =
     [ErrorCode::STREAM_WRONG_LAST_SEQUENCE, ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT];
 
@@ -59,10 +59,11 @@ pub async fn get(link: &Link, bucket: &str, key: &str) -> Result<Option<(Bytes, 
     let failed = |why: &str| Error::Storage(format!("cannot read from bucket {bucket}: {why}"));
     match entry.status {
         None | Some(StatusCode::OK) => {}
-        // Any replica answers, also one that does not have the newest entries yet.
+        // Any replica may answer, even one that lacks the newest entries.
         Some(StatusCode::NOT_FOUND) => return get_from_leader(link, bucket, key).await,
         Some(status) => return Err(failed(&format!("{status} {}", entry.description.unwrap_or_default()))),
     }
+
     let headers = entry.headers.unwrap_or_default();
     if headers.get(DELETED_HEADER).is_some() {
         return Ok(None);
@@ -74,7 +75,7 @@ pub async fn get(link: &Link, bucket: &str, key: &str) -> Result<Option<(Bytes, 
     Ok(Some((entry.payload, revision)))
 }
 
-/// As [`get`], from the replica that takes the writes.
+/// As [`get`], but from the leader, which has all acknowledged writes.
 async fn get_from_leader(link: &Link, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
     let failed = |why: &str| Error::Storage(format!("cannot read from bucket {bucket}: {why}"));
     let subject = format!("$JS.API.STREAM.MSG.GET.KV_{bucket}");
@@ -90,7 +91,8 @@ async fn get_from_leader(link: &Link, bucket: &str, key: &str) -> Result<Option<
         Ok(Response::Err { error }) => return Err(failed(&error.to_string())),
         Err(error) => return Err(failed(&error.to_string())),
     };
-    // Headers and data are base64, and left out if empty.
+
+    // Headers and data are in base64, and left out if they are empty.
     let decoded = |field: &str| {
         let text = stored[field].as_str().unwrap_or_default();
         STANDARD.decode(text).map_err(|error| failed(&error.to_string()))
@@ -98,16 +100,17 @@ async fn get_from_leader(link: &Link, bucket: &str, key: &str) -> Result<Option<
     if String::from_utf8_lossy(&decoded("hdrs")?).contains(DELETED_HEADER) {
         return Ok(None);
     }
+
     let revision = stored["seq"].as_u64();
     let revision = revision.ok_or_else(|| failed("the reply has no sequence"))?;
     Ok(Some((decoded("data")?.into(), revision)))
 }
 
-/// The server answers for a bucket only while its stream is there.
+/// No responders means that the bucket's stream does not exist.
 fn unavailable(bucket: &str, error: Error) -> Error {
     match error {
         Error::NoResponders(_) => {
-            Error::Storage(format!("bucket {bucket} is not there; was JetStream's data removed?"))
+            Error::Storage(format!("bucket {bucket} does not exist; was JetStream's data removed?"))
         }
         other => other,
     }

@@ -36,7 +36,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Pulls that may wait at the server for one consumer. Each process that shares it has one; the default of 512 would
 /// bound the fleet.
 const WAITING_MAX: i64 = 16_384;
-/// A server that is merely slow must not make a consumer leave its messages to their ack wait.
+/// Maximum wait for the server to process the unsubscribe. Long enough for a slow server, because messages that are not
+/// returned are redelivered only after their ack wait.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(5);
 const ACK_DEADLINE: Duration = Duration::from_secs(5);
 const API_PREFIX: &str = "$JS.API";
@@ -103,11 +104,11 @@ async fn ensure(link: &Link, config: &ConsumerConfig) -> Result<()> {
 
 /// How a pull ended.
 enum PullEnd {
-    /// It is used up or has expired.
+    /// The pull is complete or has expired.
     Done,
     /// The consumer was dropped.
     Dropped,
-    /// The server did not take the pull now, for this reason.
+    /// The server refused the pull, for this reason. It may accept the next one.
     Refused(String),
 }
 
@@ -299,7 +300,7 @@ impl Pump {
                 continue;
             };
 
-            // The end of an earlier pull may arrive late; it says nothing about this one.
+            // The end of an earlier pull may arrive late; it does not end this one.
             if status == StatusCode::IDLE_HEARTBEAT || message.subject.as_str() != reply {
                 continue;
             }
@@ -309,7 +310,7 @@ impl Pump {
             if ended || text.contains("Batch Completed") {
                 return Ok(PullEnd::Done);
             }
-            // The consumer is there and has too many pulls, or its server is about to change.
+            // The consumer exists, but has too many pulls, or its server is about to change.
             if ["Exceeded MaxWaiting", "Leadership Change", "Server Shutdown"]
                 .iter()
                 .any(|why| text.contains(why))

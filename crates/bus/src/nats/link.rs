@@ -191,7 +191,7 @@ impl Link {
         Ok(())
     }
 
-    /// Whether the server takes a message of so many bytes, its headers among them.
+    /// Fails if the server does not accept a message of `size` bytes, including headers.
     pub fn check_size(&self, size: usize) -> Result<()> {
         let max = self.client.max_payload().min(wire::limits::BUS_MESSAGE_MAX);
         if size > max {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// More connections than this gain nothing.
+/// More connections than this do not increase throughput.
 const LINKS_MAX: usize = 8;
 /// How long a publish waits for its subject's lost connection to return while others are up. It does not use another
 /// one, because it would overtake messages that are queued in its own.

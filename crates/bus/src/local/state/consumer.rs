@@ -1,4 +1,4 @@
-//! A consumer: how far it has read, and what it has not settled yet.
+//! A consumer: its cursor and its outstanding deliveries.
 
 use super::StoredAt;
 use crate::local::record::{CursorRecord, DeliveredRecord, Group, Kind, SettledRecord};
@@ -10,17 +10,17 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Default)]
 pub struct Consumer {
     pub filter: Option<String>,
-    /// Messages before it were handed out at least once, or did not match.
+    /// The cursor: messages before this sequence were delivered at least once, or did not match the filter.
     pub next: u64,
-    /// The cursor that the log has.
+    /// The cursor in the log.
     flushed: u64,
-    /// Handed out and not settled.
+    /// Outstanding deliveries, by sequence: delivered and not settled.
     out: BTreeMap<u64, Out>,
-    /// When each of them is due again.
+    /// The same deliveries by the time at which they are due for redelivery: `(due_ms, sequence)`.
     due: BTreeSet<(u64, u64)>,
-    /// Messages that it still owes an answer for, handed out or not.
+    /// Number of messages that are not settled, delivered or not.
     pub pending: u64,
-    /// The last claim took less than it wanted, because `max_ack_pending` deliveries are out.
+    /// Whether `max_ack_pending` reduced the last claim.
     blocked: bool,
 }
 
@@ -30,7 +30,7 @@ struct Out {
     due_ms: u64,
 }
 
-/// A message as it is handed out.
+/// A delivery of one message.
 pub struct Claimed {
     pub sequence: u64,
     pub delivered: u32,
@@ -38,11 +38,11 @@ pub struct Claimed {
     pub place: Place,
 }
 
-/// What a settlement has changed.
+/// The effect of a settlement.
 pub struct Settled {
-    /// The consumer is done with the message.
+    /// The message was acknowledged or terminated.
     pub done: bool,
-    /// A claim may find more than before.
+    /// A claim may now return more messages.
     pub wakes: bool,
 }
 
@@ -55,6 +55,8 @@ impl Consumer {
         self.filter.as_deref().is_none_or(|filter| matches(filter, subject))
     }
 
+    /// Claims up to `max` messages: first those due for redelivery, then new ones. `last` is the newest sequence of the
+    /// stream.
     pub fn claim(
         &mut self,
         group: &mut Group,
@@ -69,6 +71,7 @@ impl Consumer {
             .range(..=(clock_ms, u64::MAX))
             .map(|(_, sequence)| *sequence)
             .collect();
+
         let held = self.out.len() - due.len();
         let room = config.max_ack_pending.saturating_sub(held);
         self.blocked = room < max;
@@ -76,6 +79,7 @@ impl Consumer {
         let until = clock_ms + super::millis(config.ack_wait);
         let mut claimed = Vec::new();
 
+        // In the order of the stream, not of the deadlines.
         let mut again: Vec<u64> = due;
         again.sort_unstable();
         for sequence in again.into_iter().take(max) {
@@ -84,6 +88,7 @@ impl Consumer {
             };
             let delivered = self.out.get(&sequence).map_or(1, |out| out.delivered + 1);
             self.hold(sequence, Out { delivered, due_ms: until });
+
             let (stream, consumer) = (config.stream.to_string(), config.name.clone());
             group.push(Kind::Delivered(DeliveredRecord { stream, consumer, sequence, delivered }));
             claimed.push(Claimed { sequence, delivered, stored_ms: message.stored_ms, place: message.place });
@@ -104,7 +109,7 @@ impl Consumer {
         claimed
     }
 
-    /// Settles a delivery. One that is no longer out, because it was settled before or is gone, changes nothing.
+    /// Settles a delivery. Has no effect if the delivery is no longer outstanding.
     pub fn settle(
         &mut self,
         group: &mut Group,
@@ -117,11 +122,13 @@ impl Consumer {
         let Some(out) = self.out.get(&sequence).copied() else {
             return Settled { done: false, wakes: false };
         };
+
         let due_ms = match outcome {
             Outcome::Nak(delay) => clock_ms.saturating_add(super::millis(delay)),
             Outcome::InProgress => clock_ms + super::millis(config.ack_wait),
             Outcome::Ack | Outcome::Term => {
-                // Before it: replaying a cursor hands out what stands before it and is not settled.
+                // The cursor goes first: its replay marks the messages before it as outstanding, which would undo a
+                // settlement that was replayed earlier.
                 self.flush_cursor(group, config.stream, &config.name);
                 let (stream, consumer) = (config.stream.to_string(), config.name.clone());
                 group.push(Kind::Settled(SettledRecord { stream, consumer, sequence, removes }));
@@ -133,12 +140,12 @@ impl Consumer {
         Settled { done: false, wakes: matches!(outcome, Outcome::Nak(_)) }
     }
 
-    /// The earliest time at which one that is out comes back.
+    /// The earliest time at which an outstanding delivery is due for redelivery.
     pub fn next_due(&self, clock_ms: u64) -> Option<u64> {
         self.due.range((clock_ms + 1, 0)..).next().map(|(due_ms, _)| *due_ms)
     }
 
-    /// A message left the stream.
+    /// Accounts for a message that the stream has deleted.
     pub fn dropped(&mut self, sequence: u64, subject: &str) {
         let unread = sequence >= self.next && self.wants(subject);
         if unread {
@@ -148,6 +155,7 @@ impl Consumer {
         }
     }
 
+    /// Records the cursor if it has advanced since it was last recorded.
     pub fn flush_cursor(&mut self, group: &mut Group, stream: &str, name: &str) {
         if self.is_unflushed() {
             self.flushed = self.next;
@@ -159,12 +167,13 @@ impl Consumer {
         self.flushed < self.next
     }
 
-    /// Sequences and delivery counts of what is out.
+    /// Sequences and delivery counts of the outstanding deliveries.
     pub fn out(&self) -> impl Iterator<Item = (u64, u32)> {
         self.out.iter().map(|(sequence, out)| (*sequence, out.delivered))
     }
 
-    /// From a snapshot or a record. What is out is due at once: no delivery outlives the process that held it.
+    /// Restores the consumer from a record. Outstanding deliveries are due at once, because no delivery outlives the
+    /// process that held it.
     pub fn restore(&mut self, next: u64, out: impl Iterator<Item = (u64, u32)>) {
         self.next = self.next.max(next);
         self.flushed = self.next;
@@ -175,6 +184,7 @@ impl Consumer {
         if next <= self.next {
             return;
         }
+
         for (sequence, message) in messages.range(self.next..next) {
             if self.wants(&message.subject) {
                 self.hold(*sequence, Out { delivered: 1, due_ms: 0 });
@@ -197,7 +207,7 @@ impl Consumer {
         }
     }
 
-    /// After a replay: only what is stored can be out.
+    /// Ends a replay: deliveries of deleted messages are no longer outstanding.
     pub fn retain_stored(&mut self, messages: &BTreeMap<u64, StoredAt>) {
         self.out.retain(|sequence, _| messages.contains_key(sequence));
         self.due.retain(|(_, sequence)| messages.contains_key(sequence));
@@ -212,10 +222,10 @@ impl Consumer {
         self.pending = (self.out.len() + unread) as u64;
     }
 
-    /// Deliveries that are still held stay so, and have as much time as before the outage: during it nobody could settle
-    /// or prolong one.
+    /// Takes over the outstanding deliveries from the state before an outage of the log. Their deadlines are postponed by
+    /// the length of the outage, during which no delivery could be settled or extended.
     pub fn adopt(&mut self, before: &Self, messages: &BTreeMap<u64, StoredAt>, last: u64, outage_ms: u64) {
-        // The log may not have the latest cursor. Nor has it what was appended last, whose sequences are given out again.
+        // The log may lack the newest cursor. It also lacks the newest messages, whose sequences are assigned again.
         let flushed = self.flushed;
         self.replay_cursor(before.next.min(last + 1), messages);
         self.flushed = flushed;
@@ -229,6 +239,7 @@ impl Consumer {
         self.blocked = before.blocked;
     }
 
+    /// Adds an outstanding delivery, or changes its deadline.
     fn hold(&mut self, sequence: u64, out: Out) {
         if let Some(before) = self.out.insert(sequence, out) {
             self.due.remove(&(before.due_ms, sequence));

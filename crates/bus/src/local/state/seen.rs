@@ -1,24 +1,26 @@
-//! Message ids that a stream remembers, so that a repeated append changes nothing.
+//! The message ids that a stream remembers for deduplication.
 
 use super::millis;
 use sha1::{Digest, Sha1};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-/// About 64 MiB at 100 bytes each. Beyond it the oldest ids are forgotten before their time.
+/// Maximum ids of a stream: about 64 MiB at 100 bytes each. Beyond it, the oldest ids are evicted early.
 const IDS_MAX: usize = 640_000;
 
-/// By 128 bits of a cryptographic hash: ids come from clients, who must not be able to make two of them collide.
+/// Ids are stored as 128 bits of a cryptographic hash: clients choose them and must not be able to cause collisions.
 #[derive(Default)]
 pub struct Seen {
-    /// Sequence, and when it was appended.
+    /// Sequence and time of the append, by id.
     known: HashMap<u128, (u64, u64)>,
     /// Oldest first.
     order: VecDeque<u128>,
-    /// Ids that left `order` at its front since it was made: positions stay valid while ids leave.
+    /// Number of ids removed from the front of `order`. Added to an index in `order`, it gives a position that stays
+    /// valid while ids are removed.
     gone: u64,
 }
 
+/// Hashes a message id.
 pub fn hash(msg_id: &str) -> u128 {
     let digest = Sha1::digest(msg_id.as_bytes());
     let (half, _) = digest.split_first_chunk::<16>().expect("SHA-1 has 20 bytes");
@@ -26,6 +28,7 @@ pub fn hash(msg_id: &str) -> u128 {
 }
 
 impl Seen {
+    /// The sequence appended under this id within the window.
     pub fn get(&self, id: u128, now_ms: u64, window: Duration) -> Option<u64> {
         let since = now_ms.saturating_sub(millis(window));
         self.known
@@ -38,12 +41,14 @@ impl Seen {
         if self.known.insert(id, (sequence, at_ms)).is_none() {
             self.order.push_back(id);
         }
+
         if self.order.len() > IDS_MAX {
             metrics::counter!("beamline_bus_message_ids_forgotten_total").increment(1);
             self.forget_first();
         }
     }
 
+    /// Evicts the ids that are older than the window.
     pub fn forget(&mut self, now_ms: u64, window: Duration) {
         let since = now_ms.saturating_sub(millis(window));
         while let Some(id) = self.order.front()
@@ -53,7 +58,7 @@ impl Seen {
         }
     }
 
-    /// Ids from a position on, with the position behind each.
+    /// Returns the ids from `position` on: the position after the id, the id, its sequence and its time.
     pub fn from(&self, position: u64) -> impl Iterator<Item = (u64, u128, u64, u64)> {
         let skip = usize::try_from(position.saturating_sub(self.gone)).unwrap_or(usize::MAX);
         self.order.iter().enumerate().skip(skip).filter_map(|(n, id)| {

@@ -1,5 +1,5 @@
-//! The state as records: written out in parts while it changes, and put together again from them and the groups behind
-//! them.
+//! Snapshots of the state: written in parts while the state changes, and restored from these parts and the groups that
+//! follow the snapshot.
 
 use super::{Bucket, Entry, State, StoredAt, Stream};
 use crate::local::record::{
@@ -11,22 +11,22 @@ use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 
-/// How far a snapshot has got.
+/// Where the next part of a snapshot begins.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Cursor {
     #[default]
     Start,
-    /// The messages of a stream from a sequence on.
+    /// The messages of a stream, from this sequence on.
     Messages(String, u64),
-    /// The message ids of a stream from a position on.
+    /// The message ids of a stream, from this position on.
     Seen(String, u64),
-    /// The entries of a bucket behind a key.
+    /// The entries of a bucket, after this key.
     Entries(String, Option<Arc<str>>),
     Done,
 }
 
 impl State {
-    /// The next part, of about `size` bytes, and where the one after it goes on.
+    /// Returns the next part, of about `size` bytes, and the cursor of the part after it.
     pub fn snapshot_part(&self, cursor: Cursor, size: usize) -> (Bytes, Cursor) {
         let mut part = Group::new(0);
         let mut cursor = cursor;
@@ -88,11 +88,12 @@ impl State {
         }
     }
 
-    /// A stream and its consumers at once: they are few.
+    /// Writes the next stream and its consumers. They are few, so they are not split over parts.
     fn begin_stream(&self, part: &mut Group, after: Option<&str>) -> Cursor {
         let Some((name, stream)) = following(&self.streams, after) else {
             return self.next_bucket(None);
         };
+
         part.push(Kind::Stream(StreamRecord { stream: name.clone(), last: stream.last }));
         for (consumer, state) in &stream.consumers {
             let (out, delivered) = state.out().unzip();
@@ -112,7 +113,7 @@ impl State {
         following(&self.buckets, after).map_or(Cursor::Done, |(name, _)| Cursor::Entries(name.clone(), None))
     }
 
-    /// Takes a part of a snapshot, or a group that came after the snapshot began (`row` is its number).
+    /// Applies a part of a snapshot, or a group that was committed after the snapshot began; `row` is the group's row.
     pub fn apply(&mut self, row: u64, data: &[u8]) -> Result<(), String> {
         each(row, data, |kind, place| {
             self.apply_one(kind, place);
@@ -187,27 +188,32 @@ impl State {
         self.streams.entry(name).or_default()
     }
 
-    /// After a replay: counts what is there, over the rows that the log has. A live value without its row is damage.
+    /// Ends a replay: computes the counters. `rows` are the rows of the log with their sizes. Fails if the row of a
+    /// live value is missing, because the log is then damaged.
     pub fn finish_replay(&mut self, rows: &[(u64, u64)]) -> Result<(), String> {
         rows.iter().for_each(|(row, size)| self.rows.add(*row, *size));
         let missing = |place: Place| format!("group {}, which holds a live value, is missing", place.row);
+
         for stream in self.streams.values_mut() {
             stream.bytes = stream
                 .messages
                 .values()
                 .map(|message| u64::from(message.place.len))
                 .sum();
+
             for message in stream.messages.values() {
                 if !self.rows.live.contains_key(&message.place.row) {
                     return Err(missing(message.place));
                 }
                 self.rows.hold(message.place);
             }
+
             let Stream { consumers, messages, .. } = stream;
             consumers
                 .values_mut()
                 .for_each(|consumer| consumer.retain_stored(messages));
         }
+
         for entry in self.buckets.values().flat_map(|bucket| bucket.entries.values()) {
             if !self.rows.live.contains_key(&entry.place.row) {
                 return Err(missing(entry.place));
@@ -217,8 +223,8 @@ impl State {
         Ok(())
     }
 
-    /// After the log was opened again within the process, which took `outage_ms`: declarations, and deliveries that are
-    /// still held.
+    /// After the log was reopened within the process: takes over the declarations and the outstanding deliveries from the
+    /// state before the outage, which lasted `outage_ms`.
     pub fn adopt(&mut self, before: &Self, outage_ms: u64) {
         for (name, old) in &before.streams {
             let stream = self.streams.entry(name.clone()).or_default();
@@ -230,6 +236,7 @@ impl State {
                 }
             }
         }
+
         for (name, old) in &before.buckets {
             self.buckets.entry(name.clone()).or_default().declared = old.declared;
         }
@@ -262,25 +269,27 @@ impl Entry {
 }
 
 impl Bucket {
-    /// 0 for a key that has no value.
+    /// The revision of the key's entry; 0 if there is none.
     fn revision_of(&self, key: &str) -> u64 {
         self.entries.get(key).map_or(0, |entry| entry.revision)
     }
 }
 
+/// The first entry of the map after `after`.
 fn following<'a, T>(map: &'a BTreeMap<String, T>, after: Option<&str>) -> Option<(&'a String, &'a T)> {
     let from = after.map_or(Unbounded, Excluded);
     map.range::<str, _>((from, Unbounded)).next()
 }
 
 impl Stream {
-    /// A message without a place has its value in no row that the log still has.
+    /// Ignores a message without a place, because it has no value in the log.
     fn apply_message(&mut self, record: MessageRecord, place: Option<Place>) {
         let Some(place) = place else { return };
         self.last = self.last.max(record.sequence);
         if let Some(id) = id_of(&record.id_hash) {
             self.seen.insert(id, record.sequence, record.stored_ms);
         }
+
         let subject = self.interned(&record.subject.into());
         let stored = StoredAt { place, stored_ms: record.stored_ms, subject };
         self.messages.insert(record.sequence, stored);
@@ -290,7 +299,7 @@ impl Stream {
 impl Bucket {
     fn apply_entry(&mut self, record: &EntryRecord, place: Option<Place>) {
         let Some(place) = place else { return };
-        // A snapshot may hold a newer entry than the group that is replayed after it.
+        // A snapshot may hold a newer entry than a group that is replayed after it.
         if self.revision_of(&record.key) <= record.revision {
             self.put(&record.key, Entry { place, revision: record.revision, at_ms: record.at_ms });
         }

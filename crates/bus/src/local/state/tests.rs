@@ -1,4 +1,5 @@
-//! The state against what the log brings back, over random lives with snapshots, upkeep and crashes.
+//! Compares the state with the one that is recovered from the log, over random operations with snapshots, maintenance
+//! and crashes.
 
 use super::*;
 use proptest::prelude::*;
@@ -29,7 +30,7 @@ fn consumer(stream: &'static str, name: &str, filter: Option<&str>) -> ConsumerC
     }
 }
 
-/// A log in memory: what a crash leaves.
+/// A log in memory: everything that survives a crash.
 #[derive(Default, Clone)]
 struct Disk {
     groups: BTreeMap<u64, Bytes>,
@@ -40,7 +41,7 @@ struct Disk {
 }
 
 impl Disk {
-    /// As the engine does it: with a part of a snapshot, dead rows and a sparse one.
+    /// Commits as the engine does: with a snapshot part, the deletion of dead rows and a compaction.
     fn commit(&mut self, state: &mut State, mut group: Group) {
         state.flush_cursors(&mut group);
         if let Some(row) = state.row_to_compact(self.since, 0) {
@@ -53,12 +54,14 @@ impl Disk {
             })
             .unwrap();
         }
+
         for row in state.take_dead_rows(self.since, 3) {
             self.groups.remove(&row);
         }
         if group.is_empty() {
             return;
         }
+
         self.last += 1;
         assert_eq!(group.row(), self.last);
         let bytes = group.into_bytes();
@@ -96,23 +99,25 @@ fn value(group: &Bytes, place: Place) -> Bytes {
     group.slice(place.offset as usize..(place.offset + place.len) as usize)
 }
 
-/// All that users could tell two states apart by.
+/// Everything that users of the bus can observe of a state.
 fn seen_by_users(state: &State, disk: &Disk, now: u64) -> impl PartialEq + std::fmt::Debug + use<> {
     let read = |place: Place| value(&disk.groups[&place.row], place);
     let mut streams = Vec::new();
+
     for (name, stream) in &state.streams {
         let messages: Vec<_> = stream
             .messages
             .iter()
             .map(|(n, at)| (*n, at.stored_ms, read(at.place)))
             .collect();
+
         let owed = |consumer: &Consumer| {
             let unread = stream
                 .messages
                 .range(consumer.next..)
                 .filter(|(_, at)| consumer.wants(&at.subject));
             let owed: Vec<u64> = consumer.out().map(|(n, _)| n).chain(unread.map(|(n, _)| *n)).collect();
-            assert_eq!(owed.len() as u64, consumer.pending, "the count of what is owed");
+            assert_eq!(owed.len() as u64, consumer.pending, "pending counts all unsettled messages");
             (consumer.filter.clone(), owed)
         };
         let consumers: Vec<_> = stream
@@ -120,6 +125,7 @@ fn seen_by_users(state: &State, disk: &Disk, now: u64) -> impl PartialEq + std::
             .iter()
             .map(|(name, consumer)| (name.clone(), owed(consumer)))
             .collect();
+
         let current = stream
             .seen
             .from(0)
@@ -127,6 +133,7 @@ fn seen_by_users(state: &State, disk: &Disk, now: u64) -> impl PartialEq + std::
         let ids: BTreeMap<u128, u64> = current.map(|(_, id, sequence, _)| (id, sequence)).collect();
         streams.push((name.clone(), stream.last, stream.bytes, messages, consumers, ids));
     }
+
     let mut entries = Vec::new();
     for (name, bucket) in &state.buckets {
         assert_eq!(bucket.entries.len(), bucket.order.len());
@@ -149,7 +156,7 @@ fn declare(state: &mut State, group: &mut Group) {
     state.consumer(group, &consumer("log", "some", Some("log.a"))).unwrap();
 }
 
-/// A batch is atomic: refused, it changes nothing; accepted, it holds all of its steps.
+/// Writes a batch and checks that it is atomic: it has all of its results, or it fails and changes nothing.
 fn write_batch(
     state: &mut State,
     group: &mut Group,
@@ -185,7 +192,7 @@ fn write_batch(
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
-    fn a_crash_at_any_commit_brings_back_what_was_committed(
+    fn crash_after_any_commit_recovers_all_commits(
         steps in proptest::collection::vec((0_u8..14, 0_u8..40, 0_u64..600_000), 1..250),
     ) {
         let (mut disk, mut state, mut now) = (Disk::default(), State::default(), 10_000_000);
@@ -206,8 +213,8 @@ proptest! {
                     let payload = Bytes::from(vec![which; usize::from(which) * 3]);
                     let message = Message { subject: subject.into(), payload, ..Message::default() };
                     let id = which.to_string();
-                    // A full work queue refuses.
                     let new = NewMessage::new(&message, (which > 20).then_some(id.as_str()));
+                    // Fails if the work queue is full.
                     let _ = state.append(&mut group, of.0, &new, now);
                 }
                 4 | 5 => {
@@ -233,12 +240,13 @@ proptest! {
                 12 => while state.prune(&mut group, now) {},
                 _ if disk.open.is_none() => disk.open = Some((disk.last, Vec::new(), Cursor::Start)),
                 _ => {
-                    // A crash: deliveries are due again, and life goes on from what the disk has.
+                    // A crash: continue with the state that the disk has. Outstanding deliveries are due at once.
                     state = disk.recover();
                     declare(&mut state, &mut group);
                     disk.open = None;
                 }
             }
+
             disk.commit(&mut state, group);
             let recovered = disk.recover();
             prop_assert_eq!(
@@ -251,7 +259,7 @@ proptest! {
 }
 
 #[test]
-fn bytes_and_age_bound_a_stream_and_its_ids() {
+fn max_bytes_and_max_age_bound_a_stream_and_its_ids() {
     let mut state = State::default();
     let mut group = Group::new(1);
     declare(&mut state, &mut group);
@@ -260,22 +268,24 @@ fn bytes_and_age_bound_a_stream_and_its_ids() {
         payload: vec![b'x'; 100].into(),
         ..Message::default()
     };
+
     for n in 0..3000 {
         state
             .append(&mut group, "log", &NewMessage::new(&message, Some(&n.to_string())), 1000)
             .unwrap();
     }
+
     while state.prune(&mut group, 1000) {}
     let info = state.info("log").unwrap();
     assert!(info.bytes <= 4_000 && info.messages > 30, "{info:?}");
     let owed = |name: &str| info.consumers.iter().find(|(known, _)| known == name).unwrap().1;
-    assert_eq!((owed("all"), owed("some")), (info.messages, info.messages), "dropped messages are owed to nobody");
+    assert_eq!((owed("all"), owed("some")), (info.messages, info.messages), "pruned messages are not pending");
     assert!(
         state
             .append(&mut group, "log", &NewMessage::new(&message, Some("0")), 1000)
             .unwrap()
             .duplicate,
-        "its id outlives a message"
+        "the id of a pruned message is still remembered"
     );
 
     let later = 1000 + 2 * 3_600_000;
@@ -290,7 +300,7 @@ fn bytes_and_age_bound_a_stream_and_its_ids() {
 }
 
 #[test]
-fn a_full_work_queue_refuses_and_keeps_what_it_has() {
+fn full_work_queue_refuses_appends_and_drops_nothing() {
     let mut state = State::default();
     let mut group = Group::new(1);
     declare(&mut state, &mut group);
@@ -299,6 +309,7 @@ fn a_full_work_queue_refuses_and_keeps_what_it_has() {
         payload: vec![b'x'; 100].into(),
         ..Message::default()
     };
+
     let stored = (0..100)
         .take_while(|_| {
             state
