@@ -13,7 +13,7 @@ pub const PASSWORD_MAX: usize = 256;
 const NAME_MAX: usize = 32;
 /// How long a browser stays signed in.
 pub const LOGIN_TTL: Duration = Duration::from_secs(30 * 86_400);
-/// A caller that waits longer for its turn to hash is refused as [`Error::Busy`].
+/// Maximum wait for a permit to hash; after it, the caller gets [`Error::Busy`].
 const HASHING_WAIT_MAX: Duration = Duration::from_secs(5);
 /// The user that answers in the chat. It has no account.
 pub const ASSISTANT: &str = "assistant";
@@ -80,16 +80,16 @@ impl Accounts {
             .bind(hash)
             .bind(now_ms());
         if insert.execute(self.db.write()).await?.rows_affected() == 0 {
-            // Another web app created it since we looked.
+            // Another web app has created it since the check.
             return Err(Error::Taken(user.name));
         }
         Ok(user)
     }
 
     /// Returns the user with this name and password. An unknown name takes as long as a wrong password, so that timing
-    /// does not tell which names exist.
+    /// does not reveal which names exist.
     pub async fn verify(&self, name: &str, password: &str) -> Result<User> {
-        // No account has such a password, so save the hash.
+        // No account has such a password, so do not hash it.
         if password.len() > PASSWORD_MAX {
             return Err(Error::Wrong);
         }
@@ -100,7 +100,7 @@ impl Accounts {
 
         let password = password.to_string();
         let Some((user, hash)) = known else {
-            // For its time only.
+            // Takes the time that a known name would take.
             self.hash(password).await?;
             return Err(Error::Wrong);
         };
@@ -118,7 +118,7 @@ impl Accounts {
         let now = now_ms();
         let expires_at = now + i64::try_from(LOGIN_TTL.as_millis()).unwrap_or(i64::MAX);
 
-        // Expired sign-ins are deleted here, so no task has to.
+        // Deleting expired sign-ins here needs no background task.
         sqlx::query("DELETE FROM logins WHERE expires_at < $1")
             .bind(now)
             .execute(self.db.write())
@@ -199,7 +199,7 @@ impl Accounts {
         let place = place.map_err(|_| Error::Busy)?.expect("the semaphore is never closed");
 
         let worked = tokio::task::spawn_blocking(move || {
-            // If the caller is dropped, the work still runs to its end, and keeps its place until then.
+            // If the caller is dropped, the work still completes, and holds its permit until then.
             let _place = place;
             work()
         });
@@ -254,7 +254,7 @@ fn hex(bytes: &[u8]) -> String {
 /// Generates a password that a person can type: 5 groups of 4 letters and digits, about 100 bits.
 pub fn generate_password() -> String {
     use rand::Rng;
-    // Without letters and digits that look alike.
+    // Without letters and digits that look similar.
     const LETTERS: &[u8] = b"abcdefghjkmnpqrstuvwxyz23456789";
     let mut random = rand::rng();
     let mut group = || -> String {
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn dropped_caller_keeps_its_place_until_the_hash_is_done() {
+    async fn dropped_caller_holds_its_permit_until_the_hash_is_done() {
         let (_dir, accounts) = accounts().await;
         accounts.create("ann", "correct horse").await.unwrap();
         // Drops the caller once the work has begun.

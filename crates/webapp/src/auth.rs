@@ -30,7 +30,7 @@ pub struct Auth {
     pub signup: bool,
     /// Origins whose pages may sign in, besides our own.
     pub origins: Vec<String>,
-    /// Accounts that cannot be created on the page.
+    /// Accounts that people cannot create on the page.
     pub operators: Vec<String>,
     pub channels: Channels,
     pub guesses: Guesses,
@@ -56,7 +56,7 @@ async fn same_origin(State(auth): State<Arc<Auth>>, request: Request, next: Next
         return problem(StatusCode::FORBIDDEN, text);
     }
 
-    // Replies carry tokens, which no cache may keep.
+    // Replies contain tokens, which caches must not store.
     let mut response = next.run(request).await;
     response
         .headers_mut()
@@ -117,7 +117,7 @@ struct Claims<'a> {
     info: Info<'a>,
 }
 
-/// What other clients see of this one.
+/// The part of the claims that other clients can see.
 #[derive(Serialize)]
 struct Info<'a> {
     name: &'a str,
@@ -278,7 +278,7 @@ impl Auth {
         Ok(())
     }
 
-    /// Makes the cookie by which [`Self::device`] recognizes the browser.
+    /// Creates the cookie by which [`Self::device`] recognizes the browser.
     fn known_device(&self, user: &User) -> String {
         let jti = uuid::Uuid::new_v4().simple().to_string();
         let device = Device { sub: user.id.clone(), jti, exp: unix_seconds() + DEVICE_TTL.as_secs() };
@@ -319,10 +319,10 @@ fn too_many(what: &str, wait: Wait) -> Response {
     response
 }
 
-/// The address that attempts are counted by. IPv6 addresses count by their /64 network: it belongs to one household, or
-/// to one attacker.
+/// The address by which attempts are counted. IPv6 addresses are counted by their /64 network, which belongs to one
+/// household or one attacker.
 fn address(peer: &Peer) -> IpAddr {
-    // Only a router that is served without connect info has no peer, as in tests.
+    // The peer is missing only if the router is served without connect info, as in tests.
     let Some(Extension(ConnectInfo(peer))) = peer else {
         return IpAddr::from([0, 0, 0, 0]);
     };
@@ -339,10 +339,10 @@ fn refused(error: &accounts::Error) -> Response {
         accounts::Error::Wrong => StatusCode::UNAUTHORIZED,
         accounts::Error::Busy => StatusCode::SERVICE_UNAVAILABLE,
         accounts::Error::Database(_) | accounts::Error::Hash(_) => {
-            tracing::error!(%error, "cannot use the accounts");
+            tracing::error!(%error, "cannot access the accounts");
             return problem(
                 StatusCode::SERVICE_UNAVAILABLE,
-                "accounts are not available just now; try again in a moment",
+                "accounts are temporarily unavailable; try again in a moment",
             );
         }
     };

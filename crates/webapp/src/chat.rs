@@ -42,10 +42,10 @@ pub const METHODS: &[&str] = &[
 const TEXT_MAX: usize = 8 * 1024;
 /// Longest nonce, in bytes.
 const NONCE_MAX: usize = 64;
-/// Messages in a page of history, unless the request says how many.
+/// Default number of messages in a page of history.
 const PAGE: i64 = 50;
 const PAGE_MAX: i64 = 100;
-/// Most bytes of text in a page of history. A page has at least one message, however long.
+/// Maximum bytes of text in a page of history. A page has at least one message, even if it is longer.
 const PAGE_BYTES_MAX: usize = 256 * 1024;
 
 pub struct Chat {
@@ -105,7 +105,7 @@ impl Chat {
             return Err(Refusal::bad("a message must not contain NUL characters"));
         }
 
-        // A repeat was counted the first time.
+        // A repeat has already been counted.
         if !self.store.has(&caller.user, &request.nonce).await.map_err(internal)? {
             self.minute.message(&caller.user, Instant::now())?;
             if prompt::prompt_in(text).is_some() {
@@ -126,7 +126,7 @@ impl Chat {
         // The message is committed, so its answer is requested even if the room cannot be notified.
         let mut notified = self.notify(&message).await;
         if let Some(mut answer) = answer {
-            // A repeat may find that output has arrived already.
+            // For a repeat, output may have arrived already.
             self.answers.fill(&mut answer.message);
             notified = notified.and(self.notify(&answer.message).await);
             self.answers.ask(answer);
@@ -134,7 +134,7 @@ impl Chat {
         notified.map(|()| Sent { message })
     }
 
-    /// Publishes a message to its room. If that fails, the sender is told to repeat it.
+    /// Publishes a message to its room. If that fails, the error asks the sender to repeat the message.
     async fn notify(&self, message: &Message) -> Result<(), Refusal> {
         let public = "the message is stored, but the room could not be notified; send it again";
         publish(&self.channels, message)
@@ -145,7 +145,7 @@ impl Chat {
     async fn history(&self, request: History) -> Result<Messages, Refusal> {
         let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
         let limit = request.limit.unwrap_or(PAGE).clamp(1, PAGE_MAX);
-        // One more than asked for shows whether there are older ones.
+        // One more than requested, to detect whether older messages exist.
         let mut messages = self
             .store
             .page(&room.id, request.before, limit + 1)
@@ -175,20 +175,20 @@ impl Chat {
             .channels
             .publish_passing(&channels::of_room(&room.id), &event)
             .await;
-        published.map_err(|error| Refusal::internal("cannot tell a room who is typing", error))
+        published.map_err(|error| Refusal::internal("cannot publish a typing notice", error))
     }
 
     /// Deletes a room and its messages, and cancels answers that still stream into it.
     async fn delete_room(&self, caller: &Caller, request: InRoom) -> Result<(), Refusal> {
         let room = self.rooms.get(&request.room).ok_or_else(unknown_room)?;
         if !self.rooms.manages(&caller.user, &room.id) {
-            return Err(denied("only its maker or an operator may delete a room"));
+            return Err(denied("only its creator or an operator may delete a room"));
         }
 
         let streaming = self.store.delete_room(&room.id).await.map_err(internal)?;
         tracing::info!(user = caller.user, room = room.id, "a room was deleted");
         self.rooms.deleted(&room.id).await?;
-        // Last, since a cancel may wait seconds for a router.
+        // Last, because a cancel may wait seconds for a router.
         for answer in streaming {
             self.answers.abandon(&answer).await;
         }
@@ -203,9 +203,9 @@ impl Chat {
             .map_err(internal)?
             .ok_or_else(no_answer)?;
         if !is_asker(caller, &answer.message) && !self.rooms.manages(&caller.user, &answer.message.room) {
-            return Err(denied("only the asker, the room's maker or an operator may stop an answer"));
+            return Err(denied("only the asker, the room's creator or an operator may stop an answer"));
         }
-        // Stopping an answer that has just ended is no error: the button was still there.
+        // Stopping an answer that has just ended is not an error: the page still showed the button.
         if answer.message.state == State::Streaming {
             self.answers.stop(&answer).await.map_err(internal)?;
         }
@@ -264,7 +264,7 @@ impl Handler for Chat {
     }
 }
 
-/// How many of the newest messages fit a page. The sizes of their texts are given oldest first.
+/// Returns how many of the newest messages fit a page. `sizes` are the sizes of the texts, oldest first.
 fn newest_that_fit(sizes: impl DoubleEndedIterator<Item = usize>, limit: usize) -> usize {
     let mut bytes = 0;
     let fits = |(n, size): (usize, usize)| {
@@ -289,7 +289,7 @@ fn done() -> Result<Bytes, Refusal> {
 }
 
 fn internal(error: db::Error) -> Refusal {
-    Refusal::internal("cannot use the database of the chat", error)
+    Refusal::internal("cannot access the database of the chat", error)
 }
 
 fn refused(refused: Refused) -> Refusal {

@@ -39,9 +39,9 @@ pub struct Db {
 
 /// How long to wait for the first connection.
 const OPEN_MAX: Duration = Duration::from_secs(15);
-/// Shorter than a page waits for the answer to an RPC, so that the page learns the reason.
+/// Shorter than a page's RPC timeout, so that the page receives the reason.
 const ACQUIRE_MAX: Duration = Duration::from_secs(3);
-/// With `FULL`, acknowledged writes survive a power cut.
+/// With `FULL`, acknowledged writes survive a power failure.
 const SQLITE_SETUP: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; \
      PRAGMA busy_timeout = 5000; PRAGMA temp_store = MEMORY";
 /// A web app that hangs inside a transaction must not block the other ones.

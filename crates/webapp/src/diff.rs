@@ -15,7 +15,7 @@ impl Ids {
     }
 }
 
-/// Makes a tree of new nodes.
+/// Creates a tree of new nodes from elements.
 pub fn adopt(elements: Vec<Element>, ids: &mut Ids) -> Vec<Node> {
     elements.into_iter().map(|element| adopt_one(element, ids)).collect()
 }
@@ -85,7 +85,7 @@ fn children(parent: u64, old: Vec<Node>, new: Vec<Element>, ids: &mut Ids, delta
     let mut old: Vec<Option<Node>> = old.into_iter().map(Some).collect();
     let mut nodes: Vec<Node> = Vec::with_capacity(new.len());
     for (i, (element, from)) in new.into_iter().zip(matched).enumerate() {
-        // The place right after the previous sibling, in the list as the page has it by now.
+        // The index after the previous sibling, in the list as the page has it at this point.
         let after = |shown: &[u64], nodes: &[Node]| match nodes.last() {
             None => 0,
             Some(before) => 1 + position(shown, before.id),

@@ -22,7 +22,7 @@ const SECURITY: [(&str, &str); 5] = [
     ("permissions-policy", "camera=(), microphone=(), geolocation=()"),
 ];
 
-/// Handles every path that no other route takes: a file, or a place inside an app, which is served by the page.
+/// Handles every path without a route: a file, or a path inside an app, for which it serves the page.
 pub fn routes() -> Router {
     Router::new().fallback(serve)
 }
@@ -32,7 +32,7 @@ async fn serve(method: Method, uri: Uri, headers: HeaderMap) -> Response {
         return StatusCode::NOT_FOUND.into_response();
     }
     let path = uri.path().trim_start_matches('/');
-    // A path without an extension is a place inside an app. With one it is a file, which may be missing.
+    // A path without an extension is a path inside an app. With an extension it is a file, which may be missing.
     let is_place = !path.rsplit('/').next().unwrap_or_default().contains('.');
     let name = if is_place { "index.html" } else { path };
 
@@ -70,7 +70,7 @@ fn file(name: &str, headers: &HeaderMap) -> Option<Response> {
         None => (Files::get(name)?, None),
     };
 
-    // Names under assets/ contain a hash of the contents, so they can be cached for ever.
+    // Names under assets/ contain a hash of the contents, so they can be cached forever.
     let caching = if name.starts_with("assets/") {
         "public, max-age=31536000, immutable"
     } else {

@@ -82,7 +82,7 @@ pub enum Error {
     Panic(#[from] tokio::task::JoinError),
 }
 
-/// A web app whose database is open and whose subscriptions are made. It answers nothing until [`Bound::run`].
+/// A web app whose database is open and whose subscriptions are made. It answers no calls until [`Bound::run`].
 pub struct Bound {
     db: Db,
     accounts: Arc<Accounts>,
@@ -101,7 +101,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let accounts = Arc::new(Accounts::new(db.clone()));
     let channels = Channels::new(bus.clone());
 
-    // Enough of the hash to compare secrets, too little to guess one.
+    // Enough of the hash to compare secrets, not enough to guess one.
     let secret = accounts::hash(&config.token_secret)[..8].to_string();
     let same = live::Same { database: db.id().await?, secret };
 
@@ -143,13 +143,13 @@ pub async fn add_user(config: &Config, name: &str, password: &str) -> Result<Use
 }
 
 impl Bound {
-    /// Whether there are no accounts yet. If so, the caller makes one with [`Self::create_admin`] once it has noted
-    /// down the password.
+    /// Whether there are no accounts yet. If so, the caller creates one with [`Self::create_admin`] after it has stored
+    /// the password.
     pub async fn is_new(&self) -> Result<bool, Error> {
         Ok(self.accounts.is_empty().await?)
     }
 
-    /// Creates the account `admin`. Returns false if another web app on the same database was faster.
+    /// Creates the account `admin`. Returns false if another web app on the same database has already created it.
     pub async fn create_admin(&self, password: &str) -> Result<bool, Error> {
         match self.accounts.create("admin", password).await {
             Ok(_) => Ok(true),
@@ -177,7 +177,7 @@ impl Bound {
         loops.spawn(async move { answers.run(chat_loops, stop).await });
         loops.spawn(infallible(calls.serve(chat, cancel.clone())));
         // Forwarded events have their own concurrency limit: if two web apps forward to each other, neither waits for
-        // a place that the other holds.
+        // a permit that the other holds.
         for methods in [events, forwarded] {
             let handler = Arc::new(Events(sessions.clone()));
             loops.spawn(infallible(methods.serve(handler, cancel.clone())));
@@ -190,12 +190,12 @@ impl Bound {
 
         let mut ended = Ok(());
         while let Some(joined) = loops.join_next().await {
-            // One loop that ends by itself ends all of them: half a web app would only look alive.
+            // If one loop ends by itself, all end: a web app with only some of its loops would appear to work.
             cancel.cancel();
             ended = ended.and(joined.map_err(Error::from).and_then(|inner| inner));
         }
 
-        // Nothing changes sessions any more, so the last save is complete.
+        // No session changes any more, so the last save is complete.
         stop_keeping.cancel();
         keeper.join_all().await;
         db.close().await;

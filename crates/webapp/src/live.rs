@@ -1,6 +1,6 @@
 //! Collects the status messages of all parts, and publishes a sample for the console once a second on `ops:live`.
 //!
-//! If several web apps run, the one with the smallest id publishes; the others stand by.
+//! If several web apps run, the one with the smallest id publishes, and the others stand by.
 
 use crate::channels::Channels;
 use bus::{Bus, Message, Subscription};
@@ -16,12 +16,12 @@ use wire::subjects;
 /// On this subject, each web app announces itself to the others every second.
 const ALIVE: &str = "beamline.webapp.v1.alive";
 const EVERY: Duration = Duration::from_secs(1);
-/// A part that is silent for this long is no longer shown.
+/// A part whose status has not arrived for this long is no longer shown.
 const SILENCE_MAX: Duration = Duration::from_secs(3);
-/// The same for workers, whose heartbeats come every 5 s.
+/// The same for workers, which send heartbeats every 5 s.
 const WORKER_SILENCE_MAX: Duration = Duration::from_secs(15);
 const QUEUE_MAX: usize = 1024;
-/// Parts of one kind that are remembered.
+/// Maximum parts of one kind.
 const PARTS_MAX: usize = 1000;
 
 pub struct Live {
@@ -100,7 +100,7 @@ pub struct Same {
 }
 
 impl Same {
-    /// Describes what differs, what that breaks and how to mend it.
+    /// Describes the difference, its consequence and the remedy; `None` if there is none.
     fn difference(&self, other: &Self) -> Option<&'static str> {
         if self.database != other.database {
             return Some(
@@ -174,7 +174,7 @@ impl Live {
         }
     }
 
-    /// Logs web apps that must not share a bus with this one: calls are answered by either, each from its own data.
+    /// Logs web apps that must not share a bus with this one, because either may answer a call, from its own data.
     fn compare(&mut self) {
         for other in self.latest.webapps.iter() {
             let difference = other.same.as_ref().and_then(|same| self.same.difference(same));
@@ -184,7 +184,7 @@ impl Live {
         }
     }
 
-    /// How many messages wait in each stream. The DLQ has no consumers, so all its messages count.
+    /// Returns the backlog of each stream. The DLQ has no consumers, so all its messages count.
     async fn streams(&self) -> BTreeMap<&'static str, u64> {
         let mut waiting = BTreeMap::new();
         for stream in [subjects::STREAM_ASSIGN, subjects::STREAM_RESULT, subjects::STREAM_DLQ] {
@@ -276,7 +276,7 @@ fn highest(each: impl Iterator<Item = Percentiles>) -> Percentiles {
     })
 }
 
-/// Each breaker once, as the router with the newest view reports it. All routers agree within a second.
+/// Returns each breaker once, as the router with the newest state reports it. All routers agree within a second.
 fn breakers<'a>(routers: impl Iterator<Item = &'a RouterStatus>) -> Vec<&'a BreakerStatus> {
     let mut newest = BTreeMap::new();
     for breaker in routers.flat_map(|router| &router.breakers) {
@@ -290,7 +290,7 @@ fn breakers<'a>(routers: impl Iterator<Item = &'a RouterStatus>) -> Vec<&'a Brea
     newest.into_values().collect()
 }
 
-/// The policies that an operator has to look at: one row each, with the first problem that a router reports.
+/// Returns the policies with problems, one row each, with the first problem that a router reports.
 fn policies<'a>(routers: impl Iterator<Item = &'a RouterStatus>) -> Vec<Policy<'a>> {
     let mut rows: BTreeMap<String, Policy<'a>> = BTreeMap::new();
     for policy in routers.flat_map(|router| &router.policies) {
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn sample_sums_over_parts_and_forgets_silent_ones() {
+    fn sample_sums_over_parts_and_omits_silent_ones() {
         let mut latest = Latest::default();
         let now = Instant::now();
         for (node, connections) in [("a", 3), ("b", 4)] {

@@ -1,13 +1,13 @@
-//! Limits how often something may be done, for each key separately. Time is an argument.
+//! Rate limits and backoff for each key. Time is an argument.
 //!
-//! Memory is bounded. Expired keys are evicted first, then those with the smallest count, so an attacker who invents
-//! keys cannot evict the entry that slows him down.
+//! Memory is bounded. Expired keys are evicted first, then those with the smallest count, so an attacker cannot
+//! evict the entry that delays them by inventing keys.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// Keys remembered at most, by each counter.
+/// Maximum keys of each counter.
 const KEYS_MAX: usize = 50_000;
 
 /// Wait this long, then try again.
@@ -25,7 +25,7 @@ impl Wait {
 pub struct Rate<K> {
     burst: u32,
     every: Duration,
-    /// When each key's count returns to zero.
+    /// The time at which each key's count returns to zero.
     keys: HashMap<K, Instant>,
 }
 
@@ -34,7 +34,7 @@ impl<K: Eq + Hash + Clone> Rate<K> {
         Self { burst, every, keys: HashMap::new() }
     }
 
-    /// Allows `n` per minute, all of them at once if need be.
+    /// Allows `n` events per minute, in one burst if needed.
     pub fn per_minute(n: u32) -> Self {
         Self::new(n, Duration::from_secs(60) / n.max(1))
     }
@@ -56,7 +56,7 @@ impl<K: Eq + Hash + Clone> Rate<K> {
     }
 }
 
-/// The first `free` failures cost nothing. Each further one costs a wait, twice as long as the one before, up to
+/// The first `free` failures cause no wait. Each further one causes a wait, twice as long as the previous one, up to
 /// `longest`.
 pub struct Backoff<K> {
     free: u32,
@@ -101,7 +101,7 @@ impl<K: Eq + Hash + Clone> Backoff<K> {
             + 1;
         let wait = match count.checked_sub(self.free + 1) {
             None => Duration::ZERO,
-            // The shift is bounded, or it would overflow after 32 failures.
+            // The shift is bounded because it would overflow after 32 failures.
             Some(doublings) => self.longest.min(self.first.saturating_mul(1 << doublings.min(20))),
         };
         self.keys
@@ -121,7 +121,7 @@ impl<K: Eq + Hash + Clone> Backoff<K> {
     }
 }
 
-/// Evicts keys without weight. If almost all have some, also evicts the tenth with the least.
+/// Evicts keys without weight. If almost all keys have some, also evicts the tenth with the smallest weight.
 fn evict<K: Eq + Hash + Clone, V, O: Ord + Copy>(keys: &mut HashMap<K, V>, weight: impl Fn(&V) -> Option<O>) {
     keys.retain(|_, value| weight(value).is_some());
     if keys.len() < KEYS_MAX / 10 * 9 {
@@ -133,7 +133,7 @@ fn evict<K: Eq + Hash + Clone, V, O: Ord + Copy>(keys: &mut HashMap<K, V>, weigh
     let (_, limit, _) = weights.select_nth_unstable(KEYS_MAX / 10);
     let limit = *limit;
     let mut left = KEYS_MAX / 10;
-    // Many keys may have the same weight as the limit: count, or all of them would go.
+    // Many keys may have exactly the weight of the limit, so count them; otherwise all of them would be evicted.
     keys.retain(|_, value| {
         let goes = left > 0 && weight(value).is_some_and(|weight| weight <= limit);
         left -= usize::from(goes);
@@ -148,7 +148,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn burst_then_one_each_interval_and_keys_apart() {
+    fn burst_then_one_per_interval_for_each_key() {
         let start = Instant::now();
         let mut rate = Rate::new(3, 10 * SECOND);
         assert!((0..3).all(|_| rate.take(&"a", start).is_ok()));
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_wait_twice_as_long_each_up_to_a_longest() {
+    fn wait_doubles_with_each_failure_up_to_the_longest() {
         let mut now = Instant::now();
         let mut backoff = Backoff::new(2, SECOND, 5 * SECOND, 60 * SECOND);
         let mut waits = Vec::new();
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn full_table_keeps_whoever_has_failed_most() {
+    fn full_table_keeps_the_keys_with_most_failures() {
         let now = Instant::now();
         let mut backoff = Backoff::new(1, SECOND, 60 * SECOND, 600 * SECOND);
         let mut rate = Rate::new(2, SECOND);

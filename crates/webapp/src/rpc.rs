@@ -15,7 +15,7 @@ use wire::realtime::ErrorCode;
 /// The queue group of all web apps.
 pub const GROUP: &str = "webapp";
 const QUEUE_MAX: usize = 1024;
-/// Calls handled at the same time.
+/// Maximum calls handled concurrently.
 const CONCURRENT_MAX: usize = 256;
 
 pub struct Caller {
@@ -36,7 +36,7 @@ impl Refusal {
         Self(ErrorCode::Internal, text.into())
     }
 
-    /// An internal failure: the log has the reason, and the page gets a trace id to find it by.
+    /// An internal failure. The log has the reason; the page gets the trace id of the log line.
     pub fn internal(what: &'static str, error: impl std::fmt::Display) -> Self {
         Self::failed("something went wrong on the server; try again", what, error)
     }
@@ -59,7 +59,7 @@ pub trait Handler: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Bytes, Refusal>> + Send;
 }
 
-/// Subscriptions to methods. Calls wait in them until [`Methods::serve`].
+/// Subscriptions to methods, in which calls are queued until [`Methods::serve`].
 pub struct Methods {
     bus: Bus,
     methods: Vec<(&'static str, Subscription)>,
@@ -99,7 +99,7 @@ impl Methods {
                     while let Some(call) =
                         tokio::select! { () = cancel.cancelled() => None, call = calls.next() => call }
                     {
-                        // While all places are taken, calls wait in the subscription, which is bounded.
+                        // While no permit is available, calls wait in the subscription, which is bounded.
                         let place = places
                             .clone()
                             .acquire_owned()
@@ -135,7 +135,7 @@ pub async fn forward(
         return Ok(Ok(reply.payload));
     };
 
-    // The codes that the handler of events returns; anything else is an internal error.
+    // The codes that the handler of events returns. Any other code is an internal error.
     let known = [
         ErrorCode::BadRequest,
         ErrorCode::PermissionDenied,
@@ -156,7 +156,7 @@ async fn answer(bus: &Bus, handler: &impl Handler, method: &'static str, call: M
         _ => handler.call(method, caller, call.payload).await,
     };
 
-    // Without a reply subject, nobody waits for the answer.
+    // Without a reply subject, no caller waits for the answer.
     let Some(subject) = call.reply else { return };
     let mut reply = Message { subject, ..Message::default() };
     match answer {

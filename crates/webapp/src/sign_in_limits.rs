@@ -1,22 +1,22 @@
-//! Slows down whoever guesses passwords, and nobody else.
+//! Delays attempts to guess passwords, without locking out the owner of the account.
 //!
-//! A few wrong passwords delay further tries from that address; many, from any addresses, delay all browsers in which
-//! the account has never signed in. A browser in which it has signed in is counted separately, so strangers cannot lock
-//! the owner out.
+//! A few wrong passwords delay further attempts from that address; many, from any addresses, delay all browsers in
+//! which the account has never signed in. A browser in which it has signed in is counted separately, so strangers
+//! cannot lock the owner out.
 
 use crate::rate_limits::{Backoff, Rate, Wait};
 use parking_lot::Mutex;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Tries per minute from one address, over all names.
+/// Attempts per minute from one address, over all names.
 const PER_ADDRESS: u32 = 60;
-/// Tries per minute from one known browser.
+/// Attempts per minute from one known browser.
 const PER_DEVICE: u32 = 20;
 /// New accounts from one address: a burst of this many, then one per pause.
 const SIGNUPS: u32 = 50;
 const SIGNUP_PAUSE: Duration = Duration::from_secs(60);
-/// Wrong passwords for one name that cost nothing: from one address or known browser, and from all strangers.
+/// Wrong passwords for one name without a delay: from one address or known browser, and from all strangers together.
 const FREE_HERE: u32 = 5;
 const FREE_ANYWHERE: u32 = 20;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -26,17 +26,17 @@ const PAUSE_ANYWHERE_MAX: Duration = Duration::from_secs(30);
 const FORGET: Duration = Duration::from_secs(15 * 60);
 const NAME_MAX: usize = 64;
 
-/// One try to sign in.
+/// One attempt to sign in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Try {
     pub address: IpAddr,
-    /// As it was typed.
+    /// The name as typed.
     pub name: String,
     /// The browser, if this account has signed in there before.
     pub device: Option<String>,
 }
 
-/// How an allowed try ended.
+/// The outcome of an allowed attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
     Right,
@@ -45,7 +45,8 @@ pub enum Ended {
     NotTried,
 }
 
-/// An allowed try. Dropping it records how it ended; if the client hangs up before, that is [`Ended::NotTried`].
+/// An allowed attempt. Dropping it records the outcome: [`Ended::NotTried`] if the client disconnects before there is
+/// one.
 pub struct Trying<'a> {
     guesses: &'a Guesses,
     by: &'a Try,
@@ -98,11 +99,11 @@ impl Guesses {
         Ok(Trying { guesses: self, by, how: Ended::NotTried })
     }
 
-    /// Allows the password to be checked, or returns how long to wait. The try counts as wrong until [`Self::ended`],
-    /// so that concurrent tries get no further than consecutive ones.
+    /// Allows the password to be checked, or returns how long to wait. The attempt counts as wrong until
+    /// [`Self::ended`], so that concurrent attempts do not get around the limit.
     fn begin(&self, by: &Try, now: Instant) -> Result<(), Wait> {
         let counts = &mut *self.0.lock();
-        // A known browser does not count by its address or name, so strangers cannot slow it down.
+        // A known browser is not counted by its address or name, so strangers cannot delay it.
         if let Some(device) = &by.device {
             counts.known.check(device, now)?;
             counts.devices.take(device, now)?;
@@ -114,7 +115,7 @@ impl Guesses {
         let here = (by.address, name);
         counts.here.check(&here, now)?;
         counts.anywhere.check(&here.1, now)?;
-        // Checked last, so that a try that was refused for its name does not count against others at this address.
+        // Checked last, so that an attempt that was refused for its name does not count against others at this address.
         counts.addresses.take(&by.address, now)?;
         counts.here.failed(&here, now);
         counts.anywhere.failed(&here.1, now);
@@ -125,11 +126,11 @@ impl Guesses {
         let counts = &mut *self.0.lock();
         let here = (by.address, account(&by.name));
         match (how, &by.device) {
-            // Counted at the beginning.
+            // Already counted by `begin`.
             (Ended::Wrong, _) => {}
             (Ended::Right, Some(device)) => counts.known.forget(device),
             (Ended::NotTried, Some(device)) => counts.known.give_back(device),
-            // A right password from here proves nothing about strangers elsewhere, so their failures stay.
+            // A correct password from this address says nothing about other addresses, so their failures stay.
             (Ended::Right, None) => {
                 counts.here.forget(&here);
                 counts.anywhere.give_back(&here.1);
@@ -147,7 +148,7 @@ impl Guesses {
     }
 }
 
-/// Returns the account that a typed name means, cut to a bounded length.
+/// Returns the account id of a typed name, truncated to a bounded length.
 pub fn account(name: &str) -> String {
     name.trim().chars().take(NAME_MAX).collect::<String>().to_lowercase()
 }
@@ -166,13 +167,13 @@ mod tests {
         }
     }
 
-    /// Makes `tries` tries at the same moment. Returns how many were allowed, all with a wrong password.
+    /// Makes `tries` attempts at the same moment, all with a wrong password. Returns how many were allowed.
     fn wrong(guesses: &Guesses, by: &Try, tries: u32, now: Instant) -> usize {
         (0..tries).filter(|_| guesses.begin(by, now).is_ok()).count()
     }
 
     #[test]
-    fn wrong_passwords_for_one_name_lock_out_nobody_else() {
+    fn wrong_passwords_for_one_name_do_not_lock_out_others() {
         let (guesses, now) = (Guesses::default(), Instant::now());
         assert_eq!(wrong(&guesses, &stranger(1, "ann"), 70, now), FREE_HERE as usize + 1);
         assert!(guesses.begin(&stranger(1, " Ann "), now).is_err(), "the same account");
@@ -183,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn owner_gets_in_where_the_account_is_known_while_strangers_guess() {
+    fn owner_signs_in_from_a_known_browser_while_strangers_guess() {
         let guesses = Guesses::default();
         let mut now = Instant::now();
         let owner = Try { device: Some("laptop".into()), ..stranger(7, "ann") };
@@ -197,13 +198,13 @@ mod tests {
             guesses.ended(&owner, Ended::Right);
             now += 60 * SECOND;
         }
-        assert!(allowed < 100, "{allowed} of a thousand tries a minute were allowed in an hour");
+        assert!(allowed < 100, "{allowed} attempts were allowed in an hour, of a thousand per minute");
         now += FORGET;
-        assert_eq!(guesses.begin(&stranger(7, "ann"), now), Ok(()), "nobody is locked out for good");
+        assert_eq!(guesses.begin(&stranger(7, "ann"), now), Ok(()), "the lockout is temporary");
     }
 
     #[test]
-    fn known_browser_is_slowed_down_too() {
+    fn known_browser_is_delayed_too() {
         let (guesses, now) = (Guesses::default(), Instant::now());
         let thief = Try { device: Some("stolen".into()), ..stranger(1, "ann") };
         assert_eq!(wrong(&guesses, &thief, 70, now), FREE_HERE as usize + 1);
@@ -213,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn right_password_clears_the_address_and_an_untried_one_costs_nothing() {
+    fn correct_password_resets_the_address_and_an_unchecked_one_does_not_count() {
         let (guesses, now) = (Guesses::default(), Instant::now());
         let ann = stranger(1, "ann");
         for _ in 0..FREE_ANYWHERE / FREE_HERE {

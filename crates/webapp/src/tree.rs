@@ -4,11 +4,11 @@ use serde::Serialize;
 use serde_json::Value as Json;
 use wire::app;
 
-/// An element as a page function built it. The page does not know it yet.
+/// An element as a page function built it, before the page has it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Element {
     pub kind: &'static str,
-    /// Identifies the element among siblings of its kind when they move. If empty, their order does.
+    /// Identifies the element among siblings of its kind when they move. If empty, the order identifies them.
     pub key: String,
     /// For a widget: the name under which the page reports its value.
     pub widget: String,
@@ -61,7 +61,7 @@ impl Element {
 
     #[must_use]
     pub fn json(self, name: &'static str, value: impl Serialize) -> Self {
-        // Only a map with keys other than strings would fail, and no prop is one.
+        // Fails only for a map whose keys are not strings, and no property is such a map.
         self.prop(name, Prop::Json(serde_json::to_value(value).unwrap_or_default()))
     }
 

@@ -6,7 +6,7 @@ pub fn is_internal(href: &str) -> bool {
     href.starts_with('/') && !href.starts_with("//") && is_plain(href)
 }
 
-/// Whether a link may have this address: inside the app, or outside with a scheme that cannot run code.
+/// Whether a link may have this address: one inside the app, or one outside with a scheme that cannot run code.
 pub fn is_safe(href: &str) -> bool {
     let outside = ["https://", "http://", "mailto:", "#"];
     let starts = |start: &&str| {

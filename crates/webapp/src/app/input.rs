@@ -1,4 +1,4 @@
-//! Checks what a page reports of a widget against what the widget offered.
+//! Checks the value that a page reports for a widget against the options that the widget offered.
 
 use crate::tree::{Node, Prop};
 use serde_json::Value as Json;
@@ -9,11 +9,11 @@ pub const TEXT_MAX: usize = 64 * 1024;
 #[derive(Debug, PartialEq)]
 pub enum Input {
     Value(Json),
-    /// A button was clicked: it returns true in the next run only.
+    /// A button was clicked. It returns true in the next run only.
     Click,
 }
 
-/// Returns the value to remember, or why this widget cannot report it.
+/// Returns the value to store, or why this widget cannot report it.
 pub fn read(node: &Node, value: &Json) -> Result<Input, String> {
     let refused = |wanted: &str| Err(format!("{} {:?} must report {wanted}", node.kind, node.widget));
     match node.kind {

@@ -8,7 +8,7 @@ use wire::app::{Delta, Insert, Node as WireNode, Op, Reset};
 /// About this many bytes of deltas go into one publication.
 const PORTION_MAX: usize = 256 * 1024;
 
-/// The delta that replaces whatever tree the page holds.
+/// The delta that replaces the tree that the page holds.
 pub fn whole_tree(nodes: &[Node]) -> Vec<Delta> {
     let children = nodes.iter().map(Node::to_wire).collect();
     vec![Delta { op: Some(Op::Reset(Reset { children, title: String::new() })) }]

@@ -1,7 +1,7 @@
-//! Sessions of pages: receives a page's messages (RPC `app.event`), has its view handle them, publishes the outcome.
+//! Sessions of pages: receives a page's messages (RPC `app.event`), passes them to its view, publishes the result.
 //!
 //! A session lives in the memory of one web app, its owner, whose name is in the database. Other web apps forward calls
-//! to the owner; if it does not answer, they take the session over from its stored state.
+//! to the owner; if the owner does not answer, they take the session over from its stored state.
 
 use super::App;
 use super::state::Snapshot;
@@ -23,15 +23,15 @@ use tokio_util::sync::CancellationToken;
 use wire::app::{Back, Body, Forward, Said};
 use wire::realtime::ErrorCode;
 
-/// Sessions in memory; beyond that the one idle for longest is evicted.
+/// Maximum sessions in memory; beyond it, the session that is idle for longest is evicted.
 const SESSIONS_MAX: usize = 10_000;
 /// A session idle for this long is evicted from memory.
 const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
-/// Messages of one session that wait for a run.
+/// Maximum queued messages of one session.
 const PENDING_MAX: usize = 64;
 /// Changed sessions are written this often.
 const SAVE_EVERY: Duration = Duration::from_millis(500);
-/// Idle and old sessions are evicted once in so many saves: once a minute.
+/// Idle and old sessions are evicted once per this many saves, that is, once a minute.
 const SAVES_PER_EVICTION: u32 = 120;
 /// Sessions with a larger snapshot are not written, so they do not survive a restart.
 const SNAPSHOT_MAX: usize = 256 * 1024;
@@ -53,7 +53,7 @@ pub struct Sessions {
 
 enum Place {
     Here(Arc<Session>),
-    /// In the memory of the web app of this name.
+    /// The session is in the memory of the web app with this name.
     At(String),
 }
 
@@ -96,13 +96,13 @@ impl Sessions {
         owner_subject(&self.stored.name)
     }
 
-    /// Handles one message of a page, and answers once a run has seen it.
+    /// Handles one message of a page, and answers once a run has processed it.
     pub async fn handle(&self, caller: &Caller, payload: Bytes, forwarded: bool) -> Result<Bytes, Refusal> {
         let back = read(&payload)?;
         // A newer page may send a kind of message that this version does not know.
         let Some(said) = back.body else { return Ok(Bytes::new()) };
 
-        // A forwarded call is never forwarded again, so two web apps that disagree cannot send it in circles.
+        // A forwarded call is never forwarded again, so two web apps that disagree cannot create a loop.
         let session = match self.locate(&back.session, &caller.user).await? {
             Place::Here(session) => session,
             Place::At(_) if forwarded => return Err(moved()),
@@ -124,7 +124,7 @@ impl Sessions {
         {
             let mut pending = session.pending.lock();
             if pending.len() >= PENDING_MAX {
-                let text = "too many interactions are waiting for this page; try again";
+                let text = "too many interactions of this page are queued; try again";
                 return Err(Refusal(ErrorCode::TooManyRequests, text.into()));
             }
             pending.push_back(said);
@@ -134,7 +134,7 @@ impl Sessions {
         let mut view = session.view.lock().await;
         let batch: Vec<Said> = session.pending.lock().drain(..).collect();
         if batch.is_empty() {
-            // The previous run took our message along.
+            // The previous run has processed this message.
             return Ok(Bytes::new());
         }
         let handled = view.handle(&self.app, &session.id, batch);
@@ -149,7 +149,7 @@ impl Sessions {
         }
     }
 
-    /// Publishes to the session's channel, in order. Returns false if the page misses some of it.
+    /// Publishes to the session's channel, in order. Returns false if a publication failed, so that the page misses it.
     async fn publish(&self, session: &Session, run: u64, bodies: Vec<Body>) -> bool {
         let channel = format!("app:{}#{}", session.id, session.user);
         for body in bodies {
@@ -168,7 +168,7 @@ impl Sessions {
     /// Finds the owner of a session, which is this web app if the session is new or had no owner.
     async fn locate(&self, id: &str, user: &str) -> Result<Place, Refusal> {
         if let Some(session) = self.live.lock().get(id) {
-            // Under the lock, so that eviction cannot come between.
+            // Under the lock, so that the session cannot be evicted in between.
             *session.touched.lock() = Instant::now();
             return session.clone().of(user);
         }
@@ -183,7 +183,7 @@ impl Sessions {
             return Ok(Place::At(row.owner));
         }
 
-        // A snapshot of another version may not be readable: the session then starts over.
+        // A snapshot of another version may be unreadable. The session then starts over.
         let snapshot: Snapshot = serde_json::from_str(&row.snapshot).unwrap_or_default();
         let view = View::restore(snapshot, user, self.accounts.name(user).await);
         self.keep_live(id, user, view)
@@ -212,7 +212,7 @@ impl Sessions {
 
         let mut live = self.live.lock();
         if live.len() >= SESSIONS_MAX {
-            // A changed session would lose what is not written yet.
+            // Evicting a changed session would lose its unsaved changes.
             let oldest = live
                 .values()
                 .filter(|session| !session.changed.load(Relaxed))
@@ -228,7 +228,7 @@ impl Sessions {
         session.of(user)
     }
 
-    /// Writes changed sessions and evicts idle ones, until cancelled; then gives all sessions up.
+    /// Saves changed sessions and evicts idle ones, until cancelled; then releases all sessions.
     pub async fn keep(&self, cancel: CancellationToken) {
         let mut ticks = tokio::time::interval(SAVE_EVERY);
         let mut saves = 0u32;
@@ -238,7 +238,7 @@ impl Sessions {
                 _ = ticks.tick() => false,
             };
             if let Err(error) = self.save().await {
-                tracing::warn!("cannot write page sessions; trying again: {error}");
+                tracing::warn!("cannot save page sessions; retrying: {error}");
             }
             if last {
                 break;
@@ -250,14 +250,14 @@ impl Sessions {
         }
 
         if let Err(error) = self.stored.release().await {
-            tracing::warn!("cannot give up page sessions; other web apps take them over when a page calls: {error}");
+            tracing::warn!("cannot release page sessions; other web apps take them over when a page calls: {error}");
         }
     }
 
     async fn save(&self) -> crate::db::Result<()> {
         let changed: Vec<Arc<Session>> = {
             let live = self.live.lock();
-            // Cleared before the snapshot is taken, so that a change meanwhile marks the session again.
+            // Cleared before the snapshot is taken, so that a concurrent change marks the session again.
             live.values()
                 .filter(|session| session.changed.swap(false, Relaxed))
                 .cloned()
@@ -277,7 +277,7 @@ impl Sessions {
     async fn save_all(&self, sessions: &[Arc<Session>]) -> crate::db::Result<()> {
         let mut snapshots = Vec::with_capacity(sessions.len());
         for session in sessions {
-            // A run may take long: a busy session is written the next time.
+            // A run may take long, so a busy session is saved the next time.
             let Ok(view) = session.view.try_lock() else {
                 session.changed.store(true, Relaxed);
                 continue;
@@ -285,7 +285,7 @@ impl Sessions {
             let snapshot = serde_json::to_string(&view.snapshot()).unwrap_or_default();
             if snapshot.len() > SNAPSHOT_MAX {
                 let bytes = snapshot.len();
-                tracing::warn!(session = session.id, bytes, "a page session is too large to be written");
+                tracing::warn!(session = session.id, bytes, "a page session is too large to be saved");
                 continue;
             }
             snapshots.push((&*session.id, snapshot));
@@ -343,7 +343,7 @@ mod tests {
 
     const ID: &str = "00112233445566778899aabbccddeeff";
 
-    /// Has the page visit `path`. Returns the first publication; the test plays the node that takes it.
+    /// Lets the page visit `path`. Returns the first publication; the test acts as the node that receives it.
     async fn visit(sessions: &Sessions, bus: &Bus, path: &str, reset: bool) -> Body {
         let rerun = Said::Rerun(Rerun { path: path.into(), query: String::new(), reset });
         let back = Back { version: 1, session: ID.into(), body: Some(rerun) }.encode_to_vec();

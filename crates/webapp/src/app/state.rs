@@ -1,4 +1,4 @@
-//! What a session remembers between runs: the values of widgets, and typed state. Both survive a restart as JSON.
+//! The state of a session between runs: the values of widgets, and typed state. Both survive a restart as JSON.
 
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
@@ -8,14 +8,14 @@ use std::any::{Any, type_name};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-/// Beyond this many values, those of widgets that are not on the page are forgotten.
+/// Beyond this many values, those of widgets that are not on the page are evicted.
 const WIDGETS_MAX: usize = 1000;
 
 #[derive(Default)]
 pub struct Memory {
     pub widgets: BTreeMap<String, Json>,
     states: HashMap<&'static str, Box<dyn Slot>>,
-    /// States that were restored and that no run has asked for yet, by type name.
+    /// Restored states that no run has used yet, by type name.
     dormant: BTreeMap<String, Json>,
 }
 
@@ -69,7 +69,7 @@ impl Memory {
         let name = type_name::<T>();
         let dormant = &mut self.dormant;
         let slot = self.states.entry(name).or_insert_with(|| {
-            // If a new version changed the type, the state starts over.
+            // If a newer version has changed the type, the state starts over.
             let restored = dormant
                 .remove(name)
                 .and_then(|json| serde_json::from_value::<T>(json).ok());
@@ -82,7 +82,7 @@ impl Memory {
         State(typed.clone())
     }
 
-    /// Forgets the values of widgets that the last run did not show, if there are too many.
+    /// If there are too many values, evicts those of widgets that the last run did not show.
     pub fn prune(&mut self, shown: impl Fn(&str) -> bool) {
         if self.widgets.len() > WIDGETS_MAX {
             self.widgets.retain(|key, _| shown(key));
@@ -90,7 +90,7 @@ impl Memory {
     }
 
     pub fn snapshot(&self, path: &str, query: &str) -> Snapshot {
-        // States that no run asked for are written back as they were restored.
+        // States that no run has used are saved as they were restored.
         let mut states = self.dormant.clone();
         states.extend(
             self.states
@@ -122,7 +122,7 @@ mod tests {
     struct Counter(u32);
 
     #[test]
-    fn state_survives_two_restarts_without_being_read_between() {
+    fn unused_state_survives_two_restarts() {
         let mut memory = Memory::default();
         memory.state::<Counter>().update(|counter| counter.0 += 3);
         memory.widgets.insert("k".into(), Json::from("v"));

@@ -1,16 +1,16 @@
-//! Page sessions in the database: which web app owns each of them, and what it remembers.
+//! Page sessions in the database: their owners and their snapshots.
 
 use crate::db::{Db, Result, now_ms};
 use std::time::Duration;
 
-/// A session can be resumed for this long after its last change.
+/// How long a session can be resumed after its last change.
 const KEPT: Duration = Duration::from_secs(7 * 86_400);
-/// Sessions kept for each user; beyond that the oldest are deleted.
+/// Maximum sessions of each user; beyond it, the oldest are deleted.
 pub const KEPT_PER_USER: i64 = 100;
 
 pub struct Stored {
     db: Db,
-    /// This web app's name as an owner; no other web app has it.
+    /// This web app's unique name as an owner.
     pub name: String,
 }
 
@@ -35,7 +35,7 @@ impl Stored {
             return Ok(row);
         }
 
-        // Another web app may insert it between the two statements: whoever was first owns it.
+        // Another web app may insert the session between the two statements. The first one becomes the owner.
         let insert = "INSERT INTO app_sessions (id, user_id, owner, snapshot, updated_at) VALUES ($1, $2, $3, '', $4)
             ON CONFLICT (id) DO NOTHING";
         let insert = sqlx::query(insert).bind(id).bind(user).bind(&self.name).bind(now_ms());
@@ -61,8 +61,8 @@ impl Stored {
         Ok(update.execute(self.db.write()).await?.rows_affected() == 1)
     }
 
-    /// Writes the snapshots of sessions, given by id, in one transaction. Returns the ids that this web app does not
-    /// own any more: another one took them over, or they were deleted.
+    /// Writes the snapshots of sessions, given by id, in one transaction. Returns the ids that this web app no
+    /// longer owns, because another one took them over or they were deleted.
     pub async fn save(&self, snapshots: &[(&str, String)]) -> Result<Vec<String>> {
         let mut lost = Vec::new();
         let mut tx = self.db.begin().await?;
@@ -81,14 +81,14 @@ impl Stored {
         Ok(lost)
     }
 
-    /// Gives up all sessions of this web app, so that others need not wait for it.
+    /// Releases all sessions of this web app, so that others do not wait for it.
     pub async fn release(&self) -> Result<()> {
         let release = sqlx::query("UPDATE app_sessions SET owner = '' WHERE owner = $1").bind(&self.name);
         release.execute(self.db.write()).await?;
         Ok(())
     }
 
-    /// Deletes old sessions, and those beyond [`KEPT_PER_USER`]: anybody who is signed in can start any number.
+    /// Deletes old sessions, and those beyond [`KEPT_PER_USER`], because every user can start any number.
     pub async fn delete_old(&self) -> Result<()> {
         let before = now_ms() - i64::try_from(KEPT.as_millis()).unwrap_or(i64::MAX);
         let delete = "DELETE FROM app_sessions WHERE updated_at < $1 OR id IN (SELECT id FROM (

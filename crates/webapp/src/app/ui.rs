@@ -12,10 +12,10 @@ use std::collections::{HashMap, HashSet};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-/// Most elements of one page. A run that builds more fails.
+/// Maximum elements of one page. A run that builds more fails.
 pub const ELEMENTS_MAX: usize = 5_000;
 
-/// Who visits which place.
+/// The user and the path of a visit.
 #[derive(Debug, Clone, Default)]
 pub struct Visit {
     pub user: String,
@@ -25,7 +25,7 @@ pub struct Visit {
     pub params: Vec<(String, String)>,
 }
 
-/// What a run does besides building elements.
+/// The effects of a run besides its elements.
 #[derive(Debug, Default)]
 pub struct Effects {
     pub navigate: Option<String>,
@@ -59,7 +59,7 @@ pub struct Series {
     /// A dotted path into each sample.
     pub path: &'static str,
     pub label: &'static str,
-    /// Whether the value is a total, of which the change per second is shown.
+    /// Whether the value is a total. The chart then shows its change per second.
     pub rate: bool,
 }
 
@@ -87,15 +87,15 @@ pub struct Ui<'a> {
     memory: &'a mut Memory,
     clicked: &'a HashSet<String>,
     effects: Effects,
-    /// The children built so far of the element that is open.
+    /// The children of the open element, as built so far.
     siblings: Vec<Element>,
-    /// The place of the open element. Names of widgets begin with it.
+    /// The path of the open element, with which the names of its widgets begin.
     scope: String,
     /// How many children of each kind the open element has.
     counts: HashMap<&'static str, usize>,
     next_key: Option<String>,
     built: usize,
-    /// The first mistake of the page function.
+    /// The first error of the page function.
     problem: Option<String>,
 }
 
@@ -116,13 +116,13 @@ impl<'a> Ui<'a> {
         }
     }
 
-    /// Returns what was built, unless it is too much or the page function made a mistake.
+    /// Returns the elements and effects; fails if there are too many elements or the page function made an error.
     pub(super) fn finish(self) -> Result<(Vec<Element>, Effects), String> {
         if let Some(problem) = self.problem {
             return Err(problem);
         }
         if self.built > ELEMENTS_MAX {
-            return Err(format!("the page has {} elements; {ELEMENTS_MAX} is the most", self.built));
+            return Err(format!("the page has {} elements; at most {ELEMENTS_MAX} are allowed", self.built));
         }
         Ok((self.siblings, self.effects))
     }
@@ -157,7 +157,7 @@ impl<'a> Ui<'a> {
     /// The data of this type, as given to [`App::data`].
     ///
     /// # Panics
-    /// If the app has no data of this type. The panic fails the run; the session goes on.
+    /// If the app has no data of this type. The panic fails the run; the session continues.
     pub fn data<T: Send + Sync + 'static>(&self) -> Arc<T> {
         let data = self.app.data.get(&TypeId::of::<T>());
         let data =
@@ -170,7 +170,7 @@ impl<'a> Ui<'a> {
         self.memory.state()
     }
 
-    /// Sends the user to a place inside the app, such as `/console?tab=1`. Any other place fails the run.
+    /// Sends the user to a path inside the app, such as `/console?tab=1`. Any other address fails the run.
     pub fn navigate(&mut self, path: impl Into<String>) {
         let path = path.into();
         if href::is_internal(&path) {
@@ -243,7 +243,7 @@ impl<'a> Ui<'a> {
             .json("labels", labels);
 
         self.nest(Element { widget: key, ..element }, |ui| {
-            // A key for each tab, so that another tab is another element and not the same one with other contents.
+            // A key for each tab, so that a different tab is a different element, not the same one with new contents.
             ui.key(labels.get(chosen).copied().unwrap_or_default());
             ui.nest(Element::new("tab"), |ui| build(ui, chosen));
         });
@@ -279,7 +279,7 @@ impl<'a> Ui<'a> {
 
     /// Returns what identifies the next element among its siblings: its kind with its key or its count.
     fn place(&mut self, kind: &'static str) -> String {
-        // Counted by kind, so that names stay when elements of other kinds come and go.
+        // Counted by kind, so that names are stable when elements of other kinds are added or removed.
         let count = self.counts.entry(kind).or_default();
         *count += 1;
         match &self.next_key {
@@ -301,7 +301,7 @@ impl<'a> Ui<'a> {
         self.push(element);
     }
 
-    // Elements that show something.
+    // Elements that display values.
 
     /// `level` is 1 to 4.
     pub fn heading(&mut self, level: u8, text: impl Into<String>) {
@@ -450,7 +450,7 @@ impl<'a> Ui<'a> {
         value
     }
 
-    /// Returns the chosen option, which is the first one at the start.
+    /// Returns the chosen option, initially the first one.
     pub fn radio(&mut self, label: &str, options: &[&str]) -> String {
         let element = Element::new("radio").text("label", label).json("options", options);
         self.choice_widget(element, options.iter().map(|option| (*option).to_string()).collect())
@@ -466,7 +466,7 @@ impl<'a> Ui<'a> {
     fn choice_widget(&mut self, element: Element, options: Vec<String>) -> String {
         let first = options.first().cloned().unwrap_or_default();
         let (widget, value) = self.widget(element.kind, first.clone().into());
-        // The chosen option may have been removed since.
+        // The chosen option may no longer exist.
         let value = options
             .into_iter()
             .find(|option| value == option.as_str())

@@ -1,7 +1,7 @@
-//! What one session shows. Messages from the page change its memory, the page function runs once for a batch of them,
-//! and the difference between the old and the new element tree goes back.
+//! The view of one session. Messages from the page change its state, the page function runs once for a batch of them,
+//! and the difference between the old and the new element tree is sent to the page.
 //!
-//! There is no IO here: [`View::handle`] takes messages and returns what to publish.
+//! Sans-IO: [`View::handle`] takes messages and returns the publications.
 
 use super::input::{self, Input};
 use super::portions::{portions, whole_tree};
@@ -24,7 +24,7 @@ pub struct View {
     memory: Memory,
     visit: Visit,
     ids: Ids,
-    /// The tree that the page holds; `None` while that is unknown, so the next run sends the whole tree.
+    /// The tree that the page holds. `None` if it is unknown; the next run then sends the whole tree.
     tree: Option<Vec<Node>>,
     run: u64,
 }
@@ -33,9 +33,9 @@ pub struct View {
 pub struct Handled {
     /// The number of the run, counted from 1.
     pub run: u64,
-    /// What the page must receive, in order.
+    /// The publications for the page, in order.
     pub bodies: Vec<Body>,
-    /// Why a message was refused; the reason of the last one if there were several.
+    /// Why a message was refused; if several were, the last reason.
     pub refused: Option<String>,
 }
 
@@ -59,7 +59,7 @@ impl View {
         self.memory.snapshot(&self.visit.path, &self.visit.query)
     }
 
-    /// Notes that the page missed something that it should have received.
+    /// Records that the page missed a publication, so that the next run sends the whole tree.
     pub fn lost(&mut self) {
         self.tree = None;
     }
@@ -85,10 +85,10 @@ impl View {
                     reset |= rerun.reset;
                     self.visit(rerun.path, rerun.query)
                 }
-                // Runs are short: the one to be stopped ended before this message was read.
+                // Runs are short: the run to stop has ended before this message is read.
                 Said::Stop(_) => Ok(()),
             };
-            // The rest of the batch still counts: its messages were sent independently of each other.
+            // The rest of the batch is still processed: its messages are independent of each other.
             refused = outcome.err().or(refused);
         }
 
@@ -111,7 +111,7 @@ impl View {
         self.report(&Event { key: submit.form, value: "null".into() }, clicked)
     }
 
-    /// Remembers the value that a widget reports, or that it was clicked.
+    /// Stores the value that a widget reports, or that it was clicked.
     fn report(&mut self, event: &Event, clicked: &mut HashSet<String>) -> Result<(), String> {
         let Event { key, value } = event;
         let node = self
@@ -157,7 +157,7 @@ impl View {
         }
     }
 
-    /// Makes `elements` the tree of the page. Returns the deltas, or the whole tree if `reset`.
+    /// Replaces the tree of the page by `elements`. Returns the deltas, or the whole tree if `reset`.
     fn show(&mut self, elements: Vec<Element>, reset: bool) -> Vec<Body> {
         let (nodes, deltas) = match self.tree.take() {
             Some(old) => diff(old, elements, &mut self.ids),
@@ -174,7 +174,7 @@ impl View {
             .collect()
     }
 
-    /// Logs a failed run under a new trace id, and returns what the page may know about it.
+    /// Logs a failed run with a new trace id, and returns the message for the page.
     fn failure(&self, failed: Failed, session: &str) -> Failure {
         let trace_id = uuid::Uuid::new_v4().simple().to_string();
         let (message, reason) = match failed {
@@ -196,7 +196,7 @@ impl View {
         self.visit.params = params;
 
         let Self { memory, visit, .. } = self;
-        // The session goes on after a panic: the locks in its memory cannot be poisoned.
+        // The session continues after a panic: the locks in its state cannot be poisoned.
         let built = std::panic::catch_unwind(AssertUnwindSafe(|| {
             let mut ui = Ui::new(app, visit, memory, clicked);
             match page {

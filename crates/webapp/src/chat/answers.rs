@@ -1,5 +1,5 @@
 //! The assistant's answers. An answer is a task: it is requested from the router, its output is relayed to the room
-//! piece by piece, and its result ends it.
+//! piece by piece, and its result completes it.
 //!
 //! An answer is committed to the database before it is requested, and a repeated request is idempotent. So after a
 //! crash every answer that has not ended is requested again.
@@ -27,13 +27,14 @@ use wire::subjects;
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pauses in ms between attempts to reach a router. After the last one the answer fails.
 const ASK_PAUSES: [u64; 7] = [100, 200, 500, 1000, 2000, 5000, 10_000];
-/// While no provider is available, attempts end after a pause of this many ms: outages last longer than people wait.
+/// While no provider is available, attempts stop after a pause of this many ms, because such an outage usually lasts
+/// longer than people wait.
 const NO_PROVIDER_PAUSE_MAX: u64 = 500;
-/// An answer fails if its result is late by this much.
+/// An answer fails if its result is this much later than its deadline, in ms.
 const GRACE_MS: i64 = 60_000;
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
-/// A streaming answer of this age that this web app does not know is requested again: the web app that took the message
-/// may have died before it could.
+/// Age in ms after which a streaming answer that this web app does not know is requested again, because the web app
+/// that received the message may have died before the request.
 const ORPHAN_MS: i64 = 15_000;
 /// Give up notifying the room after this many deliveries of a result.
 const NOTIFY_DELIVERIES_MAX: u32 = 20;
@@ -74,7 +75,7 @@ fn task(assignment_id: Option<String>) -> Awaited {
 }
 
 enum Decision {
-    /// With the id of the assignment, if the router names it.
+    /// Has the id of the assignment, if the router returned it.
     Accepted(Option<String>),
     Refused(ErrorBody),
 }
@@ -117,7 +118,7 @@ impl Answers {
     }
 
     pub async fn run(self: &Arc<Self>, inputs: Inputs, cancel: CancellationToken) -> Result<(), crate::Error> {
-        // Their requests may have been lost in a crash.
+        // A crash may have lost their requests.
         for answer in self.store.streaming().await? {
             self.ask(answer);
         }
@@ -128,7 +129,7 @@ impl Answers {
             self.sweep(cancel.clone()),
         );
 
-        // Requests that are still in the background end here; the next start repeats them.
+        // Stops the background requests; the next start repeats them.
         self.stopping.cancel();
         self.asking.close();
         self.asking.wait().await;
@@ -155,7 +156,7 @@ impl Answers {
         });
     }
 
-    /// Returns why the answer cannot be had, in words for the room.
+    /// Requests an answer, with retries. An error is a text for the room.
     async fn try_to_ask(&self, answer: &Answer) -> Result<(), String> {
         let request: DecideRequest = serde_json::from_str(&answer.request).map_err(|e| e.to_string())?;
         let trace_id = request.trace_id.as_deref().unwrap_or_default();
@@ -198,7 +199,7 @@ impl Answers {
         Err(problem)
     }
 
-    /// Asks the router once. An error means that none has answered.
+    /// Sends the request once. An error means that no router has answered.
     async fn decide(&self, request: &DecideRequest, answer: &Answer, trace_id: &str) -> bus::Result<Decision> {
         let headers = Headers::new()
             .with("trace_id", trace_id)
@@ -212,7 +213,7 @@ impl Answers {
         if let Ok(refusal) = serde_json::from_slice::<ErrorResponse>(&reply.payload) {
             return Ok(Decision::Refused(refusal.error));
         }
-        // The id of the assignment tells its output from that of another task with the same request id.
+        // The assignment id distinguishes its output from that of another task with the same request id.
         let head = serde_json::from_slice::<AnswerHead>(&reply.payload).ok();
         Ok(Decision::Accepted(head.and_then(|head| head.assignment_id)))
     }
@@ -233,8 +234,8 @@ impl Answers {
         self.cancel(answer).await;
     }
 
-    /// Cancels the task of an answer, whose result then ends the answer. If no router knows the task, there will be no
-    /// result, so the answer ends right away.
+    /// Cancels the task of an answer; its result then ends the answer. If no router knows the task, there will be no
+    /// result, so the answer ends immediately.
     pub async fn stop(&self, answer: &Answer) -> Result<()> {
         if !self.cancel(answer).await {
             self.end(&answer.request_id, State::Stopped, None, None).await?;
@@ -272,7 +273,7 @@ impl Answers {
             let Some((room, event)) = self.add(&chunk) else {
                 continue;
             };
-            // The channel's history need not keep pieces: a page that misses one sees the gap and reloads the message.
+            // Pieces need no history: a page that misses one detects the gap and reloads the message.
             let channel = channels::of_room(&room);
             if let Err(error) = self.channels.publish_passing(&channel, &event).await {
                 tracing::debug!(request_id = chunk.request_id, error, "cannot publish a piece of an answer");
@@ -280,7 +281,7 @@ impl Answers {
         }
     }
 
-    /// Whether the answer has not ended. One that another web app requested is looked up, and remembered.
+    /// Whether the answer has not ended. An answer that another web app requested is read from the database and cached.
     async fn is_open(&self, request_id: &str) -> bool {
         if self.partial.lock().contains_key(request_id) {
             return true;
@@ -297,8 +298,8 @@ impl Answers {
         }
     }
 
-    /// Appends a piece of output. Returns the room and its event, or `None` for a piece that is foreign, repeated or
-    /// late, or does not fit.
+    /// Appends a piece of output. Returns the room and its event, or `None` if the piece belongs to another task, is
+    /// repeated or late, or does not fit.
     fn add(&self, chunk: &OutputChunk) -> Option<(String, Event)> {
         let text = match &chunk.data {
             Json::String(text) => text.clone(),
@@ -321,7 +322,7 @@ impl Answers {
             return None;
         }
         if seq > partial.seq + 1 {
-            // Marks the gap: if the answer is stopped, this text is kept.
+            // Marks the gap, because this text is kept if the answer is stopped.
             partial.text.push('…');
         }
 
@@ -338,7 +339,7 @@ impl Answers {
             let settled = match &taken {
                 Ok(()) => delivery.ack().await,
                 Err(error) => {
-                    tracing::warn!(error, "cannot end an answer; trying again");
+                    tracing::warn!(error, "cannot end an answer; retrying");
                     delivery.nak(Duration::from_secs(1)).await
                 }
             };
@@ -356,7 +357,7 @@ impl Answers {
         if !result.request_id.starts_with(REQUEST_PREFIX) {
             return Ok(());
         }
-        // An answer that another web app requested is not known here. Its result ends it all the same.
+        // The result also ends an answer that another web app requested and this one does not know.
         let known = self
             .partial
             .lock()
@@ -402,7 +403,7 @@ impl Answers {
             .await?;
         self.partial.lock().remove(request_id);
 
-        // It may have ended before a crash that came before the notification, so notify the room again.
+        // A crash may have prevented the notification after the answer ended, so notify the room again.
         let message = match ended {
             Some(message) => Some(message),
             None => self.store.answer_of(request_id).await?.map(|answer| answer.message),
@@ -419,7 +420,7 @@ impl Answers {
 
     async fn fail(&self, request_id: &str, problem: &str) {
         if let Err(error) = self.end(request_id, State::Failed, None, Some(problem.into())).await {
-            tracing::error!(request_id, %error, "cannot write that an answer failed; the next sweep tries again");
+            tracing::error!(request_id, %error, "cannot store that an answer failed; the next sweep retries");
         }
     }
 
@@ -430,16 +431,16 @@ impl Answers {
             if let Err(error) = self.sweep_once(now_ms()).await {
                 tracing::warn!(%error, "cannot sweep the streaming answers");
             }
-            // This housekeeping needs no loop of its own.
+            // This cleanup does not need its own loop.
             if let Err(error) = self.store.forget_spent(now_ms()).await {
                 tracing::warn!(%error, "cannot delete old records of spent quotas");
             }
         }
     }
 
-    /// Fails answers whose time is up, requests orphans again, and forgets answers that another web app ended.
+    /// Fails answers whose deadline has passed, requests orphans again, and evicts answers that another web app ended.
     async fn sweep_once(self: &Arc<Self>, now: i64) -> Result<()> {
-        // Before the query: an answer that is added meanwhile may be missing from `open`.
+        // Read before the query: an answer that is added in between may be missing from `open`.
         let before: HashSet<String> = self.partial.lock().keys().cloned().collect();
         let open = self.store.streaming().await?;
 
@@ -462,12 +463,12 @@ impl Answers {
 }
 
 /// Whether output or a result belongs to the answer: another tenant's task may have the same request id. A v1 worker
-/// does not name the tenant; that is safe, since nobody else learns the request ids of answers.
+/// does not name the tenant, which is safe because nobody else knows the request ids of answers.
 fn is_of(task: &Awaited, assignment_id: &str, tenant_id: Option<&str>) -> bool {
     task.owns(assignment_id, tenant_id).unwrap_or(true)
 }
 
-/// The text that the room shows for an output: its text, or its JSON as a code block.
+/// Returns the text that the room shows for an output: its text, or its JSON as a code block.
 fn text_of(output: &Json) -> String {
     match output {
         Json::String(text) => text.clone(),
@@ -517,7 +518,7 @@ mod tests {
         let answer = asked(&answers).await;
         assert!(answers.is_open(&answer.request_id).await);
         answers.sweep_once(answer.asked_at).await.unwrap();
-        assert_eq!(answers.partial.lock().len(), 1, "it has not ended yet");
+        assert_eq!(answers.partial.lock().len(), 1, "the answer has not ended yet");
 
         answers
             .store
@@ -587,7 +588,10 @@ mod tests {
         let mut routers = answers.bus.subscribe(subjects::DECIDE, None, 8).await.unwrap();
         let answer = asked(&answers).await;
         answers.sweep_once(answer.asked_at + ORPHAN_MS).await.unwrap();
-        assert!(answers.partial.lock().is_empty(), "the web app that took the message may still request it");
+        assert!(
+            answers.partial.lock().is_empty(),
+            "the web app that received the message may still request the answer"
+        );
 
         answers.sweep_once(answer.asked_at + ORPHAN_MS + 1).await.unwrap();
         assert_eq!(routers.next().await.unwrap().payload, answer.request.clone());

@@ -1,4 +1,4 @@
-//! What the assistant is asked: finds the prompt in a message, and builds the decide request for the answer.
+//! Finds the prompt in a message, and builds the decide request for the assistant's answer.
 
 use crate::accounts::ASSISTANT;
 use serde::Serialize;
@@ -6,15 +6,15 @@ use serde_json::{Map, Value as Json};
 use wire::chat::{Message, Prompt, PromptMetadata, Role, Turn};
 use wire::router::{DEFAULT_TENANT, DecideRequest, RequestOptions, Task, VERSION};
 
-/// The prefix of the request ids of answers. It tells them from other tasks without a look into the database.
+/// The prefix of the request ids of answers. It distinguishes them from other tasks without a database query.
 pub const REQUEST_PREFIX: &str = "chat-";
 /// The tenant that the answers' tasks belong to.
 pub const TENANT: &str = DEFAULT_TENANT;
 /// How long an answer may take, in ms.
 pub const ANSWER_MAX_MS: u64 = 120_000;
-/// How many earlier messages the assistant is given at most.
+/// Maximum number of earlier messages in a request.
 pub const CONTEXT_MESSAGES_MAX: i64 = 20;
-/// Total size of those messages.
+/// Maximum total size of these messages, in bytes.
 const CONTEXT_BYTES_MAX: usize = 16 * 1024;
 
 /// Returns the prompt in a message to the assistant; `None` if the message does not start with a mention of it.
@@ -69,7 +69,7 @@ pub fn request(request_id: &str, message: &Message, prompt: &str, before: Vec<Me
     })
 }
 
-/// Makes a new request of one that was stored. Returns `None` if it cannot be read.
+/// Creates a new request from a stored one. Returns `None` if the stored one cannot be read.
 pub fn renew(request: &str, request_id: &str) -> Option<String> {
     let mut request: DecideRequest = serde_json::from_str(request).ok()?;
     request.request_id = request_id.into();
@@ -77,7 +77,7 @@ pub fn renew(request: &str, request_id: &str) -> Option<String> {
     Some(to_json(&request))
 }
 
-/// The prompt and as much before it as fits, oldest first.
+/// Returns the prompt and as many earlier messages as fit, oldest first.
 fn conversation(prompt: &str, before: Vec<Message>) -> Vec<Turn> {
     let mut turns = vec![Turn { role: Role::User, content: prompt.into() }];
     let mut bytes_left = CONTEXT_BYTES_MAX;
@@ -94,7 +94,7 @@ fn conversation(prompt: &str, before: Vec<Message>) -> Vec<Turn> {
             break;
         };
         bytes_left = left;
-        // An answer without text has failed or is not there yet.
+        // An answer without text has failed or has not arrived yet.
         if !turn.content.is_empty() {
             turns.push(turn);
         }

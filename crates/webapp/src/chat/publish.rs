@@ -3,8 +3,8 @@
 use crate::channels::{self, Channels};
 use wire::chat::{Event, Message};
 
-/// Publishes the current version of a message. A person's message is published once, however often this is called. An
-/// answer's versions replace each other, so a repeat does no harm.
+/// Publishes the current version of a message. A person's message is published once, even if this is called again. The
+/// versions of an answer replace each other, so a repeat is harmless.
 pub async fn publish(channels: &Channels, message: &Message) -> Result<(), String> {
     let key = message.nonce.is_some().then(|| format!("message-{}", message.id));
     let event = Event::Message { message: message.clone() };

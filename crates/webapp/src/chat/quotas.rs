@@ -1,7 +1,7 @@
 //! Limits on what one user may do in the chat: concurrently, per minute and per day.
 //!
-//! A minute is counted in memory, by each web app for itself. A day is counted in the database, in the transaction that
-//! spends it, so that neither a restart nor a second web app lifts it.
+//! Quotas per minute are counted in memory, by each web app for itself. Quotas per day are counted in the database, in
+//! the transaction that spends them, so that they hold across restarts and web apps.
 
 use crate::db::{Error, Result};
 use crate::rate_limits::{Rate, Wait};
@@ -96,7 +96,7 @@ impl Quotas {
     /// caller must then roll back.
     pub async fn spend(&self, tx: &mut AnyConnection, user: &str, more: Spent, now_ms: i64) -> Result<(), Refused> {
         let hour = now_ms / HOUR_MS;
-        // Insert before the sum: the lock on the row makes concurrent transactions of a user take turns.
+        // Insert before the sum: the lock on the row serializes concurrent transactions of a user.
         let insert = "INSERT INTO quota_spent (user_id, hour, messages, runs, rooms) VALUES ($1, $2, $3, $4, $5)
             ON CONFLICT (user_id, hour) DO UPDATE SET messages = quota_spent.messages + excluded.messages,
             runs = quota_spent.runs + excluded.runs, rooms = quota_spent.rooms + excluded.rooms";
@@ -116,9 +116,9 @@ impl Quotas {
         for (spent, more, most, what) in [
             (messages, more.messages, self.messages_per_day, SEND),
             (runs, more.runs, self.runs_per_day, ASK),
-            (rooms, more.rooms, self.rooms_per_day, "make a room"),
+            (rooms, more.rooms, self.rooms_per_day, "create a room"),
         ] {
-            // Only what is charged now is checked, so a quota that is used up blocks nothing else.
+            // Only the charged quotas are checked, so a quota that is used up does not block other actions.
             if more > 0 && spent > i64::from(most) {
                 return Err(Over::Day { what, most }.into());
             }
@@ -176,7 +176,7 @@ impl Minute {
         taken.map_err(|wait| over(ASK, self.quotas.runs_per_minute, wait))
     }
 
-    /// Whether a typing notice may go out.
+    /// Whether a typing notice may be published now.
     pub fn typing(&self, user: &str, now: Instant) -> bool {
         self.rates.lock().typing.take(&user.to_string(), now).is_ok()
     }

@@ -12,14 +12,14 @@ use tokio_util::sync::CancellationToken;
 use wire::chat::{Event, Room};
 use wire::realtime::ErrorCode;
 
-/// On this subject, a web app tells all others that the rooms have changed.
+/// The subject on which a web app notifies the others that the rooms have changed.
 const CHANGED: &str = "beamline.webapp.v1.rooms";
-/// The notice of a change may be lost, so rooms are also reloaded this often.
+/// The rooms are also reloaded this often, because a notification may be lost.
 const RELOAD_EVERY: Duration = Duration::from_secs(10);
 /// Longest name in bytes.
 const NAME_MAX: usize = 48;
 const ROOMS_MAX: usize = 500;
-/// How many deleted rooms are remembered, so that a link to one says that it was deleted.
+/// Maximum number of remembered deleted rooms. The page of a remembered room says that it was deleted.
 const GONE_MAX: i64 = 1000;
 
 pub struct Rooms {
@@ -29,7 +29,7 @@ pub struct Rooms {
     quotas: Quotas,
     operators: Vec<String>,
     known: RwLock<Known>,
-    /// Makes reloads take turns: an older result must not overwrite a newer one.
+    /// Serializes reloads, so that an older result does not overwrite a newer one.
     reloading: tokio::sync::Mutex<()>,
 }
 
@@ -95,7 +95,7 @@ impl Rooms {
         self.operators.iter().any(|operator| operator == user)
     }
 
-    /// Whether a user may delete a room and stop any answer in it: the room's maker and operators may.
+    /// Whether a user may delete a room and stop any answer in it: only its creator and operators may.
     pub fn manages(&self, user: &str, room: &str) -> bool {
         let made = |made: &Made| made.room.id == room && made.maker == user;
         self.is_operator(user) || self.known.read().all.iter().any(made)
@@ -129,7 +129,7 @@ impl Rooms {
         self.changed().await?;
         let room = self
             .get(&id)
-            .ok_or_else(|| Refusal::again("the room was deleted just now; create it again"))?;
+            .ok_or_else(|| Refusal::again("the room has just been deleted; create it again"))?;
 
         let event = Event::Room { room: room.clone() };
         if let Err(error) = self.channels.publish_json(LOBBY, &event, None).await {
@@ -138,19 +138,19 @@ impl Rooms {
         Ok(room)
     }
 
-    /// Inserts a room, or replaces a deleted one with the same id. Does nothing if the room exists meanwhile.
+    /// Inserts a room, or replaces a deleted one with the same id. Does nothing if the room exists by now.
     async fn insert(&self, id: &str, name: &str, maker: &str) -> Result<(), Refused> {
         let now = now_ms();
         let mut tx = self.db.begin().await?;
 
-        // A room that exists is left alone, and then no row is affected.
+        // An existing room stays unchanged, and then no row is affected.
         let insert =
             "INSERT INTO rooms (id, name, created_at, maker) VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO UPDATE
             SET name = excluded.name, created_at = excluded.created_at, maker = excluded.maker, deleted_at = NULL
             WHERE rooms.deleted_at IS NOT NULL";
         let insert = sqlx::query(insert).bind(id).bind(name).bind(now).bind(maker);
         if insert.execute(&mut *tx).await?.rows_affected() > 0 {
-            // In the same transaction: if the quota is exceeded, there is no room either.
+            // In the same transaction: if the quota is exceeded, the room is not created.
             let spent = Spent { rooms: 1, ..Spent::default() };
             self.quotas.spend(&mut tx, maker, spent, now).await?;
         }
@@ -171,7 +171,7 @@ impl Rooms {
         Ok(())
     }
 
-    /// Reloads the rooms here, and tells the other web apps to do so.
+    /// Reloads the rooms, and notifies the other web apps so that they reload too.
     async fn changed(&self) -> Result<(), Refusal> {
         self.reload()
             .await
@@ -179,7 +179,7 @@ impl Rooms {
 
         let notice = bus::Message { subject: CHANGED.into(), ..bus::Message::default() };
         if let Err(error) = self.bus.publish(notice).await {
-            tracing::warn!(%error, "cannot tell other web apps that the rooms changed; they reload within 10 s");
+            tracing::warn!(%error, "cannot notify other web apps that the rooms changed; they reload within 10 s");
         }
         Ok(())
     }
@@ -201,7 +201,8 @@ impl Rooms {
     }
 }
 
-/// Makes a room's id of its name: ASCII letters and digits with single dashes between, as channels and paths can carry.
+/// Derives a room's id from its name: ASCII letters and digits, separated by single dashes, which are valid in channels
+/// and paths.
 fn slug(name: &str) -> String {
     let mut slug = String::new();
     for c in name.chars().flat_map(char::to_lowercase) {

@@ -1,4 +1,4 @@
-//! Messages in the database. Whatever a method returns has been committed.
+//! Messages in the database. A method returns only committed data.
 
 use super::prompt::{self, CONTEXT_MESSAGES_MAX};
 use super::quotas::{self, Quotas, Refused, Spent};
@@ -27,7 +27,7 @@ pub struct New<'a> {
 pub struct Answer {
     pub message: Message,
     pub request_id: String,
-    /// The decide request as it was first made. A repeat sends the same bytes.
+    /// The original decide request. A repeat sends the same bytes.
     pub request: String,
     pub asked_at: i64,
 }
@@ -112,8 +112,8 @@ impl Store {
         Ok(select.fetch_optional(self.db.read()).await?.is_some())
     }
 
-    /// Stores a message, and in the same commit the answer that it asks for. For a repeat, returns the message that is
-    /// stored already, with its answer if that is still streaming.
+    /// Stores a message, and in the same commit the answer that it asks for. For a repeat, returns the stored message,
+    /// with its answer if that is still streaming.
     pub async fn send(&self, new: &New<'_>) -> Result<(Message, Option<Answer>), Refused> {
         let mut tx = self.db.begin().await?;
         // Taking an id locks the order of messages, so a concurrent repeat waits here for the commit of the first.
@@ -171,7 +171,7 @@ impl Store {
     }
 
     async fn one_answer(&self, select: Select<'_>) -> Result<Option<Answer>> {
-        // A message of a person has no request, so it is no answer.
+        // A person's message has no request, so it is not an answer.
         let row = select.fetch_optional(self.db.read()).await?;
         Ok(row.and_then(Row::answer))
     }
@@ -403,7 +403,7 @@ mod tests {
         assert_eq!(request.request_id, again.request_id);
 
         let third = store.ask_again(&answer, "ann").await.unwrap();
-        assert!(third.is_none(), "it was asked for again already");
+        assert!(third.is_none(), "the answer has already been asked for again");
     }
 
     #[tokio::test]

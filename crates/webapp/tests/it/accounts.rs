@@ -156,7 +156,7 @@ fn cookies(answer: &Answer) -> String {
 
 const PROXY: [u8; 4] = [10, 0, 0, 1];
 
-/// Guesses until the wait is 2 s or more. A hash may take longer than the first wait, so that one may go unnoticed.
+/// Guesses until the wait is 2 s or more. A hash may take longer than the first wait, so that wait may go unnoticed.
 async fn guess_until_refused(rig: &Rig, name: &str, cookies: &str) {
     testkit::eventually(6 * PATIENCE, async || {
         let answer = sign_in_from(rig, PROXY, name, "guess", cookies).await;
@@ -170,7 +170,7 @@ async fn guess_until_refused(rig: &Rig, name: &str, cookies: &str) {
 }
 
 #[tokio::test]
-async fn wrong_passwords_for_one_name_lock_out_nobody_else() {
+async fn wrong_passwords_for_one_name_do_not_lock_out_others() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     for name in ["ann", "bob"] {
@@ -203,7 +203,7 @@ async fn wrong_passwords_for_one_name_lock_out_nobody_else() {
     assert_eq!(
         stranger.status,
         StatusCode::TOO_MANY_REQUESTS,
-        "the right password is refused too, or a guesser would learn it"
+        "the correct password is refused too; otherwise a guesser would recognize it"
     );
     // The device cookie of one account does not help with another.
     guess_until_refused(&rig, "bob", &anns_browser).await;
@@ -215,7 +215,7 @@ async fn abandoned_sign_in_does_not_count_as_a_wrong_password() {
     let rig = Rig::start(&dir).await;
     assert_eq!(credentials(&rig, "/auth/signup", "ann", "correct horse").await.status, StatusCode::OK);
     for _ in 0..10 {
-        // Poll once, so that the try begins, then drop it as if the client hung up.
+        // Poll once, so that the attempt begins, then drop it as if the client disconnected.
         let sign_in = sign_in_from(&rig, PROXY, "ann", "correct horse", "");
         assert!(tokio::time::timeout(Duration::ZERO, sign_in).await.is_err());
     }
@@ -297,7 +297,7 @@ async fn invalid_bodies_are_refused() {
 }
 
 #[tokio::test]
-async fn places_are_served_by_the_page_and_missing_files_are_not_found() {
+async fn app_paths_serve_the_page_and_missing_files_are_not_found() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     for (path, status) in

@@ -149,7 +149,7 @@ async fn web_app_ends_if_it_cannot_start() {
 async fn hanging_web_app_does_not_block_the_others() {
     let home = Home::new(Kind::Postgres).await;
     let rig = home.start().await;
-    // Plays a web app that hangs between taking a message's id and the commit.
+    // Acts as a web app that hangs between taking a message's id and the commit.
     sqlx::any::install_default_drivers();
     let mut hanging = sqlx::AnyConnection::connect(&home.config().database_url.unwrap())
         .await
@@ -232,7 +232,7 @@ async fn answer_is_requested_even_if_the_room_cannot_be_notified() {
     rig.event(ROOM, is_answer("done")).await;
 }
 
-/// Runs a web app and then drops its tasks wherever they are, as SIGKILL would.
+/// Runs a web app, then drops its tasks at any point, as SIGKILL would.
 fn until_killed<T>(life: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let lived = runtime.block_on(life);
@@ -388,7 +388,7 @@ async fn start_with(home: &Home, quotas: webapp::Quotas) -> Rig {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn only_asker_maker_and_operator_manage_an_answer(#[case] kind: Kind) {
+async fn only_asker_creator_and_operator_manage_an_answer(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = start_with(&home, webapp::Quotas::default()).await;
     let (_router, seen) = router(&rig.bus, decided).await;
@@ -406,7 +406,7 @@ async fn only_asker_maker_and_operator_manage_an_answer(#[case] kind: Kind) {
     assert!(code == 103 && text.contains("operator"), "{code} {text}");
     rig.chat("max", "chat.stop", this.clone())
         .await
-        .expect("the room's maker may stop");
+        .expect("the room's creator may stop");
     rig.event("chat:den", is_answer("stopped")).await;
     for user in ["bob", "max"] {
         assert_eq!(rig.chat(user, "chat.retry", this.clone()).await.unwrap_err().0, 103, "{user}");
@@ -447,7 +447,7 @@ async fn quotas_count_by_user_and_survive_a_restart(#[case] kind: Kind) {
     assert!(code == 111 && text.contains("2 answers streaming"), "{code} {text}");
     rig.chat("bob", "chat.send", ask(3))
         .await
-        .expect("another user has an own quota");
+        .expect("another user has a separate quota");
 
     let streaming = rig
         .events(ROOM)
@@ -572,7 +572,7 @@ async fn messages_and_typing_notices_are_rate_limited() {
 #[case::sqlite(Kind::Sqlite)]
 #[case::postgres(Kind::Postgres)]
 #[tokio::test]
-async fn maker_deletes_a_room_with_its_messages(#[case] kind: Kind) {
+async fn creator_deletes_a_room_with_its_messages(#[case] kind: Kind) {
     let home = Home::new(kind).await;
     let rig = start_with(&home, webapp::Quotas::default()).await;
     let (_router, seen) = router(&rig.bus, decided).await;
@@ -585,7 +585,7 @@ async fn maker_deletes_a_room_with_its_messages(#[case] kind: Kind) {
     let request_id = asked(&seen).await;
     for (user, room) in [("bob", &here), ("ann", &json!({"room": "general"}))] {
         let (code, text) = rig.chat(user, "chat.delete_room", room.clone()).await.unwrap_err();
-        assert!(code == 103 && text.contains("its maker"), "{user} {room}: {code} {text}");
+        assert!(code == 103 && text.contains("its creator"), "{user} {room}: {code} {text}");
     }
 
     let (deleted, cancelled) = tokio::join!(rig.chat("ann", "chat.delete_room", here.clone()), cancels.next());
@@ -603,7 +603,7 @@ async fn maker_deletes_a_room_with_its_messages(#[case] kind: Kind) {
     output(&rig.bus, &request_id, 1, 0, "late").await;
     result(&rig.bus, &request_id, "success", json!("late")).await;
 
-    // A new room with the same name is empty, and belongs to its new maker.
+    // A new room with the same name is empty, and belongs to its new creator.
     rig.chat("bob", "chat.create_room", den).await.unwrap();
     let history = rig.chat("ann", "chat.history", here.clone()).await.unwrap();
     assert_eq!(history["messages"], json!([]));
@@ -613,7 +613,7 @@ async fn maker_deletes_a_room_with_its_messages(#[case] kind: Kind) {
         .expect("an operator may delete");
     rig.chat("olga", "chat.delete_room", json!({"room": "random"}))
         .await
-        .expect("an operator may delete rooms without a maker");
+        .expect("an operator may delete rooms without a creator");
 }
 
 #[tokio::test]

@@ -119,7 +119,7 @@ async fn session_lives_in_one_web_app_and_moves_when_that_one_dies(#[case] kind:
         tabs = find(&whole(&first.told(id, "ann")), "tabs").unwrap().key.clone();
     }
 
-    // Whichever web app takes the call, the page gets the difference to its tree.
+    // The page gets the difference to its tree, whichever web app handles the call.
     for tab in ["1", "2", "0", "3", "1", "2"] {
         for id in &ids {
             first.say("ann", id, event(&tabs, tab)).await.unwrap();
@@ -144,7 +144,7 @@ async fn session_lives_in_one_web_app_and_moves_when_that_one_dies(#[case] kind:
 }
 
 #[tokio::test]
-async fn root_navigates_to_a_room_and_unknown_places_say_so() {
+async fn root_navigates_to_a_room_and_unknown_paths_show_not_found() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     rig.say("ann", SESSION, rerun("/", true)).await.unwrap();
@@ -207,7 +207,7 @@ async fn page_of_a_deleted_room_says_so() {
 }
 
 #[tokio::test]
-async fn invalid_messages_are_refused_and_the_session_goes_on() {
+async fn session_continues_after_refused_messages() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     rig.say("ann", SESSION, rerun("/console", true)).await.unwrap();
@@ -240,7 +240,7 @@ async fn invalid_messages_are_refused_and_the_session_goes_on() {
 }
 
 #[tokio::test]
-async fn one_of_several_web_apps_publishes_the_console() {
+async fn exactly_one_web_app_publishes_the_console_samples() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(&dir).await;
     let other = tempfile::tempdir().unwrap();

@@ -127,7 +127,7 @@ impl Rig {
     /// Drains the web app. The directory can then be used again.
     pub async fn stop(mut self) {
         self.cancel.cancel();
-        // The fake node never ends by itself, so the first task to end is the web app.
+        // The fake node does not end by itself, so the first task to end is the web app.
         tokio::time::timeout(PATIENCE, self.tasks.join_next())
             .await
             .expect("the web app drains in time")
@@ -136,7 +136,7 @@ impl Rig {
         self.tasks.shutdown().await;
     }
 
-    /// Drops all tasks wherever they are, as SIGKILL would.
+    /// Drops all tasks at any point, as SIGKILL would.
     pub async fn die(mut self) {
         self.tasks.shutdown().await;
     }
