@@ -1,4 +1,4 @@
-//! A scriptable chat-completions endpoint: it streams words at a pace, fails, breaks off or hangs.
+//! A scriptable chat-completions endpoint: it streams words with delays, fails, breaks off or hangs.
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -77,7 +77,7 @@ impl OpenAi {
         format!("http://{}/v1", self.address)
     }
 
-    /// Scripts the answer to one request. Calls queue up; once the queue is empty, requests are echoed again.
+    /// Scripts the answer to one request. Scripted answers are queued; when the queue is empty, requests are echoed.
     pub fn reply(&self, reply: Reply) {
         self.state.script.lock().push_back(reply);
     }

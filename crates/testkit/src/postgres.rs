@@ -87,13 +87,13 @@ impl PostgresServer {
 
     fn signal_all(&self, signal: Signal) {
         let Some(process) = &self.process else { return };
-        // Before the signal: a killed process has no children any more, and they would live on.
+        // List the children before the signal: afterwards they have another parent, and would survive.
         let id = process.id();
         let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
 
         process.signal(signal);
         for child in children.split_ascii_whitespace().filter_map(|child| child.parse().ok()) {
-            // A failure means that the process has exited meanwhile.
+            // A failure means that the process has already exited.
             let _ = signal::kill(Pid::from_raw(child), signal);
         }
     }
@@ -113,7 +113,7 @@ impl PostgresServer {
 
     async fn run(&mut self) -> Result<(), String> {
         let mut command = self.command("postgres");
-        // -F turns fsync off: tests kill the process, never the machine, so nothing needs to reach the disk.
+        // -F turns fsync off: tests kill the process but not the machine, so nothing needs to reach the disk.
         command.args(["-F", "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]);
         command.arg("-p").arg(self.port.to_string()).arg("-D").arg(self.data());
 

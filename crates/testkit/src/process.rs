@@ -50,7 +50,7 @@ impl Process {
         let _ = signal::kill(Pid::from_raw(pid), signal);
     }
 
-    /// Sends SIGTERM and waits up to ten seconds; the drop that follows kills a process that did not exit.
+    /// Sends SIGTERM and waits up to ten seconds. The subsequent drop kills a process that has not exited.
     pub async fn stop(mut self) {
         self.signal(Signal::SIGTERM);
         let end = Instant::now() + STOP_DEADLINE;
@@ -67,7 +67,7 @@ impl Drop for Process {
     }
 }
 
-/// Returns a port that was free a moment ago. Another process may take it, so be prepared to try again.
+/// Returns a port that was free a moment ago. Another process may bind it first, so callers must retry.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("cannot bind a loopback port");
     listener

@@ -132,7 +132,7 @@ impl RedisServer {
         let mut process = Process::spawn(&mut command, &self.dir.path().join("log"), INSTALL);
         let end = Instant::now() + START_DEADLINE;
         loop {
-            // Check for an exit first: another server may answer on a port that this one failed to bind.
+            // Check for an exit first: if this server failed to bind the port, another one may answer on it.
             if process.exited().is_some() || Instant::now() > end {
                 return Err(process.log());
             }
@@ -189,7 +189,7 @@ impl RedisCluster {
         &mut self.nodes[index]
     }
 
-    /// The indexes of the running nodes that are primaries.
+    /// The indexes of the running primaries.
     pub async fn primaries(&self) -> Vec<usize> {
         let mut found = Vec::new();
         for (index, node) in self.nodes.iter().enumerate() {
@@ -221,7 +221,7 @@ impl RedisCluster {
         self.wait_until_whole().await;
     }
 
-    /// Waits until all running nodes see every slot served, three primaries run and every running replica has its link.
+    /// Waits until all running nodes see every slot served, three primaries run, and every replica is connected.
     pub async fn wait_until_whole(&self) {
         crate::eventually(CLUSTER_DEADLINE, || async {
             for node in self.nodes.iter().filter(|node| node.is_running()) {

@@ -1,4 +1,4 @@
-//! Rules that no compiler checks. Each finding names the place, the problem and the remedy.
+//! Rules that the compiler does not check. Each finding names the location, the problem and the remedy.
 
 mod absences;
 mod dependencies;
@@ -13,7 +13,7 @@ use std::fmt;
 #[derive(Debug, PartialEq, Eq)]
 pub struct Finding {
     pub path: String,
-    /// Line number from 1; 0 stands for the file as a whole.
+    /// Line number from 1; 0 means the whole file.
     pub line: usize,
     pub message: String,
 }

@@ -6,7 +6,7 @@ use crate::tree::{File, Tree, is_test};
 struct Absence {
     /// A line of code that contains any of these and `beside` is a finding.
     tokens: &'static [&'static str],
-    /// Empty if any line counts.
+    /// Empty if the tokens alone are a finding.
     beside: &'static str,
     /// Prefixes of the paths that are searched.
     within: &'static [&'static str],
@@ -77,7 +77,7 @@ const ABSENCES: &[Absence] = &[
             ("crates/webapp/src/chat/rooms.rs", "exchanged between web apps only"),
             ("crates/webapp/src/live.rs", "exchanged between web apps only"),
         ],
-        message: "bus subjects belong in wire::subjects, where both ends find them: name it there",
+        message: "bus subjects belong in wire::subjects, which both ends use: define it there",
     },
     Absence {
         tokens: &["env::var", "env::var_os", "env::vars", "env::vars_os", "env::set_var", "env::remove_var"],
@@ -91,21 +91,21 @@ const ABSENCES: &[Absence] = &[
         beside: "",
         within: &["crates/"],
         except: &[],
-        message: "every queue has a bound: choose a capacity, and what happens when it is full",
+        message: "every queue must be bounded: choose a capacity, and what happens when the queue is full",
     },
     Absence {
         tokens: &["tokio::spawn(", "task::spawn(", "thread::spawn("],
         beside: "",
         within: &["crates/"],
         except: &[("crates/client/src/lib.rs", "the connection's only task; it ends with the last handle")],
-        message: "no detached task: spawn on a TaskTracker or JoinSet that someone waits for",
+        message: "no detached task: spawn on a TaskTracker or JoinSet that is awaited",
     },
     Absence {
         tokens: &[".abort()", "abort_all()", "process::abort"],
         beside: "",
         within: &["crates/"],
         except: &[],
-        message: "tasks end, they are not aborted: give it a CancellationToken",
+        message: "tasks must not be aborted: end the task with a CancellationToken",
     },
     Absence {
         tokens: &["process::exit"],
@@ -153,7 +153,7 @@ fn in_code(file: &File) -> Vec<Finding> {
 fn has_word(line: &str, token: &str) -> bool {
     let named = |byte: Option<&u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric() || *byte == b'_');
 
-    // A token that begins or ends with punctuation, such as `.abort()`, has no longer name on that side.
+    // A token that begins or ends with punctuation, such as `.abort()`, cannot be part of a longer name on that side.
     let word_begins = named(token.as_bytes().first());
     let word_ends = named(token.as_bytes().last());
 
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn each_rule_applies_within_its_paths_only() {
+    fn rules_apply_only_within_their_paths() {
         for (path, line, seen) in [
             ("crates/wire/src/a.rs", "let now = Instant::now();", true),
             ("crates/wire/src/a.rs", "let instantly = 1; // Instant", false),
@@ -248,7 +248,7 @@ mod tests {
     fn finding_names_line_and_remedy() {
         let text = "fn a() {\n    tokio::spawn(b());\n}\n";
         let expected = "crates/worker/src/a.rs:2: `tokio::spawn(`: no detached task: spawn on a TaskTracker or JoinSet \
-                        that someone waits for";
+                        that is awaited";
         assert_eq!(found("crates/worker/src/a.rs", text), [expected]);
     }
 

@@ -25,7 +25,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("xtask", &[]),
 ];
 const PARTS: &[&str] = &["gateway", "router", "worker", "cluster", "webapp"];
-/// Crates that bring time, sockets, threads or randomness, which messages must not depend on.
+/// Crates that provide time, sockets, threads or randomness, which messages must not depend on.
 const NOT_IN_WIRE: &[&str] = &[
     "tokio",
     "tokio-util",

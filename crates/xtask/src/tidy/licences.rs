@@ -13,7 +13,7 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
     Ok(Policy::read(&policy.text)?.check(&packages()?))
 }
 
-/// A crate that is built. The lock file is no use here: it also lists crates behind disabled features.
+/// A crate that is built. The lock file is not used, because it also lists crates behind disabled features.
 #[derive(Debug, PartialEq, Eq)]
 struct Package {
     name: String,
@@ -105,7 +105,7 @@ impl Policy {
     }
 
     fn either(&self, words: &[&str], at: &mut usize) -> bool {
-        // Evaluate every alternative, even once one is met: each consumes its words.
+        // Evaluate every alternative, even after one is met, because each consumes its words.
         let mut met = self.all(words, at);
         while words.get(*at) == Some(&"OR") {
             *at += 1;
