@@ -137,8 +137,8 @@ pub trait BusApi: Send + Sync + 'static {
     /// acknowledged, except that adjacent puts run concurrently; the batch ends at the first failure. Choose an order
     /// in which an incomplete batch is safe to repeat. A batch must not put one key twice.
     ///
-    /// Dropping the future does not cancel writes that have begun. Live subscribers may then miss the appended messages,
-    /// and consumers receive them up to five seconds late.
+    /// Dropping the future does not cancel writes that have begun. Live subscribers may then miss the appended
+    /// messages, and consumers receive them up to five seconds late.
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete>;
 
     /// Opens a durable consumer. Consumers with the same name share its messages.

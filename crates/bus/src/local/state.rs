@@ -229,8 +229,8 @@ impl State {
         for (index, step) in steps.iter().enumerate() {
             let earlier = &steps[..index];
             self.check(step, earlier, now_ms)?;
-            // The check uses the state before the batch, so a second put of the same key would be checked against an
-            // outdated revision.
+            // Puts are checked against the state before the batch, so a second put of the same key would be checked
+            // against an outdated revision.
             if earlier.iter().any(|earlier| earlier.puts_what(step)) {
                 return Err(Error::Storage("a batch must not put one key twice".into()));
             }

@@ -222,8 +222,8 @@ impl Consumer {
         self.pending = (self.out.len() + unread) as u64;
     }
 
-    /// Takes over the outstanding deliveries from the state before an outage of the log. Their deadlines are postponed by
-    /// the length of the outage, during which no delivery could be settled or extended.
+    /// Takes over the outstanding deliveries from the state before an outage of the log. Their deadlines are postponed
+    /// by the length of the outage, during which no delivery could be settled or extended.
     pub fn adopt(&mut self, before: &Self, messages: &BTreeMap<u64, StoredAt>, last: u64, outage_ms: u64) {
         // The log may lack the newest cursor. It also lacks the newest messages, whose sequences are assigned again.
         let flushed = self.flushed;

@@ -223,8 +223,8 @@ impl State {
         Ok(())
     }
 
-    /// After the log was reopened within the process: takes over the declarations and the outstanding deliveries from the
-    /// state before the outage, which lasted `outage_ms`.
+    /// After the log was reopened within the process: takes over the declarations and the outstanding deliveries from
+    /// the state before the outage, which lasted `outage_ms`.
     pub fn adopt(&mut self, before: &Self, outage_ms: u64) {
         for (name, old) in &before.streams {
             let stream = self.streams.entry(name.clone()).or_default();
