@@ -592,7 +592,7 @@ impl Bucket {
     }
 }
 
-/// What these steps append to a stream, if none of it is a duplicate.
+/// Bytes that these steps append to the stream, if no message is a duplicate.
 fn appended_bytes(steps: &[Step], name: &str) -> u64 {
     let bytes = steps.iter().map(|step| match step {
         Step::Append { stream, message } if *stream == name => message.size,

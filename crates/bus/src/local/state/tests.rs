@@ -322,7 +322,7 @@ fn full_work_queue_refuses_appends_and_drops_nothing() {
 }
 
 #[test]
-fn a_batch_that_overfills_a_work_queue_is_refused_whole() {
+fn batch_that_overfills_a_work_queue_is_refused_whole() {
     let mut state = State::default();
     let mut group = Group::new(1);
     declare(&mut state, &mut group);
@@ -334,8 +334,9 @@ fn a_batch_that_overfills_a_work_queue_is_refused_whole() {
         };
         Step::Append { stream: "work", message: NewMessage::new(&message, None) }
     };
+
     let refused = state.write(&mut group, &[append(), append(), append()], 0, 0);
-    assert!(refused.err().unwrap().to_string().contains("holds its"));
+    assert!(refused.err().unwrap().to_string().contains("has reached its limit"));
     assert_eq!(state.info("work").unwrap().messages, 0);
     assert_eq!(state.write(&mut group, &[append(), append()], 0, 0).unwrap().len(), 2);
 }
