@@ -9,17 +9,48 @@ pub use subscriptions::{expire, leave_all};
 use crate::Node;
 use crate::client::{Client, Outbox, frame};
 use crate::permissions::Denied;
-use crate::session::{Outcome, Transport};
+use futures_util::future::BoxFuture;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, OnceLock};
 use wire::channels::Position;
 use wire::realtime::{
-    ClientInfo, Command, Disconnect, ErrorCode, HistoryRequest, HistoryResult, Method, PingResult, PresenceResult,
-    PresenceStatsResult, Publication, PublishRequest, PublishResult, Reply, UnsubscribeResult,
+    ClientInfo, Command, Disconnect, Encoding, ErrorCode, HistoryRequest, HistoryResult, Method, PingResult,
+    PresenceResult, PresenceStatsResult, Publication, PublishRequest, PublishResult, Reply, UnsubscribeResult,
 };
 
 /// RPCs that one client may have in flight.
 pub const RPCS_MAX: usize = 32;
+
+/// The transport options that a client chose in its upgrade request.
+#[derive(Debug, Clone, Copy)]
+pub struct Transport {
+    pub encoding: Encoding,
+    /// Pings are WebSocket ping frames instead of protocol messages.
+    pub frame_pings: bool,
+}
+
+/// When a connection token expires.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenEnd {
+    Never,
+    /// Seconds from now.
+    In(u32),
+}
+
+impl TokenEnd {
+    pub fn of(ttl: Option<u32>) -> Self {
+        ttl.map_or(Self::Never, Self::In)
+    }
+}
+
+/// The effects of one message's commands on the session.
+#[derive(Default)]
+pub struct Outcome {
+    /// The expiry of the new token, if a connect or refresh succeeded.
+    pub token_end: Option<TokenEnd>,
+    pub rpcs: Vec<BoxFuture<'static, ()>>,
+    pub close: Option<Disconnect>,
+}
 
 /// The parts of a connection that its commands use.
 #[derive(Clone)]

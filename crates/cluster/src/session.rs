@@ -1,7 +1,7 @@
 //! The session of a WebSocket connection, one task: reads commands, carries them out, and writes the client's outbox.
 
 use crate::client::{Outbox, frame};
-use crate::commands::{self, Connection};
+use crate::commands::{self, Connection, Outcome, TokenEnd, Transport};
 use crate::slot::ConnectionSlot;
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::future::BoxFuture;
@@ -27,14 +27,6 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a client may take to close its side after the close frame.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// The transport options that a client chose in its upgrade request.
-#[derive(Debug, Clone, Copy)]
-pub struct Transport {
-    pub encoding: Encoding,
-    /// Pings are WebSocket ping frames instead of protocol messages.
-    pub frame_pings: bool,
-}
 
 /// How a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,29 +76,6 @@ enum Phase {
         /// When the connection token and its refresh grace expire.
         token_end: Option<Instant>,
     },
-}
-
-/// When a connection token expires.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TokenEnd {
-    Never,
-    /// Seconds from now.
-    In(u32),
-}
-
-impl TokenEnd {
-    pub fn of(ttl: Option<u32>) -> Self {
-        ttl.map_or(Self::Never, Self::In)
-    }
-}
-
-/// The effects of one message's commands on the session.
-#[derive(Default)]
-pub struct Outcome {
-    /// The expiry of the new token, if a connect or refresh succeeded.
-    pub token_end: Option<TokenEnd>,
-    pub rpcs: Vec<BoxFuture<'static, ()>>,
-    pub close: Option<Disconnect>,
 }
 
 impl Session {

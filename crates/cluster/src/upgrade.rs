@@ -1,7 +1,8 @@
 //! The upgrade of an HTTP request to a WebSocket connection.
 
 use crate::Node;
-use crate::session::{self, Transport};
+use crate::commands::Transport;
+use crate::session;
 use crate::slot::ConnectionSlot;
 use axum::body::Body;
 use axum::extract::{Request, State};

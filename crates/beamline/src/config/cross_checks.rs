@@ -25,7 +25,9 @@ pub fn check(settings: &Settings, problems: &mut Problems) {
 
 pub fn warnings(settings: &Settings) -> Vec<String> {
     let mut warnings = open_channels(settings);
-    warnings.extend(roles::warnings(settings));
+    if settings.is_embedded() {
+        warnings.extend(roles::warnings(&settings.roles));
+    }
     warnings.extend(no_host_names(settings));
     warnings
 }
@@ -46,7 +48,12 @@ impl Checks<'_> {
     }
 
     fn roles_find_each_other(&mut self) {
-        for problem in roles::problems(self.settings) {
+        let unmet = if self.settings.is_embedded() {
+            roles::problems(&self.settings.roles)
+        } else {
+            Vec::new()
+        };
+        for problem in unmet {
             self.problem("roles", problem);
         }
     }

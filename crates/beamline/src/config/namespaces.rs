@@ -1,7 +1,6 @@
 //! The rules of channels that result from the settings, and how `config show` prints them.
 
 use super::keys::NAMESPACE;
-use super::settings::Settings;
 use super::tables::{Source, Tables, Values};
 use super::value::{Value, render};
 use cluster::{Namespace, Overrides, Rules};
@@ -24,10 +23,9 @@ pub fn effective(tables: &Tables) -> Vec<Namespace> {
 }
 
 /// Appends the effective rules in the form of the settings file, with the line of each key that the file sets.
-pub fn show(settings: &Settings, out: &mut String) {
-    let tables = &settings.tables;
-    show_rules(out, "[cluster.defaults]", None, &settings.cluster.defaults, tables.namespace_defaults.as_ref());
-    for Namespace { name, rules } in &settings.cluster.namespaces {
+pub fn show(cluster: &cluster::Config, tables: &Tables, out: &mut String) {
+    show_rules(out, "[cluster.defaults]", None, &cluster.defaults, tables.namespace_defaults.as_ref());
+    for Namespace { name, rules } in &cluster.namespaces {
         let given = tables
             .namespaces
             .iter()

@@ -3,7 +3,6 @@
 //! On NATS, any part can run alone. The embedded bus connects only the parts of one process, so some parts are useless
 //! there without others.
 
-use super::settings::{Bus, Settings};
 use std::fmt;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,14 +60,11 @@ const WANTS: &[(Role, Role, &str)] = &[
     (Webapp, Router, "questions to the assistant in rooms get no answer"),
 ];
 
-/// Returns a problem for each role that cannot work in this process.
-pub fn problems(settings: &Settings) -> Vec<String> {
-    if !is_embedded(settings) {
-        return Vec::new();
-    }
+/// Returns a problem for each of these roles that cannot work in this process on the embedded bus.
+pub fn problems(roles: &[Role]) -> Vec<String> {
     let unmet = NEEDS
         .iter()
-        .filter(|(role, needs, _)| settings.has_role(*role) && !needs.iter().any(|need| settings.has_role(*need)));
+        .filter(|(role, needs, _)| roles.contains(role) && !needs.iter().any(|need| roles.contains(need)));
     unmet
         .map(|(role, needs, lack)| {
             let needs = needs.iter().map(|need| need.name()).collect::<Vec<_>>().join(" or ");
@@ -80,23 +76,16 @@ pub fn problems(settings: &Settings) -> Vec<String> {
         .collect()
 }
 
-/// Returns a warning for each role that works with reduced function.
-pub fn warnings(settings: &Settings) -> Vec<String> {
-    if !is_embedded(settings) {
-        return Vec::new();
-    }
+/// Returns a warning for each of these roles that works with reduced function on the embedded bus.
+pub fn warnings(roles: &[Role]) -> Vec<String> {
     let reduced = WANTS
         .iter()
-        .filter(|(role, want, _)| settings.has_role(*role) && !settings.has_role(*want));
+        .filter(|(role, want, _)| roles.contains(role) && !roles.contains(want));
     reduced
         .map(|(role, want, lack)| {
             format!("roles has {role} without {want}, and the embedded bus reaches no other process: {lack}")
         })
         .collect()
-}
-
-fn is_embedded(settings: &Settings) -> bool {
-    matches!(settings.bus, Bus::Embedded(_))
 }
 
 #[cfg(test)]

@@ -109,6 +109,11 @@ impl Settings {
         self.roles.contains(&role)
     }
 
+    /// Whether the bus reaches only the parts of this process.
+    pub fn is_embedded(&self) -> bool {
+        matches!(self.bus, Bus::Embedded(_))
+    }
+
     /// Whether the setting `key` was left at its default.
     pub fn is_default(&self, key: &str) -> bool {
         self.tables.values.source(key) == Some(&Source::Default)

@@ -15,7 +15,7 @@ impl Settings {
         for provider in &self.tables.providers {
             show_provider(&mut out, provider);
         }
-        namespaces::show(self, &mut out);
+        namespaces::show(&self.cluster, &self.tables, &mut out);
         out.trim_start().to_string()
     }
 }

@@ -1,6 +1,5 @@
 //! Announces that the process is ready, and its addresses: to the parent process, the service manager and the terminal.
 
-use super::start::Addresses;
 use crate::config::{LogFormat, Role, Settings};
 use crate::secrets;
 use anyhow::Result;
@@ -8,6 +7,13 @@ use serde::Serialize;
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+
+/// The bound addresses of the listeners; the settings may say port 0.
+pub struct Addresses {
+    pub http: SocketAddr,
+    pub ops: SocketAddr,
+    pub grpc: SocketAddr,
+}
 
 /// The line `ready {…}` on stdout, for the parent process.
 #[derive(Debug, Serialize)]

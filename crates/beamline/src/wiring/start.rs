@@ -1,6 +1,6 @@
 //! Starts the process: binds the ports and the parts, and runs them in their stages.
 
-use super::announce::{self, Ready};
+use super::announce::{self, Addresses, Ready};
 use super::bind;
 use super::stages::Stages;
 use crate::activation::Given;
@@ -81,13 +81,6 @@ struct Ports {
     http: (TcpListener, SocketAddr),
     ops: (TcpListener, SocketAddr),
     grpc: (TcpListener, SocketAddr),
-}
-
-/// The bound addresses of the listeners; the settings may say port 0.
-pub struct Addresses {
-    pub http: SocketAddr,
-    pub ops: SocketAddr,
-    pub grpc: SocketAddr,
 }
 
 impl Ports {

@@ -2,9 +2,9 @@
 
 use super::subscriptions::{self, Prepared};
 use super::{Connection, Failure};
+use super::{TokenEnd, Transport};
 use crate::Node;
 use crate::client::Client;
-use crate::session::{TokenEnd, Transport};
 use crate::token::{self, Refusal, Tokens, ttl};
 use bus::clock::unix_ms;
 use std::collections::BTreeMap;
