@@ -51,8 +51,10 @@ async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
         return Err(ErrorBody::new(RouterCode::IdempotencyConflict, text));
     }
 
-    // The router that created the record may have ended before it appended the assignment.
-    if let (false, Some(decision), Some(id)) = (task.state.is_final(), &task.decision, &task.assignment_id) {
+    // The router that created the record may have ended before it appended the assignment. A task that runs has its
+    // assignment; after the stream's dedup window a second append would store it again.
+    let may_lack_assignment = matches!(task.state, State::Queued | State::Assigned);
+    if let (true, Some(decision), Some(id)) = (may_lack_assignment, &task.decision, &task.assignment_id) {
         let assignment = assignment(request, id.clone(), decision.clone());
         let mut writes = Vec::from_iter(bus::tasks::note_assignment(&task));
         writes.push(append(request, &assignment));
