@@ -15,6 +15,7 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -75,13 +76,14 @@ pub async fn get(link: &Link, bucket: &str, key: &str) -> Result<Option<(Bytes, 
     Ok(Some((entry.payload, revision)))
 }
 
-/// As [`get`], but from the leader, which has all acknowledged writes.
+/// As [`get`], but from the leader of the stream, which has every acknowledged write.
 async fn get_from_leader(link: &Link, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
     let failed = |why: &str| Error::Storage(format!("cannot read from bucket {bucket}: {why}"));
     let subject = format!("$JS.API.STREAM.MSG.GET.KV_{bucket}");
-    let asked = serde_json::json!({"last_by_subj": format!("$KV.{bucket}.{}", encode(key))});
+    let query = BTreeMap::from([("last_by_subj", format!("$KV.{bucket}.{}", encode(key)))]);
+    let query = serde_json::to_vec(&query).expect("a map of texts is JSON");
     let reply = link
-        .ask(&subject, HeaderMap::new(), asked.to_string().into(), Awaited::Reply, DEADLINE)
+        .ask(&subject, HeaderMap::new(), query.into(), Awaited::Reply, DEADLINE)
         .await
         .map_err(|error| unavailable(bucket, error))?;
 
