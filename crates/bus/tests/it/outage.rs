@@ -170,6 +170,13 @@ async fn clients_move_from_a_lame_duck_to_the_other_server() {
         soon(pair[0].exit()).await;
         eventually(SOON, || async { asker.health().await.is_ok() && responder.health().await.is_ok() }).await;
 
+        // Requests that were in flight during the move may still fail.
+        let moving = traffic.now();
+        eventually(SOON, || async {
+            let now = traffic.now();
+            now.answered + now.failed() >= moving.sent
+        })
+        .await;
         let moved = traffic.now();
         eventually(SOON, || async { traffic.now().answered > moved.answered + 100 }).await;
         moved
