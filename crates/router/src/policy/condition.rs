@@ -2,12 +2,14 @@
 //! undefined variable is false.
 
 mod eval;
+mod meter;
 mod pattern;
 
 use cel::common::ast::{EntryExpr, Expr, IdedExpr, LiteralValue, SelectExpr};
 use cel::{ExecutionError, Program, Value as Cel};
-pub use eval::Stop;
-use eval::{Evaluation, Meter, Val};
+use eval::{Evaluation, Val};
+use meter::Meter;
+pub use meter::Stop;
 use pattern::Pattern;
 use serde_json::Value;
 use std::cell::OnceCell;

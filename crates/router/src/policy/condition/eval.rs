@@ -5,6 +5,7 @@
 //! (loops, searching and comparing lists and texts, patterns) is done here, on the request's own JSON, so values are
 //! copied only when they are needed.
 
+use super::meter::{Meter, Stop};
 use super::pattern::Pattern;
 use cel::common::ast::operators as op;
 use cel::common::ast::{
@@ -17,82 +18,14 @@ use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Bytes of text that count as one step when they are compared, searched or copied.
-const TEXT_STEP: usize = 64;
 /// Steps charged for calling a function of the crate: about the time that it takes.
 const FUNCTION_STEPS: u64 = 20;
 /// Steps charged for copying a text and for inserting an entry into a map.
 const COPY_STEPS: u64 = 8;
 const ENTRY_STEPS: u64 = 40;
 
-/// Why an evaluation has no value.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Stop {
-    /// The expression names something that the request does not have.
-    Undefined,
-    /// Wrong types, an overflow, a division by zero. The text names types and functions, never values of the request.
-    Failed(String),
-    /// All steps are used up.
-    Spent,
-}
-
 fn failed<T>(what: impl Into<String>) -> Result<T, Stop> {
     Err(Stop::Failed(what.into()))
-}
-
-/// The steps that an evaluation may still take.
-pub struct Meter {
-    pub left: u64,
-}
-
-impl Meter {
-    pub fn charge(&mut self, steps: u64) -> Result<(), Stop> {
-        let left = self.left.checked_sub(steps);
-        self.left = left.unwrap_or(0);
-        left.map(drop).ok_or(Stop::Spent)
-    }
-
-    fn text(&mut self, text: &str) -> Result<(), Stop> {
-        self.charge(1 + (text.len() / TEXT_STEP) as u64)
-    }
-
-    /// Charges the steps of copying or comparing the whole value.
-    pub fn json(&mut self, json: &Json) -> Result<(), Stop> {
-        match json {
-            Json::String(text) => self.text(text),
-            Json::Array(items) => {
-                self.charge(1)?;
-                items.iter().try_for_each(|item| self.json(item))
-            }
-            Json::Object(fields) => self.object(fields),
-            _ => self.charge(1),
-        }
-    }
-
-    fn object(&mut self, fields: &Map<String, Json>) -> Result<(), Stop> {
-        self.charge(1)?;
-        fields
-            .iter()
-            .try_for_each(|(key, value)| self.text(key).and_then(|()| self.json(value)))
-    }
-
-    fn cel(&mut self, value: &Cel) -> Result<(), Stop> {
-        match value {
-            Cel::String(text) => self.text(text),
-            Cel::Bytes(bytes) => self.charge(1 + (bytes.len() / TEXT_STEP) as u64),
-            Cel::List(items) => {
-                self.charge(1)?;
-                items.iter().try_for_each(|item| self.cel(item))
-            }
-            Cel::Map(map) => {
-                self.charge(1)?;
-                map.map
-                    .iter()
-                    .try_for_each(|(_, value)| self.charge(1).and_then(|()| self.cel(value)))
-            }
-            _ => self.charge(1),
-        }
-    }
 }
 
 /// A value of an expression. Values of the request are borrowed.

@@ -2,8 +2,7 @@
 //! whose states are built as texts need them. A text that needs too many states, which `(a|b)*a(a|b){30}` can cause,
 //! has no result.
 
-use super::Stop;
-use super::eval::Meter;
+use super::meter::{Meter, Stop};
 use parking_lot::Mutex;
 use regex_automata::hybrid::dfa::{Cache, DFA};
 use regex_automata::nfa::thompson;
