@@ -1,4 +1,5 @@
-//! What takes a provider out, for whom and for how long; and that all routers agree on it.
+//! Circuit breakers and cool-downs: what makes a provider unavailable, to which tenants and for how long, and that
+//! all routers reach the same state.
 
 use crate::{Router, SOON, changed, connect, push, request, result, write};
 use bus::{Bus, Message};
@@ -12,7 +13,7 @@ use wire::status::{BreakerStatus, RouterStatus};
 use wire::subjects;
 
 const ONE: &str = r#"{"providers": [{"name": "p", "weight": 1}]}"#;
-/// Open for longer than any test runs, and one probe at a time.
+/// The open state outlasts every test, and the half-open state admits one probe at a time.
 const RULES: CircuitBreaker = CircuitBreaker {
     failure_threshold: 3,
     error_rate_threshold: 1.0,
@@ -30,7 +31,7 @@ async fn router(files: &[(&str, &str)]) -> Router {
     Router::ruled(dir, None, RULES).await
 }
 
-/// Pushes a task; its assignment, or the refusal.
+/// Pushes a task and returns its assignment, or the error of the refusal.
 async fn assign(router: &Router, request: &Value) -> Result<Value, Value> {
     let answer = router.decide(request).await;
     if answer["ok"] != true {
@@ -47,7 +48,7 @@ async fn end(router: &Router, assignment: &Value, status: &str, fields: Value) {
         .await;
 }
 
-/// A task that is pushed and fails.
+/// Pushes a task and reports its failure.
 async fn fail(router: &Router, request: &Value) {
     let assignment = assign(router, request).await.unwrap();
     end(router, &assignment, "error", json!({"error_code": "unreachable"})).await;
@@ -57,7 +58,7 @@ fn of(tenant: &str, request: Value) -> Value {
     changed(request, json!({"tenant_id": tenant}))
 }
 
-/// What another router says of the breaker of `p`: the quick way into a state.
+/// Publishes the breaker state of `p` as the status of another router: the shortest way into a state.
 async fn told(bus: &Bus, generation: u64, state: &str) {
     let breaker = BreakerStatus {
         provider: "p".into(),
@@ -98,6 +99,7 @@ async fn providers_own_limit_counts_as_failure_and_a_clients_deadline_does_not()
             .unwrap();
         end(&router, &foreign, "timeout", json!({})).await;
     }
+
     let last = assign(&router, &push("last")).await.unwrap();
     end(&router, &last, "success", json!({})).await;
     router
@@ -124,13 +126,13 @@ async fn strict_policy_keeps_a_provider_from_its_own_tenant_only() {
     let refused = assign(&router, &of("acme", push("r2"))).await.unwrap_err();
     assert_eq!(refused["code"], "no_provider_available");
     for n in 0..20 {
-        assert_eq!(router.decide(&of("other", request(&format!("o{n}")))).await["ok"], true, "others are not harmed");
+        assert_eq!(router.decide(&of("other", request(&format!("o{n}")))).await["ok"], true, "others are served");
     }
     router
         .breaker("p", None, |breaker| breaker["state"] == "closed" && breaker["failures"] == 1)
         .await;
 
-    // A policy that is gone leaves no breaker behind.
+    // A policy that no longer has breaker rules of its own has no breaker either.
     router.policy("acme/default.json", ONE);
     let own = |breaker: &Value| breaker["tenant"] == "acme";
     router
@@ -145,6 +147,7 @@ async fn breaker_rules_that_a_policy_omits_are_the_operators() {
     for n in 0..3 {
         fail(&router, &push(&format!("r{n}"))).await;
     }
+
     // The built-in threshold is five; the operator's is three.
     router
         .breaker("p", Some("default/default"), |breaker| breaker["generation"] == 1)
@@ -164,6 +167,7 @@ async fn busy_endpoint_cools_down_without_a_failure() {
         };
         end(&router, &assignment, "error", busy.clone()).await;
     }
+
     let cooling = |breaker: &Value| {
         breaker["cooling_down_ms"]
             .as_u64()
@@ -195,10 +199,12 @@ async fn cool_down_ends_by_itself() {
 async fn concurrent_decisions_take_the_last_place_once() {
     let router = router(&[("default/default.json", ONE)]).await;
     half_open(&router, 1).await;
-    // No place may come back while a slow machine is still deciding.
+
+    // The long deadline keeps the probe's place from expiring while a slow machine is still deciding.
     let patient = |n| changed(push(&format!("r{n}")), json!({"options": {"deadline_ms": 600_000}}));
     let pushes: Vec<Value> = (0..40).map(patient).collect();
     let answers = futures_util::future::join_all(pushes.iter().map(|push| router.decide(push))).await;
+
     let served = answers.iter().filter(|answer| answer["ok"] == true).count();
     assert_eq!(served, 1, "{answers:?}");
     let refused = answers
@@ -213,8 +219,9 @@ async fn every_end_of_a_task_returns_its_place() {
     let router = router(&[("default/default.json", ONE)]).await;
     half_open(&router, 1).await;
     for n in 0..20 {
-        assert_eq!(router.decide(&request(&format!("d{n}"))).await["ok"], true, "nothing was pushed: {n}");
+        assert_eq!(router.decide(&request(&format!("d{n}"))).await["ok"], true, "a decision takes no place: {n}");
     }
+
     for (n, (status, fields)) in [
         ("cancelled", json!({})),
         ("error", json!({"error_code": "spawn_failed"})),
@@ -224,7 +231,7 @@ async fn every_end_of_a_task_returns_its_place() {
     .into_iter()
     .enumerate()
     {
-        // A deadline that no test lives to see: nothing but the outcome gives the place back.
+        // The deadline outlasts the test, so that only the outcome can return the place.
         let patient = changed(push(&format!("r{n}")), json!({"options": {"deadline_ms": 600_000}}));
         testkit::eventually(SOON, || async { router.decide(&patient).await["ok"] == true }).await;
         let assignment = assign(&router, &patient).await.unwrap();
@@ -247,6 +254,7 @@ async fn results_from_before_the_trip_do_not_count_as_probes() {
     router
         .breaker("p", None, |breaker| breaker["state"] == "open" && breaker["generation"] == 1)
         .await;
+
     half_open(&router, 1).await;
     for assignment in &before[3..7] {
         end(&router, assignment, "success", json!({})).await;
@@ -254,6 +262,7 @@ async fn results_from_before_the_trip_do_not_count_as_probes() {
     end(&router, &before[7], "error", json!({})).await;
     testkit::eventually(SOON, || async { router.bus.stream_info(subjects::STREAM_USAGE).await.unwrap().messages == 8 })
         .await;
+
     for n in 0..2 {
         let id = format!("probe{n}");
         testkit::eventually(SOON, || async { router.decide(&push(&id)).await["ok"] == true }).await;
@@ -268,7 +277,7 @@ async fn results_from_before_the_trip_do_not_count_as_probes() {
         .await;
 }
 
-/// One of several routers on the same bus.
+/// Starts another router on the bus, with the policies under `dir`.
 async fn another(bus: Bus, dir: &std::path::Path) -> (JoinHandle<Result<(), router::Error>>, CancellationToken) {
     let config = router::Config {
         policies: dir.join("policies"),
@@ -280,7 +289,7 @@ async fn another(bus: Bus, dir: &std::path::Path) -> (JoinHandle<Result<(), rout
     (tokio::spawn(bound.run(cancel.clone())), cancel)
 }
 
-/// Waits until this many routers have said of themselves that the breaker is such.
+/// Waits until this many routers report the breaker of all tenants in this state and generation.
 async fn all(routers: usize, bus: &Bus, state: &str, generation: u64) {
     let mut statuses = bus.subscribe(subjects::ROUTER_STATUS, None, 256).await.unwrap();
     let mut latest: BTreeMap<String, (String, u64)> = BTreeMap::new();
@@ -302,6 +311,7 @@ async fn all(routers: usize, bus: &Bus, state: &str, generation: u64) {
             }
         }
     };
+
     if tokio::time::timeout(SOON, agreed).await.is_err() {
         panic!("{routers} routers do not agree on {state} {generation}");
     }
@@ -320,20 +330,21 @@ pub async fn all_routers_follow_the_same_outcomes_and_a_late_one_adopts_them(mut
     for _ in 0..3 {
         running.push(another(bus().await, &dir).await);
     }
-    // A queue gives each result to one router; three failures open the breaker of all three.
+
+    // Each result is delivered to one router only; three failures still open the breaker on all three.
     for n in 0..3 {
         fail(&router, &push(&format!("r{n}"))).await;
     }
     all(3, &router.bus, "open", 1).await;
     for n in 0..30 {
         let refused = assign(&router, &push(&format!("x{n}"))).await.unwrap_err();
-        assert_eq!(refused["code"], "no_provider_available", "whichever router is asked");
+        assert_eq!(refused["code"], "no_provider_available", "whichever router answers");
     }
 
     running.push(another(bus().await, &dir).await);
     all(4, &router.bus, "open", 1).await;
 
-    // Probes that one router sends close it for all.
+    // Successful probes close the breaker on every router.
     told(&router.bus, 1, "half_open").await;
     all(4, &router.bus, "half_open", 1).await;
     for n in 0..2 {

@@ -37,7 +37,7 @@ pub async fn answer_without_inbox_goes_to_the_reply_subject(router: Router) {
         assert_eq!(answer["ok"], ok, "{answer}");
     }
 
-    // A query without an inbox gets no answer, not on this subject either.
+    // A query without an inbox is not answered on this subject either: the next message is the test's own empty one.
     let payload = json!({"request_id": "r1"}).to_string().into();
     let message = Message { subject: subjects::GET_DECISION.into(), payload, ..Message::default() };
     router.bus.publish(message).await.unwrap();
@@ -75,7 +75,8 @@ async fn weights_share_requests_and_a_session_keeps_its_provider() {
             .entry(decision["provider_id"].as_str().unwrap().into())
             .or_default() += 1;
     }
-    assert!((1500..1700).contains(&drawn["fast"]), "80 of 100: {drawn:?}");
+    assert!((1500..1700).contains(&drawn["fast"]), "`fast` has 80 of 100 weights: {drawn:?}");
+
     for n in 0..300 {
         let user = format!("u{}", n % 30);
         let asked = changed(request(&format!("s{n}")), json!({"metadata": {"user_id": user}}));
@@ -123,6 +124,7 @@ async fn headers_beat_the_payload_and_invalid_ones_are_ignored() {
         assert_eq!(answer["decision"]["policy_version"], version, "{name}: {value} → {answer}");
         assert_eq!(answer["context"]["trace_id"], trace_id, "{name}: {value}");
     }
+
     let (without_span, uppercase) = (format!("00-{trace}-01"), parent.to_uppercase());
     for (parent, expected) in [
         (parent.as_str(), json!(trace)),
@@ -146,7 +148,7 @@ fn with(fields: Value) -> Value {
     changed(request("r"), fields)
 }
 
-/// Checks the whole error of a request, whose answer repeats its request id and trace id.
+/// Checks the complete refusal of a request: its error, and the context with its request id and trace id.
 async fn check_refusal(router: &Router, asked: Value, error: Value) {
     let mut context = json!({"request_id": "r"});
     if let Some(trace_id) = asked.get("trace_id") {
@@ -193,6 +195,7 @@ async fn invalid_request_is_refused_with_check_and_field() {
     ] {
         check_refusal(&router, asked, error).await;
     }
+
     router
         .status(|status| status["errors_by_code"]["invalid_request"] == 14)
         .await;
@@ -226,12 +229,13 @@ async fn request_that_cannot_be_decided_is_refused_with_the_reason() {
     ] {
         check_refusal(&router, with(fields), json!({"code": code, "message": message})).await;
     }
+
     router
         .status(|status| status["errors_by_code"]["no_provider_available"] == 1)
         .await;
 }
 
-/// The message is the parser's own; the codes are the contract's.
+/// Only the codes are checked, because the message comes from the parser.
 #[tokio::test]
 async fn request_with_missing_or_mistyped_fields_fails_schema_validation() {
     let router = Router::local().await;
@@ -257,12 +261,13 @@ async fn request_with_missing_or_mistyped_fields_fails_schema_validation() {
         assert_eq!(answer["error"]["intake_error_code"], "SCHEMA_VALIDATION_FAILED", "{asked} → {answer}");
         assert_eq!(answer["context"]["request_id"], "r");
     }
+
     router
         .status(|status| status["errors_by_code"]["invalid_request"] == 10)
         .await;
 }
 
-/// A program is started with the ids in its environment, where a NUL ends them: such a task could only ever fail.
+/// Programs receive the ids as environment variables, which cannot contain a NUL, so such a task could only fail.
 #[tokio::test]
 async fn ids_with_control_characters_are_refused_with_their_field() {
     let router = Router::local().await;
@@ -284,6 +289,7 @@ async fn ids_with_control_characters_are_refused_with_their_field() {
         );
         assert!(error["message"].as_str().unwrap().starts_with(field), "{answer}");
     }
+
     let flow = json!({"run_id": "a", "flow_id": "b", "step_id": "c\td"});
     let refused = router.decide(&changed(request("r"), flow)).await;
     assert_eq!(refused["error"]["message"], "step_id has a control character; ids have none");

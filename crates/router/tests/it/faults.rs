@@ -1,4 +1,4 @@
-//! Bytes that are no request, too many of them, and an end in the middle.
+//! Payloads that are invalid or too large, shutdown with requests still queued, and the load report.
 
 use crate::{Router, SOON, changed, push, request};
 use bus::Headers;
@@ -17,15 +17,16 @@ async fn bytes_that_are_not_a_request_are_refused() {
         let empty = changed(request("r"), json!({"metadata": {"a": ""}})).to_string().len();
         changed(request("r"), json!({"metadata": {"a": "x".repeat(wire::limits::DECIDE_MAX - empty)}})).to_string()
     };
+
     for (name, payload, code) in [
         ("nothing", vec![], Some("SCHEMA_VALIDATION_FAILED")),
         ("half", b"{\"version\":".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
         ("an array", br#"["1","r","t",{"type":"t","payload":{}}]"#.to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
         ("null", b"null".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
-        ("no UTF-8", b"{\"version\":\"\xff\"}".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("invalid UTF-8", b"{\"version\":\"\xff\"}".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
         ("too deep", deep.into_bytes(), Some("SCHEMA_VALIDATION_FAILED")),
         ("a field twice", twice.into_bytes(), Some("SCHEMA_VALIDATION_FAILED")),
-        ("a number beyond all", b"{\"deadline\":1e999}".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
+        ("a number out of range", b"{\"deadline\":1e999}".to_vec(), Some("SCHEMA_VALIDATION_FAILED")),
         ("trailing bytes", format!("{} x", request("r")).into_bytes(), Some("SCHEMA_VALIDATION_FAILED")),
         ("one byte too many", format!("{largest} ").into_bytes(), Some("PAYLOAD_TOO_LARGE")),
         ("huge", huge.into_bytes(), Some("PAYLOAD_TOO_LARGE")),
@@ -36,6 +37,7 @@ async fn bytes_that_are_not_a_request_are_refused() {
         assert_eq!(answer["error"]["intake_error_code"].as_str(), code, "{name}: {answer}");
         assert_eq!(answer["ok"], code.is_none(), "{name}");
     }
+
     for subject in [subjects::GET_DECISION, subjects::CANCEL] {
         for payload in ["", "[]", "{}", r#"{"request_id":7}"#] {
             let answer = router.ask_bytes(subject, Headers::new(), payload.into()).await;
@@ -61,7 +63,8 @@ async fn queued_requests_are_answered_before_the_router_ends() {
             .request(subjects::DECIDE, Headers::new(), asked.to_string().into(), SOON)
     });
     let mut asked = Box::pin(futures_util::future::join_all(asked));
-    // Sent, and on this thread nobody has had the time to look at them.
+
+    // One poll sends the requests; the router, a task on the same single-threaded runtime, has not run yet.
     assert!(futures_util::FutureExt::now_or_never(asked.as_mut()).is_none());
     router.cancel.cancel();
     for answer in asked.await {
@@ -73,6 +76,7 @@ async fn queued_requests_are_answered_before_the_router_ends() {
         .unwrap()
         .unwrap()
         .unwrap();
+
     let gone = router
         .bus
         .request(subjects::DECIDE, Headers::new(), "{}".into(), Duration::from_secs(1))
@@ -90,6 +94,7 @@ async fn backpressure_status_reports_live_numbers() {
         json!({"queue_overload": 1000, "latency_overload_ms": 5000, "inflight_overload": 500})
     );
     assert_eq!(load["data"]["policy"], json!({"retry_after_seconds": 30, "max_retry_attempts": 3}));
+
     let pushes = (0..1000).map(|n| {
         let payload = push(&format!("r{n}")).to_string().into();
         router.bus.request(subjects::DECIDE, Headers::new(), payload, SOON)
@@ -97,10 +102,11 @@ async fn backpressure_status_reports_live_numbers() {
     for answer in futures_util::future::join_all(pushes).await {
         answer.unwrap();
     }
+
     let load = router.ask(subjects::BACKPRESSURE, &json!({})).await;
     assert_eq!(
         (&load["data"]["status"], &load["data"]["metrics"]["pending_messages"]),
         (&json!("warning"), &json!(1000))
     );
-    assert_eq!(router.decide(&request("served")).await["ok"], true, "a warning does not refuse");
+    assert_eq!(router.decide(&request("served")).await["ok"], true, "served despite the warning");
 }

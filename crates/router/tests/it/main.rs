@@ -1,5 +1,4 @@
-//! The router on a bus: what it answers, stores and survives. What must hold on every bus also runs on a real
-//! nats-server.
+//! Black-box tests of the router. Cases that must hold on every bus run on the local bus and on a real nats-server.
 
 mod breakers;
 mod decide;
@@ -19,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use wire::policy::CircuitBreaker;
 
-/// No wait of a test is longer.
+/// The time limit of each wait in these tests.
 const SOON: Duration = Duration::from_secs(15);
 
 macro_rules! on_both {
@@ -76,7 +75,7 @@ impl Router {
         Self::with(TempDir::new().unwrap(), Some(NatsServer::start().await)).await
     }
 
-    /// On the local bus, with these policy files.
+    /// Starts a router on the local bus with these policy files.
     async fn with_policies(files: &[(&str, &str)]) -> Self {
         let dir = TempDir::new().unwrap();
         for (name, text) in files {
@@ -89,7 +88,7 @@ impl Router {
         Self::ruled(dir, server, CircuitBreaker::default()).await
     }
 
-    /// With these rules of the operator.
+    /// Starts a router with these circuit-breaker rules as the operator's.
     async fn ruled(dir: TempDir, server: Option<NatsServer>, circuit_breaker: CircuitBreaker) -> Self {
         let bus = match &server {
             None => open(dir.path()).await,
@@ -98,7 +97,7 @@ impl Router {
         Self { server, ..Self::beside(dir, bus, circuit_breaker).await }
     }
 
-    /// On the bus of others, with a directory of its own.
+    /// Starts a router on an existing bus, with a directory of its own.
     async fn beside(dir: TempDir, bus: Bus, circuit_breaker: CircuitBreaker) -> Self {
         let config = router::Config {
             policies: dir.path().join("policies"),
@@ -111,7 +110,7 @@ impl Router {
         Self { dir, server: None, bus, cancel, running }
     }
 
-    /// Ends in good order; what it stored is still there.
+    /// Stops the router cleanly and starts a new one with the same directory and server.
     async fn restart(self) -> Self {
         let (dir, server) = self.stop().await;
         Self::with(dir, server).await
@@ -166,7 +165,8 @@ impl Router {
     async fn stored(&self, stream: &'static str) -> Vec<Value> {
         static READERS: AtomicU64 = AtomicU64::new(0);
         let count = self.bus.stream_info(stream).await.unwrap().messages;
-        // A work queue has one consumer.
+
+        // A work queue allows only one consumer, so every reader of it uses the same name.
         let name = match stream {
             wire::subjects::STREAM_ASSIGN => "worker".into(),
             _ => format!("reader-{}", READERS.fetch_add(1, Relaxed)),
@@ -180,6 +180,7 @@ impl Router {
             max_in_hand: 10_000,
             from_start: true,
         };
+
         let mut consumer = self.bus.consume(config).await.unwrap();
         let mut found = Vec::new();
         for _ in 0..count {
@@ -192,7 +193,7 @@ impl Router {
         found
     }
 
-    /// Waits until a provider's breaker is such: that of all tenants, or the one that `policy` (`tenant/name`) has.
+    /// Waits until the provider's breaker of all tenants, or that of `policy` (`tenant/name`), satisfies `fits`.
     async fn breaker(&self, provider: &str, policy: Option<&str>, fits: impl Fn(&Value) -> bool) {
         testkit::eventually(SOON, || async {
             let all = self.ask(wire::subjects::ADMIN_BREAKERS, &json!({})).await;
@@ -207,7 +208,7 @@ impl Router {
         .await;
     }
 
-    /// The next status the router gives of itself that fits.
+    /// Waits for the next published router status that satisfies `fits`.
     async fn status(&self, fits: impl Fn(&Value) -> bool) -> Value {
         let mut statuses = self
             .bus
@@ -223,6 +224,7 @@ impl Router {
                 }
             }
         };
+
         tokio::time::timeout(SOON, found).await.expect("a status that fits")
     }
 }
@@ -232,7 +234,7 @@ async fn connect(server: &NatsServer) -> Bus {
     bus::nats::Nats::connect(config).await.unwrap()
 }
 
-/// A bus that was let go just now may still be ending.
+/// Opens the local bus, retrying because a bus dropped just before may still be shutting down.
 async fn open(dir: &Path) -> Bus {
     let opened = std::cell::OnceCell::new();
     testkit::eventually(SOON, || async {
@@ -254,7 +256,7 @@ fn request(id: &str) -> Value {
     json!({"version": "1", "request_id": id, "tenant_id": "acme", "task": {"type": "t", "payload": {"prompt": "hi"}}})
 }
 
-/// A request whose task is handed over.
+/// A request that also pushes its task as an assignment.
 fn push(id: &str) -> Value {
     changed(request(id), json!({"push_assignment": true}))
 }
@@ -266,7 +268,7 @@ fn changed(mut request: Value, fields: Value) -> Value {
     request
 }
 
-/// What a worker says of the assignment.
+/// The result that a worker reports for the assignment.
 fn result(assignment: &Value, status: &str) -> Value {
     json!({"version": "1", "assignment_id": assignment["assignment_id"], "request_id": assignment["request_id"],
         "status": status, "provider_id": assignment["executor"]["provider_id"],

@@ -39,6 +39,7 @@ async fn changed_file_serves_and_a_bad_one_does_not() {
         assert_eq!(status["policies"][0]["version"], "b2", "{bad:.40}");
         assert!(serves(&router, "b2").await, "{bad:.40}");
     }
+
     router.policy("default/default.json", A);
     testkit::eventually(SOON, || serves(&router, "a")).await;
     let status = router.status(|status| status["policies"][0]["version"] == "a").await;
@@ -54,7 +55,8 @@ async fn tenants_own_policy_serves_that_tenant_only() {
     assert!(serves(&router, "built-in").await);
     router.policy("acme/default.yaml", &policy("mine"));
     testkit::eventually(SOON, || serves(&router, "mine")).await;
-    // Where there is a policy directory, the built-in policy serves nobody.
+
+    // Once a policy directory exists, the built-in policy no longer applies to any tenant.
     assert_eq!(answer(&router, "other", "default").await, "policy_not_found");
     router.policy("default/default.yaml", &policy("all"));
     testkit::eventually(SOON, async || answer(&router, "other", "default").await == "all").await;
@@ -83,6 +85,7 @@ async fn policy_that_was_never_usable_is_refused_by_name() {
         let text = refused["error"]["message"].as_str().unwrap();
         assert!(text.starts_with(expected) && !text.contains(router.dir.path().to_str().unwrap()), "{text}");
     }
+
     let status = router.status(|_| true).await;
     assert!(
         status["policies"][0]["error"]
@@ -95,7 +98,7 @@ async fn policy_that_was_never_usable_is_refused_by_name() {
     std::fs::remove_file(router.dir.path().join("policies/twice/default.json")).unwrap();
     testkit::eventually(SOON, async || answer(&router, "twice", "default").await == "b").await;
 
-    // Its only file vanishes: nothing serves in its place.
+    // After the only file of a policy is removed, no other policy replaces it.
     std::fs::remove_file(router.dir.path().join("policies/acme/default.toml")).unwrap();
     let gone = |status: &serde_json::Value| {
         status["policies"][0]["error"]
@@ -110,7 +113,8 @@ async fn policy_that_was_never_usable_is_refused_by_name() {
 async fn requests_are_refused_while_the_directory_was_never_readable() {
     let dir = tempfile::tempdir().unwrap();
     crate::write(dir.path(), "default/default.json", A);
-    // A link to itself is there, and cannot be read.
+
+    // A symbolic link to itself exists but cannot be read.
     let locked = dir.path().join("policies/locked");
     std::os::unix::fs::symlink(&locked, &locked).unwrap();
     let router = Router::with(dir, None).await;
@@ -125,6 +129,7 @@ async fn failing_rule_is_counted_and_an_unknown_name_is_a_warning() {
     for _ in 0..3 {
         assert_eq!(router.decide(&request("r")).await["decision"]["reason"], "weighted");
     }
+
     let status = router
         .status(|status| status["policies"][0]["rule_errors"][0]["count"] == 3)
         .await;
@@ -149,6 +154,7 @@ pub async fn broken_policy_serves_its_last_good_version_after_a_restart(router: 
         error.starts_with("acme/default.json:2: ") && error.contains("the last good version, \"mine\" of "),
         "{error}"
     );
+
     router.policy("acme/default.json", &policy_json("mended"));
     testkit::eventually(SOON, || serves(&router, "mended")).await;
 }
@@ -195,7 +201,8 @@ pub async fn deleted_policy_stays_deleted_until_its_file_returns(router: Router)
 
     router.policy("acme/default.json", &policy_json("mine"));
     testkit::eventually(SOON, || serves(&router, "mine")).await;
-    // The tombstone of then says nothing about the policy of now.
+
+    // The tombstone of the earlier deletion does not apply to the policy stored since.
     std::fs::remove_file(router.dir.path().join("policies/acme/default.json")).unwrap();
     router
         .status(|status| {
@@ -218,7 +225,7 @@ async fn two_routers_share_versions_and_deletions() {
     let config = bus::nats::NatsConfig { url, name: "second".into(), ..Default::default() };
     let bus = bus::nats::Nats::connect(config).await.unwrap();
 
-    // A router without any directory, and one whose file is broken, serve what the first one has stored.
+    // A router whose file is broken and one without a policy directory serve what the first router has stored.
     let dir = tempfile::tempdir().unwrap();
     crate::write(dir.path(), "acme/default.json", "{");
     let second = Router::beside(dir, bus.clone(), CircuitBreaker::default()).await;
@@ -227,7 +234,7 @@ async fn two_routers_share_versions_and_deletions() {
         let routers = [&first, &second, &third];
         async move {
             let mut seen = std::collections::BTreeMap::new();
-            // Each router says once a second what it serves.
+            // Each router publishes the versions it serves once a second.
             let mut statuses = routers[0]
                 .bus
                 .subscribe(wire::subjects::ROUTER_STATUS, None, 64)
@@ -250,18 +257,19 @@ async fn two_routers_share_versions_and_deletions() {
         .await
         .expect("all serve the stored version");
 
-    // While they run, they take over what another stores, and what another deletes.
+    // Running routers adopt the versions and deletions that another router stores.
     first.policy("acme/default.json", &policy_json("newer"));
     tokio::time::timeout(SOON, serving("newer"))
         .await
         .expect("all serve the newer version");
+
     std::fs::remove_file(second.dir.path().join("policies/acme/default.json")).unwrap();
     delete(&first, "acme/default");
     tokio::time::timeout(SOON, serving("none"))
         .await
         .expect("none serves the deleted policy");
     for _ in 0..12 {
-        assert!(serves(&first, "all").await, "whichever answers");
+        assert!(serves(&first, "all").await, "whichever router answers");
     }
 }
 
@@ -288,7 +296,7 @@ fn asking(tenant: &str, policy: &str) -> serde_json::Value {
     crate::changed(request("r"), json!({"tenant_id": tenant, "policy_id": policy}))
 }
 
-/// The version that decides, or the code of the refusal.
+/// The version of the policy that decided, or the error code of the refusal.
 async fn answer(router: &Router, tenant: &str, policy: &str) -> String {
     let answer = router.decide(&asking(tenant, policy)).await;
     let version = answer["decision"]["policy_version"].as_str();

@@ -1,10 +1,10 @@
-//! Results: billed once, the task ended, the breaker fed.
+//! Results: each is billed once, ends its task and is reported to the circuit breaker.
 
 use crate::{Router, SOON, push, result};
 use serde_json::{Value, json};
 use wire::subjects;
 
-/// The only stored assignment of a task that is pushed now.
+/// Pushes a task and returns the fields of its assignment that a result needs.
 async fn assigned(router: &Router, id: &str) -> Value {
     router.decide(&push(id)).await;
     let task = router.task(id).await;
@@ -16,7 +16,7 @@ async fn ended(router: &Router, id: &str, state: &str) {
     testkit::eventually(SOON, || async { router.task(id).await["task"]["state"] == state }).await;
 }
 
-/// Every result that was appended has been taken.
+/// Waits until the router has consumed every appended result.
 async fn settled(router: &Router) {
     testkit::eventually(SOON, || async {
         let info = router.bus.stream_info(subjects::STREAM_RESULT).await.unwrap();
@@ -32,12 +32,13 @@ pub async fn result_is_billed_once_and_ends_the_task(router: Router) {
     let mut told = result(&assignment, "success");
     told["trace_id"] = json!("t1");
     told["output"] = json!({"text": "done"});
-    // Who pays is who asked, whatever the result says.
+    // The tenant of the request is billed, whatever tenant the result names.
     told["tenant_id"] = json!("somebody else");
     for _ in 0..3 {
         router.append(subjects::RESULT, told.to_string()).await;
     }
-    // The same assignment told in another shape, with another outcome: the first one counts.
+
+    // The same assignment is reported again in another format with another outcome: only the first result counts.
     let envelope = json!({"version": "v1", "kind": "exec_result", "data": {
         "assignment_id": assignment["assignment_id"], "request_id": "r1", "status": "error", "provider_id": "echo",
         "job_type": "t"}});
@@ -45,6 +46,7 @@ pub async fn result_is_billed_once_and_ends_the_task(router: Router) {
     router.append(subjects::RESULT, envelope.to_string()).await;
     settled(&router).await;
     ended(&router, "r1", "completed").await;
+
     let task = router.task("r1").await;
     assert_eq!(task["task"]["result"]["output"], json!({"text": "done"}));
     let usage = router.stored(subjects::STREAM_USAGE).await;
@@ -76,7 +78,8 @@ pub async fn result_settles_the_task_of_its_assignment_only(router: Router) {
     let of_beta = router.task_of("beta", "r1").await["task"].clone();
     let assignment = json!({"assignment_id": of_beta["assignment_id"], "request_id": "r1",
         "executor": {"provider_id": "echo"}, "job": {"type": "t"}});
-    // A v1 worker names no tenant; what somebody makes up settles nothing.
+
+    // A v1 worker names no tenant; a result with an unknown assignment id settles no task.
     let mut told = result(&assignment, "success");
     told.as_object_mut().unwrap().remove("tenant_id");
     let mut made_up = result(&assignment, "error");
@@ -84,6 +87,7 @@ pub async fn result_settles_the_task_of_its_assignment_only(router: Router) {
     router.append(subjects::RESULT, made_up.to_string()).await;
     router.append(subjects::RESULT, told.to_string()).await;
     settled(&router).await;
+
     assert_eq!(router.task_of("beta", "r1").await["task"]["state"], "completed");
     assert_eq!(router.task_of("acme", "r1").await["task"]["state"], "assigned");
     let usage = router.stored(subjects::STREAM_USAGE).await;
@@ -94,7 +98,7 @@ pub async fn result_settles_the_task_of_its_assignment_only(router: Router) {
     assert_eq!(payer["tenant_id"], "beta");
 }
 
-/// Such a result fits a message, but not the task's record, which holds more.
+/// The result fits a bus message, but not the task's record, which has further fields.
 pub async fn result_too_large_for_its_record_is_billed_and_ends_the_task(router: Router) {
     let assignment = assigned(&router, "r1").await;
     let mut told = result(&assignment, "success");
@@ -126,6 +130,7 @@ async fn results_that_arrived_while_no_router_ran_are_recorded_at_the_start() {
     for _ in 0..2 {
         router.bus.append(message.clone(), None).await.unwrap();
     }
+
     drop(router.bus);
     let router = Router::with(router.dir, None).await;
     ended(&router, "r1", "cancelled").await;
@@ -158,6 +163,7 @@ pub async fn bad_results_become_dead_letters(router: Router) {
         (with("tenant_id", json!("a\rb")), "tenant_id has a control character"),
         (with("latency_ms", json!(-1)), "a value does not fit, expected u64"),
     ];
+
     for (payload, _) in &bad {
         router.append(subjects::RESULT, payload.clone()).await;
     }
@@ -167,6 +173,7 @@ pub async fn bad_results_become_dead_letters(router: Router) {
         router.bus.stream_info(subjects::STREAM_DLQ).await.unwrap().messages == bad.len() as u64
     })
     .await;
+
     let mut letters = router.stored(subjects::STREAM_DLQ).await;
     for (payload, reason) in &bad {
         let text = String::from_utf8(payload.clone()).unwrap_or("//4=".into());
@@ -179,8 +186,9 @@ pub async fn bad_results_become_dead_letters(router: Router) {
         assert_eq!((&letter["original_subject"], &letter["delivered"]), (&json!(subjects::RESULT), &json!(1)));
         assert_eq!(letter.get("base64").is_some(), text == "//4=");
     }
+
     let usage = router.stored(subjects::STREAM_USAGE).await;
-    assert_eq!(usage.len(), 1, "the good one behind them was billed");
+    assert_eq!(usage.len(), 1, "the valid result after them was billed");
 }
 
 #[tokio::test]
@@ -191,7 +199,7 @@ async fn failures_open_the_breaker_and_no_provider_is_available() {
     for n in 0..3 {
         let id = format!("r{n}");
         let assignment = assigned(&router, &id).await;
-        // Twice, but one failure.
+        // The result is sent twice and counts as one failure.
         for _ in 0..2 {
             router
                 .append(subjects::RESULT, result(&assignment, "error").to_string())
@@ -206,12 +214,13 @@ async fn failures_open_the_breaker_and_no_provider_is_available() {
             })
             .await;
     }
+
     let refused = router.decide(&push("r9")).await;
     let error = json!({"code": "no_provider_available",
         "message": "out of service for now, after failures: p"});
     assert_eq!(refused, json!({"ok": false, "error": error, "context": {"request_id": "r9"}}));
     let known = router.decide(&push("r0")).await;
-    assert_eq!(known["ok"], true, "a task that was pushed before has its answer still: {known}");
+    assert_eq!(known["ok"], true, "a task pushed earlier still has its answer: {known}");
 }
 
 #[tokio::test]
@@ -226,16 +235,17 @@ async fn errors_that_the_task_caused_do_not_count_against_the_provider() {
         router.append(subjects::RESULT, failed.to_string()).await;
         ended(&router, &id, "failed").await;
     }
-    // Outcomes come in order: with this one, all before it have been looked at.
+
+    // Outcomes are processed in order: once this one is counted, all earlier ones have been handled.
     let last = result(&assigned(&router, "last").await, "success");
     router.append(subjects::RESULT, last.to_string()).await;
     router
         .breaker("p", None, |breaker| breaker["state"] == "closed" && breaker["calls"] == 1)
         .await;
-    assert_eq!(router.decide(&push("r99")).await["ok"], true, "a red test suite stops nobody else's work");
+    assert_eq!(router.decide(&push("r99")).await["ok"], true, "errors caused by tasks do not open the breaker");
 }
 
-/// Quoted in a letter, such a payload is larger than what the bus takes.
+/// Escaped inside a dead letter, the payload exceeds the message limit of the bus.
 #[tokio::test]
 async fn dead_letter_that_is_too_large_omits_its_payload() {
     let router = Router::local().await;
@@ -243,6 +253,7 @@ async fn dead_letter_that_is_too_large_omits_its_payload() {
     router.append(subjects::RESULT, payload.into_bytes()).await;
     testkit::eventually(SOON, || async { router.bus.stream_info(subjects::STREAM_DLQ).await.unwrap().messages == 1 })
         .await;
+
     let letter = router.stored(subjects::STREAM_DLQ).await.remove(0);
     assert_eq!(letter["payload"], "");
     assert!(

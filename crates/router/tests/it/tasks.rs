@@ -1,4 +1,4 @@
-//! Tasks that are handed over: once, whoever asks how often.
+//! Pushed tasks: each is assigned once, however often it is requested.
 
 use crate::{Router, SOON, changed, push};
 use bus::Headers;
@@ -16,12 +16,13 @@ pub async fn repeated_push_stores_one_task(router: Router) {
         assert_eq!(answer, &answers[0]);
         assert_eq!(answer["ok"], true, "{answer}");
     }
+
     let again = changed(asked, json!({"trace_id": "another try", "deadline": 99_999_999_999_999_u64}));
     let repeated = router.decide(&again).await;
     assert_eq!(repeated["decision"], answers[0]["decision"]);
 
     let router = router.restart().await;
-    assert_eq!(router.decide(&again).await["decision"], answers[0]["decision"], "also after a restart");
+    assert_eq!(router.decide(&again).await["decision"], answers[0]["decision"], "same after a restart");
     let stored = router.stored(subjects::STREAM_ASSIGN).await;
     let [assignment] = stored.as_slice() else {
         panic!("{} assignments", stored.len())
@@ -33,6 +34,7 @@ pub async fn repeated_push_stores_one_task(router: Router) {
         "options": {"priority": "high", "deadline_ms": 5000, "retry": {"max_attempts": 5, "backoff_ms": 10}},
         "correlation": assignment["correlation"], "decision": answers[0]["decision"], "metadata": {"k": 1}});
     assert_eq!(*assignment, expected);
+
     let task = json!({"ok": true, "task": {"task_id": "r1", "state": "assigned", "decision": answers[0]["decision"],
         "assignment_id": id, "tenant_id": "acme"}});
     assert_eq!(router.task("r1").await, task);
@@ -60,7 +62,7 @@ pub async fn same_id_of_two_tenants_is_two_tasks(router: Router) {
         assert_eq!((&task["tenant_id"], &task["assignment_id"]), (&json!(tenant), &answer["assignment_id"]));
     }
 
-    // The header beats the payload, and without either it is a task of `default`, which has none of this id.
+    // The header takes precedence over the payload. Without either, the tenant is `default`, which has no such task.
     let asked = br#"{"request_id":"r1","tenant_id":"beta"}"#.to_vec();
     let headers = Headers::new().with("tenant_id", "acme");
     let answer = router.ask_bytes(subjects::GET_DECISION, headers, asked).await;
@@ -79,12 +81,12 @@ pub async fn same_id_of_two_tenants_is_two_tasks(router: Router) {
         assert_eq!(unfit["error"]["code"], "invalid_request", "{unfit}");
     }
 
-    // Whoever cancels stops its own.
+    // A cancel stops only the task of its own tenant.
     assert_eq!(router.cancel_of("beta", "r1").await["task"]["state"], "cancelled");
     assert_eq!(router.task_of("acme", "r1").await["task"]["state"], "assigned");
     let told = tokio::time::timeout(SOON, cancels.next()).await.unwrap().unwrap();
     let told: Value = serde_json::from_slice(&told.payload).unwrap();
-    assert_eq!(told["assignment_id"], beta["assignment_id"], "nobody was told to stop another's");
+    assert_eq!(told["assignment_id"], beta["assignment_id"], "the cancel message names the task of `beta`");
 }
 
 pub async fn record_of_the_previous_version_is_found_by_its_own_tenant(router: Router) {
@@ -108,10 +110,11 @@ pub async fn record_of_the_previous_version_is_found_by_its_own_tenant(router: R
         assert_eq!(router.task_of(tenant, "old").await["error"]["code"], "not_found");
         assert_eq!(router.cancel_of(tenant, "old").await["error"]["code"], "not_found");
     }
-    // A key of today is not taken for an id of yesterday.
+
+    // A key in the current format is not accepted as a request id of the previous version.
     assert_eq!(router.task_of("acme", "acme/new").await["error"]["code"], "not_found");
 
-    // Its result need not name the tenant.
+    // The result of such a record need not name the tenant.
     let mut told = crate::result(
         &json!({"assignment_id": "a-old", "request_id": "old",
         "executor": {"provider_id": "echo"}, "job": {"type": "t"}}),
@@ -133,7 +136,8 @@ pub async fn cancelled_task_stays_cancelled(router: Router) {
         let assignment_id = &answer["task"]["assignment_id"];
         assert_eq!(told, json!({"request_id": "r1", "tenant_id": "acme", "assignment_id": assignment_id}));
     }
-    // A worker was faster than the cancel: what it did is kept, the task was still cancelled.
+
+    // A worker finished before the cancel reached it: its result is kept and the task stays cancelled.
     let assignment = router.stored(subjects::STREAM_ASSIGN).await.remove(0);
     router
         .append(subjects::RESULT, crate::result(&assignment, "success").to_string())
@@ -152,13 +156,14 @@ async fn ended_task_cannot_be_cancelled() {
         .append(subjects::RESULT, crate::result(&assignment, "success").to_string())
         .await;
     testkit::eventually(SOON, || async { router.task("r1").await["task"]["state"] == "completed" }).await;
+
     let answer = router.cancel_of("acme", "r1").await;
     assert_eq!(answer["task"]["state"], "completed");
     router.decide(&push("r2")).await;
     router.cancel_of("acme", "r2").await;
     let told = tokio::time::timeout(SOON, cancels.next()).await.unwrap().unwrap();
     let told: Value = serde_json::from_slice(&told.payload).unwrap();
-    assert_eq!(told["request_id"], "r2", "nobody was told to stop r1");
+    assert_eq!(told["request_id"], "r2", "no cancel message was sent for r1");
 }
 
 #[tokio::test]
@@ -197,6 +202,7 @@ async fn concurrent_pushes_of_one_id_are_one_task() {
         router.ask_bytes(subjects::DECIDE, Headers::new(), asked.to_string().into_bytes())
     });
     let answers = futures_util::future::join_all(asked).await;
+
     let served = answers.iter().filter(|answer| answer["ok"] == true).count();
     assert_eq!(served, 10, "one of the four bodies won");
     assert!(

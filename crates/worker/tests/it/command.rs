@@ -1,4 +1,4 @@
-//! Programs: what they get, what they say, and that none of them outlives its run.
+//! Command providers: input, environment, output, errors, limits and termination of the programs that they run.
 
 use crate::{Place, SOON, assignment, chunk, is_gone, provider, variables, within};
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use wire::router::{ExecResult, ResultStatus};
 use wire::subjects;
 use worker::{Config, Kind};
 
-/// What one run of the script ends with.
+/// Runs the script once as the provider `sh` and returns its result.
 async fn run(script: &str, payload: Value) -> ExecResult {
     let place = Place::local().await;
     let mut results = place.results().await;
@@ -39,7 +39,8 @@ async fn program_gets_task_on_stdin_and_ids_in_its_environment() {
 async fn program_inherits_nothing_of_the_workers_environment() {
     let place = Place::local().await;
     let mut results = place.results().await;
-    // Without a slash: the program is looked up in the PATH that it is given, else in the system's own.
+
+    // The program name has no slash: it is looked up in the PATH that is given, else in the system's default PATH.
     let given = [&[][..], &[("PATH", "/usr/bin"), ("LANG", "C.UTF-8"), ("BEAMLINE_TENANT_ID", "other")]];
     let of = |env: &[(&str, &str)]| Kind::Command {
         program: "env".into(),
@@ -49,6 +50,7 @@ async fn program_inherits_nothing_of_the_workers_environment() {
     };
     let providers = vec![provider("none", of(given[0])), provider("some", of(given[1]))];
     let _worker = place.worker(Config { providers, ..Config::default() }).await;
+
     for (name, expected) in [("none", &[][..]), ("some", &["LANG=C.UTF-8", "PATH=/usr/bin"])] {
         place.assign(name, name, json!({})).await;
         let result = results.next().await;
@@ -60,7 +62,7 @@ async fn program_inherits_nothing_of_the_workers_environment() {
     }
 }
 
-/// Scripts find the usual programs without a PATH.
+/// A script finds the standard programs although PATH is not given.
 #[tokio::test]
 async fn script_runs_in_an_empty_environment() {
     let result =
@@ -74,11 +76,13 @@ pub async fn output_is_published_while_the_program_runs(place: Place) {
     let mut output = place.output("r").await;
     let _worker = place.shell(script, |_| {}).await;
     place.assign("r", "sh", json!({})).await;
+
     let first = chunk(&mut output).await;
     assert_eq!((first.seq, first.attempt, first.assignment_id.as_str(), first.data), (0, 1, "a-r", json!("one ")));
+
     place.file("go");
     let second = chunk(&mut output).await;
-    assert_eq!((second.seq, second.data), (1, json!("€ two")), "a character is not cut");
+    assert_eq!((second.seq, second.data), (1, json!("€ two")), "a character is not split");
     let result = results.next().await;
     assert_eq!((text(&result), result.chunks), ("one € two", Some(2)));
 }
@@ -105,8 +109,9 @@ async fn result_reports_how_the_program_ended() {
         };
         assert_eq!(result.status, expected, "{script}");
     }
+
     let result = run("echo said; exit 1", json!({})).await;
-    assert_eq!(result.output, Some(json!({"text": "said\n"})), "what it said is kept");
+    assert_eq!(result.output, Some(json!({"text": "said\n"})), "the output of a failed program is kept");
     let result = run("printf 'a\\377b'", json!({})).await;
     assert_eq!(result.output, Some(json!({"text": "a\u{fffd}b"})));
 }
@@ -129,6 +134,7 @@ async fn program_that_cannot_start_fails() {
     };
     let providers = vec![provider("missing", missing), provider("folder", folder)];
     let _worker = place.worker(Config { providers, ..Config::default() }).await;
+
     for (name, problem) in [("missing", "No such file"), ("folder", "Permission denied")] {
         place.assign(name, name, json!({})).await;
         let result = results.next().await;
@@ -160,12 +166,13 @@ async fn excessive_output_ends_the_program() {
     assert!(message.ends_with("eend") && message.len() < 5000, "{}", message.len());
 }
 
-/// Runs the script, which prints process ids, with a deadline of half a second; all of them are gone when the result
-/// is there.
+/// Runs a script that prints the ids of its processes with a deadline of 500 ms. Checks that the run exceeds the
+/// deadline and that all of these processes end, and returns how long this took.
 async fn timed_out(script: &str, processes: usize) -> Duration {
     let place = Place::local().await;
     let mut results = place.results().await;
     let _worker = place.shell(script, |_| {}).await;
+
     let started = Instant::now();
     place
         .append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), 500).to_string())
@@ -176,13 +183,14 @@ async fn timed_out(script: &str, processes: usize) -> Duration {
         (ResultStatus::Timeout, Some("deadline_exceeded")),
         "{result:?}"
     );
+
     let pids: Vec<&str> = text(&result).split_whitespace().collect();
     assert_eq!(pids.len(), processes, "{pids:?}");
     testkit::eventually(SOON, || async { pids.iter().all(|pid| is_gone(pid)) }).await;
     started.elapsed()
 }
 
-/// Whose time ran out is what counts against a provider, or does not.
+/// The error code tells the provider's timeout from the assignment's deadline; if both are equal, it is the timeout.
 #[tokio::test]
 async fn timeout_names_the_limit_that_was_exceeded() {
     for (provider_ms, assignment_ms, code) in
@@ -194,6 +202,7 @@ async fn timeout_names_the_limit_that_was_exceeded() {
         let _worker = place
             .shell("sleep 1000", |config| config.providers[0].timeout = limit)
             .await;
+
         place
             .append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), assignment_ms).to_string())
             .await;
@@ -206,7 +215,7 @@ async fn timeout_names_the_limit_that_was_exceeded() {
 async fn hanging_program_is_ended_with_all_its_children() {
     let hangs = "echo $$; sleep 1000 & echo $!; sh -c 'echo $$; sleep 1000 & echo $!; wait' & wait; sleep 1000";
     let took = timed_out(hangs, 4).await;
-    assert!(took < Duration::from_secs(3), "SIGTERM was enough: {took:?}");
+    assert!(took < Duration::from_secs(3), "SIGTERM should be enough: {took:?}");
 }
 
 #[tokio::test]
@@ -229,6 +238,7 @@ pub async fn cancel_ends_a_running_program(place: Place) {
     let _worker = place.shell("echo $$; sleep 1000", |_| {}).await;
     place.assign("r", "sh", json!({})).await;
     chunk(&mut output).await;
+
     place.cancel("another").await;
     place.cancel("r").await;
     let result = results.next().await;
@@ -253,12 +263,14 @@ async fn program_that_closed_its_output_can_be_cancelled() {
 async fn result_that_is_too_large_becomes_an_error_result() {
     let place = Place::local().await;
     let mut results = place.results().await;
-    // A zero byte is six bytes of JSON.
+
+    // Each zero byte is escaped to six bytes in JSON.
     let args = vec!["-c".into(), "2000000".into(), "/dev/zero".into()];
     let zeros = Kind::Command { program: "head".into(), args, env: variables(&[]), output_max: 4_000_000 };
     let _worker = place
         .worker(Config { providers: vec![provider("zeros", zeros)], ..Config::default() })
         .await;
+
     place.assign("r", "zeros", json!({})).await;
     let result = results.next().await;
     assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("output")));

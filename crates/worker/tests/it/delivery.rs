@@ -1,4 +1,5 @@
-//! Every assignment ends in one result: through crashes, drains, repeats and assignments that nobody can run.
+//! One result for each assignment despite crashes, outages, drains and redelivery, and dead letters for the assignments
+//! that cannot be run.
 
 use crate::{Place, SOON, Worker, append, assignment, chunk, consumer, open, provider, shell};
 use serde_json::{Value, json};
@@ -20,8 +21,10 @@ pub async fn echo_returns_the_payload(place: Place) {
     let result = results.next().await;
     assert_eq!((result.status, result.output), (ResultStatus::Success, Some(json!({"text": "say it again"}))));
     assert_eq!(result.chunks, Some(3));
+
     place.assign("r2", "echo", json!({"a": [1, null]})).await;
     assert_eq!(results.next().await.output, Some(json!({"a": [1, null]})));
+
     let mut by_reference = assignment("r3", "echo", json!(null));
     by_reference["job"] = json!({"type": "t", "payload_ref": "s3://x"});
     place.append(subjects::ASSIGN, by_reference.to_string()).await;
@@ -33,10 +36,12 @@ pub async fn assignment_without_a_worker_for_its_provider_fails(place: Place) {
     let mut results = place.results().await;
     let backoff = [Duration::from_millis(20); 3];
     let _worker = place.worker(Config { backoff, ..Config::default() }).await;
+
     place.assign("r", "nobody", json!({})).await;
     let result = results.next().await;
     assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("unknown_provider")));
-    assert_eq!((result.cost, result.latency_ms), (0.0, 0), "it never ran");
+    assert_eq!((result.cost, result.latency_ms), (0.0, 0), "the assignment was never run");
+
     let letter = place.dead_letter().await;
     assert!(
         letter["reason"]
@@ -67,7 +72,7 @@ async fn job_that_ends_during_an_outage_runs_once() {
     testkit::eventually(SOON, || async { exists("ended") }).await;
     server.restart().await;
 
-    // Sooner than the stream would deliver the assignment again.
+    // The wait is shorter than the time after which the stream delivers the assignment again.
     testkit::eventually(SOON, || async {
         let stored = place.bus.stream_info(subjects::STREAM_RESULT).await;
         stored.is_ok_and(|info| info.messages == 1)
@@ -83,12 +88,14 @@ async fn assignments_that_cannot_be_read_are_dead_letters() {
     let place = Place::local().await;
     let mut results = place.results().await;
     let _worker = place.worker(Config::default()).await;
+
     let mut incomplete = assignment("r", "echo", json!({}));
     incomplete.as_object_mut().unwrap().remove("executor");
     let deep = "[".repeat(100_000);
     for bad in [&b"\xff"[..], b"", b"{}", deep.as_bytes(), incomplete.to_string().as_bytes()] {
         place.append(subjects::ASSIGN, bad.to_vec()).await;
     }
+
     place.assign("good", "echo", json!({})).await;
     assert_eq!(results.next().await.request_id, "good");
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_DLQ).await == 5 }).await;
@@ -110,11 +117,12 @@ async fn assignments_with_control_characters_in_an_id_are_dead_letters() {
     ] {
         let place = Place::local().await;
         let _worker = place.shell("cat", |_| {}).await;
+
         let mut bad = assignment("r", "sh", json!({}));
         bad[field] = json!("a\0b");
         place.append(subjects::ASSIGN, bad.to_string()).await;
         assert_eq!(place.dead_letter().await["reason"], message);
-        assert_eq!(place.count(subjects::STREAM_RESULT).await, 0, "{field}: it never ran");
+        assert_eq!(place.count(subjects::STREAM_RESULT).await, 0, "{field}: the job was not run");
     }
 }
 
@@ -141,6 +149,7 @@ async fn assignment_is_a_dead_letter_after_its_deliveries() {
                 .unwrap();
         }
     }
+
     let mut results = place.results().await;
     let _worker = place.worker(Config::default()).await;
     let result = results.next().await;
@@ -157,17 +166,19 @@ pub async fn assignments_beyond_the_slots_go_to_another_worker(place: Place) {
     chunk(&mut output).await;
     place.assign("r1", "sh", json!({})).await;
     place.assign("r2", "sh", json!({})).await;
+
     let second = place.shell("echo quick", |config| config.slots = 1).await;
     let mut quick = [results.next().await.request_id, results.next().await.request_id];
     quick.sort();
     assert_eq!(quick, ["r1", "r2"]);
+
     place.file("go");
     assert_eq!(results.next().await.request_id, "r0");
     first.stop().await;
     second.stop().await;
 }
 
-/// A process of its own: its tasks all end at once, with nothing said.
+/// A worker on its own runtime, which stands for a process: a crash drops all of its tasks without a shutdown.
 struct Process(tokio::runtime::Runtime);
 
 impl Process {
@@ -177,6 +188,7 @@ impl Process {
             .enable_all()
             .build()
             .unwrap();
+
         let dir = dir.to_path_buf();
         runtime.spawn(async move {
             let bus = open(&dir).await;
@@ -194,20 +206,24 @@ impl Process {
 async fn crashed_run_is_repeated_and_leaves_one_result() {
     let Place { dir, bus, .. } = Place::local().await;
     let path = |name: &str| dir.path().join(name);
-    // Each run leaves its own mark and waits for the word.
+
+    // Each run appends its process id to the file `runs` and waits for the file `go`.
     let script =
         format!("echo $$ >> {0}/runs; while [ ! -e {0}/go ]; do sleep 0.02; done; echo done", dir.path().display());
     let config = || Config { providers: vec![shell(&script)], ..Config::default() };
     append(&bus, subjects::ASSIGN, assignment("r", "sh", json!({})).to_string()).await;
     drop(bus);
     let runs = || std::fs::read_to_string(path("runs")).unwrap_or_default();
+
     for crashes in 1..=2 {
         let process = Process::start(dir.path(), config());
         testkit::eventually(SOON, || async { runs().lines().count() == crashes }).await;
         process.crash();
-        // Its program ends with it.
+
+        // The program ends with the worker that started it.
         testkit::eventually(SOON, || async { runs().lines().all(crate::is_gone) }).await;
     }
+
     std::fs::write(path("go"), "").unwrap();
     let bus = open(dir.path()).await;
     bus::streams::declare(&bus).await.unwrap();
@@ -231,6 +247,7 @@ async fn lost_acknowledgement_leaves_one_result() {
         ..Default::default()
     };
     place.bus.append(message, Some("result-a-r")).await.unwrap();
+
     let _worker = place.worker(Config::default()).await;
     place.assign("r", "echo", json!({"prompt": "the second"})).await;
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
@@ -249,6 +266,7 @@ async fn cancel_stops_only_the_run_that_it_names() {
         let began = chunk(&mut output).await;
         assert_eq!((began.tenant_id.as_deref(), began.assignment_id), (Some(tenant), format!("a-{tenant}")));
     }
+
     for of_nobody in [
         json!({"request_id": "r"}),
         json!({"request_id": "r", "tenant_id": "other"}),
@@ -261,6 +279,7 @@ async fn cancel_stops_only_the_run_that_it_names() {
         .await;
     let result = results.next().await;
     assert_eq!((result.status, &*result.assignment_id), (ResultStatus::Cancelled, "a-beta"));
+
     place.file("go");
     let result = results.next().await;
     assert_eq!((result.status, &*result.assignment_id), (ResultStatus::Success, "a-acme"));
@@ -285,11 +304,12 @@ async fn task_record_decides_whether_an_assignment_runs() {
             .await
             .unwrap();
     };
+
     put(task("cancelled", Value::Null)).await;
     let _worker = place.shell(WAITS, |_| {}).await;
     place.assign("r", "sh", json!({})).await;
     let result = results.next().await;
-    assert_eq!((result.status, result.output, result.cost), (ResultStatus::Cancelled, None, 0.0), "not begun");
+    assert_eq!((result.status, result.output, result.cost), (ResultStatus::Cancelled, None, 0.0), "not started");
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
 
     put(task("completed", serde_json::to_value(assigned_result()).unwrap())).await;
@@ -308,7 +328,7 @@ async fn task_record_decides_whether_an_assignment_runs() {
         serde_json::from_slice(&bytes).unwrap()
     };
     testkit::eventually(SOON, || async { state().await["state"] == "running" }).await;
-    assert_eq!(state().await, task("running", Value::Null), "all else is as it was");
+    assert_eq!(state().await, task("running", Value::Null), "only the state has changed");
     place.cancel("r").await;
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
 }
@@ -326,6 +346,7 @@ async fn drain_waits_for_runs_and_reports_draining() {
     let worker = place.shell(WAITS, |_| {}).await;
     place.assign("r", "sh", json!({})).await;
     chunk(&mut output).await;
+
     worker.cancel.cancel();
     let mut heard = async |status: &str| loop {
         let beat = tokio::time::timeout(SOON, beats.next())
@@ -338,13 +359,14 @@ async fn drain_waits_for_runs_and_reports_draining() {
         }
     };
     assert_eq!(heard("draining").await["running"], 1);
+
     place.assign("late", "sh", json!({})).await;
     place.file("go");
     assert_eq!(results.next().await.status, ResultStatus::Success);
     let last = heard("stopped").await;
     assert_eq!((&last["running"], &last["completed_total"]), (&json!(0), &json!(1)));
     worker.ended().await;
-    assert_eq!(place.count(subjects::STREAM_ASSIGN).await, 1, "what came during the drain waits for another worker");
+    assert_eq!(place.count(subjects::STREAM_ASSIGN).await, 1, "an assignment made during the drain stays queued");
 }
 
 #[tokio::test]
@@ -357,9 +379,11 @@ async fn drain_timeout_returns_unfinished_runs_to_the_stream() {
         .await;
     place.assign("r", "sh", json!({})).await;
     let pid = chunk(&mut output).await.data;
+
     worker.stop().await;
     assert!(crate::is_gone(pid.as_str().unwrap()));
     assert_eq!(place.count(subjects::STREAM_RESULT).await, 0);
+
     place.file("go");
     let _worker = place.shell(WAITS, |_| {}).await;
     let result = results.next().await;
@@ -374,6 +398,7 @@ async fn draining_worker_still_obeys_cancels() {
     let worker = place.shell(WAITS, |_| {}).await;
     place.assign("r", "sh", json!({})).await;
     chunk(&mut output).await;
+
     worker.cancel.cancel();
     place.cancel("r").await;
     assert_eq!(results.next().await.status, ResultStatus::Cancelled);

@@ -19,7 +19,7 @@ use wire::router::{ExecResult, OutputChunk};
 use wire::subjects;
 use worker::{Config, Kind, ProviderConfig};
 
-/// No wait of a test is longer.
+/// The time limit of each single wait in a test.
 const SOON: Duration = Duration::from_secs(15);
 
 macro_rules! on_both {
@@ -49,7 +49,7 @@ on_both! {
     delivery::assignments_beyond_the_slots_go_to_another_worker,
 }
 
-/// A directory and a bus in it.
+/// A temporary directory and a bus, which is either a local one in this directory or a nats-server.
 struct Place {
     dir: TempDir,
     bus: Bus,
@@ -158,7 +158,7 @@ impl Worker {
     async fn ended(self) {
         tokio::time::timeout(SOON, self.running)
             .await
-            .expect("it ends")
+            .expect("the worker ends")
             .unwrap()
             .unwrap();
     }
@@ -189,7 +189,7 @@ async fn append(bus: &Bus, subject: &str, payload: impl Into<bytes::Bytes>) {
     bus.append(message, None).await.unwrap();
 }
 
-/// A bus that was let go just now may still be ending.
+/// Opens the local bus in this directory. Retries, because a bus that was just dropped may still be shutting down.
 async fn open(dir: &Path) -> Bus {
     let opened = std::sync::OnceLock::new();
     testkit::eventually(SOON, || async {
@@ -244,10 +244,10 @@ fn within(mut assignment: Value, deadline_ms: u64) -> Value {
     assignment
 }
 
-/// No such process any more; one that only waits to be reaped has ended too.
+/// Whether the process has ended; a process that is only waiting to be reaped counts as ended.
 fn is_gone(pid: &str) -> bool {
     let pid = pid.trim();
-    assert!(!pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()), "{pid:?} is no process id");
+    assert!(!pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()), "{pid:?} is not a process id");
     match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(stat) => stat
             .rsplit(')')

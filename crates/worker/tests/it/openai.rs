@@ -1,4 +1,4 @@
-//! A chat endpoint that answers, refuses, stalls, breaks off or talks nonsense.
+//! The OpenAI provider with a chat endpoint that answers, refuses, stalls, breaks off or sends invalid data.
 
 use crate::{Place, assignment, chunk, provider, within};
 use serde_json::{Value, json};
@@ -40,6 +40,7 @@ async fn answer_is_streamed_word_by_word() {
     let place = Place::local().await;
     let (mut results, mut output) = (place.results().await, place.output("r").await);
     let _worker = place.worker(model(endpoint.url() + "/")).await;
+
     place.assign("r", "ai", json!({"prompt": "count"})).await;
     for (seq, word) in ["one ", "two ", "three"].into_iter().enumerate() {
         let chunk = chunk(&mut output).await;
@@ -47,6 +48,7 @@ async fn answer_is_streamed_word_by_word() {
     }
     let result = results.next().await;
     assert_eq!((result.status, result.output), (ResultStatus::Success, Some(json!({"text": "one two three"}))));
+
     let request = endpoint.requests().remove(0);
     assert_eq!(
         (request.path.as_str(), request.authorization.as_deref()),
@@ -63,11 +65,12 @@ async fn messages_are_sent_unchanged_and_a_task_without_any_is_invalid() {
     let result = ask(endpoint.url(), json!({"params": {"messages": messages}}), 60_000).await;
     assert_eq!(result.output, Some(json!({"text": "again please"})));
     assert_eq!(endpoint.requests()[0].body["messages"][2], messages[1]);
+
     for payload in [json!({}), json!({"messages": []}), json!({"prompt": 7})] {
         let result = ask(endpoint.url(), payload, 60_000).await;
         assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("invalid_task")));
     }
-    assert_eq!(endpoint.requests().len(), 1, "the endpoint was not asked");
+    assert_eq!(endpoint.requests().len(), 1, "an invalid task is not sent to the endpoint");
 }
 
 #[tokio::test]
@@ -92,9 +95,10 @@ async fn failed_request_reports_its_error_and_keeps_partial_output() {
         assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some(code)));
         let told = result.error_message.unwrap();
         assert!(told.contains(message) && told.len() < 1000, "{told}");
-        assert!(!told.contains("127.0.0.1"), "where the endpoint is is nobody's business: {told}");
+        assert!(!told.contains("127.0.0.1"), "the error message must not contain the endpoint's address: {told}");
         assert_eq!(result.output, kept.map(|text| json!({"text": text})));
     }
+
     let nobody = ask("http://127.0.0.1:1/v1".into(), json!({"prompt": "p"}), 60_000).await;
     assert_eq!(nobody.error_code.as_deref(), Some("unreachable"));
 }
@@ -104,6 +108,7 @@ async fn slow_or_silent_endpoint_runs_into_the_deadline() {
     let endpoint = OpenAi::start().await;
     endpoint.reply(Reply::Hang);
     endpoint.reply(Reply::Words { words: words(&["tick "; 1000]), delay: Duration::from_millis(50) });
+
     for kept in [false, true] {
         let started = Instant::now();
         let result = ask(endpoint.url(), json!({"prompt": "p"}), 400).await;
@@ -127,6 +132,7 @@ async fn cancel_ends_the_request() {
     let _worker = place.worker(model(endpoint.url())).await;
     place.assign("r", "ai", json!({"prompt": "p"})).await;
     chunk(&mut output).await;
+
     place.cancel("r").await;
     let result = results.next().await;
     assert_eq!(result.status, ResultStatus::Cancelled);
@@ -137,6 +143,7 @@ async fn cancel_ends_the_request() {
 async fn raw(answer: Vec<u8>) -> String {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/v1", listener.local_addr().unwrap());
+
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let mut request = [0; 8192];
@@ -162,6 +169,7 @@ async fn busy_endpoint_reports_rate_limited_with_retry_after() {
     ] {
         let url = raw(format!("HTTP/1.1 {answer}\r\ncontent-length: 0\r\n\r\n").into_bytes()).await;
         let result = ask(url, json!({"prompt": "p"}), 60_000).await;
+
         assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some(code)), "{answer}");
         assert_eq!(result.retry_after_seconds, retry_after_seconds, "{answer}");
     }
@@ -173,6 +181,7 @@ async fn invalid_streams_are_errors_and_unusual_endings_are_not() {
     let delta = r#"data: {"choices":[{"delta":{"content":"hi"}}]}"#;
     let stop = r#"data: {"choices":[{"delta":{},"finish_reason":"stop"}]}"#;
     let tool = r#"data: {"choices":[{"delta":{"content":null,"tool_calls":[{"function":{"name":"f"}}]}}]}"#;
+
     for (name, answer, code, text) in [
         ("no HTTP", b"\x16\x03\x01garbage\r\n\r\n".to_vec(), Some("unreachable"), None),
         ("nothing", vec![], Some("unreachable"), None),
@@ -202,14 +211,14 @@ async fn invalid_streams_are_errors_and_unusual_endings_are_not() {
             None,
             Some("hi"),
         ),
-        ("a reason to stop and no [DONE]", ok(&format!("{delta}\n\n{stop}\n\n")), None, Some("hi")),
+        ("a finish_reason and no [DONE]", ok(&format!("{delta}\n\n{stop}\n\n")), None, Some("hi")),
         (
-            "no error, said so",
+            "an explicit null as the error",
             ok(&format!("{}\n\ndata: [DONE]\n\n", delta.replace("}]}", "}],\"error\":null}"))),
             None,
             Some("hi"),
         ),
-        ("only a tool", ok(&format!("{tool}\n\n{stop}\n\ndata: [DONE]\n\n")), None, Some("")),
+        ("only a tool call", ok(&format!("{tool}\n\n{stop}\n\ndata: [DONE]\n\n")), None, Some("")),
     ] {
         let result = ask(raw(answer).await, json!({"prompt": "p"}), 60_000).await;
         assert_eq!(result.error_code.as_deref(), code, "{name}: {:?}", result.error_message);

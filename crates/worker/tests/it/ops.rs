@@ -1,4 +1,4 @@
-//! Questions about the deployment, answered from what its parts say.
+//! The ops provider: questions about the deployment, answered from the status messages of its parts.
 
 use crate::{Place, SOON, chunk};
 use bus::Message;
@@ -15,11 +15,12 @@ async fn say(place: &Place, subject: &str, status: Value) {
         .unwrap();
 }
 
-/// The parts' live numbers.
+/// Publishes the status of a node, a router and a gateway, and an invalid node status.
 async fn deployment(place: &Place) {
     let node = json!({"node": "n1", "address": "127.0.0.1:8000", "connections": 41, "users": 17, "channels": 5,
         "deliveries_total": 99, "rss_bytes": 52_428_800, "uptime_s": 3700});
     say(place, subjects::NODE_STATUS, node).await;
+
     let router = json!({"router": "ro1", "decisions_total": 1234, "decide_us": {"p50": 4.0, "p99": 21.0},
         "breakers": [{"provider": "big", "state": "open"}, {"provider": "fast", "state": "closed"}]});
     say(place, subjects::ROUTER_STATUS, router).await;
@@ -38,7 +39,8 @@ async fn ask(place: &Place, id: &str, payload: Value) -> String {
 async fn questions_are_answered_from_live_numbers() {
     let place = Place::local().await;
     let _worker = place.worker(Config::default()).await;
-    // The worker has said what it is, and has heard the others.
+
+    // Repeat until the answer includes the worker itself and the other parts of the deployment.
     testkit::eventually(SOON, || async {
         deployment(&place).await;
         let id = uuid::Uuid::now_v7().to_string();
@@ -49,6 +51,7 @@ async fn questions_are_answered_from_live_numbers() {
             && answer.contains("1 gateway")
     })
     .await;
+
     for (n, (prompt, expected)) in [
         (
             "status",
@@ -104,6 +107,7 @@ async fn who_lists_the_rooms_presence() {
                 .unwrap();
         }
     });
+
     assert_eq!(ask(&place, "q2", asked.clone()).await, "In this room now: ann, zoe.\n");
     assert!(
         ask(&place, "q3", asked.clone())
@@ -119,6 +123,7 @@ async fn ops_answers_are_streamed_line_by_line() {
     let _worker = place.worker(Config::default()).await;
     let mut output = place.output("q").await;
     let answer = ask(&place, "q", json!({"prompt": "help"})).await;
+
     let mut streamed = String::new();
     while streamed.len() < answer.len() {
         let piece = chunk(&mut output).await.data;
