@@ -133,25 +133,13 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
             Some(bus::Error::WrongRevision(_)) => {}
             // A record holds more than the result, so a result that fits a message may not fit its record.
             Some(bus::Error::TooLarge { size, max }) if kept.output.is_some() => {
-                kept = Cow::Owned(without_output(result, size, max));
+                let text = format!("the output makes a record of {size} bytes; the bus accepts at most {max}");
+                kept = Cow::Owned(result.without_output(text));
             }
             Some(error) => return Err(error),
         }
     }
     Err(bus::Error::WrongRevision(result.request_id.clone()))
-}
-
-/// What a record keeps of a result whose output does not fit it. A worker reports the same of an output that does not
-/// fit a message.
-fn without_output(result: &ExecResult, size: usize, max: usize) -> ExecResult {
-    let text = format!("the output makes a record of {size} bytes, more than the bus takes ({max})");
-    ExecResult {
-        status: ResultStatus::Error,
-        output: None,
-        error_code: Some("output".into()),
-        error_message: Some(text),
-        ..result.clone()
-    }
 }
 
 /// The tenant that pays. The task's record says who asked; a result need not name a tenant.

@@ -301,6 +301,18 @@ pub struct JobType {
 }
 
 impl ExecResult {
+    /// This result without its output, for a destination that the output does not fit: an error with the code `output`.
+    #[must_use]
+    pub fn without_output(&self, why: String) -> Self {
+        Self {
+            status: ResultStatus::Error,
+            output: None,
+            error_code: Some("output".into()),
+            error_message: Some(why),
+            ..self.clone()
+        }
+    }
+
     /// Decodes a result in the current format or a legacy one: in an envelope `{kind:"exec_result",data}`, or with
     /// `job_type` for `job.type`, `result` for `output`, `completed_at` for `timestamp`. The error is for the log: it
     /// quotes nothing of `bytes`.

@@ -257,12 +257,19 @@ async fn fail(
 /// the ack wait, so that the stream does not redeliver it. While the bus is away the run continues: at worst the
 /// assignment runs twice and leaves one result.
 async fn attend(bus: &Bus, delivery: &Delivery, assignment: &ExecAssignment, stop: &CancellationToken) -> Infallible {
-    tokio::time::sleep(RUNNING_AFTER).await;
-    if let Err(error) = mark_running(bus, assignment, stop).await {
-        let request_id = &assignment.request_id;
-        tracing::warn!(%error, request_id, "cannot record that the task runs; its record still says assigned");
-    }
+    let mark = async {
+        tokio::time::sleep(RUNNING_AFTER).await;
+        if let Err(error) = mark_running(bus, assignment, stop).await {
+            let request_id = &assignment.request_id;
+            tracing::warn!(%error, request_id, "cannot record that the task runs; its record still says assigned");
+        }
+    };
+    // Beside each other, because a slow bus must not hold up the first in-progress ack.
+    let ((), never) = tokio::join!(mark, keep_in_progress(delivery));
+    never
+}
 
+async fn keep_in_progress(delivery: &Delivery) -> Infallible {
     loop {
         tokio::time::sleep(ACK_WAIT / 3).await;
         if let Err(error) = delivery.in_progress().await {
@@ -378,14 +385,7 @@ async fn store(bus: &Bus, result: &ExecResult, delivery: Option<&Delivery>) -> b
         // Running again would not make the result smaller, so the task ends with an error instead.
         Err(bus::Error::TooLarge { size, max }) => {
             let text = format!("the output makes a result of {size} bytes; the bus accepts at most {max}");
-            let result = ExecResult {
-                status: ResultStatus::Error,
-                output: None,
-                error_code: Some("output".into()),
-                error_message: Some(text),
-                ..result.clone()
-            };
-            append(bus, &result, delivery).await
+            append(bus, &result.without_output(text), delivery).await
         }
         stored => stored,
     }
