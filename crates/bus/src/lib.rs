@@ -7,6 +7,7 @@ pub mod clock;
 pub mod dead_letter;
 pub mod local;
 pub mod nats;
+mod pattern;
 pub mod streams;
 pub mod tasks;
 
@@ -122,7 +123,8 @@ pub trait BusApi: Send + Sync + 'static {
     /// Publishes a request and waits at most `deadline` for the first reply.
     async fn request(&self, subject: &str, headers: Headers, payload: Bytes, deadline: Duration) -> Result<Message>;
 
-    /// Creates the stream or updates it to this configuration. Idempotent.
+    /// Creates the stream or updates it to this configuration. Idempotent. An existing stream keeps the subjects that
+    /// it takes beyond these. Fails if another stream takes one of the subjects.
     async fn declare_stream(&self, stream: StreamConfig) -> Result<()>;
 
     /// Appends the message to the stream that takes its subject; returns once it is stored.

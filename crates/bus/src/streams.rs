@@ -25,7 +25,9 @@ pub async fn declare(bus: &Bus) -> Result<()> {
         .await?;
     bus.declare_stream(limits(subjects::STREAM_USAGE, vec![subjects::USAGE.into()], 30 * DAY, 1 << 30))
         .await?;
-    let dead = [subjects::ASSIGN, subjects::RESULT].map(subjects::dead_letter);
+    // Assignments may have a subject for each provider below the common one.
+    let of_providers = format!("{}.*", subjects::ASSIGN);
+    let dead = [subjects::ASSIGN, &of_providers, subjects::RESULT].map(subjects::dead_letter);
     bus.declare_stream(limits(subjects::STREAM_DLQ, dead.into(), 30 * DAY, 1 << 30))
         .await?;
     bus.declare_kv(subjects::BUCKET_TASKS, Some(DAY)).await?;

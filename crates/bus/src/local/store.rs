@@ -5,6 +5,7 @@ use super::record::Group;
 use super::state::{NewMessage, State, Step, Taken, millis};
 use super::subjects::matches;
 use crate::clock::unix_ms;
+use crate::pattern::{overlap, union};
 use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, StreamConfig, StreamInfo};
 use bytes::Bytes;
 use journal::Durability;
@@ -113,6 +114,7 @@ impl Store {
 
     pub async fn declare_stream(&self, config: StreamConfig) -> Result<()> {
         let (name, subjects) = (config.name, config.subjects.clone());
+        self.check_overlap(&config)?;
         self.run(move |state, group| {
             state.declare_stream(group, config);
             Ok(())
@@ -121,10 +123,32 @@ impl Store {
 
         // A redeclared stream keeps its notifier, on which its consumers wait.
         let mut streams = self.streams.write();
-        let work = streams
+        let (known, work) = streams
             .get(name)
-            .map_or_else(Default::default, |known| known.work.clone());
+            .map_or_else(Default::default, |known| (known.subjects.clone(), known.work.clone()));
+        let subjects = union(&known, &subjects);
         streams.insert(name, Arc::new(Stream { subjects, work }));
+        Ok(())
+    }
+
+    /// Fails if another stream takes a subject of this one.
+    fn check_overlap(&self, config: &StreamConfig) -> Result<()> {
+        let streams = self.streams.read();
+        for (name, other) in streams.iter().filter(|(name, _)| **name != config.name) {
+            for (own, taken) in config
+                .subjects
+                .iter()
+                .flat_map(|own| other.subjects.iter().map(move |taken| (own, taken)))
+            {
+                if overlap(own, taken) {
+                    let text = format!(
+                        "cannot declare stream {}: its subject {own} overlaps {taken} of stream {name}",
+                        config.name
+                    );
+                    return Err(Error::Storage(text));
+                }
+            }
+        }
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use super::convert;
 use super::inbox::Awaited;
 use super::link::Link;
+use crate::pattern::union;
 use crate::{Appended, Error, Message, Result, Retention, StreamConfig, StreamInfo};
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamByNameErrorKind, GetStreamErrorKind};
@@ -16,7 +17,7 @@ use std::time::Duration;
 pub async fn declare(link: &Link, stream: StreamConfig) -> Result<()> {
     link.connected()?;
     create_or_update(link, stream.name, |config| {
-        config.subjects = stream.subjects.clone();
+        config.subjects = union(&config.subjects, &stream.subjects);
         config.retention = match stream.retention {
             Retention::WorkQueue => RetentionPolicy::WorkQueue,
             Retention::Limits => RetentionPolicy::Limits,

@@ -61,6 +61,8 @@ conformance! {
     streams::repeated_message_id_is_stored_once,
     streams::live_subscribers_receive_appended_messages,
     streams::redeclaring_a_stream_updates_it,
+    streams::redeclaring_a_stream_keeps_its_other_subjects,
+    streams::overlapping_streams_are_refused,
     streams::work_queue_deletes_settled_messages,
     streams::limits_stream_keeps_settled_messages,
     streams::full_work_queue_refuses_and_full_limits_stream_drops_oldest,

@@ -55,6 +55,40 @@ pub async fn redeclaring_a_stream_updates_it(bus: Bus) {
     assert_eq!(bus.stream_info("S").await.unwrap().messages, 2);
 }
 
+pub async fn redeclaring_a_stream_keeps_its_other_subjects(bus: Bus) {
+    let with = |subjects: &[&str]| StreamConfig {
+        subjects: subjects.iter().map(ToString::to_string).collect(),
+        ..stream(Retention::WorkQueue)
+    };
+    bus.declare_stream(with(&["s.a"])).await.unwrap();
+    bus.declare_stream(with(&["s.a", "s.a.one"])).await.unwrap();
+    bus.declare_stream(with(&["s.a", "s.a.two"])).await.unwrap();
+    for subject in ["s.a", "s.a.one", "s.a.two"] {
+        bus.append(message(subject, "x"), None).await.unwrap();
+    }
+
+    // A pattern replaces the subjects that it covers.
+    bus.declare_stream(with(&["s.a.*", "s.a"])).await.unwrap();
+    for subject in ["s.a", "s.a.one", "s.a.three"] {
+        bus.append(message(subject, "x"), None).await.unwrap();
+    }
+    assert_eq!(bus.stream_info("S").await.unwrap().messages, 6);
+}
+
+pub async fn overlapping_streams_are_refused(bus: Bus) {
+    bus.declare_stream(stream(Retention::Limits)).await.unwrap();
+    let other = StreamConfig {
+        name: "O",
+        subjects: vec!["o".into(), "*.a".into()],
+        ..stream(Retention::Limits)
+    };
+    let refused = bus.declare_stream(other.clone()).await.unwrap_err();
+    assert!(refused.to_string().contains("overlap"), "{refused}");
+    bus.declare_stream(StreamConfig { subjects: vec!["o".into()], ..other })
+        .await
+        .unwrap();
+}
+
 pub async fn work_queue_deletes_settled_messages(bus: Bus) {
     settle_two(&bus, Retention::WorkQueue, 1).await;
 }
