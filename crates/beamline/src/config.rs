@@ -23,7 +23,7 @@ pub use layers::Layers;
 pub use problems::Problems;
 pub use renew::Changes;
 pub use roles::Role;
-pub use settings::{Bus, LogFormat, Settings};
+pub use settings::{Access, Bus, LogFormat, Settings};
 
 use std::time::Duration;
 use tables::Tables;

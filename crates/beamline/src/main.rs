@@ -18,6 +18,7 @@ mod self_check;
 mod wiring;
 
 use clap::Parser;
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -36,12 +37,12 @@ fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     // Fails only if a provider is installed already.
     let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
-    exit_code(run(cli.command))
+    run(cli.command)
 }
 
-fn run(command: cli::Command) -> anyhow::Result<()> {
-    match command {
-        cli::Command::Up(setting) => up(setting),
+fn run(command: cli::Command) -> ExitCode {
+    let done = match command {
+        cli::Command::Up(setting) => return up(setting),
         cli::Command::Submit(args) => in_runtime(commands::submit::submit(args)),
         cli::Command::Ping(args) => in_runtime(commands::submit::ping(args)),
         cli::Command::Token(args) => commands::credentials::token(args),
@@ -54,23 +55,22 @@ fn run(command: cli::Command) -> anyhow::Result<()> {
         cli::Command::Soak(cli::Soak::Gateway(args)) => in_runtime(commands::soak::gateway(args)),
         cli::Command::Config(cli::Config::Show(setting)) => show(setting),
         cli::Command::Config(cli::Config::Check(setting)) => check(setting),
-    }
+    };
+    exit_code(done, &mut std::io::stderr())
 }
 
-fn exit_code(done: anyhow::Result<()>) -> ExitCode {
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.is::<config::Problems>() => {
-            eprint!("beamline: {error}");
-            ExitCode::from(EXIT_SETTINGS)
-        }
+/// Reports an error to `to`, and returns the exit code.
+fn exit_code(done: anyhow::Result<()>, to: &mut impl Write) -> ExitCode {
+    let (text, code) = match done {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(error) if error.is::<config::Problems>() => (format!("beamline: {error}"), EXIT_SETTINGS.into()),
         // The reader closed the pipe early, as `head` does, which is not a failure.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("beamline: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+        Err(error) if is_broken_pipe(&error) => return ExitCode::SUCCESS,
+        Err(error) => (format!("beamline: {error:#}\n"), ExitCode::FAILURE),
+    };
+    // If stderr cannot be written, the exit code is all that is left.
+    let _ = to.write_all(text.as_bytes());
+    code
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
@@ -79,19 +79,36 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-fn up(setting: cli::Setting) -> anyhow::Result<()> {
+fn up(setting: cli::Setting) -> ExitCode {
+    let (start, writer) = match prepare(setting) {
+        Ok(prepared) => prepared,
+        Err(error) => return exit_code(Err(error), &mut std::io::stderr()),
+    };
+    let log = start.log.clone();
+    let done = serve(start);
+
+    log.report_missing();
+    // Through the log's queue, because a stderr that takes nothing must not hold up the exit.
+    exit_code(done, &mut writer.queue().clone())
+}
+
+/// Everything that comes before the first thread of the runtime.
+fn prepare(setting: cli::Setting) -> anyhow::Result<(wiring::Start, log::Writer)> {
     let layers = setting.into_layers();
     let settings = config::load(&layers)?;
 
     // Removes variables from the environment, which is safe only before any thread is started.
     let given = activation::Given::take(layers.environment.get("LISTEN_FDNAMES").map(String::as_str))?;
-    let filter = log::init(&settings)?;
+    let (log, writer) = log::init(&settings)?;
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
+    Ok((wiring::Start { layers, settings, given, log }, writer))
+}
 
+fn serve(start: wiring::Start) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
-    let done = runtime.block_on(wiring::up(wiring::Start { layers, settings, given, filter }));
+    let done = runtime.block_on(wiring::up(start));
     runtime.shutdown_timeout(RUNTIME_SHUTDOWN_MAX);
     done
 }

@@ -38,6 +38,12 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     ("beamline_gateway_requests_total", false, "Requests received"),
     ("beamline_gateway_retries_total", false, "Requests retried at the router"),
     ("beamline_gateway_status_failures_total", false, "Polls of the router's load that got no answer"),
+    (
+        "beamline_log_dropped_total",
+        true,
+        "Log lines not written, by reason: full (stderr is too slow), failed (stderr failed) or limit (too many of one \
+         message)",
+    ),
     ("beamline_reloads_total", true, "Reloads by SIGHUP, by outcome: done or refused"),
     (
         "beamline_router_contract_violations_total",

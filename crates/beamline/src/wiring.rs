@@ -4,7 +4,8 @@
 
 use crate::activation::Given;
 use crate::config::{Layers, Settings};
-use crate::{log, notify};
+use crate::log::Log;
+use crate::notify;
 use anyhow::{Result, bail};
 use reload::Reload;
 use stages::Stages;
@@ -23,7 +24,7 @@ pub struct Start {
     pub layers: Layers,
     pub settings: Settings,
     pub given: Given,
-    pub filter: log::Filter,
+    pub log: Log,
 }
 
 /// Runs the process until a signal arrives or a part ends unexpectedly, then drains.
@@ -58,10 +59,10 @@ async fn start_and_serve(
     stages: &mut Stages,
     draining: CancellationToken,
 ) -> Result<()> {
-    let Start { layers, settings, given, filter } = start;
+    let Start { layers, settings, given, log } = start;
     notify::status("starting");
     let running = tokio::select! {
-        running = start::start(&settings, given, stages, draining) => running?,
+        running = start::start(&settings, given, &log, stages, draining) => running?,
         name = signals.end.next() => {
             tracing::info!(signal = name, "ended during the start");
             return Ok(());
@@ -70,7 +71,7 @@ async fn start_and_serve(
 
     let Running { bus, gateway, endpoint, status } = running;
     notify::ready(&status);
-    let reload = Reload { layers, settings, filter, bus, gateway, status };
+    let reload = Reload { layers, settings, log, bus, gateway, status };
     tokio::select! {
         name = signals.end.next() => {
             tracing::info!(signal = name, "draining");

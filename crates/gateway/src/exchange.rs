@@ -194,7 +194,7 @@ impl Exchange {
 
     /// Logs a submit that is about to be sent to the router.
     pub fn log_accepted(&self, submit: &TaskSubmit) {
-        tracing::info!(
+        tracing::debug!(
             trace_id = self.trace_id,
             request_id = self.request_id,
             tenant_id = self.tenant_id,

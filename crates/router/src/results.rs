@@ -174,13 +174,28 @@ fn finished(mut record: Record, result: &ExecResult) -> Record {
     record
 }
 
+/// The task's line in the access log. A worker may have put anything into its texts, so the log has an error's code only
+/// if that is an id, and of its message the length.
 fn log(result: &ExecResult, task: Option<&TaskState>) {
+    let error_code = result.error_code.as_deref();
     tracing::info!(
+        target: "access",
         trace_id = result.trace_id,
         tenant_id = payer(task, result),
         request_id = result.request_id,
+        provider_id = result.provider_id,
         status = result.status.as_str(),
-        latency_ms = result.latency_ms,
-        "ended"
+        error_code = error_code.filter(|code| wire::id::check(code).is_ok()),
+        error_bytes = result.error_message.as_ref().map(String::len),
+        run_ms = result.latency_ms,
+        total_ms = since_assigned_ms(&result.assignment_id),
+        "task ended"
     );
+}
+
+/// Milliseconds since a router assigned the task, if the assignment's id tells (a UUID of version 7).
+fn since_assigned_ms(assignment_id: &str) -> Option<u64> {
+    let id = uuid::Uuid::parse_str(assignment_id).ok()?;
+    let (seconds, nanoseconds) = id.get_timestamp()?.to_unix();
+    Some(unix_ms().saturating_sub(seconds * 1000 + u64::from(nanoseconds) / 1_000_000))
 }

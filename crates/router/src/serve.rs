@@ -102,7 +102,7 @@ impl Exchange {
         match crate::assign::push(&router, &request).await {
             Ok((task, decision)) => {
                 router.stats.decided(&decision, self.started.elapsed());
-                tracing::info!(
+                tracing::debug!(
                     trace_id = context.trace_id,
                     tenant_id = request.tenant_id,
                     request_id = request.request_id,

@@ -167,7 +167,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
 
     let (trace_id, tenant_id) = (assignment.correlation.trace_id.as_deref(), &assignment.tenant_id);
     let (request_id, attempt) = (&assignment.request_id, delivery.delivered);
-    tracing::info!(trace_id, tenant_id, request_id, provider = provider.name, attempt, "running");
+    tracing::debug!(trace_id, tenant_id, request_id, provider = provider.name, attempt, "running");
 
     let limit = Limit::of(provider.timeout, Duration::from_millis(assignment.options.deadline_ms.max(1)));
     let job = Job { task: &assignment.job, request_id, tenant_id, trace_id };
@@ -202,7 +202,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     let result = result(&assignment, outcome, Some(Ran { took, chunks: output.count() }));
     finish(worker, delivery, &result, give_up).await?;
     let took_ms = took.as_millis() as u64;
-    tracing::info!(trace_id, tenant_id, request_id, status, error_code, error_bytes, took_ms, "ran");
+    tracing::debug!(trace_id, tenant_id, request_id, status, error_code, error_bytes, took_ms, "ran");
     Ok(())
 }
 

@@ -264,6 +264,12 @@ pub const KEYS: &[Key] = &[
     key("shutdown.deadline", Duration, "10s", "deadline of each stage of the drain"),
     key("log.format", Choice(&["human", "json"]), "human", "format of the log lines on stderr"),
     live(key(
+        "log.access",
+        Choice(&["off", "sampled", "all"]),
+        "sampled",
+        "a line for each task where it ends; sampled: for all while they are few, then for 1 in 100 and for failures",
+    )),
+    live(key(
         "log.level",
         LogFilter,
         "info",

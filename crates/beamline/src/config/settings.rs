@@ -42,6 +42,7 @@ pub struct Settings {
     /// Deadline of each stage of the drain.
     pub shutdown_deadline: Duration,
     pub log_format: LogFormat,
+    pub log_access: Access,
     /// Directives of a `tracing_subscriber::EnvFilter`.
     pub log_level: String,
     /// The file that was read, if any.
@@ -72,6 +73,15 @@ pub enum LogFormat {
     Json,
 }
 
+/// Which tasks have a line in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    Off,
+    /// All while they are few, else a sample; failures always.
+    Sampled,
+    All,
+}
+
 impl Settings {
     /// Converts every table. List items that cannot be parsed are reported and left out.
     pub(super) fn new(tables: Tables, problems: &mut Problems) -> Self {
@@ -98,6 +108,7 @@ impl Settings {
             grpc_listen: values.address("grpc.listen"),
             shutdown_deadline: values.duration("shutdown.deadline"),
             log_format: log_format(values),
+            log_access: log_access(values),
             log_level: values.text("log.level"),
             file: tables.file.clone(),
             warnings: tables.warnings.clone(),
@@ -353,6 +364,15 @@ fn log_format(values: &Values) -> LogFormat {
         "human" => LogFormat::Human,
         "json" => LogFormat::Json,
         other => unreachable!("the table of keys has no log format {other}"),
+    }
+}
+
+fn log_access(values: &Values) -> Access {
+    match values.text("log.access").as_str() {
+        "off" => Access::Off,
+        "sampled" => Access::Sampled,
+        "all" => Access::All,
+        other => unreachable!("the table of keys has no log access {other}"),
     }
 }
 

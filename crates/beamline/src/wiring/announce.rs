@@ -1,6 +1,7 @@
 //! Announces that the process is ready, and its addresses: to the parent process, the service manager and the terminal.
 
 use crate::config::{LogFormat, Role, Settings};
+use crate::log::Log;
 use crate::secrets;
 use anyhow::Result;
 use serde::Serialize;
@@ -51,7 +52,7 @@ pub fn status(settings: &Settings, http: SocketAddr) -> String {
 }
 
 /// Greets the person who started the process, on stderr.
-pub fn greet(settings: &Settings, http: SocketAddr, socket: Option<&Path>, admin_password: Option<&str>) {
+pub fn greet(settings: &Settings, log: &Log, http: SocketAddr, socket: Option<&Path>, admin_password: Option<&str>) {
     if settings.log_format == LogFormat::Json {
         return;
     }
@@ -66,7 +67,7 @@ pub fn greet(settings: &Settings, http: SocketAddr, socket: Option<&Path>, admin
     if let Some(socket) = socket {
         lines.extend(commands_to_try(settings, socket));
     }
-    let _ = writeln!(std::io::stderr(), "\n{}\n", lines.join("\n"));
+    log.say(&format!("\n{}\n\n", lines.join("\n")));
 }
 
 fn pages(settings: &Settings, http: SocketAddr, admin_password: Option<&str>) -> Vec<String> {

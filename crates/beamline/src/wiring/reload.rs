@@ -2,7 +2,8 @@
 
 use super::bind;
 use crate::config::{self, Changes, Layers, Settings};
-use crate::{log, notify};
+use crate::log::Log;
+use crate::notify;
 use anyhow::Result;
 use bus::Bus;
 use std::convert::Infallible;
@@ -12,7 +13,7 @@ use tokio::signal::unix::Signal;
 pub struct Reload {
     pub layers: Layers,
     pub settings: Settings,
-    pub filter: log::Filter,
+    pub log: Log,
     pub bus: Bus,
     pub gateway: Option<gateway::Control>,
     /// The status line that the service manager shows before and after a reload.
@@ -103,7 +104,7 @@ impl Reload {
             None => None,
         };
 
-        self.filter.set(&settings)?;
+        self.log.set(&settings)?;
         if let Some((gateway, config)) = gateway {
             gateway.reload(config);
         }

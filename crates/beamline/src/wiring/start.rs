@@ -6,6 +6,7 @@ use super::stages::Stages;
 use crate::activation::Given;
 use crate::config::{Role, Settings};
 use crate::health::{self, Health};
+use crate::log::Log;
 use crate::self_check::Endpoint;
 use crate::{grpc, http, listen, metrics, secrets};
 use anyhow::{Context, Result, ensure};
@@ -20,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Limit of open connections to the operations port, whose clients are monitors and scrapers.
 const OPS_CONNECTIONS_MAX: usize = 64;
-/// Interval between upkeeps of the metrics. Histograms keep every sample until the next upkeep.
+/// Interval between upkeeps of metrics and log. Histograms keep every sample until the next upkeep.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Handles on the running process, for signals and the watchdog.
@@ -37,6 +38,7 @@ pub struct Running {
 pub async fn start(
     settings: &Settings,
     given: Given,
+    log: &Log,
     stages: &mut Stages,
     draining: CancellationToken,
 ) -> Result<Running> {
@@ -63,11 +65,11 @@ pub async fn start(
     let Parts { bus, routes, checks, gateway, admin_password, .. } = parts;
 
     let health = Arc::new(Health { checks, metrics, metrics_public: settings.metrics_public, draining });
-    ports.serve(settings, stages, routes, health);
+    ports.serve(settings, log, stages, routes, health);
 
     let (socket, gateway) = gateway.unzip();
     announce::ready(&Ready::new(&addresses, socket.clone()))?;
-    announce::greet(settings, addresses.http, socket.as_deref(), admin_password.as_deref());
+    announce::greet(settings, log, addresses.http, socket.as_deref(), admin_password.as_deref());
     Ok(Running {
         bus,
         gateway,
@@ -104,7 +106,7 @@ impl Ports {
 
     /// Begins to accept connections. The HTTP port stops accepting when the node begins to disconnect its clients;
     /// metrics and health are served to the end.
-    fn serve(self, settings: &Settings, stages: &mut Stages, routes: Router, health: Arc<Health>) {
+    fn serve(self, settings: &Settings, log: &Log, stages: &mut Stages, routes: Router, health: Arc<Health>) {
         let drain = settings.drain_timeout();
         let (metrics, draining) = (health.metrics.clone(), health.draining.clone());
 
@@ -128,9 +130,8 @@ impl Ports {
         stages
             .operations
             .run("gRPC listener", |cancel| grpc::serve(listener, draining, cancel));
-        stages
-            .operations
-            .run("metrics upkeep", |cancel| upkeep(metrics, cancel));
+        let log = log.clone();
+        stages.operations.run("upkeep", |cancel| upkeep(metrics, log, cancel));
     }
 }
 
@@ -266,12 +267,14 @@ async fn admin_password(settings: &Settings, webapp: &webapp::Bound) -> Result<O
     Ok(secrets::read(data_dir, secrets::ADMIN_PASSWORD).ok())
 }
 
-async fn upkeep(metrics: PrometheusHandle, cancel: CancellationToken) -> Result<()> {
+async fn upkeep(metrics: PrometheusHandle, log: Log, cancel: CancellationToken) -> Result<()> {
     let mut ticks = tokio::time::interval(UPKEEP_EVERY);
     loop {
         tokio::select! {
             () = cancel.cancelled() => return Ok(()),
-            _ = ticks.tick() => metrics.run_upkeep(),
+            _ = ticks.tick() => {}
         }
+        metrics.run_upkeep();
+        log.report_missing();
     }
 }

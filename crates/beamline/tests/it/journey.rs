@@ -3,6 +3,7 @@
 use crate::process::Process;
 use crate::realtime::Client;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 #[tokio::test]
 async fn program_gets_decision_result_and_stream_of_its_tasks() {
@@ -113,24 +114,27 @@ async fn health_readiness_and_metrics_answer_on_both_ports() {
 
 #[tokio::test]
 async fn gateway_router_and_worker_log_the_same_trace_id() {
-    let process = Process::start_with(&["--log-format", "json"]).await;
+    let settings = "[log]\nformat = \"json\"\nlevel = \"info,gateway=debug,router=debug,worker=debug\"\n";
+    let process = Process::start_with_settings(settings).await;
     process
         .run(&["submit", "--type", "echo", "--wait", "result", "{}"])
         .await
         .success();
-    let log = std::fs::read_to_string(process.dir.path().join("log")).unwrap();
-    let lines: Vec<Value> = log
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("every line is JSON"))
-        .collect();
-    let of = |part: &str| {
+
+    let trace_of = |part: &str| {
+        let log = process.log();
+        let mut lines = log
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).expect("every line is JSON"));
         let line = lines
-            .iter()
             .find(|line| line["target"].as_str().is_some_and(|t| t.starts_with(part)) && line["trace_id"].is_string());
-        line.unwrap_or_else(|| panic!("no line of {part} has a trace id:\n{log}"))["trace_id"].clone()
+        line.map(|line| line["trace_id"].clone())
     };
-    assert_eq!(of("gateway"), of("router"));
-    assert_eq!(of("router"), of("worker"));
+    let parts = ["gateway", "router", "worker", "access"];
+    testkit::eventually(Duration::from_secs(10), async || parts.iter().all(|part| trace_of(part).is_some())).await;
+    for part in parts {
+        assert_eq!(trace_of(part), trace_of("gateway"), "{part}");
+    }
 }
 
 async fn first_room(client: &mut Client) -> String {

@@ -7,6 +7,7 @@ mod drain;
 mod durability;
 mod gateway;
 mod journey;
+mod logs;
 mod memory;
 mod process;
 mod realtime;

@@ -40,14 +40,35 @@ impl Process {
         Self { dir, ready, child, extra: Vec::new() }
     }
 
+    /// Starts with a settings file and another stderr than the file `log`.
+    pub async fn start_logging_to(stderr: impl Into<Stdio>, settings: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("beamline.toml"), settings).unwrap();
+        let child = up(command(dir.path()), dir.path(), "127.0.0.1:0", &[])
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
+        let (child, ready) = until_ready(child, dir.path()).await;
+        Self { dir, ready, child, extra: Vec::new() }
+    }
+
     /// Starts like a service manager, in an existing directory.
     pub async fn start_under(manager: Manager, dir: tempfile::TempDir) -> Self {
         let (child, ready) = until_ready(manager.spawn(dir.path()), dir.path()).await;
         Self { dir, ready, child, extra: Vec::new() }
     }
 
+    /// The whole lines of the log so far. It is written beside the work, so a line may be a moment late.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.dir.path().join("log")).unwrap()
+        let mut log = std::fs::read_to_string(self.dir.path().join("log")).unwrap();
+        log.truncate(log.rfind('\n').map_or(0, |end| end + 1));
+        log
+    }
+
+    /// Waits for a line that contains `text`, and returns the log with it.
+    pub async fn logged(&self, text: &str) -> String {
+        testkit::eventually(PATIENCE, async || self.log().contains(text)).await;
+        self.log()
     }
 
     /// Kills the process with SIGKILL.

@@ -181,7 +181,7 @@ async fn watchdog_is_notified_only_while_the_gateway_answers() {
 
     std::fs::rename(&aside, &socket).unwrap();
     notifications.next_with("WATCHDOG=1").await;
-    assert!(process.log().contains("the self-check failed"));
+    process.logged("the self-check failed").await;
 }
 
 #[tokio::test]
@@ -201,7 +201,7 @@ async fn sighup_changes_limits_while_connections_are_open() {
     assert!(matches!(second.ping().await, Err(client::Error::Refused(_) | client::Error::Closed)));
     client.ping().await.unwrap();
 
-    let log = process.log();
+    let log = process.logged("needs a restart").await;
     let named = log
         .lines()
         .find(|line| line.contains("needs a restart"))

@@ -27,11 +27,12 @@ impl Beamline {
     fn start_in(dir: tempfile::TempDir) -> Result<Self> {
         let mut command = command(dir.path())?;
         let addresses = ["--http", "127.0.0.1:0", "--ops", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+        // The log goes to a file, as it does where people run it.
         command
             .arg("up")
             .args(addresses)
             .stdout(Stdio::piped())
-            .stderr(Stdio::null());
+            .stderr(std::fs::File::create(dir.path().join("log"))?);
 
         let mut child = Running(command.spawn()?);
         let stdout = child.0.stdout.take().ok_or("the process has no standard output")?;

@@ -385,7 +385,7 @@ impl Answers {
         }
 
         let trace_id = result.trace_id.as_deref().unwrap_or_default();
-        tracing::info!(trace_id, request_id = result.request_id, state = state.as_str(), "an answer ended");
+        tracing::debug!(trace_id, request_id = result.request_id, state = state.as_str(), "an answer ended");
         Ok(())
     }
 
