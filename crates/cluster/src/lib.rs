@@ -20,6 +20,7 @@ mod status;
 mod token;
 mod upgrade;
 
+pub use journal::Durability;
 pub use ready::Ready;
 pub use rules::{Namespace, Overrides, Rules, namespaces};
 
@@ -67,8 +68,9 @@ pub struct Config {
 pub enum EngineConfig {
     /// A single node, which keeps its histories in a file in `dir`. `boot_id` identifies the boot of the machine (on
     /// Linux `/proc/sys/kernel/random/boot_id`) and distinguishes a power cut from a killed process. If it is empty,
-    /// every unclean shutdown counts as a power cut, after which channels begin a new epoch.
-    Memory { dir: PathBuf, boot_id: String },
+    /// every unclean shutdown counts as a power cut, after which channels begin a new epoch. `durability` says what an
+    /// acknowledged publication survives.
+    Memory { dir: PathBuf, boot_id: String, durability: Durability },
     /// Any number of nodes that share a Redis. `url` is one server, or the comma-separated servers of a Redis Cluster.
     Redis { url: String },
 }
@@ -90,7 +92,11 @@ impl Default for Config {
             drain_period: Duration::from_secs(2),
             namespaces: rules::built_in(),
             defaults: Rules::default(),
-            engine: EngineConfig::Memory { dir: "data".into(), boot_id: String::new() },
+            engine: EngineConfig::Memory {
+                dir: "data".into(),
+                boot_id: String::new(),
+                durability: Durability::default(),
+            },
         }
     }
 }
@@ -126,9 +132,10 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
 
     let hub = Arc::new(hub::Hub::default());
     let engine: Arc<dyn Engine> = match &config.engine {
-        EngineConfig::Memory { dir, boot_id } => {
-            let rules = |channel: &str| rules::of(channel, &config.namespaces, &config.defaults);
-            engine::memory::Memory::open(dir, boot_id, hub.clone(), rules).await?
+        EngineConfig::Memory { dir, boot_id, durability } => {
+            let (namespaces, defaults) = (config.namespaces.clone(), config.defaults.clone());
+            let rules = move |channel: &str| rules::of(channel, &namespaces, &defaults).cloned();
+            engine::memory::Memory::open(dir, boot_id, *durability, hub.clone(), rules).await?
         }
         EngineConfig::Redis { url } => engine::redis::Redis::connect(url, hub.clone()).await?,
     };

@@ -39,27 +39,12 @@ impl Life {
         Self { database: database.into(), lock }
     }
 
-    /// Records the start of use in one transaction with the writes of `begin`; both are on disk when this returns.
-    /// `boot` identifies the boot of the machine; an empty string means unknown.
-    pub fn begin<T>(
-        &self,
-        db: &mut Connection,
-        boot: &str,
-        begin: impl FnOnce(&Connection, Continuity) -> rusqlite::Result<T>,
-    ) -> rusqlite::Result<T> {
+    /// Records the start of use. `boot` identifies the boot of the machine; an empty string means unknown.
+    pub fn begin(&self, db: &Connection, boot: &str) -> rusqlite::Result<()> {
         db.execute_batch(SCHEMA)?;
-        let continuity = self.continuity(db, boot)?;
         let marks = self.renew_marks().map_err(failed)?;
-
-        // Synced to disk. Otherwise a power failure could restore the record of an earlier clean shutdown, and the lost
-        // writes would go unnoticed.
-        db.pragma_update(None, "synchronous", "FULL")?;
-        let transaction = db.transaction()?;
-        let begun = begin(&transaction, continuity)?;
-        transaction.execute("INSERT OR REPLACE INTO life VALUES (1, ?1, ?2, 0)", [boot, &marks])?;
-        transaction.commit()?;
-        db.pragma_update(None, "synchronous", "NORMAL")?;
-        Ok(begun)
+        db.execute("INSERT OR REPLACE INTO life VALUES (1, ?1, ?2, 0)", [boot, &marks])?;
+        Ok(())
     }
 
     /// Records a clean shutdown: all writes up to now are complete.
@@ -71,7 +56,8 @@ impl Life {
     }
 
     /// Compares the record in the file with the current boot and marks.
-    fn continuity(&self, db: &Connection, boot: &str) -> rusqlite::Result<Continuity> {
+    pub fn continuity(&self, db: &Connection, boot: &str) -> rusqlite::Result<Continuity> {
+        db.execute_batch(SCHEMA)?;
         let recorded = db
             .query_row("SELECT boot, marks, ended FROM life", [], |row| {
                 Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, row.get::<_, bool>(2)?))

@@ -11,6 +11,7 @@
 //! SQLite makes commits atomic, also in a crash. Checksums and the numbering detect rows that were damaged or lost
 //! later; [`Log::replay`] then fails.
 
+use crate::life::{Continuity, Life};
 use crate::{Error, Result, lock};
 use bytes::Bytes;
 use rusqlite::{Connection, MAIN_DB, OpenFlags, OptionalExtension, params};
@@ -29,6 +30,8 @@ const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
 const WAL_PAGES_MAX: u64 = 16 * 1024;
 /// Size to which the file of the write-ahead log shrinks when it is restarted, in bytes.
 const WAL_BYTES_KEPT: i64 = 16 * 1024 * 1024;
+/// A snapshot is due after this many bytes of groups, or after twice the size of the last snapshot, if that is more.
+const SNAPSHOT_BYTES_MIN: u64 = 16 * 1024 * 1024;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 const SCHEMA: &str = "
@@ -79,18 +82,34 @@ pub struct Part<'a> {
 pub struct Log {
     writer: Connection,
     path: PathBuf,
+    durability: Durability,
+    life: Life,
     last: u64,
     /// Groups up to this one are covered by the complete snapshot.
     snapshot_since: u64,
     generation: u64,
-    /// The snapshot in progress: the group at which it began, and the number of parts written.
-    open_snapshot: Option<(u64, u64)>,
+    /// Bytes of the complete snapshot.
+    snapshot_bytes: u64,
+    /// Bytes of the groups that are not covered by the complete snapshot.
+    replay_bytes: u64,
+    open_snapshot: Option<OpenSnapshot>,
     wal_pages: Arc<AtomicU64>,
     /// Bytes written since the background thread was last woken.
     since_checkpoint: usize,
     /// `None` only during the drop of the log.
     checkpointer: Option<Checkpointer>,
     _lock: Arc<File>,
+}
+
+/// A snapshot in progress.
+#[derive(Clone, Copy)]
+struct OpenSnapshot {
+    /// The group at which it began.
+    since: u64,
+    /// [`Log::replay_bytes`] when it began: the bytes that it will cover.
+    covers: u64,
+    parts: u64,
+    bytes: u64,
 }
 
 impl Log {
@@ -104,12 +123,9 @@ impl Log {
             .pragma_update(None, "auto_vacuum", "INCREMENTAL")
             .map_err(failed)?;
         writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
-        let synchronous = if durability == Durability::Power {
-            "FULL"
-        } else {
-            "NORMAL"
-        };
-        writer.pragma_update(None, "synchronous", synchronous).map_err(failed)?;
+        writer
+            .pragma_update(None, "synchronous", synchronous(durability))
+            .map_err(failed)?;
         // The background thread checkpoints, so that commits do not wait for it.
         writer.pragma_update(None, "wal_autocheckpoint", 0).map_err(failed)?;
         writer
@@ -131,14 +147,26 @@ impl Log {
         // The snapshot may cover all groups, and their rows may be deleted.
         let last = newest.unwrap_or(0).max(snapshot_since);
 
+        let bytes = |sql: &str, parameter: u64| -> rusqlite::Result<u64> {
+            let sum = writer.query_row(sql, [parameter], |row| row.get::<_, Option<u64>>(0));
+            Ok(sum?.unwrap_or(0))
+        };
+        let snapshot_bytes = bytes("SELECT sum(length(data)) FROM snapshot WHERE generation = ?1", generation);
+        let replay_bytes = bytes("SELECT sum(length(data)) FROM log WHERE id > ?1", snapshot_since);
+        let (snapshot_bytes, replay_bytes) = (snapshot_bytes.map_err(failed)?, replay_bytes.map_err(failed)?);
+
         let wal_pages = Arc::new(AtomicU64::new(0));
         let checkpointer = checkpointer(path, wal_pages.clone()).map_err(failed)?;
         Ok(Self {
             writer,
             path: path.to_path_buf(),
+            durability,
+            life: Life::new(path, lock.clone()),
             last,
             snapshot_since,
             generation,
+            snapshot_bytes,
+            replay_bytes,
             open_snapshot: None,
             wal_pages,
             since_checkpoint: 0,
@@ -152,13 +180,73 @@ impl Log {
         self.last
     }
 
+    /// Number of the oldest row; `None` if there is none.
+    pub fn oldest(&self) -> Result<Option<u64>> {
+        Ok(self.writer.query_row("SELECT min(id) FROM log", [], |row| row.get(0))?)
+    }
+
     /// The group at which the complete snapshot began. Rows up to it may be deleted.
     pub fn snapshot_since(&self) -> u64 {
         self.snapshot_since
     }
 
-    pub fn snapshot_in_progress(&self) -> bool {
-        self.open_snapshot.is_some()
+    /// Bytes of the groups that a replay reads after the snapshot.
+    pub fn replay_bytes(&self) -> u64 {
+        self.replay_bytes
+    }
+
+    /// Bytes of the complete snapshot.
+    pub fn snapshot_bytes(&self) -> u64 {
+        self.snapshot_bytes
+    }
+
+    /// Whether a snapshot is due, which keeps the replay short.
+    pub fn wants_snapshot(&self) -> bool {
+        self.open_snapshot.is_none() && self.replay_bytes > self.replay_bytes_max()
+    }
+
+    /// Whether a snapshot has been due for so long that earlier ones cannot have been completed.
+    pub fn is_overdue(&self) -> bool {
+        self.replay_bytes > 2 * self.replay_bytes_max()
+    }
+
+    fn replay_bytes_max(&self) -> u64 {
+        SNAPSHOT_BYTES_MIN.max(2 * self.snapshot_bytes)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn durability(&self) -> Durability {
+        self.durability
+    }
+
+    /// The error for contents that cannot be right.
+    pub fn damaged(&self, what: String) -> Error {
+        Error::Damaged { path: self.path.clone(), what }
+    }
+
+    /// Whether the file holds everything that its last user acknowledged. `boot` identifies the boot of the machine (on
+    /// Linux `/proc/sys/kernel/random/boot_id`); an empty string means unknown.
+    pub fn continuity(&self, boot: &str) -> Result<Continuity> {
+        Ok(self.life.continuity(&self.writer, boot)?)
+    }
+
+    /// Records that the file is in use. The record, and every commit before it, is on disk when this returns.
+    pub fn begin_use(&mut self, boot: &str) -> Result<()> {
+        // Synced to disk. Otherwise a power failure could restore the record of an earlier clean shutdown, and the lost
+        // writes would go unnoticed.
+        self.writer.pragma_update(None, "synchronous", "FULL")?;
+        self.life.begin(&self.writer, boot)?;
+        self.writer
+            .pragma_update(None, "synchronous", synchronous(self.durability))?;
+        Ok(())
+    }
+
+    /// Records a clean shutdown: all commits up to now are complete.
+    pub fn end_use(&self) -> Result<()> {
+        Ok(self.life.end(&self.writer)?)
     }
 
     /// The writer's connection, for reading and dropping the tables of an older format.
@@ -171,6 +259,7 @@ impl Log {
         self.writer
             .execute_batch("BEGIN; DELETE FROM log; DELETE FROM snapshot; DELETE FROM meta; COMMIT")?;
         (self.last, self.snapshot_since, self.generation, self.open_snapshot) = (0, 0, 0, None);
+        (self.snapshot_bytes, self.replay_bytes) = (0, 0);
         Ok(())
     }
 
@@ -187,7 +276,7 @@ impl Log {
         mut part: impl FnMut(&[u8]) -> std::result::Result<(), String>,
         mut group: impl FnMut(u64, &[u8]) -> std::result::Result<(), String>,
     ) -> Result<()> {
-        let damaged = |what: String| Error::Damaged { path: self.path.clone(), what };
+        let damaged = |what: String| self.damaged(what);
 
         let mut parts = self
             .writer
@@ -236,7 +325,7 @@ impl Log {
 
     /// Begins a snapshot: groups committed from now on are replayed after it. Abandons a snapshot in progress.
     pub fn begin_snapshot(&mut self) {
-        self.open_snapshot = Some((self.last, 0));
+        self.open_snapshot = Some(OpenSnapshot { since: self.last, covers: self.replay_bytes, parts: 0, bytes: 0 });
     }
 
     /// Commits everything or nothing. After an error the file is unchanged, but the caller's state may be ahead of it,
@@ -251,12 +340,16 @@ impl Log {
 
         if !commit.group.is_empty() {
             self.last += 1;
+            self.replay_bytes += commit.group.len() as u64;
         }
 
-        if let (Some(part), Some((since, parts))) = (&commit.part, &mut self.open_snapshot) {
-            *parts += 1;
+        if let (Some(part), Some(open)) = (&commit.part, &mut self.open_snapshot) {
+            open.parts += 1;
+            open.bytes += part.data.len() as u64;
             if part.last {
-                self.snapshot_since = *since;
+                self.snapshot_since = open.since;
+                self.snapshot_bytes = open.bytes;
+                self.replay_bytes -= open.covers;
                 self.generation += 1;
                 self.open_snapshot = None;
             }
@@ -274,7 +367,7 @@ impl Log {
                 .execute(params![self.last + 1, crc32fast::hash(commit.group), commit.group])?;
         }
 
-        if let (Some(part), Some((since, parts))) = (&commit.part, self.open_snapshot) {
+        if let (Some(part), Some(OpenSnapshot { since, parts, .. })) = (&commit.part, self.open_snapshot) {
             let generation = self.generation + 1;
             if parts == 0 {
                 // Removes the parts of a snapshot that was not completed.
@@ -336,6 +429,14 @@ impl Log {
             // A full channel means that the thread is already woken.
             let _ = wake.try_send(());
         }
+    }
+}
+
+/// The level of `PRAGMA synchronous`: in WAL mode, FULL syncs each commit and NORMAL only checkpoints.
+fn synchronous(durability: Durability) -> &'static str {
+    match durability {
+        Durability::Process => "NORMAL",
+        Durability::Power => "FULL",
     }
 }
 
@@ -528,5 +629,66 @@ mod tests {
             seen.insert(groups.len());
         }
         assert!(seen.len() > 10, "the truncations must cover many commits: {seen:?}");
+    }
+
+    #[test]
+    fn continuity_is_certain_only_after_a_kill_or_a_clean_shutdown() {
+        let dir = tempfile::tempdir().unwrap();
+        let check = |boot: &str, expected: Continuity, end_in_order: bool, what: &str| {
+            let mut log = open(dir.path()).unwrap();
+            assert_eq!(log.continuity(boot).unwrap(), expected, "{what}");
+            log.begin_use(boot).unwrap();
+            if end_in_order {
+                log.end_use().unwrap();
+            }
+        };
+        use Continuity::{Certain, Doubtful};
+
+        check("a", Doubtful, false, "a new file has no record");
+        check("a", Certain, false, "only the process was killed");
+        check("b", Doubtful, false, "the machine crashed while the process ran");
+        check("b", Certain, true, "the process was killed again");
+        check("c", Certain, false, "the machine restarted after a clean shutdown");
+        check("d", Doubtful, false, "a clean shutdown counts only once");
+        check("", Doubtful, false, "the boot is unknown");
+        check("", Doubtful, false, "two unknown boots do not match");
+    }
+
+    #[test]
+    fn restored_copy_is_doubtful() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, copy) = (dir.path().join("l.db"), dir.path().join("copy"));
+        for (in_place, copied_in_use) in [(false, false), (true, false), (false, true), (true, true)] {
+            let mut log = open(dir.path()).unwrap();
+            log.begin_use("a").unwrap();
+            commit(&mut log, "one");
+            if copied_in_use {
+                log.connection().execute("VACUUM INTO ?1", [copy.to_str()]).unwrap();
+            }
+            log.end_use().unwrap();
+            drop(log);
+            if !copied_in_use {
+                std::fs::copy(&path, &copy).unwrap();
+            }
+
+            // A later use of the original makes the copy old.
+            let mut log = open(dir.path()).unwrap();
+            assert_eq!(log.continuity("a").unwrap(), Continuity::Certain);
+            log.begin_use("a").unwrap();
+            log.end_use().unwrap();
+            drop(log);
+
+            if !in_place {
+                std::fs::remove_file(&path).unwrap();
+            }
+            std::fs::copy(&copy, &path).unwrap();
+            std::fs::remove_file(&copy).unwrap();
+            for log in ["l.db-wal", "l.db-shm"] {
+                let _ = std::fs::remove_file(dir.path().join(log));
+            }
+
+            let continuity = open(dir.path()).unwrap().continuity("a").unwrap();
+            assert_eq!(continuity, Continuity::Doubtful, "in place {in_place}, copied in use {copied_in_use}");
+        }
     }
 }

@@ -228,6 +228,12 @@ pub const KEYS: &[Key] = &[
     ),
     unset("cluster.node", Text, "name of this node; unset: generated at startup"),
     key(
+        "cluster.durability",
+        Choice(&["process", "power"]),
+        "process",
+        "what an acknowledged publication to channels.db survives: a crash of the process, or also a power failure",
+    ),
+    key(
         "cluster.max_connections",
         Count(1, 1_000_000),
         "10000",

@@ -185,13 +185,17 @@ fn http(lists: &mut Lists<'_>, origins: &[String]) -> Http {
     }
 }
 
+fn durability(values: &Values, key: &str) -> Durability {
+    match values.text(key).as_str() {
+        "process" => Durability::Process,
+        "power" => Durability::Power,
+        other => unreachable!("the table of keys has no durability {other}"),
+    }
+}
+
 fn bus(values: &Values, roles: &[Role]) -> Bus {
     let Some(url) = values.maybe_text("nats.url") else {
-        return Bus::Embedded(match values.text("bus.durability").as_str() {
-            "process" => Durability::Process,
-            "power" => Durability::Power,
-            other => unreachable!("the table of keys has no durability {other}"),
-        });
+        return Bus::Embedded(durability(values, "bus.durability"));
     };
 
     let roles: Vec<String> = roles.iter().map(Role::to_string).collect();
@@ -315,7 +319,11 @@ fn cluster(tables: &Tables, origins: &[String]) -> cluster::Config {
     let defaults = cluster::Config::default();
     let urls = values.list("redis.urls");
     let engine = if urls.is_empty() {
-        cluster::EngineConfig::Memory { dir: values.path("data_dir"), boot_id: String::new() }
+        cluster::EngineConfig::Memory {
+            dir: values.path("data_dir"),
+            boot_id: String::new(),
+            durability: durability(values, "cluster.durability"),
+        }
     } else {
         cluster::EngineConfig::Redis { url: urls.join(",") }
     };

@@ -258,10 +258,6 @@ impl Group {
         self.data.len()
     }
 
-    pub fn row(&self) -> u64 {
-        self.row
-    }
-
     pub fn into_bytes(self) -> Bytes {
         self.data.into()
     }

@@ -1,6 +1,6 @@
 //! The handle to the embedded bus's streams, consumers and buckets: it turns calls into operations of the engine.
 
-use super::engine::{Engine, Operation, Shared, Values};
+use super::engine::{Engine, Stores, Values};
 use super::record::Group;
 use super::state::{NewMessage, State, Step, Taken, millis};
 use super::subjects::matches;
@@ -8,23 +8,21 @@ use crate::clock::unix_ms;
 use crate::pattern::{overlap, union};
 use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, StreamConfig, StreamInfo};
 use bytes::Bytes;
-use journal::Durability;
+use journal::{Durability, Log};
 use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, mpsc, oneshot};
-
-/// Maximum operations queued; beyond it, callers wait.
-const QUEUE_MAX: usize = 4096;
+use tokio::sync::Notify;
 
 /// A cheap handle to the engine. The engine's thread ends when the last handle is dropped.
 pub struct Store {
-    operations: mpsc::Sender<Operation>,
+    engine: Engine,
     streams: RwLock<HashMap<&'static str, Arc<Stream>>>,
-    shared: Arc<Shared>,
+    /// Whether a consumer's cursor has advanced beyond the one in the log.
+    unflushed: AtomicBool,
     opened: Instant,
 }
 
@@ -63,15 +61,14 @@ impl From<journal::Error> for Error {
 impl Store {
     /// Opens or creates the store. Blocks while the log is replayed.
     pub fn open(path: &Path, durability: Durability) -> Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let engine = Engine::open(path, durability, shared.clone())?;
-        let (operations, queue) = mpsc::channel(QUEUE_MAX);
-
-        let spawned = std::thread::Builder::new()
-            .name("bus".into())
-            .spawn(move || engine.run(queue));
-        spawned.map_err(|error| Error::Storage(format!("cannot start the thread of the bus: {error}")))?;
-        Ok(Self { operations, streams: RwLock::default(), shared, opened: Instant::now() })
+        let mut log = Log::open(path, durability)?;
+        let stores = Stores::load(&mut log)?;
+        Ok(Self {
+            engine: Engine::start(log, stores)?,
+            streams: RwLock::default(),
+            unflushed: AtomicBool::new(false),
+            opened: Instant::now(),
+        })
     }
 
     /// Milliseconds of a monotonic clock, counted from 1.
@@ -92,24 +89,13 @@ impl Store {
     async fn run_then<T: Send + 'static, R: Send + 'static>(
         &self,
         operation: impl FnOnce(&mut State, &mut Group) -> Result<T> + Send + 'static,
-        read: impl FnOnce(T, &Values) -> Result<R> + Send + 'static,
+        read: impl FnOnce(T, &Values<'_>) -> Result<R> + Send + 'static,
     ) -> Result<R> {
-        let (answer, answered) = oneshot::channel();
-        let operation: Operation = Box::new(move |state, group| {
-            let outcome = operation(state, group);
-            Box::new(move |values| {
-                // Fails only if the caller has stopped waiting.
-                let _ = answer.send(outcome.and_then(|found| read(found, values)));
-            })
-        });
-
-        self.operations.send(operation).await.map_err(|_| self.refused())?;
-        answered.await.map_err(|_| self.refused())?
-    }
-
-    fn refused(&self) -> Error {
-        let failure = self.shared.failure.lock().clone();
-        Error::Storage(failure.unwrap_or_else(|| "the thread of the bus has ended; see the log".into()))
+        let operation = move |stores: &mut Stores, group: &mut Group| operation(&mut stores.state, group);
+        let read = move |outcome: Result<T>, stores: &Stores, log: &Log| {
+            outcome.and_then(|done| read(done, &stores.values(log)))
+        };
+        self.engine.run(operation, read).await?
     }
 
     pub async fn declare_stream(&self, config: StreamConfig) -> Result<()> {
@@ -227,7 +213,7 @@ impl Store {
             })
             .await?;
 
-        self.shared.unflushed.fetch_or(!messages.is_empty(), Relaxed);
+        self.unflushed.fetch_or(!messages.is_empty(), Relaxed);
         Ok(Claim {
             messages,
             next: next.map(|at| Duration::from_millis(at.saturating_sub(self.clock_ms()).max(1))),
@@ -299,7 +285,7 @@ impl Store {
     /// Records the consumers' cursors if they have advanced, so that messages that were delivered before a crash count
     /// as delivered.
     pub async fn flush_cursors(&self) -> Result<()> {
-        if !self.shared.unflushed.swap(false, Relaxed) {
+        if !self.unflushed.swap(false, Relaxed) {
             return Ok(());
         }
         self.run(|state, group| {
@@ -491,7 +477,7 @@ mod tests {
         store.append(&message("held"), None).await.unwrap();
 
         // The file cannot grow, so the next commit fails before the log has the cursor of this delivery.
-        let full = |(), values: &Values| {
+        let full = |(), values: &Values<'_>| {
             let limited = values.log.connection().execute_batch("PRAGMA max_page_count = 1");
             Ok(limited.map_err(journal::Error::from)?)
         };

@@ -52,7 +52,11 @@ impl Node {
             token_secret: SECRET.into(),
             api_key: API_KEY.into(),
             drain_period: Duration::from_millis(100),
-            engine: EngineConfig::Memory { dir: dir.into(), boot_id: "a boot".into() },
+            engine: EngineConfig::Memory {
+                dir: dir.into(),
+                boot_id: "a boot".into(),
+                durability: cluster::Durability::Process,
+            },
             ..Config::default()
         };
         change(&mut config);
