@@ -16,6 +16,8 @@ use bytes::Bytes;
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// A cheap handle; clone it for every user of the bus.
 pub type Bus = Arc<dyn BusApi>;
@@ -160,6 +162,10 @@ pub trait BusApi: Send + Sync + 'static {
     /// The value and its revision; `None` if there is no such entry.
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>>;
 
+    /// Counts the times that the bus was away and is back: subscriptions may have missed messages in between. The
+    /// embedded bus is never away.
+    fn interruptions(&self) -> watch::Receiver<u64>;
+
     /// Checks that the bus delivers messages now. Used by `/ready`.
     async fn health(&self) -> Result<()>;
 
@@ -215,16 +221,39 @@ impl From<Incomplete> for Error {
     }
 }
 
-/// The live messages of one subscription. Dropping it unsubscribes.
+/// The live messages of one subscription. Dropping it unsubscribes, and loses what has not been taken.
 pub struct Subscription {
     pub(crate) receiver: tokio::sync::mpsc::Receiver<Message>,
-    pub(crate) _guard: Box<dyn Send + Sync>,
+    /// Unsubscribes when it is dropped; `None` once the subscription is closed.
+    pub(crate) guard: Option<Box<dyn Send + Sync>>,
 }
 
 impl Subscription {
-    /// The next message; `None` once the bus is closed.
+    /// The next message; `None` once the bus is closed, or the subscription is closed and all of its messages are
+    /// taken.
     pub async fn next(&mut self) -> Option<Message> {
         self.receiver.recv().await
+    }
+
+    /// Unsubscribes without losing a message: [`Self::next`] still returns everything that the bus has delivered to
+    /// this subscription, then `None`. From then on, requests go to other members of the queue group, or fail with
+    /// [`Error::NoResponders`] at once.
+    ///
+    /// If a NATS server does not confirm within five seconds, the subscription ends with what has arrived.
+    pub fn close(&mut self) {
+        self.guard = None;
+    }
+
+    /// The next message, as [`Self::next`]. When `cancel` is cancelled, the subscription is closed first, so a loop
+    /// over this handles everything that was delivered to it before it ends.
+    pub async fn next_until(&mut self, cancel: &CancellationToken) -> Option<Message> {
+        if self.guard.is_some() {
+            tokio::select! {
+                message = self.receiver.recv() => return message,
+                () = cancel.cancelled() => self.close(),
+            }
+        }
+        self.next().await
     }
 }
 

@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use store::Store;
 use subjects::Subjects;
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -35,6 +36,8 @@ pub struct Local {
     store: Arc<Store>,
     tasks: TaskTracker,
     cancel: CancellationToken,
+    /// Never changes, because this bus cannot be away.
+    interruptions: watch::Sender<u64>,
     /// Ends the background tasks when the last handle is dropped.
     _end: DropGuard,
 }
@@ -62,6 +65,7 @@ impl Local {
             tasks,
             _end: cancel.clone().drop_guard(),
             cancel,
+            interruptions: watch::Sender::default(),
         }))
     }
 }
@@ -156,6 +160,10 @@ impl BusApi for Local {
 
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
         self.store.kv_get(bucket, key).await
+    }
+
+    fn interruptions(&self) -> watch::Receiver<u64> {
+        self.interruptions.subscribe()
     }
 
     async fn health(&self) -> Result<()> {

@@ -32,6 +32,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -73,6 +74,7 @@ pub struct Nats {
     buckets: RwLock<HashSet<&'static str>>,
     tasks: TaskTracker,
     cancel: CancellationToken,
+    interruptions: Arc<watch::Sender<u64>>,
     /// Ends the background tasks when the last handle is dropped.
     _end: DropGuard,
 }
@@ -84,8 +86,17 @@ impl Nats {
         let end = cancel.clone().drop_guard();
         let size = config.connections;
         let access = Arc::new(Access::new(config)?);
-        let pool = Pool::open(&access, size, &tasks, &cancel).await?;
-        Ok(Arc::new(Self { access, pool, buckets: RwLock::default(), tasks, cancel, _end: end }))
+        let interruptions = Arc::new(watch::Sender::default());
+        let pool = Pool::open(&access, size, &interruptions, &tasks, &cancel).await?;
+        Ok(Arc::new(Self {
+            access,
+            pool,
+            buckets: RwLock::default(),
+            tasks,
+            cancel,
+            interruptions,
+            _end: end,
+        }))
     }
 
     fn declared(&self, bucket: &str) -> Result<()> {
@@ -190,6 +201,10 @@ impl BusApi for Nats {
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
         self.declared(bucket)?;
         buckets::get(self.pool.mine(), bucket, key).await
+    }
+
+    fn interruptions(&self) -> watch::Receiver<u64> {
+        self.interruptions.subscribe()
     }
 
     async fn health(&self) -> Result<()> {

@@ -51,7 +51,7 @@ impl Subjects {
         }
 
         let guard = Unsubscribe { subjects: self.clone(), subject: subject.into(), id };
-        Subscription { receiver, _guard: Box::new(guard) }
+        Subscription { receiver, guard: Some(Box::new(guard)) }
     }
 
     /// Delivers the message to every plain subscriber and to one member of each queue group. Returns how many accepted

@@ -161,7 +161,7 @@ mod tests {
         let server = testkit::NatsServer::start().await;
         let (tasks, cancel) = (TaskTracker::new(), CancellationToken::new());
         let access = Arc::new(Access::new(NatsConfig { url: server.url(), ..NatsConfig::default() }).unwrap());
-        let link = Link::open(0, &access, &tasks, &cancel).await.unwrap();
+        let link = Link::open(0, &access, &Arc::default(), &tasks, &cancel).await.unwrap();
         // Without direct gets of its own, the server leaves them to the replica below.
         let config = async_nats::jetstream::stream::Config {
             name: "KV_B".into(),

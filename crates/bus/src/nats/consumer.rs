@@ -6,7 +6,7 @@
 use super::convert;
 use super::inbox::Awaited;
 use super::link::Link;
-use super::streams;
+use super::{streams, subscription};
 use crate::{Acker, Consumer, ConsumerConfig, Delivery, Error, Outcome, Result};
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::message::{AckKind, Message as JetMessage};
@@ -175,10 +175,7 @@ impl Pump {
     /// first; otherwise it would redeliver them here.
     async fn leave(&self, mut incoming: Subscriber) {
         let unsubscribed = async {
-            incoming
-                .unsubscribe()
-                .await
-                .map_err(|error| Error::Disconnected(error.to_string()))?;
+            subscription::leave(&mut incoming).await?;
             self.link.round_trip(LEAVE_DEADLINE).await
         };
         if let Err(error) = unsubscribed.await {
@@ -186,7 +183,7 @@ impl Pump {
             return;
         }
 
-        while let Some(message) = incoming.next().await {
+        while let Some(message) = subscription::arrived(&mut incoming) {
             if let (None, Some(reply)) = (message.status, message.reply) {
                 let settle = Settle { link: self.link.clone(), reply };
                 let returned = settle.settle(Outcome::Nak(Duration::ZERO)).await;

@@ -44,6 +44,7 @@ impl Link {
     pub async fn open(
         number: usize,
         access: &Arc<Access>,
+        interruptions: &Arc<watch::Sender<u64>>,
         tasks: &TaskTracker,
         cancel: &CancellationToken,
     ) -> Result<Self> {
@@ -53,7 +54,13 @@ impl Link {
         let client = access
             .connect({
                 let (inbox, renewing) = (inbox.clone(), renewing.clone());
-                move |event| observe(number, &event, &inbox, &renewing, &connected)
+                let interruptions = interruptions.clone();
+                move |event| {
+                    observe(number, &event, &inbox, &renewing, &connected);
+                    if matches!(event, Event::Connected) && *connected.borrow() > 1 {
+                        interruptions.send_modify(|count| *count += 1);
+                    }
+                }
             })
             .await?;
         // The first `Connected` event may arrive after the client is returned. Consumers would take it for a reconnect.
@@ -297,7 +304,7 @@ mod tests {
         let server = testkit::NatsServer::start().await;
         let (tasks, cancel) = (TaskTracker::new(), CancellationToken::new());
         let access = Arc::new(Access::new(NatsConfig { url: server.url(), ..NatsConfig::default() }).unwrap());
-        let link = Link::open(0, &access, &tasks, &cancel).await.unwrap();
+        let link = Link::open(0, &access, &Arc::default(), &tasks, &cancel).await.unwrap();
         // A responder that never answers.
         let _silent = link.client.subscribe("silent").await.unwrap();
         link.round_trip(Duration::from_secs(10)).await.unwrap();

@@ -8,6 +8,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -23,16 +24,19 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Opens `size` connections, or one per core if `None`; at most [`LINKS_MAX`].
+    /// Opens `size` connections, or one per core if `None`; at most [`LINKS_MAX`]. Each reconnect counts as one of the
+    /// `interruptions`.
     pub async fn open(
         access: &Arc<Access>,
         size: Option<usize>,
+        interruptions: &Arc<watch::Sender<u64>>,
         tasks: &TaskTracker,
         cancel: &CancellationToken,
     ) -> Result<Self> {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let size = size.unwrap_or_else(cores).clamp(1, LINKS_MAX);
-        let links = try_join_all((0..size).map(|number| Link::open(number, access, tasks, cancel))).await?;
+        let links =
+            try_join_all((0..size).map(|number| Link::open(number, access, interruptions, tasks, cancel))).await?;
         Ok(Self {
             links: links.into_iter().map(Arc::new).collect(),
             turn: AtomicUsize::new(0),

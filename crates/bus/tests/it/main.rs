@@ -56,6 +56,8 @@ conformance! {
     subjects::late_reply_does_not_reach_the_next_request,
     subjects::full_queue_refuses_requests,
     subjects::dropped_subscription_no_longer_responds,
+    subjects::closed_subscription_answers_what_was_delivered_to_it,
+    subjects::closed_subscription_ends_after_its_last_message,
     subjects::invalid_subjects_and_oversized_messages_are_refused,
     streams::append_without_stream_is_refused,
     streams::repeated_message_id_is_stored_once,

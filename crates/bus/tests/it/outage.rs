@@ -47,6 +47,33 @@ async fn lost_connection_fails_bucket_calls_in_flight_at_once() {
 }
 
 #[tokio::test]
+async fn closed_subscription_ends_although_the_server_does_not_respond() {
+    let server = NatsServer::start().await;
+    let bus = connect(&server).await;
+    let mut subscription = bus.subscribe("news", None, 16).await.unwrap();
+    bus.publish(message("news", "before")).await.unwrap();
+    bus.health().await.unwrap();
+
+    server.pause();
+    subscription.close();
+    assert_eq!(text(&soon(subscription.next()).await.unwrap()), "before");
+    assert!(soon(subscription.next()).await.is_none());
+    server.resume();
+}
+
+#[tokio::test]
+async fn reconnect_is_counted_as_an_interruption() {
+    let mut server = NatsServer::start().await;
+    let bus = connect(&server).await;
+    let mut interruptions = bus.interruptions();
+    assert_eq!(*interruptions.borrow_and_update(), 0, "the first connect is none");
+
+    server.kill();
+    server.restart().await;
+    soon(interruptions.changed()).await.unwrap();
+}
+
+#[tokio::test]
 async fn consumer_waits_while_the_server_refuses_its_pulls() {
     let server = NatsServer::start().await;
     let bus = connect(&server).await;

@@ -5,6 +5,7 @@ use bus::{Bus, Error, Headers, Message, Subscription};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use testkit::eventually;
+use tokio_util::sync::CancellationToken;
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -152,6 +153,64 @@ pub async fn dropped_subscription_no_longer_responds(bus: Bus) {
         matches!(outcome, Err(Error::NoResponders(_)))
     })
     .await;
+}
+
+/// Answers requests with the member's name until the subscription ends.
+async fn answer_as(bus: Bus, name: &'static str, mut requests: Subscription, close: CancellationToken) {
+    while let Some(request) = requests.next_until(&close).await {
+        // Slower than the requests arrive, so that some are queued when the subscription is closed.
+        tokio::task::yield_now().await;
+        bus.publish(message(&request.reply.unwrap(), name)).await.unwrap();
+    }
+}
+
+pub async fn closed_subscription_answers_what_was_delivered_to_it(bus: Bus) {
+    let forever = CancellationToken::new();
+    let staying = bus.subscribe("work", Some("group"), 4096).await.unwrap();
+    let staying = tokio::spawn(answer_as(bus.clone(), "staying", staying, forever.clone()));
+
+    for round in 0..30 {
+        let close = CancellationToken::new();
+        let leaving = bus.subscribe("work", Some("group"), 4096).await.unwrap();
+        let leaving = tokio::spawn(answer_as(bus.clone(), "leaving", leaving, close.clone()));
+        let requests = (0..200).map(|n| {
+            let (bus, close) = (bus.clone(), close.clone());
+            tokio::spawn(async move {
+                if n == 100 + round {
+                    close.cancel();
+                }
+                bus.request("work", Headers::new(), "x".into(), LONG).await
+            })
+        });
+        for answered in soon(futures_util::future::join_all(requests)).await {
+            answered.unwrap().expect("a member answers");
+        }
+
+        soon(leaving).await.unwrap();
+        let after = bus.request("work", Headers::new(), "x".into(), LONG).await.unwrap();
+        assert_eq!(text(&after), "staying");
+    }
+
+    forever.cancel();
+    soon(staying).await.unwrap();
+    let after = soon(bus.request("work", Headers::new(), "x".into(), LONG)).await;
+    assert!(matches!(after, Err(Error::NoResponders(_))), "{after:?}");
+}
+
+pub async fn closed_subscription_ends_after_its_last_message(bus: Bus) {
+    let mut subscription = bus.subscribe("news", None, 16).await.unwrap();
+    for n in 0..3 {
+        bus.publish(message("news", &n.to_string())).await.unwrap();
+    }
+    // The health check flushes all connections.
+    bus.health().await.unwrap();
+    subscription.close();
+    subscription.close();
+    for n in 0..3 {
+        assert_eq!(text(&next(&mut subscription).await), n.to_string());
+    }
+    assert!(soon(subscription.next()).await.is_none());
+    assert!(soon(subscription.next_until(&CancellationToken::new())).await.is_none());
 }
 
 pub async fn invalid_subjects_and_oversized_messages_are_refused(bus: Bus) {
