@@ -15,54 +15,82 @@ const QUEUE_MAX: usize = 8192;
 /// Operations in progress at once.
 const CONCURRENT_MAX: usize = 256;
 
-pub struct Requests {
+pub struct Subscriptions {
+    requests: Requests,
+    node_disconnect: Subscription,
+}
+
+struct Requests {
     publish: Subscription,
     broadcast: Subscription,
     history: Subscription,
     presence: Subscription,
     disconnect: Subscription,
-    node_disconnect: Subscription,
 }
 
-impl Requests {
+impl Subscriptions {
     pub async fn subscribe(bus: &Bus) -> bus::Result<Self> {
         let group = Some(subjects::NODES_GROUP);
-        Ok(Self {
+        let requests = Requests {
             publish: bus.subscribe(subjects::CHANNELS_PUBLISH, group, QUEUE_MAX).await?,
             broadcast: bus.subscribe(subjects::CHANNELS_BROADCAST, group, QUEUE_MAX).await?,
             history: bus.subscribe(subjects::CHANNELS_HISTORY, group, QUEUE_MAX).await?,
             presence: bus.subscribe(subjects::CHANNELS_PRESENCE, group, QUEUE_MAX).await?,
             disconnect: bus.subscribe(subjects::CHANNELS_DISCONNECT, group, QUEUE_MAX).await?,
-            node_disconnect: bus.subscribe(NODE_DISCONNECT, None, QUEUE_MAX).await?,
-        })
+        };
+        let node_disconnect = bus.subscribe(NODE_DISCONNECT, None, QUEUE_MAX).await?;
+        Ok(Self { requests, node_disconnect })
     }
 }
 
-/// Answers requests until cancelled, then finishes those in progress.
-pub async fn run(node: Arc<Node>, mut requests: Requests, cancel: CancellationToken) {
+impl Requests {
+    /// The next request, in no order between the kinds. `None` once all subscriptions have ended.
+    async fn next(&mut self) -> Option<(Operation, Message)> {
+        tokio::select! {
+            Some(message) = self.publish.next() => Some((Operation::Publish, message)),
+            Some(message) = self.broadcast.next() => Some((Operation::Broadcast, message)),
+            Some(message) = self.history.next() => Some((Operation::History, message)),
+            Some(message) = self.presence.next() => Some((Operation::Presence, message)),
+            Some(message) = self.disconnect.next() => Some((Operation::Disconnect, message)),
+            else => None,
+        }
+    }
+
+    fn close(&mut self) {
+        let Self { publish, broadcast, history, presence, disconnect } = self;
+        for subscription in [publish, broadcast, history, presence, disconnect] {
+            subscription.close();
+        }
+    }
+}
+
+/// Answers requests until cancelled, then those that the bus has delivered to this node.
+pub async fn run(node: Arc<Node>, subscriptions: Subscriptions, cancel: CancellationToken) {
+    let Subscriptions { requests, node_disconnect } = subscriptions;
+    tokio::join!(operations(&node, requests, &cancel), disconnects(&node, node_disconnect, &cancel));
+}
+
+async fn operations(node: &Arc<Node>, mut requests: Requests, cancel: &CancellationToken) {
     let permits = Arc::new(Semaphore::new(CONCURRENT_MAX));
     let tracker = TaskTracker::new();
+    let mut closing = false;
     loop {
-        let permit = permits
-            .clone()
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed");
-        let (operation, message) = tokio::select! {
-            () = cancel.cancelled() => break,
-            Some(message) = requests.publish.next() => (Operation::Publish, message),
-            Some(message) = requests.broadcast.next() => (Operation::Broadcast, message),
-            Some(message) = requests.history.next() => (Operation::History, message),
-            Some(message) = requests.presence.next() => (Operation::Presence, message),
-            Some(message) = requests.disconnect.next() => (Operation::Disconnect, message),
-            // Handled inline: a disconnect is quick and has no answer.
-            Some(message) = requests.node_disconnect.next() => {
-                if let Ok(Disconnect { user, session }) = serde_json::from_slice(&message.payload) {
-                    node.disconnect(&user, session.as_deref(), wire::realtime::Disconnect::ForceDisconnect);
-                }
+        // The permit comes first: while there is none, requests wait in their subscriptions, which are bounded.
+        let next = async {
+            let permit = permits.clone().acquire_owned().await;
+            let permit = permit.expect("the semaphore is never closed");
+            Some((permit, requests.next().await?))
+        };
+        let next = tokio::select! {
+            next = next => next,
+            () = cancel.cancelled(), if !closing => {
+                closing = true;
+                requests.close();
                 continue;
             }
-            else => break,
+        };
+        let Some((permit, (operation, message))) = next else {
+            break;
         };
 
         let node = node.clone();
@@ -79,6 +107,15 @@ pub async fn run(node: Arc<Node>, mut requests: Requests, cancel: CancellationTo
 
     tracker.close();
     tracker.wait().await;
+}
+
+/// Disconnects clients of this node. Separate from the operations, so that these never hold a disconnect back.
+async fn disconnects(node: &Node, mut messages: Subscription, cancel: &CancellationToken) {
+    while let Some(message) = messages.next_until(cancel).await {
+        if let Ok(Disconnect { user, session }) = serde_json::from_slice(&message.payload) {
+            node.disconnect(&user, session.as_deref(), wire::realtime::Disconnect::ForceDisconnect);
+        }
+    }
 }
 
 async fn answer(node: &Node, operation: Operation, message: Message) {

@@ -121,7 +121,7 @@ pub enum Error {
 /// A node whose engine is connected and whose bus subjects are subscribed, but which does not serve yet.
 pub struct Bound {
     node: Arc<Node>,
-    requests: bus_api::Requests,
+    requests: bus_api::Subscriptions,
 }
 
 /// Connects the engine and subscribes to the node's bus subjects. Nothing is served before [`Bound::run`].
@@ -141,7 +141,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     };
 
     // Requests that arrive from here on are queued until the node runs.
-    let requests = bus_api::Requests::subscribe(&bus).await?;
+    let requests = bus_api::Subscriptions::subscribe(&bus).await?;
     let node = Arc::new(Node::new(config, bus, hub, engine));
     Ok(Bound { node, requests })
 }

@@ -9,6 +9,7 @@ mod backpressure;
 mod breaker;
 mod breakers;
 mod decide;
+mod desk;
 mod intake;
 mod outcomes;
 mod policies;
@@ -61,6 +62,8 @@ pub enum Error {
     Bus(#[from] bus::Error),
     #[error("a loop of the router panicked: {0}")]
     Panic(#[from] tokio::task::JoinError),
+    #[error("{0} ended unexpectedly; the router cannot work without it, so it stops")]
+    LoopEnded(&'static str),
 }
 
 /// A router whose streams are declared and whose subjects are subscribed, but which does not answer yet.
@@ -159,21 +162,59 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
 }
 
 impl Bound {
-    /// Answers until cancelled, then finishes what it has taken.
+    /// Answers until cancelled, then finishes what it has taken. If one of its loops ends unexpectedly, the router stops
+    /// too and returns an error that names the loop.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { router, decide, queries, results, outcomes, policies } = self;
+        let stop = cancel.child_token();
         let mut loops = JoinSet::new();
-        loops.spawn(serve::run(router.clone(), decide, cancel.clone()));
-        loops.spawn(queries::run(router.clone(), queries, cancel.clone()));
-        loops.spawn(results::run(router.clone(), results, cancel.clone()));
-        loops.spawn(outcomes::run(router.clone(), outcomes, cancel.clone()));
-        loops.spawn(backpressure::run(router.clone(), cancel.clone()));
-        loops.spawn(status::run(router, cancel.clone()));
-        loops.spawn(policies.run(cancel));
+        loops.spawn(named("the loop of decide requests", serve::run(router.clone(), decide, stop.clone())));
+        loops.spawn(named("the loop of queries", queries::run(router.clone(), queries, stop.clone())));
+        loops.spawn(named("the loop of results", results::run(router.clone(), results, stop.clone())));
+        loops.spawn(named("the loop of outcomes", outcomes::run(router.clone(), outcomes, stop.clone())));
+        loops.spawn(named("the measurement of the load", backpressure::run(router.clone(), stop.clone())));
+        loops.spawn(named("the loop of status reports", status::run(router, stop.clone())));
+        loops.spawn(named("the loop of policies", policies.run(stop.clone())));
+        all_ended(loops, stop).await
+    }
+}
 
-        while let Some(ended) = loops.join_next().await {
-            ended?;
-        }
-        Ok(())
+async fn named(name: &'static str, run: impl Future<Output = ()>) -> &'static str {
+    run.await;
+    name
+}
+
+/// Waits until all loops have ended. When the first one ends, the others are told to stop.
+async fn all_ended(mut loops: JoinSet<&'static str>, stop: CancellationToken) -> Result<(), Error> {
+    let mut outcome = Ok(());
+    while let Some(ended) = loops.join_next().await {
+        let ended = match ended {
+            Err(panic) => Err(panic.into()),
+            Ok(name) if !stop.is_cancelled() => Err(Error::LoopEnded(name)),
+            Ok(_) => Ok(()),
+        };
+        outcome = outcome.and(ended);
+        stop.cancel();
+    }
+    outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn loop_that_ends_by_itself_stops_the_others_and_is_named() {
+        let stop = CancellationToken::new();
+        let mut loops = JoinSet::new();
+        loops.spawn(named("first", std::future::ready(())));
+        loops.spawn(named("second", stop.clone().cancelled_owned()));
+        let ended = all_ended(loops, stop).await;
+        assert!(matches!(ended, Err(Error::LoopEnded("first"))), "{ended:?}");
+
+        let stop = CancellationToken::new();
+        let loops = JoinSet::from_iter([named("only", stop.clone().cancelled_owned())]);
+        stop.cancel();
+        all_ended(loops, stop).await.unwrap();
     }
 }

@@ -1,6 +1,8 @@
 //! Answers queries: a task's state, a cancellation, the router's load and its breakers.
+//! Queries about tasks and about the router have separate bounds ([`crate::desk`]).
 
 use crate::Router;
+use crate::desk::{Desk, Turn};
 use bus::{Bus, Message, Subscription};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -10,8 +12,14 @@ use wire::router::{
 };
 use wire::{id, subjects};
 
-/// Queries of one kind that wait for this router; the bus drops more.
+/// Queries of one kind that wait in the subscription; the bus refuses more.
 const QUEUE_MAX: usize = 1024;
+/// Queries about tasks that read or write a record at the same time. A record may have several megabytes.
+const TASKS_CONCURRENT: usize = 64;
+/// Queries about the router itself that are answered at the same time.
+const STATUS_CONCURRENT: usize = 16;
+/// When to try again after a query got no turn.
+const RETRY_AFTER_S: u64 = 1;
 
 pub struct Queries {
     get: Subscription,
@@ -32,28 +40,69 @@ impl Queries {
     }
 }
 
-pub async fn run(router: Arc<Router>, mut queries: Queries, stop: CancellationToken) {
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            Some(message) = queries.get.next() => {
-                let found = about_task(&message, |asked| get(&router.bus, asked)).await;
-                reply_about_task(&router, &message, found).await;
-            }
-            Some(message) = queries.cancel.next() => {
-                let cancelled = about_task(&message, |asked| cancel(&router.bus, asked)).await;
-                reply_about_task(&router, &message, cancelled).await;
-            }
-            Some(message) = queries.backpressure.next() => {
-                let status = crate::backpressure::status(&router).await;
-                reply(&router, &message, &status).await;
-            }
-            Some(message) = queries.breakers.next() => {
-                let breakers = Breakers { breakers: router.breakers.status(router.uptime_ms()) };
-                reply(&router, &message, &StatusReply::from(Ok(breakers))).await;
-            }
-            else => return,
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Get,
+    Cancel,
+    Backpressure,
+    Breakers,
+}
+
+/// Answers until cancelled, then finishes what the bus has delivered.
+pub async fn run(router: Arc<Router>, queries: Queries, stop: CancellationToken) {
+    let Queries { get, cancel, backpressure, breakers } = queries;
+    let (tasks, status) = (Desk::new(TASKS_CONCURRENT), Desk::new(STATUS_CONCURRENT));
+    let handler = |kind| {
+        let router = router.clone();
+        move |query, turn| handle(router.clone(), kind, query, turn)
+    };
+    tokio::join!(
+        tasks.serve(get, &stop, handler(Kind::Get)),
+        tasks.serve(cancel, &stop, handler(Kind::Cancel)),
+        status.serve(backpressure, &stop, handler(Kind::Backpressure)),
+        status.serve(breakers, &stop, handler(Kind::Breakers)),
+    );
+    tokio::join!(router.drain(tasks.into_tasks()), router.drain(status.into_tasks()));
+}
+
+async fn handle(router: Arc<Router>, kind: Kind, query: Message, turn: Turn) {
+    match turn {
+        Turn::Answer => answer(&router, kind, &query).await,
+        Turn::Refuse => refuse(&router, kind, &query).await,
+    }
+}
+
+async fn answer(router: &Router, kind: Kind, query: &Message) {
+    match kind {
+        Kind::Get => {
+            let found = about_task(query, |asked| get(&router.bus, asked)).await;
+            reply_about_task(router, query, found).await;
         }
+        Kind::Cancel => {
+            let cancelled = about_task(query, |asked| cancel(&router.bus, asked)).await;
+            reply_about_task(router, query, cancelled).await;
+        }
+        Kind::Backpressure => {
+            let status = crate::backpressure::status(router).await;
+            reply(router, query, &status).await;
+        }
+        Kind::Breakers => {
+            let breakers = Breakers { breakers: router.breakers.status(router.uptime_ms()) };
+            reply(router, query, &StatusReply::from(Ok(breakers))).await;
+        }
+    }
+}
+
+/// Answers a query that gets no turn.
+async fn refuse(router: &Router, kind: Kind, query: &Message) {
+    let text = "the router answers too many queries; try again";
+    match kind {
+        Kind::Get | Kind::Cancel => {
+            let request_id = Asked::read(query).ok().map(|asked| asked.request_id);
+            let error = ErrorBody::new(RouterCode::Backpressure, text).retry_after(RETRY_AFTER_S);
+            reply(router, query, &ErrorResponse::new(error, Context { request_id, trace_id: None })).await;
+        }
+        Kind::Backpressure | Kind::Breakers => reply(router, query, &StatusReply::<()>::from(Err(text.into()))).await,
     }
 }
 

@@ -3,7 +3,6 @@
 use crate::Router;
 use crate::decide::Chosen;
 use bus::{Message, Subscription};
-use futures_util::FutureExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -16,36 +15,17 @@ use wire::subjects;
 /// When to try again after too many pushes.
 const PUSH_RETRY_AFTER_S: u64 = 1;
 
-/// Serves until cancelled, then answers what the bus has already delivered to this router.
+/// Serves until cancelled, then answers what the bus has delivered to this router: no other router will.
 pub async fn run(router: Arc<Router>, mut requests: Subscription, cancel: CancellationToken) {
     let slots = Arc::new(Semaphore::new(router.config.max_in_flight));
     let pushes = TaskTracker::new();
-    let mut drained = 0;
 
-    while let Some(message) = next(&mut requests, &cancel, &mut drained).await {
+    while let Some(message) = requests.next_until(&cancel).await {
         let exchange = Exchange { started: Instant::now(), message };
         exchange.serve(&router, &slots, &pushes).await;
     }
 
     router.drain(pushes).await;
-}
-
-/// The next request. After the cancellation these are the ones still queued here, at most a full queue: no other router
-/// will answer them.
-async fn next(requests: &mut Subscription, cancel: &CancellationToken, drained: &mut usize) -> Option<Message> {
-    if !cancel.is_cancelled() {
-        tokio::select! {
-            () = cancel.cancelled() => {}
-            message = requests.next() => return message,
-        }
-    }
-
-    if *drained == crate::QUEUE_MAX {
-        return None;
-    }
-    *drained += 1;
-    // Unconstrained: a task that used up its scheduling budget would otherwise see an empty queue.
-    tokio::task::unconstrained(requests.next()).now_or_never().flatten()
 }
 
 /// One request and its answer.

@@ -83,7 +83,7 @@ impl Methods {
         })
     }
 
-    /// Answers calls until cancelled, then finishes those in flight.
+    /// Answers calls until cancelled, then those that the bus has delivered to this web app.
     pub async fn serve(self, handler: Arc<impl Handler>, cancel: CancellationToken) {
         let places = Arc::new(Semaphore::new(CONCURRENT_MAX));
         let tracker = TaskTracker::new();
@@ -96,9 +96,7 @@ impl Methods {
                     (self.bus.clone(), handler.clone(), places.clone(), cancel.clone());
                 let tracker = tracker.clone();
                 async move {
-                    while let Some(call) =
-                        tokio::select! { () = cancel.cancelled() => None, call = calls.next() => call }
-                    {
+                    while let Some(call) = calls.next_until(&cancel).await {
                         // While no permit is available, calls wait in the subscription, which is bounded.
                         let place = places
                             .clone()
