@@ -5,6 +5,7 @@ use crate::deadline::Deadline;
 use crate::failure::Failure;
 use crate::reply::{PAYLOAD_MAX, Reply};
 use crate::upstream;
+use bus::Headers;
 use bytes::Bytes;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -70,7 +71,9 @@ impl Exchange {
     pub async fn decide(&self, submit: TaskSubmit) -> Result<Bytes, Failure> {
         let request = self.decide_request(submit);
         let request = serde_json::to_vec(&request).map_err(|e| Failure::new(ErrorCode::Internal, e.to_string()))?;
-        self.request_router(subjects::DECIDE, request).await
+        let Gateway { shared, bus, .. } = &*self.gateway;
+        let decided = shared.upstream.decide(bus, self.headers(), request.into(), self.due());
+        Ok(decided.await?)
     }
 
     fn decide_request(&self, submit: TaskSubmit) -> DecideRequest {
@@ -148,7 +151,11 @@ impl Exchange {
     async fn ask(&self, subject: &str) -> Result<TaskState, Failure> {
         let query = TaskQuery { request_id: self.request_id.clone(), tenant_id: None };
         let query = serde_json::to_vec(&query).expect("a query is JSON");
-        let reply = self.request_router(subject, query).await?;
+        let Gateway { shared, bus, .. } = &*self.gateway;
+        let reply = shared
+            .upstream
+            .query(bus, subject, self.headers(), query.into(), self.due())
+            .await?;
 
         let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply).map_err(|e| {
             Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {}", wire::unfit(&e)))
@@ -160,18 +167,14 @@ impl Exchange {
         Ok(answer.task)
     }
 
-    async fn request_router(&self, subject: &str, payload: Vec<u8>) -> Result<Bytes, Failure> {
-        let headers = upstream::headers(Some(&self.trace_id), self.traceparent.as_deref(), Some(&self.tenant_id));
+    fn headers(&self) -> Headers {
+        upstream::headers(Some(&self.trace_id), self.traceparent.as_deref(), Some(&self.tenant_id))
+    }
 
+    /// When the router must have answered.
+    fn due(&self) -> Instant {
         let timeout = self.gateway.shared.admission.settings().request_timeout;
-        let due = self.deadline.at.min(Instant::now() + timeout);
-
-        let answer = self
-            .gateway
-            .shared
-            .upstream
-            .ask(&self.gateway.bus, subject, headers, payload.into(), due);
-        Ok(answer.await?)
+        self.deadline.at.min(Instant::now() + timeout)
     }
 
     /// Refuses a request whose deadline passed while it waited for its turn.

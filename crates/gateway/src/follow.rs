@@ -1,4 +1,7 @@
-//! Follows a task to its result: waits for the published result, forwards the task's output, and polls its record.
+//! Follows a task to its result: waits for the published result, forwards the task's output, and looks at its record.
+//!
+//! The record has the result even if the message with it was missed: while the bus was away, because a queue was full,
+//! or because the task had already ended. The pauses between looks grow, and a look follows soon after the bus was away.
 
 use crate::exchange::Exchange;
 use crate::failure::Failure;
@@ -13,10 +16,14 @@ use wire::ipc::{ErrorCode, FrameType, StreamComplete};
 use wire::router::{Awaited, TaskState};
 use wire::subjects;
 
-/// When the task's record is polled first, and the pause between polls. The record has the result even if the message
-/// with it was missed: during a reconnect, because a queue was full, or because the task had already ended.
-const RECORD_POLL_DELAY: Duration = Duration::from_millis(250);
-const RECORD_POLL_PAUSE: Duration = Duration::from_secs(2);
+/// The pause before the first look at a task's record. Each further pause is twice as long, up to the longest; all of
+/// them are jittered, so that requests that began together do not look together.
+const LOOK_PAUSE: Duration = Duration::from_millis(250);
+const LOOK_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// After the bus was away, the waiting requests look within this time.
+const LOOK_SPREAD: Duration = Duration::from_secs(1);
+/// Looks of all waiting requests of a gateway that are under way at the same time; the others queue.
+pub const LOOKS_MAX: usize = 32;
 /// How long to wait, once the result is there, for the rest of the output; after that it counts as lost.
 const OUTPUT_GRACE: Duration = Duration::from_millis(500);
 /// Capacity of the queue of one output subscription, in messages.
@@ -95,12 +102,12 @@ impl Following<'_> {
     }
 
     async fn finished(&mut self) -> Result<Finished, Failure> {
-        // The record is polled concurrently, so that a slow router delays no output, and a slow client leaves no call
+        // Looks are concurrent, so that a slow router delays no output, and a slow client leaves no call
         // to the router unfinished.
         let (exchange, (sender, records)) = (self.exchange, mpsc::channel(1));
         tokio::select! {
             finished = self.ended(records) => finished,
-            never = poll_records(exchange, sender) => match never {},
+            never = look_at_records(exchange, sender) => match never {},
         }
     }
 
@@ -187,16 +194,43 @@ pub fn complete(request_id: &str, finished: &Finished) -> Result<Reply, Failure>
     Ok(Reply::new(FrameType::StreamComplete, payload))
 }
 
-/// Polls the task's record until it is dropped. Errors are ignored: the next poll or the deadline settles the wait.
-async fn poll_records(exchange: &Exchange, records: mpsc::Sender<Box<TaskState>>) -> Infallible {
-    let mut pause = RECORD_POLL_DELAY;
+/// Looks at the task's record until it is dropped. Errors are ignored: the next look or the deadline settles the wait.
+async fn look_at_records(exchange: &Exchange, records: mpsc::Sender<Box<TaskState>>) -> Infallible {
+    let gateway = &exchange.gateway;
+    let mut interruptions = gateway.bus.interruptions();
+    let mut pauses = Pauses::new();
     loop {
-        tokio::time::sleep(pause).await;
-        pause = RECORD_POLL_PAUSE;
-        if let Ok(record) = exchange.record().await {
+        tokio::select! {
+            () = tokio::time::sleep(pauses.next(rand::random())) => {}
+            Ok(()) = interruptions.changed() => {
+                tokio::time::sleep(LOOK_SPREAD.mul_f64(rand::random())).await;
+                pauses = Pauses::new();
+            }
+        }
+
+        let turn = gateway.looks.acquire().await;
+        let record = exchange.record().await;
+        drop(turn);
+        if let Ok(record) = record {
             // Fails only once the receiver is dropped, which ends this future too.
             let _ = records.send(Box::new(record)).await;
         }
+    }
+}
+
+/// The pauses between looks.
+struct Pauses(Duration);
+
+impl Pauses {
+    fn new() -> Self {
+        Self(LOOK_PAUSE)
+    }
+
+    /// `random` is from 0 to 1; the pause is up to a quarter shorter or longer than without jitter.
+    fn next(&mut self, random: f64) -> Duration {
+        let pause = self.0.mul_f64(0.75 + random / 2.0);
+        self.0 = LOOK_PAUSE_MAX.min(2 * self.0);
+        pause
     }
 }
 
@@ -204,5 +238,21 @@ async fn next(output: &mut Option<bus::Subscription>) -> Option<bus::Message> {
     match output {
         Some(output) => output.next().await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_the_longest_and_are_jittered() {
+        let ms = |random: f64| {
+            let mut pauses = Pauses::new();
+            [(); 8].map(|()| pauses.next(random).as_millis())
+        };
+        assert_eq!(ms(0.5), [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
+        assert_eq!(ms(0.0)[..2], [187, 375]);
+        assert_eq!(ms(1.0)[6..], [12_500, 12_500]);
     }
 }

@@ -17,7 +17,7 @@ use wire::id;
 use wire::ipc::ErrorCode;
 use wire::limits::DECIDE_MAX;
 use wire::router::{Context, ErrorBody, ErrorResponse, IntakeCode, RequestHead, RouterCode};
-use wire::{subjects, trace};
+use wire::trace;
 
 /// When clients should retry after a refusal because too many requests are in flight.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -66,7 +66,7 @@ async fn answer(gateway: &Gateway, request: Request, head: &mut RequestHead) -> 
     let headers = headers(&parts.headers, head);
     let due = started + admission.settings().request_timeout;
 
-    let answer = upstream.ask(&gateway.bus, subjects::DECIDE, headers, body, due).await;
+    let answer = upstream.decide(&gateway.bus, headers, body, due).await;
     stats.completed(started.elapsed());
     answer.map_err(Failure::from)
 }

@@ -42,6 +42,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use waiters::Waiters;
@@ -133,6 +134,8 @@ pub struct Bound {
 struct Gateway {
     shared: Arc<Shared>,
     waiters: Waiters,
+    /// Bounds the looks at tasks' records; see [`follow`].
+    looks: Semaphore,
     bus: Bus,
 }
 
@@ -176,6 +179,7 @@ async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result
     let gateway = Gateway {
         shared: Arc::new(Shared::new(config, uid)),
         waiters: Waiters::default(),
+        looks: Semaphore::new(follow::LOOKS_MAX),
         bus,
     };
     Ok(Bound { gateway: Arc::new(gateway), listener, results })
@@ -198,7 +202,7 @@ impl Bound {
     /// Serves until cancelled, then drains: answers the requests in flight and closes all connections.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
         let Self { gateway, listener, results } = self;
-        let Gateway { shared, waiters, bus } = &*gateway;
+        let Gateway { shared, waiters, bus, .. } = &*gateway;
 
         // The background tasks outlive the sessions, which need them while they drain.
         let ended = CancellationToken::new();

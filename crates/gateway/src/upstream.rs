@@ -1,4 +1,7 @@
 //! Access to the router: load shedding, the circuit breaker, and bounded retries.
+//!
+//! Queries about tasks have a path of their own. They neither pass the circuit breaker nor count for it, and use a retry
+//! budget of their own: reading large records may be slow while decisions are fast.
 
 use crate::breaker::{Breaker, Config, Outcome, Pass, State};
 use crate::retry::Budget;
@@ -17,11 +20,14 @@ use wire::subjects;
 const MIN_TIMEOUT_COUNTED: Duration = Duration::from_millis(500);
 /// The mean pause before a retry, with a jitter of half of it in either direction.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// When clients should repeat a query that no router answers.
+const QUERY_RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// The gateway's access to the router, shared by all requests.
 pub struct Access {
     breaker: Mutex<Breaker>,
     retries: Mutex<Budget>,
+    query_retries: Mutex<Budget>,
     pressure: Arc<Pressure>,
     min_timeout_counted_us: AtomicU64,
 }
@@ -49,6 +55,7 @@ impl Access {
         Self {
             breaker: Mutex::new(Breaker::new(config)),
             retries: Mutex::new(Budget::new()),
+            query_retries: Mutex::new(Budget::new()),
             pressure: Arc::default(),
             min_timeout_counted_us: min_timeout_counted_us(request_timeout).into(),
         }
@@ -69,52 +76,33 @@ impl Access {
         self.pressure.clone()
     }
 
-    /// Returns the router's answer byte for byte. A request that fails because the bus is disconnected or the router
-    /// is unavailable is retried until `due`, within the retry budget. Retrying is safe: the router deduplicates
-    /// requests by their id.
-    pub async fn ask(
-        &self,
-        bus: &Bus,
-        subject: &str,
-        headers: Headers,
-        payload: Bytes,
-        due: Instant,
-    ) -> Result<Bytes, Refused> {
-        // Only decide requests are shed: queries cost an overloaded router little, and cancelling tasks helps it.
-        if subject == subjects::DECIDE {
-            self.pressure.check().map_err(Refused::Router)?;
-        }
+    /// Sends a decide request. Returns the router's answer byte for byte.
+    ///
+    /// A request that fails because the bus is disconnected or the router is unavailable is retried until `due`, within
+    /// the retry budget. Retrying is safe: the router deduplicates requests by their id.
+    pub async fn decide(&self, bus: &Bus, headers: Headers, payload: Bytes, due: Instant) -> Result<Bytes, Refused> {
+        // Queries are not shed: they cost an overloaded router little, and cancelling tasks helps it.
+        self.pressure.check().map_err(Refused::Router)?;
 
+        let request = Request { bus, subject: subjects::DECIDE, headers, payload, due };
         self.retries.lock().request(Instant::now());
         let mut previous = None;
         loop {
-            let refused = match self.attempt(bus, subject, headers.clone(), payload.clone(), due).await {
+            let refused = match self.attempt(&request).await {
                 Ok(answer) => return Ok(answer),
                 // If an earlier attempt opened the breaker, report the error of that attempt: it names the cause.
                 Err(refused @ Refused::Open { .. }) => return Err(previous.unwrap_or(refused)),
                 Err(refused) => refused,
             };
-
-            let temporary = match &refused {
-                Refused::Bus(bus::Error::Disconnected(_)) => true,
-                Refused::Router(error) => error.code == RouterCode::Unavailable,
-                _ => false,
-            };
-
-            // Jitter spreads the retries of requests that failed together.
-            let pause = RETRY_PAUSE.mul_f64(0.5 + rand::random::<f64>());
-            let now = Instant::now();
-            if !temporary || now + pause >= due || !self.retries.lock().take(now) {
+            if !may_retry(&self.retries, &refused, due).await {
                 return Err(refused);
             }
-
-            metrics::counter!("beamline_gateway_retries_total").increment(1);
             previous = Some(refused);
-            tokio::time::sleep(pause).await;
         }
     }
 
-    async fn attempt(
+    /// Sends a query about a task, or its cancellation, which is idempotent. Returns the router's answer.
+    pub async fn query(
         &self,
         bus: &Bus,
         subject: &str,
@@ -122,15 +110,26 @@ impl Access {
         payload: Bytes,
         due: Instant,
     ) -> Result<Bytes, Refused> {
-        let call = self.call()?;
-        let began = Instant::now();
-        let left = due.saturating_duration_since(began);
+        let request = Request { bus, subject, headers, payload, due };
+        self.query_retries.lock().request(Instant::now());
+        loop {
+            let refused = match request.send().await {
+                Ok(answer) => return Ok(answer),
+                Err(Refused::NoResponders { .. }) => {
+                    return Err(Refused::NoResponders { retry_after: QUERY_RETRY_AFTER });
+                }
+                Err(refused) => refused,
+            };
+            if !may_retry(&self.query_retries, &refused, due).await {
+                return Err(refused);
+            }
+        }
+    }
 
-        let mut answer = match bus.request(subject, headers, payload, left).await {
-            Ok(Message { payload, .. }) => read(payload),
-            Err(bus::Error::NoResponders(_)) => Err(Refused::NoResponders { retry_after: Duration::ZERO }),
-            Err(error) => Err(Refused::Bus(error)),
-        };
+    async fn attempt(&self, request: &Request<'_>) -> Result<Bytes, Refused> {
+        let call = self.call()?;
+        let left = request.left();
+        let mut answer = request.send().await;
 
         if matches!(&answer, Err(Refused::Router(error)) if error.code == RouterCode::Backpressure) {
             self.pressure.refused();
@@ -185,6 +184,50 @@ impl Access {
         }
         result
     }
+}
+
+/// A request to the router that may be sent several times.
+struct Request<'a> {
+    bus: &'a Bus,
+    subject: &'a str,
+    headers: Headers,
+    payload: Bytes,
+    due: Instant,
+}
+
+impl Request<'_> {
+    fn left(&self) -> Duration {
+        self.due.saturating_duration_since(Instant::now())
+    }
+
+    async fn send(&self) -> Result<Bytes, Refused> {
+        let (headers, payload) = (self.headers.clone(), self.payload.clone());
+        match self.bus.request(self.subject, headers, payload, self.left()).await {
+            Ok(Message { payload, .. }) => read(payload),
+            Err(bus::Error::NoResponders(_)) => Err(Refused::NoResponders { retry_after: Duration::ZERO }),
+            Err(error) => Err(Refused::Bus(error)),
+        }
+    }
+}
+
+/// Whether a request that failed so may be sent again; if so, this waits before it. Takes the retry from the budget.
+async fn may_retry(budget: &Mutex<Budget>, refused: &Refused, due: Instant) -> bool {
+    let temporary = match refused {
+        Refused::Bus(bus::Error::Disconnected(_)) => true,
+        Refused::Router(error) => error.code == RouterCode::Unavailable,
+        _ => false,
+    };
+
+    // Jitter spreads the retries of requests that failed together.
+    let pause = RETRY_PAUSE.mul_f64(0.5 + rand::random::<f64>());
+    let now = Instant::now();
+    if !temporary || now + pause >= due || !budget.lock().take(now) {
+        return false;
+    }
+
+    metrics::counter!("beamline_gateway_retries_total").increment(1);
+    tokio::time::sleep(pause).await;
+    true
 }
 
 fn min_timeout_counted_us(request_timeout: Duration) -> u64 {

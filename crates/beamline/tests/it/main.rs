@@ -17,3 +17,4 @@ mod service;
 mod settings;
 mod soak;
 mod spread;
+mod stopping;

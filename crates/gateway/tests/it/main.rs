@@ -45,6 +45,14 @@ impl Fixture {
     async fn start(change: impl FnOnce(&mut gateway::Config)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let bus = bus::local::Local::open(dir.path()).await.unwrap();
+        Self::in_dir(dir, bus, change).await
+    }
+
+    async fn on(bus: Bus, change: impl FnOnce(&mut gateway::Config)) -> Self {
+        Self::in_dir(tempfile::tempdir().unwrap(), bus, change).await
+    }
+
+    async fn in_dir(dir: tempfile::TempDir, bus: Bus, change: impl FnOnce(&mut gateway::Config)) -> Self {
         let mut config = gateway::Config { socket: dir.path().join("s"), ..gateway::Config::default() };
         change(&mut config);
         let bound = gateway::bind(config, bus.clone()).await.unwrap();

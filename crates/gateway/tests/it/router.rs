@@ -1,6 +1,7 @@
 //! Access to the router: every error that the router may return, and the circuit breaker.
 
 use crate::{Fixture, decision};
+use bus::Message;
 use gateway::BreakerConfig;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use testkit::eventually;
 use wire::ipc::{FrameType, Version};
 use wire::router::RouterCode;
+use wire::subjects;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -173,4 +175,42 @@ async fn request_is_retried_after_the_router_was_unavailable() {
         .await;
     assert_eq!(submit(&fixture, json!({})).await.0, FrameType::ResponseOk);
     assert_eq!(asked.load(Relaxed), 2);
+}
+
+#[tokio::test]
+async fn failing_queries_open_no_breaker_and_leave_the_retries_to_decisions() {
+    let fixture = Fixture::start(|config| {
+        config.request_timeout = Duration::from_millis(600);
+        config.breaker = BreakerConfig { consecutive_failures: 2, ..BreakerConfig::default() };
+    })
+    .await;
+    fixture.echo_router().await;
+    // Every second query gets no answer, the others an error that is worth a retry.
+    let mut queries = fixture.bus.subscribe(subjects::GET_DECISION, None, 4096).await.unwrap();
+    let bus = fixture.bus.clone();
+    tokio::spawn(async move {
+        let error = json!({"ok": false, "error": {"code": "unavailable", "message": "no"}, "context": {}});
+        for n in 0.. {
+            let Some(query) = queries.next().await else { return };
+            if n % 2 == 0 {
+                let (subject, payload) = (query.reply.unwrap(), error.to_string().into());
+                bus.publish(Message { subject, payload, ..Message::default() })
+                    .await
+                    .unwrap();
+            }
+        }
+    });
+
+    let mut raw = fixture.connect().await;
+    for request_id in 0..50 {
+        let version = Version::V2 { request_id, deadline_ms: 0 };
+        raw.frame(version, FrameType::TaskQuery, r#"{"command":"task_query","task_id":"t"}"#)
+            .await;
+    }
+    for _ in 0..50 {
+        assert_eq!(raw.answer().await.0, FrameType::ResponseError);
+    }
+    assert_eq!(breaker(&fixture).await, "closed");
+    raw.submit_v1(json!({})).await;
+    assert_eq!(raw.answer().await.0, FrameType::ResponseOk);
 }

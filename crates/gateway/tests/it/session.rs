@@ -373,6 +373,68 @@ async fn router_that_does_not_read_a_record_delays_neither_output_nor_result() {
     assert_eq!(raw.answer().await.0, FrameType::StreamComplete);
 }
 
+#[tokio::test]
+async fn waiting_requests_share_a_bound_on_their_looks() {
+    let fixture = Fixture::start(|config| config.request_timeout = Duration::from_secs(60)).await;
+    fixture.echo_router().await;
+    let mut looks = fixture.bus.subscribe(subjects::GET_DECISION, None, 1000).await.unwrap();
+
+    let mut raw = fixture.connect().await;
+    for id in 0..100 {
+        raw.submit_v2(id, json!({"wait": "result"})).await;
+    }
+    let mut unanswered = Vec::new();
+    for _ in 0..32 {
+        unanswered.push(looks.next().await.unwrap());
+    }
+    // The first looks are due after at most 313 ms; a second is enough for more than 32 of them.
+    let more = tokio::time::timeout(Duration::from_secs(1), looks.next()).await;
+    assert!(more.is_err(), "a 33rd look before another is answered");
+
+    let unknown = json!({"ok": false, "error": {"code": "not_found", "message": "no"}, "context": {}});
+    let (subject, payload) = (unanswered.pop().unwrap().reply.unwrap(), unknown.to_string().into());
+    fixture
+        .bus
+        .publish(Message { subject, payload, ..Message::default() })
+        .await
+        .unwrap();
+    looks.next().await.unwrap();
+}
+
+#[tokio::test]
+async fn waiting_request_looks_soon_after_the_bus_was_away() {
+    let mut server = testkit::NatsServer::start().await;
+    let nats = || bus::nats::Nats::connect(bus::nats::NatsConfig { url: server.url(), ..Default::default() });
+    let (ours, theirs) = (nats().await.unwrap(), nats().await.unwrap());
+    let fixture = Fixture::on(ours, |_| {}).await;
+    let mut requests = theirs.subscribe(subjects::DECIDE, None, 8).await.unwrap();
+    let mut looks = theirs.subscribe(subjects::GET_DECISION, None, 8).await.unwrap();
+
+    let mut raw = fixture.connect().await;
+    raw.submit_v2(1, json!({"request_id": "r", "wait": "result"})).await;
+    let request = requests.next().await.unwrap();
+    let decided = decision(&serde_json::from_slice(&request.payload).unwrap());
+    let (subject, payload) = (request.reply.unwrap(), decided.to_string().into());
+    theirs
+        .publish(Message { subject, payload, ..Message::default() })
+        .await
+        .unwrap();
+    // The pause after the fifth look is six seconds or longer.
+    for _ in 0..5 {
+        let (subject, payload) = (looks.next().await.unwrap().reply.unwrap(), "{}".into());
+        theirs
+            .publish(Message { subject, payload, ..Message::default() })
+            .await
+            .unwrap();
+    }
+
+    server.kill();
+    server.restart().await;
+    tokio::time::timeout(Duration::from_secs(5), looks.next())
+        .await
+        .expect("a look soon after the reconnect");
+}
+
 async fn publish_chunk(bus: &Bus, id: &str, seq: u64) {
     let chunk = json!({"request_id": id, "assignment_id": "a", "attempt": 1, "seq": seq, "data": format!("c{seq}")});
     let subject = subjects::output(id).into();
