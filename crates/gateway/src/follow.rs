@@ -19,7 +19,7 @@ use wire::subjects;
 /// The pause before the first look at a task's record. Each further pause is twice as long, up to the longest; all of
 /// them are jittered, so that requests that began together do not look together.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
-const LOOK_PAUSE_MAX: Duration = Duration::from_secs(10);
+const LOOK_PAUSE_MAX: Duration = Duration::from_secs(8);
 /// After the bus was away, the waiting requests look within this time.
 const LOOK_SPREAD: Duration = Duration::from_secs(1);
 /// Looks of all waiting requests of a gateway that are under way at the same time; the others queue.
@@ -226,9 +226,9 @@ impl Pauses {
         Self(LOOK_PAUSE)
     }
 
-    /// `random` is from 0 to 1; the pause is up to a quarter shorter or longer than without jitter.
+    /// `random` is from 0 to 1; jitter makes the pause up to half as long again.
     fn next(&mut self, random: f64) -> Duration {
-        let pause = self.0.mul_f64(0.75 + random / 2.0);
+        let pause = self.0.mul_f64(1.0 + random / 2.0);
         self.0 = LOOK_PAUSE_MAX.min(2 * self.0);
         pause
     }
@@ -251,8 +251,8 @@ mod tests {
             let mut pauses = Pauses::new();
             [(); 8].map(|()| pauses.next(random).as_millis())
         };
-        assert_eq!(ms(0.5), [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
-        assert_eq!(ms(0.0)[..2], [187, 375]);
-        assert_eq!(ms(1.0)[6..], [12_500, 12_500]);
+        assert_eq!(ms(0.0), [250, 500, 1000, 2000, 4000, 8000, 8000, 8000]);
+        assert_eq!(ms(1.0)[..2], [375, 750]);
+        assert_eq!(ms(1.0)[6..], [12_000, 12_000]);
     }
 }

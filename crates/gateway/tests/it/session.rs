@@ -387,7 +387,7 @@ async fn waiting_requests_share_a_bound_on_their_looks() {
     for _ in 0..32 {
         unanswered.push(looks.next().await.unwrap());
     }
-    // The first looks are due after at most 313 ms; a second is enough for more than 32 of them.
+    // The first looks are due after at most 375 ms; a second is enough for more than 32 of them.
     let more = tokio::time::timeout(Duration::from_secs(1), looks.next()).await;
     assert!(more.is_err(), "a 33rd look before another is answered");
 
@@ -419,7 +419,7 @@ async fn waiting_request_looks_soon_after_the_bus_was_away() {
         .publish(Message { subject, payload, ..Message::default() })
         .await
         .unwrap();
-    // The pause after the fifth look is six seconds or longer.
+    // The pause after the fifth look is eight seconds or longer.
     for _ in 0..5 {
         let (subject, payload) = (looks.next().await.unwrap().reply.unwrap(), "{}".into());
         theirs
