@@ -1,5 +1,5 @@
 # make run: build and start.  make test: install what the tests need, and run them all.  make bench: measure us and our peers.
-.PHONY: run build test deps frontend fmt bench fuzz memcheck audit tools
+.PHONY: run build test deps frontend fmt bench peers fuzz memcheck audit tools
 
 CARGO ?= cargo
 # Seconds for each fuzz target.
@@ -15,8 +15,12 @@ build: tools frontend
 test: deps frontend
 	./scripts/test.sh
 
-bench: build
+bench: build peers
 	$(CARGO) bench --quiet -p checks --bench bench -- --write "$(CURDIR)/docs/benchmarks.md"
+
+# What the benchmarks compare with, besides the servers that the tests install.
+peers: deps
+	npm --prefix crates/checks/benches/peers/bullmq ci --ignore-scripts --no-audit --no-fund --loglevel=error
 
 fuzz: tools
 	./scripts/fuzz.sh $(FUZZ)

@@ -61,6 +61,14 @@ impl Beamline {
     pub fn rss(&self) -> u64 {
         rss(self.child.0.id())
     }
+
+    /// Bytes that the process has caused to be written to disk; 0 if they cannot be read.
+    pub fn written(&self) -> u64 {
+        let io = std::fs::read_to_string(format!("/proc/{}/io", self.child.0.id())).unwrap_or_default();
+        io.lines()
+            .find_map(|line| line.strip_prefix("write_bytes: ")?.parse().ok())
+            .unwrap_or(0)
+    }
 }
 
 /// Kills the process when dropped.

@@ -3,7 +3,7 @@
 
 mod bare;
 mod idle;
-mod lanes;
+pub mod lanes;
 
 use crate::Result;
 use crate::report::{Figure, Report};

@@ -1,6 +1,6 @@
 //! Runs the benchmarks of `make bench`: Beamline's figures beside a peer's, from the same run on the same machine.
 //!
-//! Arguments select benchmarks by name (`gateway`, `decide`, `fanout`, `memory`, `console`). `--write FILE` also writes
+//! Arguments select benchmarks by name (`gateway`, `decide`, `fanout`, `memory`, `console`, `tasks`). `--write FILE` also writes
 //! the table to a file.
 
 mod beamline;
@@ -11,6 +11,7 @@ mod gateway;
 mod memory;
 mod report;
 mod sockets;
+mod tasks;
 
 use report::Report;
 
@@ -42,6 +43,9 @@ fn main() -> Result {
     }
     if chosen("gateway") {
         runtime.block_on(gateway::run(&mut report))?;
+    }
+    if chosen("tasks") {
+        runtime.block_on(tasks::run(&mut report))?;
     }
     if chosen("fanout") {
         runtime.block_on(fanout::run(&mut report))?;

@@ -22,6 +22,8 @@ pub struct Seen {
     pub p50: f64,
     pub p99: f64,
     pub per_second: f64,
+    /// Length of the measurement, including the last answers.
+    pub took: Duration,
 }
 
 /// Runs this many lanes for the length of `round`, each as fast as its answers arrive.
@@ -65,11 +67,13 @@ async fn run(lanes: usize, round: Duration, every: Option<Duration>, ask: &Ask) 
     while let Some(times) = running.join_next().await {
         all.add(times??)?;
     }
+    let took = began.elapsed();
     let at = |quantile| all.value_at_quantile(quantile) as f64 / 1000.0;
     Ok(Seen {
         p50: at(0.5),
         p99: at(0.99),
-        per_second: all.len() as f64 / began.elapsed().as_secs_f64(),
+        per_second: all.len() as f64 / took.as_secs_f64(),
+        took,
     })
 }
 
