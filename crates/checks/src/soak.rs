@@ -25,6 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use wire::ipc::{FrameType, TaskSubmit};
+use wire::json::JsonObject;
 
 /// How long past its deadline a request may stay open before it counts as unanswered.
 const LATE: Duration = Duration::from_secs(5);
@@ -387,7 +388,7 @@ async fn listener(socket: &Path) -> Result<u32, Error> {
 fn request(config: &Config) -> Bytes {
     let text = "x".repeat(config.payload);
     let submit = TaskSubmit {
-        params: Some([("text".to_string(), text.into())].into_iter().collect()),
+        params: Some(JsonObject::of(&BTreeMap::from([("text", text)]))),
         ..TaskSubmit::new(&config.task_type)
     };
     serde_json::to_vec(&submit).expect("a submit is always JSON").into()

@@ -7,10 +7,11 @@ use crate::reply::{PAYLOAD_MAX, Reply};
 use crate::upstream;
 use bus::Headers;
 use bytes::Bytes;
-use serde_json::{Map, Value};
+use serde::Serialize;
 use std::sync::Arc;
 use std::time::Instant;
 use wire::ipc::{ErrorCode, ExchangeContext, TaskRef, TaskSubmit, Wait};
+use wire::json::{Json, JsonObject};
 use wire::router::{DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskQuery, TaskState, VERSION};
 use wire::{subjects, trace};
 
@@ -24,6 +25,19 @@ pub struct Exchange {
     traceparent: Option<String>,
     pub tenant_id: String,
     pub deadline: Deadline,
+}
+
+/// The payload of a task that came over IPC.
+#[derive(Serialize)]
+struct Payload {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    context: Option<Json>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    params: Option<JsonObject>,
 }
 
 impl Exchange {
@@ -78,16 +92,12 @@ impl Exchange {
 
     fn decide_request(&self, submit: TaskSubmit) -> DecideRequest {
         let waits = submit.wait != Wait::Decision;
-        let fields = [
-            ("file", submit.file.map(Value::from)),
-            ("line", submit.line.map(Value::from)),
-            ("context", submit.context),
-            ("params", submit.params.map(Value::from)),
-        ];
-        let payload: Map<String, Value> = fields
-            .into_iter()
-            .filter_map(|(name, value)| Some((name.into(), value?)))
-            .collect();
+        let payload = JsonObject::of(&Payload {
+            context: submit.context,
+            file: submit.file,
+            line: submit.line,
+            params: submit.params,
+        });
 
         // The client does not wait past its own deadline, so the task need not run any longer.
         let options = self.deadline.own.filter(|_| waits).map(|own| RequestOptions {

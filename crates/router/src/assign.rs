@@ -8,6 +8,7 @@ use crate::decide::Chosen;
 use bus::tasks::Record;
 use bus::{Incomplete, Message, Write};
 use sha1::{Digest, Sha1};
+use wire::json::JsonObject;
 use wire::router::{
     Correlation, DecideRequest, Decision, ErrorBody, ExecAssignment, ExecOptions, Executor, RouterCode, State,
     TaskState, VERSION,
@@ -145,7 +146,9 @@ fn assignment(request: &DecideRequest, assignment_id: String, decision: Decision
 /// A hash of what the client asked for. Fields that differ between repeats are left out. Every build of the router must
 /// compute the same digest, because records outlive builds.
 fn digest(request: &DecideRequest) -> String {
-    let asked = DecideRequest { trace_id: None, deadline: None, ..request.clone() };
+    let mut asked = DecideRequest { trace_id: None, deadline: None, ..request.clone() };
+    // The same body, however it was written: without spaces, and its keys in order.
+    asked.task.payload = asked.task.payload.map(|payload| JsonObject::of(&payload.map()));
     let hash = Sha1::digest(serde_json::to_vec(&asked).expect("a request serializes to JSON"));
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }

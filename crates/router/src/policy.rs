@@ -5,7 +5,7 @@ mod condition;
 mod rendezvous;
 
 pub use condition::Stop;
-use condition::{Condition, Scope};
+use condition::{Condition, Payload, Scope};
 use wire::policy::{CircuitBreaker, Policy, PolicyBreaker};
 use wire::router::{Constraints, DecideRequest, Decision, Reason};
 
@@ -187,7 +187,8 @@ impl Compiled {
 
     /// The first rule whose condition holds.
     fn matching_rule(&self, request: &DecideRequest, world: &dyn World) -> Option<(usize, &Rule)> {
-        let scope = Scope::new(request);
+        let payload = Payload::default();
+        let scope = Scope::new(request, &payload);
         let share = share(self.rules.len());
         self.rules.iter().enumerate().find(|(n, rule)| {
             let holds = rule.condition.holds(&scope, share);

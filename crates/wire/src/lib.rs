@@ -8,6 +8,7 @@ pub mod chat;
 pub mod console;
 pub mod id;
 pub mod ipc;
+pub mod json;
 pub mod limits;
 pub mod policy;
 pub mod realtime;

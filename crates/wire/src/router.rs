@@ -1,5 +1,7 @@
 //! Messages between clients, routers and workers. v1 is frozen: fields may only be added.
 
+use crate::json::{Json, JsonObject};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -57,7 +59,7 @@ pub struct Task {
     #[serde(rename = "type")]
     pub task_type: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub payload: Option<Map<String, Value>>,
+    pub payload: Option<JsonObject>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payload_ref: Option<String>,
 }
@@ -219,7 +221,7 @@ pub struct OutputChunk {
     #[serde(default)]
     pub attempt: u32,
     pub seq: u64,
-    pub data: Value,
+    pub data: Json,
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
@@ -258,7 +260,7 @@ pub struct ExecResult {
     #[serde(default)]
     pub cost: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub output: Option<Value>,
+    pub output: Option<Json>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -284,9 +286,9 @@ pub struct TextOutput {
     pub text: String,
 }
 
-impl From<TextOutput> for Value {
+impl From<TextOutput> for Json {
     fn from(output: TextOutput) -> Self {
-        serde_json::to_value(output).expect("text serializes to JSON")
+        Self::of(&output)
     }
 }
 
@@ -317,6 +319,12 @@ impl ExecResult {
     /// `job_type` for `job.type`, `result` for `output`, `completed_at` for `timestamp`. The error is for the log: it
     /// quotes nothing of `bytes`.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        // Most results have the current format, and need no tree.
+        if serde_json::from_slice::<Form>(bytes).is_ok_and(|form| form.is_current()) {
+            return serde_json::from_slice(bytes)
+                .map_err(|e| format!("the result does not fit the schema: {}", crate::unfit(&e)));
+        }
+
         let mut value: Value = serde_json::from_slice(bytes).map_err(|e| format!("the result is not JSON: {e}"))?;
         if value.get("kind").is_some() {
             if value["kind"] != "exec_result" {
@@ -343,6 +351,24 @@ impl ExecResult {
         }
         object.insert("version".into(), VERSION.into());
         serde_json::from_value(value).map_err(|e| format!("the result does not fit the schema: {}", crate::unfit(&e)))
+    }
+}
+
+/// The fields that distinguish the formats of results.
+#[derive(Deserialize)]
+#[serde(expecting = "an object")]
+struct Form {
+    version: Option<String>,
+    kind: Option<IgnoredAny>,
+    job: Option<IgnoredAny>,
+    result: Option<IgnoredAny>,
+    completed_at: Option<IgnoredAny>,
+}
+
+impl Form {
+    fn is_current(&self) -> bool {
+        let legacy = self.kind.is_some() || self.result.is_some() || self.completed_at.is_some();
+        !legacy && self.job.is_some() && self.version.as_deref() == Some(VERSION)
     }
 }
 
@@ -575,7 +601,7 @@ mod tests {
             let result = ExecResult::decode(text.as_bytes()).unwrap_or_else(|e| panic!("{e}: {text}"));
             assert_eq!((&*result.request_id, &*result.job.job_type), ("r", "t"));
         }
-        assert_eq!(ExecResult::decode(flat.as_bytes()).unwrap().output.unwrap()["x"], 1);
+        assert_eq!(ExecResult::decode(flat.as_bytes()).unwrap().output.unwrap().value()["x"], 1);
         for bad in ["", "[]", "{}", r#"{"kind":"other","data":{}}"#, r#"{"version":"2","status":"success"}"#] {
             assert!(ExecResult::decode(bad.as_bytes()).is_err(), "{bad}");
         }

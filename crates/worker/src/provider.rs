@@ -8,12 +8,12 @@ pub(crate) mod ops;
 use crate::{Error, Kind, ProviderConfig};
 use bus::{Bus, Message};
 use parking_lot::Mutex;
-use serde_json::Value;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+use wire::json::{Json, JsonObject};
 use wire::router::{ExecAssignment, OutputChunk, ResultStatus, Task, TextOutput};
 use wire::status::Percentiles;
 
@@ -47,13 +47,16 @@ pub(crate) struct Job<'a> {
 
 impl Job<'_> {
     /// A field of the payload or, for a task that came over IPC, of `payload.params`.
-    pub fn field(&self, name: &str) -> Option<&Value> {
+    pub fn field(&self, name: &str) -> Option<Json> {
         let payload = self.task.payload.as_ref()?;
-        payload.get(name).or_else(|| payload.get("params")?.get(name))
+        payload.get(name).or_else(|| {
+            let params: JsonObject = payload.get("params")?.try_into().ok()?;
+            params.get(name)
+        })
     }
 
-    pub fn text(&self, name: &str) -> Option<&str> {
-        self.field(name)?.as_str()
+    pub fn text(&self, name: &str) -> Option<String> {
+        self.field(name)?.string()
     }
 }
 
@@ -86,7 +89,7 @@ impl Limit {
 /// How a run ended.
 pub(crate) struct Outcome {
     pub status: ResultStatus,
-    pub output: Option<Value>,
+    pub output: Option<Json>,
     pub error_code: Option<&'static str>,
     pub error: Option<String>,
     /// The cool-down that a busy provider asks for, in seconds.
@@ -94,7 +97,7 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
-    pub fn success(output: Value) -> Self {
+    pub fn success(output: Json) -> Self {
         Self {
             status: ResultStatus::Success,
             output: Some(output),
@@ -187,7 +190,7 @@ impl Output {
             assignment_id: self.assignment_id.clone(),
             attempt: self.attempt,
             seq: self.next.fetch_add(1, Relaxed),
-            data: text.into(),
+            data: Json::of(&text),
         };
         let payload = serde_json::to_vec(&chunk)
             .expect("an output chunk serializes to JSON")
@@ -203,7 +206,7 @@ impl Output {
     }
 
     /// The output of a run that ended early; `None` if it published nothing.
-    fn so_far(&self) -> Option<Value> {
+    fn so_far(&self) -> Option<Json> {
         let text = self.text();
         (!text.is_empty()).then(|| TextOutput { text }.into())
     }

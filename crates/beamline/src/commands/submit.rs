@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 use wire::ipc::{TaskSubmit, Wait};
+use wire::json::JsonObject;
 
 /// How long to wait past the deadline for the gateway to report that it was missed.
 const GRACE: Duration = Duration::from_secs(2);
@@ -44,7 +45,7 @@ pub async fn submit(args: cli::Submit) -> Result<()> {
 
 fn request(args: &cli::Submit, timeout: Option<Duration>) -> Result<Value> {
     let submit = TaskSubmit {
-        params: Some(params(&args.params)?),
+        params: Some(JsonObject::of(&params(&args.params)?)),
         request_id: Some(uuid::Uuid::now_v7().to_string()),
         trace_id: Some(uuid::Uuid::new_v4().simple().to_string()),
         tenant_id: args.tenant.clone(),
@@ -82,9 +83,9 @@ async fn stream(client: &Client, request: &Value) -> Result<()> {
     while let Some(event) = events.next().await? {
         match event {
             StreamEvent::Data(data) => {
-                match &data.data {
-                    Value::String(text) => out.write_all(text.as_bytes())?,
-                    other => writeln!(out, "{other}")?,
+                match data.data.string() {
+                    Some(text) => out.write_all(text.as_bytes())?,
+                    None => writeln!(out, "{}", data.data.text())?,
                 }
                 out.flush()?;
                 streamed = true;

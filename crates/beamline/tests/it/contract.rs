@@ -121,7 +121,7 @@ async fn accepted(raw: &mut Raw, wire: &mut Subscription, version: Version, payl
     let request = sent(wire).await;
     assert_eq!(request.task.task_type, submit["task_type"]);
 
-    let task = Value::Object(request.task.payload.unwrap());
+    let task = Value::Object(request.task.payload.unwrap().map());
     let of_task = ["file", "line", "context", "params"];
     let given = of_task
         .iter()

@@ -9,6 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use wire::json::Json;
 use wire::router::{ResultStatus, State};
 use wire::subjects;
 use worker::{Kind, ProviderConfig};
@@ -124,7 +125,7 @@ async fn submit_returns_a_decision_a_result_or_a_stream() {
         let Some(StreamEvent::Data(data)) = stream.next().await.unwrap() else {
             panic!("expected output")
         };
-        assert_eq!((data.task_id.as_str(), data.seq, data.data), ("s", seq as u64, json!(word)));
+        assert_eq!((data.task_id.as_str(), data.seq, data.data.value()), ("s", seq as u64, json!(word)));
     }
     let Some(StreamEvent::Complete(last)) = stream.next().await.unwrap() else {
         panic!("expected the result")
@@ -146,7 +147,7 @@ async fn running_task_can_be_followed_queried_and_cancelled() {
     let Some(StreamEvent::Data(first)) = stream.next().await.unwrap() else {
         panic!("expected output")
     };
-    assert_eq!(first.data, "one\n");
+    assert_eq!(first.data.value(), "one\n");
     // The record says so once the work has taken a moment.
     testkit::eventually(SOON, || async { client.query("r").await.unwrap().state == State::Running }).await;
     let task = client.query("r").await.unwrap();
@@ -177,7 +178,7 @@ async fn each_tenant_has_its_own_task_of_the_same_id() {
         let (mut stream, mut text) = (client.stream(&asked).await.unwrap(), String::new());
         while let Some(event) = stream.next().await.unwrap() {
             if let StreamEvent::Data(piece) = event {
-                text += piece.data.as_str().unwrap();
+                text += &piece.data.string().unwrap();
             }
         }
         text
@@ -189,7 +190,7 @@ async fn each_tenant_has_its_own_task_of_the_same_id() {
         testkit::eventually(SOON, || async {
             let task = client.of_tenant(tenant).query("r").await.unwrap();
             task.result
-                .is_some_and(|result| result.output == Some(json!({"text": format!("words of {tenant}")})))
+                .is_some_and(|result| result.output == Some(Json::of(&json!({"text": format!("words of {tenant}")}))))
         })
         .await;
     }
@@ -288,12 +289,15 @@ async fn disconnecting_does_not_cancel_tasks() {
     let mut follower = client.subscribe("r").await.unwrap();
     deployment.go();
     while let StreamEvent::Data(data) = follower.next().await.unwrap().expect("the stream has not ended") {
-        assert_eq!(data.data, "two\n");
+        assert_eq!(data.data.value(), "two\n");
     }
 
     for id in ["r", "q0", "q1", "q2", "q3", "q4"] {
         deployment.state(&client, id, State::Completed).await;
-        assert_eq!(client.query(id).await.unwrap().result.unwrap().output, Some(json!({"text": "one\ntwo\n"})));
+        assert_eq!(
+            client.query(id).await.unwrap().result.unwrap().output,
+            Some(Json::of(&json!({"text": "one\ntwo\n"})))
+        );
     }
     testkit::eventually(SOON, || async { deployment.count(subjects::STREAM_USAGE).await == 6 }).await;
 }

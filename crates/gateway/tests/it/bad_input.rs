@@ -75,7 +75,8 @@ async fn error_names_the_field_of_the_payload_that_does_not_fit() {
 
     let mut raw = fixture.connect().await;
     let long = "x".repeat(129);
-    let deep = format!(r#"{{"command":"task_submit","task_type":"t","context":{}}}"#, "[".repeat(200));
+    let (open, close) = ("[".repeat(200), "]".repeat(200));
+    let deep = format!(r#"{{"command":"task_submit","task_type":"t","context":{open}{close}}}"#);
 
     let submit = [
         (task(json!({"task_type": long})), "task_type"),
@@ -97,7 +98,7 @@ async fn error_names_the_field_of_the_payload_that_does_not_fit() {
         (r#"{"task_type":"t"}"#.into(), "command"),
         (r#"{"command":"task_submit"}"#.into(), "task_type"),
         (r#"{"command":"task_submit","task_type":"t"} {}"#.into(), "trailing"),
-        (deep, "recursion"),
+        (deep, "more than 120 levels"),
         (r#"["task_submit","t"]"#.into(), "object"),
         ("null".into(), "object"),
     ];

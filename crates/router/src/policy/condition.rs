@@ -11,7 +11,7 @@ use eval::{Evaluation, Val};
 use meter::Meter;
 pub use meter::Stop;
 use pattern::Pattern;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::cell::OnceCell;
 use std::collections::{BTreeSet, HashMap};
 use wire::router::DecideRequest;
@@ -68,12 +68,17 @@ pub enum Operand {
 /// What conditions see of a request. The variables of CEL are built when the first expression needs them.
 pub struct Scope<'a> {
     request: &'a DecideRequest,
+    payload: &'a Payload,
     variables: OnceCell<Vec<(&'static str, Val<'a>)>>,
 }
 
+/// The payload of the request, as a tree once an expression needs it.
+#[derive(Default)]
+pub struct Payload(OnceCell<Map<String, Value>>);
+
 impl<'a> Scope<'a> {
-    pub fn new(request: &'a DecideRequest) -> Self {
-        Self { request, variables: OnceCell::new() }
+    pub fn new(request: &'a DecideRequest, payload: &'a Payload) -> Self {
+        Self { request, payload, variables: OnceCell::new() }
     }
 
     fn variables(&self) -> &[(&'static str, Val<'a>)] {
@@ -88,13 +93,15 @@ impl<'a> Scope<'a> {
                 )
             };
             let constraints = constraints.unwrap_or_default();
+            let payload = task.payload.as_ref();
+            let payload = payload.map(|raw| Val::Object(self.payload.0.get_or_init(|| raw.map())));
             let number = |number: Option<f64>| number.map(|number| Val::Made(Cel::Float(number)));
             vec![
                 (
                     "task",
                     given(vec![
                         ("type", Some(Val::Text(&task.task_type))),
-                        ("payload", task.payload.as_ref().map(Val::Object)),
+                        ("payload", payload),
                         ("payload_ref", task.payload_ref.as_deref().map(Val::Text)),
                     ]),
                 ),
@@ -268,7 +275,7 @@ fn compile_pattern(expr: &IdedExpr, patterns: &mut HashMap<String, Pattern>) -> 
 }
 
 impl Legacy {
-    fn compile(object: &serde_json::Map<String, Value>) -> Result<Self, String> {
+    fn compile(object: &Map<String, Value>) -> Result<Self, String> {
         if let [(key, Value::Array(operands))] = object.iter().collect::<Vec<_>>()[..]
             && let Some(operator) = Operator::parse(key)
         {
@@ -415,13 +422,13 @@ mod tests {
     /// Evaluates with unlimited steps; `None` if the condition does not compile.
     fn holds(when: &str, metadata: Value) -> Option<Result<bool, Stop>> {
         let condition = Condition::compile(&when.into()).ok()?;
-        Some(condition.holds(&Scope::new(&request(metadata)), u64::MAX))
+        Some(condition.holds(&Scope::new(&request(metadata), &Payload::default()), u64::MAX))
     }
 
     /// Evaluates with a budget of steps.
     fn within(steps: u64, when: &str, metadata: &Value) -> Result<bool, Stop> {
         let condition = Condition::compile(&when.into()).unwrap_or_else(|e| panic!("{when}: {e}"));
-        condition.holds(&Scope::new(&request(metadata.clone())), steps)
+        condition.holds(&Scope::new(&request(metadata.clone()), &Payload::default()), steps)
     }
 
     #[test]
@@ -567,7 +574,7 @@ mod tests {
         let numbers: Vec<u32> = (0..100_000).collect();
         let long = "ab".repeat(400_000);
         let metadata = json!({"l": numbers, "s": long, "t": long, "deep": vec![vec![1; 300]; 300],
-            "m": numbers.iter().map(|n| (n.to_string(), json!(n))).collect::<serde_json::Map<_, _>>()});
+            "m": numbers.iter().map(|n| (n.to_string(), json!(n))).collect::<Map<_, _>>()});
         for when in [
             "metadata.l.all(x, metadata.l.exists(y, y == x))",
             "metadata.l.all(x, x in metadata.l)",
@@ -597,7 +604,11 @@ mod tests {
             json!({"l": vec![1; 3]}),
         ] {
             let condition = Condition::compile(&legacy).unwrap();
-            assert_eq!(condition.holds(&Scope::new(&request(metadata.clone())), 20_000), Err(Stop::Spent), "{legacy}");
+            assert_eq!(
+                condition.holds(&Scope::new(&request(metadata.clone()), &Payload::default()), 20_000),
+                Err(Stop::Spent),
+                "{legacy}"
+            );
         }
         // Large values that are not evaluated cost nothing.
         let untouched =

@@ -301,10 +301,7 @@ impl Answers {
     /// Appends a piece of output. Returns the room and its event, or `None` if the piece belongs to another task, is
     /// repeated or late, or does not fit.
     fn add(&self, chunk: &OutputChunk) -> Option<(String, Event)> {
-        let text = match &chunk.data {
-            Json::String(text) => text.clone(),
-            other => other.to_string(),
-        };
+        let text = chunk.data.string().unwrap_or_else(|| chunk.data.text().into());
 
         let mut partials = self.partial.lock();
         let partial = partials.get_mut(&chunk.request_id)?;
@@ -469,13 +466,13 @@ fn is_of(task: &Awaited, assignment_id: &str, tenant_id: Option<&str>) -> bool {
 }
 
 /// Returns the text that the room shows for an output: its text, or its JSON as a code block.
-fn text_of(output: &Json) -> String {
-    match output {
-        Json::String(text) => text.clone(),
+fn text_of(output: &wire::json::Json) -> String {
+    match output.value() {
+        Json::String(text) => text,
         Json::Object(object) if object.get("text").is_some_and(Json::is_string) => {
             object["text"].as_str().unwrap_or_default().to_string()
         }
-        other => format!("```json\n{}\n```", serde_json::to_string_pretty(other).unwrap_or_default()),
+        other => format!("```json\n{}\n```", serde_json::to_string_pretty(&other).unwrap_or_default()),
     }
 }
 

@@ -4,6 +4,7 @@ use crate::accounts::ASSISTANT;
 use serde::Serialize;
 use serde_json::{Map, Value as Json};
 use wire::chat::{Message, Prompt, PromptMetadata, Role, Turn};
+use wire::json::JsonObject;
 use wire::router::{DEFAULT_TENANT, DecideRequest, RequestOptions, Task, VERSION};
 
 /// The prefix of the request ids of answers. It distinguishes them from other tasks without a database query.
@@ -51,7 +52,7 @@ pub fn request(request_id: &str, message: &Message, prompt: &str, before: Vec<Me
         tenant_id: TENANT.into(),
         task: Task {
             task_type: "chat".into(),
-            payload: Some(to_map(&payload)),
+            payload: Some(JsonObject::of(&payload)),
             payload_ref: None,
         },
         policy_id: None,

@@ -1,9 +1,10 @@
 //! The JSON payloads of frames.
 
 use super::ErrorCode;
+use crate::json::{Json, JsonObject};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 
 /// What the client of a TASK_SUBMIT waits for.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq, Default)]
@@ -25,9 +26,9 @@ pub struct TaskSubmit {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub line: Option<i64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub context: Option<Value>,
+    pub context: Option<Json>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub params: Option<Map<String, Value>>,
+    pub params: Option<JsonObject>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -98,7 +99,7 @@ pub struct TaskAnswer {
 pub struct StreamData {
     pub task_id: String,
     pub seq: u64,
-    pub data: Value,
+    pub data: Json,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -1,7 +1,14 @@
 //! A provider that returns the task's payload. A prompt is streamed word by word.
 
 use super::{Job, Outcome, Output};
-use serde_json::{Map, Value};
+use serde::Serialize;
+use wire::json::Json;
+
+/// The output for a task whose payload is elsewhere.
+#[derive(Serialize)]
+struct Reference<'a> {
+    payload_ref: Option<&'a str>,
+}
 
 pub async fn run(job: &Job<'_>, output: &Output) -> Outcome {
     if let Some(prompt) = job.text("prompt") {
@@ -11,12 +18,8 @@ pub async fn run(job: &Job<'_>, output: &Output) -> Outcome {
         return Outcome::text(prompt);
     }
 
-    match (&job.task.payload, &job.task.payload_ref) {
-        (Some(payload), _) => Outcome::success(Value::Object(payload.clone())),
-        (None, Some(reference)) => {
-            let fields = Map::from_iter([("payload_ref".into(), reference.as_str().into())]);
-            Outcome::success(Value::Object(fields))
-        }
-        (None, None) => Outcome::success(Value::Null),
-    }
+    Outcome::success(match &job.task.payload {
+        Some(payload) => payload.clone().into(),
+        None => Json::of(&Reference { payload_ref: job.task.payload_ref.as_deref() }),
+    })
 }

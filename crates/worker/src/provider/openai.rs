@@ -6,7 +6,9 @@ use reqwest::header::{self, HeaderMap};
 use reqwest::{Response, StatusCode};
 use serde::Serialize;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
+use wire::json::Json;
 use wire::limits::{COOL_DOWN_DEFAULT_S, COOL_DOWN_MAX_S};
 
 /// A line of the event stream, in bytes.
@@ -62,16 +64,17 @@ impl OpenAi {
     }
 
     /// The system prompt, then the task's `messages`, or its `prompt` if it has none.
-    fn messages<'a>(&'a self, job: &'a Job<'_>) -> Result<Vec<ChatMessage<'a>>, Outcome> {
+    fn messages(&self, job: &Job<'_>) -> Result<Vec<ChatMessage<'_>>, Outcome> {
         let system = self.system.as_deref();
         let mut messages: Vec<_> = system
-            .map(|content| ChatMessage::New { role: "system", content })
+            .map(|content| ChatMessage::New { role: "system", content: content.into() })
             .into_iter()
             .collect();
 
-        match (job.field("messages").and_then(Value::as_array), job.text("prompt")) {
-            (Some(given), _) if !given.is_empty() => messages.extend(given.iter().map(ChatMessage::Given)),
-            (_, Some(prompt)) => messages.push(ChatMessage::New { role: "user", content: prompt }),
+        let given = job.field("messages").and_then(|given| given.list());
+        match (given, job.text("prompt")) {
+            (Some(given), _) if !given.is_empty() => messages.extend(given.into_iter().map(ChatMessage::Given)),
+            (_, Some(prompt)) => messages.push(ChatMessage::New { role: "user", content: prompt.into() }),
             _ => return Err(Outcome::failed("invalid_task", "the task has neither prompt nor messages")),
         }
         Ok(messages)
@@ -132,10 +135,10 @@ struct ChatRequest<'a> {
 enum ChatMessage<'a> {
     New {
         role: &'static str,
-        content: &'a str,
+        content: Cow<'a, str>,
     },
     /// A message of the task, passed on unchanged.
-    Given(&'a Value),
+    Given(Json),
 }
 
 /// Relays the text of an event stream to `output` as it arrives; returns the whole text.

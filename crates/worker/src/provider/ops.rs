@@ -94,13 +94,13 @@ pub struct Ops {
 
 impl Ops {
     pub async fn run(&self, job: &Job<'_>, output: &Output) -> Outcome {
-        let question = job.text("prompt").unwrap_or("help").to_lowercase();
+        let question = job.text("prompt").unwrap_or("help".into()).to_lowercase();
         let room = job.text("room").unwrap_or_default();
         let answer = match topic(&question) {
             Topic::Status => self.status(),
             Topic::Nodes => self.nodes(),
             Topic::Providers => self.providers(),
-            Topic::Who => self.who(room).await,
+            Topic::Who => self.who(&room).await,
             Topic::Help => help(&question),
         };
 

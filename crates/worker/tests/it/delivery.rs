@@ -4,6 +4,7 @@
 use crate::{Place, SOON, Worker, append, assignment, chunk, consumer, open, provider, shell};
 use serde_json::{Value, json};
 use std::time::Duration;
+use wire::json::Json;
 use wire::router::ResultStatus;
 use wire::subjects;
 use worker::{Config, Kind};
@@ -16,19 +17,22 @@ pub async fn echo_returns_the_payload(place: Place) {
     place.assign("r1", "echo", json!({"prompt": "say it again"})).await;
     for (seq, word) in ["say ", "it ", "again"].into_iter().enumerate() {
         let chunk = chunk(&mut output).await;
-        assert_eq!((chunk.seq, chunk.attempt, chunk.data), (seq as u64, 1, json!(word)));
+        assert_eq!((chunk.seq, chunk.attempt, chunk.data.value()), (seq as u64, 1, json!(word)));
     }
     let result = results.next().await;
-    assert_eq!((result.status, result.output), (ResultStatus::Success, Some(json!({"text": "say it again"}))));
+    assert_eq!(
+        (result.status, result.output),
+        (ResultStatus::Success, Some(Json::of(&json!({"text": "say it again"}))))
+    );
     assert_eq!(result.chunks, Some(3));
 
     place.assign("r2", "echo", json!({"a": [1, null]})).await;
-    assert_eq!(results.next().await.output, Some(json!({"a": [1, null]})));
+    assert_eq!(results.next().await.output.map(|output| output.value()), Some(json!({"a": [1, null]})));
 
     let mut by_reference = assignment("r3", "echo", json!(null));
     by_reference["job"] = json!({"type": "t", "payload_ref": "s3://x"});
     place.append(subjects::ASSIGN, by_reference.to_string()).await;
-    assert_eq!(results.next().await.output, Some(json!({"payload_ref": "s3://x"})));
+    assert_eq!(results.next().await.output.map(|output| output.value()), Some(json!({"payload_ref": "s3://x"})));
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
 }
 
@@ -230,7 +234,7 @@ async fn crashed_run_is_repeated_and_leaves_one_result() {
     let mut output = bus.subscribe(&subjects::output("r"), None, 64).await.unwrap();
     let worker = Worker::start(bus.clone(), config()).await;
     let last = chunk(&mut output).await;
-    assert_eq!((last.attempt, last.seq, last.data), (3, 0, json!("done\n")));
+    assert_eq!((last.attempt, last.seq, last.data.value()), (3, 0, json!("done\n")));
     testkit::eventually(SOON, || async { bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages == 0 }).await;
     assert_eq!(bus.stream_info(subjects::STREAM_RESULT).await.unwrap().messages, 1);
     worker.stop().await;
@@ -381,7 +385,7 @@ async fn drain_timeout_returns_unfinished_runs_to_the_stream() {
     let pid = chunk(&mut output).await.data;
 
     worker.stop().await;
-    assert!(crate::is_gone(pid.as_str().unwrap()));
+    assert!(crate::is_gone(&pid.string().unwrap()));
     assert_eq!(place.count(subjects::STREAM_RESULT).await, 0);
 
     place.file("go");

@@ -32,7 +32,10 @@ async fn ask(place: &Place, id: &str, payload: Value) -> String {
     let mut results = place.results().await;
     place.assign(id, "ops", payload).await;
     let result = results.next().await;
-    result.output.expect("an answer")["text"].as_str().unwrap().into()
+    result.output.expect("an answer").value()["text"]
+        .as_str()
+        .unwrap()
+        .into()
 }
 
 #[tokio::test]
@@ -126,10 +129,9 @@ async fn ops_answers_are_streamed_line_by_line() {
 
     let mut streamed = String::new();
     while streamed.len() < answer.len() {
-        let piece = chunk(&mut output).await.data;
-        let piece = piece.as_str().unwrap();
+        let piece = chunk(&mut output).await.data.string().unwrap();
         assert!(piece.ends_with('\n') && piece.lines().count() == 1, "{piece:?}");
-        streamed.push_str(piece);
+        streamed.push_str(&piece);
     }
     assert_eq!(streamed, answer);
 }
