@@ -9,6 +9,7 @@ mod run;
 
 use bus::Bus;
 use provider::Provider;
+use provider::command::processes;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -153,6 +154,10 @@ impl Bound {
         // Cancels and heartbeats outlast the drain: a run can be cancelled until it ends.
         let ended = CancellationToken::new();
         loops.spawn(run::cancels(worker.clone(), cancels, ended.clone()));
+        if worker.providers.values().any(|provider| provider.starts_processes()) {
+            processes::adopt_orphans();
+            loops.spawn(processes::reap(ended.clone()));
+        }
         loops.spawn(provider::ops::listen(worker.live.clone(), live, ended.clone()));
         loops.spawn(heartbeat::run(worker.clone(), cancel.clone(), ended.clone()));
         loops.spawn(async move {

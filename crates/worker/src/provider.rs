@@ -1,6 +1,6 @@
 //! Providers do the work of a task: `echo`, a program, a model's endpoint, or `ops`.
 
-mod command;
+pub(crate) mod command;
 mod echo;
 mod openai;
 pub(crate) mod ops;
@@ -234,6 +234,10 @@ impl Provider {
             latencies_ms: Mutex::default(),
             work,
         })
+    }
+
+    pub fn starts_processes(&self) -> bool {
+        matches!(self.work, Work::Command(_))
     }
 
     pub fn kind_name(&self) -> &'static str {

@@ -1,20 +1,18 @@
 //! A provider that runs a program in its own process group, with the task on its standard input, and streams its
 //! standard output.
 
+pub mod processes;
+
 use super::{Job, Limit, Outcome, Output};
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use parking_lot::Mutex;
+use processes::{GRACE, Processes};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command as Process};
 use tokio_util::sync::CancellationToken;
 
-/// Time between SIGTERM and SIGKILL.
-const GRACE: Duration = Duration::from_secs(2);
 /// Bytes of the end of standard error that the error message quotes.
 const STDERR_MAX: usize = 4096;
 
@@ -33,17 +31,16 @@ enum End {
 }
 
 impl Command {
-    /// Runs the program until it exits, `limit` passes or `stop` is cancelled. Its whole process group has ended when
-    /// this returns.
+    /// Runs the program until it exits, `limit` passes or `stop` is cancelled. All processes that it
+    /// started have ended when this returns.
     pub async fn run(&self, job: &Job<'_>, output: &Output, limit: Limit, stop: &CancellationToken) -> Outcome {
-        let mut child = match self.process(job).spawn() {
-            Ok(child) => child,
+        let (mut child, mut processes) = match Processes::start(&mut self.process(job)) {
+            Ok(started) => started,
             Err(error) => {
                 let text = format!("cannot start {}: {error}", self.program.display());
                 return Outcome::failed("spawn_failed", text);
             }
         };
-        let group = Group(child.id().map(|id| Pid::from_raw(id.cast_signed())));
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(mut stdin), Some(stdout), Some(stderr)) = (stdin, stdout, stderr) else {
             return Outcome::failed("spawn_failed", "the program has no pipes");
@@ -63,29 +60,29 @@ impl Command {
                 tokio::try_join!(stream(stdout, output, self.output_max), rest).map(drop)
             };
             tokio::select! {
-                end = finish(&mut child, &group, pipes) => end,
+                end = finish(&mut child, &mut processes, pipes) => end,
                 () = stop.cancelled() => End::Stopped,
                 () = tokio::time::sleep(limit.duration()) => End::TimedOut,
             }
         };
 
-        let outcome = match end {
-            End::Exited(status) if status.success() => return Outcome::text(output.text()),
+        processes.end(&mut child).await;
+
+        match end {
+            End::Exited(status) if status.success() => Outcome::text(output.text()),
             End::Exited(status) => {
                 let stderr = String::from_utf8_lossy(&stderr_end.lock()).trim().to_string();
-                return Outcome::failed("exit_status", format!("{status}; standard error ended with: {stderr}"));
+                Outcome::failed("exit_status", format!("{status}; standard error ended with: {stderr}"))
             }
             End::Failed(outcome) => outcome,
             End::Stopped => Outcome::cancelled(),
             End::TimedOut => Outcome::timed_out(limit),
-        };
-        group.end(&mut child).await;
-        outcome
+        }
     }
 
     fn process(&self, job: &Job<'_>) -> Process {
         let mut process = Process::new(&self.program);
-        process.args(&self.args).process_group(0).kill_on_drop(true);
+        process.args(&self.args).kill_on_drop(true);
         process
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -100,9 +97,9 @@ impl Command {
     }
 }
 
-/// Waits until the program has exited and its pipes are closed. Processes that it left behind in its group may hold the
-/// pipes open; they are killed after a grace period.
-async fn finish(child: &mut Child, group: &Group, pipes: impl Future<Output = std::io::Result<()>>) -> End {
+/// Waits until the program has exited and its pipes are closed. Processes that it left behind may hold the pipes open;
+/// they are ended after a grace period.
+async fn finish(child: &mut Child, processes: &mut Processes, pipes: impl Future<Output = std::io::Result<()>>) -> End {
     let mut pipes = std::pin::pin!(pipes);
     let failed = |error: std::io::Error| End::Failed(Outcome::failed("output", error.to_string()));
     let status = tokio::select! {
@@ -113,41 +110,14 @@ async fn finish(child: &mut Child, group: &Group, pipes: impl Future<Output = st
         status = child.wait() => status,
     };
 
-    for signal in [None, Some(Signal::SIGKILL)] {
-        signal.into_iter().for_each(|signal| group.signal(signal));
-        match tokio::time::timeout(GRACE, &mut pipes).await {
-            Ok(Ok(())) => break,
-            Ok(Err(error)) => return failed(error),
-            Err(_) => {}
-        }
+    let mut read = tokio::time::timeout(GRACE, &mut pipes).await;
+    if read.is_err() {
+        // A process that hides from its run may hold the pipes beyond its end.
+        (read, ()) = tokio::join!(tokio::time::timeout(2 * GRACE, &mut pipes), processes.end(child));
     }
-    status.map_or_else(failed, End::Exited)
-}
-
-/// A process group. The whole group is killed on drop, so a cancelled run leaves no grandchild behind.
-struct Group(Option<Pid>);
-
-impl Group {
-    async fn end(&self, child: &mut Child) {
-        self.signal(Signal::SIGTERM);
-        if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
-            self.signal(Signal::SIGKILL);
-            let _ = child.wait().await;
-        }
-        self.signal(Signal::SIGKILL);
-    }
-
-    fn signal(&self, signal: Signal) {
-        if let Some(group) = self.0 {
-            // Fails if all processes of the group have ended, which is fine.
-            let _ = killpg(group, signal);
-        }
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        self.signal(Signal::SIGKILL);
+    match read {
+        Ok(Err(error)) => failed(error),
+        _ => status.map_or_else(failed, End::Exited),
     }
 }
 

@@ -56,6 +56,8 @@ async fn program_inherits_nothing_of_the_workers_environment() {
         let result = results.next().await;
         let mut seen: Vec<&str> = text(&result).lines().collect();
         seen.sort_unstable();
+        let run_id = seen.iter().position(|line| line.starts_with("BEAMLINE_RUN_ID="));
+        seen.remove(run_id.expect("the run has an id"));
         let ids = [format!("BEAMLINE_REQUEST_ID={name}"), "BEAMLINE_TENANT_ID=acme".into()];
         let expected: Vec<&str> = ids.iter().map(String::as_str).chain(expected.iter().copied()).collect();
         assert_eq!(seen, expected);
@@ -237,6 +239,86 @@ async fn processes_left_behind_do_not_delay_the_result() {
     assert_eq!(result.status, ResultStatus::Success);
     assert!(started.elapsed() < Duration::from_secs(10));
     testkit::eventually(SOON, || async { is_gone(text(&result)) }).await;
+}
+
+/// Starts a process in a session of its own, one that also loses its parent, and one that hides its environment. They
+/// write their ids to files, so that they need not hold the output open.
+const DAEMONS: &str = "setsid sh -c 'echo $$ > $DIR/session; exec sleep 1000' >/dev/null 2>&1 &
+    (setsid sh -c 'echo $$ > $DIR/orphan; sleep 1000' >/dev/null 2>&1 &)
+    env -i $(command -v setsid) sh -c 'echo $$ > $DIR/bare; exec sleep 1000' >/dev/null 2>&1 &
+    while [ ! -s $DIR/session ] || [ ! -s $DIR/orphan ] || [ ! -s $DIR/bare ]; do sleep 0.02; done; ";
+
+/// Runs the script after [`DAEMONS`], and returns the result and which of them are left.
+async fn daemons(rest: &str, cancel: bool) -> (ExecResult, Vec<&'static str>) {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let _worker = place.shell(&format!("{DAEMONS} {rest}"), |_| {}).await;
+
+    place
+        .append(subjects::ASSIGN, within(assignment("r", "sh", json!({})), 1500).to_string())
+        .await;
+    let started = ["session", "orphan", "bare"];
+    let pid = |name: &str| std::fs::read_to_string(place.dir.path().join(name)).unwrap_or_default();
+    testkit::eventually(SOON, || async { started.iter().all(|name| pid(name).ends_with('\n')) }).await;
+    if cancel {
+        place.cancel("r").await;
+    }
+    let result = results.next().await;
+    let left = started.into_iter().filter(|name| !is_gone(&pid(name))).collect();
+    for name in started {
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(pid(name).trim().parse().unwrap()),
+            nix::sys::signal::Signal::SIGKILL,
+        );
+    }
+    (result, left)
+}
+
+#[tokio::test]
+async fn processes_in_sessions_of_their_own_end_with_a_run_that_is_stopped() {
+    for (rest, cancel, status) in [
+        ("sleep 1000", true, ResultStatus::Cancelled),
+        ("sleep 1000", false, ResultStatus::Timeout),
+        ("yes; sleep 1000", false, ResultStatus::Error),
+    ] {
+        let (result, left) = daemons(rest, cancel).await;
+        assert_eq!((result.status, left), (status, vec![]), "{:?}", result.error_message);
+    }
+}
+
+/// A process that hides its environment, its session and its parent is out of sight.
+#[tokio::test]
+async fn processes_in_sessions_of_their_own_end_with_a_program_that_exits() {
+    for (rest, status) in [("exit 0", ResultStatus::Success), ("exit 1", ResultStatus::Error)] {
+        let (result, mut left) = daemons(rest, false).await;
+        left.retain(|name| *name != "bare");
+        assert_eq!((result.status, left), (status, vec![]), "{:?}", result.error_message);
+    }
+}
+
+#[tokio::test]
+async fn daemons_of_a_hundred_runs_leave_no_zombie() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    // One daemon ends by itself during the run, one after it, and one is ended with it.
+    let script = "(setsid sh -c 'echo $$; exec >&- 2>&-' &); (setsid sh -c 'echo $$; exec >&- 2>&-; sleep 0.01' &); \
+                  (setsid sh -c 'echo $$; exec >&- 2>&-; sleep 1000' &); sleep 0.05";
+    let _worker = place.shell(script, |_| {}).await;
+
+    let mut pids = Vec::new();
+    for round in 0..10 {
+        for n in 0..10 {
+            place.assign(&format!("r{round}-{n}"), "sh", json!({})).await;
+        }
+        for _ in 0..10 {
+            let result = results.next().await;
+            assert_eq!(result.status, ResultStatus::Success, "{result:?}");
+            pids.extend(text(&result).lines().map(String::from));
+        }
+    }
+    assert_eq!(pids.len(), 300);
+    let is_left = |pid: &String| std::path::Path::new(&format!("/proc/{pid}")).exists();
+    testkit::eventually(SOON, || async { !pids.iter().any(is_left) }).await;
 }
 
 pub async fn cancel_ends_a_running_program(place: Place) {
