@@ -1,6 +1,7 @@
 //! Test support: real servers on free ports, a scriptable chat endpoint, and [`eventually`] in place of sleeping.
 
 mod certificates;
+pub mod crash;
 mod forwarder;
 mod nats;
 mod openai;

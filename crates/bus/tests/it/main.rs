@@ -5,6 +5,7 @@ mod access;
 mod batches;
 mod buckets;
 mod consumers;
+mod crashes;
 mod embedded;
 mod outage;
 mod server;

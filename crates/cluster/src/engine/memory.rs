@@ -3,6 +3,8 @@
 //! The journal's thread gives each publication its offset and stores many with one commit. The publisher then delivers
 //! it, together with the others that are due in its channel.
 
+#[cfg(test)]
+mod crashes;
 mod histories;
 mod migrate;
 mod record;
