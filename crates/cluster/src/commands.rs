@@ -9,9 +9,10 @@ pub use subscriptions::{expire, leave_all};
 use crate::Node;
 use crate::client::{Client, Outbox, frame};
 use crate::permissions::Denied;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, OnceLock};
+use tokio::task::unconstrained;
 use wire::channels::Position;
 use wire::realtime::{
     ClientInfo, Command, Disconnect, Encoding, ErrorCode, HistoryRequest, HistoryResult, Method, PingResult,
@@ -20,6 +21,8 @@ use wire::realtime::{
 
 /// RPCs that one client may have in flight.
 pub const RPCS_MAX: usize = 32;
+/// Publications of one message that are in flight at once.
+const PUBLICATIONS_MAX: usize = 64;
 
 /// The transport options that a client chose in its upgrade request.
 #[derive(Debug, Clone, Copy)]
@@ -86,15 +89,29 @@ impl From<Denied> for Failure {
 /// later commands. `rpcs` is the number of RPCs in flight.
 pub async fn carry_out(connection: Connection, commands: Vec<Command>, rpcs: usize) -> Outcome {
     let mut outcome = Outcome::default();
-    for command in commands {
+    let mut commands = commands
+        .into_iter()
+        .map(|command| (command.id, command.into_method()))
+        .peekable();
+    while let Some((id, method)) = commands.next() {
         // Backpressure: no further command is carried out while the client does not read its replies.
         connection.outbox.room().await;
-        let id = command.id;
-        let method = command.into_method();
 
-        let done = match connection.client.get() {
-            Some(client) => carry_out_one(&connection.node, client, id, method, rpcs, &mut outcome).await,
-            None => connect_first(&connection, id, method, &mut outcome).await,
+        let done = match (connection.client.get(), method) {
+            (None, method) => connect_first(&connection, id, method, &mut outcome).await,
+            (Some(client), Some(Method::Publish(first))) if id != 0 => {
+                let mut requests = vec![(id, first)];
+                let more =
+                    |(id, method): &(u32, Option<Method>)| *id != 0 && matches!(method, Some(Method::Publish(_)));
+                while requests.len() < PUBLICATIONS_MAX
+                    && let Some((id, Some(Method::Publish(request)))) = commands.next_if(more)
+                {
+                    requests.push((id, request));
+                }
+                publish_all(&connection.node, client, requests).await;
+                Ok(())
+            }
+            (Some(client), method) => carry_out_one(&connection.node, client, id, method, rpcs, &mut outcome).await,
         };
 
         match done {
@@ -145,16 +162,13 @@ async fn carry_out_one(
     }
 
     let reply = match method {
-        Some(Method::Connect(_)) => return Err(Failure::Close(Disconnect::BadRequest)),
+        // A publication with an id was carried out together with those beside it.
+        Some(Method::Connect(_) | Method::Publish(_)) => return Err(Failure::Close(Disconnect::BadRequest)),
         // The hub sends the reply, so that it precedes the first live publication.
         Some(Method::Subscribe(request)) => return Ok(subscriptions::subscribe(node, client, id, request).await?),
         Some(Method::Unsubscribe(request)) => {
             subscriptions::unsubscribe(node, client, &request.channel).await;
             Reply { unsubscribe: Some(UnsubscribeResult {}), ..Reply::default() }
-        }
-        Some(Method::Publish(request)) => {
-            publish(node, client, request).await?;
-            Reply { publish: Some(PublishResult {}), ..Reply::default() }
         }
         Some(Method::Presence(request)) => {
             let presence = presence(node, client, &request.channel).await?;
@@ -197,6 +211,21 @@ async fn carry_out_one(
     };
     client.reply(&Reply { id, ..reply });
     Ok(())
+}
+
+/// Carries out adjacent publish commands together, so that they share a commit of the engine. Each is first polled in
+/// the order of the commands, which is then the order of the publications in a channel; `unconstrained`, because an
+/// exhausted coop budget would make one of them queue later.
+async fn publish_all(node: &Node, client: &Client, requests: Vec<(u32, PublishRequest)>) {
+    let publications = requests
+        .into_iter()
+        .map(async |(id, request)| (id, publish(node, client, request).await));
+    for (id, published) in unconstrained(join_all(publications)).await {
+        client.reply(&match published {
+            Ok(()) => Reply { id, publish: Some(PublishResult {}), ..Reply::default() },
+            Err((code, text)) => Reply::failed(id, code, text),
+        });
+    }
 }
 
 async fn publish(node: &Node, client: &Client, request: PublishRequest) -> Result<(), Denied> {

@@ -1,14 +1,16 @@
 //! Runs the benchmarks of `make bench`: Beamline's figures beside a peer's, from the same run on the same machine.
 //!
-//! Arguments select benchmarks by name (`gateway`, `decide`, `fanout`, `memory`, `console`, `tasks`). `--write FILE` also writes
-//! the table to a file.
+//! Arguments select benchmarks by name (`gateway`, `decide`, `fanout`, `histories`, `reopen`, `memory`, `console`,
+//! `tasks`). `--write FILE` also writes the table to a file.
 
 mod beamline;
 mod console;
 mod decide;
 mod fanout;
 mod gateway;
+mod histories;
 mod memory;
+mod reopen;
 mod report;
 mod sockets;
 mod tasks;
@@ -49,6 +51,12 @@ fn main() -> Result {
     }
     if chosen("fanout") {
         runtime.block_on(fanout::run(&mut report))?;
+    }
+    if chosen("histories") {
+        runtime.block_on(histories::run(&mut report))?;
+    }
+    if chosen("reopen") {
+        runtime.block_on(reopen::run(&mut report))?;
     }
     if chosen("memory") {
         runtime.block_on(memory::run(&mut report))?;

@@ -5,7 +5,8 @@ use crate::node::{DEADLINE, Node, now_s, token};
 use serde_json::json;
 use testkit::eventually;
 use wire::realtime::{
-    Command, Encoding, HistoryRequest, PresenceStatsRequest, StreamPosition, SubRefreshRequest, SubscribeRequest,
+    Command, Encoding, HistoryRequest, PresenceStatsRequest, PublishRequest, StreamPosition, SubRefreshRequest,
+    SubscribeRequest,
 };
 
 #[tokio::test]
@@ -189,4 +190,44 @@ async fn unsubscribed_client_receives_nothing() {
     ann.subscribe(to("news")).await;
     ann.cut();
     eventually(DEADLINE, || async { node.call("channels", &json!({})).await["result"]["channels"] == json!([]) }).await;
+}
+
+/// A slow commit must not be waited for once for each command.
+#[tokio::test]
+async fn publications_of_one_message_share_commits_and_keep_their_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start_in(dir.path(), |_| {}).await;
+    let mut ann = Client::connect(&node, "ann").await;
+    let publish = |id: u32, channel: &str| {
+        let data = id.to_string().into();
+        let publish = PublishRequest { channel: channel.into(), data };
+        Command { id, publish: Some(publish), ..Command::default() }
+    };
+    let mut commands: Vec<Command> = (100..160)
+        .map(|id| publish(id, if id % 3 == 0 { "a" } else { "b" }))
+        .collect();
+    commands[30] = publish(130, "unknown:x");
+    ann.send(&commands).await;
+
+    for id in 100..160 {
+        let reply = ann.reply(id).await;
+        assert_eq!(reply.publish.is_some(), id != 130, "{reply:?}");
+    }
+    for (channel, rest) in [("a", 0..1), ("b", 1..3)] {
+        let history = node.call("history", &json!({"channel": channel, "limit": -1})).await;
+        let numbers: Vec<u64> = history["result"]["publications"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|one| one["data"].as_u64().unwrap())
+            .collect();
+        let expected: Vec<u64> = (100..160).filter(|id| rest.contains(&(id % 3)) && *id != 130).collect();
+        assert_eq!(numbers, expected);
+    }
+    node.stop().await;
+    crate::recovery::released(dir.path()).await;
+
+    let log = journal::Log::open(&dir.path().join("channels.db"), cluster::Durability::Process).unwrap();
+    let commits = log.rows().unwrap().len();
+    assert!(commits < 59, "59 publications took {commits} commits");
 }
