@@ -186,6 +186,9 @@ pub enum Write<'a> {
     Put { bucket: &'a str, key: String, value: Bytes, expected: Option<u64> },
     /// See [`BusApi::append`].
     Append { message: Message, msg_id: Option<&'a str> },
+    /// See [`BusApi::publish`]: live subscribers receive the message once the writes before it are stored (embedded: once
+    /// the batch is). A failure is logged and does not end the batch.
+    Publish { message: Message },
     /// See [`Delivery::ack`]. The delivery must come from the same bus.
     Ack(&'a Delivery),
 }
@@ -195,6 +198,7 @@ pub enum Write<'a> {
 pub enum Written {
     Put { revision: u64 },
     Appended(Appended),
+    Published,
     Acked,
 }
 

@@ -119,23 +119,32 @@ impl BusApi for Local {
     }
 
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete> {
-        let steps: Vec<Step> = writes.iter().map(|write| self.step(write)).collect::<Result<_>>()?;
-        let taken = self.store.write(steps).await?;
+        let steps: Vec<Step> = writes
+            .iter()
+            .filter_map(|write| self.step(write).transpose())
+            .collect::<Result<_>>()?;
+        let mut taken = self.store.write(steps).await?.into_iter();
 
-        let written = writes.into_iter().zip(taken).map(|(write, taken)| match taken {
-            Taken::Put { revision } => Written::Put { revision },
-            Taken::Appended(appended) => {
-                if let (Write::Append { message, .. }, false) = (write, appended.duplicate) {
-                    self.store.wake(&message.subject);
-                    self.subjects.publish(message);
-                }
-                Written::Appended(appended)
+        let written = writes.into_iter().map(|write| {
+            if let Write::Publish { message } = write {
+                self.subjects.publish(message);
+                return Written::Published;
             }
-            Taken::Acked { wakes } => {
-                if let (Write::Ack(Delivery { acker: Acker::Local(settle), .. }), true) = (write, wakes) {
-                    settle.wake_consumers();
+            match taken.next().expect("every other write is a step") {
+                Taken::Put { revision } => Written::Put { revision },
+                Taken::Appended(appended) => {
+                    if let (Write::Append { message, .. }, false) = (write, appended.duplicate) {
+                        self.store.wake(&message.subject);
+                        self.subjects.publish(message);
+                    }
+                    Written::Appended(appended)
                 }
-                Written::Acked
+                Taken::Acked { wakes } => {
+                    if let (Write::Ack(Delivery { acker: Acker::Local(settle), .. }), true) = (write, wakes) {
+                        settle.wake_consumers();
+                    }
+                    Written::Acked
+                }
             }
         });
         Ok(written.collect())
@@ -176,21 +185,22 @@ impl BusApi for Local {
 }
 
 impl Local {
-    /// The store's step for this write.
-    fn step(&self, write: &Write<'_>) -> Result<Step> {
+    /// The store's step for this write; `None` if it stores nothing.
+    fn step(&self, write: &Write<'_>) -> Result<Option<Step>> {
         match write {
             Write::Put { bucket, key, value, expected } => {
                 check_size(value.len())?;
                 let (bucket, key) = (bucket.to_string(), key.clone());
-                Ok(Step::Put { bucket, key, value: value.clone(), expected: *expected })
+                Ok(Some(Step::Put { bucket, key, value: value.clone(), expected: *expected }))
             }
             Write::Append { message, msg_id } => {
                 check(message)?;
                 let stream = self.store.stream_name(&message.subject)?;
-                Ok(Step::Append { stream, message: NewMessage::new(message, *msg_id) })
+                Ok(Some(Step::Append { stream, message: NewMessage::new(message, *msg_id) }))
             }
+            Write::Publish { message } => check(message).map(|()| None),
             Write::Ack(delivery) => match &delivery.acker {
-                Acker::Local(settle) => Ok(settle.step()),
+                Acker::Local(settle) => Ok(Some(settle.step())),
                 Acker::Nats(_) => Err(Error::Storage("the delivery belongs to another bus".into())),
             },
         }

@@ -113,7 +113,7 @@ impl Nats {
                 let revision = self.kv_put(bucket, &key, value, expected).await?;
                 Ok(Written::Put { revision })
             }),
-            Write::Append { .. } | Write::Ack(_) => None,
+            Write::Append { .. } | Write::Publish { .. } | Write::Ack(_) => None,
         });
         try_join_all(puts).await
     }
@@ -168,6 +168,14 @@ impl BusApi for Nats {
                 Write::Append { message, msg_id } => {
                     let appended = self.append(message, msg_id).await;
                     appended.map(|appended| vec![Written::Appended(appended)])
+                }
+                Write::Publish { message } => {
+                    let subject = message.subject.clone();
+                    // Not on the subject's own connection: there is no order to keep, and that one may be away.
+                    if let Err(error) = self.pool.mine().publish(message).await {
+                        tracing::debug!(%error, %subject, "cannot publish a message of a batch");
+                    }
+                    Ok(vec![Written::Published])
                 }
                 Write::Ack(delivery) => delivery.ack().await.map(|()| vec![Written::Acked]),
             };

@@ -79,7 +79,11 @@ pub fn create<'a>(task: &TaskState) -> Vec<Write<'a>> {
 /// The write that notes whose task an assignment is of, for a result that does not name its tenant.
 pub fn note_assignment<'a>(task: &TaskState) -> Option<Write<'a>> {
     let assignment_id = task.assignment_id.as_ref()?;
-    let named = TaskQuery { request_id: task.task_id.clone(), tenant_id: Some(task.tenant().into()) };
+    let named = TaskQuery {
+        request_id: task.task_id.clone(),
+        tenant_id: Some(task.tenant().into()),
+        result_subject: None,
+    };
     let value = serde_json::to_vec(&named).expect("a query is JSON").into();
     Some(Write::Put {
         bucket: BUCKET_TASKS,

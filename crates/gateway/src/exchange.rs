@@ -12,7 +12,9 @@ use std::sync::Arc;
 use std::time::Instant;
 use wire::ipc::{ErrorCode, ExchangeContext, TaskRef, TaskSubmit, Wait};
 use wire::json::{Json, JsonObject};
-use wire::router::{DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskQuery, TaskState, VERSION};
+use wire::router::{
+    DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskAnswer, TaskQuery, TaskState, VERSION,
+};
 use wire::{subjects, trace};
 
 /// A request in flight, with the ids that its messages, errors and log lines carry.
@@ -122,12 +124,13 @@ impl Exchange {
             step_id: None,
             idempotency_key: submit.idempotency_key,
             deadline: None,
+            result_subject: waits.then(|| self.gateway.result_subject.clone()),
         }
     }
 
     /// Finds the task: of the tenant that the client names, else of the first of the user's tenants that has a task
-    /// with this id. Sets the exchange's tenant to that one.
-    pub async fn find(&mut self, named: Option<String>) -> Result<TaskState, Failure> {
+    /// with this id. Sets the exchange's tenant to that one. With a `result_subject`, the router also notes it.
+    pub async fn find(&mut self, named: Option<String>, result_subject: Option<String>) -> Result<TaskAnswer, Failure> {
         let tenants = match named {
             Some(tenant) => vec![tenant],
             None => self.gateway.shared.admission.settings().tenants_of(self.uid),
@@ -138,7 +141,7 @@ impl Exchange {
         let mut found = Err(Failure::rejected(ErrorBody::unknown_task(&self.request_id)));
         for tenant in tenants {
             self.tenant_id = tenant;
-            found = self.record().await;
+            found = self.ask(subjects::GET_DECISION, result_subject.clone()).await;
             if !found.as_ref().is_err_and(Failure::is_not_found) {
                 break;
             }
@@ -148,18 +151,18 @@ impl Exchange {
 
     /// Reads the task's record.
     pub async fn record(&self) -> Result<TaskState, Failure> {
-        self.ask(subjects::GET_DECISION).await
+        Ok(self.ask(subjects::GET_DECISION, None).await?.task)
     }
 
     /// Cancels the task. The task is looked up first, because a router of the previous version ignores the tenant.
     pub async fn cancel(&mut self, named: Option<String>) -> Result<TaskState, Failure> {
-        self.find(named).await?;
-        self.ask(subjects::CANCEL).await
+        self.find(named, None).await?;
+        Ok(self.ask(subjects::CANCEL, None).await?.task)
     }
 
     /// Sends a query about this tenant's task to the router.
-    async fn ask(&self, subject: &str) -> Result<TaskState, Failure> {
-        let query = TaskQuery { request_id: self.request_id.clone(), tenant_id: None };
+    async fn ask(&self, subject: &str, result_subject: Option<String>) -> Result<TaskAnswer, Failure> {
+        let query = TaskQuery { request_id: self.request_id.clone(), tenant_id: None, result_subject };
         let query = serde_json::to_vec(&query).expect("a query is JSON");
         let Gateway { shared, bus, .. } = &*self.gateway;
         let reply = shared
@@ -167,14 +170,14 @@ impl Exchange {
             .query(bus, subject, self.headers(), query.into(), self.due())
             .await?;
 
-        let answer: wire::router::TaskAnswer = serde_json::from_slice(&reply).map_err(|e| {
+        let answer: TaskAnswer = serde_json::from_slice(&reply).map_err(|e| {
             Failure::new(ErrorCode::Internal, format!("The router's answer cannot be read: {}", wire::unfit(&e)))
         })?;
         // A router of the previous version answers with the task of any tenant.
         if answer.task.tenant() != self.tenant_id {
             return Err(Failure::rejected(ErrorBody::unknown_task(&self.request_id)));
         }
-        Ok(answer.task)
+        Ok(answer)
     }
 
     fn headers(&self) -> Headers {

@@ -20,6 +20,9 @@ use wire::subjects;
 /// them are jittered, so that requests that began together do not look together.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
 const LOOK_PAUSE_MAX: Duration = Duration::from_secs(8);
+/// The longest pause if no copy of the result will come: a router of the previous version sends none, and the task may
+/// have ended already.
+const LOOK_PAUSE_MAX_UNTOLD: Duration = Duration::from_secs(2);
 /// After the bus was away, the waiting requests look within this time.
 const LOOK_SPREAD: Duration = Duration::from_secs(1);
 /// Looks of all waiting requests of a gateway that are under way at the same time; the others queue.
@@ -55,19 +58,22 @@ impl Follow {
     }
 
     /// Waits until the task has ended; forwards its output if the client wants it. `assignment_id` is the one that the
-    /// router decided, if it named one.
+    /// router decided, if it named one; `copied_to` is where it said that a copy of the result will go.
     pub async fn run(
         self,
         exchange: &Exchange,
         assignment_id: Option<String>,
+        copied_to: Option<String>,
         pieces: &mut Pieces,
     ) -> Result<Reply, Failure> {
         let task = Awaited { tenant_id: exchange.tenant_id.clone(), assignment_id };
         self.waiter.decided(&task);
 
         let streams = self.output.is_some();
+        let is_told = copied_to.is_some_and(|subject| subject == exchange.gateway.result_subject);
         let following = Following {
             exchange,
+            look_pause_max: if is_told { LOOK_PAUSE_MAX } else { LOOK_PAUSE_MAX_UNTOLD },
             waiter: self.waiter,
             output: self.output,
             reader: OutputReader::new(task),
@@ -84,6 +90,7 @@ impl Follow {
 
 struct Following<'a> {
     exchange: &'a Exchange,
+    look_pause_max: Duration,
     waiter: Waiter,
     output: Option<bus::Subscription>,
     reader: OutputReader,
@@ -104,10 +111,10 @@ impl Following<'_> {
     async fn finished(&mut self) -> Result<Finished, Failure> {
         // Looks are concurrent, so that a slow router delays no output, and a slow client leaves no call
         // to the router unfinished.
-        let (exchange, (sender, records)) = (self.exchange, mpsc::channel(1));
+        let (exchange, longest, (sender, records)) = (self.exchange, self.look_pause_max, mpsc::channel(1));
         tokio::select! {
             finished = self.ended(records) => finished,
-            never = look_at_records(exchange, sender) => match never {},
+            never = look_at_records(exchange, longest, sender) => match never {},
         }
     }
 
@@ -195,16 +202,16 @@ pub fn complete(request_id: &str, finished: &Finished) -> Result<Reply, Failure>
 }
 
 /// Looks at the task's record until it is dropped. Errors are ignored: the next look or the deadline settles the wait.
-async fn look_at_records(exchange: &Exchange, records: mpsc::Sender<Box<TaskState>>) -> Infallible {
+async fn look_at_records(exchange: &Exchange, longest: Duration, records: mpsc::Sender<Box<TaskState>>) -> Infallible {
     let gateway = &exchange.gateway;
     let mut interruptions = gateway.bus.interruptions();
-    let mut pauses = Pauses::new();
+    let mut pauses = Pauses::up_to(longest);
     loop {
         tokio::select! {
             () = tokio::time::sleep(pauses.next(rand::random())) => {}
             Ok(()) = interruptions.changed() => {
                 tokio::time::sleep(LOOK_SPREAD.mul_f64(rand::random())).await;
-                pauses = Pauses::new();
+                pauses = Pauses::up_to(longest);
             }
         }
 
@@ -219,17 +226,20 @@ async fn look_at_records(exchange: &Exchange, records: mpsc::Sender<Box<TaskStat
 }
 
 /// The pauses between looks.
-struct Pauses(Duration);
+struct Pauses {
+    next: Duration,
+    longest: Duration,
+}
 
 impl Pauses {
-    fn new() -> Self {
-        Self(LOOK_PAUSE)
+    fn up_to(longest: Duration) -> Self {
+        Self { next: LOOK_PAUSE, longest }
     }
 
     /// `random` is from 0 to 1; jitter makes the pause up to half as long again.
     fn next(&mut self, random: f64) -> Duration {
-        let pause = self.0.mul_f64(1.0 + random / 2.0);
-        self.0 = LOOK_PAUSE_MAX.min(2 * self.0);
+        let pause = self.next.mul_f64(1.0 + random / 2.0);
+        self.next = self.longest.min(2 * self.next);
         pause
     }
 }
@@ -248,7 +258,7 @@ mod tests {
     #[test]
     fn pauses_grow_to_the_longest_and_are_jittered() {
         let ms = |random: f64| {
-            let mut pauses = Pauses::new();
+            let mut pauses = Pauses::up_to(LOOK_PAUSE_MAX);
             [(); 8].map(|()| pauses.next(random).as_millis())
         };
         assert_eq!(ms(0.0), [250, 500, 1000, 2000, 4000, 8000, 8000, 8000]);

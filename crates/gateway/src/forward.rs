@@ -11,8 +11,8 @@ use crate::request::Request;
 use crate::waiters::Finished;
 use std::sync::Arc;
 use std::time::Instant;
-use wire::ipc::{TaskAnswer, TaskSubmit, Wait};
-use wire::router::{AnswerHead, TaskState};
+use wire::ipc::{TaskSubmit, Wait};
+use wire::router::{AnswerHead, TaskAnswer, TaskState};
 
 /// Carries out the request. Returns the last frame of its answer; the frames before it go to `pieces`.
 pub async fn run(gateway: Arc<Gateway>, uid: u32, request: Request, deadline: Deadline, pieces: &mut Pieces) -> Reply {
@@ -27,8 +27,8 @@ pub async fn run(gateway: Arc<Gateway>, uid: u32, request: Request, deadline: De
 
         Request::Query(task) => {
             let mut exchange = Exchange::about(gateway, uid, &task, deadline);
-            let found = exchange.find(task.tenant_id).await;
-            (exchange, found.map(state))
+            let found = exchange.find(task.tenant_id, None).await;
+            (exchange, found.map(|found| state(found.task)))
         }
 
         Request::Cancel(task) => {
@@ -63,25 +63,28 @@ async fn submit(exchange: &Exchange, submit: Box<TaskSubmit>, pieces: &mut Piece
     };
 
     let head = serde_json::from_slice::<AnswerHead>(&decided).ok();
-    let assignment_id = head.and_then(|head| head.assignment_id);
+    let (assignment_id, copied_to) = head
+        .map(|head| (head.assignment_id, head.result_subject))
+        .unwrap_or_default();
     // Boxed: most requests wait only for the decision.
-    Box::pin(follow.run(exchange, assignment_id, pieces)).await
+    Box::pin(follow.run(exchange, assignment_id, copied_to, pieces)).await
 }
 
 async fn subscribe(exchange: &mut Exchange, tenant: Option<String>, pieces: &mut Pieces) -> Result<Reply, Failure> {
     exchange.check_time()?;
     // Subscribed before the lookup, so that a task that ends in between is not missed.
     let follow = Follow::stream(exchange).await?;
-    let known = exchange.find(tenant).await?;
-    match &known.result {
+    let ours = exchange.gateway.result_subject.clone();
+    let TaskAnswer { task, result_subject, .. } = exchange.find(tenant, Some(ours)).await?;
+    match &task.result {
         Some(result) => complete(&exchange.request_id, &Finished::from_result(result)),
-        None => follow.run(exchange, known.assignment_id, pieces).await,
+        None => follow.run(exchange, task.assignment_id, result_subject, pieces).await,
     }
 }
 
 /// The answer to a query or a cancel.
 fn state(task: TaskState) -> Reply {
-    let answer = TaskAnswer {
+    let answer = wire::ipc::TaskAnswer {
         task_id: task.task_id,
         state: task.state,
         decision: task.decision,

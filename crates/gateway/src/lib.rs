@@ -134,6 +134,8 @@ pub struct Bound {
 struct Gateway {
     shared: Arc<Shared>,
     waiters: Waiters,
+    /// Where this gateway receives the results that its requests wait for.
+    result_subject: String,
     /// Bounds the looks at tasks' records; see [`follow`].
     looks: Semaphore,
     bus: Bus,
@@ -174,11 +176,13 @@ pub async fn adopt(mut config: Config, given: std::os::unix::net::UnixListener, 
 async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result<Bound, Error> {
     // Declaring is idempotent: whichever part starts first creates the streams.
     bus::streams::declare(&bus).await?;
-    let results = bus.subscribe(wire::subjects::RESULT, None, waiters::QUEUE_MAX).await?;
+    let result_subject = wire::subjects::result_copy(rand::random());
+    let results = bus.subscribe(&result_subject, None, waiters::QUEUE_MAX).await?;
     let uid = nix::unistd::geteuid().as_raw();
     let gateway = Gateway {
         shared: Arc::new(Shared::new(config, uid)),
         waiters: Waiters::default(),
+        result_subject,
         looks: Semaphore::new(follow::LOOKS_MAX),
         bus,
     };

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use wire::router::{Awaited, ExecResult};
 
 /// Capacity of the subscription's queue, in results. A result that does not fit is found later in the task's record.
-pub const QUEUE_MAX: usize = 65_536;
+pub const QUEUE_MAX: usize = 8192;
 
 #[derive(Clone, Default)]
 pub struct Waiters(Arc<Mutex<Table>>);
@@ -159,7 +159,7 @@ impl Waiters {
     }
 
     fn publish(&self, payload: &Bytes) {
-        // Every gateway receives every result, and an idle one need not decode them.
+        // A request that has ended need not have its result decoded.
         if self.0.lock().by_request.is_empty() {
             return;
         }

@@ -22,7 +22,7 @@ const DEADLINE_MIN_MS: u64 = 5_000;
 const DEADLINE_MAX_MS: u64 = 60_000;
 
 /// Stores the task and appends its assignment. Returns the task as recorded, which for a repeated request is the first
-/// one, and its decision: a known task keeps its decision, whatever policies and breakers say by now.
+/// one (also told where this client receives the result), and its decision: a known task keeps its decision, whatever policies and breakers say by now.
 pub async fn push(router: &Router, request: &DecideRequest) -> Result<(TaskState, Decision), ErrorBody> {
     let task = match begin(router, request).await {
         Ok(Some(task)) => task,
@@ -43,7 +43,7 @@ async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
     let found = bus::tasks::load(&router.bus, &request.tenant_id, &request.request_id)
         .await
         .map_err(unavailable)?;
-    let Some(Record { task, .. }) = found else {
+    let Some(Record { mut task, .. }) = found else {
         return Ok(None);
     };
 
@@ -61,6 +61,11 @@ async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
         writes.push(append(request, &assignment));
         let written = router.bus.write(writes).await;
         written.map_err(|incomplete| unavailable(incomplete.error))?;
+    }
+
+    if let Some(subject) = &request.result_subject {
+        let told = crate::results::tell(&router.bus, task, subject).await;
+        task = told.map_err(unavailable)?;
     }
     Ok(Some(task))
 }
@@ -80,6 +85,7 @@ async fn begin(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
         tenant_id: request.tenant_id.clone(),
         digest: digest(request),
         choice: Some(choice),
+        result_subjects: request.result_subject.iter().cloned().collect(),
     };
 
     // The record comes first, because the result may arrive as soon as the assignment is appended.
@@ -137,7 +143,10 @@ fn assignment(request: &DecideRequest, assignment_id: String, decision: Decision
             deadline_ms: options.deadline_ms.unwrap_or(default_ms),
             retry: options.retry.unwrap_or_default(),
         },
-        correlation: Correlation { trace_id: request.trace_id.clone() },
+        correlation: Correlation {
+            trace_id: request.trace_id.clone(),
+            result_subject: request.result_subject.clone(),
+        },
         decision,
         metadata: request.metadata.clone(),
     }
@@ -146,7 +155,7 @@ fn assignment(request: &DecideRequest, assignment_id: String, decision: Decision
 /// A hash of what the client asked for. Fields that differ between repeats are left out. Every build of the router must
 /// compute the same digest, because records outlive builds.
 fn digest(request: &DecideRequest) -> String {
-    let mut asked = DecideRequest { trace_id: None, deadline: None, ..request.clone() };
+    let mut asked = DecideRequest { trace_id: None, deadline: None, result_subject: None, ..request.clone() };
     // The same body, however it was written: without spaces, and its keys in order.
     asked.task.payload = asked.task.payload.map(|payload| JsonObject::of(&payload.map()));
     let hash = Sha1::digest(serde_json::to_vec(&asked).expect("a request serializes to JSON"));

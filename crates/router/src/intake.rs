@@ -3,7 +3,11 @@
 
 use bus::{Headers, Message};
 use wire::router::{Context, DecideRequest, ErrorBody, IntakeCode, VERSION};
-use wire::{id, limits, trace};
+use wire::{id, limits, subjects, trace};
+
+/// Why a result subject is refused.
+pub const RESULT_SUBJECT: &str =
+    "result_subject must be one token of letters, digits, - and _ after beamline.result.v1.";
 
 /// The request, or why it is invalid; with the ids that any answer repeats.
 pub fn read(message: &Message) -> (Context, Result<DecideRequest, ErrorBody>) {
@@ -126,6 +130,12 @@ fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
     }
     if let Some(key) = &request.idempotency_key {
         id::check_idempotency_key(key).map_err(|error| unfit(format!("idempotency_key {error}")))?;
+    }
+
+    if let Some(subject) = &request.result_subject
+        && !subjects::is_result_copy(subject)
+    {
+        return Err(unfit(RESULT_SUBJECT));
     }
 
     if request.task.payload.is_none() && request.task.payload_ref.is_none() {

@@ -110,6 +110,7 @@ async fn refuse(router: &Router, kind: Kind, query: &Message) {
 struct Asked {
     tenant_id: String,
     request_id: String,
+    result_subject: Option<String>,
 }
 
 impl Asked {
@@ -124,7 +125,14 @@ impl Asked {
 
         id::check_tenant(&tenant_id).map_err(|e| format!("tenant_id {e}"))?;
         id::check(&query.request_id).map_err(|e| format!("request_id {e}"))?;
-        Ok(Self { tenant_id, request_id: query.request_id })
+        let result_subject = query.result_subject;
+        if result_subject
+            .as_ref()
+            .is_some_and(|subject| !subjects::is_result_copy(subject))
+        {
+            return Err(crate::intake::RESULT_SUBJECT.into());
+        }
+        Ok(Self { tenant_id, request_id: query.request_id, result_subject })
     }
 }
 
@@ -139,13 +147,11 @@ where
     };
     let asked = Asked::read(message).map_err(|text| refuse(ErrorBody::new(RouterCode::InvalidRequest, text), None))?;
 
-    let id = asked.request_id.clone();
+    let (id, result_subject) = (asked.request_id.clone(), asked.result_subject.clone());
     match find(asked).await {
-        Ok(Some(mut task)) => {
-            // These two are for routers only.
-            task.digest.clear();
-            task.choice = None;
-            Ok(TaskAnswer { ok: true, task })
+        Ok(Some(task)) => {
+            let result_subject = result_subject.filter(|subject| task.will_tell(subject));
+            Ok(TaskAnswer { ok: true, task: task.public(), result_subject })
         }
         Ok(None) => Err(refuse(ErrorBody::unknown_task(&id), Some(id))),
         Err(error) => Err(refuse(ErrorBody::new(RouterCode::Unavailable, error.to_string()), Some(id))),
@@ -154,12 +160,16 @@ where
 
 async fn get(bus: &Bus, asked: Asked) -> bus::Result<Option<TaskState>> {
     let record = bus::tasks::load(bus, &asked.tenant_id, &asked.request_id).await?;
-    Ok(record.map(|record| record.task))
+    let task = record.map(|record| record.task);
+    match (task, asked.result_subject) {
+        (Some(task), Some(subject)) => crate::results::tell(bus, task, &subject).await.map(Some),
+        (task, _) => Ok(task),
+    }
 }
 
 /// Makes the task's record `cancelled` unless it is final, then tells the workers to stop the run.
 async fn cancel(bus: &Bus, asked: Asked) -> bus::Result<Option<TaskState>> {
-    let Asked { tenant_id, request_id } = asked;
+    let Asked { tenant_id, request_id, .. } = asked;
     let cancelled = bus::tasks::update(bus, &tenant_id, &request_id, |task| {
         if !task.state.is_final() {
             task.state = State::Cancelled;

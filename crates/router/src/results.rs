@@ -1,10 +1,10 @@
 //! Records results: one usage event for each assignment, the task's final record, the outcome for all routers; then
-//! acknowledges.
+//! acknowledges. Those who wait for the result get a copy, unless the worker sends it.
 
 use crate::Router;
 use bus::clock::unix_ms;
 use bus::tasks::Record;
-use bus::{Consumer, Delivery, Message, Write, Written};
+use bus::{Bus, Consumer, Delivery, Message, Write, Written};
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,6 +71,39 @@ async fn handle(router: &Router, delivery: &Delivery) {
     }
 }
 
+/// Notes in the record of a task where a copy of its result goes. Returns the task as recorded. If the result was
+/// recorded meanwhile, nothing is noted, and the task has it.
+pub async fn tell(bus: &Bus, task: TaskState, subject: &str) -> bus::Result<TaskState> {
+    let mut told = task.clone();
+    told.tell(subject);
+    if told.result_subjects == task.result_subjects {
+        return Ok(task);
+    }
+    let noted = bus::tasks::update(bus, task.tenant(), &task.task_id, |task| task.tell(subject)).await?;
+    Ok(noted.unwrap_or(task))
+}
+
+/// Publishes copies of the result to those who wait for it, except for the one that the worker says it sends itself.
+async fn send_copies(router: &Router, task: &TaskState, delivery: &Delivery) {
+    let message = &delivery.message;
+    let sent = message.headers.get(subjects::RESULT_COPY_HEADER);
+    for subject in task
+        .result_subjects
+        .iter()
+        .filter(|subject| Some(subject.as_str()) != sent)
+    {
+        let copy = Message {
+            subject: subject.as_str().into(),
+            payload: message.payload.clone(),
+            ..Message::default()
+        };
+        if let Err(error) = router.bus.publish(copy).await {
+            let request_id = &task.task_id;
+            tracing::debug!(%error, request_id, "cannot send a copy of a result; it is found in the task's record");
+        }
+    }
+}
+
 fn check(result: &ExecResult) -> Result<(), String> {
     let needed = [("assignment_id", &result.assignment_id), ("request_id", &result.request_id)];
     let others = [
@@ -98,7 +131,11 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
     for _ in 0..ATTEMPTS_MAX {
         let record = bus::tasks::of_result(&router.bus, result).await?;
         // The record is written last, so an assignment whose record has the result was fully recorded before.
-        if record.as_ref().is_some_and(|record| record.task.result.is_some()) {
+        if let Some(record) = record.as_ref().filter(|record| record.task.result.is_some()) {
+            // The router that recorded it may have ended before it sent the copies.
+            if delivery.delivered > 1 {
+                send_copies(router, &record.task, delivery).await;
+            }
             return delivery.ack().await;
         }
         let task = record.as_ref().map(|record| record.task.clone());
@@ -126,6 +163,9 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
 
         match error {
             None => {
+                if let Some(task) = &task {
+                    send_copies(router, task, delivery).await;
+                }
                 log(result, task.as_ref());
                 return Ok(());
             }

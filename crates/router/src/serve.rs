@@ -68,7 +68,7 @@ impl Exchange {
         match router.decide(request, &holder) {
             Ok(Chosen { decision, .. }) => {
                 router.stats.decided(&decision, self.started.elapsed());
-                let answer = DecideResponse { ok: true, decision, context, assignment_id: None };
+                let answer = DecideResponse { ok: true, decision, context, assignment_id: None, result_subject: None };
                 self.reply(router, &answer).await;
             }
             Err(error) => self.refuse(router, context, error).await,
@@ -89,8 +89,9 @@ impl Exchange {
                     provider_id = decision.provider_id,
                     "assigned"
                 );
+                let result_subject = request.result_subject.filter(|subject| task.will_tell(subject));
                 let assignment_id = task.assignment_id;
-                let answer = DecideResponse { ok: true, decision, context, assignment_id };
+                let answer = DecideResponse { ok: true, decision, context, assignment_id, result_subject };
                 self.reply(&router, &answer).await;
             }
             Err(error) => self.refuse(&router, context, error).await,

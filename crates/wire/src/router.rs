@@ -52,6 +52,10 @@ pub struct DecideRequest {
     /// Milliseconds since the epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<u64>,
+    /// Where the client receives a copy of the result of a pushed task (see [`crate::subjects::result_copy`]). Not part
+    /// of what identifies a repeated request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result_subject: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -102,6 +106,10 @@ pub struct DecideResponse {
     /// The assignment of a pushed task, which distinguishes its output and result from those of other tasks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assignment_id: Option<String>,
+    /// The request's, if the router sees to it that a copy of the result goes there. Without it, the client looks for
+    /// the result in the task's record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result_subject: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
@@ -162,6 +170,7 @@ pub struct AnswerHead {
     pub ok: bool,
     pub error: Option<Box<ErrorBody>>,
     pub assignment_id: Option<String>,
+    pub result_subject: Option<String>,
 }
 
 /// The part of a request that must be decoded to answer it without the router.
@@ -208,6 +217,9 @@ pub struct ExecOptions {
 pub struct Correlation {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace_id: Option<String>,
+    /// Where the worker publishes a copy of the result.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result_subject: Option<String>,
 }
 
 /// One piece of a running task's output. `seq` counts from 0 within each attempt, `attempt` from 1.
@@ -442,6 +454,9 @@ pub struct TaskQuery {
     pub request_id: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant_id: Option<String>,
+    /// With `get_decision`: where the client receives a copy of the result, once there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result_subject: Option<String>,
 }
 
 /// Tells every worker to stop the runs of a task. Older routers name the request only.
@@ -504,9 +519,34 @@ pub struct TaskState {
     /// For the routers only; never part of a reply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub choice: Option<Choice>,
+    /// Where copies of the result go, at most [`Self::RESULT_SUBJECTS_MAX`]; for the routers only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub result_subjects: Vec<String>,
 }
 
 impl TaskState {
+    pub const RESULT_SUBJECTS_MAX: usize = 8;
+
+    /// Notes where a copy of the result goes, unless it is there already or too many wait for it. See
+    /// [`Self::will_tell`].
+    pub fn tell(&mut self, result_subject: &str) {
+        let is_new = !self.result_subjects.iter().any(|subject| subject == result_subject);
+        if is_new && self.result.is_none() && self.result_subjects.len() < Self::RESULT_SUBJECTS_MAX {
+            self.result_subjects.push(result_subject.into());
+        }
+    }
+
+    /// Whether a copy of the result will go to this subject.
+    pub fn will_tell(&self, result_subject: &str) -> bool {
+        self.result.is_none() && self.result_subjects.iter().any(|subject| subject == result_subject)
+    }
+
+    /// Clears what is for the routers only.
+    #[must_use]
+    pub fn public(self) -> Self {
+        Self { digest: String::new(), choice: None, result_subjects: Vec::new(), ..self }
+    }
+
     /// The tenant that owns the task.
     pub fn tenant(&self) -> &str {
         if self.tenant_id.is_empty() {
@@ -538,6 +578,9 @@ impl State {
 pub struct TaskAnswer {
     pub ok: bool,
     pub task: TaskState,
+    /// As in [`DecideResponse::result_subject`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result_subject: Option<String>,
 }
 
 /// A message that could not be processed, as stored in the stream DLQ.

@@ -19,6 +19,11 @@ pub const ADMIN_BREAKERS: &str = "beamline.router.v1.admin.get_circuit_breaker_s
 pub const ASSIGN: &str = "caf.exec.assign.v1";
 /// Results, worker → router and waiting clients (stream [`STREAM_RESULT`]).
 pub const RESULT: &str = "caf.exec.result.v1";
+/// Where a gateway or web app receives the results that it waits for, core: it names its subject in the request, and
+/// the worker or the router publishes a copy of the result there. The rest is one token, the instance's own.
+pub const RESULT_COPY_PREFIX: &str = "beamline.result.v1.";
+/// Header of a message on [`RESULT`]: the subject to which the worker itself publishes a copy.
+pub const RESULT_COPY_HEADER: &str = "result_subject";
 /// Stops a running assignment: router → all workers, core: [`crate::router::CancelRun`].
 pub const CONTROL_CANCEL: &str = "caf.exec.cancel.v1";
 /// Status of each router, core, every second: [`crate::status::RouterStatus`].
@@ -38,6 +43,20 @@ pub fn output(request_id: &str) -> String {
 }
 /// Prefix of [`output`] subjects; `caf.exec.output.v1.*` matches all of them.
 pub const OUTPUT_PREFIX: &str = "caf.exec.output.v1.";
+
+/// The subject on which an instance receives results; `instance` is random.
+pub fn result_copy(instance: u64) -> String {
+    format!("{RESULT_COPY_PREFIX}{instance:016x}")
+}
+
+/// Whether copies of results may be published to `subject`.
+pub fn is_result_copy(subject: &str) -> bool {
+    let instance = subject.strip_prefix(RESULT_COPY_PREFIX).unwrap_or_default();
+    (1..=64).contains(&instance.len())
+        && instance
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+}
 
 /// The dead-letter subject of `subject`.
 pub fn dead_letter(subject: &str) -> String {
@@ -119,6 +138,15 @@ mod tests {
         assert_eq!(token("abc-1"), "abc-1");
         assert_eq!(token("a.b *>%é"), "a%2Eb%20%2A%3E%25%C3%A9");
         assert_eq!(output("a.b"), "caf.exec.output.v1.a%2Eb");
+    }
+
+    #[test]
+    fn copies_of_results_go_to_one_token_below_their_prefix() {
+        assert!(is_result_copy(&result_copy(7)) && is_result_copy("beamline.result.v1.a-B_0"));
+        let long = format!("{RESULT_COPY_PREFIX}{}", "x".repeat(65));
+        for bad in ["", RESULT, "beamline.result.v1.", "beamline.result.v1.a.b", "beamline.result.v1.>", &long] {
+            assert!(!is_result_copy(bad), "{bad}");
+        }
     }
 
     #[test]

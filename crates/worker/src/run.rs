@@ -160,7 +160,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
         Begin::Run => {}
         Begin::Cancelled => {
             let result = result(&assignment, Outcome::cancelled(), None);
-            return finish(worker, delivery, &result, give_up).await;
+            return finish(worker, delivery, &assignment, &result, give_up).await;
         }
         Begin::Done => return delivery.ack().await,
     }
@@ -200,7 +200,7 @@ async fn handle(worker: &Worker, delivery: &Delivery, give_up: &CancellationToke
     // The error's text may repeat the prompt, so only its length is logged.
     let error_bytes = outcome.error.as_ref().map(String::len);
     let result = result(&assignment, outcome, Some(Ran { took, chunks: output.count() }));
-    finish(worker, delivery, &result, give_up).await?;
+    finish(worker, delivery, &assignment, &result, give_up).await?;
     let took_ms = took.as_millis() as u64;
     tracing::debug!(trace_id, tenant_id, request_id, status, error_code, error_bytes, took_ms, "ran");
     Ok(())
@@ -249,7 +249,8 @@ async fn fail(
     code: &'static str,
     text: String,
 ) -> bus::Result<()> {
-    store(&worker.bus, &result(assignment, Outcome::failed(code, text.clone()), None), None).await?;
+    let result = result(assignment, Outcome::failed(code, text.clone()), None);
+    store(&worker.bus, assignment, &result, None).await?;
     bus::dead_letter::bury(&worker.bus, delivery, &text).await
 }
 
@@ -335,13 +336,14 @@ struct Ran {
 async fn finish(
     worker: &Worker,
     delivery: &Delivery,
+    assignment: &ExecAssignment,
     result: &ExecResult,
     give_up: &CancellationToken,
 ) -> bus::Result<()> {
     let deadline = Instant::now() + STORE_DEADLINE;
     let (mut pause, longest) = STORE_PAUSE;
     loop {
-        let error = match store(&worker.bus, result, Some(delivery)).await {
+        let error = match store(&worker.bus, assignment, result, Some(delivery)).await {
             Err(error) if error.is_transient() && Instant::now() < deadline => error,
             stored => return stored,
         };
@@ -380,28 +382,49 @@ fn result(assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -> Ex
 }
 
 /// Stores the result, and acknowledges `delivery` if there is one.
-async fn store(bus: &Bus, result: &ExecResult, delivery: Option<&Delivery>) -> bus::Result<()> {
-    match append(bus, result, delivery).await {
+async fn store(
+    bus: &Bus,
+    assignment: &ExecAssignment,
+    result: &ExecResult,
+    delivery: Option<&Delivery>,
+) -> bus::Result<()> {
+    match append(bus, assignment, result, delivery).await {
         // Running again would not make the result smaller, so the task ends with an error instead.
         Err(bus::Error::TooLarge { size, max }) => {
             let text = format!("the output makes a result of {size} bytes; the bus accepts at most {max}");
-            append(bus, &result.without_output(text), delivery).await
+            append(bus, assignment, &result.without_output(text), delivery).await
         }
         stored => stored,
     }
 }
 
-async fn append(bus: &Bus, result: &ExecResult, delivery: Option<&Delivery>) -> bus::Result<()> {
-    let payload = serde_json::to_vec(result).expect("a result serializes to JSON").into();
+/// Appends the result, then sends a copy to the one who waits for it. The header tells the router about the copy, which
+/// sends those that others wait for.
+async fn append(
+    bus: &Bus,
+    assignment: &ExecAssignment,
+    result: &ExecResult,
+    delivery: Option<&Delivery>,
+) -> bus::Result<()> {
+    let payload = bytes::Bytes::from(serde_json::to_vec(result).expect("a result serializes to JSON"));
     let mut headers = bus::Headers::new();
     if let Some(trace_id) = &result.trace_id {
         headers.insert("trace_id", trace_id);
     }
 
+    let copy_to = assignment.correlation.result_subject.as_deref();
+    let copy_to = copy_to.filter(|subject| subjects::is_result_copy(subject));
+    let copy = copy_to.map(|subject| {
+        headers.insert(subjects::RESULT_COPY_HEADER, subject);
+        let (subject, payload) = (subject.into(), payload.clone());
+        Write::Publish { message: Message { subject, payload, ..Message::default() } }
+    });
+
     let message = Message { subject: subjects::RESULT.into(), reply: None, headers, payload };
     let msg_id = format!("result-{}", result.assignment_id);
 
     let mut writes = vec![Write::Append { message, msg_id: Some(&msg_id) }];
+    writes.extend(copy);
     writes.extend(delivery.map(Write::Ack));
     bus.write(writes).await?;
     Ok(())

@@ -155,3 +155,32 @@ async fn drain_reports_abandoned_requests_and_does_not_wait_for_slow_readers() {
     assert_eq!(refusal.error.code, 6, "{refusal:?}");
     assert_eq!(process.ended().await, Some(0), "{}", process.log());
 }
+
+#[tokio::test]
+async fn result_reaches_only_the_gateway_that_waits_for_it() {
+    let nats = NatsServer::start().await;
+    let url = nats.url();
+    let part = async |roles: &str| Process::start_with(&["--roles", roles, "--nats-url", &url]).await;
+    let gateways = [part("gateway").await, part("gateway").await];
+    let _router = part("router").await;
+    let _worker = part("worker").await;
+
+    let bus = Nats::connect(NatsConfig { url: url.clone(), ..NatsConfig::default() })
+        .await
+        .unwrap();
+    let mut copies = bus.subscribe("beamline.result.v1.*", None, 1024).await.unwrap();
+    for gateway in &gateways {
+        let client = client::Client::connect(&gateway.socket()).await.unwrap();
+        for _ in 0..20 {
+            let submit = json!({"command": "task_submit", "task_type": "echo", "wait": "result"});
+            assert_eq!(client.submit(&submit).await.unwrap()["status"], "success");
+        }
+    }
+
+    copies.close();
+    let mut received = std::collections::BTreeMap::new();
+    while let Some(copy) = copies.next().await {
+        *received.entry(copy.subject.to_string()).or_insert(0) += 1;
+    }
+    assert_eq!(received.into_values().collect::<Vec<_>>(), [20, 20]);
+}

@@ -51,6 +51,20 @@ pub async fn batch_puts_appends_and_acknowledges(bus: Bus) {
     eventually(SOON, || async { bus.stream_info("S").await.unwrap().messages == 1 }).await;
 }
 
+pub async fn batch_publishes_after_its_writes(bus: Bus) {
+    let (_consumer, delivery) = with_delivery(&bus).await;
+    let mut live = bus.subscribe("live.*", None, 8).await.unwrap();
+    let publish = |payload: &str| Write::Publish { message: message("live.a", payload) };
+
+    let refused = bus.write(vec![put("one", Some(7)), publish("refused")]).await;
+    assert!(matches!(refused.unwrap_err().error, Error::WrongRevision(_)));
+
+    let writes = vec![append("second"), publish("stored"), Write::Ack(&delivery)];
+    let written = bus.write(writes).await.unwrap();
+    assert!(matches!(written[..], [Written::Appended(_), Written::Published, Written::Acked]), "{written:?}");
+    assert_eq!(text(&soon(live.next()).await.unwrap()), "stored", "the refused batch publishes nothing");
+}
+
 pub async fn failed_step_ends_a_batch(bus: Bus) {
     let (_consumer, delivery) = with_delivery(&bus).await;
     let revision = bus.kv_put("B", "one", "before".into(), None).await.unwrap();

@@ -83,6 +83,7 @@ conformance! {
     consumers::max_in_hand_bounds_what_a_consumer_takes,
     consumers::closed_consumer_returns_undelivered_messages,
     batches::batch_puts_appends_and_acknowledges,
+    batches::batch_publishes_after_its_writes,
     batches::failed_step_ends_a_batch,
     batches::duplicate_append_does_not_fail_a_batch,
     batches::large_message_refuses_a_batch,

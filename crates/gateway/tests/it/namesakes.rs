@@ -14,7 +14,7 @@ async fn publish(bus: &Bus, subject: &str, what: Value) {
 }
 
 /// Publishes one piece of output and the result of the tenant's task `same`, with or without naming the tenant.
-async fn work(bus: &Bus, tenant: &str, names_it: bool) {
+async fn work(bus: &Bus, result_subject: &str, tenant: &str, names_it: bool) {
     let assignment_id = format!("a-{tenant}");
     let mut chunk =
         json!({"request_id": "same", "assignment_id": assignment_id, "attempt": 1, "seq": 0, "data": tenant});
@@ -24,7 +24,7 @@ async fn work(bus: &Bus, tenant: &str, names_it: bool) {
         (chunk["tenant_id"], result["tenant_id"]) = (json!(tenant), json!(tenant));
     }
     publish(bus, &subjects::output("same"), chunk).await;
-    publish(bus, subjects::RESULT, result).await;
+    publish(bus, result_subject, result).await;
 }
 
 #[tokio::test]
@@ -40,9 +40,10 @@ async fn task_of_another_tenant_with_the_same_id_neither_feeds_nor_ends_a_wait()
                     let tenant = request["tenant_id"].as_str().unwrap().to_string();
                     let other = if tenant == "acme" { "beta" } else { "acme" };
                     // Output and results may precede the decision.
-                    work(&bus, other, names_it).await;
-                    work(&bus, &tenant, names_it).await;
-                    work(&bus, other, names_it).await;
+                    let to = request["result_subject"].as_str().unwrap();
+                    work(&bus, to, other, names_it).await;
+                    work(&bus, to, &tenant, names_it).await;
+                    work(&bus, to, other, names_it).await;
                     Some(json!({"ok": true, "decision": {}, "context": {}, "assignment_id": format!("a-{tenant}")}))
                 }
             })

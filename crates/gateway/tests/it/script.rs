@@ -124,13 +124,15 @@ impl Script {
         };
 
         self.publish(&message.reply.unwrap(), answer).await;
-        let works = request["push_assignment"] == true || subject == subjects::GET_DECISION;
-        if works && matches!(fate, Fate::Answered | Fate::Held) {
-            self.work(id, chunks).await;
+        // Whoever names a subject waits for the result there.
+        if let Some(result_subject) = request["result_subject"].as_str()
+            && matches!(fate, Fate::Answered | Fate::Held)
+        {
+            self.work(id, chunks, result_subject).await;
         }
     }
 
-    async fn work(&self, id: &str, chunks: u64) {
+    async fn work(&self, id: &str, chunks: u64, result_subject: &str) {
         for seq in 0..chunks {
             let chunk = json!({"request_id": id, "assignment_id": "a", "attempt": 1, "seq": seq, "data": seq});
             self.publish(&subjects::output(id), chunk.to_string()).await;
@@ -138,7 +140,7 @@ impl Script {
 
         let result = json!({"version": "1", "assignment_id": "a", "request_id": id, "status": "success",
             "provider_id": "p", "job": {"type": "t"}, "chunks": chunks});
-        self.publish(subjects::RESULT, result.to_string()).await;
+        self.publish(result_subject, result.to_string()).await;
     }
 
     async fn publish(&self, subject: &str, payload: String) {

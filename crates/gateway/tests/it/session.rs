@@ -318,9 +318,9 @@ async fn v1_stream_has_the_connection_to_itself_and_ends_with_the_result() {
                     }
                     let result = json!({"version": "1", "assignment_id": "a", "request_id": id, "status": "success",
                         "provider_id": "p", "job": {"type": "t"}, "chunks": 3, "big": 12345678901234567890123_f64});
-                    let subject = subjects::RESULT.into();
+                    let subject = request["result_subject"].as_str().unwrap().into();
                     let message = Message { subject, payload: result.to_string().into(), ..Message::default() };
-                    bus.append(message, None).await.unwrap();
+                    bus.publish(message).await.unwrap();
                     publish_chunk(&bus, &id, 2).await;
                 }
                 Some(decision(&request))
@@ -354,11 +354,13 @@ async fn v1_stream_has_the_connection_to_itself_and_ends_with_the_result() {
 async fn router_that_does_not_read_a_record_delays_neither_output_nor_result() {
     // Longer than the test waits for an answer.
     let fixture = Fixture::start(|config| config.request_timeout = Duration::from_secs(60)).await;
+    let mut requests = fixture.bus.subscribe(subjects::DECIDE, None, 16).await.unwrap();
     fixture.echo_router().await;
     let mut looks = fixture.bus.subscribe(subjects::GET_DECISION, None, 16).await.unwrap();
 
     let mut raw = fixture.connect().await;
     raw.submit_v1(json!({"request_id": "s", "wait": "stream"})).await;
+    let request: Value = serde_json::from_slice(&requests.next().await.unwrap().payload).unwrap();
     let _unanswered = looks.next().await.unwrap();
 
     publish_chunk(&fixture.bus, "s", 0).await;
@@ -368,8 +370,49 @@ async fn router_that_does_not_read_a_record_delays_neither_output_nor_result() {
     let result = json!({"version": "1", "assignment_id": "a", "request_id": "s", "status": "success",
         "provider_id": "p", "job": {"type": "t"}, "chunks": 1});
     let payload = result.to_string().into();
-    let message = Message { subject: subjects::RESULT.into(), payload, ..Message::default() };
-    fixture.bus.append(message, None).await.unwrap();
+    let subject = request["result_subject"].as_str().unwrap().into();
+    fixture
+        .bus
+        .publish(Message { subject, payload, ..Message::default() })
+        .await
+        .unwrap();
+    assert_eq!(raw.answer().await.0, FrameType::StreamComplete);
+}
+
+#[tokio::test]
+async fn subscriber_of_a_running_task_names_where_its_result_goes() {
+    let fixture = Fixture::start(|_| {}).await;
+    let mut queries = fixture.bus.subscribe(subjects::GET_DECISION, None, 16).await.unwrap();
+    let mut raw = fixture.connect().await;
+    raw.frame(Version::V1, FrameType::StreamSubscribe, r#"{"task_id":"s"}"#)
+        .await;
+
+    let query = queries.next().await.unwrap();
+    let asked: Value = serde_json::from_slice(&query.payload).unwrap();
+    let task = json!({"task_id": "s", "state": "running", "tenant_id": "default", "assignment_id": "a"});
+    let to = &asked["result_subject"];
+    let payload = json!({"ok": true, "task": task, "result_subject": to})
+        .to_string()
+        .into();
+    let subject = query.reply.unwrap();
+    fixture
+        .bus
+        .publish(Message { subject, payload, ..Message::default() })
+        .await
+        .unwrap();
+
+    let result = json!({"version": "1", "assignment_id": "a", "request_id": "s", "status": "success",
+        "provider_id": "p", "job": {"type": "t"}});
+    let (subject, payload): (Arc<str>, bytes::Bytes) = (to.as_str().unwrap().into(), result.to_string().into());
+    // The gateway follows the task once it has the router's answer.
+    testkit::eventually(Duration::from_secs(10), async || {
+        let copy = Message { subject: subject.clone(), payload: payload.clone(), ..Message::default() };
+        fixture.bus.publish(copy).await.unwrap();
+        tokio::time::timeout(Duration::from_millis(100), raw.stream.readable())
+            .await
+            .is_ok()
+    })
+    .await;
     assert_eq!(raw.answer().await.0, FrameType::StreamComplete);
 }
 

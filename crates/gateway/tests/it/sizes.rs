@@ -90,7 +90,7 @@ async fn output_and_results_that_are_too_large_end_in_an_error() {
                 say(&bus, &subjects::output(id), chunk).await;
                 let result = json!({"version": "1", "assignment_id": "a", "request_id": id, "status": "success",
                     "provider_id": "p", "job": {"type": "t"}, "chunks": 1, "output": "x".repeat(size("result"))});
-                say(&bus, subjects::RESULT, result).await;
+                say(&bus, request["result_subject"].as_str().unwrap(), result).await;
                 Some(decision(&request))
             }
         })

@@ -1,6 +1,7 @@
 //! Black-box tests of the router. Cases that must hold on every bus run on the local bus and on a real nats-server.
 
 mod breakers;
+mod copies;
 mod decide;
 mod faults;
 mod policies;
@@ -46,6 +47,7 @@ on_both! {
     tasks::cancelled_task_stays_cancelled,
     tasks::same_id_of_two_tenants_is_two_tasks,
     tasks::record_of_the_previous_version_is_found_by_its_own_tenant,
+    copies::copies_go_to_all_who_wait_except_the_one_that_the_worker_told,
     results::result_is_billed_once_and_ends_the_task,
     results::restart_bills_nothing_twice,
     results::result_settles_the_task_of_its_assignment_only,

@@ -4,13 +4,16 @@
 //! An answer is committed to the database before it is requested, and a repeated request is idempotent. So after a
 //! crash every answer that has not ended is requested again.
 
+mod results;
+
 use super::prompt::{ANSWER_MAX_MS, REQUEST_PREFIX, TENANT};
-use super::publish::publish;
+use super::publish::publish_ended;
 use super::store::{Answer, Store};
 use crate::channels::{self, Channels};
 use crate::db::{Result, now_ms};
-use bus::{Bus, Consumer, ConsumerConfig, Delivery, Headers, Subscription};
+use bus::{Bus, Headers, Subscription};
 use parking_lot::Mutex;
+use results::{Looks, Unnotified};
 use serde_json::Value as Json;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -18,10 +21,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::chat::{Event, Message, State};
-use wire::router::{
-    AnswerHead, Awaited, DecideRequest, ErrorBody, ErrorResponse, ExecResult, OutputChunk, ResultStatus, RouterCode,
-    TaskQuery,
-};
+use wire::router::{AnswerHead, Awaited, DecideRequest, ErrorBody, ErrorResponse, OutputChunk, RouterCode, TaskQuery};
 use wire::subjects;
 
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,12 +36,12 @@ const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// Age in ms after which a streaming answer that this web app does not know is requested again, because the web app
 /// that received the message may have died before the request.
 const ORPHAN_MS: i64 = 15_000;
-/// Give up notifying the room after this many deliveries of a result.
-const NOTIFY_DELIVERIES_MAX: u32 = 20;
 /// Largest text of an answer in bytes; the rest is cut off. JSON escapes make it six times as long at worst, which
 /// still fits a publication.
 const TEXT_MAX: usize = 128 * 1024;
 const OUTPUT_QUEUE: usize = 4096;
+/// Results that wait to be taken; one that does not fit is found in the task's record.
+const RESULT_QUEUE: usize = 1024;
 
 pub struct Answers {
     bus: Bus,
@@ -49,6 +49,9 @@ pub struct Answers {
     channels: Channels,
     /// The output so far of answers that have not ended, by request id.
     partial: Mutex<HashMap<String, Partial>>,
+    unnotified: Mutex<Unnotified>,
+    /// Where this web app receives the results of the answers that it asked for.
+    result_subject: String,
     asking: TaskTracker,
     stopping: CancellationToken,
 }
@@ -61,12 +64,21 @@ struct Partial {
     attempt: u32,
     seq: u64,
     text: String,
+    looks: Looks,
 }
 
 impl Partial {
-    fn of(message: &Message) -> Self {
+    fn of(message: &Message, looks: Looks) -> Self {
         let (task, room) = (task(None), message.room.clone());
-        Self { task, id: message.id, room, attempt: 0, seq: 0, text: String::new() }
+        Self {
+            task,
+            id: message.id,
+            room,
+            attempt: 0,
+            seq: 0,
+            text: String::new(),
+            looks,
+        }
     }
 }
 
@@ -75,15 +87,18 @@ fn task(assignment_id: Option<String>) -> Awaited {
 }
 
 enum Decision {
-    /// Has the id of the assignment, if the router returned it.
-    Accepted(Option<String>),
+    /// Has the id of the assignment, if the router returned it, and whether a copy of the result will come.
+    Accepted {
+        assignment_id: Option<String>,
+        is_told: bool,
+    },
     Refused(ErrorBody),
 }
 
 /// The subscriptions that [`Answers::run`] consumes.
 pub struct Inputs {
     output: Subscription,
-    results: Consumer,
+    results: Subscription,
 }
 
 impl Answers {
@@ -94,26 +109,18 @@ impl Answers {
             store,
             channels,
             partial: Mutex::default(),
+            unnotified: Mutex::default(),
+            result_subject: subjects::result_copy(rand::random()),
             asking: TaskTracker::new(),
             stopping,
         }
     }
 
     pub async fn subscribe(&self) -> bus::Result<Inputs> {
-        bus::streams::declare(&self.bus).await?;
         let output = format!("{}*", subjects::OUTPUT_PREFIX);
-        let results = ConsumerConfig {
-            stream: subjects::STREAM_RESULT,
-            name: "webapp-chat".into(),
-            filter: Some(subjects::RESULT.into()),
-            ack_wait: Duration::from_secs(30),
-            max_ack_pending: 1000,
-            max_in_hand: 100,
-            from_start: true,
-        };
         Ok(Inputs {
             output: self.bus.subscribe(&output, None, OUTPUT_QUEUE).await?,
-            results: self.bus.consume(results).await?,
+            results: self.bus.subscribe(&self.result_subject, None, RESULT_QUEUE).await?,
         })
     }
 
@@ -122,10 +129,12 @@ impl Answers {
         for answer in self.store.streaming().await? {
             self.ask(answer);
         }
+        self.notify_of_recent().await?;
 
         tokio::join!(
             self.relay(inputs.output, cancel.clone()),
             self.take_results(inputs.results, cancel.clone()),
+            self.look_for_results(cancel.clone()),
             self.sweep(cancel.clone()),
         );
 
@@ -142,7 +151,7 @@ impl Answers {
         self.partial
             .lock()
             .entry(answer.request_id.clone())
-            .or_insert_with(|| Partial::of(&answer.message));
+            .or_insert_with(|| Partial::of(&answer.message, Looks::of_ours(false)));
 
         let answers = self.clone();
         self.asking.spawn(async move {
@@ -158,7 +167,8 @@ impl Answers {
 
     /// Requests an answer, with retries. An error is a text for the room.
     async fn try_to_ask(&self, answer: &Answer) -> Result<(), String> {
-        let request: DecideRequest = serde_json::from_str(&answer.request).map_err(|e| e.to_string())?;
+        let mut request: DecideRequest = serde_json::from_str(&answer.request).map_err(|e| e.to_string())?;
+        request.result_subject = Some(self.result_subject.clone());
         let trace_id = request.trace_id.as_deref().unwrap_or_default();
         let request_id = &answer.request_id;
 
@@ -169,10 +179,11 @@ impl Answers {
                 return Ok(()); // stopped meanwhile
             }
 
-            let refusal = match self.decide(&request, answer, trace_id).await {
-                Ok(Decision::Accepted(assignment_id)) => {
+            let refusal = match self.decide(&request, trace_id).await {
+                Ok(Decision::Accepted { assignment_id, is_told }) => {
                     if let Some(partial) = self.partial.lock().get_mut(request_id) {
                         partial.task = task(assignment_id);
+                        partial.looks = Looks::of_ours(is_told);
                     }
                     tracing::debug!(trace_id, request_id, "the router accepted the request for an answer");
                     return Ok(());
@@ -200,14 +211,15 @@ impl Answers {
     }
 
     /// Sends the request once. An error means that no router has answered.
-    async fn decide(&self, request: &DecideRequest, answer: &Answer, trace_id: &str) -> bus::Result<Decision> {
+    async fn decide(&self, request: &DecideRequest, trace_id: &str) -> bus::Result<Decision> {
+        let payload = serde_json::to_vec(request).expect("a request serializes to JSON");
         let headers = Headers::new()
             .with("trace_id", trace_id)
             .with("tenant_id", &request.tenant_id)
             .with("version", &request.version);
         let reply = self
             .bus
-            .request(subjects::DECIDE, headers, answer.request.clone().into(), ASK_TIMEOUT)
+            .request(subjects::DECIDE, headers, payload.into(), ASK_TIMEOUT)
             .await?;
 
         if let Ok(refusal) = serde_json::from_slice::<ErrorResponse>(&reply.payload) {
@@ -215,7 +227,10 @@ impl Answers {
         }
         // The assignment id distinguishes its output from that of another task with the same request id.
         let head = serde_json::from_slice::<AnswerHead>(&reply.payload).ok();
-        Ok(Decision::Accepted(head.and_then(|head| head.assignment_id)))
+        let (assignment_id, copied_to) = head
+            .map(|head| (head.assignment_id, head.result_subject))
+            .unwrap_or_default();
+        Ok(Decision::Accepted { assignment_id, is_told: copied_to.as_ref() == Some(&self.result_subject) })
     }
 
     /// Adds the output so far to the message of a streaming answer.
@@ -245,7 +260,11 @@ impl Answers {
 
     /// Returns whether a router knew the task and cancels it.
     async fn cancel(&self, answer: &Answer) -> bool {
-        let query = TaskQuery { request_id: answer.request_id.clone(), tenant_id: Some(TENANT.into()) };
+        let query = TaskQuery {
+            request_id: answer.request_id.clone(),
+            tenant_id: Some(TENANT.into()),
+            result_subject: None,
+        };
         let query = serde_json::to_vec(&query).expect("a query serializes to JSON");
         let reply = self
             .bus
@@ -291,7 +310,7 @@ impl Answers {
                 self.partial
                     .lock()
                     .entry(request_id.into())
-                    .or_insert_with(|| Partial::of(&answer.message));
+                    .or_insert_with(|| Partial::of(&answer.message, Looks::of_others()));
                 true
             }
             _ => false,
@@ -328,67 +347,8 @@ impl Answers {
         Some((partial.room.clone(), Event::Delta { id: partial.id, attempt: chunk.attempt, seq, text }))
     }
 
-    async fn take_results(&self, mut results: Consumer, cancel: CancellationToken) {
-        while let Some(delivery) =
-            tokio::select! { () = cancel.cancelled() => None, delivery = results.next() => delivery }
-        {
-            let taken = self.take_result(&delivery).await;
-            let settled = match &taken {
-                Ok(()) => delivery.ack().await,
-                Err(error) => {
-                    tracing::warn!(error, "cannot end an answer; retrying");
-                    delivery.nak(Duration::from_secs(1)).await
-                }
-            };
-            if let Err(error) = settled {
-                tracing::debug!(%error, "cannot settle a result; it will be redelivered");
-            }
-        }
-    }
-
-    async fn take_result(&self, delivery: &Delivery) -> Result<(), String> {
-        // The router moves unreadable results to the DLQ.
-        let Ok(result) = ExecResult::decode(&delivery.message.payload) else {
-            return Ok(());
-        };
-        if !result.request_id.starts_with(REQUEST_PREFIX) {
-            return Ok(());
-        }
-        // The result also ends an answer that another web app requested and this one does not know.
-        let known = self
-            .partial
-            .lock()
-            .get(&result.request_id)
-            .map(|partial| partial.task.clone());
-        let awaited = known.unwrap_or_else(|| task(None));
-        if !is_of(&awaited, &result.assignment_id, result.tenant_id.as_deref()) {
-            return Ok(());
-        }
-
-        let error = result.error_message.clone().or(result.error_code.clone());
-        let (state, error) = match result.status {
-            ResultStatus::Success => (State::Done, None),
-            ResultStatus::Cancelled => (State::Stopped, None),
-            ResultStatus::Timeout => (State::Failed, Some(error.unwrap_or_else(|| "no answer in time".into()))),
-            ResultStatus::Error => (State::Failed, Some(error.unwrap_or_else(|| "the answer failed".into()))),
-        };
-        let text = result.output.as_ref().map(text_of);
-        let notified = self
-            .end(&result.request_id, state, text, error)
-            .await
-            .map_err(|e| e.to_string())?;
-        if !notified && delivery.delivered < NOTIFY_DELIVERIES_MAX {
-            return Err("cannot notify the room".into());
-        }
-
-        let trace_id = result.trace_id.as_deref().unwrap_or_default();
-        tracing::debug!(trace_id, request_id = result.request_id, state = state.as_str(), "an answer ended");
-        Ok(())
-    }
-
-    /// Ends an answer in the database, then in the room. Returns whether the room was notified. Without a text, the
-    /// output so far becomes the text.
-    async fn end(&self, request_id: &str, state: State, text: Option<String>, error: Option<String>) -> Result<bool> {
+    /// Ends an answer in the database, then in the room. Without a text, the output so far becomes the text.
+    async fn end(&self, request_id: &str, state: State, text: Option<String>, error: Option<String>) -> Result<()> {
         let partial = self.partial.lock().get(request_id).cloned();
         let text = text
             .or_else(|| partial.as_ref().map(|partial| partial.text.clone()))
@@ -400,19 +360,14 @@ impl Answers {
             .await?;
         self.partial.lock().remove(request_id);
 
-        // A crash may have prevented the notification after the answer ended, so notify the room again.
-        let message = match ended {
-            Some(message) => Some(message),
-            None => self.store.answer_of(request_id).await?.map(|answer| answer.message),
-        };
-        if let Some(mut message) = message.filter(|message| message.state != State::Streaming) {
-            message.attempt = partial.map(|partial| partial.attempt);
-            if let Err(error) = publish(&self.channels, &message).await {
-                tracing::warn!(request_id, error, "cannot notify a room that an answer ended");
-                return Ok(false);
-            }
+        // If it had ended before, its room was notified then, or will be.
+        let Some(mut message) = ended else { return Ok(()) };
+        message.attempt = partial.map(|partial| partial.attempt);
+        if let Err(error) = publish_ended(&self.channels, request_id, &message).await {
+            tracing::warn!(request_id, error, "cannot notify a room that an answer ended; retrying");
+            self.notify_later(request_id.into());
         }
-        Ok(true)
+        Ok(())
     }
 
     async fn fail(&self, request_id: &str, problem: &str) {
@@ -442,9 +397,15 @@ impl Answers {
         let open = self.store.streaming().await?;
 
         let ids: HashSet<&str> = open.iter().map(|answer| &*answer.request_id).collect();
-        self.partial
+        let is_open = |id: &String| ids.contains(&**id) || !before.contains(id);
+        let ended: Vec<String> = self
+            .partial
             .lock()
-            .retain(|id, _| ids.contains(&**id) || !before.contains(id));
+            .extract_if(|id, _| !is_open(id))
+            .map(|(id, _)| id)
+            .collect();
+        // The web app that ended them may have died before it notified their rooms.
+        ended.into_iter().for_each(|id| self.notify_later(id));
 
         for answer in open {
             let age = now - answer.asked_at;
@@ -591,7 +552,9 @@ mod tests {
         );
 
         answers.sweep_once(answer.asked_at + ORPHAN_MS + 1).await.unwrap();
-        assert_eq!(routers.next().await.unwrap().payload, answer.request.clone());
+        let mut asked: DecideRequest = serde_json::from_slice(&routers.next().await.unwrap().payload).unwrap();
+        assert_eq!(asked.result_subject.take(), Some(answers.result_subject.clone()));
+        assert_eq!(serde_json::to_string(&asked).unwrap(), answer.request);
 
         let late = answer.asked_at + i64::try_from(ANSWER_MAX_MS).unwrap() + GRACE_MS + 1;
         answers.sweep_once(late).await.unwrap();

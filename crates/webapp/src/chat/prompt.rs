@@ -67,6 +67,7 @@ pub fn request(request_id: &str, message: &Message, prompt: &str, before: Vec<Me
         step_id: None,
         idempotency_key: None,
         deadline: None,
+        result_subject: None,
     })
 }
 

@@ -27,7 +27,7 @@ pub struct New<'a> {
 pub struct Answer {
     pub message: Message,
     pub request_id: String,
-    /// The original decide request. A repeat sends the same bytes.
+    /// The original decide request. A repeat asks for the same.
     pub request: String,
     pub asked_at: i64,
 }
@@ -182,6 +182,15 @@ impl Store {
             .fetch_all(self.db.read())
             .await?;
         Ok(rows.into_iter().filter_map(Row::answer).collect())
+    }
+
+    /// The request ids of answers that were asked for since this time and have ended.
+    pub async fn ended_since(&self, asked_at: i64) -> Result<Vec<String>> {
+        let rows = select("WHERE asked_at >= $1 AND state <> 'streaming' ORDER BY id DESC LIMIT 1000")
+            .bind(asked_at)
+            .fetch_all(self.db.read())
+            .await?;
+        Ok(rows.into_iter().filter_map(|row| row.request_id).collect())
     }
 
     /// Ends an answer and returns its message, or `None` if it had already ended. A failed answer may still succeed.

@@ -2,5 +2,6 @@
 
 mod accounts;
 mod chat;
+mod killed;
 mod pages;
 mod rig;

@@ -419,3 +419,32 @@ async fn two_providers_with_one_name_are_refused() {
         .unwrap();
     assert!(matches!(error, worker::Error::Duplicate(ref name) if name == "echo"), "{error}");
 }
+
+#[tokio::test]
+async fn copy_of_the_result_goes_to_the_one_who_waits() {
+    let fixture = Place::nats().await;
+    let _worker = fixture.worker(Config::default()).await;
+    let mut copies = fixture.bus.subscribe("beamline.>", None, 64).await.unwrap();
+    let mut results = fixture.bus.subscribe(subjects::RESULT, None, 64).await.unwrap();
+
+    for (request_id, subject, told) in
+        [("told", "beamline.result.v1.a", true), ("elsewhere", "beamline.usage.v1.metered", false)]
+    {
+        let mut assignment = assignment(request_id, "echo", json!({"prompt": "hi"}));
+        assignment["correlation"]["result_subject"] = json!(subject);
+        fixture.append(subjects::ASSIGN, assignment.to_string()).await;
+
+        let result = tokio::time::timeout(SOON, results.next()).await.unwrap().unwrap();
+        assert_eq!(result.headers.get("result_subject"), told.then_some(subject), "the router is told about the copy");
+        if told {
+            let copy = tokio::time::timeout(SOON, copies.next()).await.unwrap().unwrap();
+            assert_eq!((&*copy.subject, copy.payload), (subject, result.payload));
+        }
+    }
+    // Everything that the worker has published has arrived.
+    fixture.bus.health().await.unwrap();
+    copies.close();
+    while let Some(other) = copies.next().await {
+        assert!(!other.subject.starts_with("beamline.usage"), "an assignment cannot make a worker publish anywhere");
+    }
+}
