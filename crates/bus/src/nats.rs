@@ -15,7 +15,7 @@ mod pool;
 mod streams;
 mod subscription;
 
-use crate::local::subjects::{check_pattern, check_subject};
+use crate::local::subjects::{check_pattern, check_subject, matches};
 use crate::{
     Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Incomplete, Message, Result, StreamConfig,
     StreamInfo, Subscription, Write, Written,
@@ -70,6 +70,8 @@ pub struct NatsConfig {
 pub struct Nats {
     access: Arc<Access>,
     pool: Pool,
+    /// Subjects of the declared streams.
+    subjects: RwLock<HashSet<String>>,
     /// Names of the declared buckets.
     buckets: RwLock<HashSet<&'static str>>,
     tasks: TaskTracker,
@@ -91,12 +93,19 @@ impl Nats {
         Ok(Arc::new(Self {
             access,
             pool,
+            subjects: RwLock::default(),
             buckets: RwLock::default(),
             tasks,
             cancel,
             interruptions,
             _end: end,
         }))
+    }
+
+    /// Whether a declared stream takes the subject.
+    fn is_declared(&self, subject: &str) -> bool {
+        let subjects = self.subjects.read();
+        subjects.iter().any(|pattern| matches(pattern, subject))
     }
 
     fn declared(&self, bucket: &str) -> Result<()> {
@@ -147,12 +156,24 @@ impl BusApi for Nats {
     }
 
     async fn declare_stream(&self, stream: StreamConfig) -> Result<()> {
-        streams::declare(self.pool.mine(), stream).await
+        let subjects = stream.subjects.clone();
+        streams::declare(self.pool.mine(), stream).await?;
+        self.subjects.write().extend(subjects);
+        Ok(())
     }
 
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
         check_subject(&message.subject)?;
-        streams::append(self.pool.of(&message.subject).await?, message, msg_id, APPEND_DEADLINE).await
+        let link = self.pool.of(&message.subject).await?;
+        let subject = message.subject.clone();
+        match streams::append(link, message, msg_id, APPEND_DEADLINE).await {
+            // With a live subscriber on the subject, the server does not report a missing stream: look for it. A slow
+            // server is asked nothing more: the streams that were declared exist.
+            Err(Error::Timeout(_)) if !self.is_declared(&subject) && !streams::takes(link, &subject).await? => {
+                Err(Error::NoStream(subject.to_string()))
+            }
+            appended => appended,
+        }
     }
 
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete> {

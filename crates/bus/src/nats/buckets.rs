@@ -108,12 +108,13 @@ async fn get_from_leader(link: &Link, bucket: &str, key: &str) -> Result<Option<
     Ok(Some((decoded("data")?.into(), revision)))
 }
 
-/// No responders means that the bucket's stream does not exist.
+/// No responders means that nobody serves the bucket's stream now.
 fn unavailable(bucket: &str, error: Error) -> Error {
     match error {
-        Error::NoResponders(_) => {
-            Error::Storage(format!("bucket {bucket} does not exist; was JetStream's data removed?"))
-        }
+        Error::NoResponders(_) => Error::Storage(format!(
+            "NATS does not serve bucket {bucket}: its stream has no leader yet (try again), or JetStream's data was \
+                 removed (restart to create it)"
+        )),
         other => other,
     }
 }

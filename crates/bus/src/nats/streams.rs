@@ -131,12 +131,16 @@ pub async fn append(link: &Link, message: Message, msg_id: Option<&str>, deadlin
         Ok(ack) => stored(&ack.payload)
             .map_err(|refused| Error::Storage(format!("cannot append to {subject}: {}", refused.why))),
         Err(Error::NoResponders(_)) => Err(Error::NoStream(subject.into())),
-        // With a live subscriber on the subject, the server does not report a missing stream: look for it.
-        Err(Error::Timeout(_)) => match link.jetstream.stream_by_subject(subject).await {
-            Err(error) if error.kind() == GetStreamByNameErrorKind::NotFound => Err(Error::NoStream(subject.into())),
-            _ => Err(Error::Timeout(subject.into())),
-        },
         Err(error) => Err(error),
+    }
+}
+
+/// Whether a stream takes the subject. Fails if the server does not answer.
+pub async fn takes(link: &Link, subject: &str) -> Result<bool> {
+    match link.jetstream.stream_by_subject(subject).await {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == GetStreamByNameErrorKind::NotFound => Ok(false),
+        Err(_) => Err(Error::Timeout(subject.into())),
     }
 }
 

@@ -47,6 +47,21 @@ async fn lost_connection_fails_bucket_calls_in_flight_at_once() {
 }
 
 #[tokio::test]
+async fn slow_append_times_out_without_asking_more() {
+    let server = NatsServer::start().await;
+    let bus = connect(&server).await;
+    bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
+
+    server.pause();
+    let began = std::time::Instant::now();
+    let appended = bus.append(message("s.a", "x"), None).await;
+    server.resume();
+    assert!(matches!(appended, Err(Error::Timeout(_))), "{appended:?}");
+    // The look for the stream would take another five seconds.
+    assert!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
 async fn closed_subscription_ends_although_the_server_does_not_respond() {
     let server = NatsServer::start().await;
     let bus = connect(&server).await;
