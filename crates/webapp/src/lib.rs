@@ -80,6 +80,8 @@ pub enum Error {
     Account(#[from] accounts::Error),
     #[error("a loop of the web app panicked: {0}")]
     Panic(#[from] tokio::task::JoinError),
+    #[error("a loop of the web app ended unexpectedly; the web app cannot work without it, so it stops")]
+    LoopEnded,
 }
 
 /// A web app whose database is open and whose subscriptions are made. It answers no calls until [`Bound::run`].
@@ -191,8 +193,15 @@ impl Bound {
         let mut ended = Ok(());
         while let Some(joined) = loops.join_next().await {
             // If one loop ends by itself, all end: a web app with only some of its loops would appear to work.
+            let expected = if cancel.is_cancelled() {
+                Ok(())
+            } else {
+                Err(Error::LoopEnded)
+            };
             cancel.cancel();
-            ended = ended.and(joined.map_err(Error::from).and_then(|inner| inner));
+            ended = ended
+                .and(joined.map_err(Error::from).and_then(|inner| inner))
+                .and(expected);
         }
 
         // No session changes any more, so the last save is complete.
