@@ -16,10 +16,10 @@ const CACHE_BYTES: usize = 64 * 1024 * 1024;
 const DROPPED_ROWS_MAX: usize = 256;
 /// Dead bytes that the log may hold, in addition to as many as are live, before rows are compacted.
 const COMPACT_SLACK: u64 = 64 * 1024 * 1024;
-/// Free pages (4 KiB) that the file keeps for later groups.
-const FREE_PAGES_KEPT: u64 = 16 * 1024;
-/// Maximum free pages that one call returns to the file system.
-const PAGES_GIVEN_BACK: u64 = 2 * 1024;
+/// Free bytes that the file keeps for later groups.
+const FREE_BYTES_KEPT: u64 = 64 * 1024 * 1024;
+/// Maximum free bytes that one call returns to the file system.
+const BYTES_GIVEN_BACK: u64 = 8 * 1024 * 1024;
 
 pub type Engine = journal::Engine<Stores>;
 
@@ -167,8 +167,8 @@ impl Values<'_> {
         Ok(stored.into_message())
     }
 
-    /// Returns free pages of the file to the file system, but keeps some for later groups.
+    /// Returns free bytes of the file to the file system, but keeps some for later groups.
     pub fn give_back(&self) -> Result<()> {
-        Ok(self.log.give_back(FREE_PAGES_KEPT, PAGES_GIVEN_BACK)?)
+        Ok(self.log.give_back(FREE_BYTES_KEPT, BYTES_GIVEN_BACK)?)
     }
 }

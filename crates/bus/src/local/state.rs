@@ -21,7 +21,7 @@ use bytes::Bytes;
 use consumer::Consumer;
 use journal::Place;
 use seen::Seen;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -115,7 +115,7 @@ struct StoredAt {
 struct Bucket {
     /// `None` until this process has declared it.
     declared: Option<Declared>,
-    entries: BTreeMap<Arc<str>, Entry>,
+    entries: HashMap<Arc<str>, Entry>,
     /// Keys by revision, so that the oldest write comes first.
     order: BTreeMap<u64, Arc<str>>,
 }
@@ -149,6 +149,18 @@ impl Rows {
             self.dead.insert(row);
         }
         self.live.entry(row).or_default().1 += size;
+    }
+
+    /// As [`Rows::hold`], if the row is in the log.
+    fn hold_known(&mut self, place: Place) -> Option<()> {
+        let len = u64::from(place.len).max(1);
+        let row = self.live.get_mut(&place.row)?;
+        if row.0 == 0 {
+            self.dead.remove(&place.row);
+        }
+        row.0 += len;
+        self.live_bytes += len;
+        Some(())
     }
 
     fn hold(&mut self, place: Place) {
@@ -520,9 +532,11 @@ impl Stream {
     }
 
     /// Returns the newest message's subject if it is equal, to share memory: streams have few subjects.
-    fn interned(&self, subject: &Arc<str>) -> Arc<str> {
+    fn interned(&self, subject: &str) -> Arc<str> {
         let newest = self.messages.last_key_value().map(|(_, message)| &message.subject);
-        newest.filter(|newest| *newest == subject).unwrap_or(subject).clone()
+        newest
+            .filter(|newest| ***newest == *subject)
+            .map_or_else(|| subject.into(), Arc::clone)
     }
 
     /// Removes messages that have expired or, unless the stream is a work queue, exceed `max_bytes`.

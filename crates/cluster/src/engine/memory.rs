@@ -30,10 +30,10 @@ use wire::realtime::{ClientInfo, Publication, Push};
 
 /// Bytes of expired publications that the file may have, in addition to as many as are live, before it is rewritten.
 const EXPIRED_BYTES_MAX: u64 = 1024 * 1024;
-/// Free pages (4 KiB) that the file keeps for later groups.
-const FREE_PAGES_KEPT: u64 = 4 * 1024;
-/// Maximum free pages that one call returns to the file system.
-const PAGES_GIVEN_BACK: u64 = 2 * 1024;
+/// Free bytes that the file keeps for later groups.
+const FREE_BYTES_KEPT: u64 = 16 * 1024 * 1024;
+/// Maximum free bytes that one call returns to the file system.
+const BYTES_GIVEN_BACK: u64 = 8 * 1024 * 1024;
 /// Bytes of a stored publication besides its data, about.
 const PUBLICATION_BYTES: usize = 100;
 
@@ -117,7 +117,7 @@ impl Memory {
         position
     }
 
-    /// Rewrites the file if much of it is expired, and returns free pages to the file system.
+    /// Rewrites the file if much of it is expired, and returns free bytes to the file system.
     async fn tidy_file(&self, live_bytes: u64) -> Result<(), journal::Error> {
         let stored = |(), _: &Histories, log: &Log| log.snapshot_bytes() + log.replay_bytes();
         let stored = self.journal.run(|_, _| (), stored).await?;
@@ -132,7 +132,7 @@ impl Memory {
             {}
         }
 
-        let give_back = |(), _: &Histories, log: &Log| log.give_back(FREE_PAGES_KEPT, PAGES_GIVEN_BACK);
+        let give_back = |(), _: &Histories, log: &Log| log.give_back(FREE_BYTES_KEPT, BYTES_GIVEN_BACK);
         self.journal.run(|_, _| (), give_back).await?
     }
 

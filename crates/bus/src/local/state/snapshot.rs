@@ -9,7 +9,6 @@ use bytes::Bytes;
 use journal::Place;
 use std::collections::BTreeMap;
 use std::ops::Bound::{Excluded, Unbounded};
-use std::sync::Arc;
 
 /// Where the next part of a snapshot begins.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -20,8 +19,8 @@ pub enum Cursor {
     Messages(String, u64),
     /// The message ids of a stream, from this position on.
     Seen(String, u64),
-    /// The entries of a bucket, after this key.
-    Entries(String, Option<Arc<str>>),
+    /// The entries of a bucket, after this revision. An entry that is written meanwhile gets a later one.
+    Entries(String, u64),
     Done,
 }
 
@@ -73,14 +72,15 @@ impl State {
                 let Some(bucket) = self.buckets.get(&name) else {
                     return self.next_bucket(Some(&name));
                 };
-                let from = after.as_ref().map_or(Unbounded, |key| Excluded(key.clone()));
-                let mut reached = after.clone();
-                for (key, entry) in bucket.entries.range((from, Unbounded)) {
+                let mut reached = after;
+                for (revision, key) in bucket.order.range(after + 1..) {
                     if part.len() >= size {
                         return Cursor::Entries(name, reached);
                     }
-                    part.push(Kind::Entry(entry.record(&name, key)));
-                    reached = Some(key.clone());
+                    if let Some(entry) = bucket.entries.get(key) {
+                        part.push(Kind::Entry(entry.record(&name, key)));
+                    }
+                    reached = *revision;
                 }
                 self.next_bucket(Some(&name))
             }
@@ -110,7 +110,7 @@ impl State {
     }
 
     fn next_bucket(&self, after: Option<&str>) -> Cursor {
-        following(&self.buckets, after).map_or(Cursor::Done, |(name, _)| Cursor::Entries(name.clone(), None))
+        following(&self.buckets, after).map_or(Cursor::Done, |(name, _)| Cursor::Entries(name.clone(), 0))
     }
 
     /// Applies a part of a snapshot, or a group that was committed after the snapshot began; `row` is the group's row.
@@ -124,40 +124,44 @@ impl State {
     fn apply_one(&mut self, kind: Kind, place: Option<Place>) {
         match kind {
             Kind::Stream(record) => {
-                let stream = self.stream(record.stream);
+                let stream = self.stream(&record.stream);
                 stream.last = stream.last.max(record.last);
             }
             Kind::Message(record) => {
                 let place = place.or(record.place.map(Place::from));
-                self.stream(record.stream.clone()).apply_message(record, place);
+                self.stream(&record.stream).apply_message(&record, place);
             }
             Kind::Seen(record) => {
                 if let Some(id) = id_of(&record.id_hash) {
-                    let stream = self.stream(record.stream);
+                    let stream = self.stream(&record.stream);
                     stream.seen.insert(id, record.sequence, record.at_ms);
                 }
             }
             Kind::Dropped(record) => {
-                let stream = self.stream(record.stream);
+                let stream = self.stream(&record.stream);
                 stream.messages = stream.messages.split_off(&(record.up_to + 1));
             }
 
             Kind::Consumer(record) => {
-                let consumer = self.stream(record.stream).consumers.entry(record.name).or_default();
+                let consumer = self.stream(&record.stream).consumers.entry(record.name).or_default();
                 consumer.filter = record.filter;
                 consumer.restore(record.next, record.out.into_iter().zip(record.delivered));
             }
             Kind::Cursor(record) => {
-                let stream = self.stream(record.stream);
+                let stream = self.stream(&record.stream);
                 let consumer = stream.consumers.entry(record.consumer).or_default();
                 consumer.replay_cursor(record.next, &stream.messages);
             }
             Kind::Delivered(record) => {
-                let consumer = self.stream(record.stream).consumers.entry(record.consumer).or_default();
+                let consumer = self
+                    .stream(&record.stream)
+                    .consumers
+                    .entry(record.consumer)
+                    .or_default();
                 consumer.replay_delivered(record.sequence, record.delivered);
             }
             Kind::Settled(record) => {
-                let stream = self.stream(record.stream);
+                let stream = self.stream(&record.stream);
                 let consumer = stream.consumers.entry(record.consumer).or_default();
                 consumer.settled(record.sequence);
                 if record.removes {
@@ -168,24 +172,28 @@ impl State {
             Kind::Entry(record) => {
                 let place = place.or(record.place.map(Place::from));
                 self.revision = self.revision.max(record.revision);
-                self.buckets
-                    .entry(record.bucket.clone())
-                    .or_default()
-                    .apply_entry(&record, place);
+                self.bucket(&record.bucket).apply_entry(&record, place);
             }
             Kind::Removed(record) => {
                 self.revision = self.revision.max(record.revision);
-                self.buckets
-                    .entry(record.bucket.clone())
-                    .or_default()
-                    .apply_removed(&record);
+                self.bucket(&record.bucket).apply_removed(&record);
             }
             Kind::Revision(last) => self.revision = self.revision.max(last),
         }
     }
 
-    fn stream(&mut self, name: String) -> &mut Stream {
-        self.streams.entry(name).or_default()
+    fn stream(&mut self, name: &str) -> &mut Stream {
+        if !self.streams.contains_key(name) {
+            self.streams.insert(name.into(), Stream::default());
+        }
+        self.streams.get_mut(name).expect("inserted above")
+    }
+
+    fn bucket(&mut self, name: &str) -> &mut Bucket {
+        if !self.buckets.contains_key(name) {
+            self.buckets.insert(name.into(), Bucket::default());
+        }
+        self.buckets.get_mut(name).expect("inserted above")
     }
 
     /// Ends a replay: computes the counters. `rows` are the rows of the log with their sizes. Fails if the row of a
@@ -202,10 +210,9 @@ impl State {
                 .sum();
 
             for message in stream.messages.values() {
-                if !self.rows.live.contains_key(&message.place.row) {
-                    return Err(missing(message.place));
-                }
-                self.rows.hold(message.place);
+                self.rows
+                    .hold_known(message.place)
+                    .ok_or_else(|| missing(message.place))?;
             }
 
             let Stream { consumers, messages, .. } = stream;
@@ -215,10 +222,7 @@ impl State {
         }
 
         for entry in self.buckets.values().flat_map(|bucket| bucket.entries.values()) {
-            if !self.rows.live.contains_key(&entry.place.row) {
-                return Err(missing(entry.place));
-            }
-            self.rows.hold(entry.place);
+            self.rows.hold_known(entry.place).ok_or_else(|| missing(entry.place))?;
         }
         Ok(())
     }
@@ -283,14 +287,14 @@ fn following<'a, T>(map: &'a BTreeMap<String, T>, after: Option<&str>) -> Option
 
 impl Stream {
     /// Ignores a message without a place, because it has no value in the log.
-    fn apply_message(&mut self, record: MessageRecord, place: Option<Place>) {
+    fn apply_message(&mut self, record: &MessageRecord, place: Option<Place>) {
         let Some(place) = place else { return };
         self.last = self.last.max(record.sequence);
         if let Some(id) = id_of(&record.id_hash) {
             self.seen.insert(id, record.sequence, record.stored_ms);
         }
 
-        let subject = self.interned(&record.subject.into());
+        let subject = self.interned(&record.subject);
         let stored = StoredAt { place, stored_ms: record.stored_ms, subject };
         self.messages.insert(record.sequence, stored);
     }

@@ -143,6 +143,7 @@ fn seen_by_users(state: &State, disk: &Disk, now: u64) -> impl PartialEq + std::
                 .map(|(key, e)| (name.clone(), key.clone(), e.revision, read(e.place))),
         );
     }
+    entries.sort();
     (streams, entries, state.revision)
 }
 
