@@ -8,11 +8,13 @@ pub mod dead_letter;
 pub mod local;
 pub mod nats;
 mod pattern;
+mod places;
 pub mod streams;
 pub mod tasks;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+pub use places::Places;
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -129,6 +131,9 @@ pub trait BusApi: Send + Sync + 'static {
     /// it takes beyond these. Fails if another stream takes one of the subjects.
     async fn declare_stream(&self, stream: StreamConfig) -> Result<()>;
 
+    /// Adds subjects to those that a declared stream takes. Idempotent. Fails if another stream takes one of them.
+    async fn add_subjects(&self, stream: &'static str, subjects: &[String]) -> Result<()>;
+
     /// Appends the message to the stream that takes its subject; returns once it is stored.
     ///
     /// Another append with the same `msg_id` within the dedup window stores nothing and is acknowledged as `duplicate`.
@@ -146,7 +151,25 @@ pub trait BusApi: Send + Sync + 'static {
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete>;
 
     /// Opens a durable consumer. Consumers with the same name share its messages.
-    async fn consume(&self, config: ConsumerConfig) -> Result<Consumer>;
+    async fn consume(&self, config: ConsumerConfig) -> Result<Consumer> {
+        let places = Places::alone(config.max_in_hand);
+        self.consume_within(config, &places).await
+    }
+
+    /// As [`BusApi::consume`], but the consumer's deliveries take their places in `places`, which it may share with
+    /// other consumers; [`ConsumerConfig::max_in_hand`] does not apply. No consumer starves another one: each free
+    /// place goes to the consumer that has waited longest.
+    async fn consume_within(&self, config: ConsumerConfig, places: &Places) -> Result<Consumer>;
+
+    /// Whether the stream has stored a message under this id within its dedup window. Stores nothing.
+    async fn seen(&self, stream: &'static str, msg_id: &str) -> Result<bool>;
+
+    /// The time of the clock that stamps the stream's messages ([`Delivery::stored_ms`]), in milliseconds since the Unix
+    /// epoch. Over [`nats`], it is the server's.
+    async fn time_ms(&self, stream: &str) -> Result<u64>;
+
+    /// Whether [`BusApi::write`] makes all writes of a batch or none.
+    fn is_atomic(&self) -> bool;
 
     /// The size of a stream and the backlog of each of its consumers.
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo>;
@@ -366,8 +389,8 @@ pub struct Delivery {
     /// When the message was stored, in milliseconds since the Unix epoch.
     pub stored_ms: u64,
     pub(crate) acker: Acker,
-    /// The permit of [`ConsumerConfig::max_in_hand`], released when the delivery is dropped.
-    pub(crate) _place: tokio::sync::OwnedSemaphorePermit,
+    /// Free when the delivery is dropped or released.
+    pub(crate) place: Option<places::Place>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -398,6 +421,12 @@ impl Acker {
 }
 
 impl Delivery {
+    /// Gives up the delivery's place ([`ConsumerConfig::max_in_hand`], [`Places`]), so that the consumer may take another
+    /// message before this one is settled.
+    pub fn release(&mut self) {
+        self.place = None;
+    }
+
     pub async fn ack(&self) -> Result<()> {
         self.acker.settle(Outcome::Ack).await
     }

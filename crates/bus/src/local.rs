@@ -9,8 +9,8 @@ mod store;
 pub(crate) mod subjects;
 
 use crate::{
-    Acker, Appended, Bus, BusApi, Consumer, ConsumerConfig, Delivery, Error, Headers, Incomplete, Message, Result,
-    StreamConfig, StreamInfo, Subscription, Write, Written,
+    Acker, Appended, Bus, BusApi, Consumer, ConsumerConfig, Delivery, Error, Headers, Incomplete, Message, Places,
+    Result, StreamConfig, StreamInfo, Subscription, Write, Written,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -109,6 +109,10 @@ impl BusApi for Local {
         self.store.declare_stream(stream).await
     }
 
+    async fn add_subjects(&self, stream: &'static str, subjects: &[String]) -> Result<()> {
+        self.store.add_subjects(stream, subjects)
+    }
+
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
         check(&message)?;
         let appended = self.store.append(&message, msg_id).await?;
@@ -150,8 +154,20 @@ impl BusApi for Local {
         Ok(written.collect())
     }
 
-    async fn consume(&self, config: ConsumerConfig) -> Result<Consumer> {
-        consumer::start(self.store.clone(), config, &self.tasks, &self.cancel).await
+    async fn consume_within(&self, config: ConsumerConfig, places: &Places) -> Result<Consumer> {
+        consumer::start(self.store.clone(), config, places, &self.tasks, &self.cancel).await
+    }
+
+    async fn seen(&self, stream: &'static str, msg_id: &str) -> Result<bool> {
+        self.store.seen(stream, msg_id).await
+    }
+
+    async fn time_ms(&self, _stream: &str) -> Result<u64> {
+        Ok(crate::clock::unix_ms())
+    }
+
+    fn is_atomic(&self) -> bool {
+        true
     }
 
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo> {

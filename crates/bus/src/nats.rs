@@ -17,7 +17,7 @@ mod subscription;
 
 use crate::local::subjects::{check_pattern, check_subject, matches};
 use crate::{
-    Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Incomplete, Message, Result, StreamConfig,
+    Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Incomplete, Message, Places, Result, StreamConfig,
     StreamInfo, Subscription, Write, Written,
 };
 use access::Access;
@@ -162,6 +162,10 @@ impl BusApi for Nats {
         Ok(())
     }
 
+    async fn add_subjects(&self, stream: &'static str, subjects: &[String]) -> Result<()> {
+        streams::add_subjects(self.pool.mine(), stream, subjects).await
+    }
+
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
         check_subject(&message.subject)?;
         let link = self.pool.of(&message.subject).await?;
@@ -208,8 +212,20 @@ impl BusApi for Nats {
         Ok(written)
     }
 
-    async fn consume(&self, config: ConsumerConfig) -> Result<Consumer> {
-        consumer::start(self.pool.next(), config, &self.tasks, &self.cancel).await
+    async fn consume_within(&self, config: ConsumerConfig, places: &Places) -> Result<Consumer> {
+        consumer::start(self.pool.next(), config, places, &self.tasks, &self.cancel).await
+    }
+
+    async fn seen(&self, stream: &'static str, msg_id: &str) -> Result<bool> {
+        streams::seen(self.pool.mine(), stream, msg_id, APPEND_DEADLINE).await
+    }
+
+    async fn time_ms(&self, stream: &str) -> Result<u64> {
+        streams::time_ms(self.pool.mine(), stream, HEALTH_DEADLINE).await
+    }
+
+    fn is_atomic(&self) -> bool {
+        false
     }
 
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo> {

@@ -15,7 +15,8 @@ pub const BACKPRESSURE: &str = "beamline.router.v1.status.backpressure";
 /// Returns the state of every provider's circuit breaker, for operators.
 pub const ADMIN_BREAKERS: &str = "beamline.router.v1.admin.get_circuit_breaker_states";
 
-/// Assignments, router → worker (stream [`STREAM_ASSIGN`]).
+/// Assignments, router → worker (stream [`STREAM_ASSIGN`]). Those for a provider that a live worker listens for are on
+/// [`assign_to`] instead.
 pub const ASSIGN: &str = "caf.exec.assign.v1";
 /// Results, worker → router and waiting clients (stream [`STREAM_RESULT`]).
 pub const RESULT: &str = "caf.exec.result.v1";
@@ -56,6 +57,32 @@ pub fn is_result_copy(subject: &str) -> bool {
         && instance
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+}
+
+/// The subject of the assignments for one provider, in the stream of [`ASSIGN`]. `None` if the provider's name is not 1
+/// to 64 of the characters `A-Za-z0-9_-`, or has another meaning below [`ASSIGN`].
+pub fn assign_to(provider: &str) -> Option<String> {
+    let is_token = (1..=64).contains(&provider.len())
+        && provider
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-');
+    (is_token && !["ack", "dlq"].contains(&provider)).then(|| format!("{ASSIGN}.{provider}"))
+}
+
+/// Whether assignments travel on this subject: [`ASSIGN`], or [`assign_to`] a provider.
+pub fn is_assign(subject: &str) -> bool {
+    let below = subject.strip_prefix(ASSIGN).and_then(|rest| rest.strip_prefix('.'));
+    subject == ASSIGN || below.and_then(assign_to).is_some()
+}
+
+/// Where a bus asks whether a stream has seen a message id. Nothing is ever stored there.
+pub fn seen(stream: &str) -> String {
+    format!("beamline.bus.v1.seen.{stream}")
+}
+
+/// Where it is noted that a result was billed although its task is not known. No tenant begins with `$`.
+pub fn billed_key(assignment_id: &str) -> String {
+    format!("$billed/{assignment_id}")
 }
 
 /// The dead-letter subject of `subject`.
@@ -146,6 +173,21 @@ mod tests {
         let long = format!("{RESULT_COPY_PREFIX}{}", "x".repeat(65));
         for bad in ["", RESULT, "beamline.result.v1.", "beamline.result.v1.a.b", "beamline.result.v1.>", &long] {
             assert!(!is_result_copy(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn assignments_travel_on_the_common_subject_and_one_token_below() {
+        assert_eq!(assign_to("gpu-1").as_deref(), Some("caf.exec.assign.v1.gpu-1"));
+        assert!(is_assign(ASSIGN) && is_assign("caf.exec.assign.v1.gpu-1"));
+
+        let long = "x".repeat(65);
+        for bad in ["", "ack", "dlq", "a.b", "*", ">", "a b", "é", "$x", &long] {
+            assert_eq!(assign_to(bad), None, "{bad:?}");
+            assert!(!is_assign(&format!("{ASSIGN}.{bad}")), "{bad:?}");
+        }
+        for bad in ["", "caf.exec.assign.v2", "caf.exec.assign.v1x", "caf.exec.result.v1"] {
+            assert!(!is_assign(bad), "{bad:?}");
         }
     }
 

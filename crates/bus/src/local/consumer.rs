@@ -2,10 +2,11 @@
 
 use super::state::Step;
 use super::store::{ConsumerHandle, Store};
-use crate::{Acker, Consumer, ConsumerConfig, Delivery, Outcome, Result};
+use crate::places::{Member, Reserved};
+use crate::{Acker, Consumer, ConsumerConfig, Delivery, Outcome, Places, Result};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -17,14 +18,14 @@ const IDLE_MAX: Duration = Duration::from_secs(5);
 pub async fn start(
     store: Arc<Store>,
     config: ConsumerConfig,
+    places: &Places,
     tasks: &TaskTracker,
     end: &CancellationToken,
 ) -> Result<Consumer> {
     let handle = store.consumer(&config).await?;
     let (sender, receiver) = mpsc::channel(CLAIM_MAX.min(config.max_ack_pending.max(1)));
-    let in_hand = Arc::new(Semaphore::new(config.max_in_hand.clamp(1, Semaphore::MAX_PERMITS)));
     let cancel = end.child_token();
-    tasks.spawn(pump(store, handle, sender, in_hand, cancel.clone()));
+    tasks.spawn(pump(store, handle, sender, places.join(), cancel.clone()));
     Ok(Consumer { receiver, _guard: Box::new(cancel.drop_guard()) })
 }
 
@@ -32,7 +33,7 @@ async fn pump(
     store: Arc<Store>,
     consumer: ConsumerHandle,
     sender: mpsc::Sender<Delivery>,
-    in_hand: Arc<Semaphore>,
+    places: Member,
     cancel: CancellationToken,
 ) {
     loop {
@@ -42,10 +43,10 @@ async fn pump(
         tokio::pin!(notified);
         notified.as_mut().enable();
 
-        let Some(mut permits) = reserve(&sender, &in_hand, &cancel).await else {
+        let Some(mut reserved) = reserve(&sender, &places, &cancel).await else {
             return;
         };
-        let room = permits.num_permits();
+        let room = reserved.len();
         let idle = match store.claim(&consumer, room).await {
             Ok(claim) => {
                 let more = claim.messages.len() == room;
@@ -61,9 +62,7 @@ async fn pump(
                         sequence: claimed.sequence,
                         stored_ms: claimed.stored_ms,
                         acker,
-                        _place: permits
-                            .split(1)
-                            .expect("the claim is no larger than the number of permits"),
+                        place: reserved.take(),
                     };
 
                     // The consumer was dropped: release the rest of the claim to other consumers at once.
@@ -84,7 +83,7 @@ async fn pump(
                 Duration::from_secs(1)
             }
         };
-        drop(permits);
+        drop(reserved);
 
         tokio::select! {
             () = cancel.cancelled() => return,
@@ -94,31 +93,17 @@ async fn pump(
     }
 }
 
-/// Waits until the consumer can take a delivery and returns a permit for each one it can take now, at least one.
-/// `None` means that the consumer was dropped.
-async fn reserve(
-    sender: &mpsc::Sender<Delivery>,
-    in_hand: &Arc<Semaphore>,
-    cancel: &CancellationToken,
-) -> Option<OwnedSemaphorePermit> {
+/// Waits until the consumer can take a delivery and returns a place for each one it can take now, at least one. `None`
+/// means that the consumer was dropped.
+async fn reserve(sender: &mpsc::Sender<Delivery>, places: &Member, cancel: &CancellationToken) -> Option<Reserved> {
     let ready = async {
         drop(sender.reserve().await.ok()?);
-        in_hand.clone().acquire_owned().await.ok()
+        Some(places.reserve(1, sender.capacity()).await)
     };
-    let mut permits = tokio::select! {
-        () = cancel.cancelled() => return None,
-        permit = ready => permit?,
-    };
-
-    let more = in_hand.available_permits().min(sender.capacity().saturating_sub(1));
-    // Only this pump acquires permits, so those that were available still are.
-    if let Ok(rest) = in_hand
-        .clone()
-        .try_acquire_many_owned(u32::try_from(more).unwrap_or(u32::MAX))
-    {
-        permits.merge(rest);
+    tokio::select! {
+        () = cancel.cancelled() => None,
+        reserved = ready => reserved,
     }
-    Some(permits)
 }
 
 pub struct Settle {

@@ -236,6 +236,12 @@ impl State {
         Ok(Appended { sequence, duplicate: false })
     }
 
+    /// Whether the stream has stored a message under the id with this hash within its dedup window.
+    pub fn seen(&mut self, name: &str, id: u128, now_ms: u64) -> Result<bool> {
+        let (stream, config) = self.declared(name)?;
+        Ok(stream.seen.get(id, now_ms, config.dedup_window).is_some())
+    }
+
     /// Carries out all steps in order, or none: every step is checked before the first one changes the state.
     pub fn write(&mut self, group: &mut Group, steps: &[Step], now_ms: u64, clock_ms: u64) -> Result<Vec<Taken>> {
         for (index, step) in steps.iter().enumerate() {

@@ -28,8 +28,29 @@ pub struct Store {
 
 struct Stream {
     subjects: Vec<String>,
-    /// Notified when messages become available.
-    work: Arc<Notify>,
+    readers: Arc<Readers>,
+}
+
+/// The consumers of a stream, by name: their filters, and what is notified when messages become available.
+#[derive(Default)]
+struct Readers(RwLock<HashMap<String, (Option<String>, Arc<Notify>)>>);
+
+impl Readers {
+    fn add(&self, config: &ConsumerConfig) -> Arc<Notify> {
+        let mut readers = self.0.write();
+        let (filter, work) = readers.entry(config.name.clone()).or_default();
+        filter.clone_from(&config.filter);
+        work.clone()
+    }
+
+    /// Wakes those that read the subject.
+    fn wake(&self, subject: &str) {
+        for (filter, work) in self.0.read().values() {
+            if filter.as_deref().is_none_or(|filter| matches(filter, subject)) {
+                work.notify_waiters();
+            }
+        }
+    }
 }
 
 /// A handle to a consumer, for its pump and its deliveries.
@@ -100,37 +121,47 @@ impl Store {
 
     pub async fn declare_stream(&self, config: StreamConfig) -> Result<()> {
         let (name, subjects) = (config.name, config.subjects.clone());
-        self.check_overlap(&config)?;
+        self.check_overlap(name, &subjects)?;
         self.run(move |state, group| {
             state.declare_stream(group, config);
             Ok(())
         })
         .await?;
 
-        // A redeclared stream keeps its notifier, on which its consumers wait.
-        let mut streams = self.streams.write();
-        let (known, work) = streams
-            .get(name)
-            .map_or_else(Default::default, |known| (known.subjects.clone(), known.work.clone()));
-        let subjects = union(&known, &subjects);
-        streams.insert(name, Arc::new(Stream { subjects, work }));
+        self.take_subjects(name, &subjects);
         Ok(())
     }
 
+    pub fn add_subjects(&self, stream: &'static str, subjects: &[String]) -> Result<()> {
+        if !self.streams.read().contains_key(stream) {
+            return Err(Error::NoStream(stream.into()));
+        }
+        self.check_overlap(stream, subjects)?;
+        self.take_subjects(stream, subjects);
+        Ok(())
+    }
+
+    /// Unites a stream's subjects with these. A known stream keeps its readers.
+    fn take_subjects(&self, name: &'static str, subjects: &[String]) {
+        let mut streams = self.streams.write();
+        let (known, readers) = streams
+            .get(name)
+            .map_or_else(Default::default, |known| (known.subjects.clone(), known.readers.clone()));
+        let subjects = union(&known, subjects);
+        streams.insert(name, Arc::new(Stream { subjects, readers }));
+    }
+
     /// Fails if another stream takes a subject of this one.
-    fn check_overlap(&self, config: &StreamConfig) -> Result<()> {
+    fn check_overlap(&self, stream: &str, subjects: &[String]) -> Result<()> {
         let streams = self.streams.read();
-        for (name, other) in streams.iter().filter(|(name, _)| **name != config.name) {
-            for (own, taken) in config
-                .subjects
+        for (name, other) in streams.iter().filter(|(name, _)| **name != stream) {
+            for (own, taken) in subjects
                 .iter()
                 .flat_map(|own| other.subjects.iter().map(move |taken| (own, taken)))
             {
                 if overlap(own, taken) {
-                    let text = format!(
-                        "cannot declare stream {}: its subject {own} overlaps {taken} of stream {name}",
-                        config.name
-                    );
+                    let text =
+                        format!("cannot declare stream {stream}: its subject {own} overlaps {taken} of stream {name}");
                     return Err(Error::Storage(text));
                 }
             }
@@ -139,14 +170,20 @@ impl Store {
     }
 
     pub async fn append(&self, message: &Message, msg_id: Option<&str>) -> Result<Appended> {
-        let (name, work) = self.stream_of(&message.subject)?;
+        let (name, readers) = self.stream_of(&message.subject)?;
         let new = NewMessage::new(message, msg_id);
         let now = unix_ms();
         let appended = self
             .run(move |state, group| state.append(group, name, &new, now))
             .await?;
-        work.notify_waiters();
+        readers.wake(&message.subject);
         Ok(appended)
+    }
+
+    /// Whether the stream remembers the message id.
+    pub async fn seen(&self, stream: &'static str, msg_id: &str) -> Result<bool> {
+        let (id, now) = (super::state::hash_id(msg_id), unix_ms());
+        self.run(move |state, _| state.seen(stream, id, now)).await
     }
 
     /// Carries out all steps in one commit, or none; see [`State::write`]. The caller notifies consumers with
@@ -157,10 +194,10 @@ impl Store {
             .await
     }
 
-    /// Wakes the consumers of the stream that stores `subject`.
+    /// Wakes the consumers that read `subject`.
     pub fn wake(&self, subject: &str) {
-        if let Ok((_, work)) = self.stream_of(subject) {
-            work.notify_waiters();
+        if let Ok((_, readers)) = self.stream_of(subject) {
+            readers.wake(subject);
         }
     }
 
@@ -169,28 +206,28 @@ impl Store {
         self.stream_of(subject).map(|(name, _)| name)
     }
 
-    fn stream_of(&self, subject: &str) -> Result<(&'static str, Arc<Notify>)> {
+    fn stream_of(&self, subject: &str) -> Result<(&'static str, Arc<Readers>)> {
         let streams = self.streams.read();
         let takes = |stream: &Stream| stream.subjects.iter().any(|pattern| matches(pattern, subject));
         let found = streams.iter().find(|(_, stream)| takes(stream));
         found
-            .map(|(name, stream)| (*name, stream.work.clone()))
+            .map(|(name, stream)| (*name, stream.readers.clone()))
             .ok_or_else(|| Error::NoStream(subject.into()))
     }
 
     pub async fn consumer(&self, config: &ConsumerConfig) -> Result<ConsumerHandle> {
         let missing = || Error::NoStream(config.stream.into());
-        let work = self
+        let readers = self
             .streams
             .read()
             .get(config.stream)
-            .map(|stream| stream.work.clone())
+            .map(|stream| stream.readers.clone())
             .ok_or_else(missing)?;
 
         let config = Arc::new(config.clone());
         let made = config.clone();
         self.run(move |state, group| state.consumer(group, &made)).await?;
-        Ok(ConsumerHandle { config, work })
+        Ok(ConsumerHandle { work: readers.add(&config), config })
     }
 
     /// Claims up to `max` available messages for `ack_wait`.

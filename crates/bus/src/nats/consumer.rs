@@ -1,24 +1,29 @@
 //! A durable JetStream pull consumer that pulls as many messages as it has room for, until it is dropped.
 //!
-//! It sends its own pull requests instead of using the client library's batches. Those stall on idle heartbeats (0.51)
+//! A consumer that shares its places with others asks the stream for what is stored, for as many messages as it has
+//! places. When there is nothing left, it waits for the next message with a pull that holds no place, and that it takes
+//! back when all places are taken.
+//!
+//! The pump sends its own pull requests instead of using the client library's batches. Those stall on idle heartbeats (0.51)
 //! and pull more than there is room for, so messages would sit here beyond their `ack_wait`.
 
 use super::convert;
 use super::inbox::Awaited;
 use super::link::Link;
 use super::{streams, subscription};
-use crate::{Acker, Consumer, ConsumerConfig, Delivery, Error, Outcome, Result};
+use crate::places::{Member, Place, Reserved};
+use crate::{Acker, Consumer, ConsumerConfig, Delivery, Error, Outcome, Places, Result};
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::message::{AckKind, Message as JetMessage};
 use async_nats::jetstream::stream::RetentionPolicy;
 use async_nats::{HeaderMap, StatusCode, Subject, Subscriber};
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::{Instant, timeout_at};
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -29,6 +34,13 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 /// A server that sends neither messages nor heartbeats for this long has lost the pull: it restarted, or the connection
 /// was lost.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// A shared consumer with places to spare asks for this long, so that a stream of messages needs few pulls. Until then it
+/// keeps these places from the others.
+const LINGER: Duration = Duration::from_millis(50);
+/// A delivery that waits for a place this long is returned: other consumers took the last one at the same moment.
+const PLACE_DEADLINE: Duration = Duration::from_millis(250);
+/// While all places are taken, a shared consumer that found nothing looks again this often.
+const FULL_PAUSE: Duration = Duration::from_millis(20);
 const RETRY_DELAY: Duration = Duration::from_millis(500);
 /// Pauses after refused pulls: the first, and the longest.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -45,6 +57,7 @@ const API_PREFIX: &str = "$JS.API";
 pub async fn start(
     link: &Arc<Link>,
     config: ConsumerConfig,
+    places: &Places,
     tasks: &TaskTracker,
     end: &CancellationToken,
 ) -> Result<Consumer> {
@@ -57,8 +70,13 @@ pub async fn start(
 
     let (sender, receiver) = mpsc::channel(PULL_MAX.min(config.max_ack_pending.max(1)));
     let cancel = end.child_token();
-    let in_hand = Arc::new(Semaphore::new(config.max_in_hand.clamp(1, Semaphore::MAX_PERMITS)));
-    let pump = Pump { link: link.clone(), config, sender, in_hand, cancel: cancel.clone() };
+    let pump = Pump {
+        link: link.clone(),
+        config,
+        sender,
+        places: places.join(),
+        cancel: cancel.clone(),
+    };
     tasks.spawn(pump.run());
     Ok(Consumer { receiver, _guard: Box::new(cancel.drop_guard()) })
 }
@@ -104,20 +122,56 @@ async fn ensure(link: &Link, config: &ConsumerConfig) -> Result<()> {
 
 /// How a pull ended.
 enum PullEnd {
-    /// The pull is complete or has expired.
+    /// All messages that it asked for have arrived.
+    Complete,
+    /// It has expired, or there are no more messages.
     Done,
     /// The consumer was dropped.
     Dropped,
     /// The server refused the pull, for this reason. It may accept the next one.
     Refused(String),
+    /// All shared places are taken.
+    Full,
+}
+
+/// How the pulls of one subscription ended.
+enum Served {
+    Dropped,
+    Full,
+}
+
+/// What a pull asks for.
+struct Pull {
+    batch: usize,
+    expires: Option<Duration>,
+}
+
+impl Pull {
+    /// Waits for messages.
+    fn waiting(batch: usize) -> Self {
+        Self { batch, expires: Some(PULL_EXPIRES) }
+    }
+}
+
+/// Where the places of a pull's deliveries come from.
+enum Source {
+    Reserved(Reserved),
+    /// Reserved when a message arrives.
+    OnArrival,
+}
+
+/// One subscription and its pulls.
+struct Session {
+    inbox: String,
+    incoming: Subscriber,
+    connects: watch::Receiver<u64>,
 }
 
 struct Pump {
     link: Arc<Link>,
     config: ConsumerConfig,
     sender: mpsc::Sender<Delivery>,
-    /// One permit for each of the [`ConsumerConfig::max_in_hand`] deliveries that may be outstanding.
-    in_hand: Arc<Semaphore>,
+    places: Member,
     cancel: CancellationToken,
 }
 
@@ -126,8 +180,16 @@ impl Pump {
         // `start` has just declared the consumer.
         let mut declared = true;
         loop {
-            let Err(reason) = self.serve(declared).await else {
-                return;
+            let reason = match self.serve(declared).await {
+                Ok(Served::Dropped) => return,
+                Ok(Served::Full) => {
+                    declared = true;
+                    tokio::select! {
+                        () = self.cancel.cancelled() => return,
+                        () = tokio::time::sleep(FULL_PAUSE) => continue,
+                    }
+                }
+                Err(reason) => reason,
             };
 
             let (stream, consumer) = (self.config.stream, &self.config.name);
@@ -141,9 +203,9 @@ impl Pump {
         }
     }
 
-    /// Pulls until the consumer is dropped (`Ok`) or the server or connection fails (`Err` with the reason).
-    /// One subscription serves all pulls; each pull has its own reply subject below it.
-    async fn serve(&self, declared: bool) -> Result<(), String> {
+    /// Pulls until the consumer is dropped, all shared places are taken, or the server or connection fails (`Err` with
+    /// the reason). One subscription serves all pulls; each pull has its own reply subject below it.
+    async fn serve(&self, declared: bool) -> Result<Served, String> {
         let mut connects = self.link.connects();
         connects.mark_unchanged();
 
@@ -155,19 +217,14 @@ impl Pump {
             let incoming = self.link.client.subscribe(format!("{inbox}.*")).await;
             Ok((inbox, incoming.map_err(|error| Error::Disconnected(error.to_string()))?))
         };
-        let (inbox, mut incoming) = tokio::select! {
-            () = self.cancel.cancelled() => return Ok(()),
+        let (inbox, incoming) = tokio::select! {
+            () = self.cancel.cancelled() => return Ok(Served::Dropped),
             begun = begin => begun.map_err(|error: Error| error.to_string())?,
         };
 
-        let ended = tokio::select! {
-            () = self.cancel.cancelled() => Ok(()),
-            ended = self.pull(&inbox, &mut incoming) => ended,
-            // After a reconnect the server no longer knows the pull.
-            _ = connects.changed() => Err("the connection was re-established".into()),
-        };
-
-        self.leave(incoming).await;
+        let mut session = Session { inbox, incoming, connects };
+        let ended = self.pull(&mut session).await;
+        self.leave(session.incoming).await;
         ended
     }
 
@@ -194,61 +251,99 @@ impl Pump {
         }
     }
 
-    /// Sends one pull after another; returns `Ok` when the consumer was dropped.
-    async fn pull(&self, inbox: &str, incoming: &mut Subscriber) -> Result<(), String> {
-        // A wide consumer waits until half of its queue is free, so that it does not pull messages one by one. A narrow
-        // one must not leave a worker idle while others are busy.
-        let half = self.sender.max_capacity().div_ceil(2);
-        let least = if self.config.max_in_hand > PULL_MAX { half } else { 1 };
-
+    /// Sends one pull after another. It ends only where no message is in hand.
+    async fn pull(&self, session: &mut Session) -> Result<Served, String> {
         let mut pause = PAUSE_MIN;
         for number in 0_u64.. {
-            let Ok(room) = self.sender.reserve_many(least).await else {
-                return Ok(());
+            let ended = match self.places.is_alone() {
+                true => self.pull_alone(number, session).await?,
+                false => self.pull_beside_others(number, session).await?,
             };
-            drop(room);
-            let Some(permits) = self.permits(least).await else {
-                return Ok(());
-            };
-
-            let reply = format!("{inbox}.{number}");
-            self.request(&reply, permits.num_permits())
-                .await
-                .map_err(|error| error.to_string())?;
-            match self.receive(incoming, &reply, permits).await? {
-                PullEnd::Done => pause = PAUSE_MIN,
-                PullEnd::Dropped => return Ok(()),
+            match ended {
+                PullEnd::Complete | PullEnd::Done => pause = PAUSE_MIN,
+                PullEnd::Dropped => return Ok(Served::Dropped),
+                PullEnd::Full => return Ok(Served::Full),
                 PullEnd::Refused(why) => {
                     let (stream, consumer) = (self.config.stream, &self.config.name);
                     tracing::debug!(why, stream, consumer, "the server refused a pull; trying again");
-                    tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+                    let pausing = tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0)));
+                    tokio::select! {
+                        () = self.cancel.cancelled() => return Ok(Served::Dropped),
+                        () = pausing => {}
+                    }
                     pause = PAUSE_MAX.min(2 * pause);
                 }
             }
         }
-        Ok(())
+        Ok(Served::Dropped)
     }
 
-    /// Waits for `least` permits, then takes as many more as are available and fit the queue.
-    async fn permits(&self, least: usize) -> Option<OwnedSemaphorePermit> {
-        let count = |permits: usize| u32::try_from(permits).unwrap_or(u32::MAX);
-        let mut permits = self.in_hand.clone().acquire_many_owned(count(least)).await.ok()?;
-        let more = self
-            .in_hand
-            .available_permits()
-            .min(self.sender.capacity().saturating_sub(least));
-        if let Ok(rest) = self.in_hand.clone().try_acquire_many_owned(count(more)) {
-            permits.merge(rest);
+    /// One pull that holds its places until it ends.
+    async fn pull_alone(&self, number: u64, session: &mut Session) -> Result<PullEnd, String> {
+        // A wide consumer waits until half of its queue is free, so that it does not pull messages one by one. A narrow
+        // one must not leave a worker idle while others are busy.
+        let half = self.sender.max_capacity().div_ceil(2);
+        let least = if self.places.size() > PULL_MAX { half } else { 1 };
+
+        let Some(reserved) = self.reserve(least).await else {
+            return Ok(PullEnd::Dropped);
+        };
+        let pull = Pull::waiting(reserved.len());
+        self.exchange(&number.to_string(), pull, session, Source::Reserved(reserved))
+            .await
+    }
+
+    /// Asks for what is stored, then waits for the next message.
+    async fn pull_beside_others(&self, number: u64, session: &mut Session) -> Result<PullEnd, String> {
+        let Some(reserved) = self.reserve(1).await else {
+            return Ok(PullEnd::Dropped);
+        };
+        let (batch, linger) = (reserved.len(), reserved.len() > 1);
+        let stored = Pull { batch, expires: linger.then_some(LINGER) };
+        let ended = self
+            .exchange(&number.to_string(), stored, session, Source::Reserved(reserved))
+            .await?;
+        if !matches!(ended, PullEnd::Done) {
+            return Ok(ended);
         }
-        Some(permits)
+        if self.places.full().now_or_never().is_some() {
+            return Ok(PullEnd::Full);
+        }
+        self.exchange(&format!("{number}-next"), Pull::waiting(1), session, Source::OnArrival)
+            .await
     }
 
-    /// Sends one pull request for up to `batch` messages, to be delivered on `reply`.
-    async fn request(&self, reply: &str, batch: usize) -> Result<()> {
+    /// Waits until the queue and the places have room for `least` deliveries; reserves places for what fits the queue.
+    /// `None` if the consumer was dropped.
+    async fn reserve(&self, least: usize) -> Option<Reserved> {
+        let reserved = async {
+            drop(self.sender.reserve_many(least).await.ok()?);
+            Some(self.places.reserve(least, self.sender.capacity()).await)
+        };
+        tokio::select! {
+            () = self.cancel.cancelled() => None,
+            reserved = reserved => reserved,
+        }
+    }
+
+    /// Sends one pull of this name and delivers its messages.
+    async fn exchange(&self, name: &str, pull: Pull, session: &mut Session, source: Source) -> Result<PullEnd, String> {
+        let (reply, batch) = (format!("{}.{name}", session.inbox), pull.batch);
+        self.request(&reply, pull).await.map_err(|error| error.to_string())?;
+        self.receive(session, &reply, batch, source).await
+    }
+
+    /// Sends one pull request, to be answered on `reply`.
+    async fn request(&self, reply: &str, pull: Pull) -> Result<()> {
         let request = pull::BatchConfig {
-            batch,
-            expires: Some(PULL_EXPIRES),
-            idle_heartbeat: HEARTBEAT,
+            batch: pull.batch,
+            expires: pull.expires,
+            no_wait: pull.expires.is_none(),
+            // The server refuses heartbeats that are not much more frequent than the pull is long.
+            idle_heartbeat: pull
+                .expires
+                .filter(|time| *time > 2 * HEARTBEAT)
+                .map_or(Duration::ZERO, |_| HEARTBEAT),
             ..pull::BatchConfig::default()
         };
         let message = crate::Message {
@@ -262,37 +357,46 @@ impl Pump {
         self.link.publish(message).await
     }
 
+    /// The place of a delivery that has arrived; `None` if there is none.
+    async fn place(&self, source: &mut Source) -> Option<Place> {
+        match source {
+            Source::Reserved(reserved) => reserved.take(),
+            Source::OnArrival => timeout(PLACE_DEADLINE, self.places.reserve(1, 1)).await.ok()?.take(),
+        }
+    }
+
     /// Delivers the messages of one pull until it ends. An error means that the server may have lost the consumer.
     async fn receive(
         &self,
-        incoming: &mut Subscriber,
+        session: &mut Session,
         reply: &str,
-        mut permits: OwnedSemaphorePermit,
+        batch: usize,
+        mut source: Source,
     ) -> Result<PullEnd, String> {
-        while permits.num_permits() > 0 {
-            let message = timeout_at(Instant::now() + SILENCE_MAX, incoming.next()).await;
+        let mut left = batch;
+        while left > 0 {
+            // Only this wait ends early: what has arrived is delivered or returned.
+            let message = tokio::select! {
+                message = timeout(SILENCE_MAX, session.incoming.next()) => message,
+                () = self.cancel.cancelled() => return Ok(PullEnd::Dropped),
+                // After a reconnect the server no longer knows the pull.
+                _ = session.connects.changed() => return Err("the connection was re-established".into()),
+                () = self.places.full(), if matches!(source, Source::OnArrival) => return Ok(PullEnd::Full),
+            };
             let message = message
                 .map_err(|_| "the server sent no message or heartbeat".to_string())?
                 .ok_or("the connection is closed")?;
 
             // Messages carry no status; status messages report on the pull itself.
             let Some(status) = message.status else {
-                let Some(permit) = permits.split(1) else {
-                    return Ok(PullEnd::Done);
-                };
-                let Some(delivery) = self.delivery(message, permit) else {
+                left -= 1;
+                let Some(delivery) = self.delivery(message) else {
                     tracing::error!(stream = self.config.stream, "message without JetStream metadata ignored");
                     continue;
                 };
-                // Only this task fills the queue, and it requested no more than fits. A `send` could be cancelled while
-                // it waits for the scheduler, and the message would come back only after its ack wait.
-                match self.sender.try_send(delivery) {
-                    Ok(()) => {}
-                    Err(TrySendError::Full(delivery)) => crate::give_back(&delivery).await,
-                    Err(TrySendError::Closed(delivery)) => {
-                        crate::give_back(&delivery).await;
-                        return Ok(PullEnd::Dropped);
-                    }
+                let place = self.place(&mut source).await;
+                if !self.deliver(delivery, place).await {
+                    return Ok(PullEnd::Dropped);
                 }
                 continue;
             };
@@ -304,7 +408,11 @@ impl Pump {
 
             let ended = [StatusCode::TIMEOUT, StatusCode::NOT_FOUND].contains(&status);
             let text = message.description.unwrap_or_default();
-            if ended || text.contains("Batch Completed") {
+            if ended
+                || ["Batch Completed", "Exceeded MaxAckPending"]
+                    .iter()
+                    .any(|why| text.contains(why))
+            {
                 return Ok(PullEnd::Done);
             }
             // The consumer exists, but has too many pulls, or its server is about to change.
@@ -316,11 +424,35 @@ impl Pump {
             }
             return Err(format!("{status} {text}"));
         }
-        Ok(PullEnd::Done)
+        Ok(PullEnd::Complete)
+    }
+
+    /// Queues the delivery, or returns it to the stream if there is no place for it. Returns `false` if the consumer was
+    /// dropped.
+    async fn deliver(&self, mut delivery: Delivery, place: Option<Place>) -> bool {
+        if place.is_none() {
+            crate::give_back(&delivery).await;
+            return true;
+        }
+
+        delivery.place = place;
+        // Only this task fills the queue, and it requested no more than fits. A `send` could be cancelled while it waits
+        // for the scheduler, and the message would come back only after its ack wait.
+        match self.sender.try_send(delivery) {
+            Ok(()) => true,
+            Err(TrySendError::Full(delivery)) => {
+                crate::give_back(&delivery).await;
+                true
+            }
+            Err(TrySendError::Closed(delivery)) => {
+                crate::give_back(&delivery).await;
+                false
+            }
+        }
     }
 
     /// `None` if the message carries no JetStream metadata.
-    fn delivery(&self, message: async_nats::Message, permit: OwnedSemaphorePermit) -> Option<Delivery> {
+    fn delivery(&self, message: async_nats::Message) -> Option<Delivery> {
         let message = JetMessage { message, context: self.link.jetstream.clone() };
         let info = message.info().ok()?;
         let (sequence, delivered) = (info.stream_sequence, u32::try_from(info.delivered).unwrap_or(u32::MAX));
@@ -331,14 +463,7 @@ impl Pump {
         // The reply subject is the address for acknowledgements, not a request to answer.
         converted.reply = None;
         let acker = Acker::Nats(Settle { link: self.link.clone(), reply });
-        Some(Delivery {
-            message: converted,
-            delivered,
-            sequence,
-            stored_ms,
-            acker,
-            _place: permit,
-        })
+        Some(Delivery { message: converted, delivered, sequence, stored_ms, acker, place: None })
     }
 }
 

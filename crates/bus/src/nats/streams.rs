@@ -5,14 +5,19 @@ use super::inbox::Awaited;
 use super::link::Link;
 use crate::pattern::union;
 use crate::{Appended, Error, Message, Result, Retention, StreamConfig, StreamInfo};
-use async_nats::header::NATS_MESSAGE_ID;
+use async_nats::HeaderMap;
+use async_nats::header::{NATS_EXPECTED_LAST_MESSAGE_ID, NATS_MESSAGE_ID};
 use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamByNameErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::publish::PublishAck;
 use async_nats::jetstream::response::Response;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType, Stream};
 use async_nats::jetstream::{ErrorCode, kv};
+use bytes::Bytes;
 use futures_util::TryStreamExt;
 use std::time::Duration;
+
+/// A message id that no message has.
+const ID_OF_NONE: &str = "beamline: the id of no message";
 
 pub async fn declare(link: &Link, stream: StreamConfig) -> Result<()> {
     link.connected()?;
@@ -142,6 +147,60 @@ pub async fn takes(link: &Link, subject: &str) -> Result<bool> {
         Err(error) if error.kind() == GetStreamByNameErrorKind::NotFound => Ok(false),
         Err(_) => Err(Error::Timeout(subject.into())),
     }
+}
+
+/// Whether the stream remembers the message id. This appends a message that cannot be stored, because it expects that
+/// the last message has an id that none has: the server looks for duplicates first, and refuses the rest. (Servers check
+/// an expected sequence before that.) It goes to a subject of its own, because live subscribers receive what is refused,
+/// too.
+pub async fn seen(link: &Link, stream: &str, msg_id: &str, deadline: Duration) -> Result<bool> {
+    let subject = wire::subjects::seen(stream);
+    let ask = || {
+        let mut headers = HeaderMap::new();
+        headers.insert(NATS_MESSAGE_ID, msg_id.replace(['\r', '\n'], " "));
+        headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID, ID_OF_NONE);
+        link.ask(&subject, headers, Bytes::new(), Awaited::PubAck, deadline)
+    };
+
+    let ack = match ask().await {
+        // Nobody has asked this stream before. With a subscriber to everything, the request times out instead.
+        Err(Error::NoResponders(_) | Error::Timeout(_)) => {
+            add_subjects(link, stream, std::slice::from_ref(&subject)).await?;
+            ask().await
+        }
+        answered => answered,
+    }?;
+    match stored(&ack.payload) {
+        Ok(appended) => Ok(appended.duplicate),
+        Err(refused) if refused.code == Some(ErrorCode::STREAM_WRONG_LAST_MESSAGE_ID) => Ok(false),
+        Err(refused) => {
+            Err(Error::Storage(format!("cannot look for message id {msg_id} in {stream}: {}", refused.why)))
+        }
+    }
+}
+
+/// Adds subjects to those that an existing stream takes.
+pub async fn add_subjects(link: &Link, stream: &str, subjects: &[String]) -> Result<()> {
+    link.connected()?;
+    if get(link, stream).await?.is_none() {
+        return Err(Error::NoStream(stream.into()));
+    }
+    create_or_update(link, stream, |config| config.subjects = union(&config.subjects, subjects)).await
+}
+
+/// The server's clock, as it answers a query about the stream.
+pub async fn time_ms(link: &Link, stream: &str, deadline: Duration) -> Result<u64> {
+    let subject = format!("$JS.API.STREAM.INFO.{stream}");
+    let reply = link
+        .ask(&subject, HeaderMap::new(), Bytes::new(), Awaited::Reply, deadline)
+        .await?;
+    let answer = serde_json::from_slice::<serde_json::Value>(&reply.payload).unwrap_or_default();
+    let time = answer["ts"]
+        .as_str()
+        .and_then(|text| async_nats::datetime::parse_rfc3339(text).ok());
+    // Servers before 2.10 do not say.
+    Ok(time
+        .map_or_else(crate::clock::unix_ms, |time| u64::try_from(time.unix_timestamp_nanos() / 1_000_000).unwrap_or(0)))
 }
 
 /// Parses the server's acknowledgement of a publish.

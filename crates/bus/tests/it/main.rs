@@ -8,6 +8,7 @@ mod consumers;
 mod crashes;
 mod embedded;
 mod outage;
+mod places;
 mod server;
 mod streams;
 mod subjects;
@@ -82,6 +83,13 @@ conformance! {
     consumers::burst_arrives_complete_and_in_order,
     consumers::max_in_hand_bounds_what_a_consumer_takes,
     consumers::closed_consumer_returns_undelivered_messages,
+    places::shared_places_bound_all_consumers_and_starve_none,
+    places::idle_consumer_leaves_its_places_to_the_others,
+    places::message_for_a_full_reader_goes_to_another_one,
+    places::consumers_of_an_idle_reader_share_one_place,
+    places::released_delivery_can_still_be_settled,
+    streams::seen_message_id_is_known_and_nothing_is_stored,
+    streams::time_is_that_of_the_clock_that_stamps_messages,
     batches::batch_puts_appends_and_acknowledges,
     batches::batch_publishes_after_its_writes,
     batches::failed_step_ends_a_batch,

@@ -149,3 +149,41 @@ async fn settle_two(bus: &Bus, retention: Retention, left: u64) {
     })
     .await;
 }
+
+pub async fn seen_message_id_is_known_and_nothing_is_stored(bus: Bus) {
+    bus.declare_stream(stream(Retention::Limits)).await.unwrap();
+    let mut live = bus.subscribe("s.>", None, 16).await.unwrap();
+    assert!(!bus.seen("S", "id").await.unwrap());
+    bus.append(message("s.a", "x"), Some("id")).await.unwrap();
+    assert_eq!(text(&soon(live.next()).await.unwrap()), "x");
+
+    for _ in 0..2 {
+        assert!(bus.seen("S", "id").await.unwrap());
+        assert!(!bus.seen("S", "another id").await.unwrap());
+    }
+    // To ask is not to append: the same id can still be stored once.
+    assert!(
+        !bus.append(message("s.a", "y"), Some("another id"))
+            .await
+            .unwrap()
+            .duplicate
+    );
+    assert_eq!(text(&soon(live.next()).await.unwrap()), "y", "live subscribers see no question");
+    assert_eq!(bus.stream_info("S").await.unwrap().messages, 2);
+
+    // A declaration by a process that has never asked changes nothing.
+    bus.declare_stream(stream(Retention::Limits)).await.unwrap();
+    assert!(bus.seen("S", "another id").await.unwrap());
+    assert!(matches!(bus.seen("NONE", "id").await, Err(Error::NoStream(_))));
+}
+
+pub async fn time_is_that_of_the_clock_that_stamps_messages(bus: Bus) {
+    bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
+    let before = bus.time_ms("S").await.unwrap();
+    bus.append(message("s.a", "x"), None).await.unwrap();
+    let after = bus.time_ms("S").await.unwrap();
+
+    let mut reader = bus.consume(consumer("c")).await.unwrap();
+    let stored = soon(reader.next()).await.unwrap().stored_ms;
+    assert!((before..=after).contains(&stored), "{before} {stored} {after}");
+}
