@@ -3,8 +3,10 @@
 //! One trait has two implementations with the same semantics: [`local`] (embedded, one process) and [`nats`]. The
 //! conformance suite in `tests/` runs against both.
 
+pub mod assignments;
 pub mod clock;
 pub mod dead_letter;
+pub mod fleet;
 pub mod local;
 pub mod nats;
 mod pattern;

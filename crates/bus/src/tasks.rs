@@ -4,7 +4,7 @@ use crate::{Bus, Error, Result, Write};
 use bytes::Bytes;
 use wire::limits::ID_MAX;
 use wire::router::{ExecResult, TaskQuery, TaskState};
-use wire::subjects::{BUCKET_TASKS, assignment_key, task_key};
+use wire::subjects::{BUCKET_TASKS, assignment_key, billed_key, task_key};
 
 /// A task's record as it was read.
 #[derive(Debug)]
@@ -91,6 +91,22 @@ pub fn note_assignment<'a>(task: &TaskState) -> Option<Write<'a>> {
         value,
         expected: None,
     })
+}
+
+/// The write that notes that the result of an unknown task was billed.
+pub fn note_billed<'a>(result: &ExecResult, sequence: u64) -> Write<'a> {
+    Write::Put {
+        bucket: BUCKET_TASKS,
+        key: billed_key(&result.assignment_id),
+        value: sequence.to_string().into(),
+        expected: None,
+    }
+}
+
+/// Whether another message with the result of this unknown task was billed: not the one of this sequence.
+pub async fn was_billed(bus: &Bus, result: &ExecResult, sequence: u64) -> Result<bool> {
+    let noted = bus.kv_get(BUCKET_TASKS, &billed_key(&result.assignment_id)).await?;
+    Ok(noted.is_some_and(|(value, _)| value != sequence.to_string()))
 }
 
 /// Changes a task's record; tries again where another writer came between. `None`: there is no such task.

@@ -1,17 +1,22 @@
 //! Pushes tasks: a task is assigned once, however often its request arrives and whatever ends between the steps.
 //!
-//! The task's record is created first, with the assignment's id. A client that repeats the request after a crash makes
-//! a router append the same assignment again, and the stream drops it as a duplicate.
+//! The task's record is created first, with the assignment's id: it reserves the id. It is committed once the assignment
+//! is known to be stored: at once on a bus whose batches are atomic, otherwise by the worker, by the result, or by the
+//! router for tasks that stay open ([`crate::open`]). A client that repeats the request of a reserved task makes a router
+//! append the same assignment again, and the stream drops it as a duplicate; it does so only while the stream surely
+//! remembers the first one.
 
 use crate::Router;
 use crate::decide::Chosen;
+use bus::clock::unix_ms;
 use bus::tasks::Record;
 use bus::{Incomplete, Message, Write};
 use sha1::{Digest, Sha1};
+use std::time::Instant;
 use wire::json::JsonObject;
 use wire::router::{
-    Correlation, DecideRequest, Decision, ErrorBody, ExecAssignment, ExecOptions, Executor, RouterCode, State,
-    TaskState, VERSION,
+    Correlation, DecideRequest, Decision, ErrorBody, ExecAssignment, ExecOptions, Executor, IntakeCode, RouterCode,
+    State, TaskState, VERSION,
 };
 use wire::subjects;
 
@@ -20,6 +25,10 @@ use wire::subjects;
 const DEADLINE_FACTOR: u64 = 5;
 const DEADLINE_MIN_MS: u64 = 5_000;
 const DEADLINE_MAX_MS: u64 = 60_000;
+
+/// A reserved task's assignment is appended again for this long: half of the stream's dedup window, so that clocks may
+/// differ by the other half.
+const REPEAT_MAX_MS: u64 = 1_800_000;
 
 /// Stores the task and appends its assignment. Returns the task as recorded, which for a repeated request is the first
 /// one (also told where this client receives the result), and its decision: a known task keeps its decision, whatever policies and breakers say by now.
@@ -52,15 +61,8 @@ async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
         return Err(ErrorBody::new(RouterCode::IdempotencyConflict, text));
     }
 
-    // The router that created the record may have ended before it appended the assignment. A task that runs has its
-    // assignment; after the stream's dedup window a second append would store it again.
-    let may_lack_assignment = matches!(task.state, State::Queued | State::Assigned);
-    if let (true, Some(decision), Some(id)) = (may_lack_assignment, &task.decision, &task.assignment_id) {
-        let assignment = assignment(request, id.clone(), decision.clone());
-        let mut writes = Vec::from_iter(bus::tasks::note_assignment(&task));
-        writes.push(append(request, &assignment));
-        let written = router.bus.write(writes).await;
-        written.map_err(|incomplete| unavailable(incomplete.error))?;
+    if let (true, Some(decision), Some(id)) = (is_reserved(&task), &task.decision, &task.assignment_id) {
+        repeat(router, request, &task, assignment(request, id.clone(), decision.clone())).await?;
     }
 
     if let Some(subject) = &request.result_subject {
@@ -68,6 +70,33 @@ async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
         task = told.map_err(unavailable)?;
     }
     Ok(Some(task))
+}
+
+/// Whether the router that created the record may have ended before it appended the assignment. Records of the previous
+/// version do not say when they were created, and count as committed.
+fn is_reserved(task: &TaskState) -> bool {
+    matches!(task.state, State::Queued | State::Assigned) && !task.committed && task.reserved_ms.is_some()
+}
+
+/// Appends the assignment of a reserved task again, unless it is too late for that.
+async fn repeat(
+    router: &Router,
+    request: &DecideRequest,
+    task: &TaskState,
+    assignment: ExecAssignment,
+) -> Result<(), ErrorBody> {
+    // A record from the future was written under another clock, and may be of any age.
+    let since = task.reserved_ms.unwrap_or_default();
+    if unix_ms().abs_diff(since) > REPEAT_MAX_MS {
+        let text = "it is not known whether the task's assignment was stored, and too late to store it again; \
+            choose another request_id";
+        return Err(ErrorBody::new(RouterCode::DeadlineExceeded, text));
+    }
+
+    let note = || Vec::from_iter(bus::tasks::note_assignment(task));
+    write(router, request, note, &assignment).await.map_err(not_stored)?;
+    router.open.add(task, Instant::now());
+    Ok(())
 }
 
 /// Decides, then creates the task's record and appends its assignment in one batch. `None` if the task has a record
@@ -86,24 +115,56 @@ async fn begin(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
         digest: digest(request),
         choice: Some(choice),
         result_subjects: request.result_subject.iter().cloned().collect(),
+        reserved_ms: (!router.bus.is_atomic()).then(unix_ms),
+        committed: router.bus.is_atomic(),
     };
 
     // The record comes first, because the result may arrive as soon as the assignment is appended.
-    let mut writes = bus::tasks::create(&task);
-    writes.push(append(request, &assignment));
-
-    match router.bus.write(writes).await {
-        Ok(_) => {
+    match write(router, request, || bus::tasks::create(&task), &assignment).await {
+        Ok(()) => {
             place.keep(assignment.options.deadline_ms, router.uptime_ms());
+            if !task.committed {
+                router.open.add(&task, Instant::now());
+            }
             Ok(Some(task))
         }
-        Err(Incomplete { error: bus::Error::WrongRevision(_), .. }) => Ok(None),
-        Err(incomplete) => Err(unavailable(incomplete.error)),
+        Err(bus::Error::WrongRevision(_)) => Ok(None),
+        Err(error) => Err(not_stored(error)),
     }
 }
 
+/// Makes the puts and appends the assignment: to the subject that the request names, else to the provider's if a live
+/// worker takes from it, else to the common one.
+async fn write<'a>(
+    router: &Router,
+    request: &DecideRequest,
+    puts: impl Fn() -> Vec<Write<'a>>,
+    assignment: &'a ExecAssignment,
+) -> bus::Result<()> {
+    let named = request.assignment_subject.as_deref();
+    let own = subjects::assign_to(&assignment.executor.provider_id);
+    let own = own.filter(|own| named.is_none() && router.fleet.listens(own, Instant::now()));
+    let subject = own.as_deref().or(named).unwrap_or(subjects::ASSIGN);
+
+    let mut writes = puts();
+    writes.push(append(request, assignment, subject));
+    let Err(Incomplete { error, written }) = router.bus.write(writes).await else {
+        return Ok(());
+    };
+    if own.is_none() || !matches!(error, bus::Error::NoStream(_)) {
+        return Err(error);
+    }
+
+    // An older process that declared the stream took the provider's subject away; its workers add it again. The puts
+    // are repeated if they were undone.
+    let mut writes = if written.is_empty() { puts() } else { Vec::new() };
+    writes.push(append(request, assignment, subjects::ASSIGN));
+    router.bus.write(writes).await?;
+    Ok(())
+}
+
 /// The write that appends the assignment to its stream.
-fn append<'a>(request: &DecideRequest, assignment: &'a ExecAssignment) -> Write<'a> {
+fn append<'a>(request: &DecideRequest, assignment: &'a ExecAssignment, subject: &str) -> Write<'a> {
     let mut headers = bus::Headers::new()
         .with("tenant_id", &request.tenant_id)
         .with("version", VERSION);
@@ -115,13 +176,28 @@ fn append<'a>(request: &DecideRequest, assignment: &'a ExecAssignment) -> Write<
         .expect("an assignment serializes to JSON")
         .into();
     Write::Append {
-        message: Message { subject: subjects::ASSIGN.into(), reply: None, headers, payload },
+        message: Message { subject: subject.into(), reply: None, headers, payload },
         msg_id: Some(&assignment.assignment_id),
     }
 }
 
 fn unavailable(error: bus::Error) -> ErrorBody {
     ErrorBody::new(RouterCode::Unavailable, format!("the assignment was not stored: {error}"))
+}
+
+fn not_stored(error: bus::Error) -> ErrorBody {
+    match error {
+        // A repeat would not make it smaller.
+        bus::Error::TooLarge { size, max } => {
+            let text = format!("the assignment has {size} bytes; the bus accepts at most {max}");
+            ErrorBody::invalid(IntakeCode::PayloadTooLarge, text)
+        }
+        bus::Error::NoStream(subject) if subject != subjects::ASSIGN => {
+            let text = format!("no worker has ever taken assignments from {subject}; correct assignment_subject");
+            ErrorBody::new(RouterCode::NoProviderAvailable, text)
+        }
+        error => unavailable(error),
+    }
 }
 
 fn assignment(request: &DecideRequest, assignment_id: String, decision: Decision) -> ExecAssignment {

@@ -138,6 +138,15 @@ fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
         return Err(unfit(RESULT_SUBJECT));
     }
 
+    if let Some(subject) = request.assignment_subject.as_deref()
+        && !subjects::is_assign(subject)
+    {
+        let text = format!(
+            "assignment_subject must be {0} or, for the workers of one provider, {0}.<provider>; it is not",
+            subjects::ASSIGN
+        );
+        return Err(unfit(text));
+    }
     if request.task.payload.is_none() && request.task.payload_ref.is_none() {
         return Err(unfit("the task has neither payload nor payload_ref"));
     }

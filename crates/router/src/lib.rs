@@ -11,6 +11,8 @@ mod breakers;
 mod decide;
 mod desk;
 mod intake;
+mod open;
+mod orphans;
 mod outcomes;
 mod policies;
 pub mod policy;
@@ -20,6 +22,7 @@ mod serve;
 mod stats;
 mod status;
 
+use bus::fleet::Fleet;
 use bus::{Bus, Message};
 pub use policies::files::{Name as PolicyName, delete as delete_policy, names as policy_names};
 pub use policies::lint::{Findings, lint};
@@ -74,6 +77,7 @@ pub struct Bound {
     results: bus::Consumer,
     outcomes: outcomes::Inputs,
     policies: policies::Watcher,
+    heartbeats: bus::Subscription,
 }
 
 struct Router {
@@ -85,6 +89,9 @@ struct Router {
     stats: stats::Stats,
     breakers: breakers::Breakers,
     backpressure: backpressure::Backpressure,
+    /// Which workers are live, and what they take.
+    fleet: Fleet,
+    open: open::Open,
     started: Instant,
 }
 
@@ -122,6 +129,7 @@ impl Router {
 pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     bus::streams::declare(&bus).await?;
 
+    let (heartbeats, fleet) = (Fleet::subscribe(&bus).await?, Fleet::new(Instant::now()));
     let (policies, watcher) = policies::load(&config.policies, bus.clone()).await?;
     let results = bus
         .consume(bus::ConsumerConfig {
@@ -148,6 +156,8 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         policies,
         stats: stats::Stats::default(),
         backpressure: backpressure::Backpressure::default(),
+        fleet,
+        open: open::Open::default(),
         started: Instant::now(),
     };
 
@@ -158,6 +168,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         results,
         outcomes,
         policies: watcher,
+        heartbeats,
     })
 }
 
@@ -165,7 +176,7 @@ impl Bound {
     /// Answers until cancelled, then finishes what it has taken. If one of its loops ends unexpectedly, the router stops
     /// too and returns an error that names the loop.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
-        let Self { router, decide, queries, results, outcomes, policies } = self;
+        let Self { router, decide, queries, results, outcomes, policies, heartbeats } = self;
         let stop = cancel.child_token();
         let mut loops = JoinSet::new();
         loops.spawn(named("the loop of decide requests", serve::run(router.clone(), decide, stop.clone())));
@@ -173,10 +184,17 @@ impl Bound {
         loops.spawn(named("the loop of results", results::run(router.clone(), results, stop.clone())));
         loops.spawn(named("the loop of outcomes", outcomes::run(router.clone(), outcomes, stop.clone())));
         loops.spawn(named("the measurement of the load", backpressure::run(router.clone(), stop.clone())));
+        loops.spawn(named("the loop of open tasks", open::run(router.clone(), stop.clone())));
+        loops.spawn(named("the loop of orphaned assignments", orphans::run(router.clone(), stop.clone())));
+        loops.spawn(named("the loop of heartbeats", fleet(router.clone(), heartbeats, stop.clone())));
         loops.spawn(named("the loop of status reports", status::run(router, stop.clone())));
         loops.spawn(named("the loop of policies", policies.run(stop.clone())));
         all_ended(loops, stop).await
     }
+}
+
+async fn fleet(router: Arc<Router>, heartbeats: bus::Subscription, stop: CancellationToken) {
+    router.fleet.listen(heartbeats, stop).await;
 }
 
 async fn named(name: &'static str, run: impl Future<Output = ()>) -> &'static str {

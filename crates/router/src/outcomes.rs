@@ -102,6 +102,7 @@ fn learn(router: &Router, message: &Message) {
         return;
     };
 
+    router.open.ended(&outcome.assignment_id);
     let policies = router.policies.current();
     let policy = policies.own(&outcome.choice.policy_tenant, &outcome.choice.policy_id);
     let rules = policy.and_then(|policy| router.rules_of(policy));

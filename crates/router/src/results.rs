@@ -2,6 +2,7 @@
 //! acknowledges. Those who wait for the result get a copy, unless the worker sends it.
 
 use crate::Router;
+use bus::assignments::made_a_day_before;
 use bus::clock::unix_ms;
 use bus::tasks::Record;
 use bus::{Bus, Consumer, Delivery, Message, Write, Written};
@@ -138,6 +139,16 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
             }
             return delivery.ack().await;
         }
+        if record.is_none() {
+            if made_a_day_before(&result.assignment_id, delivery.stored_ms) {
+                let reason =
+                    "the assignment of this result was made more than a day before; its task is not known any more";
+                return bus::dead_letter::bury(&router.bus, delivery, reason).await;
+            }
+            if bus::tasks::was_billed(&router.bus, result, delivery.sequence).await? {
+                return delivery.ack().await;
+            }
+        }
         let task = record.as_ref().map(|record| record.task.clone());
 
         let payload = serde_json::to_vec(&usage(task.as_ref(), result))
@@ -145,7 +156,10 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
             .into();
         let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
         let mut writes = vec![Write::Append { message, msg_id: Some(&msg_id) }];
-        writes.extend(record.map(|record| finished(record, &kept).into_write()));
+        writes.push(match record {
+            Some(record) => finished(record, &kept).into_write(),
+            None => bus::tasks::note_billed(result, delivery.sequence),
+        });
         writes.push(Write::Ack(delivery));
 
         let (written, error) = match router.bus.write(writes).await {

@@ -184,7 +184,8 @@ impl Live {
         }
     }
 
-    /// Returns the backlog of each stream. The DLQ has no consumers, so all its messages count.
+    /// Returns the backlog of each stream. All messages of ASSIGN and DLQ count: ASSIGN has a consumer for each subject and
+    /// deletes what is acknowledged, DLQ has none.
     async fn streams(&self) -> BTreeMap<&'static str, u64> {
         let mut waiting = BTreeMap::new();
         for stream in [subjects::STREAM_ASSIGN, subjects::STREAM_RESULT, subjects::STREAM_DLQ] {
@@ -192,10 +193,10 @@ impl Live {
                 continue;
             };
             let behind = info.consumers.iter().map(|(_, pending)| *pending).max();
-            let count = if stream == subjects::STREAM_DLQ {
-                info.messages
-            } else {
+            let count = if stream == subjects::STREAM_RESULT {
                 behind.unwrap_or(0)
+            } else {
+                info.messages
             };
             waiting.insert(stream, count);
         }

@@ -522,6 +522,13 @@ pub struct TaskState {
     /// Where copies of the result go, at most [`Self::RESULT_SUBJECTS_MAX`]; for the routers only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub result_subjects: Vec<String>,
+    /// When a router created the record, in milliseconds since the epoch, if it appended the assignment after that; for
+    /// the routers only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserved_ms: Option<u64>,
+    /// Whether the assignment is known to be stored, so that it is not appended again; for the routers only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub committed: bool,
 }
 
 impl TaskState {
@@ -544,7 +551,14 @@ impl TaskState {
     /// Clears what is for the routers only.
     #[must_use]
     pub fn public(self) -> Self {
-        Self { digest: String::new(), choice: None, result_subjects: Vec::new(), ..self }
+        Self {
+            digest: String::new(),
+            choice: None,
+            result_subjects: Vec::new(),
+            reserved_ms: None,
+            committed: false,
+            ..self
+        }
     }
 
     /// The tenant that owns the task.

@@ -185,6 +185,16 @@ pub struct Heartbeat {
     pub completed_total: u64,
     pub failed_total: u64,
     pub providers: Vec<ProviderStatus>,
+    /// The subjects below [`crate::subjects::ASSIGN`] from which the worker takes assignments. Older workers name none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub subjects: Vec<String>,
+}
+
+impl Heartbeat {
+    /// Whether the worker takes no more assignments.
+    pub fn is_leaving(&self) -> bool {
+        ["draining", "stopped"].contains(&&*self.status)
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]

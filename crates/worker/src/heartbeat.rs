@@ -49,6 +49,7 @@ async fn beat(worker: &Worker, leaving: Option<&str>) {
         completed_total: providers.iter().map(|p| p.completed_total).sum(),
         failed_total: providers.iter().map(|p| p.failed_total).sum(),
         providers,
+        subjects: worker.subjects.clone(),
     };
 
     let payload = serde_json::to_vec(&heartbeat)

@@ -5,20 +5,30 @@
 
 mod heartbeat;
 pub mod provider;
+mod results;
 mod run;
+mod running;
+mod take;
+mod upkeep;
 
-use bus::Bus;
+use bus::clock::StreamClock;
+use bus::fleet::Fleet;
+use bus::{Bus, Places};
 use provider::Provider;
 use provider::command::processes;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use wire::subjects::{ASSIGN, STREAM_ASSIGN, assign_to};
 
-/// The stream redelivers an assignment that is not reported in progress for this long.
-pub(crate) const ACK_WAIT: Duration = Duration::from_secs(30);
+pub(crate) use bus::assignments::ACK_WAIT;
+
+/// Attempts to open a consumer. Each fails only if another process has just taken its subject from the stream.
+const CONSUME_ATTEMPTS: usize = 5;
 
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -27,7 +37,7 @@ pub struct Config {
     pub providers: Vec<ProviderConfig>,
     /// How long runs may continue after a drain begins; then they are stopped and returned to the stream.
     pub drain_timeout: Duration,
-    /// Delays between deliveries of an assignment whose provider this worker does not have.
+    /// Delays between deliveries of an assignment whose provider no live worker has.
     pub backoff: [Duration; 3],
 }
 
@@ -90,7 +100,8 @@ pub enum Error {
 /// A worker that is subscribed to its streams but runs nothing yet.
 pub struct Bound {
     worker: Arc<Worker>,
-    assignments: bus::Consumer,
+    assignments: Vec<bus::Consumer>,
+    heartbeats: bus::Subscription,
     cancels: bus::Subscription,
     live: provider::ops::Subscriptions,
 }
@@ -102,7 +113,13 @@ pub(crate) struct Worker {
     drain_timeout: Duration,
     backoff: [Duration; 3],
     providers: BTreeMap<String, Arc<Provider>>,
-    running: run::Running,
+    running: running::Running,
+    /// The subjects of the providers.
+    subjects: Vec<String>,
+    fleet: Fleet,
+    clock: StreamClock,
+    /// Bounds the results that are being stored, in KiB.
+    storing: Semaphore,
     live: Arc<provider::ops::Live>,
 }
 
@@ -119,17 +136,14 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         }
     }
 
-    let assignments = bus
-        .consume(bus::ConsumerConfig {
-            stream: wire::subjects::STREAM_ASSIGN,
-            name: "worker".into(),
-            filter: Some(wire::subjects::ASSIGN.into()),
-            ack_wait: ACK_WAIT,
-            max_ack_pending: 1000,
-            max_in_hand: config.slots,
-            from_start: true,
-        })
-        .await?;
+    // Heard before the first assignment comes.
+    let (heartbeats, fleet) = (Fleet::subscribe(&bus).await?, Fleet::new(Instant::now()));
+    let subjects: Vec<String> = providers.keys().filter_map(|name| assign_to(name)).collect();
+    let places = Places::new(config.slots);
+    let mut assignments = Vec::new();
+    for subject in std::iter::once(ASSIGN).chain(subjects.iter().map(String::as_str)) {
+        assignments.push(consume(&bus, &subjects, subject, &places).await?);
+    }
     let cancels = bus.subscribe(wire::subjects::CONTROL_CANCEL, None, 1024).await?;
     let subscriptions = provider::ops::Subscriptions::subscribe(&bus).await?;
 
@@ -138,18 +152,41 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         slots: config.slots,
         drain_timeout: config.drain_timeout,
         backoff: config.backoff,
-        running: run::Running::default(),
+        running: running::Running::default(),
+        clock: StreamClock::start(bus.clone(), STREAM_ASSIGN).await?,
+        storing: Semaphore::new(results::STORING_KIB),
+        subjects,
+        fleet,
         bus,
         providers,
         live,
     };
-    Ok(Bound { worker: Arc::new(worker), assignments, cancels, live: subscriptions })
+    Ok(Bound {
+        worker: Arc::new(worker),
+        assignments,
+        heartbeats,
+        cancels,
+        live: subscriptions,
+    })
+}
+
+/// Opens the consumer of one of the subjects.
+async fn consume(bus: &Bus, subjects: &[String], subject: &str, places: &Places) -> bus::Result<bus::Consumer> {
+    let mut attempt = 1;
+    loop {
+        bus.add_subjects(STREAM_ASSIGN, subjects).await?;
+        let config = bus::assignments::consumer(subject, places.size());
+        match bus.consume_within(config, places).await {
+            Err(error) if error.is_transient() && attempt < CONSUME_ATTEMPTS => attempt += 1,
+            opened => return opened,
+        }
+    }
 }
 
 impl Bound {
     /// Runs assignments until cancelled, then waits for those that run.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
-        let Self { worker, assignments, cancels, live } = self;
+        let Self { worker, assignments, heartbeats, cancels, live } = self;
         let mut loops = JoinSet::new();
         // Cancels and heartbeats outlast the drain: a run can be cancelled until it ends.
         let ended = CancellationToken::new();
@@ -160,9 +197,14 @@ impl Bound {
         }
         loops.spawn(provider::ops::listen(worker.live.clone(), live, ended.clone()));
         loops.spawn(heartbeat::run(worker.clone(), cancel.clone(), ended.clone()));
+        loops.spawn(upkeep::run(worker.clone(), ended.clone()));
+        loops.spawn({
+            let (worker, ended) = (worker.clone(), ended.clone());
+            async move { worker.fleet.listen(heartbeats, ended).await }
+        });
         loops.spawn(async move {
             let _ended = ended.drop_guard();
-            run::assignments(worker, assignments, cancel).await;
+            take::assignments(worker, assignments, cancel).await;
         });
 
         while let Some(ended) = loops.join_next().await {

@@ -119,6 +119,12 @@ impl Outcome {
         Self::ended(ResultStatus::Cancelled, "cancelled", "cancelled by request")
     }
 
+    /// The task's deadline passed before there was a slot for it.
+    pub fn expired(deadline_ms: u64) -> Self {
+        let text = format!("the task's deadline of {deadline_ms} ms passed before a worker could run it");
+        Self::ended(ResultStatus::Timeout, "deadline_exceeded", text)
+    }
+
     /// The provider's endpoint is busy and asks for a cool-down.
     pub fn rate_limited(seconds: u64, message: impl Into<String>) -> Self {
         Self {

@@ -4,6 +4,8 @@ mod breakers;
 mod copies;
 mod decide;
 mod faults;
+mod kinds;
+mod once;
 mod policies;
 mod results;
 mod tasks;
@@ -48,6 +50,13 @@ on_both! {
     tasks::same_id_of_two_tenants_is_two_tasks,
     tasks::record_of_the_previous_version_is_found_by_its_own_tenant,
     copies::copies_go_to_all_who_wait_except_the_one_that_the_worker_told,
+    kinds::assignments_go_where_a_live_worker_takes_them,
+    kinds::assignment_goes_to_the_common_subject_while_the_stream_lacks_the_providers,
+    kinds::assignment_subject_of_a_request_is_honoured,
+    kinds::assignments_of_a_provider_without_workers_are_moved_to_the_common_subject,
+    once::only_a_reserved_task_is_assigned_again_and_only_in_time,
+    once::result_of_an_unknown_task_is_billed_once,
+    once::result_that_is_replayed_after_a_day_is_a_dead_letter,
     results::result_is_billed_once_and_ends_the_task,
     results::restart_bills_nothing_twice,
     results::result_settles_the_task_of_its_assignment_only,

@@ -43,6 +43,8 @@ fn every_message_encodes_back_to_its_text() {
             "stored_policy" => again::<crate::policy::Stored>(&case),
             "policy_index" => again::<crate::policy::Index>(&case),
             "policy_tombstone" => again::<crate::policy::Tombstone>(&case),
+            "heartbeat" => again::<crate::status::Heartbeat>(&case),
+            "task_state" => again::<TaskState>(&case),
             "policy_status" => again::<crate::status::PolicyStatus>(&case),
             "result" => {
                 let result = ExecResult::decode(case.text.as_bytes()).unwrap_or_else(|e| panic!("{}: {e}", case.name));

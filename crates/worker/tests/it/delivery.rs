@@ -1,7 +1,7 @@
 //! One result for each assignment despite crashes, outages, drains and redelivery, and dead letters for the assignments
 //! that cannot be run.
 
-use crate::{Place, SOON, Worker, append, assignment, chunk, consumer, open, provider, shell};
+use crate::{Place, SOON, Worker, append, assignment, chunk, open, provider, shell};
 use serde_json::{Value, json};
 use std::time::Duration;
 use wire::json::Json;
@@ -33,30 +33,6 @@ pub async fn echo_returns_the_payload(place: Place) {
     by_reference["job"] = json!({"type": "t", "payload_ref": "s3://x"});
     place.append(subjects::ASSIGN, by_reference.to_string()).await;
     assert_eq!(results.next().await.output.map(|output| output.value()), Some(json!({"payload_ref": "s3://x"})));
-    testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
-}
-
-pub async fn assignment_without_a_worker_for_its_provider_fails(place: Place) {
-    let mut results = place.results().await;
-    let backoff = [Duration::from_millis(20); 3];
-    let _worker = place.worker(Config { backoff, ..Config::default() }).await;
-
-    place.assign("r", "nobody", json!({})).await;
-    let result = results.next().await;
-    assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("unknown_provider")));
-    assert_eq!((result.cost, result.latency_ms), (0.0, 0), "the assignment was never run");
-
-    let letter = place.dead_letter().await;
-    assert!(
-        letter["reason"]
-            .as_str()
-            .unwrap()
-            .contains("no worker has a provider named \"nobody\""),
-        "{letter}"
-    );
-    assert_eq!((&letter["delivered"], &letter["original_subject"]), (&json!(5), &json!(subjects::ASSIGN)));
-    let payload: Value = serde_json::from_str(letter["payload"].as_str().unwrap()).unwrap();
-    assert_eq!(payload, assignment("r", "nobody", json!({})));
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
 }
 
@@ -133,32 +109,25 @@ async fn assignments_with_control_characters_in_an_id_are_dead_letters() {
 #[tokio::test]
 async fn assignment_is_a_dead_letter_after_its_deliveries() {
     let place = Place::local().await;
-    place.assign("r", "echo", json!({})).await;
-    {
-        let mut consumer = place
-            .bus
-            .consume(consumer(subjects::STREAM_ASSIGN, "worker"))
-            .await
-            .unwrap();
-        for delivered in 1..=5 {
-            let delivery = tokio::time::timeout(SOON, consumer.next()).await.unwrap().unwrap();
-            assert_eq!(delivery.delivered, delivered);
-            delivery
-                .nak(if delivered == 5 {
-                    Duration::from_millis(300)
-                } else {
-                    Duration::ZERO
-                })
-                .await
-                .unwrap();
-        }
+    let subject = subjects::assign_to("echo").unwrap();
+    place
+        .bus
+        .add_subjects(subjects::STREAM_ASSIGN, std::slice::from_ref(&subject))
+        .await
+        .unwrap();
+    place
+        .append(&subject, assignment("r", "echo", json!({})).to_string())
+        .await;
+    for _ in 0..5 {
+        place.lose_delivery(&subject).await;
     }
 
     let mut results = place.results().await;
     let _worker = place.worker(Config::default()).await;
     let result = results.next().await;
     assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("max_deliver")));
-    assert_eq!(place.dead_letter().await["delivered"], 6);
+    let letter = place.dead_letter().await;
+    assert_eq!((&letter["delivered"], &letter["original_subject"]), (&json!(6), &json!(subject)));
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
 }
 

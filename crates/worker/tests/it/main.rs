@@ -3,6 +3,8 @@
 
 mod command;
 mod delivery;
+mod kinds;
+mod once;
 mod openai;
 mod ops;
 
@@ -45,8 +47,16 @@ on_both! {
     command::output_is_published_while_the_program_runs,
     command::cancel_ends_a_running_program,
     delivery::echo_returns_the_payload,
-    delivery::assignment_without_a_worker_for_its_provider_fails,
     delivery::assignments_beyond_the_slots_go_to_another_worker,
+    kinds::assignments_reach_the_worker_that_has_their_provider,
+    kinds::assignment_whose_provider_nobody_has_fails_at_its_deadline,
+    kinds::busy_provider_does_not_starve_another,
+    kinds::moved_assignment_keeps_its_time_and_counts_its_deliveries_anew,
+    kinds::assignment_that_others_passed_on_is_not_given_up,
+    kinds::assignment_whose_deadline_has_passed_is_not_run,
+    once::assignment_with_a_stored_result_is_only_acknowledged,
+    once::assignment_whose_move_was_not_acknowledged_runs_once,
+    once::second_delivery_waits_for_the_run_in_this_worker,
 }
 
 /// A temporary directory and a bus, which is either a local one in this directory or a nats-server.
@@ -112,6 +122,23 @@ impl Place {
 
     async fn append(&self, subject: &str, payload: impl Into<bytes::Bytes>) {
         append(&self.bus, subject, payload).await;
+    }
+
+    /// The next delivery of the workers' consumer of this subject.
+    async fn take(&self, subject: &str) -> bus::Delivery {
+        let mut consumer = self.bus.consume(bus::assignments::consumer(subject, 1)).await.unwrap();
+        tokio::time::timeout(SOON, consumer.next()).await.unwrap().unwrap()
+    }
+
+    /// Returns what the next delivery brings as if its worker had ended.
+    async fn lose_delivery(&self, subject: &str) {
+        self.take(subject).await.nak(Duration::ZERO).await.unwrap();
+    }
+
+    /// The lines of a file in the test's directory.
+    fn lines(&self, name: &str) -> Vec<String> {
+        let text = std::fs::read_to_string(self.dir.path().join(name)).unwrap_or_default();
+        text.lines().map(String::from).collect()
     }
 
     async fn cancel(&self, request_id: &str) {
