@@ -7,11 +7,9 @@ use crate::reply::{PAYLOAD_MAX, Reply};
 use crate::upstream;
 use bus::Headers;
 use bytes::Bytes;
-use serde::Serialize;
 use std::sync::Arc;
 use std::time::Instant;
 use wire::ipc::{ErrorCode, ExchangeContext, TaskRef, TaskSubmit, Wait};
-use wire::json::{Json, JsonObject};
 use wire::router::{
     DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskAnswer, TaskQuery, TaskState, VERSION,
 };
@@ -27,19 +25,6 @@ pub struct Exchange {
     traceparent: Option<String>,
     pub tenant_id: String,
     pub deadline: Deadline,
-}
-
-/// The payload of a task that came over IPC.
-#[derive(Serialize)]
-struct Payload {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    context: Option<Json>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    file: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    line: Option<i64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    params: Option<JsonObject>,
 }
 
 impl Exchange {
@@ -94,12 +79,7 @@ impl Exchange {
 
     fn decide_request(&self, submit: TaskSubmit) -> DecideRequest {
         let waits = submit.wait != Wait::Decision;
-        let payload = JsonObject::of(&Payload {
-            context: submit.context,
-            file: submit.file,
-            line: submit.line,
-            params: submit.params,
-        });
+        let payload = submit.payload();
 
         // The client does not wait past its own deadline, so the task need not run any longer.
         let options = self.deadline.own.filter(|_| waits).map(|own| RequestOptions {

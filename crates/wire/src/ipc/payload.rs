@@ -71,6 +71,25 @@ impl TaskSubmit {
             push_assignment: false,
         }
     }
+
+    /// The payload of the task that this submits.
+    pub fn payload(&self) -> JsonObject {
+        let Self { context, file, line, params, .. } = self;
+        JsonObject::of(&TaskPayload { context, file, line: *line, params })
+    }
+}
+
+/// The payload of a task that came over IPC.
+#[derive(Serialize)]
+struct TaskPayload<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    context: &'a Option<Json>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: &'a Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    params: &'a Option<JsonObject>,
 }
 
 /// TASK_QUERY, TASK_CANCEL and STREAM_SUBSCRIBE. `task_id` is the request id of the task's submit.

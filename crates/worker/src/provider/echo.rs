@@ -1,14 +1,8 @@
 //! A provider that returns the task's payload. A prompt is streamed word by word.
 
 use super::{Job, Outcome, Output};
-use serde::Serialize;
+use std::collections::BTreeMap;
 use wire::json::Json;
-
-/// The output for a task whose payload is elsewhere.
-#[derive(Serialize)]
-struct Reference<'a> {
-    payload_ref: Option<&'a str>,
-}
 
 pub async fn run(job: &Job<'_>, output: &Output) -> Outcome {
     if let Some(prompt) = job.text("prompt") {
@@ -20,6 +14,6 @@ pub async fn run(job: &Job<'_>, output: &Output) -> Outcome {
 
     Outcome::success(match &job.task.payload {
         Some(payload) => payload.clone().into(),
-        None => Json::of(&Reference { payload_ref: job.task.payload_ref.as_deref() }),
+        None => Json::of(&BTreeMap::from([("payload_ref", &job.task.payload_ref)])),
     })
 }
