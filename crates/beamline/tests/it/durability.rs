@@ -1,8 +1,12 @@
 //! SIGKILL at random moments: everything acknowledged survives the restart.
 
+use crate::ledger::Ledger;
 use crate::process::Process;
+use crate::random::Random;
 use crate::realtime::{Client, Failed};
+use bus::local::Local;
 use client::Client as Ipc;
+use nix::sys::signal::Signal;
 use rstest::rstest;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -24,10 +28,8 @@ struct Acknowledged {
 #[case::postgres(true)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_acknowledged_is_lost_to_sigkill(#[case] on_postgres: bool) {
-    #[expect(clippy::disallowed_methods, reason = "a test's seed is no setting")]
-    let seed: u64 = std::env::var("BEAMLINE_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
-    println!("seed {seed} (BEAMLINE_SEED={seed} repeats it)");
-    let mut random = splitmix(seed);
+    let mut random = Random::start();
+    let seed = random.seed;
     let postgres = if on_postgres {
         Some(testkit::PostgresServer::start().await)
     } else {
@@ -42,7 +44,7 @@ async fn nothing_acknowledged_is_lost_to_sigkill(#[case] on_postgres: bool) {
 
     for round in 0..ROUNDS {
         let token = process.run(&["token", "--user", "ann"]).await.success();
-        let moment = Duration::from_millis(20 + random() % 400);
+        let moment = random.milliseconds(20..420);
         let mut client = Client::connect(process.http(), token.trim()).await.unwrap();
         let ipc = Ipc::connect(&process.socket()).await.unwrap();
         // The kill interrupts both clients; everything that was answered before it counts.
@@ -66,13 +68,32 @@ async fn nothing_acknowledged_is_lost_to_sigkill(#[case] on_postgres: bool) {
     }
 
     let ipc = Ipc::connect(&process.socket()).await.unwrap();
+    let ledger = Ledger::default();
     for task in &acknowledged.tasks {
-        testkit::eventually(Duration::from_secs(90), async || match ipc.query(task).await {
-            Ok(answer) => answer.state.is_final(),
-            Err(error) => panic!("seed {seed}: task {task} was acknowledged and is unknown: {error}"),
-        })
-        .await;
+        let answer = result_of(&ipc, task, seed).await;
+        assert_eq!(answer["output"], json!({"params": {"task": task}}), "seed {seed}: {task}");
+        ledger.answered(task, answer);
     }
+
+    // The process is gone before its streams are opened here.
+    process.signal(Signal::SIGTERM);
+    assert_eq!(process.ended().await, Some(0), "{}", process.log());
+    let bus = Local::open(&process.dir.path().join("data")).await.unwrap();
+    ledger.check(&bus, seed).await;
+}
+
+/// The result of an acknowledged task, once it has one.
+async fn result_of(ipc: &Ipc, task: &str, seed: u64) -> Value {
+    let result = std::cell::RefCell::new(None);
+    testkit::eventually(Duration::from_secs(90), async || match ipc.query(task).await {
+        Ok(answer) => {
+            result.replace(answer.result);
+            answer.state.is_final()
+        }
+        Err(error) => panic!("seed {seed}: task {task} was acknowledged and is unknown: {error}"),
+    })
+    .await;
+    serde_json::to_value(result.take().expect("a task that ended has a result")).unwrap()
 }
 
 #[tokio::test]
@@ -120,7 +141,7 @@ async fn submit_until_cut(ipc: &Ipc, round: usize, tasks: &mut Vec<String>) {
         let request_id = format!("task-{round}-{n}");
         let submit = json!({
             "command": "task_submit", "task_type": "echo", "request_id": request_id, "push_assignment": true,
-            "params": {"n": n},
+            "params": {"task": request_id},
         });
         if ipc.submit(&submit).await.is_err() {
             return;
@@ -146,16 +167,5 @@ async fn every_message(client: &mut Client) -> Result<BTreeMap<u64, String>, Fai
             return Ok(all);
         }
         before = messages[0]["id"].clone();
-    }
-}
-
-/// A splitmix64 generator, which the printed seed reproduces.
-fn splitmix(mut state: u64) -> impl FnMut() -> u64 {
-    move || {
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
     }
 }

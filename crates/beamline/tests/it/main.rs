@@ -1,5 +1,6 @@
 //! The real process with real servers, driven from outside.
 
+mod clients;
 mod commands;
 mod contract;
 mod doors;
@@ -7,14 +8,17 @@ mod drain;
 mod durability;
 mod gateway;
 mod journey;
+mod ledger;
 mod logs;
 mod memory;
 mod process;
+mod random;
 mod realtime;
 mod roles;
 mod secrets;
 mod service;
 mod settings;
+mod several;
 mod soak;
 mod spread;
 mod stopping;
