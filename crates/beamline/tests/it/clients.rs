@@ -27,7 +27,7 @@ pub async fn decide(bus: Bus, name: String, kinds: &[&str], ledger: &Ledger, can
         let request_id = format!("{name}-{n}");
         let request = json!({
             "version": "1", "request_id": request_id, "tenant_id": "default", "push_assignment": true,
-            "task": {"type": kinds[n % kinds.len()], "payload": {"n": n}}, "options": {"deadline_ms": DEADLINE_MS},
+            "task": {"type": kinds[n % kinds.len()], "payload": {"prompt": request_id}}, "options": {"deadline_ms": DEADLINE_MS},
         });
         let end = Instant::now() + PATIENCE;
         while !is_accepted(&bus, &request).await {
@@ -63,7 +63,7 @@ pub async fn submit(sockets: Vec<PathBuf>, name: String, kinds: &[&str], ledger:
         let request_id = format!("{name}-{n}");
         let submit = json!({
             "command": "task_submit", "task_type": kinds[n % kinds.len()], "request_id": request_id, "wait": "result",
-            "timeout_ms": DEADLINE_MS, "params": {"n": n},
+            "timeout_ms": DEADLINE_MS, "params": {"prompt": request_id},
         });
         let end = Instant::now() + PATIENCE;
         loop {

@@ -30,6 +30,12 @@ impl Random {
         (self.next() % count as u64) as usize
     }
 
+    pub fn shuffle<T>(&mut self, list: &mut [T]) {
+        for n in (1..list.len()).rev() {
+            list.swap(n, self.index(n + 1));
+        }
+    }
+
     pub fn milliseconds(&mut self, range: Range<u64>) -> Duration {
         Duration::from_millis(range.start + self.next() % (range.end - range.start))
     }

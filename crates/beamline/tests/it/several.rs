@@ -8,11 +8,12 @@ use crate::random::Random;
 use bus::Bus;
 use bus::local::Local;
 use bus::nats::{Nats, NatsConfig};
+use futures_util::future::join_all;
 use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use testkit::NatsServer;
+use testkit::{NatsServer, OpenAi, Reply};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
@@ -22,8 +23,8 @@ const KINDS: [&str; 3] = ["left", "right", "both"];
 const PROVIDERS: [[&str; 2]; 2] = [["left", "both"], ["right", "both"]];
 const SLOTS: [usize; 2] = [2, 8];
 
-/// Faults of one test.
-const FAULTS: usize = 10;
+/// How long a task takes: at any moment some are under way.
+const WORK: Duration = Duration::from_millis(100);
 
 fn policy(dir: &Path) {
     let rules = KINDS.map(|kind| format!("  - {{when: \"task.type == '{kind}'\", to: {kind}}}\n"));
@@ -37,13 +38,15 @@ fn policy(dir: &Path) {
 /// Returns the number of tasks that ran.
 async fn through(faults: impl Future<Output = ()>, bus: &Bus, sockets: Vec<PathBuf>, seed: u64) -> usize {
     let (ledger, cancel) = (Ledger::default(), CancellationToken::new());
-    let decide = |name: &str| clients::decide(bus.clone(), name.into(), &KINDS, &ledger, cancel.clone());
-    let submit = |name: &str| clients::submit(sockets.clone(), name.into(), &KINDS, &ledger, cancel.clone());
+    let decide = |name: String| clients::decide(bus.clone(), name, &KINDS, &ledger, cancel.clone());
+    let submit = |name: String| clients::submit(sockets.clone(), name, &KINDS, &ledger, cancel.clone());
     let faults = async {
         faults.await;
         cancel.cancel();
     };
-    tokio::join!(faults, decide("d0"), decide("d1"), decide("d2"), submit("s0"), submit("s1"), submit("s2"));
+    let decides = join_all((0..6).map(|n| decide(format!("d{n}"))));
+    let submits = join_all((0..6).map(|n| submit(format!("s{n}"))));
+    tokio::join!(faults, decides, submits);
     let failed = ledger.check(bus, seed).await;
     println!("{} tasks ended, {failed} of them for lack of a provider", ledger.len());
     ledger.len() - failed
@@ -56,6 +59,14 @@ struct Part {
     cancel: CancellationToken,
 }
 
+/// What the parts share.
+struct Place {
+    dir: tempfile::TempDir,
+    bus: Bus,
+    /// Does the work of the tasks.
+    endpoint: OpenAi,
+}
+
 #[derive(Clone, Copy)]
 enum Role {
     Router,
@@ -63,15 +74,15 @@ enum Role {
 }
 
 impl Part {
-    fn start(role: Role, bus: &Bus, policies: &Path) -> Self {
+    fn start(role: Role, place: &Place) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .unwrap();
         let cancel = CancellationToken::new();
-        let (bus, ended) = (bus.clone(), cancel.clone());
-        let policies = policies.to_path_buf();
+        let (bus, ended) = (place.bus.clone(), cancel.clone());
+        let (policies, base_url) = (place.dir.path().to_path_buf(), place.endpoint.url());
         runtime.spawn(async move {
             match role {
                 Role::Router => {
@@ -81,7 +92,12 @@ impl Part {
                 Role::Worker(n) => {
                     let provider = |name: &str| worker::ProviderConfig {
                         name: name.into(),
-                        kind: worker::Kind::Echo,
+                        kind: worker::Kind::OpenAi {
+                            base_url: base_url.clone(),
+                            api_key: None,
+                            model: "m".into(),
+                            system: None,
+                        },
                         timeout: Duration::from_secs(60),
                     };
                     let providers = PROVIDERS[n].map(provider).into();
@@ -94,13 +110,13 @@ impl Part {
     }
 
     /// Ends the part at once, or asks it to end, and starts another one.
-    async fn replace(&mut self, crash: bool, pause: Duration, bus: &Bus, policies: &Path) {
+    async fn replace(&mut self, crash: bool, pause: Duration, place: &Place) {
         if !crash {
             self.cancel.cancel();
         }
         tokio::time::sleep(pause).await;
         self.end();
-        *self = Self::start(self.role, bus, policies);
+        *self = Self::start(self.role, place);
     }
 
     fn end(&mut self) {
@@ -130,23 +146,33 @@ async fn every_task_ends_once_while_parts_on_the_embedded_bus_crash() {
     let gateway = tokio::spawn(gateway.run(stop.clone()));
 
     let roles = [Role::Router, Role::Router, Role::Worker(0), Role::Worker(1)];
-    let mut parts = roles.map(|role| Part::start(role, &bus, dir.path()));
+    let endpoint = OpenAi::start().await;
+    // More replies than tasks.
+    for _ in 0..10_000 {
+        endpoint.reply(Reply::Words { words: vec!["done".into()], delay: WORK });
+    }
+    let place = Place { dir, bus, endpoint };
+    let mut parts = roles.map(|role| Part::start(role, &place));
+
+    // Each part crashes and is stopped.
+    let mut faults: Vec<(usize, bool)> = (0..parts.len())
+        .flat_map(|part| [(part, true), (part, false)])
+        .collect();
+    random.shuffle(&mut faults);
     let faults = async {
-        for _ in 0..FAULTS {
-            tokio::time::sleep(random.milliseconds(50..300)).await;
-            let (part, crash) = (random.index(parts.len()), random.index(2) == 0);
-            let pause = random.milliseconds(1..300);
-            parts[part].replace(crash, pause, &bus, dir.path()).await;
+        for (part, crash) in faults {
+            tokio::time::sleep(random.milliseconds(100..400)).await;
+            parts[part].replace(crash, random.milliseconds(1..300), &place).await;
         }
     };
-    through(faults, &bus, vec![socket], seed).await;
+    through(faults, &place.bus, vec![socket], seed).await;
 
     stop.cancel();
     gateway.await.unwrap().unwrap();
 }
 
 /// What a worker's programs do: note the run, work for a moment, return the task.
-const SCRIPT: &str = "echo $BEAMLINE_REQUEST_ID >> {dir}/runs; sleep 0.02; cat";
+const SCRIPT: &str = "echo $BEAMLINE_REQUEST_ID >> {dir}/runs; sleep 0.1; cat";
 
 /// The processes on one NATS: two routers, two workers, two gateways.
 struct Fleet {
@@ -155,6 +181,16 @@ struct Fleet {
     /// How often each process was killed.
     killed: Vec<usize>,
     dir: tempfile::TempDir,
+}
+
+#[derive(Clone, Copy)]
+enum Fault {
+    /// SIGKILL, then a start on the same files.
+    BusDies,
+    /// SIGSTOP, later SIGCONT.
+    Stalls(usize),
+    /// SIGKILL, then a new start.
+    Dies(usize),
 }
 
 /// Where the workers and the gateways are in [`Fleet::processes`].
@@ -186,23 +222,21 @@ impl Fleet {
         Self { nats, killed: vec![0; processes.len()], processes, dir }
     }
 
-    async fn fault(&mut self, random: &mut Random) {
-        let (one, pause) = (random.index(self.processes.len()), random.milliseconds(100..1500));
-        let process = &mut self.processes[one];
-        match random.index(8) {
-            0 => {
+    async fn suffer(&mut self, fault: Fault, pause: Duration) {
+        match fault {
+            Fault::BusDies => {
                 self.nats.kill();
-                tokio::time::sleep(pause / 2).await;
+                tokio::time::sleep(pause).await;
                 self.nats.restart().await;
             }
-            1..=3 => {
-                process.signal(Signal::SIGSTOP);
+            Fault::Stalls(one) => {
+                self.processes[one].signal(Signal::SIGSTOP);
                 tokio::time::sleep(pause).await;
-                process.signal(Signal::SIGCONT);
+                self.processes[one].signal(Signal::SIGCONT);
             }
-            _ => {
+            Fault::Dies(one) => {
                 self.killed[one] += 1;
-                process.kill_and_restart().await;
+                self.processes[one].kill_and_restart().await;
             }
         }
     }
@@ -227,10 +261,17 @@ async fn every_task_ends_once_while_processes_on_nats_die_and_stall() {
         .unwrap();
     let sockets = GATEWAYS.map(|gateway| fleet.processes[gateway].socket()).into();
 
+    // Each worker dies and stalls, one router and one gateway too.
+    let [some_router, some_gateway] = [random.index(2), GATEWAYS[random.index(2)]];
+    let mut faults = vec![Fault::BusDies, Fault::BusDies];
+    for one in [some_router, WORKERS[0], WORKERS[1], some_gateway] {
+        faults.extend([Fault::Dies(one), Fault::Stalls(one)]);
+    }
+    random.shuffle(&mut faults);
     let faults = async {
-        for _ in 0..FAULTS {
-            tokio::time::sleep(random.milliseconds(50..500)).await;
-            fleet.fault(&mut random).await;
+        for fault in faults {
+            tokio::time::sleep(random.milliseconds(100..400)).await;
+            fleet.suffer(fault, random.milliseconds(100..1500)).await;
         }
     };
     let ran = through(faults, &bus, sockets, seed).await;
