@@ -367,7 +367,7 @@ mod tests {
         let end = Instant::now() + Duration::from_secs(20);
         let log = loop {
             match Log::open(path, Durability::Process) {
-                Err(Error::InUse(_)) if Instant::now() < end => tokio::task::yield_now().await,
+                Err(Error::InUse { .. }) if Instant::now() < end => tokio::task::yield_now().await,
                 log => break log.unwrap(),
             }
         };

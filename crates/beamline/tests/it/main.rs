@@ -3,6 +3,7 @@
 mod clients;
 mod commands;
 mod contract;
+mod data_dir;
 mod doors;
 mod drain;
 mod durability;

@@ -37,7 +37,7 @@ fn replay_returns_groups_in_order_and_read_returns_values() {
         commit(&mut log, group);
     }
     assert_eq!(log.read(Place { row: 3, offset: 1, len: 3 }).unwrap(), "hre");
-    assert!(matches!(open(dir.path()), Err(Error::InUse(_))));
+    assert!(matches!(open(dir.path()), Err(Error::InUse { .. })));
     drop(log);
 
     let log = open(dir.path()).unwrap();
