@@ -2,8 +2,9 @@
 //! common subject and those of providers.
 
 use crate::clock::unix_ms;
-use crate::{Bus, ConsumerConfig, Delivery, Headers, Message, Result, Write};
+use crate::{Bus, ConsumerConfig, Delivery, Headers, Message, Result, Write, tasks};
 use std::time::Duration;
+use wire::router::ExecAssignment;
 use wire::subjects::{ASSIGN, STREAM_ASSIGN, assign_to};
 
 /// The stream redelivers an assignment that is not reported in progress for this long.
@@ -58,7 +59,7 @@ pub fn is_moved(delivery: &Delivery) -> bool {
 }
 
 /// Moves an assignment to another subject, where its deliveries count from one. Safe to repeat.
-pub async fn move_to(bus: &Bus, delivery: &Delivery, assignment_id: &str, subject: &str) -> Result<()> {
+pub async fn move_to(bus: &Bus, delivery: &Delivery, assignment: &ExecAssignment, subject: &str) -> Result<()> {
     let mut headers = Headers::new();
     let kept = delivery.message.headers.iter();
     // The server's own headers belong to the first message.
@@ -73,9 +74,10 @@ pub async fn move_to(bus: &Bus, delivery: &Delivery, assignment_id: &str, subjec
         headers,
         payload: delivery.message.payload.clone(),
     };
-    let msg_id = move_id(delivery, assignment_id);
-    bus.write(vec![Write::Append { message, msg_id: Some(&msg_id) }, Write::Ack(delivery)])
-        .await?;
+    let msg_id = move_id(delivery, &assignment.assignment_id);
+    let mut writes = Vec::from_iter((subject == ASSIGN).then(|| tasks::note_assignment(assignment)));
+    writes.extend([Write::Append { message, msg_id: Some(&msg_id) }, Write::Ack(delivery)]);
+    bus.write(writes).await?;
     Ok(())
 }
 

@@ -2,8 +2,9 @@
 
 use crate::{Bus, Error, Result, Write};
 use bytes::Bytes;
+use serde::de::DeserializeOwned;
 use wire::limits::ID_MAX;
-use wire::router::{ExecResult, TaskQuery, TaskState};
+use wire::router::{ExecAssignment, ExecResult, TaskHead, TaskQuery, TaskState};
 use wire::subjects::{BUCKET_TASKS, assignment_key, billed_key, task_key};
 
 /// A task's record as it was read.
@@ -37,12 +38,20 @@ impl Record {
 
 /// The record of a tenant's task. One that cannot be read is logged, and as good as none.
 pub async fn load(bus: &Bus, tenant_id: &str, request_id: &str) -> Result<Option<Record>> {
-    let mut record = read(bus, task_key(tenant_id, request_id)).await?;
-    if record.is_none() {
-        // The previous version kept it under the request id alone; such records live for a day.
-        record = read(bus, request_id.into()).await?;
-    }
+    let found = find(bus, tenant_id, request_id).await?;
+    let record = found.and_then(|found| found.decode().map(|task| found.into_record(task)));
     Ok(record.filter(|record| record.task.tenant() == tenant_id && record.task.task_id == request_id))
+}
+
+/// Whether the task of this assignment still has to run, without what takes time to decode; `None` if the task has no
+/// record, or one of another assignment.
+pub async fn head(bus: &Bus, assignment: &ExecAssignment) -> Result<Option<TaskHead>> {
+    let ExecAssignment { tenant_id, request_id, assignment_id, .. } = assignment;
+    let found = find(bus, tenant_id, request_id).await?;
+    let head = found.and_then(|found| found.decode::<TaskHead>());
+    Ok(head.filter(|head| {
+        head.tenant() == tenant_id && head.task_id == *request_id && head.assignment_id.as_ref() == Some(assignment_id)
+    }))
 }
 
 /// The record of the task whose assignment this result is of. The assignment is the proof: what the result says of its
@@ -60,37 +69,38 @@ pub async fn of_result(bus: &Bus, result: &ExecResult) -> Result<Option<Record>>
     let named = named.and_then(|(bytes, _)| serde_json::from_slice::<TaskQuery>(&bytes).ok());
     let record = match named.and_then(|named| named.tenant_id) {
         Some(tenant_id) => load(bus, &tenant_id, request_id).await?,
-        None => read(bus, request_id.clone()).await?,
+        None => {
+            let found = read(bus, request_id.clone()).await?;
+            found.and_then(|found| found.decode().map(|task| found.into_record(task)))
+        }
     };
     Ok(record.filter(is_its))
 }
 
-/// The writes that make the record of a new task: the first fails with [`Error::WrongRevision`] if there is one.
-pub fn create<'a>(task: &TaskState) -> Vec<Write<'a>> {
-    let record = Write::Put {
+/// The write that makes the record of a new task. It fails with [`Error::WrongRevision`] if there is one.
+pub fn create<'a>(task: &TaskState) -> Write<'a> {
+    Write::Put {
         bucket: BUCKET_TASKS,
         key: task_key(task.tenant(), &task.task_id),
         value: encode(task),
         expected: Some(0),
-    };
-    std::iter::once(record).chain(note_assignment(task)).collect()
+    }
 }
 
-/// The write that notes whose task an assignment is of, for a result that does not name its tenant.
-pub fn note_assignment<'a>(task: &TaskState) -> Option<Write<'a>> {
-    let assignment_id = task.assignment_id.as_ref()?;
+/// The write that notes whose task an assignment is of. A worker on the common subject may have been written by
+/// somebody else, and its result need not name the tenant.
+pub fn note_assignment<'a>(assignment: &ExecAssignment) -> Write<'a> {
     let named = TaskQuery {
-        request_id: task.task_id.clone(),
-        tenant_id: Some(task.tenant().into()),
+        request_id: assignment.request_id.clone(),
+        tenant_id: Some(assignment.tenant_id.clone()),
         result_subject: None,
     };
-    let value = serde_json::to_vec(&named).expect("a query is JSON").into();
-    Some(Write::Put {
+    Write::Put {
         bucket: BUCKET_TASKS,
-        key: assignment_key(assignment_id),
-        value,
+        key: assignment_key(&assignment.assignment_id),
+        value: serde_json::to_vec(&named).expect("a query is JSON").into(),
         expected: None,
-    })
+    }
 }
 
 /// The write that notes that the result of an unknown task was billed.
@@ -134,17 +144,41 @@ fn encode(task: &TaskState) -> Bytes {
     serde_json::to_vec(task).expect("a task is JSON").into()
 }
 
-async fn read(bus: &Bus, key: String) -> Result<Option<Record>> {
-    let Some((bytes, revision)) = bus.kv_get(BUCKET_TASKS, &key).await? else {
-        return Ok(None);
-    };
-    match serde_json::from_slice(&bytes) {
-        Ok(task) => Ok(Some(Record { task, key, revision })),
-        // A request id that looks like the key of an assignment.
-        Err(_) if key.starts_with('@') => Ok(None),
-        Err(error) => {
-            tracing::error!(%error, key, "a task's record cannot be read");
-            Ok(None)
+/// A record as it is stored.
+struct Found {
+    bytes: Bytes,
+    key: String,
+    revision: u64,
+}
+
+impl Found {
+    fn decode<T: DeserializeOwned>(&self) -> Option<T> {
+        match serde_json::from_slice(&self.bytes) {
+            Ok(task) => Some(task),
+            // A request id that looks like the key of an assignment.
+            Err(_) if self.key.starts_with('@') => None,
+            Err(error) => {
+                tracing::error!(%error, key = self.key, "a task's record cannot be read");
+                None
+            }
         }
     }
+
+    fn into_record(self, task: TaskState) -> Record {
+        let Self { key, revision, .. } = self;
+        Record { task, key, revision }
+    }
+}
+
+async fn find(bus: &Bus, tenant_id: &str, request_id: &str) -> Result<Option<Found>> {
+    match read(bus, task_key(tenant_id, request_id)).await? {
+        // An earlier version kept it under the request id alone; such records live for a day.
+        None => read(bus, request_id.into()).await,
+        found => Ok(found),
+    }
+}
+
+async fn read(bus: &Bus, key: String) -> Result<Option<Found>> {
+    let found = bus.kv_get(BUCKET_TASKS, &key).await?;
+    Ok(found.map(|(bytes, revision)| Found { bytes, key, revision }))
 }

@@ -93,8 +93,7 @@ async fn repeat(
         return Err(ErrorBody::new(RouterCode::DeadlineExceeded, text));
     }
 
-    let note = || Vec::from_iter(bus::tasks::note_assignment(task));
-    write(router, request, note, &assignment).await.map_err(not_stored)?;
+    write(router, request, None, &assignment).await.map_err(not_stored)?;
     router.open.add(task, Instant::now());
     Ok(())
 }
@@ -120,7 +119,7 @@ async fn begin(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
     };
 
     // The record comes first, because the result may arrive as soon as the assignment is appended.
-    match write(router, request, || bus::tasks::create(&task), &assignment).await {
+    match write(router, request, Some(&task), &assignment).await {
         Ok(()) => {
             place.keep(assignment.options.deadline_ms, router.uptime_ms());
             if !task.committed {
@@ -133,20 +132,25 @@ async fn begin(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
     }
 }
 
-/// Makes the puts and appends the assignment: to the subject that the request names, else to the provider's if a live
-/// worker takes from it, else to the common one.
-async fn write<'a>(
+/// Creates the record of a new task and appends the assignment: to the subject that the request names, else to the
+/// provider's if a live worker takes from it, else to the common one.
+async fn write(
     router: &Router,
     request: &DecideRequest,
-    puts: impl Fn() -> Vec<Write<'a>>,
-    assignment: &'a ExecAssignment,
+    new: Option<&TaskState>,
+    assignment: &ExecAssignment,
 ) -> bus::Result<()> {
     let named = request.assignment_subject.as_deref();
     let own = subjects::assign_to(&assignment.executor.provider_id);
     let own = own.filter(|own| named.is_none() && router.fleet.listens(own, Instant::now()));
     let subject = own.as_deref().or(named).unwrap_or(subjects::ASSIGN);
 
-    let mut writes = puts();
+    let create = || new.map(bus::tasks::create);
+    let note = || bus::tasks::note_assignment(assignment);
+
+    let mut writes = Vec::from_iter(create());
+    // Only Beamline's own workers take from a provider's subject, and their results name the tenant.
+    writes.extend(own.is_none().then(note));
     writes.push(append(request, assignment, subject));
     let Err(Incomplete { error, written }) = router.bus.write(writes).await else {
         return Ok(());
@@ -155,9 +159,10 @@ async fn write<'a>(
         return Err(error);
     }
 
-    // An older process that declared the stream took the provider's subject away; its workers add it again. The puts
-    // are repeated if they were undone.
-    let mut writes = if written.is_empty() { puts() } else { Vec::new() };
+    // An older process that declared the stream took the provider's subject away; its workers add it again. The record
+    // is created again if that was undone.
+    let mut writes = Vec::from_iter(written.is_empty().then(create).flatten());
+    writes.push(note());
     writes.push(append(request, assignment, subjects::ASSIGN));
     router.bus.write(writes).await?;
     Ok(())

@@ -60,7 +60,7 @@ async fn take_over(router: &Router, subject: &str) -> bus::Result<()> {
         && let Ok(Some(delivery)) = tokio::time::timeout(EMPTY_AFTER, consumer.next()).await
     {
         let done = match serde_json::from_slice::<ExecAssignment>(&delivery.message.payload) {
-            Ok(assignment) => move_to(&router.bus, &delivery, &assignment.assignment_id, ASSIGN).await,
+            Ok(assignment) => move_to(&router.bus, &delivery, &assignment, ASSIGN).await,
             Err(error) => {
                 let reason = format!("the assignment cannot be read: {}", wire::unfit(&error));
                 bus::dead_letter::bury(&router.bus, &delivery, &reason).await

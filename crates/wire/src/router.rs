@@ -182,6 +182,30 @@ pub struct RequestHead {
     pub trace_id: Option<String>,
 }
 
+/// The part of a [`TaskState`] that must be decoded to know whether its task still has to run.
+#[derive(Debug, Deserialize)]
+pub struct TaskHead {
+    pub task_id: String,
+    pub state: State,
+    #[serde(default)]
+    pub assignment_id: Option<String>,
+    #[serde(default)]
+    tenant_id: String,
+    #[serde(default)]
+    result: Option<IgnoredAny>,
+}
+
+impl TaskHead {
+    /// As [`TaskState::tenant`].
+    pub fn tenant(&self) -> &str {
+        tenant_or_default(&self.tenant_id)
+    }
+
+    pub fn has_result(&self) -> bool {
+        self.result.is_some()
+    }
+}
+
 /// The assignment of a task to a worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ExecAssignment {
@@ -563,11 +587,15 @@ impl TaskState {
 
     /// The tenant that owns the task.
     pub fn tenant(&self) -> &str {
-        if self.tenant_id.is_empty() {
-            DEFAULT_TENANT
-        } else {
-            &self.tenant_id
-        }
+        tenant_or_default(&self.tenant_id)
+    }
+}
+
+fn tenant_or_default(tenant_id: &str) -> &str {
+    if tenant_id.is_empty() {
+        DEFAULT_TENANT
+    } else {
+        tenant_id
     }
 }
 

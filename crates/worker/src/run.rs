@@ -134,7 +134,7 @@ async fn mark_running(bus: &Bus, assignment: &ExecAssignment, stop: &Cancellatio
 
 /// The task's record, if it has one for this assignment: an assignment need not have a record, and the record of
 /// another assignment does not concern this one.
-pub async fn record_of(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Option<Record>> {
+async fn record_of(bus: &Bus, assignment: &ExecAssignment) -> bus::Result<Option<Record>> {
     let record = bus::tasks::load(bus, &assignment.tenant_id, &assignment.request_id).await?;
     Ok(record.filter(|record| record.task.assignment_id.as_ref() == Some(&assignment.assignment_id)))
 }

@@ -145,7 +145,7 @@ async fn pass_on(worker: &Worker, delivery: &Delivery, assignment: &ExecAssignme
     let common = *delivery.message.subject == *subjects::ASSIGN;
     let target = subjects::assign_to(provider).filter(|target| common && worker.fleet.listens(target, Instant::now()));
     if let Some(target) = target {
-        match move_to(&worker.bus, delivery, &assignment.assignment_id, &target).await {
+        match move_to(&worker.bus, delivery, assignment, &target).await {
             // The stream lost the subject to an older process; the workers that take from it add it again.
             Err(bus::Error::NoStream(_)) => {}
             moved => return moved,
@@ -174,9 +174,9 @@ enum Begin {
 /// Whether the assignment still has to run. With `is_new`, it has not been delivered before.
 async fn begin(worker: &Worker, delivery: &Delivery, assignment: &ExecAssignment, is_new: bool) -> bus::Result<Begin> {
     let bus = &worker.bus;
-    match crate::run::record_of(bus, assignment).await? {
-        Some(record) if record.task.result.is_some() => return Ok(Begin::Done),
-        Some(record) if record.task.state == State::Cancelled => return Ok(Begin::Cancelled),
+    match bus::tasks::head(bus, assignment).await? {
+        Some(head) if head.has_result() => return Ok(Begin::Done),
+        Some(head) if head.state == State::Cancelled => return Ok(Begin::Cancelled),
         _ => {}
     }
 
@@ -218,7 +218,7 @@ async fn give_up_on(worker: &Worker, delivery: &Delivery, assignment: &ExecAssig
     let own = subjects::assign_to(&assignment.executor.provider_id).filter(|own| worker.subjects.contains(own));
     let common = *delivery.message.subject == *subjects::ASSIGN;
     if let Some(own) = own.filter(|_| common && !is_moved(delivery)) {
-        return move_to(&worker.bus, delivery, &assignment.assignment_id, &own).await;
+        return move_to(&worker.bus, delivery, assignment, &own).await;
     }
     let text = format!("given up after {MAX_DELIVER} deliveries");
     fail(worker, delivery, assignment, "max_deliver", text).await
