@@ -1,14 +1,78 @@
-//! Dead letters: messages that a consumer cannot handle, stored in the stream DLQ for an operator to inspect.
+//! Dead letters: messages that a consumer cannot handle, stored for an operator to inspect.
+//!
+//! A message that ran out of deliveries goes to the stream DLQ. One that cannot be read goes to a stream of its own,
+//! because anybody can send any number of those.
 
 use crate::{Bus, Delivery, Error, Message, Result};
 use base64::Engine;
+use parking_lot::Mutex;
+use std::time::{Duration, Instant};
 use wire::router::DeadLetter;
+use wire::subjects;
 
-/// Stores a dead letter for the delivery, then terminates the delivery so that it is never redelivered.
+/// Unreadable messages are logged at most this often.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Stores a dead letter for a message that was read but could not be handled, then terminates the delivery so that it is
+/// never redelivered.
 ///
 /// The operation is idempotent: after a crash between the two steps the message is redelivered and buried again, and
 /// the message id keeps the stream from storing a second dead letter.
 pub async fn bury(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
+    let subject = subjects::dead_letter(&delivery.message.subject);
+    append(bus, delivery, reason, subject).await?;
+
+    metrics::counter!("beamline_dead_letters_total").increment(1);
+    tracing::error!(
+        subject = %delivery.message.subject,
+        reason,
+        delivered = delivery.delivered,
+        "message moved to the dead-letter stream"
+    );
+    delivery.term().await
+}
+
+/// As [`bury`], for a message that cannot be read.
+pub async fn bury_unreadable(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
+    let subject = subjects::unreadable(&delivery.message.subject);
+    match append(bus, delivery, reason, subject).await {
+        // It has no value that would justify holding up the messages behind it.
+        Err(error @ Error::Full(_)) => {
+            tracing::debug!(%error, "an unreadable message was dropped");
+        }
+        stored => stored?,
+    }
+
+    metrics::counter!("beamline_dead_letters_total").increment(1);
+    metrics::counter!("beamline_unreadable_messages_total").increment(1);
+    if let Some(more) = LOGGED.lock().next(Instant::now()) {
+        let subject = &*delivery.message.subject;
+        tracing::error!(subject, reason, more, "a message that cannot be read was moved out of its stream");
+    }
+    delivery.term().await
+}
+
+static LOGGED: Mutex<Logged> = Mutex::new(Logged { last: None, suppressed: 0 });
+
+/// Bounds the rate of log lines about unreadable messages.
+struct Logged {
+    last: Option<Instant>,
+    suppressed: u64,
+}
+
+impl Logged {
+    /// How many messages were not logged since the last line; `None` if this one is not logged either.
+    fn next(&mut self, now: Instant) -> Option<u64> {
+        if self.last.is_some_and(|last| now.duration_since(last) < LOG_INTERVAL) {
+            self.suppressed += 1;
+            return None;
+        }
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+async fn append(bus: &Bus, delivery: &Delivery, reason: &str, subject: String) -> Result<()> {
     let message = &delivery.message;
     let (payload, base64) = match std::str::from_utf8(&message.payload) {
         Ok(text) => (text.to_string(), false),
@@ -26,32 +90,37 @@ pub async fn bury(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
     };
 
     let msg_id = format!("dlq-{}-{}", message.subject, delivery.sequence);
-    match append(bus, &letter, &msg_id).await {
+    match store(bus, &letter, &subject, &msg_id).await {
         // The envelope can push a payload near the limit over it. Without this fallback the message could never be
         // buried and would be redelivered forever.
         Err(Error::TooLarge { .. }) => {
             let text = format!("{reason} (its payload of {} bytes does not fit a dead letter)", message.payload.len());
-            append(bus, &DeadLetter { reason: text, payload: String::new(), base64: false, ..letter }, &msg_id).await?;
+            let letter = DeadLetter { reason: text, payload: String::new(), base64: false, ..letter };
+            store(bus, &letter, &subject, &msg_id).await
         }
-        stored => stored?,
+        stored => stored,
     }
-
-    metrics::counter!("beamline_dead_letters_total").increment(1);
-    tracing::error!(
-        subject = %message.subject,
-        reason,
-        delivered = delivery.delivered,
-        "message moved to the dead-letter stream"
-    );
-    delivery.term().await
 }
 
-async fn append(bus: &Bus, letter: &DeadLetter, msg_id: &str) -> Result<()> {
-    let subject = wire::subjects::dead_letter(&letter.original_subject).into();
+async fn store(bus: &Bus, letter: &DeadLetter, subject: &str, msg_id: &str) -> Result<()> {
     let payload = serde_json::to_vec(letter)
         .expect("a dead letter serializes to JSON")
         .into();
-    bus.append(Message { subject, payload, ..Message::default() }, Some(msg_id))
+    bus.append(Message { subject: subject.into(), payload, ..Message::default() }, Some(msg_id))
         .await
         .map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_is_logged_in_each_interval() {
+        let mut logged = Logged { last: None, suppressed: 0 };
+        let start = Instant::now();
+        assert_eq!(logged.next(start), Some(0));
+        assert_eq!((logged.next(start), logged.next(start)), (None, None));
+        assert_eq!(logged.next(start + LOG_INTERVAL), Some(2));
+    }
 }

@@ -85,12 +85,15 @@ pub enum Error {
     TooLarge { size: usize, max: usize },
     #[error("invalid subject {0:?}: it must consist of tokens of printable characters separated by dots")]
     InvalidSubject(String),
-    #[error("no stream for {0}; declare the stream first")]
+    #[error("no stream takes {0}; it is not declared, or JetStream does not serve it")]
     NoStream(String),
     #[error("key {0:?} is at another revision; read it again and retry")]
     WrongRevision(String),
     #[error("storage failed: {0}")]
     Storage(String),
+    /// The stream holds its `max_bytes`, or the server has no room for it.
+    #[error("{0}")]
+    Full(String),
 }
 
 impl Error {
@@ -102,7 +105,8 @@ impl Error {
             | Self::Disconnected(_)
             | Self::NoStream(_)
             | Self::WrongRevision(_)
-            | Self::Storage(_) => true,
+            | Self::Storage(_)
+            | Self::Full(_) => true,
             Self::TooLarge { .. } | Self::InvalidSubject(_) => false,
         }
     }
@@ -176,9 +180,20 @@ pub trait BusApi: Send + Sync + 'static {
     /// The size of a stream and the backlog of each of its consumers.
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo>;
 
-    /// Creates a durable key-value bucket. Its entries expire `max_age` after their last write; with `None` they never
-    /// expire. Idempotent.
-    async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()>;
+    /// Creates a durable key-value bucket or updates it to this configuration. Idempotent.
+    async fn declare_bucket(&self, bucket: BucketConfig) -> Result<()>;
+
+    /// As [`BusApi::declare_bucket`], without a limit of bytes.
+    async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()> {
+        self.declare_bucket(BucketConfig { name: bucket, max_age, max_bytes: None })
+            .await
+    }
+
+    /// How full each stream and bucket is that was declared on this handle.
+    async fn fills(&self) -> Result<Vec<Fill>>;
+
+    /// The sizes that [`streams::declare`] gives to the product's streams and buckets.
+    fn sizes(&self) -> &streams::Sizes;
 
     /// Stores a value and returns its revision. With `expected`, only if the entry is at that revision (0: does not
     /// exist), else [`Error::WrongRevision`]. A value has the size limit of a message, else
@@ -191,7 +206,7 @@ pub trait BusApi: Send + Sync + 'static {
     /// embedded bus is never away.
     fn interruptions(&self) -> watch::Receiver<u64>;
 
-    /// Checks that the bus delivers messages now. Used by `/ready`.
+    /// Checks that the bus delivers messages now, and that the declared streams and buckets exist. Used by `/ready`.
     async fn health(&self) -> Result<()>;
 
     /// Reads certificates and credentials from their files again and reconnects with them, one connection after the
@@ -207,8 +222,15 @@ pub trait BusApi: Send + Sync + 'static {
 
 /// One step of [`BusApi::write`].
 pub enum Write<'a> {
-    /// See [`BusApi::kv_put`].
-    Put { bucket: &'a str, key: String, value: Bytes, expected: Option<u64> },
+    /// See [`BusApi::kv_put`]. `done` says that no further change is expected: a full bucket of the embedded bus evicts
+    /// such entries only. (Over [`nats`], the server evicts the entries that were written first.)
+    Put {
+        bucket: &'a str,
+        key: String,
+        value: Bytes,
+        expected: Option<u64>,
+        done: bool,
+    },
     /// See [`BusApi::append`].
     Append { message: Message, msg_id: Option<&'a str> },
     /// See [`BusApi::publish`]: live subscribers receive the message once the writes before it are stored (embedded: once
@@ -291,6 +313,9 @@ pub enum Retention {
     /// A message is deleted once a consumer has acknowledged or terminated it. A stream that holds `max_bytes` refuses
     /// new messages.
     WorkQueue,
+    /// A message is deleted once every consumer has acknowledged or terminated it; without consumers nothing is stored.
+    /// A stream that holds `max_bytes` refuses new messages.
+    Interest,
     /// Messages stay until `max_age`, whether or not they are acknowledged. Beyond `max_bytes` the oldest are deleted.
     Limits,
 }
@@ -301,10 +326,59 @@ pub struct StreamConfig {
     /// The subjects that the stream stores; wildcards are allowed.
     pub subjects: Vec<String>,
     pub retention: Retention,
-    pub max_age: Duration,
+    /// When messages expire, read or not; `None`: never.
+    pub max_age: Option<Duration>,
     pub max_bytes: u64,
     /// How long a message id is remembered for deduplication.
     pub dedup_window: Duration,
+    /// Memory for message ids in the embedded bus, at 100 bytes each; beyond it the oldest are forgotten early. Over
+    /// [`nats`], ids are in the server's memory, which has no such limit.
+    pub dedup_bytes: u64,
+    /// Consumers that the stream has from the start, before it stores a message. Existing ones stay as they are.
+    pub consumers: Vec<ConsumerConfig>,
+    /// Names of consumers of earlier versions. They are deleted unless something still reads them, because a message
+    /// waits for every consumer.
+    pub retired: Vec<&'static str>,
+}
+
+impl StreamConfig {
+    /// A stream without a maximum age, of 1 GiB, with a dedup window of an hour.
+    pub fn new(name: &'static str, subjects: Vec<String>, retention: Retention) -> Self {
+        Self {
+            name,
+            subjects,
+            retention,
+            max_age: None,
+            max_bytes: 1 << 30,
+            dedup_window: Duration::from_secs(3600),
+            dedup_bytes: 64 << 20,
+            consumers: Vec::new(),
+            retired: Vec::new(),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct BucketConfig {
+    pub name: &'static str,
+    /// Entries expire this long after their last write; `None`: never.
+    pub max_age: Option<Duration>,
+    /// Size at which entries are evicted to make room for new ones; see [`Write::Put`]. `None`: no limit.
+    pub max_bytes: Option<u64>,
+}
+
+/// How full a stream or a bucket is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fill {
+    pub store: &'static str,
+    /// Messages or entries.
+    pub messages: u64,
+    pub bytes: u64,
+    pub max_bytes: Option<u64>,
+    /// When the oldest message or entry was stored, in milliseconds since the Unix epoch; `None` if there is none.
+    pub oldest_ms: Option<u64>,
+    /// Number of the oldest message or entry that is left. It grows when the oldest are deleted.
+    pub first: u64,
 }
 
 #[derive(Debug, Clone)]

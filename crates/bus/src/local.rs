@@ -8,9 +8,10 @@ mod state;
 mod store;
 pub(crate) mod subjects;
 
+use crate::streams::Sizes;
 use crate::{
-    Acker, Appended, Bus, BusApi, Consumer, ConsumerConfig, Delivery, Error, Headers, Incomplete, Message, Places,
-    Result, StreamConfig, StreamInfo, Subscription, Write, Written,
+    Acker, Appended, BucketConfig, Bus, BusApi, Consumer, ConsumerConfig, Delivery, Error, Fill, Headers, Incomplete,
+    Message, Places, Result, StreamConfig, StreamInfo, Subscription, Write, Written,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -34,6 +35,7 @@ const FLUSH_INTERVAL: Duration = Duration::from_millis(100);
 pub struct Local {
     subjects: Arc<Subjects>,
     store: Arc<Store>,
+    sizes: Sizes,
     tasks: TaskTracker,
     cancel: CancellationToken,
     /// Never changes, because this bus cannot be away.
@@ -46,10 +48,10 @@ impl Local {
     /// Opens the bus in the directory `dir`. Only one process may use it at a time. Acknowledged writes survive a
     /// crash of the process.
     pub async fn open(dir: &Path) -> Result<Bus> {
-        Self::open_with(dir, Durability::Process).await
+        Self::open_with(dir, Durability::Process, Sizes::default()).await
     }
 
-    pub async fn open_with(dir: &Path, durability: Durability) -> Result<Bus> {
+    pub async fn open_with(dir: &Path, durability: Durability, sizes: Sizes) -> Result<Bus> {
         let path = dir.join("bus.db");
         let store = tokio::task::spawn_blocking(move || Store::open(&path, durability))
             .await
@@ -62,6 +64,7 @@ impl Local {
         Ok(Arc::new(Self {
             subjects: Arc::new(Subjects::default()),
             store,
+            sizes,
             tasks,
             _end: cancel.clone().drop_guard(),
             cancel,
@@ -174,8 +177,16 @@ impl BusApi for Local {
         self.store.stream_info(stream).await
     }
 
-    async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()> {
-        self.store.declare_kv(bucket, max_age).await
+    async fn declare_bucket(&self, bucket: BucketConfig) -> Result<()> {
+        self.store.declare_bucket(bucket).await
+    }
+
+    async fn fills(&self) -> Result<Vec<Fill>> {
+        self.store.fills().await
+    }
+
+    fn sizes(&self) -> &Sizes {
+        &self.sizes
     }
 
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
@@ -204,10 +215,11 @@ impl Local {
     /// The store's step for this write; `None` if it stores nothing.
     fn step(&self, write: &Write<'_>) -> Result<Option<Step>> {
         match write {
-            Write::Put { bucket, key, value, expected } => {
+            Write::Put { bucket, key, value, expected, done } => {
                 check_size(value.len())?;
                 let (bucket, key) = (bucket.to_string(), key.clone());
-                Ok(Some(Step::Put { bucket, key, value: value.clone(), expected: *expected }))
+                let value = value.clone();
+                Ok(Some(Step::Put { bucket, key, value, expected: *expected, done: *done }))
             }
             Write::Append { message, msg_id } => {
                 check(message)?;

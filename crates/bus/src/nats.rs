@@ -9,16 +9,18 @@ mod consumer;
 mod convert;
 mod credentials;
 mod inbox;
+mod keeper;
 mod link;
 mod outbox;
 mod pool;
 mod streams;
 mod subscription;
 
-use crate::local::subjects::{check_pattern, check_subject, matches};
+use crate::local::subjects::{check_pattern, check_subject};
+use crate::streams::Sizes;
 use crate::{
-    Appended, Bus, BusApi, Consumer, ConsumerConfig, Error, Headers, Incomplete, Message, Places, Result, StreamConfig,
-    StreamInfo, Subscription, Write, Written,
+    Appended, BucketConfig, Bus, BusApi, Consumer, ConsumerConfig, Error, Fill, Headers, Incomplete, Message, Places,
+    Result, StreamConfig, StreamInfo, Subscription, Write, Written,
 };
 use access::Access;
 use async_trait::async_trait;
@@ -26,9 +28,8 @@ use bytes::Bytes;
 pub(crate) use consumer::Settle;
 use futures_util::future::try_join_all;
 use inbox::Awaited;
-use parking_lot::RwLock;
+use keeper::Keeper;
 use pool::Pool;
-use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,15 +66,16 @@ pub struct NatsConfig {
     pub tls_key: Option<PathBuf>,
     /// Start with the TLS handshake, for a server with `handshake_first`.
     pub tls_first: bool,
+    /// Replicas of every stream and bucket; unset: one for new ones, and as many as the others have.
+    pub replicas: Option<usize>,
+    pub sizes: Sizes,
 }
 
 pub struct Nats {
     access: Arc<Access>,
-    pool: Pool,
-    /// Subjects of the declared streams.
-    subjects: RwLock<HashSet<String>>,
-    /// Names of the declared buckets.
-    buckets: RwLock<HashSet<&'static str>>,
+    pool: Arc<Pool>,
+    keeper: Arc<Keeper>,
+    sizes: Sizes,
     tasks: TaskTracker,
     cancel: CancellationToken,
     interruptions: Arc<watch::Sender<u64>>,
@@ -87,29 +89,24 @@ impl Nats {
         let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
         let end = cancel.clone().drop_guard();
         let size = config.connections;
+        let (sizes, keeper) = (config.sizes.clone(), Arc::new(Keeper::new(config.replicas)));
         let access = Arc::new(Access::new(config)?);
         let interruptions = Arc::new(watch::Sender::default());
-        let pool = Pool::open(&access, size, &interruptions, &tasks, &cancel).await?;
-        Ok(Arc::new(Self {
-            access,
-            pool,
-            subjects: RwLock::default(),
-            buckets: RwLock::default(),
-            tasks,
-            cancel,
-            interruptions,
-            _end: end,
-        }))
+        let pool = Arc::new(Pool::open(&access, size, &interruptions, &tasks, &cancel).await?);
+        tasks.spawn(keeper.clone().run(pool.clone(), cancel.clone()));
+        Ok(Arc::new(Self { access, pool, keeper, sizes, tasks, cancel, interruptions, _end: end }))
     }
 
-    /// Whether a declared stream takes the subject.
-    fn is_declared(&self, subject: &str) -> bool {
-        let subjects = self.subjects.read();
-        subjects.iter().any(|pattern| matches(pattern, subject))
+    /// Lets the keeper look after what this call found missing.
+    fn noted<T>(&self, outcome: Result<T>) -> Result<T> {
+        if matches!(outcome, Err(Error::NoStream(_) | Error::Storage(_))) {
+            self.keeper.missed();
+        }
+        outcome
     }
 
     fn declared(&self, bucket: &str) -> Result<()> {
-        let declared = self.buckets.read().contains(bucket);
+        let declared = self.keeper.has_bucket(bucket);
         declared
             .then_some(())
             .ok_or_else(|| Error::Storage(format!("bucket {bucket} is not declared")))
@@ -118,7 +115,7 @@ impl Nats {
     /// Makes the puts of a batch concurrently and ignores its other writes.
     async fn put_all(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>> {
         let puts = writes.into_iter().filter_map(|write| match write {
-            Write::Put { bucket, key, value, expected } => Some(async move {
+            Write::Put { bucket, key, value, expected, done: _ } => Some(async move {
                 let revision = self.kv_put(bucket, &key, value, expected).await?;
                 Ok(Written::Put { revision })
             }),
@@ -156,28 +153,28 @@ impl BusApi for Nats {
     }
 
     async fn declare_stream(&self, stream: StreamConfig) -> Result<()> {
-        let subjects = stream.subjects.clone();
-        streams::declare(self.pool.mine(), stream).await?;
-        self.subjects.write().extend(subjects);
-        Ok(())
+        self.keeper.declare_stream(self.pool.mine(), stream).await
     }
 
     async fn add_subjects(&self, stream: &'static str, subjects: &[String]) -> Result<()> {
-        streams::add_subjects(self.pool.mine(), stream, subjects).await
+        streams::add_subjects(self.pool.mine(), stream, subjects).await?;
+        self.keeper.added(stream, subjects);
+        Ok(())
     }
 
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
         check_subject(&message.subject)?;
         let link = self.pool.of(&message.subject).await?;
         let subject = message.subject.clone();
-        match streams::append(link, message, msg_id, APPEND_DEADLINE).await {
+        let appended = match streams::append(link, message, msg_id, APPEND_DEADLINE).await {
             // With a live subscriber on the subject, the server does not report a missing stream: look for it. A slow
-            // server is asked nothing more: the streams that were declared exist.
-            Err(Error::Timeout(_)) if !self.is_declared(&subject) && !streams::takes(link, &subject).await? => {
+            // server is asked nothing more: the keeper looks after the streams that were declared.
+            Err(Error::Timeout(_)) if !self.keeper.takes(&subject) && !streams::takes(link, &subject).await? => {
                 Err(Error::NoStream(subject.to_string()))
             }
             appended => appended,
-        }
+        };
+        self.noted(appended)
     }
 
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete> {
@@ -232,20 +229,26 @@ impl BusApi for Nats {
         streams::info(self.pool.mine(), stream).await
     }
 
-    async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()> {
-        streams::declare_kv(self.pool.mine(), bucket, max_age).await?;
-        self.buckets.write().insert(bucket);
-        Ok(())
+    async fn declare_bucket(&self, bucket: BucketConfig) -> Result<()> {
+        self.keeper.declare_bucket(self.pool.mine(), bucket).await
+    }
+
+    async fn fills(&self) -> Result<Vec<Fill>> {
+        self.keeper.fills(self.pool.mine()).await
+    }
+
+    fn sizes(&self) -> &Sizes {
+        &self.sizes
     }
 
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
         self.declared(bucket)?;
-        buckets::put(self.pool.mine(), bucket, key, value, expected).await
+        self.noted(buckets::put(self.pool.mine(), bucket, key, value, expected).await)
     }
 
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {
         self.declared(bucket)?;
-        buckets::get(self.pool.mine(), bucket, key).await
+        self.noted(buckets::get(self.pool.mine(), bucket, key).await)
     }
 
     fn interruptions(&self) -> watch::Receiver<u64> {
@@ -253,7 +256,8 @@ impl BusApi for Nats {
     }
 
     async fn health(&self) -> Result<()> {
-        self.pool.health(HEALTH_DEADLINE).await
+        self.pool.health(HEALTH_DEADLINE).await?;
+        self.keeper.health(&self.pool).await
     }
 
     async fn reload(&self) -> Result<()> {

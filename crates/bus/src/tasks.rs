@@ -24,6 +24,7 @@ impl Record {
             key: self.key,
             value,
             expected: Some(self.revision),
+            done: self.task.state.is_final(),
         }
     }
 
@@ -84,6 +85,7 @@ pub fn create<'a>(task: &TaskState) -> Write<'a> {
         key: task_key(task.tenant(), &task.task_id),
         value: encode(task),
         expected: Some(0),
+        done: false,
     }
 }
 
@@ -100,6 +102,8 @@ pub fn note_assignment<'a>(assignment: &ExecAssignment) -> Write<'a> {
         key: assignment_key(&assignment.assignment_id),
         value: serde_json::to_vec(&named).expect("a query is JSON").into(),
         expected: None,
+        // Only results without a tenant need it, and our workers name the tenant.
+        done: true,
     }
 }
 
@@ -110,6 +114,7 @@ pub fn note_billed<'a>(result: &ExecResult, sequence: u64) -> Write<'a> {
         key: billed_key(&result.assignment_id),
         value: sequence.to_string().into(),
         expected: None,
+        done: true,
     }
 }
 

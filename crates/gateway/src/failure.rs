@@ -153,6 +153,7 @@ impl From<bus::Error> for Failure {
             | bus::Error::InvalidSubject(_)
             | bus::Error::NoStream(_)
             | bus::Error::WrongRevision(_)
+            | bus::Error::Full(_)
             | bus::Error::Storage(_) => Self::new(ErrorCode::Internal, text),
         }
     }

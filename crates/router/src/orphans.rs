@@ -63,7 +63,7 @@ async fn take_over(router: &Router, subject: &str) -> bus::Result<()> {
             Ok(assignment) => move_to(&router.bus, &delivery, &assignment, ASSIGN).await,
             Err(error) => {
                 let reason = format!("the assignment cannot be read: {}", wire::unfit(&error));
-                bus::dead_letter::bury(&router.bus, &delivery, &reason).await
+                bus::dead_letter::bury_unreadable(&router.bus, &delivery, &reason).await
             }
         };
         if let Err(error) = done {

@@ -53,7 +53,7 @@ pub async fn run(router: Arc<Router>, mut results: Consumer, cancel: Cancellatio
 async fn handle(router: &Router, delivery: &Delivery) {
     let decoded = ExecResult::decode(&delivery.message.payload).and_then(|result| check(&result).map(|()| result));
     let done = match decoded {
-        Err(poison) => bus::dead_letter::bury(&router.bus, delivery, &poison).await,
+        Err(poison) => bus::dead_letter::bury_unreadable(&router.bus, delivery, &poison).await,
         Ok(_) if delivery.delivered > MAX_DELIVER => {
             bus::dead_letter::bury(&router.bus, delivery, "the result could not be recorded").await
         }

@@ -89,6 +89,20 @@ impl NatsServer {
         self.run().await;
     }
 
+    /// Starts the server again without anything that it had stored.
+    pub async fn restart_empty(&mut self) {
+        self.stop().await;
+        let stored = self.dir.path().join("jetstream");
+        std::fs::remove_dir_all(stored).expect("cannot remove the server's store");
+        self.run().await;
+    }
+
+    /// Starts the server again with or without JetStream.
+    pub async fn restart_with_jetstream(&mut self, jetstream: bool) {
+        self.jetstream = jetstream;
+        self.restart().await;
+    }
+
     /// Suspends the server with SIGSTOP: connections stay open, but nothing answers.
     pub fn pause(&self) {
         self.process.iter().for_each(|process| process.signal(Signal::SIGSTOP));

@@ -90,10 +90,16 @@ pub fn dead_letter(subject: &str) -> String {
     format!("{subject}.dlq")
 }
 
+/// The subject for messages of `subject` that cannot be read (stream [`STREAM_UNREADABLE`]).
+pub fn unreadable(subject: &str) -> String {
+    format!("{subject}.dlq.unreadable")
+}
+
 pub const STREAM_ASSIGN: &str = "ASSIGN";
 pub const STREAM_RESULT: &str = "RESULT";
 pub const STREAM_USAGE: &str = "USAGE";
 pub const STREAM_DLQ: &str = "DLQ";
+pub const STREAM_UNREADABLE: &str = "DLQ_UNREADABLE";
 
 /// Key-value bucket of task states, by [`task_key`], and of their assignments, by [`assignment_key`].
 pub const BUCKET_TASKS: &str = "TASKS";

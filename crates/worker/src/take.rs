@@ -66,7 +66,7 @@ async fn take(
 async fn handle(worker: &Worker, delivery: Delivery, give_up: &CancellationToken) -> bus::Result<()> {
     let assignment = match read(&delivery.message.payload) {
         Ok(assignment) => assignment,
-        Err(reason) => return bus::dead_letter::bury(&worker.bus, &delivery, &reason).await,
+        Err(reason) => return bus::dead_letter::bury_unreadable(&worker.bus, &delivery, &reason).await,
     };
 
     let left = time_left(worker, &delivery, &assignment);

@@ -16,6 +16,7 @@ pub fn check(settings: &Settings, problems: &mut Problems) {
     checks.listeners_have_different_addresses();
     checks.nats_client_certificate_has_its_key();
     checks.one_way_to_sign_in_to_nats();
+    checks.usage_consumers_can_read();
     checks.pong_is_due_before_the_next_ping();
     checks.breaker_timeout_is_within_policies_bound();
     checks.names_are_unique();
@@ -79,6 +80,22 @@ impl Checks<'_> {
         let set = self.set_of(&["nats.user", "nats.token", "nats.nkey", "nats.credentials"]);
         if let [first, second, ..] = set[..] {
             self.problem(second, format!("and {first} are two ways to sign in to NATS: choose one"));
+        }
+    }
+
+    fn usage_consumers_can_read(&mut self) {
+        let names = self.values.list("bus.usage_consumers");
+        if self.settings.is_embedded() && !names.is_empty() {
+            self.problem(
+                "bus.usage_consumers",
+                "needs nats.url: no program can read the embedded bus, so it would fill up",
+            );
+        }
+        for name in names {
+            let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+            if !name.chars().all(fits) {
+                self.problem("bus.usage_consumers", format!("holds {name:?}; a name has letters, digits, - and _"));
+            }
         }
     }
 

@@ -12,6 +12,7 @@ use crate::hosts::{Hosts, is_host};
 use crate::proxies::{Network, Proxies};
 use bus::local::Durability;
 use bus::nats::NatsConfig;
+use bus::streams::Sizes;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
@@ -31,6 +32,8 @@ pub struct Settings {
     pub metrics_public: bool,
     pub grpc_listen: SocketAddr,
     pub bus: Bus,
+    /// Sizes of the bus's streams and buckets.
+    pub sizes: Sizes,
     /// Without the API key.
     pub gateway: gateway::Config,
     pub router: router::Config,
@@ -95,6 +98,7 @@ impl Settings {
 
         Self {
             bus: bus(values, &roles),
+            sizes: sizes(values),
             roles,
             http,
             gateway,
@@ -212,7 +216,22 @@ fn bus(values: &Values, roles: &[Role]) -> Bus {
         tls_key: values.maybe_path("nats.tls_key"),
         tls_first: values.flag("nats.tls_first"),
         connections: values.maybe_number("nats.connections"),
+        replicas: values.maybe_text("nats.replicas").and_then(|count| count.parse().ok()),
+        sizes: sizes(values),
     }))
+}
+
+fn sizes(values: &Values) -> Sizes {
+    Sizes {
+        assignments: values.number("bus.assignments_size"),
+        results: values.number("bus.results_size"),
+        usage: values.number("bus.usage_size"),
+        usage_max_age: values.duration("bus.usage_max_age"),
+        usage_consumers: values.list("bus.usage_consumers"),
+        dead_letters: values.number("bus.dead_letters_size"),
+        tasks: values.number("bus.tasks_size"),
+        message_ids: values.number("bus.message_ids_size"),
+    }
 }
 
 fn gateway(lists: &mut Lists<'_>) -> gateway::Config {

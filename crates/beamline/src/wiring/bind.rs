@@ -13,7 +13,9 @@ use std::os::unix::net::UnixListener;
 
 pub async fn bus(settings: &Settings) -> Result<Bus> {
     match &settings.bus {
-        config::Bus::Embedded(durability) => Ok(Local::open_with(&settings.data_dir, *durability).await?),
+        config::Bus::Embedded(durability) => {
+            Ok(Local::open_with(&settings.data_dir, *durability, settings.sizes.clone()).await?)
+        }
         config::Bus::Nats(nats) => Ok(Nats::connect(nats.as_ref().clone()).await?),
     }
 }

@@ -124,6 +124,7 @@ fn entries(db: &Connection) -> Sqlite<Records> {
             revision: row.get(2)?,
             at_ms: row.get(3)?,
             place: None,
+            done: false,
         };
         Ok((Kind::Entry(record), Some(row.get(4)?)))
     })?;

@@ -12,7 +12,7 @@ use prost::Message as _;
 /// One record of a group or of a snapshot part.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Record {
-    #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub kind: Option<Kind>,
 }
 
@@ -50,6 +50,9 @@ pub enum Kind {
     /// The newest revision that any entry has had, removed entries included.
     #[prost(uint64, tag = "11")]
     Revision(u64),
+    /// A consumer was deleted.
+    #[prost(message, tag = "12")]
+    Retired(RetiredRecord),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -107,6 +110,14 @@ pub struct CursorRecord {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
+pub struct RetiredRecord {
+    #[prost(string, tag = "1")]
+    pub stream: String,
+    #[prost(string, tag = "2")]
+    pub consumer: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct DeliveredRecord {
     #[prost(string, tag = "1")]
     pub stream: String,
@@ -126,7 +137,7 @@ pub struct SettledRecord {
     pub consumer: String,
     #[prost(uint64, tag = "3")]
     pub sequence: u64,
-    /// Whether the message was deleted, because the stream is a work queue.
+    /// Whether the message was deleted, because no other consumer needs it.
     #[prost(bool, tag = "4")]
     pub removes: bool,
 }
@@ -152,6 +163,9 @@ pub struct EntryRecord {
     /// In a snapshot: where the value lies.
     #[prost(message, tag = "5")]
     pub place: Option<PlaceRecord>,
+    /// Whether a full bucket may evict the entry.
+    #[prost(bool, tag = "6")]
+    pub done: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -347,7 +361,14 @@ mod tests {
     fn each_visits_records_with_the_places_of_their_values() {
         let mut group = Group::new(7);
         let entry = |key: &str| {
-            Kind::Entry(EntryRecord { bucket: "B".into(), key: key.into(), revision: 1, at_ms: 2, place: None })
+            Kind::Entry(EntryRecord {
+                bucket: "B".into(),
+                key: key.into(),
+                revision: 1,
+                at_ms: 2,
+                place: None,
+                done: false,
+            })
         };
         let first = group.push_bytes(entry("a"), b"value");
         group.push(Kind::Dropped(DroppedRecord { stream: "S".into(), up_to: 9 }));

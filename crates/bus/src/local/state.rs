@@ -3,7 +3,9 @@
 //! Sans-IO: time is an argument, and every change is recorded in a [`Group`] for the log. [`State::apply`] replays
 //! these records when the log is opened.
 
+mod bucket;
 mod consumer;
+mod rows;
 mod seen;
 mod snapshot;
 #[cfg(test)]
@@ -14,19 +16,26 @@ pub use seen::hash as hash_id;
 pub use snapshot::Cursor;
 
 use super::record::{
-    ConsumerRecord, DroppedRecord, EntryRecord, Group, Kind, MessageRecord, RemovedRecord, Stored, StreamRecord,
+    ConsumerRecord, DroppedRecord, EntryRecord, Group, Kind, MessageRecord, RetiredRecord, SeenRecord, Stored,
+    StreamRecord,
 };
-use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, Retention, StreamConfig, StreamInfo};
+use crate::{
+    Appended, BucketConfig, ConsumerConfig, Error, Fill, Message, Outcome, Result, Retention, StreamConfig, StreamInfo,
+};
+use bucket::{Bucket, Declared, Entry, removed};
 use bytes::Bytes;
 use consumer::Consumer;
 use journal::Place;
+use rows::Rows;
 use seen::Seen;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Maximum messages or entries that one call of [`State::prune`] removes from each stream or bucket.
 const PRUNE_MAX: usize = 1000;
+/// Maximum entries that one write evicts from a bucket, which is more than it adds.
+const EVICTED_MAX: usize = 8;
 
 /// A message to store. Callers create it, so that the engine's thread does not spend time on encoding.
 pub struct NewMessage {
@@ -53,9 +62,21 @@ impl NewMessage {
 
 /// One step of [`State::write`].
 pub enum Step {
-    Put { bucket: String, key: String, value: Bytes, expected: Option<u64> },
-    Append { stream: &'static str, message: NewMessage },
-    Ack { consumer: Arc<ConsumerConfig>, sequence: u64 },
+    Put {
+        bucket: String,
+        key: String,
+        value: Bytes,
+        expected: Option<u64>,
+        done: bool,
+    },
+    Append {
+        stream: &'static str,
+        message: NewMessage,
+    },
+    Ack {
+        consumer: Arc<ConsumerConfig>,
+        sequence: u64,
+    },
 }
 
 /// The result of a step.
@@ -111,95 +132,33 @@ struct StoredAt {
     subject: Arc<str>,
 }
 
-#[derive(Default)]
-struct Bucket {
-    /// `None` until this process has declared it.
-    declared: Option<Declared>,
-    entries: HashMap<Arc<str>, Entry>,
-    /// Keys by revision, so that the oldest write comes first.
-    order: BTreeMap<u64, Arc<str>>,
-}
-
-#[derive(Clone, Copy)]
-struct Declared {
-    max_age: Option<Duration>,
-}
-
-struct Entry {
-    place: Place,
-    revision: u64,
-    at_ms: u64,
-}
-
-/// Which rows of the log hold live values.
-#[derive(Default)]
-struct Rows {
-    /// By row: the bytes of live values in it, and its size.
-    live: BTreeMap<u64, (u64, u64)>,
-    /// Rows without live values.
-    dead: BTreeSet<u64>,
-    live_bytes: u64,
-    total_bytes: u64,
-}
-
-impl Rows {
-    fn add(&mut self, row: u64, size: u64) {
-        self.total_bytes += size;
-        if self.live.entry(row).or_insert((0, 0)).0 == 0 {
-            self.dead.insert(row);
-        }
-        self.live.entry(row).or_default().1 += size;
-    }
-
-    /// As [`Rows::hold`], if the row is in the log.
-    fn hold_known(&mut self, place: Place) -> Option<()> {
-        let len = u64::from(place.len).max(1);
-        let row = self.live.get_mut(&place.row)?;
-        if row.0 == 0 {
-            self.dead.remove(&place.row);
-        }
-        row.0 += len;
-        self.live_bytes += len;
-        Some(())
-    }
-
-    fn hold(&mut self, place: Place) {
-        let len = u64::from(place.len).max(1);
-        self.live.entry(place.row).or_default().0 += len;
-        self.live_bytes += len;
-        self.dead.remove(&place.row);
-    }
-
-    fn release(&mut self, place: Place) {
-        let len = u64::from(place.len).max(1);
-        self.live_bytes -= len;
-        let row = self.live.entry(place.row).or_default();
-        row.0 -= len;
-        if row.0 == 0 {
-            self.dead.insert(place.row);
-        }
-    }
-
-    fn remove(&mut self, row: u64) {
-        self.dead.remove(&row);
-        if let Some((_, size)) = self.live.remove(&row) {
-            self.total_bytes -= size;
-        }
-    }
-}
-
 impl State {
     pub fn declare_stream(&mut self, group: &mut Group, config: StreamConfig) {
         let name = config.name.to_string();
         let stream = self.streams.entry(name.clone()).or_insert_with(|| {
-            group.push(Kind::Stream(StreamRecord { stream: name, last: 0 }));
+            group.push(Kind::Stream(StreamRecord { stream: name.clone(), last: 0 }));
             Stream::default()
         });
+        let (consumers, retired) = (config.consumers.clone(), config.retired.clone());
         stream.config = Some(config);
+        for consumer in consumers {
+            if !stream.consumers.contains_key(&consumer.name) {
+                stream.add_consumer(group, &consumer);
+            }
+        }
+
+        // An opened consumer is read by this process. The next prune deletes what only the deleted ones needed.
+        for consumer in retired {
+            if stream.consumers.get(consumer).is_some_and(|known| !known.opened) {
+                stream.consumers.remove(consumer);
+                let (stream, consumer) = (name.clone(), consumer.to_string());
+                group.push(Kind::Retired(RetiredRecord { stream, consumer }));
+            }
+        }
     }
 
-    /// Stores the message, unless the stream has seen its id within the dedup window. Fails if the stream is a full
-    /// work queue.
+    /// Stores the message, unless the stream has seen its id within the dedup window. Fails if the stream is full, and
+    /// not one that evicts.
     pub fn append(&mut self, group: &mut Group, name: &str, new: &NewMessage, now_ms: u64) -> Result<Appended> {
         let (stream, config) = self.declared(name)?;
         if let Some(sequence) = stream.duplicate_of(new, &config, now_ms) {
@@ -210,6 +169,15 @@ impl State {
         stream.last += 1;
         let sequence = stream.last;
         let id_hash = new.id.map(|id| Bytes::copy_from_slice(&id.to_be_bytes()));
+        if let Some(id) = new.id {
+            stream.seen.insert(id, sequence, now_ms);
+            stream.seen.bound(config.dedup_bytes);
+        }
+        if config.retention == Retention::Interest && !stream.is_needed(sequence, &new.subject) {
+            stream.record_unwanted(group, name, sequence, id_hash, now_ms);
+            return Ok(Appended { sequence, duplicate: false });
+        }
+
         let record = MessageRecord {
             stream: name.into(),
             sequence,
@@ -219,10 +187,6 @@ impl State {
             place: None,
         };
         let place = group.push_with(Kind::Message(record), &new.stored);
-
-        if let Some(id) = new.id {
-            stream.seen.insert(id, sequence, now_ms);
-        }
         for consumer in stream.consumers.values_mut() {
             consumer.pending += u64::from(consumer.wants(&new.subject));
         }
@@ -255,15 +219,23 @@ impl State {
         }
 
         let taken = steps.iter().map(|step| match step {
-            Step::Put { bucket, key, value, expected } => self
-                .kv_put(group, bucket, key, value, *expected, now_ms)
+            Step::Put { bucket, key, value, expected, done } => self
+                .put(group, bucket, key, value, *expected, *done, now_ms)
                 .map(|revision| Taken::Put { revision }),
             Step::Append { stream, message } => self.append(group, stream, message, now_ms).map(Taken::Appended),
             Step::Ack { consumer, sequence } => self
                 .settle(group, consumer, *sequence, Outcome::Ack, clock_ms)
                 .map(|wakes| Taken::Acked { wakes }),
         });
-        Ok(taken.map(|taken| taken.expect("the step was checked")).collect())
+        let taken = taken.map(|taken| taken.expect("the step was checked")).collect();
+
+        // Last, so that no step finds an entry gone that the check has seen.
+        for step in steps {
+            if let Step::Put { bucket, .. } = step {
+                self.evict(group, bucket);
+            }
+        }
+        Ok(taken)
     }
 
     /// Fails if the step could fail after the earlier steps of its batch.
@@ -287,29 +259,11 @@ impl State {
 
     /// Creates the consumer, or changes the filter of an existing one.
     pub fn consumer(&mut self, group: &mut Group, config: &ConsumerConfig) -> Result<()> {
-        let (stream, declared) = self.declared(config.stream)?;
-        // A work queue has only messages that are not settled, so its consumers start with the stored ones.
-        let from_start = config.from_start || declared.retention == Retention::WorkQueue;
-        let next = if from_start { 0 } else { stream.last + 1 };
-
-        let known = stream.consumers.get(&config.name);
-        if known.is_none_or(|known| known.filter != config.filter) {
-            group.push(Kind::Consumer(ConsumerRecord {
-                stream: config.stream.into(),
-                name: config.name.clone(),
-                filter: config.filter.clone(),
-                next: if known.is_none() { next } else { 0 },
-                out: Vec::new(),
-                delivered: Vec::new(),
-            }));
+        let (stream, _) = self.declared(config.stream)?;
+        stream.add_consumer(group, config);
+        if let Some(consumer) = stream.consumers.get_mut(&config.name) {
+            consumer.opened = true;
         }
-
-        let consumer = stream
-            .consumers
-            .entry(config.name.clone())
-            .or_insert_with(|| Consumer::new(next));
-        consumer.filter = config.filter.clone();
-        consumer.count_pending(&stream.messages);
         Ok(())
     }
 
@@ -341,8 +295,12 @@ impl State {
         clock_ms: u64,
     ) -> Result<bool> {
         let (stream, declared) = self.declared(config.stream)?;
+        let removes = match declared.retention {
+            Retention::WorkQueue => true,
+            Retention::Interest => !stream.is_needed_by_others(sequence, &config.name),
+            Retention::Limits => false,
+        };
         let consumer = stream.consumers.get_mut(&config.name).ok_or_else(|| unknown(config))?;
-        let removes = declared.retention == Retention::WorkQueue;
 
         let settled = consumer.settle(group, config, sequence, outcome, removes, clock_ms);
         if settled.done
@@ -368,9 +326,38 @@ impl State {
         })
     }
 
-    /// Declares a bucket. Its entries expire `max_age` after their last write.
-    pub fn declare_kv(&mut self, bucket: &str, max_age: Option<Duration>) {
-        self.buckets.entry(bucket.into()).or_default().declared = Some(Declared { max_age });
+    /// How full each declared stream and bucket is.
+    pub fn fills(&self) -> Vec<Fill> {
+        let streams = self.streams.values().filter_map(|stream| {
+            let config = stream.config.as_ref()?;
+            let oldest = stream.messages.first_key_value();
+            Some(Fill {
+                store: config.name,
+                messages: stream.messages.len() as u64,
+                bytes: stream.bytes,
+                max_bytes: Some(config.max_bytes),
+                oldest_ms: oldest.map(|(_, message)| message.stored_ms),
+                first: oldest.map_or(stream.last + 1, |(sequence, _)| *sequence),
+            })
+        });
+        let buckets = self.buckets.values().filter_map(|bucket| {
+            let declared = bucket.declared?;
+            let oldest = bucket.oldest();
+            Some(Fill {
+                store: declared.name,
+                messages: bucket.entries.len() as u64,
+                bytes: bucket.bytes,
+                max_bytes: declared.max_bytes,
+                oldest_ms: oldest.map(|entry| entry.at_ms),
+                first: oldest.map_or(self.revision + 1, |entry| entry.revision),
+            })
+        });
+        streams.chain(buckets).collect()
+    }
+
+    pub fn declare_bucket(&mut self, config: &BucketConfig) {
+        let BucketConfig { name, max_age, max_bytes } = *config;
+        self.buckets.entry(name.into()).or_default().declared = Some(Declared { name, max_age, max_bytes });
     }
 
     /// Returns the place and the revision of a value.
@@ -391,6 +378,22 @@ impl State {
         expected: Option<u64>,
         now_ms: u64,
     ) -> Result<u64> {
+        let revision = self.put(group, bucket, key, value, expected, false, now_ms)?;
+        self.evict(group, bucket);
+        Ok(revision)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the fields of a put, and where it goes")]
+    fn put(
+        &mut self,
+        group: &mut Group,
+        bucket: &str,
+        key: &str,
+        value: &[u8],
+        expected: Option<u64>,
+        done: bool,
+        now_ms: u64,
+    ) -> Result<u64> {
         self.check_revision(bucket, key, expected, now_ms)?;
 
         self.revision += 1;
@@ -401,15 +404,37 @@ impl State {
             revision,
             at_ms: now_ms,
             place: None,
+            done,
         };
         let place = group.push_bytes(Kind::Entry(record), value);
         self.rows.hold(place);
 
-        let entry = Entry { place, revision, at_ms: now_ms };
+        let entry = Entry { place, revision, at_ms: now_ms, done };
         if let Some(old) = self.buckets.entry(bucket.into()).or_default().put(key, entry) {
             self.rows.release(old.place);
         }
         Ok(revision)
+    }
+
+    /// Makes room in a bucket that holds more than its `max_bytes`: removes entries that are done, the oldest first.
+    fn evict(&mut self, group: &mut Group, name: &str) {
+        let Some(bucket) = self.buckets.get_mut(name) else {
+            return;
+        };
+        let max_bytes = bucket
+            .declared
+            .and_then(|declared| declared.max_bytes)
+            .unwrap_or(u64::MAX);
+        for _ in 0..EVICTED_MAX {
+            let oldest = bucket.done.first().filter(|_| bucket.bytes > max_bytes);
+            let Some(key) = oldest.and_then(|revision| bucket.order.get(revision)).cloned() else {
+                return;
+            };
+            if let Some(entry) = bucket.remove(&key) {
+                group.push(removed(name, &key, &entry));
+                self.rows.release(entry.place);
+            }
+        }
     }
 
     fn check_revision(&self, bucket: &str, key: &str, expected: Option<u64>, now_ms: u64) -> Result<()> {
@@ -437,11 +462,10 @@ impl State {
         }
 
         for (name, bucket) in &mut self.buckets {
-            let removed = bucket.drop_old(now_ms);
-            more |= removed.len() == PRUNE_MAX;
-            for (key, entry) in removed {
-                let (bucket, key, revision) = (name.clone(), key.to_string(), entry.revision);
-                group.push(Kind::Removed(RemovedRecord { bucket, key, revision }));
+            let expired = bucket.drop_old(now_ms);
+            more |= expired.len() == PRUNE_MAX;
+            for (key, entry) in expired {
+                group.push(removed(name, &key, &entry));
                 self.rows.release(entry.place);
             }
         }
@@ -525,16 +549,73 @@ impl Stream {
         self.seen.get(new.id?, now_ms, config.dedup_window)
     }
 
-    /// Fails if the message would take a work queue over its `max_bytes`. Other streams are pruned instead.
+    /// Fails if the message would take the stream over its `max_bytes`. A stream that evicts is pruned instead.
     fn ensure_room(&self, config: &StreamConfig, size: u64) -> Result<()> {
         let (name, max) = (config.name, config.max_bytes);
-        if config.retention == Retention::WorkQueue && self.bytes + size > max {
+        if config.retention != Retention::Limits && self.bytes + size > max {
             let text = format!(
                 "stream {name} has reached its limit of {max} bytes; its consumers are behind, try again later"
             );
-            return Err(Error::Storage(text));
+            return Err(Error::Full(text));
         }
         Ok(())
+    }
+
+    /// Creates the consumer, or changes the filter of an existing one.
+    fn add_consumer(&mut self, group: &mut Group, config: &ConsumerConfig) {
+        // A work queue has only messages that are not settled, so its consumers start with the stored ones.
+        let work_queue = self
+            .config
+            .as_ref()
+            .is_some_and(|stream| stream.retention == Retention::WorkQueue);
+        let next = if config.from_start || work_queue {
+            0
+        } else {
+            self.last + 1
+        };
+
+        let known = self.consumers.get(&config.name);
+        if known.is_none_or(|known| known.filter != config.filter) {
+            group.push(Kind::Consumer(ConsumerRecord {
+                stream: config.stream.into(),
+                name: config.name.clone(),
+                filter: config.filter.clone(),
+                next: if known.is_none() { next } else { 0 },
+                out: Vec::new(),
+                delivered: Vec::new(),
+            }));
+        }
+
+        let consumer = self
+            .consumers
+            .entry(config.name.clone())
+            .or_insert_with(|| Consumer::new(next));
+        consumer.filter = config.filter.clone();
+        consumer.count_pending(&self.messages);
+    }
+
+    /// Whether a consumer has yet to receive or to settle the message.
+    fn is_needed(&self, sequence: u64, subject: &str) -> bool {
+        self.consumers
+            .values()
+            .any(|consumer| consumer.needs(sequence, subject))
+    }
+
+    /// As [`Stream::is_needed`], for all consumers but one.
+    fn is_needed_by_others(&self, sequence: u64, name: &str) -> bool {
+        let Some(message) = self.messages.get(&sequence) else {
+            return false;
+        };
+        let mut others = self.consumers.iter().filter(|(other, _)| *other != name);
+        others.any(|(_, consumer)| consumer.needs(sequence, &message.subject))
+    }
+
+    /// Records that a message was taken and not stored, because no consumer needs it.
+    fn record_unwanted(&self, group: &mut Group, name: &str, sequence: u64, id_hash: Option<Bytes>, at_ms: u64) {
+        group.push(Kind::Stream(StreamRecord { stream: name.into(), last: sequence }));
+        if let Some(id_hash) = id_hash {
+            group.push(Kind::Seen(SeenRecord { stream: name.into(), id_hash, sequence, at_ms }));
+        }
     }
 
     /// Returns the newest message's subject if it is equal, to share memory: streams have few subjects.
@@ -545,19 +626,20 @@ impl Stream {
             .map_or_else(|| subject.into(), Arc::clone)
     }
 
-    /// Removes messages that have expired or, unless the stream is a work queue, exceed `max_bytes`.
+    /// Removes the oldest messages that have expired, that exceed the `max_bytes` of a stream that evicts, or that no
+    /// consumer of an interest stream needs any more, because a consumer was deleted or the stream has changed.
     fn drop_old(&mut self, now_ms: u64) -> Vec<(u64, Place)> {
         let Some(config) = &self.config else { return Vec::new() };
-        let oldest_ms = now_ms.saturating_sub(millis(config.max_age));
-        let max_bytes = if config.retention == Retention::Limits {
-            config.max_bytes
-        } else {
-            u64::MAX
-        };
+        let oldest_ms = config
+            .max_age
+            .map_or(0, |max_age| now_ms.saturating_sub(millis(max_age)));
+        let (retention, max_bytes) = (config.retention, config.max_bytes);
 
         let mut dropped = Vec::new();
         while let Some((sequence, message)) = self.messages.first_key_value()
-            && (message.stored_ms < oldest_ms || self.bytes > max_bytes)
+            && (message.stored_ms < oldest_ms
+                || (retention == Retention::Limits && self.bytes > max_bytes)
+                || (retention == Retention::Interest && !self.is_needed(*sequence, &message.subject)))
             && dropped.len() < PRUNE_MAX
         {
             let (sequence, place) = (*sequence, message.place);
@@ -567,46 +649,6 @@ impl Stream {
             self.messages.remove(&sequence);
             self.bytes -= u64::from(place.len);
             dropped.push((sequence, place));
-        }
-        dropped
-    }
-}
-
-impl Bucket {
-    /// Entries written before this time have expired.
-    fn oldest_ms(&self, now_ms: u64) -> u64 {
-        let max_age = self.declared.and_then(|declared| declared.max_age);
-        max_age.map_or(0, |max_age| now_ms.saturating_sub(millis(max_age)))
-    }
-
-    fn current(&self, key: &str, now_ms: u64) -> Option<&Entry> {
-        let since = self.oldest_ms(now_ms);
-        self.entries.get(key).filter(|entry| entry.at_ms >= since)
-    }
-
-    /// Stores an entry; returns the previous one.
-    fn put(&mut self, key: &str, entry: Entry) -> Option<Entry> {
-        let name: Arc<str> = key.into();
-        let revision = entry.revision;
-        let old = self.entries.insert(name.clone(), entry);
-        // During a replay, `old` may have the same revision, so it is removed from `order` first.
-        if let Some(old) = &old {
-            self.order.remove(&old.revision);
-        }
-        self.order.insert(revision, name);
-        old
-    }
-
-    fn drop_old(&mut self, now_ms: u64) -> Vec<(Arc<str>, Entry)> {
-        let since = self.oldest_ms(now_ms);
-        let mut dropped = Vec::new();
-        while let Some((revision, key)) = self.order.first_key_value()
-            && self.entries.get(key).is_none_or(|entry| entry.at_ms < since)
-            && dropped.len() < PRUNE_MAX
-        {
-            let (revision, key) = (*revision, key.clone());
-            self.order.remove(&revision);
-            dropped.extend(self.entries.remove(&key).map(|entry| (key, entry)));
         }
         dropped
     }

@@ -6,7 +6,7 @@ use super::state::{NewMessage, State, Step, Taken, millis};
 use super::subjects::matches;
 use crate::clock::unix_ms;
 use crate::pattern::{overlap, union};
-use crate::{Appended, ConsumerConfig, Error, Message, Outcome, Result, StreamConfig, StreamInfo};
+use crate::{Appended, BucketConfig, ConsumerConfig, Error, Fill, Message, Outcome, Result, StreamConfig, StreamInfo};
 use bytes::Bytes;
 use journal::{Durability, Log};
 use parking_lot::RwLock;
@@ -277,12 +277,16 @@ impl Store {
         self.run(move |state, _| state.info(&name)).await
     }
 
-    pub async fn declare_kv(&self, bucket: &'static str, max_age: Option<Duration>) -> Result<()> {
+    pub async fn declare_bucket(&self, bucket: BucketConfig) -> Result<()> {
         self.run(move |state, _| {
-            state.declare_kv(bucket, max_age);
+            state.declare_bucket(&bucket);
             Ok(())
         })
         .await
+    }
+
+    pub async fn fills(&self) -> Result<Vec<Fill>> {
+        self.run(|state, _| Ok(state.fills())).await
     }
 
     pub async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
@@ -341,14 +345,7 @@ mod tests {
     use parking_lot::Mutex;
 
     fn stream(retention: Retention) -> StreamConfig {
-        StreamConfig {
-            name: "S",
-            subjects: vec!["s.>".into()],
-            retention,
-            max_age: Duration::from_secs(3600),
-            max_bytes: 1 << 30,
-            dedup_window: Duration::from_secs(3600),
-        }
+        StreamConfig::new("S", vec!["s.>".into()], retention)
     }
 
     fn reader(max_ack_pending: usize) -> ConsumerConfig {
@@ -384,7 +381,11 @@ mod tests {
         let store = opened.into_inner().expect("the store was opened");
 
         store.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
-        store.declare_kv("B", Some(Duration::from_secs(3600))).await.unwrap();
+        let max_age = Some(Duration::from_secs(3600));
+        store
+            .declare_bucket(BucketConfig { name: "B", max_age, max_bytes: None })
+            .await
+            .unwrap();
         store
     }
 

@@ -45,7 +45,7 @@ pub async fn put(link: &Link, bucket: &str, key: &str, value: Bytes, expected: O
         Err(refused) if refused.code.is_some_and(|code| WRONG_REVISION.contains(&code)) => {
             Err(Error::WrongRevision(key.into()))
         }
-        Err(refused) => Err(Error::Storage(format!("cannot write to bucket {bucket}: {}", refused.why))),
+        Err(refused) => Err(refused.error(&format!("cannot write to bucket {bucket}"))),
     }
 }
 

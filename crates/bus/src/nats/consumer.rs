@@ -13,12 +13,14 @@ use super::link::Link;
 use super::{streams, subscription};
 use crate::places::{Member, Place, Reserved};
 use crate::{Acker, Consumer, ConsumerConfig, Delivery, Error, Outcome, Places, Result};
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
+use async_nats::jetstream::ErrorCode;
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, Info, pull};
 use async_nats::jetstream::message::{AckKind, Message as JetMessage};
 use async_nats::jetstream::stream::RetentionPolicy;
 use async_nats::{HeaderMap, StatusCode, Subject, Subscriber};
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
+use serde_json::Value;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::error::TrySendError;
@@ -53,6 +55,8 @@ const WAITING_MAX: i64 = 16_384;
 const LEAVE_DEADLINE: Duration = Duration::from_secs(5);
 const ACK_DEADLINE: Duration = Duration::from_secs(5);
 const API_PREFIX: &str = "$JS.API";
+/// A consumer of an older version counts as unread after this long without activity.
+const UNREAD_AFTER: Duration = Duration::from_secs(10);
 
 pub async fn start(
     link: &Arc<Link>,
@@ -118,6 +122,47 @@ async fn ensure(link: &Link, config: &ConsumerConfig) -> Result<()> {
         .await
         .map(drop)
         .map_err(|error| failed(&error))
+}
+
+/// Creates the consumer unless it exists. An existing one stays as it is, because a program of the operator's may have
+/// created it for itself.
+pub async fn create(link: &Link, config: &ConsumerConfig) -> Result<()> {
+    match info_of(link, config.stream, &config.name).await? {
+        Some(_) => Ok(()),
+        None => ensure(link, config).await,
+    }
+}
+
+/// Deletes a consumer that nobody reads: no pull waits for messages, and nothing was delivered or acknowledged lately.
+pub async fn retire(link: &Link, stream: &str, name: &str) -> Result<()> {
+    let Some(info) = info_of(link, stream, name).await? else {
+        return Ok(());
+    };
+    let lately = crate::clock::unix_seconds().saturating_sub(UNREAD_AFTER.as_secs());
+    let active = [info.delivered.last_active, info.ack_floor.last_active, Some(info.created)];
+    let is_read = info.num_waiting > 0
+        || active
+            .into_iter()
+            .flatten()
+            .any(|at| u64::try_from(at.unix_timestamp()).is_ok_and(|at| at > lately));
+    if is_read {
+        return Ok(());
+    }
+
+    let what = format!("cannot delete consumer {name} of stream {stream}");
+    let deleted = streams::api::<Value>(link, &format!("CONSUMER.DELETE.{stream}.{name}"), &what).await?;
+    deleted.map_err(|error| streams::unavailable(&what, &error))?;
+    tracing::info!(stream, consumer = name, "deleted a consumer of an older version that nobody reads");
+    Ok(())
+}
+
+async fn info_of(link: &Link, stream: &str, name: &str) -> Result<Option<Info>> {
+    let what = format!("cannot query consumer {name} of stream {stream}");
+    match streams::api::<Info>(link, &format!("CONSUMER.INFO.{stream}.{name}"), &what).await? {
+        Ok(info) => Ok(Some(info)),
+        Err(error) if error.error_code() == ErrorCode::CONSUMER_NOT_FOUND => Ok(None),
+        Err(error) => Err(streams::unavailable(&what, &error)),
+    }
 }
 
 /// How a pull ended.

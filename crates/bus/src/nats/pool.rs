@@ -67,6 +67,11 @@ impl Pool {
         Ok(link)
     }
 
+    /// The number of connects so far, over all connections.
+    pub fn connects(&self) -> u64 {
+        self.links.iter().map(|link| *link.connects().borrow()).sum()
+    }
+
     /// Waits until what was subscribed over `link` receives messages published on any connection.
     ///
     /// In a cluster of servers the subscription has to propagate to each of them. A message sent over `link` takes the

@@ -12,7 +12,13 @@ fn append(payload: &str) -> Write<'static> {
 }
 
 fn put(key: &str, expected: Option<u64>) -> Write<'static> {
-    Write::Put { bucket: "B", key: key.into(), value: key.to_string().into(), expected }
+    Write::Put {
+        bucket: "B",
+        key: key.into(),
+        value: key.to_string().into(),
+        expected,
+        done: false,
+    }
 }
 
 /// A work queue with one message that was delivered, and an empty bucket.

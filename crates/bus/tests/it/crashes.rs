@@ -3,6 +3,7 @@
 
 use crate::{message, stream, text};
 use bus::local::{Durability, Local};
+use bus::streams::Sizes;
 use bus::{Bus, Consumer, ConsumerConfig, Retention, Write};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -15,7 +16,7 @@ const WRITERS: u64 = 4;
 const NUMBERS: u64 = 1000;
 
 async fn open(dir: &Path, durability: Durability) -> (Bus, Consumer) {
-    let bus = Local::open_with(dir, durability).await.unwrap();
+    let bus = Local::open_with(dir, durability, Sizes::default()).await.unwrap();
     bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
     bus.declare_kv("B", None).await.unwrap();
     let consumer = ConsumerConfig {
@@ -97,6 +98,7 @@ async fn append(bus: &Bus, n: u64, random: &mut Random) {
         key: format!("appended-{n}"),
         value: n.to_string().into(),
         expected: None,
+        done: false,
     };
     let append = Write::Append { message, msg_id: Some(&id) };
     let written = bus.write(vec![put, append]).await.unwrap();
@@ -122,6 +124,7 @@ async fn settle(bus: &Bus, delivery: bus::Delivery, random: &mut Random) {
                 key: format!("settled-{n}"),
                 value: "".into(),
                 expected: None,
+                done: false,
             };
             bus.write(vec![put, Write::Ack(&delivery)]).await.unwrap();
             report(&format!("settled {n}"));

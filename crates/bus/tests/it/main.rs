@@ -9,6 +9,7 @@ mod crashes;
 mod embedded;
 mod outage;
 mod places;
+mod retention;
 mod server;
 mod streams;
 mod subjects;
@@ -70,6 +71,15 @@ conformance! {
     streams::work_queue_deletes_settled_messages,
     streams::limits_stream_keeps_settled_messages,
     streams::full_work_queue_refuses_and_full_limits_stream_drops_oldest,
+    retention::interest_keeps_a_message_until_every_consumer_has_it,
+    retention::interest_without_consumers_stores_nothing,
+    retention::full_interest_stream_refuses_and_drops_nothing,
+    retention::limits_stream_becomes_one_of_interest,
+    retention::retired_consumer_is_deleted_once_nobody_reads_it,
+    retention::age_evicts_nothing_from_a_stream_without_a_maximum,
+    retention::fills_say_how_full_streams_and_buckets_are,
+    retention::full_bucket_evicts_what_is_done,
+    retention::readable_dead_letters_survive_a_flood_of_unreadable_messages,
     consumers::delivery_carries_the_appended_message,
     consumers::unsettled_message_is_redelivered,
     consumers::nak_redelivers_after_its_delay,
@@ -142,12 +152,10 @@ fn text(message: &Message) -> &str {
 /// The stream `S` over `s.>`.
 fn stream(retention: Retention) -> StreamConfig {
     StreamConfig {
-        name: "S",
-        subjects: vec!["s.>".into()],
-        retention,
-        max_age: Duration::from_secs(3600),
+        max_age: (retention == Retention::Limits).then_some(Duration::from_secs(3600)),
         max_bytes: 1 << 24,
         dedup_window: Duration::from_secs(60),
+        ..StreamConfig::new("S", vec!["s.>".into()], retention)
     }
 }
 

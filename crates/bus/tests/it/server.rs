@@ -2,7 +2,7 @@
 
 use crate::{SOON, connect, consumer, message, soon, stream, text};
 use bus::nats::{Nats, NatsConfig};
-use bus::{ConsumerConfig, Error, Headers, Retention};
+use bus::{ConsumerConfig, Error, Headers, Retention, StreamConfig};
 use std::time::Duration;
 use testkit::{NatsServer, eventually};
 
@@ -159,4 +159,106 @@ async fn foreign_client_is_told_that_its_request_was_dropped() {
 
     let headers = reply.headers.unwrap();
     assert_eq!(headers.get("Nats-Service-Error-Code").unwrap().as_str(), "503");
+}
+
+#[tokio::test]
+async fn streams_of_a_server_that_comes_back_empty_are_declared_again() {
+    let mut server = NatsServer::start().await;
+    let bus = connect(&server).await;
+    let interest = || StreamConfig { consumers: vec![consumer("c")], ..stream(Retention::Interest) };
+    bus.declare_stream(interest()).await.unwrap();
+    let wider = StreamConfig { subjects: vec!["t".into()], ..interest() };
+    bus.declare_stream(wider).await.unwrap();
+    bus.declare_kv("B", Some(Duration::from_secs(60))).await.unwrap();
+    let mut open = bus.consume(consumer("c")).await.unwrap();
+    bus.append(message("s.a", "lost"), Some("1")).await.unwrap();
+
+    server.restart_empty().await;
+    eventually(SOON, || async { bus.health().await.is_ok() }).await;
+    // Healthy means that everything is there, and that the next result is kept for its consumer.
+    for subject in ["s.a", "t"] {
+        bus.append(message(subject, subject), Some(subject)).await.unwrap();
+    }
+    bus.kv_put("B", "key", "value".into(), Some(0)).await.unwrap();
+    let mut received = Vec::new();
+    while received.len() < 2 {
+        let delivery = soon(open.next()).await.unwrap();
+        // The first may be one that the old server had delivered.
+        if delivery.ack().await.is_ok() && text(&delivery.message) != "lost" {
+            received.push(text(&delivery.message).to_string());
+        }
+    }
+    assert_eq!(received, ["s.a", "t"]);
+}
+
+#[tokio::test]
+async fn stream_that_an_operator_deleted_is_declared_again() {
+    let server = NatsServer::start().await;
+    let bus = connect(&server).await;
+    bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
+    let jetstream = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+    jetstream.delete_stream("S").await.unwrap();
+
+    let missed = bus.append(message("s.a", "1"), None).await.unwrap_err();
+    assert!(matches!(missed, Error::NoStream(_)), "{missed}");
+    eventually(SOON, || async { bus.append(message("s.a", "1"), None).await.is_ok() }).await;
+}
+
+#[tokio::test]
+async fn server_without_jetstream_is_unhealthy_until_it_is_enabled() {
+    let mut server = NatsServer::start().await;
+    let bus = connect(&server).await;
+    bus.declare_stream(stream(Retention::WorkQueue)).await.unwrap();
+    bus.append(message("s.a", "kept"), None).await.unwrap();
+
+    server.restart_with_jetstream(false).await;
+    eventually(SOON, || async {
+        let health = bus.health().await;
+        health.is_err_and(|error| error.to_string().contains("JetStream"))
+    })
+    .await;
+    assert!(bus.append(message("s.a", "x"), None).await.is_err());
+
+    server.restart_with_jetstream(true).await;
+    eventually(SOON, || async { bus.health().await.is_ok() }).await;
+    bus.append(message("s.a", "more"), None).await.unwrap();
+    let mut open = bus.consume(consumer("c")).await.unwrap();
+    for expected in ["kept", "more"] {
+        assert_eq!(text(&soon(open.next()).await.unwrap().message), expected);
+    }
+}
+
+#[tokio::test]
+async fn refused_declaration_says_what_to_do() {
+    let server = NatsServer::start_with(
+        "accounts { small: { users: [{user: small, password: p}], \
+         jetstream: {max_file: 1MB} }, big: { users: [{user: big, password: p}], jetstream: enabled } }",
+    )
+    .await;
+    let connect = |user: &str, replicas| {
+        let config = NatsConfig {
+            url: server.url(),
+            user: Some(user.into()),
+            password: Some("p".into()),
+            replicas,
+            ..NatsConfig::default()
+        };
+        async move { Nats::connect(config).await.unwrap() }
+    };
+
+    let refused = |bus: bus::Bus| async move {
+        bus.declare_stream(stream(Retention::WorkQueue))
+            .await
+            .unwrap_err()
+            .to_string()
+    };
+    let text = refused(connect("small", None).await).await;
+    assert!(text.contains("bus.*_size"), "{text}");
+    let text = refused(connect("big", Some(3)).await).await;
+    assert!(text.contains("nats.replicas = 3 needs a cluster"), "{text}");
+    connect("big", Some(1))
+        .await
+        .declare_stream(stream(Retention::WorkQueue))
+        .await
+        .unwrap();
 }

@@ -47,7 +47,7 @@ pub async fn redeclaring_a_stream_updates_it(bus: Bus) {
 
     let wider = StreamConfig {
         subjects: vec!["s.>".into(), "t".into()],
-        max_age: Duration::from_secs(30),
+        max_age: Some(Duration::from_secs(30)),
         ..stream(Retention::Limits)
     };
     bus.declare_stream(wider).await.unwrap();
@@ -106,7 +106,7 @@ pub async fn full_work_queue_refuses_and_full_limits_stream_drops_oldest(bus: Bu
         }
         assert!(stored.len() <= 4, "the stream must refuse a fifth message");
     };
-    assert!(matches!(refused, Error::Storage(_)), "{refused}");
+    assert!(matches!(refused, Error::Full(_)), "{refused}");
     assert_eq!(bus.stream_info("S").await.unwrap().messages, stored.len() as u64, "a work queue drops nothing");
 
     // Acknowledgements make room again.

@@ -33,7 +33,7 @@ fn message(name: &str) -> Write<'_> {
 
 fn record(name: &str) -> Write<'_> {
     let value = Bytes::from(vec![b'x'; PAYLOAD]);
-    Write::Put { bucket: "BENCH", key: name.into(), value, expected: None }
+    Write::Put { bucket: "BENCH", key: name.into(), value, expected: None, done: false }
 }
 
 /// Writes a million of these, closes the bus and opens it again. Returns microseconds.
@@ -61,12 +61,8 @@ async fn reopen(write: fn(&str) -> Write<'_>) -> Result<f64> {
 
 async fn declare(bus: &Bus) -> Result {
     bus.declare_stream(StreamConfig {
-        name: "BENCH",
-        subjects: vec!["bench.>".into()],
-        retention: Retention::WorkQueue,
-        max_age: Duration::from_secs(3600),
         max_bytes: 1 << 33,
-        dedup_window: Duration::from_secs(3600),
+        ..StreamConfig::new("BENCH", vec!["bench.>".into()], Retention::WorkQueue)
     })
     .await?;
     bus.declare_kv("BENCH", Some(Duration::from_secs(3600))).await?;

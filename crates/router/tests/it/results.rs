@@ -170,11 +170,17 @@ pub async fn bad_results_become_dead_letters(router: Router) {
     router.append(subjects::RESULT, good.to_string()).await;
     settled(&router).await;
     testkit::eventually(SOON, || async {
-        router.bus.stream_info(subjects::STREAM_DLQ).await.unwrap().messages == bad.len() as u64
+        router
+            .bus
+            .stream_info(subjects::STREAM_UNREADABLE)
+            .await
+            .unwrap()
+            .messages
+            == bad.len() as u64
     })
     .await;
 
-    let mut letters = router.stored(subjects::STREAM_DLQ).await;
+    let mut letters = router.stored(subjects::STREAM_UNREADABLE).await;
     for (payload, reason) in &bad {
         let text = String::from_utf8(payload.clone()).unwrap_or("//4=".into());
         let at = letters
@@ -251,10 +257,18 @@ async fn dead_letter_that_is_too_large_omits_its_payload() {
     let router = Router::local().await;
     let payload = "\"".repeat(wire::limits::BUS_MESSAGE_MAX - 100);
     router.append(subjects::RESULT, payload.into_bytes()).await;
-    testkit::eventually(SOON, || async { router.bus.stream_info(subjects::STREAM_DLQ).await.unwrap().messages == 1 })
-        .await;
+    testkit::eventually(SOON, || async {
+        router
+            .bus
+            .stream_info(subjects::STREAM_UNREADABLE)
+            .await
+            .unwrap()
+            .messages
+            == 1
+    })
+    .await;
 
-    let letter = router.stored(subjects::STREAM_DLQ).await.remove(0);
+    let letter = router.stored(subjects::STREAM_UNREADABLE).await.remove(0);
     assert_eq!(letter["payload"], "");
     assert!(
         letter["reason"]

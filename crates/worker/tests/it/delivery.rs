@@ -78,10 +78,10 @@ async fn assignments_that_cannot_be_read_are_dead_letters() {
 
     place.assign("good", "echo", json!({})).await;
     assert_eq!(results.next().await.request_id, "good");
-    testkit::eventually(SOON, || async { place.count(subjects::STREAM_DLQ).await == 5 }).await;
+    testkit::eventually(SOON, || async { place.count(subjects::STREAM_UNREADABLE).await == 5 }).await;
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
     assert!(
-        place.dead_letter().await["reason"]
+        place.dead_letter(subjects::STREAM_UNREADABLE).await["reason"]
             .as_str()
             .unwrap()
             .starts_with("the assignment cannot be read")
@@ -101,7 +101,7 @@ async fn assignments_with_control_characters_in_an_id_are_dead_letters() {
         let mut bad = assignment("r", "sh", json!({}));
         bad[field] = json!("a\0b");
         place.append(subjects::ASSIGN, bad.to_string()).await;
-        assert_eq!(place.dead_letter().await["reason"], message);
+        assert_eq!(place.dead_letter(subjects::STREAM_UNREADABLE).await["reason"], message);
         assert_eq!(place.count(subjects::STREAM_RESULT).await, 0, "{field}: the job was not run");
     }
 }
@@ -126,7 +126,7 @@ async fn assignment_is_a_dead_letter_after_its_deliveries() {
     let _worker = place.worker(Config::default()).await;
     let result = results.next().await;
     assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("max_deliver")));
-    let letter = place.dead_letter().await;
+    let letter = place.dead_letter(subjects::STREAM_DLQ).await;
     assert_eq!((&letter["delivered"], &letter["original_subject"]), (&json!(6), &json!(subject)));
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
 }

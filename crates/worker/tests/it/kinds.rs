@@ -79,7 +79,7 @@ pub async fn assignment_whose_provider_nobody_has_fails_at_its_deadline(place: P
     assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("unknown_provider")));
     assert_eq!((result.cost, result.latency_ms), (0.0, 0), "the assignment was never run");
 
-    let letter = place.dead_letter().await;
+    let letter = place.dead_letter(STREAM_DLQ).await;
     let reason = letter["reason"].as_str().unwrap();
     assert!(reason.contains("no worker has a provider named \"nobody\""), "{letter}");
     assert!(letter["delivered"].as_u64().unwrap() > 5, "returned many times: {letter}");

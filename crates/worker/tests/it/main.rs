@@ -156,9 +156,9 @@ impl Place {
         self.bus.stream_info(stream).await.unwrap().messages
     }
 
-    async fn dead_letter(&self) -> Value {
-        testkit::eventually(SOON, || async { self.count(subjects::STREAM_DLQ).await > 0 }).await;
-        let mut consumer = self.bus.consume(consumer(subjects::STREAM_DLQ, "test")).await.unwrap();
+    async fn dead_letter(&self, stream: &'static str) -> Value {
+        testkit::eventually(SOON, || async { self.count(stream).await > 0 }).await;
+        let mut consumer = self.bus.consume(consumer(stream, "test")).await.unwrap();
         let delivery = tokio::time::timeout(SOON, consumer.next()).await.unwrap().unwrap();
         serde_json::from_slice(&delivery.message.payload).unwrap()
     }

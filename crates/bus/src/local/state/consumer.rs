@@ -22,6 +22,8 @@ pub struct Consumer {
     pub pending: u64,
     /// Whether `max_ack_pending` reduced the last claim.
     blocked: bool,
+    /// Whether this process has opened it.
+    pub opened: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -53,6 +55,11 @@ impl Consumer {
 
     pub fn wants(&self, subject: &str) -> bool {
         self.filter.as_deref().is_none_or(|filter| matches(filter, subject))
+    }
+
+    /// Whether the message is still to be delivered or settled.
+    pub fn needs(&self, sequence: u64, subject: &str) -> bool {
+        self.out.contains_key(&sequence) || (sequence >= self.next && self.wants(subject))
     }
 
     /// Claims up to `max` messages: first those due for redelivery, then new ones. `last` is the newest sequence of the
@@ -237,6 +244,7 @@ impl Consumer {
             }
         }
         self.blocked = before.blocked;
+        self.opened = before.opened;
     }
 
     /// Adds an outstanding delivery, or changes its deadline.

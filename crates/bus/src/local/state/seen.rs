@@ -5,8 +5,8 @@ use sha1::{Digest, Sha1};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-/// Maximum ids of a stream: about 64 MiB at 100 bytes each. Beyond it, the oldest ids are evicted early.
-const IDS_MAX: usize = 640_000;
+/// Memory of one id, at most: an entry of the map and one of the queue, both with the slack of their growth.
+const ID_BYTES: u64 = 100;
 
 /// Ids are stored as 128 bits of a cryptographic hash: clients choose them and must not be able to cause collisions.
 #[derive(Default)]
@@ -41,8 +41,11 @@ impl Seen {
         if self.known.insert(id, (sequence, at_ms)).is_none() {
             self.order.push_back(id);
         }
+    }
 
-        if self.order.len() > IDS_MAX {
+    /// Evicts the oldest ids beyond this much memory.
+    pub fn bound(&mut self, max_bytes: u64) {
+        while self.order.len() as u64 * ID_BYTES > max_bytes {
             metrics::counter!("beamline_bus_message_ids_forgotten_total").increment(1);
             self.forget_first();
         }

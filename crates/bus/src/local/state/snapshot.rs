@@ -152,6 +152,9 @@ impl State {
                 let consumer = stream.consumers.entry(record.consumer).or_default();
                 consumer.replay_cursor(record.next, &stream.messages);
             }
+            Kind::Retired(record) => {
+                self.stream(&record.stream).consumers.remove(&record.consumer);
+            }
             Kind::Delivered(record) => {
                 let consumer = self
                     .stream(&record.stream)
@@ -268,6 +271,7 @@ impl Entry {
             revision: self.revision,
             at_ms: self.at_ms,
             place: Some(self.place.into()),
+            done: self.done,
         }
     }
 }
@@ -305,15 +309,14 @@ impl Bucket {
         let Some(place) = place else { return };
         // A snapshot may hold a newer entry than a group that is replayed after it.
         if self.revision_of(&record.key) <= record.revision {
-            self.put(&record.key, Entry { place, revision: record.revision, at_ms: record.at_ms });
+            let (revision, at_ms, done) = (record.revision, record.at_ms, record.done);
+            self.put(&record.key, Entry { place, revision, at_ms, done });
         }
     }
 
     fn apply_removed(&mut self, record: &RemovedRecord) {
-        if self.revision_of(&record.key) <= record.revision
-            && let Some(entry) = self.entries.remove(&*record.key)
-        {
-            self.order.remove(&entry.revision);
+        if self.revision_of(&record.key) <= record.revision {
+            self.remove(&record.key);
         }
     }
 }

@@ -9,12 +9,9 @@ const HOUR: Duration = Duration::from_secs(3600);
 
 fn stream(name: &'static str, retention: Retention) -> StreamConfig {
     StreamConfig {
-        name,
-        subjects: vec![format!("{name}.>")],
-        retention,
-        max_age: HOUR,
+        max_age: (retention == Retention::Limits).then_some(HOUR),
         max_bytes: 4_000,
-        dedup_window: HOUR,
+        ..StreamConfig::new(name, vec![format!("{name}.>")], retention)
     }
 }
 
@@ -136,6 +133,8 @@ fn seen_by_users(state: &State, disk: &Disk, now: u64) -> impl PartialEq + std::
     let mut entries = Vec::new();
     for (name, bucket) in &state.buckets {
         assert_eq!(bucket.entries.len(), bucket.order.len());
+        let bytes = bucket.entries.iter().map(|(key, entry)| entry.size(key)).sum::<u64>();
+        assert_eq!(bucket.bytes, bytes);
         entries.extend(
             bucket
                 .entries
@@ -150,7 +149,15 @@ fn seen_by_users(state: &State, disk: &Disk, now: u64) -> impl PartialEq + std::
 fn declare(state: &mut State, group: &mut Group) {
     state.declare_stream(group, stream("work", Retention::WorkQueue));
     state.declare_stream(group, stream("log", Retention::Limits));
-    state.declare_kv("B", Some(HOUR));
+    state.declare_stream(
+        group,
+        StreamConfig {
+            consumers: vec![consumer("both", "one", Some("both.b")), consumer("both", "two", Some("both.a"))],
+            retired: vec!["gone"],
+            ..stream("both", Retention::Interest)
+        },
+    );
+    state.declare_bucket(&BucketConfig { name: "B", max_age: Some(HOUR), max_bytes: Some(1500) });
     state.consumer(group, &consumer("work", "w", None)).unwrap();
     state.consumer(group, &consumer("log", "all", None)).unwrap();
     state.consumer(group, &consumer("log", "some", Some("log.a"))).unwrap();
@@ -175,6 +182,7 @@ fn write_batch(
             key: (which % 7).to_string(),
             value: "b".into(),
             expected: which.is_multiple_of(3).then_some(0),
+            done: which.is_multiple_of(2),
         },
     ];
     batch.extend(settled.map(|sequence| Step::Ack { consumer: consumer.into(), sequence }));
@@ -193,7 +201,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
     fn crash_after_any_commit_recovers_all_commits(
-        steps in proptest::collection::vec((0_u8..14, 0_u8..40, 0_u64..600_000), 1..250),
+        steps in proptest::collection::vec((0_u8..14, 0_u8..60, 0_u64..600_000), 1..250),
     ) {
         let (mut disk, mut state, mut now) = (Disk::default(), State::default(), 10_000_000);
         let mut group = Group::new(1);
@@ -204,12 +212,24 @@ proptest! {
         for (action, which, ms) in steps {
             now += ms;
             let mut group = Group::new(disk.last + 1);
-            let consumers = [("work", "w", None), ("log", "all", None), ("log", "some", Some("log.a"))];
-            let of = consumers[usize::from(which) % 3];
+            let consumers = [
+                ("work", "w", None),
+                ("log", "all", None),
+                ("log", "some", Some("log.a")),
+                ("both", "one", Some("both.b")),
+                ("both", "two", Some("both.a")),
+                ("both", "gone", None),
+            ];
+            // The retired consumer exists from its first use until the next declaration, which is after a crash.
+            let of = consumers[usize::from(which) % 6];
             let config = consumer(of.0, of.1, of.2);
+            if of.1 == "gone" {
+                state.consumer(&mut group, &config).unwrap();
+            }
             match action {
                 0..=3 => {
-                    let subject = format!("{}.{}", of.0, if which % 2 == 0 { "a" } else { "b" });
+                    // Nobody reads the last one in the interest stream, unless the retired consumer exists.
+                    let subject = format!("{}.{}", of.0, ["a", "b", "c"][usize::from(which / 6) % 3]);
                     let payload = Bytes::from(vec![which; usize::from(which) * 3]);
                     let message = Message { subject: subject.into(), payload, ..Message::default() };
                     let id = which.to_string();
@@ -242,6 +262,7 @@ proptest! {
                 _ => {
                     // A crash: continue with the state that the disk has. Outstanding deliveries are due at once.
                     state = disk.recover();
+                    group = Group::new(disk.last + 1);
                     declare(&mut state, &mut group);
                     disk.open = None;
                 }
@@ -339,4 +360,60 @@ fn batch_that_overfills_a_work_queue_is_refused_whole() {
     assert!(refused.err().unwrap().to_string().contains("has reached its limit"));
     assert_eq!(state.info("work").unwrap().messages, 0);
     assert_eq!(state.write(&mut group, &[append(), append()], 0, 0).unwrap().len(), 2);
+}
+
+#[test]
+fn full_bucket_evicts_no_entry_that_is_not_done() {
+    let mut state = State::default();
+    let mut group = Group::new(1);
+    declare(&mut state, &mut group);
+    let put = |key: &str, done| Step::Put {
+        bucket: "B".into(),
+        key: key.into(),
+        value: vec![b'x'; 100].into(),
+        expected: Some(0),
+        done,
+    };
+    let has = |state: &State, key: &str| state.kv_get("B", key, 0).unwrap().is_some();
+
+    // Three entries of 357 bytes fit.
+    for (key, done) in [("a", false), ("b", true), ("c", false), ("d", true), ("e", false), ("f", false)] {
+        state.write(&mut group, &[put(key, done)], 0, 0).unwrap();
+    }
+    let kept: Vec<&str> = ["a", "b", "c", "d", "e", "f"]
+        .into_iter()
+        .filter(|key| has(&state, key))
+        .collect();
+    assert_eq!(kept, ["a", "c", "e", "f"]);
+
+    // A batch that expects an entry finds it, although the batch itself makes the bucket overflow.
+    state.write(&mut group, &[put("g", true)], 0, 0).unwrap();
+    assert!(!has(&state, "g"), "an entry that is done has no room beside those that are not");
+    let (_, revision) = state.kv_get("B", "a", 0).unwrap().unwrap();
+    let change = Step::Put {
+        bucket: "B".into(),
+        key: "a".into(),
+        value: "done".into(),
+        expected: Some(revision),
+        done: true,
+    };
+    state.write(&mut group, &[put("h", false), change], 0, 0).unwrap();
+    assert!(!has(&state, "a") && has(&state, "h"));
+}
+
+#[test]
+fn message_ids_are_bounded_in_bytes() {
+    let mut state = State::default();
+    let mut group = Group::new(1);
+    let config = StreamConfig { dedup_bytes: 1000, ..stream("log", Retention::Limits) };
+    state.declare_stream(&mut group, config);
+    let message = Message { subject: "log.a".into(), ..Message::default() };
+    let mut append = |id: u32| {
+        let new = NewMessage::new(&message, Some(&id.to_string()));
+        state.append(&mut group, "log", &new, 0).unwrap().duplicate
+    };
+
+    assert!((0..20).all(|id| !append(id)));
+    assert!((10..20).all(&mut append), "the newest ten are remembered");
+    assert!(!append(0), "the oldest ones are forgotten");
 }

@@ -1,0 +1,192 @@
+//! Keeps the declared streams and buckets on the server. One that is gone is declared again: the server may come back
+//! with an older or an empty store, and an operator may delete a stream.
+
+use super::link::Link;
+use super::pool::Pool;
+use super::streams::{self, Declared};
+use crate::local::subjects::matches;
+use crate::pattern::union;
+use crate::{BucketConfig, Error, Fill, Result, StreamConfig};
+use futures_util::future::try_join_all;
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How often everything is declared again.
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
+/// Pause between attempts while they fail.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the connections are compared with those of the last check.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+
+#[derive(Default)]
+pub struct Keeper {
+    replicas: Option<usize>,
+    wanted: Mutex<Wanted>,
+    standing: Mutex<Standing>,
+    /// One check at a time.
+    checking: tokio::sync::Mutex<()>,
+    missed: Notify,
+}
+
+#[derive(Default, Clone)]
+struct Wanted {
+    streams: BTreeMap<&'static str, StreamConfig>,
+    buckets: BTreeMap<&'static str, BucketConfig>,
+}
+
+/// The outcome of the last check.
+#[derive(Default)]
+struct Standing {
+    /// Number of connects before the check.
+    connects: u64,
+    problem: Option<String>,
+}
+
+impl Keeper {
+    pub fn new(replicas: Option<usize>) -> Self {
+        Self { replicas, ..Self::default() }
+    }
+
+    pub async fn declare_stream(&self, link: &Link, stream: StreamConfig) -> Result<()> {
+        streams::declare(link, &stream, self.replicas).await?;
+        let mut wanted = self.wanted.lock();
+        let known = wanted.streams.get(stream.name).map_or(&[][..], |known| &known.subjects);
+        let subjects = union(known, &stream.subjects);
+        wanted.streams.insert(stream.name, StreamConfig { subjects, ..stream });
+        Ok(())
+    }
+
+    pub async fn declare_bucket(&self, link: &Link, bucket: BucketConfig) -> Result<()> {
+        streams::declare_bucket(link, &bucket, self.replicas).await?;
+        self.wanted.lock().buckets.insert(bucket.name, bucket);
+        Ok(())
+    }
+
+    pub fn has_bucket(&self, bucket: &str) -> bool {
+        self.wanted.lock().buckets.contains_key(bucket)
+    }
+
+    /// Notes the subjects that a declared stream takes besides those of its declaration.
+    pub fn added(&self, stream: &str, subjects: &[String]) {
+        if let Some(known) = self.wanted.lock().streams.get_mut(stream) {
+            known.subjects = union(&known.subjects, subjects);
+        }
+    }
+
+    /// Whether a declared stream takes the subject.
+    pub fn takes(&self, subject: &str) -> bool {
+        let wanted = self.wanted.lock();
+        let mut patterns = wanted.streams.values().flat_map(|stream| &stream.subjects);
+        patterns.any(|pattern| matches(pattern, subject))
+    }
+
+    /// Checks soon, because a stream or bucket was found missing.
+    pub fn missed(&self) {
+        self.missed.notify_one();
+    }
+
+    pub async fn fills(&self, link: &Link) -> Result<Vec<Fill>> {
+        let wanted = self.wanted.lock().clone();
+        let streams = wanted.streams.keys().map(|name| (*name, name.to_string()));
+        let buckets = wanted.buckets.keys().map(|name| (*name, streams::bucket_stream(name)));
+        let stores: Vec<_> = streams.chain(buckets).collect();
+        let fills = stores.iter().map(|(store, stream)| streams::fill(link, store, stream));
+        Ok(try_join_all(fills).await?.into_iter().flatten().collect())
+    }
+
+    /// Fails while a declared stream or bucket is missing. After a reconnect, this checks first.
+    pub async fn health(&self, pool: &Pool) -> Result<()> {
+        let wanted = self.wanted.lock().clone();
+        if wanted.streams.is_empty() && wanted.buckets.is_empty() {
+            return Ok(());
+        }
+        if self.standing.lock().connects != pool.connects() {
+            return self.check(pool).await;
+        }
+        match &self.standing.lock().problem {
+            None => Ok(()),
+            Some(problem) => Err(Error::Storage(problem.clone())),
+        }
+    }
+
+    /// Checks every [`CHECK_INTERVAL`], after each reconnect, and when something was missed, until cancelled.
+    pub async fn run(self: Arc<Self>, pool: Arc<Pool>, cancel: CancellationToken) {
+        let mut due = Instant::now() + CHECK_INTERVAL;
+        loop {
+            let missed = tokio::select! {
+                () = cancel.cancelled() => return,
+                () = self.missed.notified() => true,
+                () = tokio::time::sleep(LOOK_INTERVAL) => false,
+            };
+            let reconnected = self.standing.lock().connects != pool.connects();
+            if !missed && !reconnected && Instant::now() < due {
+                continue;
+            }
+
+            let checked = tokio::select! {
+                () = cancel.cancelled() => return,
+                checked = self.check(&pool) => checked,
+            };
+            let pause = if checked.is_ok() {
+                CHECK_INTERVAL
+            } else {
+                RETRY_INTERVAL
+            };
+            due = Instant::now() + pause;
+            if checked.is_err() {
+                // Whoever misses a stream meanwhile waits for the next attempt.
+                tokio::select! {
+                    () = cancel.cancelled() => return,
+                    () = tokio::time::sleep(RETRY_INTERVAL) => {}
+                }
+            }
+        }
+    }
+
+    /// Declares everything again.
+    async fn check(&self, pool: &Pool) -> Result<()> {
+        let _one = self.checking.lock().await;
+        let connects = pool.connects();
+        let declared = self.declare_all(pool.mine()).await;
+
+        let mut standing = self.standing.lock();
+        match &declared {
+            Ok(()) if standing.problem.take().is_some() => {
+                tracing::info!("the streams and buckets are declared on NATS again");
+            }
+            Ok(()) => {}
+            Err(error) => {
+                let problem = error.to_string();
+                if standing.problem.as_ref() != Some(&problem) {
+                    tracing::error!(problem, "the streams and buckets on NATS cannot be checked; trying again");
+                }
+                standing.problem = Some(problem);
+            }
+        }
+        if declared.is_ok() {
+            standing.connects = connects;
+        }
+        declared
+    }
+
+    async fn declare_all(&self, link: &Link) -> Result<()> {
+        let wanted = self.wanted.lock().clone();
+        let lost = |store| tracing::error!(store, "NATS had lost it; what it held is gone, and it was declared again");
+        for stream in wanted.streams.values() {
+            if streams::declare(link, stream, self.replicas).await? == Declared::Created {
+                lost(stream.name);
+            }
+        }
+        for bucket in wanted.buckets.values() {
+            if streams::declare_bucket(link, bucket, self.replicas).await? == Declared::Created {
+                lost(bucket.name);
+            }
+        }
+        Ok(())
+    }
+}
