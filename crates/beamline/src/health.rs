@@ -19,6 +19,9 @@ use tokio_util::sync::CancellationToken;
 /// Checks one condition of readiness; the error says what is wrong.
 pub type Check = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send + Sync>;
 
+/// Says what operators should know although the process is ready; `None` if there is nothing to say.
+pub type Notice = Box<dyn Fn() -> Option<String> + Send + Sync>;
+
 /// Headers that reverse proxies add.
 const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
 /// A check that takes longer counts as failed.
@@ -26,6 +29,7 @@ const CHECK_MAX: Duration = Duration::from_secs(2);
 
 pub struct Health {
     pub checks: Vec<(&'static str, Check)>,
+    pub notices: Vec<(&'static str, Notice)>,
     pub metrics: PrometheusHandle,
     /// Serves `/metrics` on the HTTP port to every machine, not only to this one.
     pub metrics_public: bool,
@@ -39,7 +43,7 @@ struct Live {
     version: &'static str,
 }
 
-/// The body of `/ready`: `ok` or a problem for each check.
+/// The body of `/ready`: `ok`, a problem or a notice for each check.
 #[derive(Serialize)]
 struct Ready {
     checks: BTreeMap<&'static str, String>,
@@ -69,15 +73,15 @@ async fn live() -> Json<Live> {
 
 /// Reports which checks fail, and why.
 async fn ready(State(health): State<Arc<Health>>) -> Response {
-    report(&health, |problem| problem).await
+    report(&health, |problem| problem, |notice| notice).await
 }
 
 /// Reports which checks fail, but not why: the reasons may name servers and users.
 async fn ready_on_http(State(health): State<Arc<Health>>) -> Response {
-    report(&health, |_| "failed".into()).await
+    report(&health, |_| "failed".into(), |_| "warning".into()).await
 }
 
-async fn report(health: &Health, shown: fn(String) -> String) -> Response {
+async fn report(health: &Health, shown: fn(String) -> String, noticed: fn(String) -> String) -> Response {
     let mut ready = true;
     let mut checks = BTreeMap::new();
     for (name, check) in &health.checks {
@@ -95,6 +99,9 @@ async fn report(health: &Health, shown: fn(String) -> String) -> Response {
         checks.insert(*name, text);
     }
 
+    for (name, notice) in &health.notices {
+        checks.insert(*name, notice().map_or_else(|| "ok".into(), noticed));
+    }
     if health.draining.is_cancelled() {
         ready = false;
         checks.insert("process", "draining".into());
@@ -143,7 +150,13 @@ mod tests {
             .build_recorder()
             .handle();
         let draining = CancellationToken::new();
-        let health = Health { checks: Vec::new(), metrics, metrics_public: false, draining };
+        let health = Health {
+            checks: Vec::new(),
+            notices: Vec::new(),
+            metrics,
+            metrics_public: false,
+            draining,
+        };
 
         let mut request = Request::get("/metrics");
         if let Some(forwarded) = forwarded {
@@ -163,14 +176,15 @@ mod tests {
         let unreachable: Check = Box::new(|| Box::pin(async { Err("no route to db.internal".into()) }));
         let health = Arc::new(Health {
             checks: vec![("database", unreachable)],
+            notices: vec![("stores", Box::new(|| Some("RESULT is full".into())))],
             metrics,
             metrics_public: false,
             draining,
         });
 
-        for (routes, path, expected) in [
-            (http_routes(health.clone()), "/ready", "failed"),
-            (ops_routes(health.clone()), "/readyz", "no route to db.internal"),
+        for (routes, path, expected, noticed) in [
+            (http_routes(health.clone()), "/ready", "failed", "warning"),
+            (ops_routes(health.clone()), "/readyz", "no route to db.internal", "RESULT is full"),
         ] {
             let answer = routes
                 .oneshot(Request::get(path).body(Body::empty()).unwrap())
@@ -180,6 +194,7 @@ mod tests {
             let body = axum::body::to_bytes(answer.into_body(), 1 << 16).await.unwrap();
             let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
             assert_eq!(body["checks"]["database"], expected, "{path}");
+            assert_eq!(body["checks"]["stores"], noticed, "{path}");
             assert_eq!(body["ready"], false, "{path}");
         }
     }

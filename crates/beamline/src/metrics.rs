@@ -23,7 +23,11 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     ("beamline_cluster_messages_in_total", false, "Commands received from clients"),
     ("beamline_cluster_publications_total", false, "Publications accepted"),
     ("beamline_cluster_refused_total", false, "Connections refused because the node was full"),
-    ("beamline_dead_letters_total", false, "Messages that could not be handled; the stream DLQ has them"),
+    (
+        "beamline_dead_letters_total",
+        false,
+        "Messages that could not be handled; the streams DLQ and DLQ_UNREADABLE have them",
+    ),
     (
         "beamline_gateway_breaker_transitions_total",
         true,
@@ -58,6 +62,16 @@ const COUNTERS: &[(&str, bool, &str)] = &[
         true,
         "Policy conditions that failed to evaluate, by tenant, policy and rule",
     ),
+    (
+        "beamline_store_evicted_total",
+        true,
+        "Messages that a stream has evicted for their age or for lack of room, by store",
+    ),
+    (
+        "beamline_unreadable_messages_total",
+        false,
+        "Messages that could not be read; the stream DLQ_UNREADABLE has the newest",
+    ),
     ("beamline_webapp_page_errors_total", false, "Page runs that failed"),
     ("beamline_worker_runs_total", true, "Task runs, by provider and status"),
 ];
@@ -77,6 +91,14 @@ const GAUGES: &[(&str, &str)] = &[
         "beamline_router_policies_broken",
         "Policies whose file cannot be used; the last good version is in force, or none",
     ),
+    ("beamline_store_bytes", "Size of a stream or bucket, by store"),
+    (
+        "beamline_store_level",
+        "0, 1 (nearly full) or 2 (full), by store and by what it does when it is full: refuses new tasks, or evicts",
+    ),
+    ("beamline_store_max_bytes", "Limit of a stream or bucket, by store; 0: none"),
+    ("beamline_store_messages", "Messages in a stream, or entries in a bucket, by store"),
+    ("beamline_store_oldest_seconds", "Age of the oldest message or entry, by store"),
     ("beamline_runtime_tasks", "Async tasks of the process that have not ended"),
     ("beamline_webapp_sessions", "Page sessions in memory"),
 ];

@@ -101,6 +101,10 @@ async fn repeat(
 /// Decides, then creates the task's record and appends its assignment in one batch. `None` if the task has a record
 /// already.
 async fn begin(router: &Router, request: &DecideRequest) -> Result<Option<TaskState>, ErrorBody> {
+    if let Some(refusal) = router.stores.refusal() {
+        return Err(refusal);
+    }
+
     let assignment_id = uuid::Uuid::now_v7().to_string();
     let Chosen { decision, choice, place } = router.decide(request, &assignment_id)?;
     let assignment = assignment(request, assignment_id.clone(), decision.clone());
@@ -187,6 +191,9 @@ fn append<'a>(request: &DecideRequest, assignment: &'a ExecAssignment, subject: 
 }
 
 fn unavailable(error: bus::Error) -> ErrorBody {
+    if let bus::Error::Full(_) = error {
+        return crate::stores::no_room(&error);
+    }
     ErrorBody::new(RouterCode::Unavailable, format!("the assignment was not stored: {error}"))
 }
 

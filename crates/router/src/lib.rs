@@ -21,6 +21,7 @@ mod results;
 mod serve;
 mod stats;
 mod status;
+mod stores;
 
 use bus::fleet::Fleet;
 use bus::{Bus, Message};
@@ -29,6 +30,7 @@ pub use policies::lint::{Findings, lint};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+pub use stores::Stores;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -92,6 +94,7 @@ struct Router {
     /// Which workers are live, and what they take.
     fleet: Fleet,
     open: open::Open,
+    stores: Arc<Stores>,
     started: Instant,
 }
 
@@ -134,7 +137,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let results = bus
         .consume(bus::ConsumerConfig {
             stream: wire::subjects::STREAM_RESULT,
-            name: "router".into(),
+            name: bus::streams::ROUTER.into(),
             filter: Some(wire::subjects::RESULT.into()),
             ack_wait: Duration::from_secs(30),
             max_ack_pending: 1000,
@@ -158,6 +161,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         backpressure: backpressure::Backpressure::default(),
         fleet,
         open: open::Open::default(),
+        stores: Arc::default(),
         started: Instant::now(),
     };
 
@@ -173,6 +177,11 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
 }
 
 impl Bound {
+    /// How full the stores of the bus are, for a readiness report.
+    pub fn stores(&self) -> Arc<Stores> {
+        self.router.stores.clone()
+    }
+
     /// Answers until cancelled, then finishes what it has taken. If one of its loops ends unexpectedly, the router stops
     /// too and returns an error that names the loop.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
@@ -187,6 +196,7 @@ impl Bound {
         loops.spawn(named("the loop of open tasks", open::run(router.clone(), stop.clone())));
         loops.spawn(named("the loop of orphaned assignments", orphans::run(router.clone(), stop.clone())));
         loops.spawn(named("the loop of heartbeats", fleet(router.clone(), heartbeats, stop.clone())));
+        loops.spawn(named("the watch over the stores", stores::run(router.clone(), stop.clone())));
         loops.spawn(named("the loop of status reports", status::run(router, stop.clone())));
         loops.spawn(named("the loop of policies", policies.run(stop.clone())));
         all_ended(loops, stop).await

@@ -62,9 +62,10 @@ pub async fn start(
     parts.start_router().await?;
     parts.start_webapp().await?;
     parts.start_gateway(given.gateway).await?;
-    let Parts { bus, routes, checks, gateway, admin_password, .. } = parts;
+    let Parts { bus, routes, checks, notices, gateway, admin_password, .. } = parts;
 
-    let health = Arc::new(Health { checks, metrics, metrics_public: settings.metrics_public, draining });
+    let metrics_public = settings.metrics_public;
+    let health = Arc::new(Health { checks, notices, metrics, metrics_public, draining });
     ports.serve(settings, log, stages, routes, health);
 
     let (socket, gateway) = gateway.unzip();
@@ -142,6 +143,7 @@ struct Parts<'a> {
     stages: &'a mut Stages,
     routes: Router,
     checks: Vec<(&'static str, health::Check)>,
+    notices: Vec<(&'static str, health::Notice)>,
     /// The socket that the gateway listens on, and its handle.
     gateway: Option<(std::path::PathBuf, gateway::Control)>,
     admin_password: Option<String>,
@@ -155,6 +157,7 @@ impl<'a> Parts<'a> {
             stages,
             routes: Router::new(),
             checks: Vec::new(),
+            notices: Vec::new(),
             gateway: None,
             admin_password: None,
         };
@@ -208,6 +211,8 @@ impl<'a> Parts<'a> {
             return Ok(());
         }
         let router = bind::router(self.settings, self.bus.clone()).await?;
+        let stores = router.stores();
+        self.notices.push(("stores", Box::new(move || stores.report())));
         self.stages
             .work
             .run("router", |cancel| async move { Ok(router.run(cancel).await?) });

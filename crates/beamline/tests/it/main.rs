@@ -23,3 +23,4 @@ mod several;
 mod soak;
 mod spread;
 mod stopping;
+mod stores;

@@ -52,6 +52,29 @@ impl Process {
         Self { dir, ready, child, extra: Vec::new() }
     }
 
+    /// Starts with a settings file. No file of the process can exceed `blocks` of 512 bytes until [`Process::unlimit`]:
+    /// writes beyond them fail as on a full disk.
+    pub async fn start_limited(settings: &str, blocks: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("beamline.toml"), settings).unwrap();
+        // The signal of the limit would end the process.
+        let script = format!("trap '' XFSZ; ulimit -S -f {blocks}; exec \"$@\"");
+        let mut shell = surroundings(Command::new("/bin/sh"), dir.path());
+        shell.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_beamline")]);
+        let child = up(shell, dir.path(), "127.0.0.1:0", &[]).spawn().unwrap();
+        let (child, ready) = until_ready(child, dir.path()).await;
+        Self { dir, ready, child, extra: Vec::new() }
+    }
+
+    /// Lifts the limit of [`Process::start_limited`].
+    pub async fn unlimit(&self) {
+        let pid = self.child.id().unwrap().to_string();
+        let lifted = Command::new("prlimit")
+            .args(["--pid", &pid, "--fsize=unlimited"])
+            .status();
+        assert!(lifted.await.unwrap().success());
+    }
+
     /// Starts like a service manager, in an existing directory.
     pub async fn start_under(manager: Manager, dir: tempfile::TempDir) -> Self {
         let (child, ready) = until_ready(manager.spawn(dir.path()), dir.path()).await;

@@ -8,6 +8,7 @@ mod kinds;
 mod once;
 mod policies;
 mod results;
+mod stores;
 mod tasks;
 
 use bus::{Bus, ConsumerConfig, Headers, Message};
@@ -241,7 +242,11 @@ impl Router {
 }
 
 async fn connect(server: &NatsServer) -> Bus {
-    let config = bus::nats::NatsConfig { url: server.url(), name: "test".into(), ..Default::default() };
+    connect_with(server, bus::streams::Sizes::default()).await
+}
+
+async fn connect_with(server: &NatsServer, sizes: bus::streams::Sizes) -> Bus {
+    let config = bus::nats::NatsConfig { url: server.url(), name: "test".into(), sizes, ..Default::default() };
     bus::nats::Nats::connect(config).await.unwrap()
 }
 
