@@ -4,6 +4,7 @@
 //! assignment again and still leaves one result.
 
 mod heartbeat;
+mod outages;
 pub mod provider;
 mod results;
 mod run;
@@ -14,6 +15,7 @@ mod upkeep;
 use bus::clock::StreamClock;
 use bus::fleet::Fleet;
 use bus::{Bus, Places};
+use outages::Outages;
 use provider::Provider;
 use provider::command::processes;
 use std::collections::BTreeMap;
@@ -118,6 +120,7 @@ pub(crate) struct Worker {
     subjects: Vec<String>,
     fleet: Fleet,
     clock: StreamClock,
+    outages: Outages,
     /// Bounds the results that are being stored, in KiB.
     storing: Semaphore,
     live: Arc<provider::ops::Live>,
@@ -147,13 +150,15 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
     let cancels = bus.subscribe(wire::subjects::CONTROL_CANCEL, None, 1024).await?;
     let subscriptions = provider::ops::Subscriptions::subscribe(&bus).await?;
 
+    let clock = StreamClock::start(bus.clone(), STREAM_ASSIGN).await?;
     let worker = Worker {
         id: format!("worker-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]),
         slots: config.slots,
         drain_timeout: config.drain_timeout,
         backoff: config.backoff,
         running: running::Running::default(),
-        clock: StreamClock::start(bus.clone(), STREAM_ASSIGN).await?,
+        outages: Outages::new(bus.interruptions()),
+        clock,
         storing: Semaphore::new(results::STORING_KIB),
         subjects,
         fleet,

@@ -67,6 +67,7 @@ async fn store_until(
 ) -> bus::Result<()> {
     let deadline = Instant::now() + STORE_DEADLINE;
     let (mut pause, longest) = STORE_PAUSE;
+    let mut interruptions = worker.bus.interruptions();
     loop {
         let error = match store(&worker.bus, assignment, result, Some(delivery)).await {
             Err(error) if error.is_transient() && Instant::now() < deadline => error,
@@ -77,6 +78,8 @@ async fn store_until(
 
         tokio::select! {
             () = give_up.cancelled() => return Err(error),
+            // At once when the bus is back, before another worker asks for the result.
+            Ok(()) = interruptions.changed() => {}
             () = tokio::time::sleep(pause) => pause = longest.min(2 * pause),
         }
         // If this fails, the bus is still away, which is logged above.

@@ -1,10 +1,10 @@
 //! Takes assignments from the common subject and from the subjects of this worker's providers, and decides what becomes
 //! of each: it is run, moved to its provider's subject, returned, or failed.
 
-use crate::Worker;
 use crate::provider::Outcome;
 use crate::results::{finish, msg_id, result, store};
 use crate::run::run;
+use crate::{ACK_WAIT, Worker};
 use bus::assignments::{is_moved, made_a_day_before, move_to, sent_ms, was_moved};
 use bus::{Consumer, Delivery};
 use std::sync::Arc;
@@ -16,6 +16,9 @@ use wire::subjects;
 
 /// Deliveries of one assignment (contract: assign 5). The next one becomes a dead letter and an error result.
 const MAX_DELIVER: u32 = 5;
+
+/// What an outage of the bus interrupted has this long to reach the bus, before it runs again.
+const AFTER_OUTAGE: Duration = Duration::from_secs(1);
 
 /// Takes assignments until cancelled, then drains: runs may continue for the drain timeout, then they are stopped and
 /// returned to the stream.
@@ -80,8 +83,9 @@ async fn handle(worker: &Worker, delivery: Delivery, give_up: &CancellationToken
         Ok(run_here) => run_here,
         Err(other) => return wait_for(worker, delivery, &assignment, other, give_up).await,
     };
-    match begin(worker, &delivery, &assignment, delivery.delivered == 1 && !is_moved(&delivery)).await? {
+    match begin(worker, &delivery, &assignment, true).await? {
         Begin::Run => {}
+        Begin::Elsewhere(patience) => return delivery.nak(patience).await,
         Begin::Cancelled => {
             let result = result(&assignment, Outcome::cancelled(), None);
             return finish(worker, delivery, &assignment, &result, give_up).await;
@@ -169,19 +173,36 @@ enum Begin {
     Cancelled,
     /// It has run, or was moved; only the acknowledgement was lost.
     Done,
+    /// Another worker may have it, or may have died with it: this one waits as long as the other may be silent.
+    Elsewhere(Duration),
 }
 
-/// Whether the assignment still has to run. With `is_new`, it has not been delivered before.
-async fn begin(worker: &Worker, delivery: &Delivery, assignment: &ExecAssignment, is_new: bool) -> bus::Result<Begin> {
+/// Whether the assignment still has to run. `is_first` if this worker has no other delivery of it.
+async fn begin(
+    worker: &Worker,
+    delivery: &Delivery,
+    assignment: &ExecAssignment,
+    is_first: bool,
+) -> bus::Result<Begin> {
     let bus = &worker.bus;
+    let counts_as_new = is_first && delivery.delivered == 1 && !is_moved(delivery);
     match bus::tasks::head(bus, assignment).await? {
         Some(head) if head.has_result() => return Ok(Begin::Done),
         Some(head) if head.state == State::Cancelled => return Ok(Begin::Cancelled),
+        // Only a bus that forgot a delivery calls this the first one.
+        Some(head) if head.state == State::Running && counts_as_new => return Ok(Begin::Elsewhere(ACK_WAIT)),
         _ => {}
     }
 
-    if is_new {
-        return Ok(Begin::Run);
+    if counts_as_new {
+        let may_be_repeated = worker
+            .outages
+            .may_have_delivered(delivery.stored_ms, worker.clock.now_ms());
+        return Ok(if may_be_repeated {
+            Begin::Elsewhere(AFTER_OUTAGE)
+        } else {
+            Begin::Run
+        });
     }
     // No router may have recorded the result yet.
     let has_result = bus
@@ -208,7 +229,7 @@ async fn wait_for(
     match begin(worker, &delivery, assignment, false).await? {
         Begin::Done => delivery.ack().await,
         // The other one did not end with a result here.
-        Begin::Run | Begin::Cancelled => delivery.nak(Duration::ZERO).await,
+        Begin::Run | Begin::Cancelled | Begin::Elsewhere(_) => delivery.nak(Duration::ZERO).await,
     }
 }
 
