@@ -4,6 +4,7 @@
 use crate::clock::unix_ms;
 use crate::{Bus, ConsumerConfig, Delivery, Headers, Message, Result, Write, tasks};
 use std::time::Duration;
+use uuid::Uuid;
 use wire::router::ExecAssignment;
 use wire::subjects::{ASSIGN, STREAM_ASSIGN, assign_to};
 
@@ -91,25 +92,21 @@ fn move_id(delivery: &Delivery, assignment_id: &str) -> String {
     format!("{assignment_id}-from-{}", delivery.sequence)
 }
 
-/// Whether an id says that its assignment was made more than a day before this time: then no record can know it. Routers
-/// choose UUIDs of version 7, which begin with the time; other ids say nothing.
+/// Whether an assignment was made more than a day before this time: then no record can know it. The ids that routers
+/// choose are UUIDs of version 7, which begin with the time; other ids say nothing.
 pub fn made_a_day_before(assignment_id: &str, time_ms: u64) -> bool {
     made_ms(assignment_id).is_some_and(|made| made.saturating_add(RECORDS_MAX_AGE_MS) < time_ms)
 }
 
-/// The time in a UUID of version 7: its first 48 bits.
-fn made_ms(id: &str) -> Option<u64> {
-    let groups: Vec<&str> = id.split('-').collect();
-    let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
-    let is_hex = groups
-        .iter()
-        .all(|group| group.bytes().all(|byte| byte.is_ascii_hexdigit()));
-    if lengths != [8, 4, 4, 4, 12] || !is_hex || !groups[2].starts_with('7') {
-        return None;
-    }
-    let time = u64::from_str_radix(&format!("{}{}", groups[0], groups[1]), 16).ok()?;
+/// When a router made the assignment, in milliseconds since the epoch, if its id says so.
+pub fn made_ms(assignment_id: &str) -> Option<u64> {
+    let id = Uuid::parse_str(assignment_id)
+        .ok()
+        .filter(|id| id.get_version_num() == 7)?;
+    let (seconds, nanoseconds) = id.get_timestamp()?.to_unix();
+    let made = seconds * 1000 + u64::from(nanoseconds) / 1_000_000;
     // A time far in the future is not one.
-    (time < unix_ms().saturating_add(RECORDS_MAX_AGE_MS)).then_some(time)
+    (made < unix_ms().saturating_add(RECORDS_MAX_AGE_MS)).then_some(made)
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 pub(crate) use consumer::Settle;
 pub use journal::Durability;
-use state::{NewMessage, Step, Taken};
+use state::{NewMessage, Put, Step, Taken};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -219,7 +219,7 @@ impl Local {
                 check_size(value.len())?;
                 let (bucket, key) = (bucket.to_string(), key.clone());
                 let value = value.clone();
-                Ok(Some(Step::Put { bucket, key, value, expected: *expected, done: *done }))
+                Ok(Some(Step::Put(Put { bucket, key, value, expected: *expected, done: *done })))
             }
             Write::Append { message, msg_id } => {
                 check(message)?;

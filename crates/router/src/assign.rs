@@ -30,8 +30,9 @@ const DEADLINE_MAX_MS: u64 = 60_000;
 /// differ by the other half.
 const REPEAT_MAX_MS: u64 = 1_800_000;
 
-/// Stores the task and appends its assignment. Returns the task as recorded, which for a repeated request is the first
-/// one (also told where this client receives the result), and its decision: a known task keeps its decision, whatever policies and breakers say by now.
+/// Stores the task and appends its assignment. Returns the task as recorded, and its decision. For a repeated request
+/// that is the first task with its first decision, whatever policies and breakers say by now; its record then also names
+/// where this client receives the result.
 pub async fn push(router: &Router, request: &DecideRequest) -> Result<(TaskState, Decision), ErrorBody> {
     let task = match begin(router, request).await {
         Ok(Some(task)) => task,

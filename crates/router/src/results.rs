@@ -2,7 +2,7 @@
 //! acknowledges. Those who wait for the result get a copy, unless the worker sends it.
 
 use crate::Router;
-use bus::assignments::made_a_day_before;
+use bus::assignments::{made_a_day_before, made_ms};
 use bus::clock::unix_ms;
 use bus::tasks::Record;
 use bus::{Bus, Consumer, Delivery, Message, Write, Written};
@@ -242,14 +242,7 @@ fn log(result: &ExecResult, task: Option<&TaskState>) {
         error_code = error_code.filter(|code| wire::id::check(code).is_ok()),
         error_bytes = result.error_message.as_ref().map(String::len),
         run_ms = result.latency_ms,
-        total_ms = since_assigned_ms(&result.assignment_id),
+        total_ms = made_ms(&result.assignment_id).map(|made| unix_ms().saturating_sub(made)),
         "task ended"
     );
-}
-
-/// Milliseconds since a router assigned the task, if the assignment's id tells (a UUID of version 7).
-fn since_assigned_ms(assignment_id: &str) -> Option<u64> {
-    let id = uuid::Uuid::parse_str(assignment_id).ok()?;
-    let (seconds, nanoseconds) = id.get_timestamp()?.to_unix();
-    Some(unix_ms().saturating_sub(seconds * 1000 + u64::from(nanoseconds) / 1_000_000))
 }

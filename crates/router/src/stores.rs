@@ -21,7 +21,8 @@ const RETRY_AFTER_S: u64 = 5;
 /// flap.
 const NEAR: Bounds = Bounds { begins: 80, ends: 70 };
 const FULL: Bounds = Bounds { begins: 90, ends: 80 };
-/// Entries that a task has in the bucket of tasks: its record, and the note of its assignment.
+/// Entries that a task has in the bucket of tasks at most: its record, and the note of its assignment, which only tasks
+/// on the common subject have.
 const ENTRIES_OF_TASK: u64 = 2;
 /// What a message counts before any was seen, in bytes.
 const BYTES_ASSUMED: u64 = 1024;
@@ -111,8 +112,7 @@ fn advice(store: &str) -> &'static str {
     match store {
         STREAM_ASSIGN => "workers are behind: add workers, or raise bus.assignments_size",
         STREAM_RESULT => {
-            "its consumers are behind: check the routers and every other consumer of results, or raise \
-                          bus.results_size"
+            "its consumers are behind: check the routers and every other consumer of results, or raise bus.results_size"
         }
         STREAM_USAGE => "check the programs in bus.usage_consumers, or raise bus.usage_size",
         _ => "too many tasks are unfinished: add workers, or raise bus.tasks_size",

@@ -121,13 +121,20 @@ impl<'de> Deserialize<'de> for Json {
             .deserialize(&mut parser)
             .map_err(de::Error::custom)?;
 
-        // Programs read one task a line. In valid JSON, line breaks stand only between tokens, so a space means the same.
-        if raw.get().contains('\n') || raw.get().contains('\r') {
-            let one_line = raw.get().replace(['\n', '\r'], " ");
-            return RawValue::from_string(one_line).map(Self).map_err(de::Error::custom);
-        }
-        Ok(Self(raw))
+        // Programs read one task a line.
+        Ok(Self(one_line(&raw).unwrap_or(raw)))
     }
+}
+
+/// The same JSON without line breaks; `None` if it has none.
+pub(crate) fn one_line(raw: &RawValue) -> Option<Box<RawValue>> {
+    // Two searches for a single byte are several times faster than one search for either of two.
+    if !raw.get().contains('\n') && !raw.get().contains('\r') {
+        return None;
+    }
+    // In valid JSON, line breaks stand between tokens only (strings escape them), so a space means the same.
+    let text = raw.get().replace(['\n', '\r'], " ");
+    Some(RawValue::from_string(text).expect("spaces may stand where line breaks did"))
 }
 
 impl<'de> Deserialize<'de> for JsonObject {

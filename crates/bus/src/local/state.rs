@@ -60,23 +60,20 @@ impl NewMessage {
     }
 }
 
+/// A value to store in a bucket. See [`crate::Write::Put`].
+pub struct Put {
+    pub bucket: String,
+    pub key: String,
+    pub value: Bytes,
+    pub expected: Option<u64>,
+    pub done: bool,
+}
+
 /// One step of [`State::write`].
 pub enum Step {
-    Put {
-        bucket: String,
-        key: String,
-        value: Bytes,
-        expected: Option<u64>,
-        done: bool,
-    },
-    Append {
-        stream: &'static str,
-        message: NewMessage,
-    },
-    Ack {
-        consumer: Arc<ConsumerConfig>,
-        sequence: u64,
-    },
+    Put(Put),
+    Append { stream: &'static str, message: NewMessage },
+    Ack { consumer: Arc<ConsumerConfig>, sequence: u64 },
 }
 
 /// The result of a step.
@@ -95,9 +92,7 @@ impl Step {
     /// Whether both steps put the same key.
     fn puts_what(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Put { bucket, key, .. }, Self::Put { bucket: other_bucket, key: other_key, .. }) => {
-                (bucket, key) == (other_bucket, other_key)
-            }
+            (Self::Put(put), Self::Put(other)) => (&put.bucket, &put.key) == (&other.bucket, &other.key),
             _ => false,
         }
     }
@@ -219,9 +214,7 @@ impl State {
         }
 
         let taken = steps.iter().map(|step| match step {
-            Step::Put { bucket, key, value, expected, done } => self
-                .put(group, bucket, key, value, *expected, *done, now_ms)
-                .map(|revision| Taken::Put { revision }),
+            Step::Put(put) => self.put(group, put, now_ms).map(|revision| Taken::Put { revision }),
             Step::Append { stream, message } => self.append(group, stream, message, now_ms).map(Taken::Appended),
             Step::Ack { consumer, sequence } => self
                 .settle(group, consumer, *sequence, Outcome::Ack, clock_ms)
@@ -231,8 +224,8 @@ impl State {
 
         // Last, so that no step finds an entry gone that the check has seen.
         for step in steps {
-            if let Step::Put { bucket, .. } = step {
-                self.evict(group, bucket);
+            if let Step::Put(put) = step {
+                self.evict(group, &put.bucket);
             }
         }
         Ok(taken)
@@ -241,7 +234,7 @@ impl State {
     /// Fails if the step could fail after the earlier steps of its batch.
     fn check(&mut self, step: &Step, earlier: &[Step], now_ms: u64) -> Result<()> {
         match step {
-            Step::Put { bucket, key, expected, .. } => self.check_revision(bucket, key, *expected, now_ms),
+            Step::Put(put) => self.check_revision(&put.bucket, &put.key, put.expected, now_ms),
             Step::Append { stream, message } => {
                 let (stream, config) = self.declared(stream)?;
                 match stream.duplicate_of(message, &config, now_ms) {
@@ -367,50 +360,26 @@ impl State {
         Ok(known.current(key, now_ms).map(|entry| (entry.place, entry.revision)))
     }
 
-    /// Stores a value and returns its revision. With `expected`, only if the entry is at that revision (0: does not
-    /// exist).
-    pub fn kv_put(
-        &mut self,
-        group: &mut Group,
-        bucket: &str,
-        key: &str,
-        value: &[u8],
-        expected: Option<u64>,
-        now_ms: u64,
-    ) -> Result<u64> {
-        let revision = self.put(group, bucket, key, value, expected, false, now_ms)?;
-        self.evict(group, bucket);
-        Ok(revision)
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "the fields of a put, and where it goes")]
-    fn put(
-        &mut self,
-        group: &mut Group,
-        bucket: &str,
-        key: &str,
-        value: &[u8],
-        expected: Option<u64>,
-        done: bool,
-        now_ms: u64,
-    ) -> Result<u64> {
-        self.check_revision(bucket, key, expected, now_ms)?;
+    /// Stores a value and returns its revision.
+    fn put(&mut self, group: &mut Group, put: &Put, now_ms: u64) -> Result<u64> {
+        let Put { bucket, key, value, expected, done } = put;
+        self.check_revision(bucket, key, *expected, now_ms)?;
 
         self.revision += 1;
         let revision = self.revision;
         let record = EntryRecord {
-            bucket: bucket.into(),
-            key: key.into(),
+            bucket: bucket.clone(),
+            key: key.clone(),
             revision,
             at_ms: now_ms,
             place: None,
-            done,
+            done: *done,
         };
         let place = group.push_bytes(Kind::Entry(record), value);
         self.rows.hold(place);
 
-        let entry = Entry { place, revision, at_ms: now_ms, done };
-        if let Some(old) = self.buckets.entry(bucket.into()).or_default().put(key, entry) {
+        let entry = Entry { place, revision, at_ms: now_ms, done: *done };
+        if let Some(old) = self.buckets.entry(bucket.clone()).or_default().put(key, entry) {
             self.rows.release(old.place);
         }
         Ok(revision)
@@ -658,7 +627,7 @@ impl Stream {
 fn appended_bytes(steps: &[Step], name: &str) -> u64 {
     let bytes = steps.iter().map(|step| match step {
         Step::Append { stream, message } if *stream == name => message.size,
-        Step::Append { .. } | Step::Put { .. } | Step::Ack { .. } => 0,
+        Step::Append { .. } | Step::Put(_) | Step::Ack { .. } => 0,
     });
     bytes.sum()
 }

@@ -2,7 +2,7 @@
 
 use super::engine::{Engine, Stores, Values};
 use super::record::Group;
-use super::state::{NewMessage, State, Step, Taken, millis};
+use super::state::{NewMessage, Put, State, Step, Taken, millis};
 use super::subjects::matches;
 use crate::clock::unix_ms;
 use crate::pattern::{overlap, union};
@@ -290,10 +290,11 @@ impl Store {
     }
 
     pub async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
-        let (bucket, key) = (bucket.to_string(), key.to_string());
-        let now = unix_ms();
-        self.run(move |state, group| state.kv_put(group, &bucket, &key, &value, expected, now))
-            .await
+        let put = Put { bucket: bucket.into(), key: key.into(), value, expected, done: false };
+        match self.write(vec![Step::Put(put)]).await?[..] {
+            [Taken::Put { revision }] => Ok(revision),
+            _ => unreachable!("a put is taken as one"),
+        }
     }
 
     pub async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>> {

@@ -177,13 +177,13 @@ fn write_batch(
     let message = Message { subject: format!("{}.a", consumer.stream).into(), ..Message::default() };
     let mut batch = vec![
         Step::Append { stream: consumer.stream, message: NewMessage::new(&message, None) },
-        Step::Put {
+        Step::Put(Put {
             bucket: "B".into(),
             key: (which % 7).to_string(),
             value: "b".into(),
             expected: which.is_multiple_of(3).then_some(0),
             done: which.is_multiple_of(2),
-        },
+        }),
     ];
     batch.extend(settled.map(|sequence| Step::Ack { consumer: consumer.into(), sequence }));
 
@@ -250,8 +250,9 @@ proptest! {
                     }
                 }
                 8 | 9 => {
-                    let key = (which % 7).to_string();
-                    state.kv_put(&mut group, "B", &key, &vec![which; usize::from(which)], None, now).unwrap();
+                    let (key, value) = ((which % 7).to_string(), vec![which; usize::from(which)].into());
+                    let put = Put { bucket: "B".into(), key, value, expected: None, done: false };
+                    state.write(&mut group, &[Step::Put(put)], now, now).unwrap();
                 }
                 10 | 11 => {
                     let taken = taken.entry(of.1).or_default();
@@ -367,12 +368,14 @@ fn full_bucket_evicts_no_entry_that_is_not_done() {
     let mut state = State::default();
     let mut group = Group::new(1);
     declare(&mut state, &mut group);
-    let put = |key: &str, done| Step::Put {
-        bucket: "B".into(),
-        key: key.into(),
-        value: vec![b'x'; 100].into(),
-        expected: Some(0),
-        done,
+    let put = |key: &str, done| {
+        Step::Put(Put {
+            bucket: "B".into(),
+            key: key.into(),
+            value: vec![b'x'; 100].into(),
+            expected: Some(0),
+            done,
+        })
     };
     let has = |state: &State, key: &str| state.kv_get("B", key, 0).unwrap().is_some();
 
@@ -390,14 +393,16 @@ fn full_bucket_evicts_no_entry_that_is_not_done() {
     state.write(&mut group, &[put("g", true)], 0, 0).unwrap();
     assert!(!has(&state, "g"), "an entry that is done has no room beside those that are not");
     let (_, revision) = state.kv_get("B", "a", 0).unwrap().unwrap();
-    let change = Step::Put {
+    let change = Put {
         bucket: "B".into(),
         key: "a".into(),
         value: "done".into(),
         expected: Some(revision),
         done: true,
     };
-    state.write(&mut group, &[put("h", false), change], 0, 0).unwrap();
+    state
+        .write(&mut group, &[put("h", false), Step::Put(change)], 0, 0)
+        .unwrap();
     assert!(!has(&state, "a") && has(&state, "h"));
 }
 
