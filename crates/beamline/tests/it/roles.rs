@@ -97,7 +97,7 @@ async fn roles_that_cannot_work_alone_are_refused_at_the_start() {
     }
     // A router without a worker still decides; the missing worker is a warning.
     let process = Process::start_with(&["--roles", "gateway,router"]).await;
-    assert!(process.log().contains("assignments wait in the stream"), "{}", process.log());
+    process.logged("assignments wait in the stream").await;
     process.run(&["submit", "--type", "echo", "{}"]).await.success();
     drains(process).await;
 }

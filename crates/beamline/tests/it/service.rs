@@ -219,7 +219,7 @@ async fn sighup_changes_limits_while_connections_are_open() {
         1,
     )
     .await;
-    assert!(process.log().contains("beamline.toml:3"), "{}", process.log());
+    process.logged("beamline.toml:3").await;
     assert_eq!(
         (limits().await.max_connections, limits().await.max_in_flight),
         (1, 3),
