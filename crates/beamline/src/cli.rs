@@ -23,6 +23,8 @@ pub enum Command {
     Token(Token),
     /// Print the key of the server API and of decisions over HTTP
     ApiKey(DataDir),
+    /// Print a token for an operator of the routers
+    OperatorToken(OperatorToken),
     /// Manage the accounts that may sign in
     #[command(subcommand)]
     User(User),
@@ -153,6 +155,31 @@ pub struct Token {
     pub user: String,
     /// Lifetime of the token
     #[arg(long, value_name = "DURATION", default_value = "15m")]
+    pub ttl: String,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum OperatorRole {
+    /// See the state of routers, and policies
+    Viewer,
+    /// Also decide, in earnest or in trial
+    Operator,
+    /// Also change policies
+    Admin,
+}
+
+#[derive(Debug, Args)]
+pub struct OperatorToken {
+    #[command(flatten)]
+    pub data_dir: DataDir,
+    /// Operator that the token names, for the log
+    #[arg(long, value_name = "NAME")]
+    pub name: String,
+    /// What the operator may do
+    #[arg(long, value_enum, default_value = "viewer")]
+    pub role: OperatorRole,
+    /// Lifetime of the token
+    #[arg(long, value_name = "DURATION", default_value = "1h")]
     pub ttl: String,
 }
 

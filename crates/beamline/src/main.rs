@@ -47,6 +47,7 @@ fn run(command: cli::Command) -> ExitCode {
         cli::Command::Ping(args) => in_runtime(commands::submit::ping(args)),
         cli::Command::Token(args) => commands::credentials::token(args),
         cli::Command::ApiKey(args) => commands::credentials::api_key(args),
+        cli::Command::OperatorToken(args) => commands::credentials::operator_token(args),
         cli::Command::User(cli::User::Add { name, data_dir }) => in_runtime(commands::user::add(name, data_dir)),
         cli::Command::Policy(cli::Policy::Lint { dir }) => commands::policy::lint(dir),
         cli::Command::Policy(cli::Policy::Delete { name, policies, vanished }) => {

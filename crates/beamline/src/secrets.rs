@@ -10,6 +10,8 @@ use std::path::Path;
 pub const TOKEN_SECRET: &str = "token-secret";
 /// The key of the server API and of decisions over HTTP.
 pub const API_KEY: &str = "api-key";
+/// The key that signs operators' tokens (HS256).
+pub const OPERATOR_SECRET: &str = "operator-secret";
 /// The password of the first account, until the file is removed.
 pub const ADMIN_PASSWORD: &str = "admin-password";
 

@@ -5,7 +5,7 @@ use crate::clock::unix_ms;
 use crate::{Bus, ConsumerConfig, Delivery, Headers, Message, Result, Write, tasks};
 use std::time::Duration;
 use uuid::Uuid;
-use wire::router::ExecAssignment;
+use wire::router::{ExecAssignment, headers};
 use wire::subjects::{ASSIGN, STREAM_ASSIGN, assign_to};
 
 /// The stream redelivers an assignment that is not reported in progress for this long.
@@ -14,9 +14,9 @@ pub const ACK_WAIT: Duration = Duration::from_secs(30);
 /// those from their workers that come after them.
 const MAX_ACK_PENDING: usize = 100_000;
 /// When a moved assignment was first stored: milliseconds since the epoch, by the clock of the stream.
-const SENT_AT: &str = "x_sent_at_ms";
+const SENT_AT: &str = headers::SENT_AT_MS;
 /// The deliveries of a moved assignment before it was moved.
-const DELIVERED_BEFORE: &str = "x_retry_count";
+const DELIVERED_BEFORE: &str = headers::RETRY_COUNT;
 /// Task records expire after a day; whatever is older is a replay.
 const RECORDS_MAX_AGE_MS: u64 = 86_400_000;
 /// Prefix of the consumers of providers' subjects, and the consumer of the common one.
@@ -61,18 +61,18 @@ pub fn is_moved(delivery: &Delivery) -> bool {
 
 /// Moves an assignment to another subject, where its deliveries count from one. Safe to repeat.
 pub async fn move_to(bus: &Bus, delivery: &Delivery, assignment: &ExecAssignment, subject: &str) -> Result<()> {
-    let mut headers = Headers::new();
+    let mut moved = Headers::new();
     let kept = delivery.message.headers.iter();
     // The server's own headers belong to the first message.
     let kept = kept.filter(|(name, _)| ![SENT_AT, DELIVERED_BEFORE].contains(name) && !name.starts_with("Nats-"));
-    kept.for_each(|(name, value)| headers.insert(name.to_string(), value));
-    headers.insert(SENT_AT, sent_ms(delivery).to_string());
-    headers.insert(DELIVERED_BEFORE, attempt(delivery).to_string());
+    kept.for_each(|(name, value)| moved.insert(name.to_string(), value));
+    moved.insert(SENT_AT, sent_ms(delivery).to_string());
+    moved.insert(DELIVERED_BEFORE, attempt(delivery).to_string());
 
     let message = Message {
         subject: subject.into(),
         reply: None,
-        headers,
+        headers: moved,
         payload: delivery.message.payload.clone(),
     };
     let msg_id = move_id(delivery, &assignment.assignment_id);

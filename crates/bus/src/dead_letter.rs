@@ -3,11 +3,11 @@
 //! A message that ran out of deliveries goes to the stream DLQ. One that cannot be read goes to a stream of its own,
 //! because anybody can send any number of those.
 
-use crate::{Bus, Delivery, Error, Message, Result};
+use crate::{Bus, Delivery, Error, Headers, Message, Result};
 use base64::Engine;
 use parking_lot::Mutex;
 use std::time::{Duration, Instant};
-use wire::router::DeadLetter;
+use wire::router::{DeadLetter, headers};
 use wire::subjects;
 
 /// Unreadable messages are logged at most this often.
@@ -19,7 +19,11 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// The operation is idempotent: after a crash between the two steps the message is redelivered and buried again, and
 /// the message id keeps the stream from storing a second dead letter.
 pub async fn bury(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
-    let subject = subjects::dead_letter(&delivery.message.subject);
+    let v2 = delivery.message.headers.get(headers::CONTRACT_VERSION) == Some(headers::CONTRACT_V2);
+    let subject = match v2 {
+        true => subjects::DEAD_LETTER_V2.into(),
+        false => subjects::dead_letter(&delivery.message.subject),
+    };
     append(bus, delivery, reason, subject).await?;
 
     metrics::counter!("beamline_dead_letters_total").increment(1);
@@ -90,25 +94,41 @@ async fn append(bus: &Bus, delivery: &Delivery, reason: &str, subject: String) -
     };
 
     let msg_id = format!("dlq-{}-{}", message.subject, delivery.sequence);
-    match store(bus, &letter, &subject, &msg_id).await {
+    let headers = match subject == subjects::DEAD_LETTER_V2 {
+        true => v2_headers(&message.headers, &letter, &msg_id),
+        false => Headers::new(),
+    };
+    match store(bus, &letter, &subject, &headers, &msg_id).await {
         // The envelope can push a payload near the limit over it. Without this fallback the message could never be
         // buried and would be redelivered forever.
         Err(Error::TooLarge { .. }) => {
             let text = format!("{reason} (its payload of {} bytes does not fit a dead letter)", message.payload.len());
             let letter = DeadLetter { reason: text, payload: String::new(), base64: false, ..letter };
-            store(bus, &letter, &subject, &msg_id).await
+            store(bus, &letter, &subject, &headers, &msg_id).await
         }
         stored => stored,
     }
 }
 
-async fn store(bus: &Bus, letter: &DeadLetter, subject: &str, msg_id: &str) -> Result<()> {
+/// The headers of a dead letter of v2: those of its message that every message of v2 has, and why it is one.
+fn v2_headers(of: &Headers, letter: &DeadLetter, msg_id: &str) -> Headers {
+    let mut own = Headers::new();
+    for name in [headers::TRACE_ID, headers::TENANT_ID, headers::CONTRACT_VERSION, headers::REQUEST_ID] {
+        if let Some(value) = of.get(name) {
+            own.insert(name, value);
+        }
+    }
+    own.with(headers::MSG_ID, msg_id)
+        .with(headers::DLQ_REASON, &letter.reason)
+        .with(headers::ORIGINAL_SUBJECT, &letter.original_subject)
+}
+
+async fn store(bus: &Bus, letter: &DeadLetter, subject: &str, headers: &Headers, msg_id: &str) -> Result<()> {
     let payload = serde_json::to_vec(letter)
         .expect("a dead letter serializes to JSON")
         .into();
-    bus.append(Message { subject: subject.into(), payload, ..Message::default() }, Some(msg_id))
-        .await
-        .map(drop)
+    let message = Message { subject: subject.into(), reply: None, headers: headers.clone(), payload };
+    bus.append(message, Some(msg_id)).await.map(drop)
 }
 
 #[cfg(test)]

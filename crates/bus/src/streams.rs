@@ -8,7 +8,7 @@ use std::time::Duration;
 use wire::subjects;
 
 const DAY: Duration = Duration::from_secs(86_400);
-/// How long an append is idempotent (contract: 3600 s).
+/// How long an append, and a request with an idempotency key, is idempotent (contract: 3600 s).
 const DEDUP: Duration = Duration::from_secs(3600);
 /// The name of the routers' consumer of results.
 pub const ROUTER: &str = "router";
@@ -33,6 +33,8 @@ pub struct Sizes {
     pub dead_letters: u64,
     /// Records of tasks.
     pub tasks: u64,
+    /// Idempotency keys of the last hour; routers refuse new ones beyond it.
+    pub keys: u64,
     /// Memory for the message ids of each stream, in the embedded bus.
     pub message_ids: u64,
 }
@@ -47,6 +49,7 @@ impl Default for Sizes {
             usage_consumers: Vec::new(),
             dead_letters: 512 << 20,
             tasks: 1 << 30,
+            keys: 256 << 20,
             message_ids: 64 << 20,
         }
     }
@@ -67,6 +70,8 @@ pub async fn declare(bus: &Bus) -> Result<()> {
         max_bytes: Some(sizes.tasks),
     };
     bus.declare_bucket(tasks).await?;
+    // Without a size of its own, so that no key is evicted before its time: routers refuse new keys instead.
+    bus.declare_kv(subjects::BUCKET_KEYS, Some(DEDUP)).await?;
     bus.declare_kv(subjects::BUCKET_POLICIES, None).await
 }
 
@@ -111,18 +116,19 @@ fn dead_letters(sizes: &Sizes) -> [StreamConfig; 2] {
     let originals = [subjects::ASSIGN, &of_providers, subjects::RESULT];
     let unreadable_bytes = (sizes.dead_letters / UNREADABLE_SHARE).max(1);
 
-    let letters = |name, subject: fn(&str) -> String, max_bytes| {
+    let letters = |name, subject: fn(&str) -> String, also: &[&'static str], max_bytes| {
         let taken = originals.map(subject);
-        let taken = taken.each_ref().map(String::as_str);
+        let taken: Vec<_> = taken.iter().map(String::as_str).chain(also.iter().copied()).collect();
         StreamConfig {
             max_age: Some(30 * DAY),
             max_bytes,
             ..stream(name, &taken, Retention::Limits, sizes)
         }
     };
+    let read_bytes = sizes.dead_letters - unreadable_bytes;
     [
-        letters(subjects::STREAM_DLQ, subjects::dead_letter, sizes.dead_letters - unreadable_bytes),
-        letters(subjects::STREAM_UNREADABLE, subjects::unreadable, unreadable_bytes),
+        letters(subjects::STREAM_DLQ, subjects::dead_letter, &[subjects::DEAD_LETTER_V2], read_bytes),
+        letters(subjects::STREAM_UNREADABLE, subjects::unreadable, &[], unreadable_bytes),
     ]
 }
 

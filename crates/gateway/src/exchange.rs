@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 use wire::ipc::{ErrorCode, ExchangeContext, TaskRef, TaskSubmit, Wait};
 use wire::router::{
-    DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskAnswer, TaskQuery, TaskState, VERSION,
+    AnswerContext, DEFAULT_TENANT, DecideRequest, ErrorBody, RequestOptions, Task, TaskAnswer, TaskQuery, TaskState,
+    VERSION,
 };
 use wire::{subjects, trace};
 
@@ -75,6 +76,12 @@ impl Exchange {
         let Gateway { shared, bus, .. } = &*self.gateway;
         let decided = shared.upstream.decide(bus, self.headers(), request.into(), self.due());
         Ok(decided.await?)
+    }
+
+    /// The id of the request that was the first with the idempotency key, if that was not this one.
+    pub fn first_of_key(&self, decided: &[u8]) -> Option<String> {
+        let answer = serde_json::from_slice::<AnswerContext>(decided).ok()?;
+        answer.context.request_id.filter(|first| *first != self.request_id)
     }
 
     fn decide_request(&self, submit: TaskSubmit) -> DecideRequest {

@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use std::convert::Infallible;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use wire::ipc::{ErrorCode, FrameType, StreamComplete};
+use wire::ipc::{ErrorCode, FrameType, StreamComplete, Wait};
 use wire::router::{Awaited, TaskState};
 use wire::subjects;
 
@@ -40,6 +40,15 @@ pub struct Follow {
 }
 
 impl Follow {
+    /// What a submit waits for; `None` if that is the decision alone.
+    pub async fn new(exchange: &Exchange, wait: Wait) -> Result<Option<Self>, Failure> {
+        Ok(match wait {
+            Wait::Decision => None,
+            Wait::Result => Some(Self::result(exchange)),
+            Wait::Stream => Some(Self::stream(exchange).await?),
+        })
+    }
+
     /// Waits for the result alone.
     pub fn result(exchange: &Exchange) -> Self {
         let waiter = exchange

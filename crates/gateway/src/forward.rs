@@ -11,7 +11,7 @@ use crate::request::Request;
 use crate::waiters::Finished;
 use std::sync::Arc;
 use std::time::Instant;
-use wire::ipc::{TaskSubmit, Wait};
+use wire::ipc::TaskSubmit;
 use wire::router::{AnswerHead, TaskAnswer, TaskState};
 
 /// Carries out the request. Returns the last frame of its answer; the frames before it go to `pieces`.
@@ -20,8 +20,8 @@ pub async fn run(gateway: Arc<Gateway>, uid: u32, request: Request, deadline: De
     // The futures of the larger, rarer kinds are boxed, so that they do not inflate the future of a submit.
     let (exchange, outcome) = match request {
         Request::Submit(submit) => {
-            let exchange = Exchange::of_submit(gateway, uid, &submit, deadline);
-            let outcome = self::submit(&exchange, submit, pieces).await;
+            let mut exchange = Exchange::of_submit(gateway, uid, &submit, deadline);
+            let outcome = self::submit(&mut exchange, submit, pieces).await;
             (exchange, outcome)
         }
 
@@ -46,18 +46,21 @@ pub async fn run(gateway: Arc<Gateway>, uid: u32, request: Request, deadline: De
     exchange.end(outcome, started)
 }
 
-async fn submit(exchange: &Exchange, submit: Box<TaskSubmit>, pieces: &mut Pieces) -> Result<Reply, Failure> {
+async fn submit(exchange: &mut Exchange, submit: Box<TaskSubmit>, pieces: &mut Pieces) -> Result<Reply, Failure> {
     exchange.check_tenant(&exchange.tenant_id)?;
     exchange.check_time()?;
     exchange.log_accepted(&submit);
 
     // Subscribed before the request is sent, so that neither output nor result is missed.
-    let follow = match submit.wait {
-        Wait::Decision => None,
-        Wait::Result => Some(Follow::result(exchange)),
-        Wait::Stream => Some(Follow::stream(exchange).await?),
-    };
+    let (wait, has_key) = (submit.wait, submit.idempotency_key.is_some());
+    let mut follow = Follow::new(exchange, wait).await?;
     let decided = exchange.decide(*submit).await?;
+
+    // The answer to a repeat is that of the first request with the key, and so is the task to follow.
+    if has_key && let Some(first) = exchange.first_of_key(&decided) {
+        exchange.request_id = first;
+        follow = Follow::new(exchange, wait).await?;
+    }
     let Some(follow) = follow else {
         return Ok(Reply::ok(decided));
     };

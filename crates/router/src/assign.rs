@@ -7,7 +7,10 @@
 //! remembers the first one.
 
 use crate::Router;
+use crate::breakers::Place;
 use crate::decide::Chosen;
+use crate::intake::{Contract, Request};
+use crate::keys::Reserved;
 use bus::clock::unix_ms;
 use bus::tasks::Record;
 use bus::{Incomplete, Message, Write};
@@ -16,7 +19,7 @@ use std::time::Instant;
 use wire::json::JsonObject;
 use wire::router::{
     Correlation, DecideRequest, Decision, ErrorBody, ExecAssignment, ExecOptions, Executor, IntakeCode, RouterCode,
-    State, TaskState, VERSION,
+    State, TaskState, VERSION, headers as x,
 };
 use wire::subjects;
 
@@ -30,26 +33,36 @@ const DEADLINE_MAX_MS: u64 = 60_000;
 /// differ by the other half.
 const REPEAT_MAX_MS: u64 = 1_800_000;
 
-/// Stores the task and appends its assignment. Returns the task as recorded, and its decision. For a repeated request
-/// that is the first task with its first decision, whatever policies and breakers say by now; its record then also names
-/// where this client receives the result.
-pub async fn push(router: &Router, request: &DecideRequest) -> Result<(TaskState, Decision), ErrorBody> {
-    let task = match begin(router, request).await {
-        Ok(Some(task)) => task,
-        Ok(None) => known(router, request)
-            .await?
-            .ok_or_else(|| ErrorBody::new(RouterCode::Unavailable, "the task expired just now; try again"))?,
+/// Stores the task and appends its assignment. Returns the task as recorded. For a repeated request that is the first
+/// task with its first decision, whatever policies and breakers say by now; its record then also names where this client
+/// receives the result. If the request's idempotency key is reserved, the task's answer is committed to it.
+pub async fn push(router: &Router, request: &Request, key: Option<&Reserved>) -> Result<TaskState, ErrorBody> {
+    match prepare(router, request) {
+        Ok(prepared) => store(router, request, prepared, key).await,
         // A repeated request has its answer even if a new one would be refused.
-        Err(refusal) => known(router, request).await?.ok_or(refusal)?,
-    };
+        Err(refusal) => known(router, request).await?.ok_or(refusal),
+    }
+}
 
-    let decision = task.decision.clone();
-    let decision = decision.ok_or_else(|| ErrorBody::new(RouterCode::Internal, "the task's record has no decision"))?;
-    Ok((task, decision))
+/// As [`push`], for a decision that was made before.
+pub async fn store(
+    router: &Router,
+    request: &Request,
+    prepared: Prepared<'_>,
+    key: Option<&Reserved>,
+) -> Result<TaskState, ErrorBody> {
+    match begin(router, request, prepared, key).await {
+        Ok(Some(task)) => Ok(task),
+        Ok(None) => {
+            let expired = || ErrorBody::new(RouterCode::Unavailable, "the task expired just now; try again");
+            known(router, request).await?.ok_or_else(expired)
+        }
+        Err(refusal) => known(router, request).await?.ok_or(refusal),
+    }
 }
 
 /// The task that this request pushed before. A conflict if a different request of the tenant has the same id.
-async fn known(router: &Router, request: &DecideRequest) -> Result<Option<TaskState>, ErrorBody> {
+async fn known(router: &Router, request: &Request) -> Result<Option<TaskState>, ErrorBody> {
     let found = bus::tasks::load(&router.bus, &request.tenant_id, &request.request_id)
         .await
         .map_err(unavailable)?;
@@ -82,7 +95,7 @@ fn is_reserved(task: &TaskState) -> bool {
 /// Appends the assignment of a reserved task again, unless it is too late for that.
 async fn repeat(
     router: &Router,
-    request: &DecideRequest,
+    request: &Request,
     task: &TaskState,
     assignment: ExecAssignment,
 ) -> Result<(), ErrorBody> {
@@ -94,14 +107,22 @@ async fn repeat(
         return Err(ErrorBody::new(RouterCode::DeadlineExceeded, text));
     }
 
-    write(router, request, None, &assignment).await.map_err(not_stored)?;
+    write(router, request, None, &assignment, || None)
+        .await
+        .map_err(not_stored)?;
     router.open.add(task, Instant::now());
     Ok(())
 }
 
-/// Decides, then creates the task's record and appends its assignment in one batch. `None` if the task has a record
-/// already.
-async fn begin(router: &Router, request: &DecideRequest) -> Result<Option<TaskState>, ErrorBody> {
+/// A decision for a new task, with permission to call its provider. Nothing is stored yet.
+pub struct Prepared<'a> {
+    task: TaskState,
+    assignment: ExecAssignment,
+    place: Place<'a>,
+}
+
+/// Decides who runs a new task.
+pub fn prepare<'a>(router: &'a Router, request: &Request) -> Result<Prepared<'a>, ErrorBody> {
     if let Some(refusal) = router.stores.refusal() {
         return Err(refusal);
     }
@@ -122,9 +143,23 @@ async fn begin(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
         reserved_ms: (!router.bus.is_atomic()).then(unix_ms),
         committed: router.bus.is_atomic(),
     };
+    Ok(Prepared { task, assignment, place })
+}
 
-    // The record comes first, because the result may arrive as soon as the assignment is appended.
-    match write(router, request, Some(&task), &assignment).await {
+/// Creates the task's record, appends its assignment and commits its key, in one batch. `None` if the task has a record
+/// already, or the key an answer.
+async fn begin(
+    router: &Router,
+    request: &Request,
+    prepared: Prepared<'_>,
+    key: Option<&Reserved>,
+) -> Result<Option<TaskState>, ErrorBody> {
+    let Prepared { task, assignment, place } = prepared;
+
+    // The record comes first, because the result may arrive as soon as the assignment is appended. The key comes last:
+    // until it is committed, its repeats look for the record.
+    let commit = || key.and_then(|key| key.commit(&task));
+    match write(router, request, Some(&task), &assignment, commit).await {
         Ok(()) => {
             place.keep(assignment.options.deadline_ms, router.uptime_ms());
             if !task.committed {
@@ -141,9 +176,10 @@ async fn begin(router: &Router, request: &DecideRequest) -> Result<Option<TaskSt
 /// provider's if a live worker takes from it, else to the common one.
 async fn write(
     router: &Router,
-    request: &DecideRequest,
+    request: &Request,
     new: Option<&TaskState>,
     assignment: &ExecAssignment,
+    commit: impl Fn() -> Option<Write<'static>>,
 ) -> bus::Result<()> {
     let named = request.assignment_subject.as_deref();
     let own = subjects::assign_to(&assignment.executor.provider_id);
@@ -157,6 +193,7 @@ async fn write(
     // Only Beamline's own workers take from a provider's subject, and their results name the tenant.
     writes.extend(own.is_none().then(note));
     writes.push(append(request, assignment, subject));
+    writes.extend(commit());
     let Err(Incomplete { error, written }) = router.bus.write(writes).await else {
         return Ok(());
     };
@@ -169,15 +206,21 @@ async fn write(
     let mut writes = Vec::from_iter(written.is_empty().then(create).flatten());
     writes.push(note());
     writes.push(append(request, assignment, subjects::ASSIGN));
+    writes.extend(commit());
     router.bus.write(writes).await?;
     Ok(())
 }
 
 /// The write that appends the assignment to its stream.
-fn append<'a>(request: &DecideRequest, assignment: &'a ExecAssignment, subject: &str) -> Write<'a> {
-    let mut headers = bus::Headers::new()
+fn append<'a>(request: &Request, assignment: &'a ExecAssignment, subject: &str) -> Write<'a> {
+    let mut headers = request
+        .v2_headers()
         .with("tenant_id", &request.tenant_id)
         .with("version", VERSION);
+    if request.contract == Contract::V2 {
+        headers.insert(x::MSG_ID, &assignment.assignment_id);
+        headers.insert(x::ASSIGNMENT_ID, &assignment.assignment_id);
+    }
     if let Some(trace_id) = &request.trace_id {
         headers.insert("trace_id", trace_id);
     }
@@ -191,7 +234,7 @@ fn append<'a>(request: &DecideRequest, assignment: &'a ExecAssignment, subject: 
     }
 }
 
-fn unavailable(error: bus::Error) -> ErrorBody {
+pub fn unavailable(error: bus::Error) -> ErrorBody {
     if let bus::Error::Full(_) = error {
         return crate::stores::no_room(&error);
     }
@@ -243,7 +286,7 @@ fn assignment(request: &DecideRequest, assignment_id: String, decision: Decision
 
 /// A hash of what the client asked for. Fields that differ between repeats are left out. Every build of the router must
 /// compute the same digest, because records outlive builds.
-fn digest(request: &DecideRequest) -> String {
+pub fn digest(request: &DecideRequest) -> String {
     let mut asked = DecideRequest { trace_id: None, deadline: None, result_subject: None, ..request.clone() };
     // The same body, however it was written: without spaces, and its keys in order.
     asked.task.payload = asked.task.payload.map(|payload| JsonObject::of(&payload.map()));

@@ -10,9 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-use wire::router::{
-    Backpressure as Report, BackpressurePolicy, BackpressureStatus, LoadMetrics, LoadThresholds, StatusReply,
-};
+use wire::router::{Backpressure as Report, BackpressurePolicy, BackpressureStatus, LoadMetrics, LoadThresholds};
 use wire::subjects;
 
 /// When a refused client should try again.
@@ -56,27 +54,25 @@ pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
     }
 }
 
-/// The reply to a status query: the load right now, judged without changing what [`run`] keeps.
-pub async fn status(router: &Router) -> StatusReply<Report> {
-    let report = measure(router).await.map(|load| {
-        let over = *router.backpressure.over.lock();
-        Report {
-            metrics: load,
-            policy: BackpressurePolicy {
-                max_retry_attempts: MAX_RETRY_ATTEMPTS,
-                retry_after_seconds: Some(RETRY_AFTER_S),
-            },
-            status: over.after(&load).status(),
-            subject: subjects::DECIDE.into(),
-            thresholds: LoadThresholds {
-                inflight_overload: IN_FLIGHT_OVERLOAD,
-                latency_overload_ms: LATENCY_OVERLOAD_MS,
-                queue_overload: QUEUE_OVERLOAD,
-            },
-            timestamp: unix_ms(),
-        }
-    });
-    report.map_err(|error| error.to_string()).into()
+/// The load right now, judged without changing what [`run`] keeps. `subject` is the one whose requests are refused.
+pub async fn load(router: &Router, subject: &str) -> bus::Result<Report> {
+    let load = measure(router).await?;
+    let over = *router.backpressure.over.lock();
+    Ok(Report {
+        metrics: load,
+        policy: BackpressurePolicy {
+            max_retry_attempts: MAX_RETRY_ATTEMPTS,
+            retry_after_seconds: Some(RETRY_AFTER_S),
+        },
+        status: over.after(&load).status(),
+        subject: subject.into(),
+        thresholds: LoadThresholds {
+            inflight_overload: IN_FLIGHT_OVERLOAD,
+            latency_overload_ms: LATENCY_OVERLOAD_MS,
+            queue_overload: QUEUE_OVERLOAD,
+        },
+        timestamp: unix_ms(),
+    })
 }
 
 async fn measure(router: &Router) -> bus::Result<LoadMetrics> {

@@ -1,31 +1,106 @@
-//! Reads a decide request from a message and validates it in the order of the contract: size, JSON, version,
-//! correlation, fields, tenant.
+//! Reads a decide request from a message and validates it in the order of the contract: size, JSON, headers (v2),
+//! version, correlation, fields, tenant.
 
+mod strict;
+
+use crate::services::Endpoint;
 use bus::{Headers, Message};
-use wire::router::{Context, DecideRequest, ErrorBody, IntakeCode, VERSION};
+use std::ops::Deref;
+use wire::router::{Context, DecideRequest, ErrorBody, IntakeCode, VERSION, headers as x};
 use wire::{id, limits, subjects, trace};
 
 /// Why a result subject is refused.
 pub const RESULT_SUBJECT: &str =
     "result_subject must be one token of letters, digits, - and _ after beamline.result.v1.";
 
+/// By which subject a request came, which decides how strictly it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contract {
+    V1,
+    V2,
+}
+
+impl Contract {
+    /// Where its decide requests are answered.
+    pub fn endpoint(self) -> Endpoint {
+        match self {
+            Self::V1 => Endpoint::Decide,
+            Self::V2 => Endpoint::DecideV2,
+        }
+    }
+
+    /// Where the answer goes if the request names no inbox.
+    pub fn reply_subject(self) -> &'static str {
+        match self {
+            Self::V1 => subjects::DECIDE_REPLY,
+            Self::V2 => subjects::DECIDE_V2_REPLY,
+        }
+    }
+
+    fn serves(self, version: &str) -> bool {
+        version == VERSION || (self == Self::V2 && version == "2")
+    }
+}
+
+/// A valid request.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub asked: DecideRequest,
+    pub contract: Contract,
+}
+
+impl Deref for Request {
+    type Target = DecideRequest;
+
+    fn deref(&self) -> &DecideRequest {
+        &self.asked
+    }
+}
+
+impl Request {
+    /// The headers of a v2 message about this request; none in v1.
+    pub fn v2_headers(&self) -> Headers {
+        match self.contract {
+            Contract::V1 => Headers::new(),
+            Contract::V2 => Headers::new()
+                .with(x::TRACE_ID, self.trace_id.as_deref().unwrap_or_default())
+                .with(x::TENANT_ID, &self.tenant_id)
+                .with(x::CONTRACT_VERSION, x::CONTRACT_V2)
+                .with(x::REQUEST_ID, &self.request_id),
+        }
+    }
+}
+
 /// The request, or why it is invalid; with the ids that any answer repeats.
-pub fn read(message: &Message) -> (Context, Result<DecideRequest, ErrorBody>) {
+pub fn read(message: &Message, contract: Contract) -> (Context, Result<Request, ErrorBody>) {
     if let Err(error) = check_form(&message.payload) {
         return (Context::default(), Err(error));
     }
 
     let mut request: DecideRequest = match serde_json::from_slice(&message.payload) {
         Ok(request) => request,
-        Err(error) => return undecodable(&message.payload, &error),
+        Err(error) => return undecodable(&message.payload, &error, contract),
     };
-    apply_headers(&mut request, &message.headers);
+    let headers = match contract {
+        Contract::V1 => {
+            apply_headers(&mut request, &message.headers);
+            Ok(())
+        }
+        Contract::V2 => strict::apply(&mut request, &message.headers),
+    };
 
     let context = Context {
         request_id: Some(request.request_id.clone()),
         trace_id: request.trace_id.clone(),
     };
-    let outcome = check(&request).map(|()| request);
+    let outcome = headers.and_then(|()| check(&request, contract)).map(|()| {
+        // An empty key is as good as none.
+        request.idempotency_key = request.idempotency_key.filter(|key| !key.is_empty());
+        if request.version != VERSION {
+            request.version = VERSION.into();
+        }
+        Request { asked: request, contract }
+    });
     (context, outcome)
 }
 
@@ -50,7 +125,7 @@ fn check_form(payload: &[u8]) -> Result<(), ErrorBody> {
 }
 
 /// The error for a payload that is not a DecideRequest, with as much of its context as can be read.
-fn undecodable<T>(payload: &[u8], error: &serde_json::Error) -> (Context, Result<T, ErrorBody>) {
+fn undecodable<T>(payload: &[u8], error: &serde_json::Error, contract: Contract) -> (Context, Result<T, ErrorBody>) {
     let Ok(value) = serde_json::from_slice::<serde_json::Value>(payload) else {
         return (Context::default(), Err(unfit(format!("the request is not JSON: {error}"))));
     };
@@ -59,7 +134,7 @@ fn undecodable<T>(payload: &[u8], error: &serde_json::Error) -> (Context, Result
     let context = Context { request_id: text("request_id"), trace_id: text("trace_id") };
 
     // Another version may have other fields, so its version is the error to report.
-    let wrong_version = text("version").filter(|version| version != VERSION);
+    let wrong_version = text("version").filter(|version| !contract.serves(version));
     let error = match wrong_version {
         Some(version) => unsupported(&version),
         None => unfit(format!("the request does not fit: {error}")),
@@ -103,8 +178,8 @@ fn header<'a>(headers: &'a Headers, name: &'static str, is_valid: impl Fn(&str) 
 }
 
 /// Checks version, correlation, fields and tenant, in this order.
-fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
-    if request.version != VERSION {
+fn check(request: &DecideRequest, contract: Contract) -> Result<(), ErrorBody> {
+    if !contract.serves(&request.version) {
         return Err(unsupported(&request.version));
     }
 
@@ -127,6 +202,9 @@ fn check(request: &DecideRequest) -> Result<(), ErrorBody> {
         if let Some(id) = id {
             id::check(id).map_err(|error| unfit(format!("{field} {error}")))?;
         }
+    }
+    if contract == Contract::V2 && request.idempotency_key.as_ref().is_none_or(String::is_empty) {
+        return Err(unfit("idempotency_key is missing; every request of v2 has one"));
     }
     if let Some(key) = &request.idempotency_key {
         id::check_idempotency_key(key).map_err(|error| unfit(format!("idempotency_key {error}")))?;

@@ -1,9 +1,10 @@
 //! Decides by policy which provider handles a task, assigns the task to a worker, and records its result.
 //!
-//! A decide request passes through `serve` (the loop), `intake` (validation), `decide` (policy and breakers) and, if
-//! the task is pushed, `tasks`. Results return through `results` and become the outcomes that all routers learn from in
+//! A decide request passes through `serve` (the loop), `intake` (validation), `decide` (policy and breakers) and, if it
+//! has an idempotency key, `keys`, and if the task is pushed, `assign`. Results return through `results` and become the outcomes that all routers learn from in
 //! `outcomes`. [`policy`] is pure; the loops around it own the clock and the bus.
 
+mod admin;
 mod assign;
 mod backpressure;
 mod breaker;
@@ -11,7 +12,9 @@ mod breakers;
 mod decide;
 mod desk;
 mod intake;
+mod keys;
 mod open;
+mod operators;
 mod orphans;
 mod outcomes;
 mod policies;
@@ -19,33 +22,36 @@ pub mod policy;
 mod queries;
 mod results;
 mod serve;
+mod services;
 mod stats;
 mod status;
 mod stores;
 
 use bus::fleet::Fleet;
-use bus::{Bus, Message};
+use bus::{Bus, Headers, Message};
+use intake::Contract;
+pub use operators::{AUDIENCE as OPERATOR_AUDIENCE, Claims as OperatorClaims, Operators, Role};
 pub use policies::files::{Name as PolicyName, delete as delete_policy, names as policy_names};
 pub use policies::lint::{Findings, lint};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 pub use stores::Stores;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wire::policy::CircuitBreaker;
 
-/// Decide requests that wait for this router. Beyond it, the bus fails new requests with "no responders".
-const QUEUE_MAX: usize = 8192;
-
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Config {
     /// Directory of `<tenant>/<policy>.{json,yaml,toml}`; may be missing.
     pub policies: PathBuf,
     /// Assignments whose append may await its acknowledgement at the same time.
     pub max_in_flight: usize,
     pub drain_timeout: Duration,
+    /// Signs the tokens of operators. Empty: nobody is one.
+    pub operator_secret: Vec<u8>,
     /// Rules of the breakers that all tenants share. A policy can only be stricter, and only for its own tasks.
     pub circuit_breaker: CircuitBreaker,
 }
@@ -56,6 +62,7 @@ impl Default for Config {
             policies: "policies".into(),
             max_in_flight: 10_000,
             drain_timeout: Duration::from_secs(10),
+            operator_secret: Vec::new(),
             circuit_breaker: CircuitBreaker::default(),
         }
     }
@@ -74,8 +81,9 @@ pub enum Error {
 /// A router whose streams are declared and whose subjects are subscribed, but which does not answer yet.
 pub struct Bound {
     router: Arc<Router>,
-    decide: bus::Subscription,
+    decide: [serve::Requests; 2],
     queries: queries::Queries,
+    discovery: services::Discovery,
     results: bus::Consumer,
     outcomes: outcomes::Inputs,
     policies: policies::Watcher,
@@ -89,6 +97,9 @@ struct Router {
     config: Config,
     policies: Arc<policies::Policies>,
     stats: stats::Stats,
+    /// By endpoint, for discovery.
+    answered: services::Answered,
+    operators: Operators,
     breakers: breakers::Breakers,
     backpressure: backpressure::Backpressure,
     /// Which workers are live, and what they take.
@@ -105,9 +116,9 @@ impl Router {
     }
 
     /// Publishes an answer. A failure is logged: the client's deadline tells it.
-    async fn send(&self, subject: Arc<str>, answer: &impl serde::Serialize) {
+    async fn send(&self, subject: Arc<str>, headers: Headers, answer: &impl serde::Serialize) {
         let payload = serde_json::to_vec(answer).expect("an answer serializes to JSON").into();
-        let message = Message { subject, payload, ..Message::default() };
+        let message = Message { subject, reply: None, headers, payload };
         if let Err(error) = self.bus.publish(message).await {
             tracing::warn!(%error, "publishing an answer failed");
         }
@@ -145,19 +156,27 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
             from_start: true,
         })
         .await?;
-    let decide = bus
-        .subscribe(wire::subjects::DECIDE, Some(wire::subjects::DECIDE_GROUP), QUEUE_MAX)
-        .await?;
+    let slots = Arc::new(Semaphore::new(config.max_in_flight));
+    let decide = [
+        serve::Requests::subscribe(&bus, Contract::V1, &slots).await?,
+        serve::Requests::subscribe(&bus, Contract::V2, &slots).await?,
+    ];
     let queries = queries::Queries::subscribe(&bus).await?;
     let outcomes = outcomes::Inputs::subscribe(&bus).await?;
 
+    let id = format!("router-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]);
+    let discovery = services::Discovery::subscribe(&bus, &id).await?;
+
+    let operators = Operators::new(&config.operator_secret);
     let router = Router {
-        id: format!("router-{}", &uuid::Uuid::now_v7().simple().to_string()[20..]),
+        id,
         bus,
         breakers: breakers::Breakers::new(config.circuit_breaker),
         config,
         policies,
         stats: stats::Stats::default(),
+        answered: services::Answered::default(),
+        operators,
         backpressure: backpressure::Backpressure::default(),
         fleet,
         open: open::Open::default(),
@@ -169,6 +188,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         router: Arc::new(router),
         decide,
         queries,
+        discovery,
         results,
         outcomes,
         policies: watcher,
@@ -185,11 +205,23 @@ impl Bound {
     /// Answers until cancelled, then finishes what it has taken. If one of its loops ends unexpectedly, the router stops
     /// too and returns an error that names the loop.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), Error> {
-        let Self { router, decide, queries, results, outcomes, policies, heartbeats } = self;
+        let Self {
+            router,
+            decide,
+            queries,
+            discovery,
+            results,
+            outcomes,
+            policies,
+            heartbeats,
+        } = self;
         let stop = cancel.child_token();
         let mut loops = JoinSet::new();
-        loops.spawn(named("the loop of decide requests", serve::run(router.clone(), decide, stop.clone())));
+        let [v1, v2] = decide;
+        loops.spawn(named("the loop of decide requests", serve::run(router.clone(), v1, stop.clone())));
+        loops.spawn(named("the loop of decide requests of v2", serve::run(router.clone(), v2, stop.clone())));
         loops.spawn(named("the loop of queries", queries::run(router.clone(), queries, stop.clone())));
+        loops.spawn(named("the loop of discovery", services::run(router.clone(), discovery, stop.clone())));
         loops.spawn(named("the loop of results", results::run(router.clone(), results, stop.clone())));
         loops.spawn(named("the loop of outcomes", outcomes::run(router.clone(), outcomes, stop.clone())));
         loops.spawn(named("the measurement of the load", backpressure::run(router.clone(), stop.clone())));

@@ -7,7 +7,7 @@ mod rendezvous;
 pub use condition::Stop;
 use condition::{Condition, Payload, Scope};
 use wire::policy::{CircuitBreaker, Policy, PolicyBreaker};
-use wire::router::{Constraints, DecideRequest, Decision, Reason};
+use wire::router::{Complexity, Constraints, DecideRequest, Decision, Reason};
 
 /// The expected latency of a provider that nothing is known about.
 const LATENCY_UNKNOWN_MS: f64 = 1000.0;
@@ -142,6 +142,21 @@ impl Compiled {
     /// Likely mistakes, each with its field; the policy serves all the same.
     pub fn lints(&self) -> &[String] {
         &self.lints
+    }
+
+    /// How much of its limits the policy uses. Whose it is, is not known here.
+    pub fn complexity(&self) -> Complexity {
+        Complexity {
+            policy_tenant: String::new(),
+            policy_id: self.id.clone(),
+            policy_version: self.version.clone(),
+            providers: self.providers.len() as u64,
+            rules: self.rules.len() as u64,
+            rules_max: RULES_MAX as u64,
+            condition_steps: self.rules.iter().map(|rule| rule.condition.size()).sum(),
+            condition_steps_max: STEPS_MAX,
+            extensions: 0,
+        }
     }
 
     pub fn providers(&self) -> impl Iterator<Item = &str> {

@@ -1,14 +1,18 @@
-//! Answers queries: a task's state, a cancellation, the router's load and its breakers.
+//! Answers queries: a task's state, a cancellation, the router's load, and what operators ask ([`crate::admin`]).
 //! Queries about tasks and about the router have separate bounds ([`crate::desk`]).
 
 use crate::Router;
 use crate::desk::{Desk, Turn};
-use bus::{Bus, Message, Subscription};
+use crate::intake::Contract;
+use crate::services::Endpoint;
+use bus::{Bus, Headers, Message, Subscription};
 use std::sync::Arc;
+use std::time::Instant;
 use tokio_util::sync::CancellationToken;
+use wire::json::Json;
 use wire::router::{
-    Breakers, CancelRun, Context, DEFAULT_TENANT, ErrorBody, ErrorResponse, RouterCode, State, StatusReply, TaskAnswer,
-    TaskQuery, TaskState,
+    CancelRun, Context, DEFAULT_TENANT, ErrorBody, ErrorResponse, IntakeCode, RouterCode, State, StatusReply,
+    TaskAnswer, TaskQuery, TaskState,
 };
 use wire::{id, subjects};
 
@@ -21,89 +25,105 @@ const STATUS_CONCURRENT: usize = 16;
 /// When to try again after a query got no turn.
 const RETRY_AFTER_S: u64 = 1;
 
-pub struct Queries {
-    get: Subscription,
-    cancel: Subscription,
-    backpressure: Subscription,
-    breakers: Subscription,
-}
+const ABOUT_TASKS: [Endpoint; 2] = [Endpoint::GetDecision, Endpoint::Cancel];
+const ABOUT_THE_ROUTER: [Endpoint; 6] = [
+    Endpoint::Backpressure,
+    Endpoint::BackpressureV2,
+    Endpoint::Breakers,
+    Endpoint::Extensions,
+    Endpoint::DryRun,
+    Endpoint::Complexity,
+];
+
+pub struct Queries(Vec<(Endpoint, Subscription)>);
 
 impl Queries {
     pub async fn subscribe(bus: &Bus) -> bus::Result<Self> {
-        let group = Some(subjects::DECIDE_GROUP);
-        Ok(Self {
-            get: bus.subscribe(subjects::GET_DECISION, group, QUEUE_MAX).await?,
-            cancel: bus.subscribe(subjects::CANCEL, group, QUEUE_MAX).await?,
-            backpressure: bus.subscribe(subjects::BACKPRESSURE, group, QUEUE_MAX).await?,
-            breakers: bus.subscribe(subjects::ADMIN_BREAKERS, group, QUEUE_MAX).await?,
-        })
+        let mut queries = Vec::new();
+        for endpoint in ABOUT_TASKS.into_iter().chain(ABOUT_THE_ROUTER) {
+            let subscription = bus.subscribe(endpoint.subject(), Some(subjects::DECIDE_GROUP), QUEUE_MAX);
+            queries.push((endpoint, subscription.await?));
+        }
+        Ok(Self(queries))
     }
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    Get,
-    Cancel,
-    Backpressure,
-    Breakers,
 }
 
 /// Answers until cancelled, then finishes what the bus has delivered.
 pub async fn run(router: Arc<Router>, queries: Queries, stop: CancellationToken) {
-    let Queries { get, cancel, backpressure, breakers } = queries;
     let (tasks, status) = (Desk::new(TASKS_CONCURRENT), Desk::new(STATUS_CONCURRENT));
-    let handler = |kind| {
+    let serving = queries.0.into_iter().map(|(endpoint, subscription)| {
+        let desk = if ABOUT_TASKS.contains(&endpoint) {
+            &tasks
+        } else {
+            &status
+        };
         let router = router.clone();
-        move |query, turn| handle(router.clone(), kind, query, turn)
-    };
-    tokio::join!(
-        tasks.serve(get, &stop, handler(Kind::Get)),
-        tasks.serve(cancel, &stop, handler(Kind::Cancel)),
-        status.serve(backpressure, &stop, handler(Kind::Backpressure)),
-        status.serve(breakers, &stop, handler(Kind::Breakers)),
-    );
+        desk.serve(subscription, &stop, move |query, turn| handle(router.clone(), endpoint, query, turn))
+    });
+    futures_util::future::join_all(serving).await;
     tokio::join!(router.drain(tasks.into_tasks()), router.drain(status.into_tasks()));
 }
 
-async fn handle(router: Arc<Router>, kind: Kind, query: Message, turn: Turn) {
-    match turn {
-        Turn::Answer => answer(&router, kind, &query).await,
-        Turn::Refuse => refuse(&router, kind, &query).await,
+async fn handle(router: Arc<Router>, endpoint: Endpoint, query: Message, turn: Turn) {
+    let started = Instant::now();
+    let answered = match turn {
+        Turn::Answer => answer(&router, endpoint, &query).await,
+        Turn::Refuse => Err(Refusal::busy(endpoint, &query)),
+    };
+
+    let code = answered.as_ref().err().map(|refusal| refusal.code.clone());
+    router.answered.add(endpoint, started.elapsed(), code.as_ref());
+    // A query without an inbox gets no answer; only decide requests have a subject for that.
+    if let Some(inbox) = query.reply {
+        let answer = answered.unwrap_or_else(|refusal| refusal.answer);
+        router.send(inbox, Headers::new(), &answer).await;
     }
 }
 
-async fn answer(router: &Router, kind: Kind, query: &Message) {
-    match kind {
-        Kind::Get => {
-            let found = about_task(query, |asked| get(&router.bus, asked)).await;
-            reply_about_task(router, query, found).await;
+/// An answer that is an error.
+struct Refusal {
+    code: RouterCode,
+    answer: Json,
+}
+
+impl Refusal {
+    fn new(error: ErrorBody, request_id: Option<String>) -> Self {
+        let code = error.code.clone();
+        let answer = Json::of(&ErrorResponse::new(error, Context { request_id, trace_id: None }));
+        Self { code, answer }
+    }
+
+    /// The load is not known. Its form of errors is older than the other one.
+    fn no_load(code: RouterCode, why: String) -> Self {
+        Self { code, answer: Json::of(&StatusReply::<()>::from(Err(why))) }
+    }
+
+    /// The query gets no turn.
+    fn busy(endpoint: Endpoint, query: &Message) -> Self {
+        let text = "the router answers too many queries; try again";
+        if matches!(endpoint, Endpoint::Backpressure | Endpoint::BackpressureV2) {
+            return Self::no_load(RouterCode::Backpressure, text.into());
         }
-        Kind::Cancel => {
-            let cancelled = about_task(query, |asked| cancel(&router.bus, asked)).await;
-            reply_about_task(router, query, cancelled).await;
-        }
-        Kind::Backpressure => {
-            let status = crate::backpressure::status(router).await;
-            reply(router, query, &status).await;
-        }
-        Kind::Breakers => {
-            let breakers = Breakers { breakers: router.breakers.status(router.uptime_ms()) };
-            reply(router, query, &StatusReply::from(Ok(breakers))).await;
-        }
+        let asked = Asked::read(query).ok().filter(|_| ABOUT_TASKS.contains(&endpoint));
+        let error = ErrorBody::new(RouterCode::Backpressure, text).retry_after(RETRY_AFTER_S);
+        Self::new(error, asked.map(|asked| asked.request_id))
     }
 }
 
-/// Answers a query that gets no turn.
-async fn refuse(router: &Router, kind: Kind, query: &Message) {
-    let text = "the router answers too many queries; try again";
-    match kind {
-        Kind::Get | Kind::Cancel => {
-            let request_id = Asked::read(query).ok().map(|asked| asked.request_id);
-            let error = ErrorBody::new(RouterCode::Backpressure, text).retry_after(RETRY_AFTER_S);
-            reply(router, query, &ErrorResponse::new(error, Context { request_id, trace_id: None })).await;
-        }
-        Kind::Backpressure | Kind::Breakers => reply(router, query, &StatusReply::<()>::from(Err(text.into()))).await,
+async fn answer(router: &Router, endpoint: Endpoint, query: &Message) -> Result<Json, Refusal> {
+    match endpoint {
+        Endpoint::GetDecision => about_task(query, |asked| get(&router.bus, asked)).await,
+        Endpoint::Cancel => about_task(query, |asked| cancel(&router.bus, asked)).await,
+        Endpoint::Backpressure => load(router, Contract::V1).await,
+        Endpoint::BackpressureV2 => load(router, Contract::V2).await,
+        _ => crate::admin::answer(router, endpoint, query).map_err(|error| Refusal::new(error, None)),
     }
+}
+
+async fn load(router: &Router, contract: Contract) -> Result<Json, Refusal> {
+    let load = crate::backpressure::load(router, contract.endpoint().subject()).await;
+    let load = load.map_err(|error| Refusal::no_load(RouterCode::Unavailable, error.to_string()))?;
+    Ok(Json::of(&StatusReply::from(Ok(load))))
 }
 
 /// The task that a query is about.
@@ -137,24 +157,22 @@ impl Asked {
 }
 
 /// Reads the query in `message` and answers it with the task that `find` returns.
-async fn about_task<F, R>(message: &Message, find: F) -> Result<TaskAnswer, ErrorResponse>
+async fn about_task<F, R>(message: &Message, find: F) -> Result<Json, Refusal>
 where
     F: FnOnce(Asked) -> R,
     R: Future<Output = bus::Result<Option<TaskState>>>,
 {
-    let refuse = |error: ErrorBody, request_id: Option<String>| {
-        ErrorResponse::new(error, Context { request_id, trace_id: None })
-    };
-    let asked = Asked::read(message).map_err(|text| refuse(ErrorBody::new(RouterCode::InvalidRequest, text), None))?;
+    let unfit = |text| Refusal::new(ErrorBody::invalid(IntakeCode::SchemaValidationFailed, text), None);
+    let asked = Asked::read(message).map_err(unfit)?;
 
     let (id, result_subject) = (asked.request_id.clone(), asked.result_subject.clone());
     match find(asked).await {
         Ok(Some(task)) => {
             let result_subject = result_subject.filter(|subject| task.will_tell(subject));
-            Ok(TaskAnswer { ok: true, task: task.public(), result_subject })
+            Ok(Json::of(&TaskAnswer { ok: true, task: task.public(), result_subject }))
         }
-        Ok(None) => Err(refuse(ErrorBody::unknown_task(&id), Some(id))),
-        Err(error) => Err(refuse(ErrorBody::new(RouterCode::Unavailable, error.to_string()), Some(id))),
+        Ok(None) => Err(Refusal::new(ErrorBody::unknown_task(&id), Some(id))),
+        Err(error) => Err(Refusal::new(ErrorBody::new(RouterCode::Unavailable, error.to_string()), Some(id))),
     }
 }
 
@@ -188,18 +206,4 @@ async fn cancel(bus: &Bus, asked: Asked) -> bus::Result<Option<TaskState>> {
         bus.publish(message).await?;
     }
     Ok(cancelled)
-}
-
-async fn reply_about_task(router: &Router, message: &Message, outcome: Result<TaskAnswer, ErrorResponse>) {
-    match outcome {
-        Ok(task) => reply(router, message, &task).await,
-        Err(error) => reply(router, message, &error).await,
-    }
-}
-
-/// A query without an inbox gets no answer; only decide requests have a subject for that.
-async fn reply(router: &Router, message: &Message, answer: &impl serde::Serialize) {
-    if let Some(inbox) = &message.reply {
-        router.send(inbox.clone(), answer).await;
-    }
 }

@@ -13,7 +13,7 @@ const EWMA: f64 = 0.2;
 #[derive(Default)]
 pub struct Stats {
     inner: Mutex<Inner>,
-    /// Pushes whose assignment is not stored yet.
+    /// Requests whose task, or whose answer by their idempotency key, is not stored yet.
     pub in_flight: AtomicU64,
 }
 

@@ -11,7 +11,8 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use wire::router::{ErrorBody, RouterCode};
 use wire::subjects::{
-    BUCKET_POLICIES, BUCKET_TASKS, STREAM_ASSIGN, STREAM_DLQ, STREAM_RESULT, STREAM_UNREADABLE, STREAM_USAGE,
+    BUCKET_KEYS, BUCKET_POLICIES, BUCKET_TASKS, STREAM_ASSIGN, STREAM_DLQ, STREAM_RESULT, STREAM_UNREADABLE,
+    STREAM_USAGE,
 };
 
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);
@@ -45,6 +46,8 @@ enum Level {
 enum Limit {
     /// New tasks are refused.
     Refuses,
+    /// New requests with an idempotency key are refused: forgetting an older key could run its task twice.
+    RefusesKeys,
     /// The oldest of what it holds is evicted.
     Evicts,
 }
@@ -83,6 +86,12 @@ impl Stores {
         })
     }
 
+    /// Why a new idempotency key is refused now; `None` if it is accepted.
+    pub fn key_refusal(&self) -> Option<ErrorBody> {
+        let full = self.full(Limit::RefusesKeys);
+        (!full.is_empty()).then(|| no_room_for_keys(&full.join("; ")))
+    }
+
     /// What to say about full stores in a readiness report; `None` if there is nothing to say. Full stores are no reason
     /// to send requests elsewhere, because all routers share them.
     pub fn report(&self) -> Option<String> {
@@ -107,6 +116,12 @@ pub fn no_room(error: &bus::Error) -> ErrorBody {
     ErrorBody::new(RouterCode::Backpressure, text).retry_after(RETRY_AFTER_S)
 }
 
+/// The error for an idempotency key that its bucket has no room for.
+pub fn no_room_for_keys(why: &str) -> ErrorBody {
+    let text = format!("no new idempotency keys: {why}");
+    ErrorBody::new(RouterCode::Backpressure, text).retry_after(RETRY_AFTER_S)
+}
+
 /// What to do about a store that refuses new tasks.
 fn advice(store: &str) -> &'static str {
     match store {
@@ -114,6 +129,7 @@ fn advice(store: &str) -> &'static str {
         STREAM_RESULT => {
             "its consumers are behind: check the routers and every other consumer of results, or raise bus.results_size"
         }
+        BUCKET_KEYS => "keys are kept for an hour: use fewer, or raise bus.keys_size",
         STREAM_USAGE => "check the programs in bus.usage_consumers, or raise bus.usage_size",
         _ => "too many tasks are unfinished: add workers, or raise bus.tasks_size",
     }
@@ -134,7 +150,10 @@ pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
             () = cancel.cancelled() => return,
             sampled = router.bus.fills() => sampled,
         };
-        let Ok(fills) = sampled else { continue };
+        let Ok(mut fills) = sampled else { continue };
+        // The bus does not limit this bucket: it would evict.
+        let keys = fills.iter_mut().filter(|fill| fill.store == BUCKET_KEYS);
+        keys.for_each(|fill| fill.max_bytes = Some(router.bus.sizes().keys));
         measure(&fills, unix_ms());
         let changes = {
             let mut watched = router.stores.watched.lock();
@@ -186,6 +205,7 @@ impl Watched {
                     add(Limit::Refuses, recorded * ENTRIES_OF_TASK * mean(BUCKET_TASKS));
                     add(Limit::Evicts, fill.bytes);
                 }
+                BUCKET_KEYS => add(Limit::RefusesKeys, fill.bytes),
                 STREAM_USAGE | STREAM_DLQ | STREAM_UNREADABLE | BUCKET_POLICIES => add(Limit::Evicts, fill.bytes),
                 _ => {}
             }
@@ -246,6 +266,7 @@ impl Limit {
     fn name(self) -> &'static str {
         match self {
             Self::Refuses => "refuses",
+            Self::RefusesKeys => "refuses_keys",
             Self::Evicts => "evicts",
         }
     }
@@ -276,6 +297,18 @@ async fn log(router: &Router, load: Load, level: Level) {
                 consumer,
                 backlog,
                 "the store is full, and new tasks are refused: {}",
+                advice(store)
+            );
+        }
+        (Limit::RefusesKeys, Level::Near) => {
+            tracing::warn!(store, used, max, "the store is nearly full; {}", advice(store));
+        }
+        (Limit::RefusesKeys, Level::Full) => {
+            tracing::error!(
+                store,
+                used,
+                max,
+                "the store is full, and new idempotency keys are refused: {}",
                 advice(store)
             );
         }
@@ -328,6 +361,7 @@ mod tests {
             fill(STREAM_RESULT, 2, 1_400, 10_000),
             fill(STREAM_USAGE, 4, 800, 10_000),
             fill(BUCKET_TASKS, 100, 30_000, 40_000),
+            fill(BUCKET_KEYS, 100, 30_000, 40_000),
         ];
         for (kept, store, limit, expected) in [
             (false, STREAM_ASSIGN, Limit::Refuses, Some(5_000)),
@@ -337,6 +371,8 @@ mod tests {
             (true, STREAM_USAGE, Limit::Refuses, Some(800 + 12 * 200)),
             (false, BUCKET_TASKS, Limit::Refuses, Some(12 * 2 * 300)),
             (false, BUCKET_TASKS, Limit::Evicts, Some(30_000)),
+            (false, BUCKET_KEYS, Limit::RefusesKeys, Some(30_000)),
+            (false, BUCKET_KEYS, Limit::Refuses, None),
         ] {
             assert_eq!(used(&mut watched, &fills, kept, store, limit), expected, "{store}");
         }

@@ -5,15 +5,21 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub mod admin;
 mod error;
 #[cfg(test)]
 mod golden;
+pub mod headers;
+mod heads;
+mod keys;
 mod load;
+pub mod services;
 
+pub use admin::{Breakers, Complexity, DryRun, ExtensionsHealth, PolicyQuery};
 pub use error::{ErrorBody, ErrorResponse, IntakeCode, RouterCode};
-pub use load::{
-    Backpressure, BackpressurePolicy, BackpressureStatus, Breakers, LoadMetrics, LoadThresholds, StatusReply,
-};
+pub use heads::{AnswerContext, AnswerHead, RequestHead, TaskHead};
+pub use keys::{KeyAnswer, KeyRecord};
+pub use load::{Backpressure, BackpressurePolicy, BackpressureStatus, LoadMetrics, LoadThresholds, StatusReply};
 
 pub const VERSION: &str = "1";
 /// The tenant of requests that name none.
@@ -162,48 +168,6 @@ pub struct Context {
     pub request_id: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace_id: Option<String>,
-}
-
-/// The part of a reply that must be decoded to forward it: whether it is an error, and the assignment of a pushed task.
-#[derive(Debug, Deserialize)]
-pub struct AnswerHead {
-    pub ok: bool,
-    pub error: Option<Box<ErrorBody>>,
-    pub assignment_id: Option<String>,
-    pub result_subject: Option<String>,
-}
-
-/// The part of a request that must be decoded to answer it without the router.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct RequestHead {
-    pub request_id: Option<String>,
-    pub tenant_id: Option<String>,
-    pub trace_id: Option<String>,
-}
-
-/// The part of a [`TaskState`] that must be decoded to know whether its task still has to run.
-#[derive(Debug, Deserialize)]
-pub struct TaskHead {
-    pub task_id: String,
-    pub state: State,
-    #[serde(default)]
-    pub assignment_id: Option<String>,
-    #[serde(default)]
-    tenant_id: String,
-    #[serde(default)]
-    result: Option<IgnoredAny>,
-}
-
-impl TaskHead {
-    /// As [`TaskState::tenant`].
-    pub fn tenant(&self) -> &str {
-        tenant_or_default(&self.tenant_id)
-    }
-
-    pub fn has_result(&self) -> bool {
-        self.result.is_some()
-    }
 }
 
 /// The assignment of a task to a worker.

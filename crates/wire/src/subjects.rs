@@ -4,7 +4,11 @@
 pub const DECIDE: &str = "beamline.router.v1.decide";
 /// Receives the reply to a decide request that names no reply inbox.
 pub const DECIDE_REPLY: &str = "beamline.router.v1.decide.reply";
-/// Queue group of the routers that answer [`DECIDE`].
+/// As [`DECIDE`], with strict headers ([`crate::router::headers`]) and an idempotency key in every request.
+pub const DECIDE_V2: &str = "beamline.router.v2.decide";
+/// As [`DECIDE_REPLY`], for [`DECIDE_V2`].
+pub const DECIDE_V2_REPLY: &str = "beamline.router.v2.decide.reply";
+/// Queue group of the routers that answer [`DECIDE`] and [`DECIDE_V2`].
 pub const DECIDE_GROUP: &str = "router-decide-group";
 /// Returns the state of a task: [`crate::router::TaskQuery`].
 pub const GET_DECISION: &str = "beamline.router.v1.get_decision";
@@ -12,8 +16,25 @@ pub const GET_DECISION: &str = "beamline.router.v1.get_decision";
 pub const CANCEL: &str = "beamline.router.v1.cancel";
 /// Returns the router's load: [`crate::router::BackpressureStatus`].
 pub const BACKPRESSURE: &str = "beamline.router.v1.status.backpressure";
-/// Returns the state of every provider's circuit breaker, for operators.
+/// As [`BACKPRESSURE`]; the load is the same, and names [`DECIDE_V2`].
+pub const BACKPRESSURE_V2: &str = "beamline.router.v2.status.backpressure";
+/// For operators, who prove themselves ([`crate::router::admin`]): the state of every provider's circuit breaker.
 pub const ADMIN_BREAKERS: &str = "beamline.router.v1.admin.get_circuit_breaker_states";
+/// For operators: the state of every extension.
+pub const ADMIN_EXTENSIONS: &str = "beamline.router.v1.admin.get_extension_health";
+/// For operators: what a decide request would be answered.
+pub const ADMIN_DRY_RUN: &str = "beamline.router.v1.admin.dry_run_pipeline";
+/// For operators: how much of its limits a policy uses ([`crate::router::PolicyQuery`]).
+pub const ADMIN_COMPLEXITY: &str = "beamline.router.v1.admin.get_pipeline_complexity";
+
+/// The name of the routers as a service of NATS.
+pub const SERVICE: &str = "beamline-router";
+
+/// Where tools ask services (ADR-32): all of them, those of this name, and one instance. `verb` is `PING`, `INFO` or
+/// `STATS`.
+pub fn discovery(verb: &str, name: &str, id: &str) -> [String; 3] {
+    [format!("$SRV.{verb}"), format!("$SRV.{verb}.{name}"), format!("$SRV.{verb}.{name}.{id}")]
+}
 
 /// Assignments, router → worker (stream [`STREAM_ASSIGN`]). Those for a provider that a live worker listens for are on
 /// [`assign_to`] instead.
@@ -90,6 +111,9 @@ pub fn dead_letter(subject: &str) -> String {
     format!("{subject}.dlq")
 }
 
+/// The subject of dead letters whose message came by v2 (stream [`STREAM_DLQ`]).
+pub const DEAD_LETTER_V2: &str = "beamline.router.dlq.v2";
+
 /// The subject for messages of `subject` that cannot be read (stream [`STREAM_UNREADABLE`]).
 pub fn unreadable(subject: &str) -> String {
     format!("{subject}.dlq.unreadable")
@@ -108,6 +132,13 @@ pub const BUCKET_TASKS: &str = "TASKS";
 /// [`POLICIES_INDEX`].
 pub const BUCKET_POLICIES: &str = "POLICIES";
 pub const POLICIES_INDEX: &str = "index";
+/// Key-value bucket of idempotency keys: a [`crate::router::KeyRecord`] under [`idempotency_key`].
+pub const BUCKET_KEYS: &str = "IDEMPOTENCY";
+
+/// Where a tenant's idempotency key is. A tenant's name has no `/`, so no two pairs share an entry.
+pub fn idempotency_key(tenant_id: &str, key: &str) -> String {
+    format!("{tenant_id}/{key}")
+}
 
 /// Where a task's record is: request ids are unique within a tenant, whose name has no `/`.
 pub fn task_key(tenant_id: &str, request_id: &str) -> String {

@@ -1,4 +1,4 @@
-//! `beamline token` and `beamline api-key`: credentials from the secrets of the data directory.
+//! `beamline token`, `api-key` and `operator-token`: credentials from the secrets of the data directory.
 
 use crate::cli;
 use crate::config::{Layers, load};
@@ -21,15 +21,43 @@ struct Claims<'a> {
 }
 
 pub fn token(args: cli::Token) -> Result<()> {
-    let ttl = crate::config::parse_duration(&args.ttl).map_err(|what| anyhow::anyhow!("--ttl {what}"))?;
-    if ttl.is_zero() || ttl > TTL_MAX {
-        bail!("--ttl must be from 1s to {}d", TTL_MAX.as_secs() / 86_400);
-    }
-
+    let ttl = lifetime(&args.ttl)?;
     wire::id::check(&args.user).map_err(|error| anyhow::anyhow!("--user {error}"))?;
     let secret = existing(args.data_dir, secrets::TOKEN_SECRET)?;
-    println!("{}", sign(&secret, &args.user, ttl)?);
+
+    let iat = now_s()?;
+    let claims = Claims { sub: &args.user, iat, exp: iat + ttl.as_secs() };
+    println!("{}", sign(&secret, &claims)?);
     Ok(())
+}
+
+pub fn operator_token(args: cli::OperatorToken) -> Result<()> {
+    let ttl = lifetime(&args.ttl)?;
+    wire::id::check(&args.name).map_err(|error| anyhow::anyhow!("--name {error}"))?;
+    let secret = existing(args.data_dir, secrets::OPERATOR_SECRET)?;
+
+    let iat = now_s()?;
+    let claims = router::OperatorClaims {
+        sub: args.name,
+        aud: router::OPERATOR_AUDIENCE.into(),
+        role: match args.role {
+            cli::OperatorRole::Viewer => router::Role::Viewer,
+            cli::OperatorRole::Operator => router::Role::Operator,
+            cli::OperatorRole::Admin => router::Role::Admin,
+        },
+        iat,
+        exp: iat + ttl.as_secs(),
+    };
+    println!("{}", sign(&secret, &claims)?);
+    Ok(())
+}
+
+fn lifetime(text: &str) -> Result<Duration> {
+    let ttl = crate::config::parse_duration(text).map_err(|what| anyhow::anyhow!("--ttl {what}"))?;
+    if ttl < Duration::from_secs(1) || ttl > TTL_MAX {
+        bail!("--ttl must be from 1s to {}d", TTL_MAX.as_secs() / 86_400);
+    }
+    Ok(ttl)
 }
 
 pub fn api_key(args: cli::DataDir) -> Result<()> {
@@ -55,9 +83,11 @@ fn data_dir(args: cli::DataDir) -> Result<PathBuf> {
     Ok(load(&layers)?.data_dir)
 }
 
-fn sign(secret: &str, user: &str, ttl: Duration) -> Result<String> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
-    let claims = Claims { sub: user, iat: now.as_secs(), exp: (now + ttl).as_secs() };
+fn now_s() -> Result<u64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs())
+}
+
+fn sign(secret: &str, claims: &impl Serialize) -> Result<String> {
     let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
-    Ok(jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key)?)
+    Ok(jsonwebtoken::encode(&jsonwebtoken::Header::default(), claims, &key)?)
 }

@@ -222,6 +222,12 @@ pub const KEYS: &[Key] = &[
     ),
     key("bus.tasks_size", Size, "1GiB", "size of the records of tasks; beyond it, the oldest are evicted"),
     key(
+        "bus.keys_size",
+        Size,
+        "256MiB",
+        "size of the idempotency keys of the last hour; when it is nearly full, new keys are refused",
+    ),
+    key(
         "bus.message_ids_size",
         Size,
         "64MiB",

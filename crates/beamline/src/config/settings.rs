@@ -36,6 +36,7 @@ pub struct Settings {
     pub sizes: Sizes,
     /// Without the API key.
     pub gateway: gateway::Config,
+    /// Without the operators' secret.
     pub router: router::Config,
     pub worker: worker::Config,
     /// Without secrets, the node's address and the boot id.
@@ -230,6 +231,7 @@ fn sizes(values: &Values) -> Sizes {
         usage_consumers: values.list("bus.usage_consumers"),
         dead_letters: values.number("bus.dead_letters_size"),
         tasks: values.number("bus.tasks_size"),
+        keys: values.number("bus.keys_size"),
         message_ids: values.number("bus.message_ids_size"),
     }
 }
@@ -276,6 +278,7 @@ fn router(values: &Values) -> router::Config {
             half_open_max_calls: values.number("router.circuit_breaker.half_open_max_calls"),
             success_threshold: values.number("router.circuit_breaker.success_threshold"),
         },
+        ..router::Config::default()
     }
 }
 

@@ -71,9 +71,11 @@ pub async fn worker(settings: &Settings, bus: Bus) -> Result<worker::Bound> {
 }
 
 pub async fn router(settings: &Settings, bus: Bus) -> Result<router::Bound> {
-    router::bind(settings.router.clone(), bus)
-        .await
-        .context("the router cannot start")
+    let config = router::Config {
+        operator_secret: secrets::load_or_create(&settings.data_dir, secrets::OPERATOR_SECRET)?.into_bytes(),
+        ..settings.router.clone()
+    };
+    router::bind(config, bus).await.context("the router cannot start")
 }
 
 pub async fn webapp(settings: &Settings, bus: Bus) -> Result<webapp::Bound> {

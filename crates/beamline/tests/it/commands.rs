@@ -5,7 +5,7 @@ use crate::process::{Process, run_in};
 #[tokio::test]
 async fn token_and_api_key_need_an_existing_data_directory() {
     let dir = tempfile::tempdir().unwrap();
-    for command in [&["token", "--user", "ann"][..], &["api-key"]] {
+    for command in [&["token", "--user", "ann"][..], &["api-key"], &["operator-token", "--name", "ann"]] {
         let output = run_in(dir.path(), command).await;
         assert_eq!(output.code, Some(1));
         assert!(

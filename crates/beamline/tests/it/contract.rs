@@ -265,6 +265,10 @@ async fn router_understands_every_field_of_a_submit() {
                 // Each task has its own id, made of characters that need escaping somewhere.
                 let id = format!("{number} ü/.*>\"\\{}", "i".repeat(100));
                 object.insert("request_id".into(), id.into());
+                // The same key would make them one task.
+                if let Some(key) = object.get_mut("idempotency_key") {
+                    *key = format!("{number:0>256}").into();
+                }
 
                 let (raw, version) = match deadline_ms {
                     None => (&mut v1, Version::V1),
@@ -305,5 +309,38 @@ async fn deep_nesting_is_refused_by_the_router_before_the_gateway() {
         last = order;
     }
     assert_eq!(last, 2);
+    parts.end().await;
+}
+
+/// Programs that repeat a submit with its key, without a request id of their own, get the first task's result.
+#[tokio::test]
+async fn repeat_with_a_key_waits_for_the_first_task() {
+    let parts = Parts::start().await;
+    let mut raw = parts.connect().await;
+    let submit = |wait: &str, key: &str| {
+        json!({"command": "task_submit", "task_type": "echo", "wait": wait, "idempotency_key": key}).to_string()
+    };
+
+    for (wait, kind) in [("result", FrameType::ResponseOk), ("stream", FrameType::StreamComplete)] {
+        let mut tasks = Vec::new();
+        for _ in 0..3 {
+            raw.send(Version::V1, FrameType::TaskSubmit, &submit(wait, wait)).await;
+            let (answered, answer) = raw.last().await;
+            assert_eq!(answered, kind, "{answer}");
+            let result = if wait == "stream" {
+                answer["result"].clone()
+            } else {
+                answer
+            };
+            tasks.push((result["request_id"].clone(), result["assignment_id"].clone()));
+        }
+        assert!(tasks[0].0.is_string() && tasks.iter().all(|task| *task == tasks[0]), "{tasks:?}");
+    }
+
+    // What is waited for is not part of the task, but a decision alone pushes none.
+    raw.send(Version::V1, FrameType::TaskSubmit, &submit("decision", "result"))
+        .await;
+    let (_, answer) = raw.last().await;
+    assert_eq!(answer["error"]["reason"], "idempotency_conflict", "{answer}");
     parts.end().await;
 }

@@ -9,7 +9,7 @@ mod rows;
 mod stage;
 
 use crate::process::Process;
-use bus::{Message, Subscription};
+use bus::{Headers, Message, Subscription};
 use client::{Client, Error};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use testkit::eventually;
 use wire::ipc::{ErrorDetail, FrameType};
-use wire::router::RouterCode;
+use wire::router::{ErrorResponse, RouterCode};
 use wire::subjects;
 
 /// Scenario 4: the number of requests (the environment's `HAPPY` overrides it), of connections that share them, and of
@@ -217,6 +217,8 @@ async fn e2e_2_errors_that_the_router_causes() {
 
     seen.extend(errors_over_the_socket(&client).await);
     seen.extend(errors_over_http(&stage).await);
+    seen.extend(errors_to_operators(&stage, &router).await);
+    seen.insert(error_of_a_broken_key(&stage, &client).await);
     // Last, because it opens the gateway's breaker: there are no streams.
     seen.insert(error_without_jetstream(&mut stage, &client).await);
 
@@ -307,6 +309,51 @@ async fn errors_over_http(stage: &Stage) -> Vec<String> {
         seen.extend(code.filter(|code| *code != "unauthorized").map(String::from));
     }
     seen
+}
+
+/// Asks the router's admin subjects without a token, and with one of too low a role.
+async fn errors_to_operators(stage: &Stage, router: &Process) -> Vec<String> {
+    let printed = router
+        .run(&["operator-token", "--name", "ann", "--role", "viewer"])
+        .await;
+    assert_eq!(printed.code, Some(0), "{}", printed.stderr);
+    let bearer = format!("Bearer {}", printed.stdout.trim());
+
+    let mut seen = Vec::new();
+    for (headers, code, status) in [
+        (Headers::new(), "unauthorized", 401),
+        (Headers::new().with("authorization", bearer.as_str()), "forbidden", 403),
+    ] {
+        let asked = stage
+            .bus
+            .request(subjects::ADMIN_DRY_RUN, headers, "{}".into(), PATIENCE);
+        let refused: ErrorResponse = serde_json::from_slice(&asked.await.unwrap().payload).unwrap();
+        assert_eq!((refused.error.code.as_str(), refused.error.status()), (code, status));
+        seen.push(code.to_string());
+    }
+
+    let headers = Headers::new().with("authorization", bearer);
+    let asked = stage
+        .bus
+        .request(subjects::ADMIN_BREAKERS, headers, "{}".into(), PATIENCE);
+    let answer: Value = serde_json::from_slice(&asked.await.unwrap().payload).unwrap();
+    assert_eq!(answer["success"], true, "{answer}");
+    seen
+}
+
+/// Breaks the entry of an idempotency key on NATS.
+async fn error_of_a_broken_key(stage: &Stage, client: &Client) -> String {
+    bus::streams::declare(&stage.bus).await.unwrap();
+    let entry = subjects::idempotency_key("default", "broken");
+    let broken = stage.bus.kv_put(subjects::BUCKET_KEYS, &entry, "{".into(), None);
+    broken.await.unwrap();
+    let error = refused(
+        client
+            .submit(&submit("echo", json!({"idempotency_key": "broken"})))
+            .await,
+    );
+    assert_eq!((error.code, error.status), (12, Some(500)), "{error:?}");
+    error.reason.unwrap()
 }
 
 async fn error_without_jetstream(stage: &mut Stage, client: &Client) -> String {

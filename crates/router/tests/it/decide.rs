@@ -298,7 +298,7 @@ async fn ids_with_control_characters_are_refused_with_their_field() {
     assert_eq!(refused["error"]["message"], "task.type has a control character; ids have none");
     for subject in [subjects::GET_DECISION, subjects::CANCEL] {
         let refused = router.ask(subject, &json!({"request_id": "a\0b"})).await;
-        let error = json!({"code": "invalid_request", "message": "request_id has a control character; ids have none"});
+        let error = invalid("SCHEMA_VALIDATION_FAILED", "request_id has a control character; ids have none");
         assert_eq!(refused["error"], error, "{subject}");
     }
     assert_eq!(router.bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages, 0);

@@ -1,15 +1,19 @@
 //! Black-box tests of the router. Cases that must hold on every bus run on the local bus and on a real nats-server.
 
+mod admin;
 mod breakers;
 mod copies;
 mod decide;
 mod faults;
+mod keys;
 mod kinds;
 mod once;
 mod policies;
 mod results;
+mod services;
 mod stores;
 mod tasks;
+mod v2;
 
 use bus::{Bus, ConsumerConfig, Headers, Message};
 use serde_json::{Value, json};
@@ -45,6 +49,16 @@ macro_rules! on_both {
 on_both! {
     decide::built_in_policy_serves_without_policies,
     decide::answer_without_inbox_goes_to_the_reply_subject,
+    v2::strict_request_is_decided_and_its_answer_repeats_its_headers,
+    v2::dead_letter_of_a_strict_request_goes_to_the_subject_of_v2,
+    keys::repeat_gets_the_first_answer_after_a_restart_with_another_policy,
+    keys::key_with_another_body_is_a_conflict_for_its_tenant_only,
+    keys::refused_request_takes_no_key,
+    keys::many_at_once_are_one_task,
+    keys::reserved_key_leads_to_the_task_of_the_first_request,
+    keys::task_whose_record_was_evicted_is_not_run_again,
+    services::tools_find_every_router_and_its_counts,
+    admin::operators_only,
     tasks::repeated_push_stores_one_task,
     tasks::same_id_with_another_body_is_a_conflict,
     tasks::cancelled_task_stays_cancelled,
@@ -113,6 +127,7 @@ impl Router {
     async fn beside(dir: TempDir, bus: Bus, circuit_breaker: CircuitBreaker) -> Self {
         let config = router::Config {
             policies: dir.path().join("policies"),
+            operator_secret: OPERATOR_SECRET.into(),
             circuit_breaker,
             ..router::Config::default()
         };
@@ -148,6 +163,12 @@ impl Router {
     async fn ask_bytes(&self, subject: &str, headers: Headers, payload: Vec<u8>) -> Value {
         let answer = self.bus.request(subject, headers, payload.into(), SOON).await.unwrap();
         serde_json::from_slice(&answer.payload).unwrap()
+    }
+
+    /// Asks as an operator of this role.
+    async fn ask_as(&self, role: &str, subject: &str, query: &Value) -> Value {
+        let headers = Headers::new().with("authorization", format!("Bearer {}", operator(role)));
+        self.ask_bytes(subject, headers, query.to_string().into_bytes()).await
     }
 
     async fn decide(&self, request: &Value) -> Value {
@@ -208,7 +229,7 @@ impl Router {
     /// Waits until the provider's breaker of all tenants, or that of `policy` (`tenant/name`), satisfies `fits`.
     async fn breaker(&self, provider: &str, policy: Option<&str>, fits: impl Fn(&Value) -> bool) {
         testkit::eventually(SOON, || async {
-            let all = self.ask(wire::subjects::ADMIN_BREAKERS, &json!({})).await;
+            let all = self.ask_as("viewer", wire::subjects::ADMIN_BREAKERS, &json!({})).await;
             let found = all["data"]["breakers"].as_array().unwrap().iter().find(|breaker| {
                 let owner = breaker["tenant"]
                     .as_str()
@@ -239,6 +260,23 @@ impl Router {
 
         tokio::time::timeout(SOON, found).await.expect("a status that fits")
     }
+}
+
+const OPERATOR_SECRET: &str = "a secret of at least 32 characters";
+
+/// A token of an operator.
+fn operator(role: &str) -> String {
+    let now = bus::clock::unix_seconds();
+    token(
+        OPERATOR_SECRET,
+        &json!({"sub": "ann", "aud": "beamline-operator", "role": role, "iat": now, "exp": now + 60}),
+    )
+}
+
+fn token(secret: &str, claims: &Value) -> String {
+    let _ = jsonwebtoken::crypto::aws_lc::DEFAULT_PROVIDER.install_default();
+    let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
+    jsonwebtoken::encode(&jsonwebtoken::Header::default(), claims, &key).unwrap()
 }
 
 async fn connect(server: &NatsServer) -> Bus {

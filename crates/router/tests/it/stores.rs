@@ -175,3 +175,30 @@ async fn usage_waits_for_its_named_consumers() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn full_bucket_of_keys_refuses_new_keys_and_forgets_none() {
+    on_both(Sizes { keys: 4096, ..Sizes::default() }, async |router| {
+        let keyed = |asked: Value, key: &str| crate::changed(asked, json!({"idempotency_key": key}));
+        let first = router.decide(&keyed(push("first"), "first")).await;
+        assert_eq!(first["ok"], true, "{first}");
+
+        let (count, refusal) = (AtomicU64::new(0), parking_lot::Mutex::new(Value::Null));
+        testkit::eventually(2 * SOON, || async {
+            let id = format!("r{}", count.fetch_add(1, Relaxed));
+            let answer = router.decide(&keyed(request(&id), &id)).await;
+            *refusal.lock() = answer["error"].clone();
+            answer["ok"] == false
+        })
+        .await;
+        let refusal = refusal.into_inner();
+        assert_eq!((&refusal["code"], &refusal["retry_after_seconds"]), (&json!("backpressure"), &json!(5)));
+        assert!(refusal["message"].as_str().unwrap().contains("bus.keys_size"), "{refusal}");
+
+        assert_eq!(router.decide(&keyed(push("again"), "first")).await, first, "a known key has its answer");
+        for asked in [request("r"), push("p")] {
+            assert_eq!(router.decide(&asked).await["ok"], true, "requests without a key go on");
+        }
+    })
+    .await;
+}

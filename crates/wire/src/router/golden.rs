@@ -45,6 +45,7 @@ fn every_message_encodes_back_to_its_text() {
             "policy_tombstone" => again::<crate::policy::Tombstone>(&case),
             "heartbeat" => again::<crate::status::Heartbeat>(&case),
             "task_state" => again::<TaskState>(&case),
+            "key_record" => again::<KeyRecord>(&case),
             "policy_status" => again::<crate::status::PolicyStatus>(&case),
             "result" => {
                 let result = ExecResult::decode(case.text.as_bytes()).unwrap_or_else(|e| panic!("{}: {e}", case.name));
@@ -52,6 +53,13 @@ fn every_message_encodes_back_to_its_text() {
             }
             "backpressure_status" => again::<StatusReply<Backpressure>>(&case),
             "breakers" => again::<StatusReply<Breakers>>(&case),
+            "extensions_health" => again::<StatusReply<ExtensionsHealth>>(&case),
+            "dry_run" => again::<StatusReply<DryRun>>(&case),
+            "policy_query" => again::<PolicyQuery>(&case),
+            "complexity" => again::<StatusReply<Complexity>>(&case),
+            "service_ping" => again::<services::Ping>(&case),
+            "service_info" => again::<services::Info>(&case),
+            "service_stats" => again::<services::Stats>(&case),
             "refused_result" => {
                 assert!(ExecResult::decode(case.text.as_bytes()).is_err(), "{}", case.name);
                 continue;

@@ -1,7 +1,5 @@
-//! What a router says about itself when asked: its load ([`crate::subjects::BACKPRESSURE`]) and its breakers
-//! ([`crate::subjects::ADMIN_BREAKERS`]).
+//! What a router says about its load when asked ([`crate::subjects::BACKPRESSURE`]).
 
-use crate::status::BreakerStatus;
 use serde::{Deserialize, Serialize};
 
 /// A reply about the router itself: `data` if `success`, else `error`.
@@ -90,10 +88,4 @@ pub struct BackpressurePolicy {
     pub max_retry_attempts: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_after_seconds: Option<u64>,
-}
-
-/// The data of the reply on [`crate::subjects::ADMIN_BREAKERS`].
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Breakers {
-    pub breakers: Vec<BreakerStatus>,
 }

@@ -45,6 +45,7 @@ const ABSENCES: &[Absence] = &[
             ("crates/beamline/src/wiring/announce.rs", "the line `ready {…}` on stdout"),
             ("crates/cluster/src/token.rs", "claims of a token: signed here and read here"),
             ("crates/gateway/src/waiters.rs", "reads the envelope of a result"),
+            ("crates/router/src/operators.rs", "claims of a token: signed by the command line, read here"),
             ("crates/webapp/src/auth.rs", "bodies of the sign-in endpoints and claims of the tokens made there"),
             ("crates/webapp/src/app/", "props of elements and session snapshots, written and read here"),
             ("crates/webapp/src/live.rs", "exchanged between web apps only"),
