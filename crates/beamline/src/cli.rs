@@ -162,9 +162,9 @@ pub struct Token {
 pub enum OperatorRole {
     /// See the state of routers, and policies
     Viewer,
-    /// Also decide, in earnest or in trial
+    /// Also try out what a request would get
     Operator,
-    /// Also change policies
+    /// Nothing more yet
     Admin,
 }
 

@@ -58,6 +58,11 @@ impl Deref for Request {
 }
 
 impl Request {
+    /// The idempotency key; an empty one is none. (It stays in the request, because it always was in the digest.)
+    pub fn key(&self) -> Option<&str> {
+        self.idempotency_key.as_deref().filter(|key| !key.is_empty())
+    }
+
     /// The headers of a v2 message about this request; none in v1.
     pub fn v2_headers(&self) -> Headers {
         match self.contract {
@@ -94,8 +99,6 @@ pub fn read(message: &Message, contract: Contract) -> (Context, Result<Request, 
         trace_id: request.trace_id.clone(),
     };
     let outcome = headers.and_then(|()| check(&request, contract)).map(|()| {
-        // An empty key is as good as none.
-        request.idempotency_key = request.idempotency_key.filter(|key| !key.is_empty());
         if request.version != VERSION {
             request.version = VERSION.into();
         }

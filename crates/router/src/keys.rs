@@ -57,7 +57,7 @@ impl Reserved {
 
 /// Decides a request that is pushed, or has an idempotency key, or both.
 pub async fn answer(router: &Router, request: &Request) -> Result<Answer, ErrorBody> {
-    match &request.idempotency_key {
+    match request.key() {
         None => {
             let task = assign::push(router, request, None).await?;
             of_task(task, request)

@@ -17,9 +17,9 @@ const TOKEN_MAX: usize = 4096;
 pub enum Role {
     /// See the state of routers, and policies.
     Viewer,
-    /// Decide for any tenant, in earnest or in trial.
+    /// Try out what a request would get.
     Operator,
-    /// Change policies.
+    /// Nothing more yet.
     Admin,
 }
 

@@ -70,7 +70,7 @@ impl Exchange {
             (context, Ok(request)) => (context, request),
             (context, Err(error)) => return self.refuse(router, context, error).await,
         };
-        if !request.push_assignment && request.idempotency_key.is_none() {
+        if !request.push_assignment && request.key().is_none() {
             return self.decide(router, context, &request).await;
         }
 

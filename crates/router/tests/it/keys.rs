@@ -1,10 +1,10 @@
 //! Idempotency keys: the first answer for every repeat, from every router, whatever ends in between.
 
-use crate::{Router, changed, connect, open, push, request};
+use crate::{Router, changed, connect, push, request};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use wire::policy::CircuitBreaker;
-use wire::subjects::{self, BUCKET_KEYS, BUCKET_TASKS, STREAM_ASSIGN};
+use wire::subjects::{BUCKET_KEYS, BUCKET_TASKS, STREAM_ASSIGN};
 
 fn keyed(request: Value, key: &str) -> Value {
     changed(request, json!({"idempotency_key": key}))
@@ -94,6 +94,18 @@ pub async fn refused_request_takes_no_key(router: Router) {
         assert_eq!(refused["error"]["code"], "policy_not_found");
         assert_eq!(router.decide(&asked).await["ok"], true, "it may be corrected");
     }
+}
+
+#[tokio::test]
+async fn empty_key_is_none() {
+    let router = Router::local().await;
+    for n in 0..3 {
+        let asked = changed(keyed(push(&format!("r{n}")), ""), json!({"metadata": {"n": n}}));
+        assert_eq!(router.decide(&asked).await["ok"], true);
+        assert_eq!(router.decide(&changed(asked, json!({"push_assignment": false}))).await["ok"], true);
+    }
+    assert_eq!(assignments(&router).await, 3);
+    assert!(router.bus.kv_get(BUCKET_KEYS, "acme/").await.unwrap().is_none());
 }
 
 pub async fn many_at_once_are_one_task(router: Router) {
@@ -197,7 +209,4 @@ async fn entry_that_cannot_be_read_is_an_error_and_runs_nothing() {
         assert_eq!(refused["error"]["code"], "internal", "{refused}");
     }
     assert_eq!(assignments(&router).await, 0);
-    let (dir, _) = router.stop().await;
-    drop(open(dir.path()).await);
-    let _ = subjects::idempotency_key("acme", "k");
 }
