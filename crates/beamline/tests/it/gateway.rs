@@ -4,12 +4,13 @@
 //! router cannot cause the behaviour under test, a scripted responder on NATS replaces it: in scenario 2 for the rows
 //! that [`rows`] names, in scenario 3 for replies around and after the deadline.
 
+mod causes;
 mod overload;
 mod rows;
 mod stage;
 
 use crate::process::Process;
-use bus::{Headers, Message, Subscription};
+use bus::{Message, Subscription};
 use client::{Client, Error};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
@@ -18,7 +19,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use testkit::eventually;
 use wire::ipc::{ErrorDetail, FrameType};
-use wire::router::{ErrorResponse, RouterCode};
+use wire::router::RouterCode;
 use wire::subjects;
 
 /// Scenario 4: the number of requests (the environment's `HAPPY` overrides it), of connections that share them, and of
@@ -217,8 +218,9 @@ async fn e2e_2_errors_that_the_router_causes() {
 
     seen.extend(errors_over_the_socket(&client).await);
     seen.extend(errors_over_http(&stage).await);
-    seen.extend(errors_to_operators(&stage, &router).await);
-    seen.insert(error_of_a_broken_key(&stage, &client).await);
+    seen.extend(causes::to_operators(&stage, &router).await);
+    seen.insert(causes::broken_key(&stage, &client).await);
+    seen.insert(causes::limited_provider(&stage, &client).await);
     // Last, because it opens the gateway's breaker: there are no streams.
     seen.insert(error_without_jetstream(&mut stage, &client).await);
 
@@ -233,8 +235,8 @@ async fn e2e_2_errors_that_the_router_causes() {
 fn write_policies(router: &Process) {
     let directory = router.dir.path().join("policies/default");
     std::fs::create_dir_all(&directory).unwrap();
-    for (name, weight) in [("weightless", 0), ("default", 100)] {
-        let policy = json!({"version": "1.0", "providers": [{"name": "echo", "weight": weight}]});
+    for (name, provider, weight) in [("weightless", "echo", 0), ("default", "echo", 100), ("limited", "limited", 100)] {
+        let policy = json!({"version": "1.0", "providers": [{"name": provider, "weight": weight}]});
         // Renamed, so that the router does not read half of it.
         let written = directory.join(format!("{name}.new"));
         std::fs::write(&written, policy.to_string()).unwrap();
@@ -309,51 +311,6 @@ async fn errors_over_http(stage: &Stage) -> Vec<String> {
         seen.extend(code.filter(|code| *code != "unauthorized").map(String::from));
     }
     seen
-}
-
-/// Asks the router's admin subjects without a token, and with one of too low a role.
-async fn errors_to_operators(stage: &Stage, router: &Process) -> Vec<String> {
-    let printed = router
-        .run(&["operator-token", "--name", "ann", "--role", "viewer"])
-        .await;
-    assert_eq!(printed.code, Some(0), "{}", printed.stderr);
-    let bearer = format!("Bearer {}", printed.stdout.trim());
-
-    let mut seen = Vec::new();
-    for (headers, code, status) in [
-        (Headers::new(), "unauthorized", 401),
-        (Headers::new().with("authorization", bearer.as_str()), "forbidden", 403),
-    ] {
-        let asked = stage
-            .bus
-            .request(subjects::ADMIN_DRY_RUN, headers, "{}".into(), PATIENCE);
-        let refused: ErrorResponse = serde_json::from_slice(&asked.await.unwrap().payload).unwrap();
-        assert_eq!((refused.error.code.as_str(), refused.error.status()), (code, status));
-        seen.push(code.to_string());
-    }
-
-    let headers = Headers::new().with("authorization", bearer);
-    let asked = stage
-        .bus
-        .request(subjects::ADMIN_BREAKERS, headers, "{}".into(), PATIENCE);
-    let answer: Value = serde_json::from_slice(&asked.await.unwrap().payload).unwrap();
-    assert_eq!(answer["success"], true, "{answer}");
-    seen
-}
-
-/// Breaks the entry of an idempotency key on NATS.
-async fn error_of_a_broken_key(stage: &Stage, client: &Client) -> String {
-    bus::streams::declare(&stage.bus).await.unwrap();
-    let entry = subjects::idempotency_key("default", "broken");
-    let broken = stage.bus.kv_put(subjects::BUCKET_KEYS, &entry, "{".into(), None);
-    broken.await.unwrap();
-    let error = refused(
-        client
-            .submit(&submit("echo", json!({"idempotency_key": "broken"})))
-            .await,
-    );
-    assert_eq!((error.code, error.status), (12, Some(500)), "{error:?}");
-    error.reason.unwrap()
 }
 
 async fn error_without_jetstream(stage: &mut Stage, client: &Client) -> String {

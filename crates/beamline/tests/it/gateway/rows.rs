@@ -16,6 +16,7 @@ pub const BY_THE_ROUTER: &[&str] = &[
     "no_provider_available",
     "not_found",
     "policy_not_found",
+    "rate_limited",
     "unauthorized",
     "unavailable",
 ];
@@ -30,7 +31,6 @@ pub const BY_A_SCRIPT: &[(&str, &str)] = &[
     ("extension_unavailable", "there are no extensions"),
     ("post_processor_failed", "there are no extensions"),
     ("quota_exceeded", "policies have no quotas"),
-    ("rate_limited", "policies have no rate limit; a provider's own is a test of the routers"),
 ];
 
 #[test]
