@@ -9,6 +9,7 @@ mod drain;
 mod durability;
 mod gateway;
 mod journey;
+mod keys;
 mod ledger;
 mod logs;
 mod memory;

@@ -100,3 +100,23 @@ pub async fn tools_find_every_router_and_its_counts(router: Router) {
     assert_eq!(ids.len(), 2, "each router answers");
     beside.stop().await;
 }
+
+#[tokio::test]
+async fn router_that_may_not_be_discovered_serves_all_the_same() {
+    let users = r#"{user: r, password: p, permissions: {subscribe: {deny: ["$SRV.>"]}}}, {user: tool, password: t}"#;
+    let server = testkit::NatsServer::start_with(&format!("authorization {{ users: [{users}] }}")).await;
+    let connect = async |user: &str, password: &str| {
+        let (user, password) = (Some(user.to_string()), Some(password.to_string()));
+        let config = bus::nats::NatsConfig { url: server.url(), user, password, ..Default::default() };
+        bus::nats::Nats::connect(config).await.unwrap()
+    };
+    let router = Router::beside(TempDir::new().unwrap(), connect("r", "p").await, CircuitBreaker::default()).await;
+    for n in 0..20 {
+        assert_eq!(router.decide(&push(&format!("r{n}"))).await["ok"], true);
+    }
+
+    let tool = connect("tool", "t").await;
+    let asked = tool.request("$SRV.PING", bus::Headers::new(), "".into(), SOON).await;
+    assert!(matches!(asked, Err(bus::Error::NoResponders(_))), "{asked:?}");
+    router.stop().await;
+}
