@@ -5,6 +5,7 @@
 //!
 //! A new setting is a row in `config/keys.rs` and a line in `config/settings.rs`.
 
+mod credentials;
 mod cross_checks;
 mod file;
 mod keys;

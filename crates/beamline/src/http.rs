@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
-/// How long a request may take to arrive and be answered; a WebSocket is not covered after its upgrade.
+/// How long a request may take to arrive and be answered; a WebSocket is not covered after its upgrade, and the
+/// OpenAI-compatible entry has limits of its own.
 const REQUEST_MAX: Duration = Duration::from_secs(30);
 
 /// In a drain, how long a client may take to finish sending a request or to read its answer.
@@ -44,7 +45,15 @@ impl Front {
         request = Request::from_parts(parts, body);
         request.extensions_mut().insert(ConnectInfo(client));
 
-        match tokio::time::timeout(REQUEST_MAX, routes.oneshot(request)).await {
+        // A model may take longer; the gateway bounds these requests itself.
+        let is_bounded = !request.uri().path().starts_with(gateway::OPENAI_PREFIX);
+        let answer = routes.oneshot(request);
+        let answer = if is_bounded {
+            tokio::time::timeout(REQUEST_MAX, answer).await
+        } else {
+            Ok(answer.await)
+        };
+        match answer {
             Ok(Ok(answer)) => answer,
             Ok(Err(never)) => match never {},
             Err(_) => StatusCode::REQUEST_TIMEOUT.into_response(),

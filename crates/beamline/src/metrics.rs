@@ -39,6 +39,11 @@ const COUNTERS: &[(&str, bool, &str)] = &[
         false,
         "Decide requests shed by the gateway because the router reported overload",
     ),
+    (
+        "beamline_gateway_openai_abandoned_total",
+        false,
+        "Tasks of the OpenAI-compatible entry that were cancelled because their client did not wait for them",
+    ),
     ("beamline_gateway_requests_total", false, "Requests received"),
     ("beamline_gateway_retries_total", false, "Requests retried at the router"),
     ("beamline_gateway_status_failures_total", false, "Polls of the router's load that got no answer"),

@@ -3,6 +3,7 @@
 use crate::Config;
 use crate::byte_budget::Budget;
 use crate::in_flight::{Full, Permit, Permits};
+use crate::keys::Keys;
 use arc_swap::{ArcSwap, Guard};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ pub struct Admission {
     uid: u32,
     connections: Arc<Permits>,
     in_flight: Arc<Permits>,
+    /// Requests of the OpenAI-compatible entry, by tenant.
+    of_tenants: Arc<Permits<Arc<str>>>,
 }
 
 /// Settings, and the limits derived from them. A reload replaces both at once.
@@ -24,6 +27,10 @@ pub struct Live {
     pub share: usize,
     /// Connections that one user may have.
     pub connection_share: usize,
+    /// The keys of the OpenAI-compatible entry.
+    pub keys: Keys,
+    /// Requests of the OpenAI-compatible entry that one tenant may have in flight.
+    tenant_share: usize,
     /// The free part of [`Config::receive_budget`].
     pub receive: Budget,
     /// The free part of [`Config::reply_budget`].
@@ -39,6 +46,7 @@ impl Admission {
             uid,
             connections: Arc::default(),
             in_flight: Arc::default(),
+            of_tenants: Arc::default(),
         }
     }
 
@@ -70,6 +78,15 @@ impl Admission {
         self.in_flight.take(uid, settings.max_in_flight, settings.share)
     }
 
+    /// Takes permits for one request of this tenant over HTTP, which counts as the user that this process runs as.
+    pub fn request_of_tenant(&self, tenant: &Arc<str>) -> Result<(Permit, Permit<Arc<str>>), Full> {
+        let settings = self.settings();
+        let of_tenant = self
+            .of_tenants
+            .take(tenant.clone(), settings.max_in_flight, settings.tenant_share)?;
+        Ok((self.request(self.uid)?, of_tenant))
+    }
+
     /// Takes a permit for one connection of this user. The error names the limit that is reached.
     pub fn connection(&self, uid: u32) -> Result<Permit, Full> {
         let settings = self.settings();
@@ -88,7 +105,13 @@ impl Admission {
 
 impl Live {
     fn new(config: Config, uid: u32, receive: Budget, replies: Budget) -> Self {
+        let keys = Keys::new(&config);
+        let tenant_share = config
+            .max_in_flight_per_tenant
+            .unwrap_or(config.max_in_flight / keys.tenants().max(1));
         Self {
+            keys,
+            tenant_share: tenant_share.max(1),
             share: config.share(config.max_in_flight, config.max_in_flight_per_user, uid),
             connection_share: config.share(config.max_connections, config.max_connections_per_user, uid),
             receive,

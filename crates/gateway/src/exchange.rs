@@ -19,7 +19,8 @@ use wire::{subjects, trace};
 /// A request in flight, with the ids that its messages, errors and log lines carry.
 pub struct Exchange {
     pub gateway: Arc<Gateway>,
-    uid: u32,
+    /// The user on this host; `None` for the holder of a key, whose tenant is the key's.
+    uid: Option<u32>,
     pub request_id: String,
     trace_id: String,
     /// W3C trace context; `None` if the trace id is not 32 hex digits.
@@ -29,7 +30,12 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    pub fn of_submit(gateway: Arc<Gateway>, uid: u32, submit: &TaskSubmit, deadline: Deadline) -> Self {
+    pub fn of_submit(
+        gateway: Arc<Gateway>,
+        uid: impl Into<Option<u32>>,
+        submit: &TaskSubmit,
+        deadline: Deadline,
+    ) -> Self {
         // The trace id in a well-formed traceparent takes precedence over the separate trace id.
         let given = submit.traceparent.as_deref();
         let given = given.and_then(|parent| Some((parent, trace::trace_id_of(parent)?)));
@@ -43,7 +49,7 @@ impl Exchange {
         let request_id = submit.request_id.clone();
         Self {
             gateway,
-            uid,
+            uid: uid.into(),
             request_id: request_id.unwrap_or_else(|| uuid::Uuid::now_v7().to_string()),
             traceparent: match given {
                 Some((parent, _)) => Some(parent.into()),
@@ -60,7 +66,7 @@ impl Exchange {
         let trace_id = upstream::new_trace_id();
         Self {
             gateway,
-            uid,
+            uid: Some(uid),
             request_id: task.task_id.clone(),
             traceparent: trace::traceparent(&trace_id, rand::random()),
             trace_id,
@@ -118,9 +124,10 @@ impl Exchange {
     /// Finds the task: of the tenant that the client names, else of the first of the user's tenants that has a task
     /// with this id. Sets the exchange's tenant to that one. With a `result_subject`, the router also notes it.
     pub async fn find(&mut self, named: Option<String>, result_subject: Option<String>) -> Result<TaskAnswer, Failure> {
-        let tenants = match named {
-            Some(tenant) => vec![tenant],
-            None => self.gateway.shared.admission.settings().tenants_of(self.uid),
+        let tenants = match (named, self.uid) {
+            (Some(tenant), _) => vec![tenant],
+            (None, Some(uid)) => self.gateway.shared.admission.settings().tenants_of(uid),
+            (None, None) => vec![self.tenant_id.clone()],
         };
         // A user without any tenant gets the same refusal as on a submit.
         self.check_tenant(tenants.first().map_or(DEFAULT_TENANT, String::as_str))?;
@@ -187,7 +194,9 @@ impl Exchange {
 
     /// Refuses a tenant that the user may not act for.
     pub fn check_tenant(&self, tenant_id: &str) -> Result<(), Failure> {
-        let uid = self.uid;
+        let Some(uid) = self.uid else {
+            return Ok(());
+        };
         if self.gateway.shared.admission.settings().may_act_for(uid, tenant_id) {
             return Ok(());
         }
@@ -209,6 +218,12 @@ impl Exchange {
 
     /// Counts and logs the outcome. Returns the last frame of the answer.
     pub fn end(&self, outcome: Result<Reply, Failure>, started: Instant) -> Reply {
+        self.settle(outcome, started)
+            .unwrap_or_else(|failure| self.refuse(failure))
+    }
+
+    /// Counts and logs the outcome.
+    pub fn settle(&self, outcome: Result<Reply, Failure>, started: Instant) -> Result<Reply, Failure> {
         let took = started.elapsed();
         self.gateway.shared.stats.completed(took);
         let took_us = took.as_micros() as u64;
@@ -217,7 +232,7 @@ impl Exchange {
             Ok(reply) if reply.payload.len() <= PAYLOAD_MAX => {
                 let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
                 tracing::debug!(trace_id, request_id, tenant_id, took_us, "request answered");
-                return reply;
+                return Ok(reply);
             }
             Ok(reply) => {
                 let text = format!("The answer has {} bytes, more than a frame holds", reply.payload.len());
@@ -231,23 +246,17 @@ impl Exchange {
             Err(failure) => failure,
         };
 
-        self.failed(failure, took_us)
+        self.note(&failure, took_us);
+        Err(failure)
     }
 
-    fn failed(&self, failure: Failure, took_us: u64) -> Reply {
-        let (code, in_stream) = (failure.code, failure.in_stream);
-        self.gateway.shared.stats.failed(code);
-
-        let mut payload = failure.into_payload();
-        payload.context = Some(ExchangeContext {
-            request_id: Some(self.request_id.clone()),
-            trace_id: Some(self.trace_id.clone()),
-        });
-        let reply = Reply::from_payload(&mut payload);
+    /// Counts and logs a failure.
+    fn note(&self, failure: &Failure, took_us: u64) {
+        self.gateway.shared.stats.failed(failure.code);
 
         // A message about an invalid request quotes parts of the request, which must not reach the log.
-        let error = &payload.error;
-        let reason = error.reason.as_deref();
+        let error = failure.body();
+        let reason = (failure.code == ErrorCode::Rejected).then(|| error.code.as_str());
         let why = if reason == Some("invalid_request") {
             "invalid request"
         } else {
@@ -255,8 +264,20 @@ impl Exchange {
         };
 
         let (request_id, trace_id, tenant_id) = (&self.request_id, &self.trace_id, &self.tenant_id);
-        let error_code = code.name();
+        let error_code = failure.code.name();
         tracing::info!(trace_id, request_id, tenant_id, error_code, reason, took_us, "request failed: {why}");
+    }
+
+    /// The error frame for a failure.
+    fn refuse(&self, failure: Failure) -> Reply {
+        let in_stream = failure.in_stream;
+        let mut payload = failure.into_payload();
+        payload.context = Some(ExchangeContext {
+            request_id: Some(self.request_id.clone()),
+            trace_id: Some(self.trace_id.clone()),
+        });
+
+        let reply = Reply::from_payload(&mut payload);
         if in_stream { reply.in_stream() } else { reply }
     }
 }

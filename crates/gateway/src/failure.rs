@@ -49,6 +49,11 @@ impl Failure {
         Self { in_stream: true, ..self }
     }
 
+    /// The router's own error, or the gateway's in the same form.
+    pub fn body(&self) -> &ErrorBody {
+        &self.body
+    }
+
     /// Whether the router knows no such task, policy or extension.
     pub fn is_not_found(&self) -> bool {
         self.body.status() == 404

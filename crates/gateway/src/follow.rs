@@ -5,8 +5,8 @@
 
 use crate::exchange::Exchange;
 use crate::failure::Failure;
-use crate::output::{OutputReader, Pieces};
-use crate::reply::{PAYLOAD_MAX, Reply};
+use crate::output::{OutputReader, Pieces, Unsent};
+use crate::reply::Reply;
 use crate::waiters::{Finished, Waiter};
 use serde_json::value::RawValue;
 use std::convert::Infallible;
@@ -181,21 +181,23 @@ impl Following<'_> {
         Ok(())
     }
 
-    /// Forwards a piece of output to the session, which takes pieces only as fast as its client reads them.
+    /// Forwards a piece of output to the client, which takes pieces only as fast as it reads them.
     async fn forward(&mut self, message: &bus::Message) -> Result<(), Failure> {
-        let Some(piece) = self.reader.take(&message.payload) else {
+        let Some(chunk) = self.reader.take(&message.payload) else {
             return Ok(());
         };
-        if piece.payload.len() > PAYLOAD_MAX {
-            let size = piece.payload.len();
-            let text = format!("A piece of output has {size} bytes, more than a frame holds; the task goes on");
-            return Err(Failure::new(ErrorCode::FrameTooLarge, text));
-        }
-
         let late = |_| Failure::new(ErrorCode::Timeout, "The deadline passed before the client read the output");
-        tokio::time::timeout_at(self.exchange.deadline.at.into(), self.pieces.send(piece))
+        let sent = tokio::time::timeout_at(self.exchange.deadline.at.into(), self.pieces.send(chunk))
             .await
-            .map_err(late)
+            .map_err(late)?;
+
+        sent.map_err(|unsent| match unsent {
+            Unsent::TooLarge(size) => {
+                let text = format!("A piece of output has {size} bytes, more than a frame holds; the task goes on");
+                Failure::new(ErrorCode::FrameTooLarge, text)
+            }
+            Unsent::Stalled => Failure::new(ErrorCode::Timeout, "The client has not read its answer for too long"),
+        })
     }
 }
 

@@ -46,7 +46,8 @@ pub async fn run(gateway: Arc<Gateway>, uid: u32, request: Request, deadline: De
     exchange.end(outcome, started)
 }
 
-async fn submit(exchange: &mut Exchange, submit: Box<TaskSubmit>, pieces: &mut Pieces) -> Result<Reply, Failure> {
+/// Sends a task to the router, and follows it if the client waits for more than the decision.
+pub async fn submit(exchange: &mut Exchange, submit: Box<TaskSubmit>, pieces: &mut Pieces) -> Result<Reply, Failure> {
     exchange.check_tenant(&exchange.tenant_id)?;
     exchange.check_time()?;
     exchange.log_accepted(&submit);

@@ -4,23 +4,31 @@
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::Arc;
 
-#[derive(Debug, Default)]
-pub struct Permits(Mutex<Held>);
+/// Permits held by users, who are known by their uid or, as tenants, by their name.
+#[derive(Debug)]
+pub struct Permits<U: Eq + Hash = u32>(Mutex<Held<U>>);
 
-#[derive(Debug, Default)]
-struct Held {
+#[derive(Debug)]
+struct Held<U> {
     all: usize,
     /// Permits held by each user; users without any have no entry.
-    by_user: HashMap<u32, usize>,
+    by_user: HashMap<U, usize>,
 }
 
 /// Counts as one request in flight or one connection until it is dropped.
 #[derive(Debug)]
-pub struct Permit {
-    permits: Arc<Permits>,
-    uid: u32,
+pub struct Permit<U: Eq + Hash = u32> {
+    permits: Arc<Permits<U>>,
+    user: U,
+}
+
+impl<U: Eq + Hash> Default for Permits<U> {
+    fn default() -> Self {
+        Self(Mutex::new(Held { all: 0, by_user: HashMap::new() }))
+    }
 }
 
 /// The limit that is reached.
@@ -30,21 +38,21 @@ pub enum Full {
     User,
 }
 
-impl Permits {
+impl<U: Eq + Hash + Clone> Permits<U> {
     /// Takes a permit if fewer than `limit` are held, and fewer than `share` by this user. Lowering a limit keeps
     /// existing holders; new permits are refused until the count drops below it.
-    pub fn take(self: &Arc<Self>, uid: u32, limit: usize, share: usize) -> Result<Permit, Full> {
+    pub fn take(self: &Arc<Self>, user: U, limit: usize, share: usize) -> Result<Permit<U>, Full> {
         let mut held = self.0.lock();
         if held.all >= limit {
             return Err(Full::All);
         }
-        if held.by_user.get(&uid).is_some_and(|count| *count >= share) {
+        if held.by_user.get(&user).is_some_and(|count| *count >= share) {
             return Err(Full::User);
         }
 
         held.all += 1;
-        *held.by_user.entry(uid).or_default() += 1;
-        Ok(Permit { permits: self.clone(), uid })
+        *held.by_user.entry(user.clone()).or_default() += 1;
+        Ok(Permit { permits: self.clone(), user })
     }
 
     /// Permits held by all users together.
@@ -53,14 +61,14 @@ impl Permits {
     }
 }
 
-impl Drop for Permit {
+impl<U: Eq + Hash> Drop for Permit<U> {
     fn drop(&mut self) {
         let mut held = self.permits.0.lock();
         held.all -= 1;
-        if let Some(count) = held.by_user.get_mut(&self.uid) {
+        if let Some(count) = held.by_user.get_mut(&self.user) {
             *count -= 1;
             if *count == 0 {
-                held.by_user.remove(&self.uid);
+                held.by_user.remove(&self.user);
             }
         }
     }
@@ -110,7 +118,7 @@ mod tests {
         assert!(
             [0, 1]
                 .iter()
-                .all(|uid| taken.iter().filter(|permit| permit.uid == *uid).count() <= 100)
+                .all(|uid| taken.iter().filter(|permit| permit.user == *uid).count() <= 100)
         );
     }
 

@@ -15,6 +15,8 @@ mod follow;
 mod forward;
 mod http;
 mod in_flight;
+mod keys;
+mod openai;
 mod output;
 mod reload;
 mod reply;
@@ -29,6 +31,7 @@ mod stats;
 mod waiters;
 
 pub use breaker::Config as BreakerConfig;
+pub use openai::PREFIX as OPENAI_PREFIX;
 pub use reload::Control;
 
 use admission::Admission;
@@ -83,8 +86,14 @@ pub struct Config {
     pub allowed_uids: Vec<u32>,
     /// Tenants that each uid may act for; `*` stands for any. Empty: every user acts for `default` only.
     pub tenants: BTreeMap<u32, Vec<String>>,
-    /// The API key of the HTTP entry; while it is empty, every HTTP request is refused.
+    /// The API key of the HTTP entry; while it is empty, every HTTP request is refused. For the OpenAI-compatible entry
+    /// it is a key of the tenant `default`.
     pub api_key: String,
+    /// Further keys of the OpenAI-compatible entry, and the tenant of each.
+    pub tenant_keys: BTreeMap<String, String>,
+    /// Requests of the OpenAI-compatible entry that one tenant may have in flight. `None`: an equal part for each tenant
+    /// with a key.
+    pub max_in_flight_per_tenant: Option<usize>,
     /// When the circuit breaker refuses requests because the router does not answer.
     pub breaker: breaker::Config,
 }
@@ -109,6 +118,8 @@ impl Default for Config {
             allowed_uids: Vec::new(),
             tenants: BTreeMap::new(),
             api_key: String::new(),
+            tenant_keys: BTreeMap::new(),
+            max_in_flight_per_tenant: None,
             breaker: breaker::Config::default(),
         }
     }
@@ -139,6 +150,7 @@ struct Gateway {
     /// Bounds the looks at tasks' records; see [`follow`].
     looks: Semaphore,
     bus: Bus,
+    answers: openai::Answers,
 }
 
 /// State that all sessions share. It does no IO.
@@ -185,6 +197,7 @@ async fn prepare(config: Config, listener: socket::Listener, bus: Bus) -> Result
         result_subject,
         looks: Semaphore::new(follow::LOOKS_MAX),
         bus,
+        answers: openai::Answers::default(),
     };
     Ok(Bound { gateway: Arc::new(gateway), listener, results })
 }
@@ -196,7 +209,7 @@ impl Bound {
 
     /// The routes of the HTTP entry.
     pub fn routes(&self) -> axum::Router {
-        http::routes(self.gateway.clone())
+        http::routes(self.gateway.clone()).merge(openai::routes(self.gateway.clone()))
     }
 
     pub fn control(&self) -> Control {
@@ -231,7 +244,8 @@ impl Bound {
         // down.
         drop(listener);
         sessions.close();
-        sessions.wait().await;
+        let drain_timeout = shared.admission.settings().drain_timeout;
+        tokio::join!(sessions.wait(), gateway.answers.drain(drain_timeout));
 
         ended.cancel();
         background.close();

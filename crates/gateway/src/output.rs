@@ -1,6 +1,8 @@
-//! A task's output: reading it from the bus and sending it to the client's session.
+//! A task's output: reading it from the bus and sending it to the client, through its session or as events of an HTTP
+//! answer.
 
-use crate::reply::{Reply, Slot};
+use crate::openai::Client;
+use crate::reply::{PAYLOAD_MAX, Reply, Slot};
 use tokio::sync::mpsc;
 use wire::ipc::{FrameType, StreamData};
 use wire::router::{Awaited, OutputChunk};
@@ -19,9 +21,9 @@ impl OutputReader {
         Self { task, attempt: 0, next: 0 }
     }
 
-    /// Turns a message on the request's output subject into a frame. `None` if the message is malformed, repeats an
-    /// earlier one, or belongs to another task.
-    pub fn take(&mut self, payload: &[u8]) -> Option<Reply> {
+    /// Reads a message on the request's output subject. `None` if the message is malformed, repeats an earlier one, or
+    /// belongs to another task.
+    pub fn take(&mut self, payload: &[u8]) -> Option<OutputChunk> {
         let chunk: OutputChunk = serde_json::from_slice(payload).ok()?;
         // A router that does not name the assignment has only one task with this id, whatever its tenant.
         let owned = self.task.owns(&chunk.assignment_id, chunk.tenant_id.as_deref());
@@ -31,29 +33,54 @@ impl OutputReader {
         }
 
         (self.attempt, self.next) = (chunk.attempt, chunk.seq + 1);
-        let data = StreamData { task_id: chunk.request_id, seq: chunk.seq, data: chunk.data };
-        let payload = serde_json::to_vec(&data).expect("output is JSON");
-        Some(Reply::new(FrameType::StreamData, payload))
+        Some(chunk)
     }
 }
 
-/// Sends the pieces of one stream to its session, ahead of the stream's last frame.
+/// Sends the pieces of one stream to its client, ahead of the stream's end.
 pub struct Pieces {
-    slot: Slot,
-    session: mpsc::Sender<(Slot, Reply)>,
+    to: Destination,
     sent: u64,
+}
+
+enum Destination {
+    Session(Slot, mpsc::Sender<(Slot, Reply)>),
+    Http(Client),
+}
+
+/// Why a piece could not be sent.
+pub enum Unsent {
+    /// It has this many bytes, more than a frame holds.
+    TooLarge(usize),
+    /// The client has not read for too long.
+    Stalled,
 }
 
 impl Pieces {
     pub fn new(slot: Slot, session: mpsc::Sender<(Slot, Reply)>) -> Self {
-        Self { slot, session, sent: 0 }
+        Self { to: Destination::Session(slot, session), sent: 0 }
+    }
+
+    pub fn over_http(client: Client) -> Self {
+        Self { to: Destination::Http(client), sent: 0 }
     }
 
     /// Sends one piece; waits while the client does not read. If it is cancelled, nothing is sent.
-    pub async fn send(&mut self, piece: Reply) {
-        // Sending fails only once the session has ended, and the session's own task runs this request.
-        let _ = self.session.send((self.slot, piece)).await;
+    pub async fn send(&mut self, chunk: OutputChunk) -> Result<(), Unsent> {
+        match &self.to {
+            Destination::Session(slot, session) => {
+                let data = StreamData { task_id: chunk.request_id, seq: chunk.seq, data: chunk.data };
+                let payload = serde_json::to_vec(&data).expect("output is JSON");
+                if payload.len() > PAYLOAD_MAX {
+                    return Err(Unsent::TooLarge(payload.len()));
+                }
+                // Sending fails only once the session has ended, and the session's own task runs this request.
+                let _ = session.send((*slot, Reply::new(FrameType::StreamData, payload))).await;
+            }
+            Destination::Http(client) => client.send_piece(chunk).await?,
+        }
         self.sent += 1;
+        Ok(())
     }
 
     pub fn sent(&self) -> u64 {

@@ -24,6 +24,9 @@ const OF_THE_TASK: [&str; 3] = ["invalid_task", "exit_status", "output"];
 /// Errors of a worker that could not start the task.
 const NOT_STARTED: [&str; 3] = ["spawn_failed", "unknown_provider", "max_deliver"];
 
+/// Limits of the provider's own that a run may exceed.
+const OWN_LIMITS: [&str; 2] = ["timeout", "first_token_timeout"];
+
 /// The one place that decides what counts against a provider. With `client_deadline`, the client set the task's
 /// deadline; otherwise the router did, as a multiple of the provider's expected latency.
 fn judge(result: &ExecResult, client_deadline: bool) -> Verdict {
@@ -31,8 +34,8 @@ fn judge(result: &ExecResult, client_deadline: bool) -> Verdict {
     match result.status {
         ResultStatus::Success => Verdict::Success,
         ResultStatus::Cancelled => Verdict::Neutral,
-        // The run exceeded the provider's own limit.
-        ResultStatus::Timeout if code == "timeout" => Verdict::Failed,
+        // The run exceeded a limit of the provider's own.
+        ResultStatus::Timeout if OWN_LIMITS.contains(&code) => Verdict::Failed,
         // The run exceeded a deadline that the client chose, or that is shorter than the provider's limit. Long work is
         // not a failure.
         ResultStatus::Timeout if client_deadline || code == "deadline_exceeded" => Verdict::Neutral,
@@ -190,6 +193,7 @@ mod tests {
             both("error", code, Verdict::Failed);
         }
         both("timeout", Some("timeout"), Verdict::Failed);
+        both("timeout", Some("first_token_timeout"), Verdict::Failed);
         both("timeout", Some("deadline_exceeded"), Verdict::Neutral);
         for code in [Some("of a foreign worker"), None] {
             check("timeout", code, false, Verdict::Failed);

@@ -6,6 +6,7 @@ mod rendezvous;
 
 pub use condition::Stop;
 use condition::{Condition, Payload, Scope};
+use wire::openai::Price;
 use wire::policy::{CircuitBreaker, Policy, PolicyBreaker};
 use wire::router::{Complexity, Constraints, DecideRequest, Decision, Reason};
 
@@ -41,6 +42,7 @@ struct Candidate {
     weight: f64,
     priority: u32,
     cost: f64,
+    price: Option<Price>,
     latency_ms: Option<f64>,
 }
 
@@ -92,6 +94,10 @@ impl Compiled {
                     return Err(invalid(format!("providers[{n}].{field}"), "must be a number, 0 or more"));
                 }
             }
+            let price = provider.price.map(Price::from);
+            if let Some(field) = price.and_then(|price| price.invalid()) {
+                return Err(invalid(format!("providers[{n}].price.{field}"), "must be a number, 0 or more"));
+            }
             if providers.iter().any(|known| known.name == provider.name) {
                 return Err(invalid(format!("providers[{n}].name"), "is used by two providers"));
             }
@@ -100,6 +106,7 @@ impl Compiled {
                 weight: f64::from(provider.weight),
                 priority: provider.priority.unwrap_or(50),
                 cost: provider.cost.unwrap_or(0.0),
+                price,
                 latency_ms: provider.latency_ms,
             });
         }
@@ -111,7 +118,7 @@ impl Compiled {
             }
             if !providers.iter().any(|known| known.name == *name) {
                 let (name, weight) = (name.clone(), weight * 100.0);
-                providers.push(Candidate { name, weight, priority: 50, cost: 0.0, latency_ms: None });
+                providers.push(Candidate { name, weight, priority: 50, cost: 0.0, price: None, latency_ms: None });
             }
         }
         if providers.is_empty() {
@@ -248,6 +255,7 @@ impl Compiled {
             sticky_key,
             explanation,
             metadata: None,
+            price: provider.price,
         }
     }
 }
@@ -482,6 +490,14 @@ mod tests {
     }
 
     #[test]
+    fn decision_names_the_price_of_its_provider() {
+        let policy =
+            compiled(json!({"providers": [{"name": "a", "weight": 1, "price": {"input": 2.5, "output": 10}}]}));
+        let decision = policy.decide(&request(1, json!({})), &Known::default()).unwrap();
+        assert_eq!(decision.price, Some(Price { input: 2.5, output: 10.0, cached_input: None }));
+    }
+
+    #[test]
     fn provider_of_weight_0_is_never_drawn() {
         let policy = compiled(json!({"providers": [{"name": "a", "weight": 1}, {"name": "spare"}]}));
         let open = Known { open: HashSet::from(["a"]), ..Known::default() };
@@ -534,6 +550,10 @@ mod tests {
             (json!({"weights": {"a": 1.5}}), "weights.a"),
             (json!({"providers": [{"name": "a", "cost": -1}]}), "providers[0].cost"),
             (json!({"providers": [{"name": "a", "latency_ms": -1}]}), "providers[0].latency_ms"),
+            (
+                json!({"providers": [{"name": "a", "price": {"input": 1, "output": -1}}]}),
+                "providers[0].price.output",
+            ),
             (breaker(json!({"failure_threshold": 0})), "circuit_breaker.failure_threshold"),
             (breaker(json!({"min_calls": 4_000_000_000_u32})), "circuit_breaker.min_calls"),
             (breaker(json!({"error_rate_threshold": 0})), "circuit_breaker.error_rate_threshold"),

@@ -1,11 +1,13 @@
-//! A scriptable chat-completions endpoint: it streams words with delays, fails, breaks off or hangs.
+//! A scriptable endpoint of OpenAI's API, for chat completions and embeddings: it streams words with delays, fails, breaks
+//! off or hangs.
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -21,8 +23,14 @@ pub enum Reply {
     Words { words: Vec<String>, delay: Duration },
     /// Sends the text of the last user message back, word by word.
     Echo,
+    /// Sends these choices of chunks as an event stream, with a finish reason after them.
+    Choices { choices: Vec<Value>, finish_reason: String },
+    /// Sends this body.
+    Body(Value),
     /// Sends an HTTP error with this message, in OpenAI's format.
     Error { status: u16, message: String },
+    /// Refuses with 429 and this `Retry-After`, in seconds.
+    Busy { retry_after: u64 },
     /// Streams these words, then an error event.
     ErrorInStream { words: Vec<String>, message: String },
     /// Streams these words, then closes the connection without `[DONE]`.
@@ -53,10 +61,15 @@ pub struct OpenAi {
     _end: DropGuard,
 }
 
+/// Chooses the answer to a request by its content.
+type Choose = Box<dyn Fn(&Request) -> Option<Reply> + Send + Sync>;
+
 #[derive(Default)]
 struct State {
+    choose: OnceLock<Choose>,
     script: Mutex<VecDeque<Reply>>,
     requests: Mutex<Vec<Request>>,
+    open: AtomicUsize,
 }
 
 impl OpenAi {
@@ -82,6 +95,17 @@ impl OpenAi {
         self.state.script.lock().push_back(reply);
     }
 
+    /// Chooses the answers to requests by their content, unless one is scripted. `None` leaves a request to the echo. May be
+    /// called once.
+    pub fn choose(&self, choose: impl Fn(&Request) -> Option<Reply> + Send + Sync + 'static) {
+        assert!(self.state.choose.set(Box::new(choose)).is_ok(), "the answers are chosen already");
+    }
+
+    /// Requests whose client is still connected and whose answer has not ended.
+    pub fn open(&self) -> usize {
+        self.state.open.load(Relaxed)
+    }
+
     /// All requests so far.
     pub fn requests(&self) -> Vec<Request> {
         self.state.requests.lock().clone()
@@ -98,7 +122,11 @@ async fn serve(listener: TcpListener, state: Arc<State>, end: CancellationToken)
                 if let Ok((stream, _)) = accepted {
                     let state = state.clone();
                     // Ignore IO errors: some tests disconnect in the middle of an answer.
-                    connections.spawn(async move { drop(connection(stream, &state).await) });
+                    connections.spawn(async move {
+                        state.open.fetch_add(1, Relaxed);
+                        drop(connection(stream, &state).await);
+                        state.open.fetch_sub(1, Relaxed);
+                    });
                 }
             }
         }
@@ -110,17 +138,36 @@ async fn connection(stream: TcpStream, state: &State) -> io::Result<()> {
     let mut stream = BufReader::new(stream);
     let request = read_request(&mut stream).await?;
     let streamed = request.body["stream"] == json!(true);
-    let echo = last_user_text(&request.body);
-    let known = request.path.ends_with("/chat/completions");
+    let with_usage = streamed && request.body["stream_options"]["include_usage"] == json!(true);
+    let (echo, input) = (last_user_text(&request.body), request.body["input"].clone());
+    let path = request.path.clone();
+    let scripted = state.script.lock().pop_front();
+    let reply = scripted.or_else(|| state.choose.get()?(&request));
+    let as_base64 = request.body["encoding_format"] == "base64";
     state.requests.lock().push(request);
-    if !known {
-        return error(&mut stream, 404, "unknown path").await;
-    }
 
-    let reply = state.script.lock().pop_front().unwrap_or(Reply::Echo);
+    let reply = match reply {
+        Some(reply) => reply,
+        None if path.ends_with("/chat/completions") => Reply::Echo,
+        None if path.ends_with("/embeddings") => Reply::Body(embeddings(&input, as_base64)),
+        None => Reply::Error { status: 404, message: "unknown path".into() },
+    };
     match reply {
-        Reply::Echo => words(&mut stream, streamed, &split(&echo), Duration::ZERO).await,
-        Reply::Words { words: list, delay } => words(&mut stream, streamed, &list, delay).await,
+        Reply::Echo => words(&mut stream, streamed, with_usage, &split(&echo), Duration::ZERO).await,
+        Reply::Words { words: list, delay } => words(&mut stream, streamed, with_usage, &list, delay).await,
+        Reply::Choices { choices, finish_reason } => {
+            begin(&mut stream, &[], Duration::ZERO).await?;
+            for choice in &choices {
+                event(&mut stream, &json!({"object": "chat.completion.chunk", "choices": [choice]}).to_string())
+                    .await?;
+            }
+            end(&mut stream, &finish_reason, with_usage.then(|| usage(choices.len()))).await
+        }
+        Reply::Body(body) => whole(&mut stream, "200 OK", &body).await,
+        Reply::Busy { retry_after } => {
+            let body = json!({"error": {"message": "slow down", "type": "requests", "code": "rate_limit_exceeded"}});
+            whole(&mut stream, &format!("429 Busy\r\nretry-after: {retry_after}"), &body).await
+        }
         Reply::Error { status, message } => error(&mut stream, status, &message).await,
         Reply::ErrorInStream { words: list, message } => {
             begin(&mut stream, &list, Duration::ZERO).await?;
@@ -129,8 +176,29 @@ async fn connection(stream: TcpStream, state: &State) -> io::Result<()> {
         }
         // Returning closes the connection in the middle of the chunked body.
         Reply::Break { words: list } => begin(&mut stream, &list, Duration::ZERO).await,
-        Reply::Hang => std::future::pending().await,
+        // Until the client gives up.
+        Reply::Hang => stream.read(&mut [0]).await.map(drop),
     }
+}
+
+/// The token usage of an answer of so many words.
+fn usage(words: usize) -> Value {
+    json!({"prompt_tokens": 10, "completion_tokens": words, "total_tokens": 10 + words})
+}
+
+/// Embeddings of one text or of a list, in OpenAI's form.
+fn embeddings(input: &Value, as_base64: bool) -> Value {
+    let count = input.as_array().map_or(1, Vec::len);
+    // The same three numbers of 32 bits.
+    let embedding = if as_base64 {
+        json!("AAAAAAAAAD8AAIC/")
+    } else {
+        json!([0.0, 0.5, -1.0])
+    };
+    let data: Vec<_> = (0..count)
+        .map(|index| json!({"object": "embedding", "index": index, "embedding": embedding}))
+        .collect();
+    json!({"object": "list", "data": data, "model": "embedder", "usage": {"prompt_tokens": 2, "total_tokens": 2}})
 }
 
 async fn read_request(stream: &mut BufReader<TcpStream>) -> io::Result<Request> {
@@ -164,16 +232,31 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> io::Result<Request> 
     })
 }
 
-async fn words(stream: &mut BufReader<TcpStream>, streamed: bool, words: &[String], delay: Duration) -> io::Result<()> {
+async fn words(
+    stream: &mut BufReader<TcpStream>,
+    streamed: bool,
+    with_usage: bool,
+    words: &[String],
+    delay: Duration,
+) -> io::Result<()> {
     if !streamed {
         let message = json!({"role": "assistant", "content": words.concat()});
         let choices = json!([{"index": 0, "message": message, "finish_reason": "stop"}]);
-        return whole(stream, "200 OK", &json!({"object": "chat.completion", "choices": choices})).await;
+        let body = json!({"object": "chat.completion", "choices": choices, "usage": usage(words.len())});
+        return whole(stream, "200 OK", &body).await;
     }
 
     begin(stream, words, delay).await?;
-    let last = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]});
+    end(stream, "stop", with_usage.then(|| usage(words.len()))).await
+}
+
+/// Sends the finish reason, the usage and the end of an event stream.
+async fn end(stream: &mut BufReader<TcpStream>, finish_reason: &str, usage: Option<Value>) -> io::Result<()> {
+    let last = json!({"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]});
     event(stream, &last.to_string()).await?;
+    if let Some(usage) = usage {
+        event(stream, &json!({"choices": [], "usage": usage}).to_string()).await?;
+    }
     event(stream, "[DONE]").await?;
     stream.write_all(b"0\r\n\r\n").await
 }

@@ -10,6 +10,7 @@ pub mod id;
 pub mod ipc;
 pub mod json;
 pub mod limits;
+pub mod openai;
 pub mod policy;
 pub mod realtime;
 pub mod router;

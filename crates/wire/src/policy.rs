@@ -37,11 +37,30 @@ pub struct Provider {
     pub weight: u32,
     #[serde(default)]
     pub priority: Option<u32>,
+    /// What a task costs whose tokens are not known or have no `price`.
     #[serde(default)]
     pub cost: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub price: Option<Price>,
     /// Expected latency, used until real results are known.
     #[serde(default)]
     pub latency_ms: Option<f64>,
+}
+
+/// What a million of a model's tokens cost, as [`crate::openai::Price`].
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Price {
+    pub input: f64,
+    pub output: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached_input: Option<f64>,
+}
+
+impl From<Price> for crate::openai::Price {
+    fn from(Price { input, output, cached_input }: Price) -> Self {
+        Self { input, output, cached_input }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

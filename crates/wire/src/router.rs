@@ -136,6 +136,10 @@ pub struct Decision {
     pub explanation: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata: Option<Map<String, Value>>,
+    /// The price of the provider's tokens, if the policy names one: a task whose tokens are known costs that much instead
+    /// of `expected_cost`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub price: Option<crate::openai::Price>,
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq, Hash)]

@@ -19,6 +19,7 @@ use outages::Outages;
 use provider::Provider;
 use provider::command::processes;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -76,15 +77,54 @@ pub enum Kind {
         env: BTreeMap<String, String>,
         output_max: usize,
     },
-    /// Asks an endpoint of OpenAI's chat completions API and streams the answer.
-    OpenAi {
-        base_url: String,
-        api_key: Option<String>,
-        model: String,
-        system: Option<String>,
-    },
+    /// Asks an endpoint of OpenAI's API, for chat completions and embeddings.
+    OpenAi(Model),
     /// Answers questions about this deployment.
     Ops,
+}
+
+/// A model behind an endpoint of OpenAI's API.
+#[derive(Clone)]
+pub struct Model {
+    pub base_url: String,
+    pub api_key: Option<String>,
+    pub model: String,
+    /// The system prompt, before the messages of every task.
+    pub system: Option<String>,
+    /// Asks for the token usage of streamed answers, with `stream_options`.
+    pub include_usage: bool,
+    /// How long a chat completion may take until its first token.
+    pub first_token_timeout: Option<Duration>,
+    /// What this worker may send to the endpoint in a minute.
+    pub requests_per_minute: Option<u64>,
+    pub tokens_per_minute: Option<u64>,
+}
+
+impl Model {
+    /// A model without key, system prompt and limits.
+    pub fn new(base_url: impl Into<String>, model: impl Into<String>) -> Self {
+        Self {
+            base_url: base_url.into(),
+            api_key: None,
+            model: model.into(),
+            system: None,
+            include_usage: true,
+            first_token_timeout: None,
+            requests_per_minute: None,
+            tokens_per_minute: None,
+        }
+    }
+}
+
+/// Prints no key.
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { base_url, model, .. } = self;
+        f.debug_struct("Model")
+            .field("base_url", base_url)
+            .field("model", model)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, thiserror::Error)]

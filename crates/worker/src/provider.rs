@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use wire::json::{Json, JsonObject};
+use wire::openai::{Delta, Tokens};
 use wire::router::{ExecAssignment, OutputChunk, ResultStatus, Task, TextOutput};
 use wire::status::Percentiles;
 
@@ -58,6 +59,16 @@ impl Job<'_> {
     pub fn text(&self, name: &str) -> Option<String> {
         self.field(name)?.string()
     }
+
+    /// The task's `prompt`, or the text of the last of its `messages`.
+    pub fn prompt(&self) -> Option<String> {
+        let last = || {
+            let messages = self.field("messages")?.list()?;
+            let last: JsonObject = messages.into_iter().next_back()?.try_into().ok()?;
+            last.get("content")?.string()
+        };
+        self.text("prompt").or_else(last)
+    }
 }
 
 /// How long a run may take, and whose limit that is. A provider that exceeds its own limit has failed; one that runs
@@ -94,6 +105,8 @@ pub(crate) struct Outcome {
     pub error: Option<String>,
     /// The cool-down that a busy provider asks for, in seconds.
     pub retry_after_seconds: Option<u64>,
+    /// The tokens that a model's endpoint reported.
+    pub tokens: Option<Tokens>,
 }
 
 impl Outcome {
@@ -104,6 +117,7 @@ impl Outcome {
             error_code: None,
             error: None,
             retry_after_seconds: None,
+            tokens: None,
         }
     }
 
@@ -133,6 +147,12 @@ impl Outcome {
         }
     }
 
+    /// The provider's limit of the time until the first token has passed.
+    fn without_first_token(limit: Duration) -> Self {
+        let text = format!("no token within {limit:?}, the provider's limit for the first one");
+        Self::ended(ResultStatus::Timeout, "first_token_timeout", text)
+    }
+
     fn timed_out(limit: Limit) -> Self {
         let (code, whose) = match limit {
             Limit::Provider(_) => ("timeout", "the provider's limit"),
@@ -148,6 +168,7 @@ impl Outcome {
             error_code: Some(code),
             error: Some(message.into()),
             retry_after_seconds: None,
+            tokens: None,
         }
     }
 }
@@ -185,9 +206,17 @@ impl Output {
     }
 
     pub async fn push(&self, text: &str) {
-        if text.is_empty() {
-            return;
+        if !text.is_empty() {
+            self.publish(text, Json::of(&text)).await;
         }
+    }
+
+    /// Publishes a piece that is more than its text.
+    pub async fn push_delta(&self, text: &str, delta: &Delta) {
+        self.publish(text, Json::of(delta)).await;
+    }
+
+    async fn publish(&self, text: &str, data: Json) {
         self.text.lock().push_str(text);
 
         let chunk = OutputChunk {
@@ -196,7 +225,7 @@ impl Output {
             assignment_id: self.assignment_id.clone(),
             attempt: self.attempt,
             seq: self.next.fetch_add(1, Relaxed),
-            data: Json::of(&text),
+            data,
         };
         let payload = serde_json::to_vec(&chunk)
             .expect("an output chunk serializes to JSON")
@@ -225,8 +254,8 @@ impl Provider {
             Kind::Command { program, args, env, output_max } => {
                 Work::Command(command::Command { program, args, env, output_max })
             }
-            Kind::OpenAi { base_url, api_key, model, system } => {
-                let made = openai::OpenAi::new(base_url, api_key, model, system);
+            Kind::OpenAi(model) => {
+                let made = openai::OpenAi::new(model);
                 Work::OpenAi(made.map_err(|source| Error::Http { name: config.name.clone(), source })?)
             }
             Kind::Ops => Work::Ops(ops::Ops { bus: bus.clone(), live: live.clone() }),

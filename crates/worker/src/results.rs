@@ -97,7 +97,7 @@ pub fn result(assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -
         provider_id: assignment.executor.provider_id.clone(),
         job: JobType { job_type: assignment.job.task_type.clone() },
         latency_ms: ran.as_ref().map_or(0, |ran| ran.took.as_millis() as u64),
-        cost: ran.as_ref().map_or(0.0, |_| assignment.decision.expected_cost),
+        cost: ran.as_ref().map_or(0.0, |_| cost(assignment, &outcome)),
         output: outcome.output,
         trace_id: assignment.correlation.trace_id.clone(),
         tenant_id: Some(assignment.tenant_id.clone()),
@@ -107,6 +107,12 @@ pub fn result(assignment: &ExecAssignment, outcome: Outcome, ran: Option<Ran>) -
         retry_after_seconds: outcome.retry_after_seconds,
         chunks: Some(ran.map_or(0, |ran| ran.chunks)),
     }
+}
+
+/// What the tokens cost if they and their price are known, else what the policy says that a task costs.
+fn cost(assignment: &ExecAssignment, outcome: &Outcome) -> f64 {
+    let of_tokens = assignment.decision.price.zip(outcome.tokens);
+    of_tokens.map_or(assignment.decision.expected_cost, |(price, tokens)| price.cost(&tokens))
 }
 
 /// Stores the result, and acknowledges `delivery` if there is one.

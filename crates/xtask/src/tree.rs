@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 
 /// Directories that hold dependencies, build output or generated data.
-const SKIPPED: &[&str] = &["target", "node_modules", "dist", "data", "corpus", "artifacts"];
+const SKIPPED: &[&str] = &["target", "node_modules", "site-packages", "dist", "data", "corpus", "artifacts"];
 /// Extensions of the files that rules read. Pictures, lock files and the like are skipped.
 const TEXT: &[&str] = &[
     "rs", "ts", "tsx", "css", "html", "mjs", "js", "json", "toml", "md", "sh", "proto", "yaml", "yml", "sql", "service",

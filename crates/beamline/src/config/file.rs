@@ -145,12 +145,16 @@ impl Reader<'_> {
             DeValue::Integer(number) if number.radix() == 10 => parse(key.kind, number.as_str()),
             DeValue::Float(number) => parse(key.kind, number.as_str()),
             DeValue::Boolean(flag) => parse(key.kind, &flag.to_string()),
-            DeValue::Array(items) if matches!(key.kind, Kind::List | Kind::Urls(_) | Kind::Variables) => items
-                .iter()
-                .map(|item| item.get_ref().as_str().map(String::from))
-                .collect::<Option<Vec<_>>>()
-                .ok_or_else(|| "is not a list of strings".into())
-                .and_then(|items| list(key.kind, items)),
+            DeValue::Array(items)
+                if matches!(key.kind, Kind::List | Kind::ApiKeys | Kind::Urls(_) | Kind::Variables) =>
+            {
+                items
+                    .iter()
+                    .map(|item| item.get_ref().as_str().map(String::from))
+                    .collect::<Option<Vec<_>>>()
+                    .ok_or_else(|| "is not a list of strings".into())
+                    .and_then(|items| list(key.kind, items))
+            }
             other => Err(format!("cannot be of type {}", other.type_str())),
         };
 

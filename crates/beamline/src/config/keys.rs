@@ -37,8 +37,8 @@ const fn live(mut key: Key) -> Key {
 }
 
 use Kind::{
-    Address, Bool, Choice, Count, Duration, List, LogFilter, Path, Pause, Secret, SecretUrl, Share, Size, SocketPath,
-    Text, Url, Urls, Variables,
+    Address, ApiKeys, Bool, Choice, Count, Duration, List, LogFilter, Path, Pause, Secret, SecretUrl, Share, Size,
+    SocketPath, Text, Url, Urls, Variables,
 };
 
 /// The settings of the process.
@@ -143,6 +143,17 @@ pub const KEYS: &[Key] = &[
         List,
         "",
         "tenants that a uid may act for, as 1000=acme or 1001=*; empty: all users act for default",
+    )),
+    live(unset(
+        "gateway.api_keys",
+        ApiKeys,
+        "keys of the OpenAI-compatible entry, as acme=KEY; a tenant may have several",
+    )),
+    live(unset("gateway.api_keys_file", Path, "file with more of them, one on each line")),
+    live(unset(
+        "gateway.max_in_flight_per_tenant",
+        Count(1, 1_000_000),
+        "limit of the OpenAI-compatible entry for each tenant; unset: an equal share for each tenant with a key",
     )),
     key("router.policies", Path, "policies", "directory of policies, <tenant>/<policy>.{json,yaml,toml}"),
     key(
@@ -343,8 +354,22 @@ pub const PROVIDER: &[Key] = &[
     key("timeout", Duration, "60s", "time limit of a run"),
     unset("base_url", Url(url::endpoint), "openai: base URL, for example http://127.0.0.1:11434/v1"),
     unset("api_key", Secret, "openai: bearer key"),
+    unset("api_key_file", Path, "openai: file with the bearer key"),
+    unset("api_key_env", Text, "openai: variable of the server's environment with the bearer key"),
     unset("model", Text, "openai: model name"),
     unset("system", Text, "openai: system prompt"),
+    key("include_usage", Bool, "true", "openai: ask for the token usage of streamed answers"),
+    unset("first_token_timeout", Duration, "openai: time limit of the first token of a chat completion"),
+    unset(
+        "requests_per_minute",
+        Count(1, 1_000_000_000),
+        "openai: limit of the requests that each worker sends",
+    ),
+    unset(
+        "tokens_per_minute",
+        Count(1, 1_000_000_000_000),
+        "openai: limit of the tokens that each worker uses",
+    ),
 ];
 
 /// Keys of each `[[cluster.namespaces]]` and, except for the name, of `[cluster.defaults]`. No key has a default here:

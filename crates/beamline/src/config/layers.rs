@@ -1,5 +1,6 @@
 //! The sources of settings, and how they are merged: defaults < file < environment < flags.
 
+use super::credentials;
 use super::file;
 use super::keys::{KEYS, Key};
 use super::problems::{Problems, did_you_mean};
@@ -41,6 +42,7 @@ impl Layers {
         self.read_flags(&mut tables, problems);
 
         self.pass_on(&mut tables);
+        credentials::read(&self.environment, &mut tables, problems);
         tables
     }
 

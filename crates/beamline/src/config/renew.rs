@@ -1,5 +1,6 @@
 //! SIGHUP: applies the changed settings that a running process can change, and lists those that need a restart.
 
+use super::credentials::API_KEYS_FILE;
 use super::keys::KEYS;
 use super::problems::Problems;
 use super::settings::Settings;
@@ -32,6 +33,13 @@ impl Settings {
             }
             if key.live {
                 tables.values.take_over(key, &fresh.values);
+            }
+        }
+
+        if tables.key_lines != fresh.key_lines {
+            tables.key_lines.clone_from(&fresh.key_lines);
+            if !changes.applied.contains(&API_KEYS_FILE) {
+                changes.applied.push(API_KEYS_FILE);
             }
         }
 

@@ -3,11 +3,12 @@
 //! A part's table is the part's own `Config`, as far as the settings determine it. The wiring adds values known only at
 //! run time: secrets, bound addresses, the boot id.
 
+use super::credentials::API_KEYS_FILE;
 use super::namespaces;
 use super::problems::Problems;
 use super::roles::Role;
 use super::tables::{Source, Tables, Values};
-use super::value::variable;
+use super::value::{api_key, variable};
 use crate::hosts::{Hosts, is_host};
 use crate::proxies::{Network, Proxies};
 use bus::local::Durability;
@@ -242,11 +243,14 @@ fn gateway(lists: &mut Lists<'_>) -> gateway::Config {
         tenants.entry(uid).or_default().push(tenant);
     }
     let allowed_uids = lists.parsed("gateway.allowed_uids", parse_uid);
+    let tenant_keys = tenant_keys(lists);
 
     let values = &lists.tables.values;
     gateway::Config {
         tenants,
         allowed_uids,
+        tenant_keys,
+        max_in_flight_per_tenant: values.maybe_number("gateway.max_in_flight_per_tenant"),
         socket: values.path("gateway.socket"),
         max_connections: values.number("gateway.max_connections"),
         max_connections_per_user: values.maybe_number("gateway.max_connections_per_user"),
@@ -263,6 +267,23 @@ fn gateway(lists: &mut Lists<'_>) -> gateway::Config {
         drain_timeout: drain_timeout(values),
         ..gateway::Config::default()
     }
+}
+
+/// The tenants' keys of the settings and of the file that they name. A key belongs to one tenant.
+fn tenant_keys(lists: &mut Lists<'_>) -> BTreeMap<String, String> {
+    let mut keys = BTreeMap::<String, String>::new();
+    let listed = lists.tables.values.maybe_list("gateway.api_keys").unwrap_or_default();
+    let sources = [("gateway.api_keys", &listed), (API_KEYS_FILE, &lists.tables.key_lines)];
+    for (setting, items) in sources {
+        for (tenant, key) in items.iter().filter_map(|item| api_key(item).ok()) {
+            let known = keys.entry(key.into()).or_insert_with(|| tenant.into());
+            if known != tenant {
+                let what = format!("has the same key for {known} and {tenant}; a key belongs to one tenant");
+                lists.problems.add(lists.tables.place(setting), what);
+            }
+        }
+    }
+    keys
 }
 
 fn router(values: &Values) -> router::Config {
@@ -290,7 +311,7 @@ fn worker(tables: &Tables) -> worker::Config {
     };
 
     for provider in &tables.providers {
-        let Some(provider) = self::provider(provider, &tables.passed_on) else {
+        let Some(provider) = self::provider(provider, &tables.passed_on, &tables.provider_keys) else {
             continue;
         };
         // An entry named `echo` or `ops` replaces the built-in provider.
@@ -301,7 +322,11 @@ fn worker(tables: &Tables) -> worker::Config {
 }
 
 /// Returns `None` if the provider lacks a required key, which was reported when the file was read.
-fn provider(values: &Values, passed_on: &BTreeMap<String, String>) -> Option<worker::ProviderConfig> {
+fn provider(
+    values: &Values,
+    passed_on: &BTreeMap<String, String>,
+    keys: &BTreeMap<String, String>,
+) -> Option<worker::ProviderConfig> {
     let kind = match values.maybe_text("kind")?.as_str() {
         "echo" => worker::Kind::Echo,
         "ops" => worker::Kind::Ops,
@@ -311,12 +336,17 @@ fn provider(values: &Values, passed_on: &BTreeMap<String, String>) -> Option<wor
             env: program_environment(values, passed_on),
             output_max: values.number("output_max"),
         },
-        "openai" => worker::Kind::OpenAi {
-            base_url: values.maybe_text("base_url")?,
-            api_key: values.maybe_text("api_key"),
-            model: values.maybe_text("model")?,
+        "openai" => worker::Kind::OpenAi(worker::Model {
+            api_key: values
+                .maybe_text("api_key")
+                .or_else(|| keys.get(&values.maybe_text("name")?).cloned()),
             system: values.maybe_text("system"),
-        },
+            include_usage: values.flag("include_usage"),
+            first_token_timeout: values.maybe_duration("first_token_timeout"),
+            requests_per_minute: values.maybe_number("requests_per_minute"),
+            tokens_per_minute: values.maybe_number("tokens_per_minute"),
+            ..worker::Model::new(values.maybe_text("base_url")?, values.maybe_text("model")?)
+        }),
         other => unreachable!("the table of keys has no provider kind {other}"),
     };
 

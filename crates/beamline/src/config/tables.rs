@@ -32,6 +32,10 @@ pub struct Tables {
     pub namespace_defaults: Option<Values>,
     /// The variables of this process's environment that providers pass on to their programs.
     pub passed_on: BTreeMap<String, String>,
+    /// The bearer keys that providers take from a file or a variable, by the provider's name.
+    pub provider_keys: BTreeMap<String, String>,
+    /// The lines of `gateway.api_keys_file`.
+    pub key_lines: Vec<String>,
     /// The file that was read, if any.
     pub file: Option<PathBuf>,
     pub warnings: Vec<String>,

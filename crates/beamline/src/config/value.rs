@@ -16,6 +16,8 @@ pub type Rule = fn(&str) -> Result<(), String>;
 const DURATION_MAX: Duration = Duration::from_secs(3650 * 86_400);
 /// The length of `sun_path` in `sockaddr_un` (unix(7)) without its final zero byte.
 const SOCKET_PATH_MAX: usize = 107;
+/// A shorter key of a tenant could be guessed.
+const API_KEY_MIN: usize = 32;
 const LOG_LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
 #[derive(Debug, Clone, Copy)]
@@ -49,6 +51,8 @@ pub enum Kind {
     LogFilter,
     /// An array of strings, or one string with commas.
     List,
+    /// A list of keys of tenants, as `tenant=key`, which are never printed.
+    ApiKeys,
     /// A list of environment variables: `NAME`, or `NAME=value`. A value may be a secret and is never printed.
     Variables,
 }
@@ -112,7 +116,7 @@ pub fn parse(kind: Kind, text: &str) -> Result<Value, String> {
         Kind::Choice(choices) if choices.contains(&text) => Ok(Value::Text(text.into())),
         Kind::Choice(choices) => Err(format!("is {text:?}, not one of {}", choices.join(", "))),
 
-        Kind::List | Kind::Variables | Kind::Urls(_) => {
+        Kind::List | Kind::ApiKeys | Kind::Variables | Kind::Urls(_) => {
             let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
             list(kind, items.map(String::from).collect())
         }
@@ -124,6 +128,7 @@ pub fn list(kind: Kind, items: Vec<String>) -> Result<Value, String> {
     match kind {
         Kind::Urls(rule) => items.iter().try_for_each(|item| rule(item))?,
         Kind::Variables => variables(&items)?,
+        Kind::ApiKeys => items.iter().try_for_each(|item| api_key(item).map(drop))?,
         _ => {}
     }
     Ok(Value::List(items))
@@ -163,6 +168,24 @@ pub fn variable(item: &str) -> (&str, Option<&str>) {
         Some((name, value)) => (name, Some(value)),
         None => (item, None),
     }
+}
+
+/// Splits an item of [`Kind::ApiKeys`] into tenant and key. The error does not repeat the key.
+pub fn api_key(item: &str) -> Result<(&str, &str), String> {
+    let (tenant, key) = item
+        .split_once('=')
+        .map(|(tenant, key)| (tenant.trim(), key.trim()))
+        .ok_or("holds an entry without =; a key is written as tenant=KEY")?;
+    if !wire::id::is_tenant(tenant) {
+        return Err("holds a key whose tenant is not a name; a key is written as tenant=KEY".into());
+    }
+    if key.len() < API_KEY_MIN || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(format!(
+            "holds a key of {tenant} that is not at least {API_KEY_MIN} letters, digits and signs; make one with \
+             openssl rand -hex 32"
+        ));
+    }
+    Ok((tenant, key))
 }
 
 fn duration(text: &str, min: Duration) -> Result<Duration, String> {
@@ -229,7 +252,7 @@ pub fn render(kind: Kind, value: &Value) -> String {
         (_, Value::Share(share)) => format!("{share:?}"),
         (_, Value::Bool(b)) => b.to_string(),
 
-        (Kind::Variables, Value::List(items)) => {
+        (Kind::Variables | Kind::ApiKeys, Value::List(items)) => {
             let shown = items.iter().map(|item| match variable(item) {
                 (name, Some(_)) => format!("{name}=[REDACTED]"),
                 (name, None) => name.into(),

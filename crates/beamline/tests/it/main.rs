@@ -13,6 +13,7 @@ mod keys;
 mod ledger;
 mod logs;
 mod memory;
+mod openai;
 mod process;
 mod random;
 mod realtime;

@@ -92,12 +92,7 @@ impl Part {
                 Role::Worker(n) => {
                     let provider = |name: &str| worker::ProviderConfig {
                         name: name.into(),
-                        kind: worker::Kind::OpenAi {
-                            base_url: base_url.clone(),
-                            api_key: None,
-                            model: "m".into(),
-                            system: None,
-                        },
+                        kind: worker::Kind::OpenAi(worker::Model::new(&base_url, "m")),
                         timeout: Duration::from_secs(60),
                     };
                     let providers = PROVIDERS[n].map(provider).into();

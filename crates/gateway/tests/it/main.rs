@@ -7,6 +7,7 @@ mod http;
 mod injection;
 mod namesakes;
 mod old_clients;
+mod openai;
 mod paths;
 mod reload;
 mod router;

@@ -1,11 +1,11 @@
-//! A provider that returns the task's payload. A prompt is streamed word by word.
+//! A provider that returns the task's payload. A prompt, or the last message of a conversation, is streamed word by word.
 
 use super::{Job, Outcome, Output};
 use std::collections::BTreeMap;
 use wire::json::Json;
 
 pub async fn run(job: &Job<'_>, output: &Output) -> Outcome {
-    if let Some(prompt) = job.text("prompt") {
+    if let Some(prompt) = job.prompt() {
         for word in prompt.split_inclusive(' ') {
             output.push(word).await;
         }

@@ -6,28 +6,49 @@ use std::time::{Duration, Instant};
 use testkit::{OpenAi, Reply};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use wire::json::Json;
+use wire::openai::{CHAT, EMBEDDINGS};
 use wire::router::{ExecResult, ResultStatus};
 use wire::subjects;
-use worker::{Config, Kind};
+use worker::{Config, Kind, Model};
 
 fn model(base_url: String) -> Config {
-    let kind = Kind::OpenAi {
-        base_url,
+    let model = Model {
         api_key: Some("k".into()),
-        model: "m".into(),
         system: Some("be brief".into()),
+        ..Model::new(base_url, "m")
     };
-    Config { providers: vec![provider("ai", kind)], ..Config::default() }
+    with(model)
+}
+
+fn with(model: Model) -> Config {
+    Config {
+        providers: vec![provider("ai", Kind::OpenAi(model))],
+        ..Config::default()
+    }
 }
 
 async fn ask(base_url: String, payload: Value, deadline_ms: u64) -> ExecResult {
+    run(model(base_url), within(assignment("r", "ai", payload), deadline_ms)).await
+}
+
+async fn run(config: Config, assignment: Value) -> ExecResult {
     let place = Place::local().await;
     let mut results = place.results().await;
-    let _worker = place.worker(model(base_url)).await;
-    place
-        .append(subjects::ASSIGN, within(assignment("r", "ai", payload), deadline_ms).to_string())
-        .await;
+    let _worker = place.worker(config).await;
+    place.append(subjects::ASSIGN, assignment.to_string()).await;
     results.next().await
+}
+
+/// An assignment as the OpenAI-compatible entry submits it.
+fn asked(task_type: &str, body: Value) -> Value {
+    let mut assignment = assignment("r", "ai", json!({"params": body}));
+    assignment["job"]["type"] = task_type.into();
+    assignment["decision"]["price"] = json!({"input": 2.0, "output": 8.0});
+    assignment
+}
+
+fn output(result: &ExecResult) -> Value {
+    result.output.as_ref().map_or(Value::Null, Json::value)
 }
 
 fn words(words: &[&str]) -> Vec<String> {
@@ -48,10 +69,10 @@ async fn answer_is_streamed_word_by_word() {
         assert_eq!((chunk.seq, chunk.data.value()), (seq as u64, json!(word)));
     }
     let result = results.next().await;
-    assert_eq!(
-        (result.status, result.output),
-        (ResultStatus::Success, Some(Json::of(&json!({"text": "one two three"}))))
-    );
+    let usage = json!({"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13});
+    let answer = json!({"text": "one two three", "finish_reason": "stop", "usage": usage});
+    assert_eq!((result.status, result.output), (ResultStatus::Success, Some(Json::of(&answer))));
+    assert_eq!(result.cost, 0.25, "without a price, a task costs what the policy says");
 
     let request = endpoint.requests().remove(0);
     assert_eq!(
@@ -59,7 +80,9 @@ async fn answer_is_streamed_word_by_word() {
         ("/v1/chat/completions", Some("Bearer k"))
     );
     let messages = json!([{"role": "system", "content": "be brief"}, {"role": "user", "content": "count"}]);
-    assert_eq!(request.body, json!({"model": "m", "messages": messages, "stream": true}));
+    let expected =
+        json!({"model": "m", "messages": messages, "stream": true, "stream_options": {"include_usage": true}});
+    assert_eq!(request.body, expected);
 }
 
 #[tokio::test]
@@ -67,7 +90,7 @@ async fn messages_are_sent_unchanged_and_a_task_without_any_is_invalid() {
     let endpoint = OpenAi::start().await;
     let messages = json!([{"role": "assistant", "content": "hello"}, {"role": "user", "content": "again please"}]);
     let result = ask(endpoint.url(), json!({"params": {"messages": messages}}), 60_000).await;
-    assert_eq!(result.output.map(|output| output.value()), Some(json!({"text": "again please"})));
+    assert_eq!(output(&result)["text"], "again please");
     assert_eq!(endpoint.requests()[0].body["messages"][2], messages[1]);
 
     for payload in [json!({}), json!({"messages": []}), json!({"prompt": 7})] {
@@ -75,6 +98,135 @@ async fn messages_are_sent_unchanged_and_a_task_without_any_is_invalid() {
         assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Error, Some("invalid_task")));
     }
     assert_eq!(endpoint.requests().len(), 1, "an invalid task is not sent to the endpoint");
+}
+
+#[tokio::test]
+async fn request_of_the_api_is_passed_on_and_its_answer_kept() {
+    let endpoint = OpenAi::start().await;
+    let call = json!({"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}});
+    let message = json!({"role": "assistant", "content": null, "tool_calls": [call]});
+    let usage = json!({"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500});
+    let choice = json!({"index": 0, "message": message, "finish_reason": "tool_calls"});
+    endpoint.reply(Reply::Body(json!({"model": "m-2026", "choices": [choice], "usage": usage})));
+
+    let tools = json!([{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]);
+    let messages = json!([{"role": "user", "content": "?"}]);
+    let parameters = json!({"temperature": 0.25, "tools": tools, "tool_choice": "auto", "vendor_option": [1.50]});
+    let mut body = json!({"model": "a policy", "messages": messages, "stream": false});
+    let mut expected = json!({"model": "m", "messages": messages});
+    for object in [&mut body, &mut expected] {
+        object
+            .as_object_mut()
+            .unwrap()
+            .extend(parameters.as_object().unwrap().clone());
+    }
+
+    let result = run(with(Model::new(endpoint.url(), "m")), asked(CHAT, body)).await;
+    assert_eq!(endpoint.requests()[0].body, expected);
+    let kept = json!({"text": "", "finish_reason": "tool_calls", "message": {"tool_calls": [call]}, "usage": usage,
+        "model": "m-2026"});
+    assert_eq!(output(&result), kept);
+    assert_eq!(result.cost, 0.006, "1000 tokens at 2 and 500 at 8 per million");
+}
+
+#[tokio::test]
+async fn streamed_tool_call_reaches_readers_piece_by_piece() {
+    let endpoint = OpenAi::start().await;
+    let delta = |delta: Value| json!({"index": 0, "delta": delta});
+    let first = json!({"role": "assistant", "tool_calls": [{"index": 0, "id": "c", "function": {"name": "f"}}]});
+    let second = json!({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]});
+    let choices = vec![delta(json!({"content": "let me see"})), delta(first.clone()), delta(second.clone())];
+
+    for (task_type, pieces) in [
+        (CHAT, vec![json!("let me see"), json!({"delta": first}), json!({"delta": second})]),
+        ("chat", vec![json!("let me see")]),
+    ] {
+        endpoint.reply(Reply::Choices { choices: choices.clone(), finish_reason: "tool_calls".into() });
+        let place = Place::local().await;
+        let (mut results, mut chunks) = (place.results().await, place.output("r").await);
+        let _worker = place.worker(with(Model::new(endpoint.url(), "m"))).await;
+        let body = json!({"messages": [{"role": "user", "content": "?"}], "stream": true, "room": "general"});
+        place.append(subjects::ASSIGN, asked(task_type, body).to_string()).await;
+
+        for piece in &pieces {
+            assert_eq!(chunk(&mut chunks).await.data.value(), *piece);
+        }
+        let result = results.next().await;
+        let call = json!({"id": "c", "function": {"name": "f", "arguments": "{}"}});
+        assert_eq!(output(&result)["message"], json!({"tool_calls": [call]}));
+        assert_eq!((result.chunks, &output(&result)["text"]), (Some(pieces.len() as u64), &json!("let me see")));
+    }
+    let sent: Vec<bool> = endpoint
+        .requests()
+        .iter()
+        .map(|request| request.body.get("room").is_some())
+        .collect();
+    assert_eq!(sent, [true, false], "only a request of the API passes on fields that are not known");
+}
+
+#[tokio::test]
+async fn embeddings_are_passed_on_and_an_endpoint_without_them_is_not_blamed() {
+    let endpoint = OpenAi::start().await;
+    let config = || with(Model::new(endpoint.url(), "embedder"));
+    let body = json!({"model": "x", "input": ["a", "b"], "encoding_format": "float"});
+    let result = run(config(), asked(EMBEDDINGS, body)).await;
+    let request = endpoint.requests().remove(0);
+    assert_eq!(request.path, "/v1/embeddings");
+    assert_eq!(request.body, json!({"model": "embedder", "input": ["a", "b"], "encoding_format": "float"}));
+    assert_eq!(output(&result)["data"].as_array().map(Vec::len), Some(2));
+    assert_eq!(result.cost, 4e-6);
+
+    for (status, code) in [(404, "invalid_task"), (405, "invalid_task"), (401, "refused"), (500, "refused")] {
+        endpoint.reply(Reply::Error { status, message: "no".into() });
+        let result = run(config(), asked(EMBEDDINGS, json!({"input": "a"}))).await;
+        assert_eq!(result.error_code.as_deref(), Some(code), "{status}");
+    }
+    let empty = run(config(), asked(EMBEDDINGS, json!({}))).await;
+    assert_eq!((empty.error_code.as_deref(), endpoint.requests().len()), (Some("invalid_task"), 5));
+}
+
+#[tokio::test]
+async fn answer_without_a_first_token_in_time_ends_with_a_code_of_its_own() {
+    let endpoint = OpenAi::start().await;
+    let limited = || {
+        with(Model {
+            first_token_timeout: Some(Duration::from_millis(300)),
+            ..Model::new(endpoint.url(), "m")
+        })
+    };
+    endpoint.reply(Reply::Hang);
+    endpoint.reply(Reply::Words { words: words(&["late"]), delay: Duration::from_secs(2) });
+    for _ in 0..2 {
+        let result = run(limited(), asked(CHAT, json!({"messages": [{"role": "user", "content": "?"}]}))).await;
+        assert_eq!((result.status, result.error_code.as_deref()), (ResultStatus::Timeout, Some("first_token_timeout")));
+    }
+    testkit::eventually(Duration::from_secs(10), async || endpoint.open() == 0).await;
+
+    // What follows the first token may take longer.
+    endpoint.reply(Reply::Words { words: words(&["a ", "b ", "c "]), delay: Duration::from_millis(200) });
+    let result = run(limited(), asked(CHAT, json!({"messages": [{"role": "user", "content": "?"}]}))).await;
+    assert_eq!(output(&result)["text"], "a b c ");
+    assert_eq!(endpoint.requests()[0].body["stream"], true, "a limit of the first token needs a stream");
+}
+
+#[tokio::test]
+async fn limits_of_a_minute_are_cool_downs() {
+    for limited in [
+        |model: Model| Model { requests_per_minute: Some(1), ..model },
+        |model: Model| Model { tokens_per_minute: Some(5), ..model },
+    ] {
+        let endpoint = OpenAi::start().await;
+        let place = Place::local().await;
+        let mut results = place.results().await;
+        let _worker = place.worker(with(limited(Model::new(endpoint.url(), "m")))).await;
+        for (n, expected) in [(1, None), (2, Some("rate_limited"))] {
+            place.assign(&format!("r{n}"), "ai", json!({"prompt": "hi"})).await;
+            let result = results.next().await;
+            assert_eq!(result.error_code.as_deref(), expected);
+            assert_eq!(result.retry_after_seconds.is_some_and(|seconds| seconds > 1), expected.is_some());
+        }
+        assert_eq!(endpoint.requests().len(), 1);
+    }
 }
 
 #[tokio::test]
