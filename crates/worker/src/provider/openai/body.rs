@@ -164,7 +164,7 @@ impl Serialize for Messages<'_> {
         let system = self.system.map(|content| message("system", content));
         match &self.given {
             Given::List(given) => {
-                let system = system.iter().map(|system| Item::Made(system));
+                let system = system.iter().map(Item::Made);
                 serializer.collect_seq(system.chain(given.iter().map(|message| Item::Given(message))))
             }
             Given::Prompt(prompt) => serializer.collect_seq(system.into_iter().chain([message("user", prompt)])),
