@@ -77,7 +77,7 @@ impl<S: State> Engine<S> {
             state,
             path: log.path().to_path_buf(),
             last: log.last(),
-            durability: log.durability(),
+            options: log.options(),
             log: Some(log),
             snapshot: None,
             failed: Instant::now(),
@@ -124,7 +124,7 @@ impl<S: State> Engine<S> {
 struct Owner<S: State> {
     state: S,
     path: std::path::PathBuf,
-    durability: crate::Durability,
+    options: crate::Options,
     /// `None` after a failed commit, until the log is open again.
     log: Option<Log>,
     /// The newest committed row.
@@ -265,7 +265,7 @@ impl<S: State> Owner<S> {
     }
 
     fn reopened(&mut self) -> Result<Log> {
-        let mut log = Log::open(&self.path, self.durability)?;
+        let mut log = Log::open(&self.path, self.options)?;
         if log.last() < self.last {
             let what = format!("it ends with group {}, but group {} was acknowledged", log.last(), self.last);
             return Err(log.damaged(what));
@@ -440,7 +440,7 @@ mod tests {
 
         // Once the log is whole again, operations are accepted.
         let group = [&1_u32.to_le_bytes()[..], &3_u32.to_le_bytes(), b"two"].concat();
-        let insert = "INSERT INTO log VALUES (2, ?1, ?2)";
+        let insert = "INSERT INTO log (id, crc, data) VALUES (2, ?1, ?2)";
         thief.execute(insert, (crc32fast::hash(&group), &group)).unwrap();
         let end = Instant::now() + Duration::from_secs(20);
         while put(&engine, 4, b"four".to_vec()).await.is_err() {

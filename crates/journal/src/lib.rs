@@ -5,10 +5,11 @@
 mod engine;
 mod life;
 mod log;
+mod packed;
 
 pub use engine::{Answer, Engine, Operation, State};
 pub use life::Continuity;
-pub use log::{Commit, Durability, Log, Part, Place};
+pub use log::{Commit, Durability, Log, Options, Part, Place};
 pub use rusqlite;
 
 use std::fs::File;

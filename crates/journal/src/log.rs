@@ -15,9 +15,10 @@
 mod tests;
 
 use crate::life::{Continuity, Life};
-use crate::{Error, Result, lock};
+use crate::{Error, Result, lock, packed};
 use bytes::Bytes;
 use rusqlite::{Connection, MAIN_DB, OpenFlags, OptionalExtension, params};
+use std::cell::RefCell;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,9 +43,9 @@ const SNAPSHOT_BYTES_MIN: u64 = 16 * 1024 * 1024;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 const SCHEMA: &str = "
-CREATE TABLE IF NOT EXISTS log (id INTEGER PRIMARY KEY, crc INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS log (id INTEGER PRIMARY KEY, crc INTEGER NOT NULL, data BLOB NOT NULL, size INTEGER);
 CREATE TABLE IF NOT EXISTS snapshot (
-    generation INTEGER NOT NULL, part INTEGER NOT NULL, crc INTEGER NOT NULL, data BLOB NOT NULL,
+    generation INTEGER NOT NULL, part INTEGER NOT NULL, crc INTEGER NOT NULL, data BLOB NOT NULL, size INTEGER,
     PRIMARY KEY (generation, part)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 ";
@@ -58,6 +59,20 @@ pub enum Durability {
     Process,
     /// A power failure: the commit waits until it is on disk.
     Power,
+}
+
+/// How a log is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    pub durability: Durability,
+    /// Compresses groups. Reading a value that is not in the owner's memory then reads its whole group.
+    pub compress: bool,
+}
+
+impl From<Durability> for Options {
+    fn from(durability: Durability) -> Self {
+        Self { durability, ..Self::default() }
+    }
 }
 
 /// The place of a value: a range of bytes in one group.
@@ -90,7 +105,9 @@ pub struct Log {
     writer: Connection,
     path: PathBuf,
     page_bytes: u64,
-    durability: Durability,
+    options: Options,
+    /// The compressed group that was read last, for the reads of its other values.
+    unpacked: RefCell<Option<(u64, Bytes)>>,
     life: Life,
     last: u64,
     /// Groups up to this one are covered by the complete snapshot.
@@ -122,7 +139,8 @@ struct OpenSnapshot {
 
 impl Log {
     /// Opens or creates the log. Blocks. Fails with [`Error::InUse`] if another handle or process holds the file.
-    pub fn open(path: &Path, durability: Durability) -> Result<Self> {
+    pub fn open(path: &Path, options: impl Into<Options>) -> Result<Self> {
+        let options = options.into();
         let lock = lock(path)?;
         let failed = |source| Error::Open { path: path.to_path_buf(), source };
 
@@ -133,7 +151,7 @@ impl Log {
             .map_err(failed)?;
         writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
         writer
-            .pragma_update(None, "synchronous", synchronous(durability))
+            .pragma_update(None, "synchronous", synchronous(options.durability))
             .map_err(failed)?;
         // The background thread checkpoints, so that commits do not wait for it.
         writer.pragma_update(None, "wal_autocheckpoint", 0).map_err(failed)?;
@@ -143,6 +161,9 @@ impl Log {
 
         writer.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
         writer.execute_batch(SCHEMA).map_err(failed)?;
+        for table in ["log", "snapshot"] {
+            packed::add_column(&writer, table).map_err(failed)?;
+        }
 
         let meta = |name: &str| -> rusqlite::Result<u64> {
             let found = writer.query_row("SELECT value FROM meta WHERE name = ?1", [name], |row| row.get(0));
@@ -160,8 +181,9 @@ impl Log {
             let sum = writer.query_row(sql, [parameter], |row| row.get::<_, Option<u64>>(0));
             Ok(sum?.unwrap_or(0))
         };
-        let snapshot_bytes = bytes("SELECT sum(length(data)) FROM snapshot WHERE generation = ?1", generation);
-        let replay_bytes = bytes("SELECT sum(length(data)) FROM log WHERE id > ?1", snapshot_since);
+        let snapshot_bytes =
+            bytes("SELECT sum(coalesce(size, length(data))) FROM snapshot WHERE generation = ?1", generation);
+        let replay_bytes = bytes("SELECT sum(coalesce(size, length(data))) FROM log WHERE id > ?1", snapshot_since);
         let (snapshot_bytes, replay_bytes) = (snapshot_bytes.map_err(failed)?, replay_bytes.map_err(failed)?);
 
         // An existing file keeps its page size.
@@ -173,7 +195,8 @@ impl Log {
         Ok(Self {
             writer,
             path: path.to_path_buf(),
-            durability,
+            options,
+            unpacked: RefCell::default(),
             life: Life::new(path, lock.clone()),
             last,
             snapshot_since,
@@ -232,8 +255,8 @@ impl Log {
         &self.path
     }
 
-    pub fn durability(&self) -> Durability {
-        self.durability
+    pub fn options(&self) -> Options {
+        self.options
     }
 
     /// The error for contents that cannot be right.
@@ -254,7 +277,7 @@ impl Log {
         self.writer.pragma_update(None, "synchronous", "FULL")?;
         self.life.begin(&self.writer, boot)?;
         self.writer
-            .pragma_update(None, "synchronous", synchronous(self.durability))?;
+            .pragma_update(None, "synchronous", synchronous(self.options.durability))?;
         Ok(())
     }
 
@@ -279,8 +302,16 @@ impl Log {
 
     /// Reads a whole row.
     pub fn read_row(&self, row: u64) -> Result<Bytes> {
-        let mut select = self.writer.prepare_cached("SELECT data FROM log WHERE id = ?1")?;
-        Ok(select.query_row([row], |row| row.get::<_, Vec<u8>>(0))?.into())
+        let mut select = self.writer.prepare_cached("SELECT data, size FROM log WHERE id = ?1")?;
+        let mut rows = select.query([row])?;
+        let found = rows.next()?.ok_or(rusqlite::Error::QueryReturnedNoRows)?;
+        let data = found
+            .get_ref(0)?
+            .as_blob()
+            .map_err(|error| self.damaged(format!("group {row}: {error}")))?;
+        let group = packed::unpack(data, found.get(1)?);
+        let group = group.map_err(|what| self.damaged(format!("group {row} {what}")))?;
+        Ok(group.into_owned().into())
     }
 
     /// Passes the parts of the snapshot to `part`, then every group since it began to `group`, oldest first. Fails if a
@@ -294,7 +325,7 @@ impl Log {
 
         let mut parts = self
             .writer
-            .prepare("SELECT part, crc, data FROM snapshot WHERE generation = ?1 ORDER BY part")?;
+            .prepare("SELECT part, crc, data, size FROM snapshot WHERE generation = ?1 ORDER BY part")?;
         let mut rows = parts.query([self.generation])?;
         let mut expected = 1;
         while let Some(row) = rows.next()? {
@@ -303,7 +334,9 @@ impl Log {
             if number != expected || crc != crc32fast::hash(data) {
                 return Err(damaged(format!("part {number} of the snapshot is damaged or out of order")));
             }
-            part(data).map_err(damaged)?;
+            let data = packed::unpack(data, row.get(3)?);
+            let data = data.map_err(|what| damaged(format!("part {number} of the snapshot {what}")))?;
+            part(&data).map_err(damaged)?;
             expected += 1;
         }
         if self.generation > 0 && expected == 1 {
@@ -312,7 +345,7 @@ impl Log {
 
         let mut groups = self
             .writer
-            .prepare("SELECT id, crc, data FROM log WHERE id > ?1 ORDER BY id")?;
+            .prepare("SELECT id, crc, data, size FROM log WHERE id > ?1 ORDER BY id")?;
         let mut rows = groups.query([self.snapshot_since])?;
         let mut expected = self.snapshot_since + 1;
         while let Some(row) = rows.next()? {
@@ -324,15 +357,18 @@ impl Log {
             if crc != crc32fast::hash(data) {
                 return Err(damaged(format!("group {id} does not match its checksum")));
             }
-            group(id, data).map_err(damaged)?;
+            let data = packed::unpack(data, row.get(3)?).map_err(|what| damaged(format!("group {id} {what}")))?;
+            group(id, &data).map_err(damaged)?;
             expected += 1;
         }
         Ok(())
     }
 
-    /// Returns every row with its size in bytes.
+    /// Returns every row with the size of its group in bytes.
     pub fn rows(&self) -> Result<Vec<(u64, u64)>> {
-        let mut rows = self.writer.prepare("SELECT id, length(data) FROM log ORDER BY id")?;
+        let mut rows = self
+            .writer
+            .prepare("SELECT id, coalesce(size, length(data)) FROM log ORDER BY id")?;
         let rows = rows.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
@@ -350,7 +386,7 @@ impl Log {
             // A failed rollback needs no handling: the transaction ends at the latest when the connection is closed.
             let _ = self.writer.execute_batch("ROLLBACK");
         }
-        written?;
+        let written = written?;
 
         if !commit.group.is_empty() {
             self.last += 1;
@@ -369,16 +405,20 @@ impl Log {
             }
         }
 
-        self.keep_wal_short(commit.group.len() + commit.part.as_ref().map_or(0, |part| part.data.len()));
+        self.keep_wal_short(written);
         Ok(())
     }
 
-    fn write(&mut self, commit: &Commit<'_>) -> Result<()> {
+    /// Returns the bytes of data that were written.
+    fn write(&mut self, commit: &Commit<'_>) -> Result<usize> {
         let db = &self.writer;
+        let mut written = 0;
         db.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
         if !commit.group.is_empty() {
-            db.prepare_cached("INSERT INTO log VALUES (?1, ?2, ?3)")?
-                .execute(params![self.last + 1, crc32fast::hash(commit.group), commit.group])?;
+            let (data, size) = packed::pack(commit.group, self.options.compress);
+            db.prepare_cached("INSERT INTO log VALUES (?1, ?2, ?3, ?4)")?
+                .execute(params![self.last + 1, crc32fast::hash(&data), data, size])?;
+            written += data.len();
         }
 
         if let (Some(part), Some(OpenSnapshot { since, parts, .. })) = (&commit.part, self.open_snapshot) {
@@ -387,8 +427,10 @@ impl Log {
                 // Removes the parts of a snapshot that was not completed.
                 db.execute("DELETE FROM snapshot WHERE generation >= ?1", [generation])?;
             }
-            db.prepare_cached("INSERT INTO snapshot VALUES (?1, ?2, ?3, ?4)")?
-                .execute(params![generation, parts + 1, crc32fast::hash(part.data), part.data])?;
+            let (data, size) = packed::pack(part.data, self.options.compress);
+            db.prepare_cached("INSERT INTO snapshot VALUES (?1, ?2, ?3, ?4, ?5)")?
+                .execute(params![generation, parts + 1, crc32fast::hash(&data), data, size])?;
+            written += data.len();
             if part.last {
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('generation', ?1)", [generation])?;
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('snapshot_since', ?1)", [since])?;
@@ -401,16 +443,39 @@ impl Log {
             db.prepare_cached("DELETE FROM log WHERE id = ?1")?.execute([row])?;
         }
         db.prepare_cached("COMMIT")?.execute([])?;
-        Ok(())
+        Ok(written)
     }
 
-    /// Reads the value at a place. Reads only the pages that hold it.
+    /// Reads the value at a place.
     pub fn read(&self, place: Place) -> Result<Bytes> {
+        if self.options.compress {
+            let group = self.read_packed(place.row)?;
+            let range = place.offset as usize..place.offset as usize + place.len as usize;
+            if range.end > group.len() {
+                let what = format!("group {} has {} bytes, and a value at {range:?}", place.row, group.len());
+                return Err(self.damaged(what));
+            }
+            return Ok(group.slice(range));
+        }
+        // Reads only the pages that hold it.
         let mut value = vec![0; place.len as usize];
         let row = i64::try_from(place.row).expect("rows are counted from 1");
         let blob = self.writer.blob_open(MAIN_DB, "log", "data", row, true)?;
         blob.read_at_exact(&mut value, place.offset as usize)?;
         Ok(value.into())
+    }
+
+    /// A whole row; the one that was read last is kept, because values are often read in order.
+    fn read_packed(&self, row: u64) -> Result<Bytes> {
+        let mut unpacked = self.unpacked.borrow_mut();
+        match &*unpacked {
+            Some((known, group)) if *known == row => Ok(group.clone()),
+            _ => {
+                let group = self.read_row(row)?;
+                *unpacked = Some((row, group.clone()));
+                Ok(group)
+            }
+        }
     }
 
     /// If the file has more than `keep` free bytes, returns up to `bytes` of them to the file system.

@@ -8,7 +8,7 @@ use crate::clock::unix_ms;
 use crate::pattern::{overlap, union};
 use crate::{Appended, BucketConfig, ConsumerConfig, Error, Fill, Message, Outcome, Result, StreamConfig, StreamInfo};
 use bytes::Bytes;
-use journal::{Durability, Log};
+use journal::{Durability, Log, Options};
 use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::path::Path;
@@ -82,7 +82,8 @@ impl From<journal::Error> for Error {
 impl Store {
     /// Opens or creates the store. Blocks while the log is replayed.
     pub fn open(path: &Path, durability: Durability) -> Result<Self> {
-        let mut log = Log::open(path, durability)?;
+        // Most values are read from memory. Of a backlog, which is read in order, a group is read once.
+        let mut log = Log::open(path, Options { durability, compress: true })?;
         let stores = Stores::load(&mut log)?;
         Ok(Self {
             engine: Engine::start(log, stores)?,
@@ -488,8 +489,10 @@ mod tests {
 
         limit(200).await.unwrap();
         let mut acknowledged = 0;
+        // Does not become smaller by compression.
+        let payload: String = (0..300).map(|_| uuid::Uuid::new_v4().to_string()).collect();
         let refused = loop {
-            match store.append(&message(&"x".repeat(10_000)), None).await {
+            match store.append(&message(&payload), None).await {
                 Ok(_) => acknowledged += 1,
                 Err(error) => break error,
             }

@@ -215,3 +215,47 @@ fn restored_copy_is_doubtful() {
         assert_eq!(continuity, Continuity::Doubtful, "in place {in_place}, copied in use {copied_in_use}");
     }
 }
+
+#[test]
+fn compressed_groups_are_read_and_replayed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("l.db");
+    let text = |n: u32| format!("group {n}, ").repeat(200);
+    // The first groups are from before there was compression.
+    let mut log = open(dir.path()).unwrap();
+    commit(&mut log, &text(1));
+    drop(log);
+    let older = Connection::open(&path).unwrap();
+    older
+        .execute_batch("ALTER TABLE log DROP COLUMN size; ALTER TABLE snapshot DROP COLUMN size")
+        .unwrap();
+    drop(older);
+
+    let options = Options { compress: true, ..Options::default() };
+    let mut log = Log::open(&path, options).unwrap();
+    commit(&mut log, &text(2));
+    log.begin_snapshot();
+    commit(&mut log, &text(3));
+    snapshot(&mut log, &text(9), true);
+    commit(&mut log, &text(4));
+    assert_eq!(log.rows().unwrap(), (1..=4).map(|n| (n, 1800)).collect::<Vec<_>>());
+    let stored: u64 = log
+        .connection()
+        .query_row("SELECT sum(length(data)) FROM log WHERE id > 1", [], |row| row.get(0))
+        .unwrap();
+    assert!(stored < 1000, "{stored} bytes for 5,400");
+    drop(log);
+
+    let log = Log::open(&path, options).unwrap();
+    assert_eq!(replayed(&log).unwrap(), (vec![text(9)], vec![(3, text(3)), (4, text(4))]));
+    assert_eq!((log.snapshot_bytes(), log.replay_bytes()), (1800, 3600));
+    for row in [1, 2, 2, 4] {
+        let place = Place { row, offset: 9, len: 9 };
+        assert_eq!(log.read(place).unwrap(), format!("group {row}, "));
+    }
+
+    let thief = Connection::open(&path).unwrap();
+    thief.execute("UPDATE log SET size = 1 WHERE id = 4", []).unwrap();
+    let error = replayed(&log).unwrap_err().to_string();
+    assert!(error.contains("group 4 cannot be decompressed"), "{error}");
+}
