@@ -16,12 +16,18 @@ pub struct Record {
 }
 
 impl Record {
+    /// The record of a new task after [`create`] has written it.
+    pub fn written(task: TaskState, revision: u64) -> Self {
+        let key = task_key(task.tenant(), &task.task_id);
+        Self { task, key, revision }
+    }
+
     /// The write of [`Record::save`], for a batch.
-    pub fn into_write<'a>(self) -> Write<'a> {
+    pub fn write<'a>(&self) -> Write<'a> {
         let value = encode(&self.task);
         Write::Put {
             bucket: BUCKET_TASKS,
-            key: self.key,
+            key: self.key.clone(),
             value,
             expected: Some(self.revision),
             done: self.task.state.is_final(),

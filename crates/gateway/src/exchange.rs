@@ -4,9 +4,8 @@ use crate::Gateway;
 use crate::deadline::Deadline;
 use crate::failure::Failure;
 use crate::reply::{PAYLOAD_MAX, Reply};
-use crate::upstream;
+use crate::upstream::{self, Answer};
 use bus::Headers;
-use bytes::Bytes;
 use std::sync::Arc;
 use std::time::Instant;
 use wire::ipc::{ErrorCode, ExchangeContext, TaskRef, TaskSubmit, Wait};
@@ -75,8 +74,8 @@ impl Exchange {
         }
     }
 
-    /// Sends the submit to the router. Returns the decision byte for byte.
-    pub async fn decide(&self, submit: TaskSubmit) -> Result<Bytes, Failure> {
+    /// Sends the submit to the router.
+    pub async fn decide(&self, submit: TaskSubmit) -> Result<Answer, Failure> {
         let request = self.decide_request(submit);
         let request = serde_json::to_vec(&request).map_err(|e| Failure::new(ErrorCode::Internal, e.to_string()))?;
         let Gateway { shared, bus, .. } = &*self.gateway;

@@ -12,7 +12,7 @@ use crate::waiters::Finished;
 use std::sync::Arc;
 use std::time::Instant;
 use wire::ipc::TaskSubmit;
-use wire::router::{AnswerHead, TaskAnswer, TaskState};
+use wire::router::{TaskAnswer, TaskState};
 
 /// Carries out the request. Returns the last frame of its answer; the frames before it go to `pieces`.
 pub async fn run(gateway: Arc<Gateway>, uid: u32, request: Request, deadline: Deadline, pieces: &mut Pieces) -> Reply {
@@ -58,20 +58,15 @@ pub async fn submit(exchange: &mut Exchange, submit: Box<TaskSubmit>, pieces: &m
     let decided = exchange.decide(*submit).await?;
 
     // The answer to a repeat is that of the first request with the key, and so is the task to follow.
-    if has_key && let Some(first) = exchange.first_of_key(&decided) {
+    if has_key && let Some(first) = exchange.first_of_key(&decided.payload) {
         exchange.request_id = first;
         follow = Follow::new(exchange, wait).await?;
     }
     let Some(follow) = follow else {
-        return Ok(Reply::ok(decided));
+        return Ok(Reply::ok(decided.payload));
     };
-
-    let head = serde_json::from_slice::<AnswerHead>(&decided).ok();
-    let (assignment_id, copied_to) = head
-        .map(|head| (head.assignment_id, head.result_subject))
-        .unwrap_or_default();
     // Boxed: most requests wait only for the decision.
-    Box::pin(follow.run(exchange, assignment_id, copied_to, pieces)).await
+    Box::pin(follow.run(exchange, decided.assignment_id, decided.result_subject, pieces)).await
 }
 
 async fn subscribe(exchange: &mut Exchange, tenant: Option<String>, pieces: &mut Pieces) -> Result<Reply, Failure> {

@@ -68,7 +68,7 @@ async fn answer(gateway: &Gateway, request: Request, head: &mut RequestHead) -> 
 
     let answer = upstream.decide(&gateway.bus, headers, body, due).await;
     stats.completed(started.elapsed());
-    answer.map_err(Failure::from)
+    Ok(answer?.payload)
 }
 
 /// The headers of the request to the router. The trace id is that of `traceparent`, else that of the body, else a new

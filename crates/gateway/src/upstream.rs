@@ -32,6 +32,15 @@ pub struct Access {
     min_timeout_counted_us: AtomicU64,
 }
 
+/// What the router answered.
+pub struct Answer {
+    /// The answer byte for byte.
+    pub payload: Bytes,
+    /// Of a pushed task: its assignment, and where a copy of its result will go.
+    pub assignment_id: Option<String>,
+    pub result_subject: Option<String>,
+}
+
 /// Why a request to the router failed.
 #[derive(Debug)]
 pub enum Refused {
@@ -76,11 +85,11 @@ impl Access {
         self.pressure.clone()
     }
 
-    /// Sends a decide request. Returns the router's answer byte for byte.
+    /// Sends a decide request. Returns the router's answer.
     ///
     /// A request that fails because the bus is disconnected or the router is unavailable is retried until `due`, within
     /// the retry budget. Retrying is safe: the router deduplicates requests by their id.
-    pub async fn decide(&self, bus: &Bus, headers: Headers, payload: Bytes, due: Instant) -> Result<Bytes, Refused> {
+    pub async fn decide(&self, bus: &Bus, headers: Headers, payload: Bytes, due: Instant) -> Result<Answer, Refused> {
         // Queries are not shed: they cost an overloaded router little, and cancelling tasks helps it.
         self.pressure.check().map_err(Refused::Router)?;
 
@@ -114,7 +123,7 @@ impl Access {
         self.query_retries.lock().request(Instant::now());
         loop {
             let refused = match request.send().await {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => return Ok(answer.payload),
                 Err(Refused::NoResponders { .. }) => {
                     return Err(Refused::NoResponders { retry_after: QUERY_RETRY_AFTER });
                 }
@@ -126,7 +135,7 @@ impl Access {
         }
     }
 
-    async fn attempt(&self, request: &Request<'_>) -> Result<Bytes, Refused> {
+    async fn attempt(&self, request: &Request<'_>) -> Result<Answer, Refused> {
         let call = self.call()?;
         let left = request.left();
         let mut answer = request.send().await;
@@ -200,7 +209,7 @@ impl Request<'_> {
         self.due.saturating_duration_since(Instant::now())
     }
 
-    async fn send(&self) -> Result<Bytes, Refused> {
+    async fn send(&self) -> Result<Answer, Refused> {
         let (headers, payload) = (self.headers.clone(), self.payload.clone());
         match self.bus.request(self.subject, headers, payload, self.left()).await {
             Ok(Message { payload, .. }) => read(payload),
@@ -276,10 +285,11 @@ pub fn headers(trace_id: Option<&str>, traceparent: Option<&str>, tenant_id: Opt
     headers
 }
 
-fn read(payload: Bytes) -> Result<Bytes, Refused> {
+fn read(payload: Bytes) -> Result<Answer, Refused> {
     let head: AnswerHead = serde_json::from_slice(&payload).map_err(|e| Refused::Unreadable(wire::unfit(&e)))?;
-    match head.error {
-        None if head.ok => Ok(payload),
+    let AnswerHead { ok, error, assignment_id, result_subject } = head;
+    match error {
+        None if ok => Ok(Answer { payload, assignment_id, result_subject }),
         Some(error) => Err(Refused::Router(error)),
         None => Err(Refused::Unreadable("ok is false, but there is no error".into())),
     }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
-use wire::router::{Awaited, ExecResult};
+use wire::router::{Awaited, ExecResult, ResultHead};
 
 /// Capacity of the subscription's queue, in results. A result that does not fit is found later in the task's record.
 pub const QUEUE_MAX: usize = 8192;
@@ -57,17 +57,16 @@ struct Received {
 impl Finished {
     /// Decodes a result and its request id. The bytes are unchanged, except that an envelope is removed.
     fn decode(payload: &Bytes) -> Option<(String, Received)> {
-        let result = ExecResult::decode(payload).ok()?;
-        let enveloped = serde_json::from_slice::<Envelope>(payload).is_ok_and(|e| e.kind.is_some());
-
-        let bytes = if enveloped {
-            serde_json::to_vec(&result).ok()?.into()
-        } else {
-            payload.clone()
+        let head = serde_json::from_slice::<ResultHead>(payload).ok();
+        let Some(head) = head.filter(|head| !head.is_envelope()) else {
+            let result = ExecResult::decode(payload).ok()?;
+            let finished = Self::from_result(&result);
+            let ExecResult { request_id, assignment_id, tenant_id, .. } = result;
+            return Some((request_id, Received { assignment_id, tenant_id, finished }));
         };
 
-        let finished = Self { result: bytes, chunks: result.chunks };
-        let ExecResult { request_id, assignment_id, tenant_id, .. } = result;
+        let finished = Self { result: payload.clone(), chunks: head.chunks };
+        let ResultHead { request_id, assignment_id, tenant_id, .. } = head;
         Some((request_id, Received { assignment_id, tenant_id, finished }))
     }
 
@@ -75,11 +74,6 @@ impl Finished {
         let bytes = serde_json::to_vec(result).expect("a result is JSON");
         Self { result: bytes.into(), chunks: result.chunks }
     }
-}
-
-#[derive(serde::Deserialize)]
-struct Envelope {
-    kind: Option<serde::de::IgnoredAny>,
 }
 
 impl Waiting {

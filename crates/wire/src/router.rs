@@ -1,6 +1,7 @@
 //! Messages between clients, routers and workers. v1 is frozen: fields may only be added.
 
 use crate::json::{Json, JsonObject};
+use memchr::memmem;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -323,7 +324,16 @@ impl ExecResult {
     /// `job_type` for `job.type`, `result` for `output`, `completed_at` for `timestamp`. The error is for the log: it
     /// quotes nothing of `bytes`.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
-        // Most results have the current format, and need no tree.
+        // Most results have the current format, and need no tree. A field of another format may also stand in the output.
+        let may_be_legacy = Form::LEGACY
+            .iter()
+            .any(|field| memmem::find(bytes, field.as_bytes()).is_some());
+        if !may_be_legacy
+            && let Ok(result) = serde_json::from_slice::<Self>(bytes)
+            && result.version == VERSION
+        {
+            return Ok(result);
+        }
         if serde_json::from_slice::<Form>(bytes).is_ok_and(|form| form.is_current()) {
             return serde_json::from_slice(bytes)
                 .map_err(|e| format!("the result does not fit the schema: {}", crate::unfit(&e)));
@@ -358,6 +368,27 @@ impl ExecResult {
     }
 }
 
+/// The part of a result in the current format that must be decoded to forward it.
+#[derive(Debug, Deserialize)]
+pub struct ResultHead {
+    pub assignment_id: String,
+    pub request_id: String,
+    pub status: ResultStatus,
+    #[serde(default)]
+    pub tenant_id: Option<String>,
+    #[serde(default)]
+    pub chunks: Option<u64>,
+    /// Present if this is an envelope and not a result.
+    #[serde(default)]
+    kind: Option<IgnoredAny>,
+}
+
+impl ResultHead {
+    pub fn is_envelope(&self) -> bool {
+        self.kind.is_some()
+    }
+}
+
 /// The fields that distinguish the formats of results.
 #[derive(Deserialize)]
 #[serde(expecting = "an object")]
@@ -370,6 +401,9 @@ struct Form {
 }
 
 impl Form {
+    /// The fields that only other formats have, as they are written; `version` is optional there.
+    const LEGACY: [&str; 4] = ["\"kind\"", "\"result\"", "\"completed_at\"", "\"job_type\""];
+
     fn is_current(&self) -> bool {
         let legacy = self.kind.is_some() || self.result.is_some() || self.completed_at.is_some();
         !legacy && self.job.is_some() && self.version.as_deref() == Some(VERSION)

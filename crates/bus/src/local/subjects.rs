@@ -208,9 +208,20 @@ fn is_wildcard(subject: &str) -> bool {
 
 /// Whether `pattern` matches `subject`. `*` matches one token; `>`, as the last token, matches one or more.
 pub fn matches(pattern: &str, subject: &str) -> bool {
-    let mut tokens = subject.split('.');
-    for part in pattern.split('.') {
+    // Most subjects differ from most patterns before the first wildcard, so bytes are compared as far as they agree.
+    let same = pattern.bytes().zip(subject.bytes()).take_while(|(p, s)| p == s).count();
+    if same == pattern.len() && same == subject.len() {
+        return true;
+    }
+    if !matches!(pattern.as_bytes().get(same), Some(b'*' | b'>')) {
+        return false;
+    }
+
+    // A wildcard is a token of its own, so both rests begin with a token.
+    let mut tokens = subject[same..].split('.');
+    for part in pattern[same..].split('.') {
         match (part, tokens.next()) {
+            (_, None | Some("")) => return false,
             (">", Some(_)) => return true,
             ("*", Some(_)) => {}
             (part, Some(token)) if part == token => {}
@@ -256,6 +267,12 @@ mod tests {
             ("*.b", "a.b", true),
             (">", "a", true),
             ("a.b", "a.bc", false),
+            ("a.bc", "a.b", false),
+            ("a.b.c", "a.b", false),
+            ("a.*.c", "a.b.c", true),
+            ("a.*.c", "a.b.d", false),
+            ("*.*", "a.b", true),
+            ("*.>", "a", false),
         ] {
             assert_eq!(matches(pattern, subject), expected, "{pattern} {subject}");
         }
