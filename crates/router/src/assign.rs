@@ -13,7 +13,7 @@ use crate::intake::{Contract, Request};
 use crate::keys::Reserved;
 use bus::clock::unix_ms;
 use bus::tasks::Record;
-use bus::{Incomplete, Message, Write};
+use bus::{Incomplete, Message, Write, Written};
 use sha1::{Digest, Sha1};
 use std::time::Instant;
 use wire::json::JsonObject;
@@ -160,10 +160,13 @@ async fn begin(
     // until it is committed, its repeats look for the record.
     let commit = || key.and_then(|key| key.commit(&task));
     match write(router, request, Some(&task), &assignment, commit).await {
-        Ok(()) => {
+        Ok(revision) => {
             place.keep(assignment.options.deadline_ms, router.uptime_ms());
             if !task.committed {
                 router.open.add(&task, Instant::now());
+            }
+            if let Some(revision) = revision {
+                router.fresh.add(Record::written(task.clone(), revision));
             }
             Ok(Some(task))
         }
@@ -173,14 +176,15 @@ async fn begin(
 }
 
 /// Creates the record of a new task and appends the assignment: to the subject that the request names, else to the
-/// provider's if a live worker takes from it, else to the common one.
+/// provider's if a live worker takes from it, else to the common one. Returns the revision of the record, if it was
+/// created here.
 async fn write(
     router: &Router,
     request: &Request,
     new: Option<&TaskState>,
     assignment: &ExecAssignment,
     commit: impl Fn() -> Option<Write<'static>>,
-) -> bus::Result<()> {
+) -> bus::Result<Option<u64>> {
     let named = request.assignment_subject.as_deref();
     let own = subjects::assign_to(&assignment.executor.provider_id);
     let own = own.filter(|own| named.is_none() && router.fleet.listens(own, Instant::now()));
@@ -194,8 +198,9 @@ async fn write(
     writes.extend(own.is_none().then(note));
     writes.push(append(request, assignment, subject));
     writes.extend(commit());
-    let Err(Incomplete { error, written }) = router.bus.write(writes).await else {
-        return Ok(());
+    let Incomplete { error, written } = match router.bus.write(writes).await {
+        Ok(written) => return Ok(created(new, &written)),
+        Err(incomplete) => incomplete,
     };
     if own.is_none() || !matches!(error, bus::Error::NoStream(_)) {
         return Err(error);
@@ -207,8 +212,16 @@ async fn write(
     writes.push(note());
     writes.push(append(request, assignment, subjects::ASSIGN));
     writes.extend(commit());
-    router.bus.write(writes).await?;
-    Ok(())
+    let written = [written, router.bus.write(writes).await?].concat();
+    Ok(created(new, &written))
+}
+
+/// The revision of the new task's record, which is written first.
+fn created(new: Option<&TaskState>, written: &[Written]) -> Option<u64> {
+    match written.first() {
+        Some(Written::Put { revision }) if new.is_some() => Some(*revision),
+        _ => None,
+    }
 }
 
 /// The write that appends the assignment to its stream.
@@ -291,5 +304,5 @@ pub fn digest(request: &DecideRequest) -> String {
     // The same body, however it was written: without spaces, and its keys in order.
     asked.task.payload = asked.task.payload.map(|payload| JsonObject::of(&payload.map()));
     let hash = Sha1::digest(serde_json::to_vec(&asked).expect("a request serializes to JSON"));
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex::encode(hash)
 }

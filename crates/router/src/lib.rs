@@ -11,6 +11,7 @@ mod breaker;
 mod breakers;
 mod decide;
 mod desk;
+mod fresh;
 mod intake;
 mod keys;
 mod open;
@@ -104,6 +105,7 @@ struct Router {
     backpressure: backpressure::Backpressure,
     /// Which workers are live, and what they take.
     fleet: Fleet,
+    fresh: fresh::Fresh,
     open: open::Open,
     stores: Arc<Stores>,
     started: Instant,
@@ -179,6 +181,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         operators,
         backpressure: backpressure::Backpressure::default(),
         fleet,
+        fresh: fresh::Fresh::default(),
         open: open::Open::default(),
         stores: Arc::default(),
         started: Instant::now(),

@@ -129,8 +129,12 @@ fn check(result: &ExecResult) -> Result<(), String> {
 async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bus::Result<()> {
     let msg_id = format!("usage-{}", result.assignment_id);
     let mut kept = Cow::Borrowed(result);
+    let mut fresh = router.fresh.take(result);
     for _ in 0..ATTEMPTS_MAX {
-        let record = bus::tasks::of_result(&router.bus, result).await?;
+        let record = match fresh.take() {
+            Some(record) => Some(record),
+            None => bus::tasks::of_result(&router.bus, result).await?,
+        };
         // The record is written last, so an assignment whose record has the result was fully recorded before.
         if let Some(record) = record.as_ref().filter(|record| record.task.result.is_some()) {
             // The router that recorded it may have ended before it sent the copies.
@@ -149,15 +153,16 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
                 return delivery.ack().await;
             }
         }
-        let task = record.as_ref().map(|record| record.task.clone());
+        let record = record.map(|record| finished(record, &kept));
+        let task = record.as_ref().map(|record| &record.task);
 
-        let payload = serde_json::to_vec(&usage(task.as_ref(), result))
+        let payload = serde_json::to_vec(&usage(task, result))
             .expect("a usage event serializes to JSON")
             .into();
         let message = Message { subject: subjects::USAGE.into(), payload, ..Message::default() };
         let mut writes = vec![Write::Append { message, msg_id: Some(&msg_id) }];
-        writes.push(match record {
-            Some(record) => finished(record, &kept).into_write(),
+        writes.push(match &record {
+            Some(record) => record.write(),
             None => bus::tasks::note_billed(result, delivery.sequence),
         });
         writes.push(Write::Ack(delivery));
@@ -170,17 +175,17 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
         // Counted even if the record could not be written, because the next attempt finds the usage event there.
         if matches!(written.first(), Some(Written::Appended(usage)) if !usage.duplicate) {
             router.stats.ended(result);
-            if let Some(task) = &task {
+            if let Some(task) = task {
                 crate::outcomes::publish(router, task, result).await;
             }
         }
 
         match error {
             None => {
-                if let Some(task) = &task {
+                if let Some(task) = task {
                     send_copies(router, task, delivery).await;
                 }
-                log(result, task.as_ref());
+                log(result, task);
                 return Ok(());
             }
             // The record changed after it was read: read it again.
