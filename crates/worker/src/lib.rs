@@ -3,6 +3,7 @@
 //! The result is stored under the assignment's id before the assignment is acknowledged. A crash in between runs the
 //! assignment again and still leaves one result.
 
+mod cancels;
 mod heartbeat;
 mod outages;
 pub mod provider;
@@ -15,6 +16,7 @@ mod upkeep;
 use bus::clock::StreamClock;
 use bus::fleet::Fleet;
 use bus::{Bus, Places};
+use cancels::Cancels;
 use outages::Outages;
 use provider::Provider;
 use provider::command::processes;
@@ -156,6 +158,7 @@ pub(crate) struct Worker {
     backoff: [Duration; 3],
     providers: BTreeMap<String, Arc<Provider>>,
     running: running::Running,
+    cancels: Cancels,
     /// The subjects of the providers.
     subjects: Vec<String>,
     fleet: Fleet,
@@ -197,6 +200,7 @@ pub async fn bind(config: Config, bus: Bus) -> Result<Bound, Error> {
         drain_timeout: config.drain_timeout,
         backoff: config.backoff,
         running: running::Running::default(),
+        cancels: Cancels::since(clock.now_ms()),
         outages: Outages::new(bus.interruptions()),
         clock,
         storing: Semaphore::new(results::STORING_KIB),

@@ -25,6 +25,7 @@ pub async fn cancels(worker: Arc<Worker>, mut cancels: Subscription, cancel: Can
         };
         let Some(message) = message else { return };
         if let Ok(cancel) = serde_json::from_slice(&message.payload) {
+            worker.cancels.hear(&cancel, worker.clock.now_ms());
             worker.running.cancel(&cancel);
         }
     }

@@ -5,7 +5,7 @@ use crate::provider::Outcome;
 use crate::results::{finish, msg_id, result, store};
 use crate::run::run;
 use crate::{ACK_WAIT, Worker};
-use bus::assignments::{is_moved, made_a_day_before, move_to, sent_ms, was_moved};
+use bus::assignments::{is_moved, made_a_day_before, made_ms, move_to, sent_ms, was_moved};
 use bus::{Consumer, Delivery};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,6 +17,12 @@ use wire::subjects;
 /// Deliveries of one assignment (contract: assign 5). The next one becomes a dead letter and an error result.
 const MAX_DELIVER: u32 = 5;
 
+/// An assignment that was stored within this time of its making, in milliseconds, was stored for the first time: the
+/// stream drops repeats within its dedup window, which is longer. The clocks of router and stream may differ.
+const NEW_MS: u64 = 60_000;
+/// A delivery within this time of the storing, in milliseconds, is the first one even if a server of a cluster died and
+/// forgot deliveries: electing another takes longer.
+const FRESH_MS: u64 = 1000;
 /// What an outage of the bus interrupted has this long to reach the bus, before it runs again.
 const AFTER_OUTAGE: Duration = Duration::from_secs(1);
 
@@ -66,29 +72,32 @@ async fn take(
     consumer.close().await;
 }
 
+/// The futures of what is rare are boxed: every assignment's future has room for the largest of those that are not.
 async fn handle(worker: &Worker, delivery: Delivery, give_up: &CancellationToken) -> bus::Result<()> {
     let assignment = match read(&delivery.message.payload) {
         Ok(assignment) => assignment,
-        Err(reason) => return bus::dead_letter::bury_unreadable(&worker.bus, &delivery, &reason).await,
+        Err(reason) => {
+            return Box::pin(bus::dead_letter::bury_unreadable(&worker.bus, &delivery, &reason)).await;
+        }
     };
 
     let left = time_left(worker, &delivery, &assignment);
     let provider = worker.providers.get(&assignment.executor.provider_id);
     if let (None, Some(left)) = (provider, left) {
-        return pass_on(worker, &delivery, &assignment, left).await;
+        return Box::pin(pass_on(worker, &delivery, &assignment, left)).await;
     }
 
     // Registered before the record is read, so a cancellation is seen in one of the two.
     let run_here = match worker.running.start(&assignment) {
         Ok(run_here) => run_here,
-        Err(other) => return wait_for(worker, delivery, &assignment, other, give_up).await,
+        Err(other) => return Box::pin(wait_for(worker, delivery, &assignment, other, give_up)).await,
     };
     match begin(worker, &delivery, &assignment, true).await? {
         Begin::Run => {}
         Begin::Elsewhere(patience) => return delivery.nak(patience).await,
         Begin::Cancelled => {
             let result = result(&assignment, Outcome::cancelled(), None);
-            return finish(worker, delivery, &assignment, &result, give_up).await;
+            return Box::pin(finish(worker, delivery, &assignment, &result, give_up)).await;
         }
         Begin::Done => return delivery.ack().await,
     }
@@ -96,14 +105,14 @@ async fn handle(worker: &Worker, delivery: Delivery, give_up: &CancellationToken
     let Some(provider) = provider else {
         let name = &assignment.executor.provider_id;
         let text = format!("no worker has a provider named {name:?}; add it to [[worker.providers]]");
-        return fail(worker, &delivery, &assignment, "unknown_provider", text).await;
+        return Box::pin(fail(worker, &delivery, &assignment, "unknown_provider", text)).await;
     };
     if left.is_none() {
         let result = result(&assignment, Outcome::expired(assignment.options.deadline_ms), None);
-        return finish(worker, delivery, &assignment, &result, give_up).await;
+        return Box::pin(finish(worker, delivery, &assignment, &result, give_up)).await;
     }
     if delivery.delivered > MAX_DELIVER {
-        return give_up_on(worker, &delivery, &assignment).await;
+        return Box::pin(give_up_on(worker, &delivery, &assignment)).await;
     }
 
     match run(worker, provider, &delivery, &assignment, &run_here, give_up).await? {
@@ -186,6 +195,16 @@ async fn begin(
 ) -> bus::Result<Begin> {
     let bus = &worker.bus;
     let counts_as_new = is_first && delivery.delivered == 1 && !is_moved(delivery);
+    let (stored_ms, now_ms) = (delivery.stored_ms, worker.clock.now_ms());
+    let may_be_repeated = worker.outages.may_have_delivered(stored_ms, now_ms);
+    if counts_as_new
+        && !may_be_repeated
+        && is_new(assignment, stored_ms, now_ms)
+        && !worker.cancels.may_include(&assignment.request_id, stored_ms)
+    {
+        return Ok(Begin::Run);
+    }
+
     match bus::tasks::head(bus, assignment).await? {
         Some(head) if head.has_result() => return Ok(Begin::Done),
         Some(head) if head.state == State::Cancelled => return Ok(Begin::Cancelled),
@@ -195,9 +214,6 @@ async fn begin(
     }
 
     if counts_as_new {
-        let may_be_repeated = worker
-            .outages
-            .may_have_delivered(delivery.stored_ms, worker.clock.now_ms());
         return Ok(if may_be_repeated {
             Begin::Elsewhere(AFTER_OUTAGE)
         } else {
@@ -210,6 +226,12 @@ async fn begin(
         .await?;
     let done = has_result || was_moved(bus, delivery, &assignment.assignment_id).await?;
     Ok(if done { Begin::Done } else { Begin::Run })
+}
+
+/// Whether nobody else can have had this assignment: it was made and stored just now.
+fn is_new(assignment: &ExecAssignment, stored_ms: u64, now_ms: u64) -> bool {
+    let made_ms = made_ms(&assignment.assignment_id);
+    made_ms.is_some_and(|made_ms| made_ms.abs_diff(stored_ms) < NEW_MS) && now_ms.saturating_sub(stored_ms) < FRESH_MS
 }
 
 /// Waits until the other delivery of the same assignment is done in this worker. It was delivered again although its run

@@ -306,6 +306,64 @@ async fn task_record_decides_whether_an_assignment_runs() {
     testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 }).await;
 }
 
+/// A worker that was there when the assignment was made knows without the record whether it still has to run.
+#[tokio::test]
+async fn record_is_read_unless_the_assignment_is_surely_wanted() {
+    let place = Place::local().await;
+    let mut results = place.results().await;
+    let made = |age_s: u64| {
+        let made = bus::clock::unix_ms() / 1000 - age_s;
+        uuid::Uuid::new_v7(uuid::Timestamp::from_unix(uuid::NoContext, made, 0)).to_string()
+    };
+    let assign = async |id: &str, assignment_id: String, record: Value| {
+        let mut task = json!({"task_id": id, "assignment_id": assignment_id, "tenant_id": "acme", "digest": "d"});
+        task.as_object_mut()
+            .unwrap()
+            .extend(record.as_object().unwrap().clone());
+        let key = format!("acme/{id}");
+        let put = place
+            .bus
+            .kv_put(subjects::BUCKET_TASKS, &key, task.to_string().into(), None);
+        put.await.unwrap();
+        let mut assignment = crate::assignment(id, "sh", json!({}));
+        assignment["assignment_id"] = assignment_id.into();
+        place.append(subjects::ASSIGN, assignment.to_string()).await;
+    };
+    let settled = || testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 });
+    let cancelled = json!({"state": "cancelled"});
+    let done = json!({"state": "completed", "result": assigned_result()});
+
+    let script = "echo $BEAMLINE_REQUEST_ID >> $DIR/runs; [ $BEAMLINE_REQUEST_ID != waits ] || sleep 60";
+
+    // Made before this worker heard of cancellations.
+    assign("early", made(0), cancelled.clone()).await;
+    let _worker = place.shell(script, |_| {}).await;
+    assert_eq!(results.next().await.status, ResultStatus::Cancelled);
+
+    assign("known", made(0), json!({"state": "assigned"})).await;
+    assert_eq!(results.next().await.status, ResultStatus::Success);
+
+    // Replayed long after it was made.
+    assign("replayed", made(3600), done).await;
+    settled().await;
+
+    // Cancelled before its turn came. Cancellations are heard in order, so the second shows that the first was heard.
+    place.cancel("cancelled").await;
+    assign("waits", made(0), json!({"state": "assigned"})).await;
+    testkit::eventually(SOON, || async { place.lines("runs").contains(&"waits".into()) }).await;
+    place.cancel("waits").await;
+    assert_eq!(results.next().await.status, ResultStatus::Cancelled);
+    assign("cancelled", made(0), cancelled).await;
+    assert_eq!(results.next().await.status, ResultStatus::Cancelled);
+    settled().await;
+
+    let runs = place.lines("runs");
+    assert!(runs.contains(&"known".into()), "{runs:?}");
+    for id in ["early", "replayed", "cancelled"] {
+        assert!(!runs.contains(&id.to_string()), "{runs:?}");
+    }
+}
+
 fn assigned_result() -> Value {
     json!({"version": "1", "assignment_id": "a-r", "request_id": "r", "status": "success", "provider_id": "sh", "job": {"type": "t"}})
 }
