@@ -1,6 +1,6 @@
 //! The parts of messages that must be decoded where the rest is only passed on.
 
-use super::{Context, ErrorBody, State, tenant_or_default};
+use super::{Context, ErrorBody, ResultStatus, State, tenant_or_default};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
@@ -49,5 +49,26 @@ impl TaskHead {
 
     pub fn has_result(&self) -> bool {
         self.result.is_some()
+    }
+}
+
+/// The part of a result in the current format that must be decoded to forward it.
+#[derive(Debug, Deserialize)]
+pub struct ResultHead {
+    pub assignment_id: String,
+    pub request_id: String,
+    pub status: ResultStatus,
+    #[serde(default)]
+    pub tenant_id: Option<String>,
+    #[serde(default)]
+    pub chunks: Option<u64>,
+    /// Present if this is an envelope and not a result.
+    #[serde(default)]
+    kind: Option<IgnoredAny>,
+}
+
+impl ResultHead {
+    pub fn is_envelope(&self) -> bool {
+        self.kind.is_some()
     }
 }

@@ -325,9 +325,9 @@ async fn record_is_read_unless_the_assignment_is_surely_wanted() {
             .bus
             .kv_put(subjects::BUCKET_TASKS, &key, task.to_string().into(), None);
         put.await.unwrap();
-        let mut assignment = crate::assignment(id, "sh", json!({}));
-        assignment["assignment_id"] = assignment_id.into();
-        place.append(subjects::ASSIGN, assignment.to_string()).await;
+        let mut assigned = assignment(id, "sh", json!({}));
+        assigned["assignment_id"] = assignment_id.into();
+        place.append(subjects::ASSIGN, assigned.to_string()).await;
     };
     let settled = || testkit::eventually(SOON, || async { place.count(subjects::STREAM_ASSIGN).await == 0 });
     let cancelled = json!({"state": "cancelled"});
