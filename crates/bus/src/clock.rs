@@ -35,8 +35,13 @@ impl StreamClock {
     /// Reads the clock again.
     pub async fn sync(&self) -> Result<()> {
         let time = self.bus.time_ms(self.stream).await?;
-        *self.read.lock() = (time, Instant::now());
+        self.set(time);
         Ok(())
+    }
+
+    /// Takes this as the time of the clock now, in milliseconds since the Unix epoch.
+    pub fn set(&self, time_ms: u64) {
+        *self.read.lock() = (time_ms, Instant::now());
     }
 
     /// Milliseconds since the Unix epoch.

@@ -77,16 +77,20 @@ impl Job<'_> {
 pub(crate) enum Limit {
     /// The provider's own limit ([`ProviderConfig::timeout`]).
     Provider(Duration),
-    /// The assignment's deadline, which is shorter.
+    /// The time that the assignment's deadline leaves, which is shorter.
     Assignment(Duration),
 }
 
 impl Limit {
-    pub fn of(provider: Duration, assignment: Duration) -> Self {
-        if assignment < provider {
-            Self::Assignment(assignment)
+    /// The limit of a run on a provider whose own limit is `provider`, for an assignment whose deadline of `deadline`
+    /// leaves `left`.
+    pub fn of(provider: Duration, deadline: Duration, left: Duration) -> Self {
+        // A moment in the queue does not excuse a provider that uses up its own limit.
+        let nearly_whole = deadline >= provider && 10 * left >= 9 * provider;
+        if left < provider && !nearly_whole {
+            Self::Assignment(left)
         } else {
-            Self::Provider(provider)
+            Self::Provider(provider.min(left))
         }
     }
 
@@ -154,11 +158,13 @@ impl Outcome {
     }
 
     fn timed_out(limit: Limit) -> Self {
-        let (code, whose) = match limit {
-            Limit::Provider(_) => ("timeout", "the provider's limit"),
-            Limit::Assignment(_) => ("deadline_exceeded", "the task's deadline"),
+        let (code, text) = match limit {
+            Limit::Provider(limit) => ("timeout", format!("not finished within {limit:?}, the provider's limit")),
+            Limit::Assignment(left) => {
+                ("deadline_exceeded", format!("not finished by the task's deadline, {left:?} after the start"))
+            }
         };
-        Self::ended(ResultStatus::Timeout, code, format!("not finished within {:?}, {whose}", limit.duration()))
+        Self::ended(ResultStatus::Timeout, code, text)
     }
 
     fn ended(status: ResultStatus, code: &'static str, message: impl Into<String>) -> Self {
@@ -325,5 +331,28 @@ impl Provider {
         // Copied, so that nobody waits while it is sorted.
         let window = self.latencies_ms.lock().clone();
         Percentiles::of(window.into_iter(), |ms| ms as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limit_is_whose_time_runs_out() {
+        let seconds = Duration::from_secs;
+        for (provider, deadline, left, expected, is_providers) in [
+            (60, 600, 600, 60, true),
+            (60, 60, 60, 60, true),
+            (60, 60, 55, 55, true),
+            (60, 60, 50, 50, false),
+            (60, 600, 50, 50, false),
+            (60, 59, 59, 59, false),
+        ] {
+            let limit = Limit::of(seconds(provider), seconds(deadline), seconds(left));
+            let case = format!("{provider} {deadline} {left}");
+            assert_eq!(limit.duration(), seconds(expected), "{case}");
+            assert_eq!(matches!(limit, Limit::Provider(_)), is_providers, "{case}");
+        }
     }
 }

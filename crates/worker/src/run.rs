@@ -31,10 +31,12 @@ pub async fn cancels(worker: Arc<Worker>, mut cancels: Subscription, cancel: Can
     }
 }
 
-/// Runs the assignment on the provider. Returns its result, or `None` if the run was returned to the stream.
+/// Runs the assignment on the provider, at most until its deadline, which is `left` from now. Returns its result, or
+/// `None` if the run was returned to the stream.
 pub async fn run(
     worker: &Worker,
     provider: &Provider,
+    left: Duration,
     delivery: &Delivery,
     assignment: &ExecAssignment,
     run: &Run<'_>,
@@ -44,7 +46,7 @@ pub async fn run(
     let (request_id, attempt) = (&assignment.request_id, bus::assignments::attempt(delivery));
     tracing::debug!(trace_id, tenant_id, request_id, provider = provider.name, attempt, "running");
 
-    let limit = Limit::of(provider.timeout, Duration::from_millis(assignment.options.deadline_ms.max(1)));
+    let limit = Limit::of(provider.timeout, Duration::from_millis(assignment.options.deadline_ms), left);
     let job = Job { task: &assignment.job, request_id, tenant_id, trace_id };
     let output = Output::new(worker.bus.clone(), assignment, attempt);
     provider.running.fetch_add(1, Relaxed);

@@ -1,6 +1,9 @@
 //! Takes assignments from the common subject and from the subjects of this worker's providers, and decides what becomes
 //! of each: it is run, moved to its provider's subject, returned, or failed.
 
+#[cfg(test)]
+mod tests;
+
 use crate::provider::Outcome;
 use crate::results::{finish, msg_id, result, store};
 use crate::run::run;
@@ -81,7 +84,7 @@ async fn handle(worker: &Worker, delivery: Delivery, give_up: &CancellationToken
         }
     };
 
-    let left = time_left(worker, &delivery, &assignment);
+    let left = time_left(worker, &delivery, &assignment).await;
     let provider = worker.providers.get(&assignment.executor.provider_id);
     if let (None, Some(left)) = (provider, left) {
         return Box::pin(pass_on(worker, &delivery, &assignment, left)).await;
@@ -107,15 +110,15 @@ async fn handle(worker: &Worker, delivery: Delivery, give_up: &CancellationToken
         let text = format!("no worker has a provider named {name:?}; add it to [[worker.providers]]");
         return Box::pin(fail(worker, &delivery, &assignment, "unknown_provider", text)).await;
     };
-    if left.is_none() {
+    let Some(left) = left else {
         let result = result(&assignment, Outcome::expired(assignment.options.deadline_ms), None);
         return Box::pin(finish(worker, delivery, &assignment, &result, give_up)).await;
-    }
+    };
     if delivery.delivered > MAX_DELIVER {
         return Box::pin(give_up_on(worker, &delivery, &assignment)).await;
     }
 
-    match run(worker, provider, &delivery, &assignment, &run_here, give_up).await? {
+    match run(worker, provider, left, &delivery, &assignment, &run_here, give_up).await? {
         Some(result) => {
             run_here.ended();
             finish(worker, delivery, &assignment, &result, give_up).await
@@ -140,14 +143,22 @@ fn read(payload: &[u8]) -> Result<ExecAssignment, String> {
 }
 
 /// The time until the task's deadline, which counts from when its assignment was first stored; `None` if it has passed.
-fn time_left(worker: &Worker, delivery: &Delivery, assignment: &ExecAssignment) -> Option<Duration> {
+async fn time_left(worker: &Worker, delivery: &Delivery, assignment: &ExecAssignment) -> Option<Duration> {
     // A replay of an old assignment was stored just now.
     if made_a_day_before(&assignment.assignment_id, delivery.stored_ms) {
         return None;
     }
-    let waited_ms = worker.clock.now_ms().saturating_sub(sent_ms(delivery));
-    let left_ms = assignment.options.deadline_ms.max(1).saturating_sub(waited_ms);
-    (left_ms > 0).then_some(Duration::from_millis(left_ms))
+    let left = || {
+        let waited_ms = worker.clock.now_ms().saturating_sub(sent_ms(delivery));
+        let left_ms = assignment.options.deadline_ms.max(1).saturating_sub(waited_ms);
+        (left_ms > 0).then_some(Duration::from_millis(left_ms))
+    };
+    if let Some(left) = left() {
+        return Some(left);
+    }
+    // To a clock that was set back after it was read here, what it has stamped since looks old.
+    Box::pin(worker.clock.sync()).await.ok()?;
+    left()
 }
 
 /// Passes on an assignment whose provider this worker does not have: moves it to the provider's subject if a live worker

@@ -389,7 +389,8 @@ async fn drain_waits_for_runs_and_reports_draining() {
             return beat;
         }
     };
-    assert_eq!(heard("draining").await["running"], 1);
+    let draining = heard("draining").await;
+    assert_eq!((&draining["running"], &draining["subjects"]), (&json!(1), &json!(["caf.exec.assign.v1.sh"])));
 
     place.assign("late", "sh", json!({})).await;
     place.file("go");

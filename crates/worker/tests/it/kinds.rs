@@ -165,6 +165,26 @@ pub async fn assignment_whose_deadline_has_passed_is_not_run(place: Place) {
     assert_eq!(place.count(STREAM_DLQ).await, 0, "nothing for an operator to do");
 }
 
+/// The time in the queue counts: a task that had nearly no time left is not run for its whole deadline once more.
+pub async fn run_ends_at_the_deadline_that_counts_from_the_queue(place: Place) {
+    let mut results = place.results().await;
+    let now = place.bus.time_ms(STREAM_ASSIGN).await.unwrap();
+    let sent = within(assignment("r", "sh", json!({})), 20_000).to_string();
+    let message = bus::Message {
+        subject: ASSIGN.into(),
+        headers: bus::Headers::new().with("x_sent_at_ms", (now - 18_000).to_string()),
+        payload: sent.into(),
+        ..bus::Message::default()
+    };
+    place.bus.append(message, None).await.unwrap();
+
+    let _worker = place.shell("sleep 60", |_| {}).await;
+    let result = results.next().await;
+    let ended = (result.status, result.error_code.as_deref());
+    assert_eq!(ended, (ResultStatus::Timeout, Some("deadline_exceeded")), "{result:?}");
+    assert!(result.latency_ms < 20_000, "{result:?}");
+}
+
 /// A worker of another make: it knows the common subject and its consumer, and sends no heartbeats.
 #[tokio::test]
 async fn foreign_worker_on_the_common_subject_gets_what_nobody_else_has() {

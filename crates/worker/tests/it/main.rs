@@ -54,9 +54,11 @@ on_both! {
     kinds::moved_assignment_keeps_its_time_and_counts_its_deliveries_anew,
     kinds::assignment_that_others_passed_on_is_not_given_up,
     kinds::assignment_whose_deadline_has_passed_is_not_run,
+    kinds::run_ends_at_the_deadline_that_counts_from_the_queue,
     once::assignment_with_a_stored_result_is_only_acknowledged,
     once::assignment_whose_move_was_not_acknowledged_runs_once,
     once::second_delivery_waits_for_the_run_in_this_worker,
+    once::run_that_outlasts_the_ack_wait_is_not_delivered_again,
 }
 
 /// A temporary directory and a bus, which is either a local one in this directory or a nats-server.
