@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and this machine lacks, on Debian or Ubuntu, as root: a C compiler, redis-server, PostgreSQL,
-# Chromium, nats-server, the npm and Python clients; rustfmt and clippy where rustup left them out. Does nothing when all is there.
+# Chromium, strace, nats-server, the npm and Python clients; rustfmt and clippy where rustup left them out. Does nothing when all is there.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -8,6 +8,7 @@ packages=()
 command -v cc >/dev/null || packages+=(build-essential)
 command -v redis-server >/dev/null || packages+=(redis-server)
 command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || packages+=(postgresql)
+command -v strace >/dev/null || packages+=(strace)
 [ -x "${CHROMIUM:-/usr/bin/chromium}" ] || packages+=(chromium)
 command -v pip3 >/dev/null || packages+=(python3-pip)
 if [ ${#packages[@]} -gt 0 ]; then

@@ -237,13 +237,18 @@ impl<S: State> Owner<S> {
     fn fail(&mut self, error: &Error) {
         let path = self.path.display();
         tracing::error!(%error, %path, "cannot write to the journal; refusing every operation; check the disk");
-        *self.failure.lock() = Some(format!("cannot write to {path}: {error}"));
+        self.refuse(error);
 
         self.log = None;
         self.snapshot = None;
         self.state.refused();
         self.failed = Instant::now();
         self.next_reopen = self.failed + REOPEN_INTERVAL;
+    }
+
+    /// Says why operations are refused from now on.
+    fn refuse(&self, error: &Error) {
+        *self.failure.lock() = Some(format!("cannot write to {}: {error}", self.path.display()));
     }
 
     /// Opens the log again, at most once per [`REOPEN_INTERVAL`].
@@ -260,7 +265,10 @@ impl<S: State> Owner<S> {
                 self.failure.lock().take();
                 tracing::warn!(path = %self.path.display(), "reopened the journal; accepting operations again");
             }
-            Err(error) => tracing::error!(%error, "cannot reopen the journal; retrying"),
+            Err(error) => {
+                tracing::error!(%error, "cannot reopen the journal; retrying");
+                self.refuse(&error);
+            }
         }
     }
 
@@ -270,6 +278,7 @@ impl<S: State> Owner<S> {
             let what = format!("it ends with group {}, but group {} was acknowledged", log.last(), self.last);
             return Err(log.damaged(what));
         }
+        log.ensure_writable()?;
         self.state.reopened(&mut log, self.failed.elapsed())?;
         Ok(log)
     }

@@ -40,6 +40,8 @@ const WAL_BYTES_MAX: u64 = 128 * 1024 * 1024;
 const WAL_BYTES_KEPT: i64 = 32 * 1024 * 1024;
 /// A snapshot is due after this many bytes of groups, or after twice the size of the last snapshot, if that is more.
 const SNAPSHOT_BYTES_MIN: u64 = 16 * 1024 * 1024;
+/// After a failed write, there must be room for at least this many bytes, so that the next operations do not fail again.
+const ROOM_BYTES: u64 = 1024 * 1024;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 const SCHEMA: &str = "
@@ -289,6 +291,25 @@ impl Log {
     /// The writer's connection, for reading and dropping the tables of an older format.
     pub fn connection(&self) -> &Connection {
         &self.writer
+    }
+
+    /// Checks after a failed write that the disk takes writes again, and makes sure that everything in the log is on it.
+    ///
+    /// The kernel drops what it failed to sync from the pages that it still has to write: later syncs succeed, and the
+    /// write-ahead log has a hole on the disk, behind which a power failure loses everything. So its contents are written
+    /// to the database, and it begins anew.
+    pub fn ensure_writable(&mut self) -> Result<()> {
+        let checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)";
+        let is_busy: bool = self.writer.query_row(checkpoint, [], |row| row.get(0))?;
+        if is_busy {
+            let text = format!("another program reads {}; its write-ahead log cannot begin anew", self.path.display());
+            return Err(Error::Refused(text));
+        }
+
+        let occupy = "INSERT OR REPLACE INTO meta VALUES ('room', zeroblob(?1))";
+        self.writer.execute(occupy, [ROOM_BYTES])?;
+        self.writer.execute("DELETE FROM meta WHERE name = 'room'", [])?;
+        Ok(())
     }
 
     /// Deletes all groups and snapshots.

@@ -1,7 +1,8 @@
 //! Crashes of a store: a child process that is killed while it writes, and files as a power failure would leave them.
 
+use crate::SmallDisk;
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// The prefix of the lines that a child reports, because libtest also writes to its standard output.
@@ -38,10 +39,23 @@ pub struct Victim {
 impl Victim {
     /// Runs this ignored test of the calling test program in a child process, in the directory `dir`.
     pub fn start(test: &str, dir: &Path) -> Self {
-        let program = std::env::current_exe().expect("a test program has a path");
-        let mut child = Command::new(program)
+        let mut command = Command::new(Self::program());
+        command.current_dir(dir);
+        Self::spawn(command, test)
+    }
+
+    /// As [`Victim::start`], in the directory of a small disk.
+    pub fn start_on(test: &str, disk: &SmallDisk) -> Self {
+        Self::spawn(disk.command(Self::program()), test)
+    }
+
+    fn program() -> PathBuf {
+        std::env::current_exe().expect("a test program has a path")
+    }
+
+    fn spawn(mut command: Command, test: &str) -> Self {
+        let mut child = command
             .args(["--exact", test, "--ignored", "--nocapture"])
-            .current_dir(dir)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -69,6 +83,10 @@ impl Victim {
                 return Some(report.to_string());
             }
         }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Kills the process with SIGKILL. Reports that it made before can still be read.
@@ -143,7 +161,7 @@ impl Files {
     }
 }
 
-fn wal(database: &Path) -> std::path::PathBuf {
+fn wal(database: &Path) -> PathBuf {
     let mut name = database.as_os_str().to_owned();
     name.push("-wal");
     name.into()

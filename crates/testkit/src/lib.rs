@@ -2,6 +2,7 @@
 
 mod certificates;
 pub mod crash;
+mod disk;
 mod forwarder;
 mod nats;
 mod openai;
@@ -10,6 +11,7 @@ mod process;
 mod redis;
 
 pub use certificates::Authority;
+pub use disk::{DiskFault, SmallDisk};
 pub use forwarder::Forwarder;
 pub use nats::NatsServer;
 pub use openai::{OpenAi, Reply, Request};

@@ -1,5 +1,6 @@
 //! Runs a real nats-server with JetStream, in its own temporary directory.
 
+use crate::SmallDisk;
 use crate::process::{Process, free_port};
 use nix::sys::signal::Signal;
 use std::io::Read;
@@ -20,6 +21,8 @@ pub struct NatsServer {
     port: u16,
     process: Option<Process>,
     jetstream: bool,
+    /// The store is on it, if there is one.
+    disk: Option<SmallDisk>,
 }
 
 impl NatsServer {
@@ -29,21 +32,34 @@ impl NatsServer {
 
     /// Adds lines to the configuration file, for example `authorization { token: "t" }`.
     pub async fn start_with(settings: &str) -> Self {
-        let dir = TempDir::new().expect("cannot create a temporary directory");
-        let mut server = Self { dir, settings: settings.into(), port: 0, process: None, jetstream: true };
+        let mut server = Self::new(settings.into(), true, None);
         server.run().await;
         server
+    }
+
+    /// Starts with its store on a small disk, of which it believes that it has room for everything.
+    pub async fn start_on(disk: SmallDisk) -> Self {
+        let mut server = Self::new(String::new(), true, Some(disk));
+        server.run().await;
+        server
+    }
+
+    fn new(settings: String, jetstream: bool, disk: Option<SmallDisk>) -> Self {
+        let dir = TempDir::new().expect("cannot create a temporary directory");
+        Self { dir, settings, port: 0, process: None, jetstream, disk }
+    }
+
+    /// The disk of a server that was started with [`NatsServer::start_on`].
+    pub fn disk(&self) -> &SmallDisk {
+        self.disk.as_ref().expect("the server has a small disk")
     }
 
     /// Starts two servers that form a cluster, without JetStream: subscribers at one receive what the other publishes.
     pub async fn start_pair(settings: &str) -> [Self; 2] {
         let ports = [free_port(), free_port()];
         let start = |own: usize| async move {
-            let routes = ports.map(|port| format!("\"nats://127.0.0.1:{port}\"")).join(", ");
-            let cluster = format!("cluster {{ name: pair, listen: \"127.0.0.1:{}\", routes: [{routes}] }}", ports[own]);
-            let dir = TempDir::new().expect("cannot create a temporary directory");
-            let settings = format!("{cluster}\n{settings}");
-            let mut server = Self { dir, settings, port: 0, process: None, jetstream: false };
+            let settings = format!("{}\n{settings}", member(&ports, own));
+            let mut server = Self::new(settings, false, None);
             server.run().await;
             server
         };
@@ -55,6 +71,19 @@ impl NatsServer {
             crate::eventually(START_DEADLINE, || async { server.greeting().await.contains("\"connect_urls\"") }).await;
         }
         pair
+    }
+
+    /// Starts three servers that form a cluster with JetStream, so that a stream can have three replicas. They may need
+    /// a moment to elect a leader.
+    pub async fn start_three() -> [Self; 3] {
+        let ports = [free_port(), free_port(), free_port()];
+        let start = |own: usize| async move {
+            let mut server = Self::new(member(&ports, own), true, None);
+            server.run().await;
+            server
+        };
+        let three = tokio::join!(start(0), start(1), start(2));
+        [three.0, three.1, three.2]
     }
 
     pub fn port(&self) -> u16 {
@@ -105,7 +134,7 @@ impl NatsServer {
 
     /// Suspends the server with SIGSTOP: connections stay open, but nothing answers.
     pub fn pause(&self) {
-        self.process.iter().for_each(|process| process.signal(Signal::SIGSTOP));
+        self.process.iter().for_each(Process::pause);
     }
 
     pub fn resume(&self) {
@@ -129,19 +158,22 @@ impl NatsServer {
         let dir = self.dir.path();
         let port = if self.port == 0 { -1 } else { i32::from(self.port) };
         let conf = format!(
-            "host: \"127.0.0.1\"\nport: {port}\nports_file_dir: {dir:?}\nmax_payload: 8MB\n\
-             {}\n{}\n",
-            if self.jetstream {
-                format!("jetstream {{ store_dir: {:?} }}", dir.join("jetstream"))
+            "host: \"127.0.0.1\"\nport: {port}\nports_file_dir: {dir:?}\n{}\n{}\n{}\n",
+            if self.settings.contains("max_payload") {
+                ""
             } else {
-                String::new()
+                "max_payload: 8MB"
             },
+            self.store(),
             self.settings
         );
         let conf_path = dir.join("nats.conf");
         std::fs::write(&conf_path, conf).expect("cannot write to the test's directory");
 
-        let mut command = Command::new(binary());
+        let mut command = match &self.disk {
+            None => Command::new(binary()),
+            Some(disk) => disk.command(binary()),
+        };
         command.arg("-c").arg(&conf_path);
         let mut process = Process::spawn(&mut command, &dir.join("log"), INSTALL);
 
@@ -153,6 +185,16 @@ impl NatsServer {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         self.process = Some(process);
+    }
+
+    /// The setting of JetStream.
+    fn store(&self) -> String {
+        let in_dir = self.dir.path().join("jetstream");
+        match &self.disk {
+            _ if !self.jetstream => String::new(),
+            None => format!("jetstream {{ store_dir: {in_dir:?} }}"),
+            Some(disk) => format!("jetstream {{ store_dir: {:?}, max_file_store: 64GB }}", disk.path()),
+        }
     }
 
     /// Reads the port from the server's ports file on the first start, then checks for the greeting.
@@ -183,6 +225,16 @@ impl NatsServer {
         }
         line
     }
+}
+
+/// The settings of one server of a cluster whose servers have these ports for each other.
+fn member(ports: &[u16], own: usize) -> String {
+    let routes: Vec<String> = ports
+        .iter()
+        .map(|port| format!("\"nats://127.0.0.1:{port}\""))
+        .collect();
+    let (listen, routes) = (ports[own], routes.join(", "));
+    format!("server_name: s{own}\ncluster {{ name: test, listen: \"127.0.0.1:{listen}\", routes: [{routes}] }}")
 }
 
 fn ports_file(dir: &Path) -> Option<u16> {

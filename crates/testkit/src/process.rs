@@ -50,6 +50,26 @@ impl Process {
         let _ = signal::kill(Pid::from_raw(pid), signal);
     }
 
+    /// Suspends the process with SIGSTOP, and waits until each of its threads stands still.
+    pub fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+        let end = std::time::Instant::now() + STOP_DEADLINE;
+        while !self.is_stopped() && std::time::Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.id()));
+        threads.into_iter().flatten().flatten().all(|thread| {
+            let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // The state follows the name, which is in brackets.
+            stat.rsplit(')')
+                .next()
+                .is_none_or(|rest| rest.trim_start().starts_with('T'))
+        })
+    }
+
     /// Sends SIGTERM and waits up to ten seconds. The subsequent drop kills a process that has not exited.
     pub async fn stop(mut self) {
         self.signal(Signal::SIGTERM);

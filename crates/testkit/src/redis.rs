@@ -83,7 +83,7 @@ impl RedisServer {
 
     /// Suspends the server with SIGSTOP: connections stay open, but nothing answers.
     pub fn pause(&self) {
-        self.process.iter().for_each(|process| process.signal(Signal::SIGSTOP));
+        self.process.iter().for_each(Process::pause);
     }
 
     pub fn resume(&self) {

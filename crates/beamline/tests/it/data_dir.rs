@@ -6,7 +6,7 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use testkit::NatsServer;
+use testkit::{NatsServer, SmallDisk};
 
 /// Starts another process in the directory of `first`, which must fail; returns what it says.
 async fn refused(first: &Process, arguments: &[&str]) -> String {
@@ -48,6 +48,37 @@ async fn second_process_on_a_data_directory_is_refused_and_the_first_serves_on()
     let client = client::Client::connect(&first.socket()).await.unwrap();
     let submit = json!({"command": "task_submit", "task_type": "echo", "wait": "result", "params": {"n": 1}});
     assert_eq!(client.submit(&submit).await.unwrap()["status"], "success");
+}
+
+#[tokio::test]
+async fn read_only_data_directory_is_named_at_the_start() {
+    let (disk, socket) = (SmallDisk::new(4096), tempfile::tempdir().unwrap());
+    assert!(
+        disk.command("mkdir")
+            .args(["-m", "700", "data"])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert!(disk.remount(true));
+    let mut command = tokio::process::Command::from(disk.command(env!("CARGO_BIN_EXE_beamline")));
+    command.args([
+        "up",
+        "--data-dir",
+        "data",
+        "--http",
+        "127.0.0.1:0",
+        "--ops",
+        "127.0.0.1:0",
+        "--grpc",
+        "127.0.0.1:0",
+    ]);
+    command.arg("--socket").arg(socket.path().join("s")).kill_on_drop(true);
+    let output = tokio::time::timeout(std::time::Duration::from_secs(30), command.output());
+    let output = output.await.expect("the process ends").unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("data/") && said.contains("Read-only file system"), "{said}");
 }
 
 /// With NATS there is no bus.db; each part that has a file or a socket of its own defends it.

@@ -120,6 +120,10 @@ impl Process {
         self.ready["socket"].as_str().unwrap().into()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("the process has not been waited for")
+    }
+
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(self.child.id().unwrap().cast_signed());
         nix::sys::signal::kill(pid, signal).unwrap();

@@ -6,10 +6,11 @@ use bus::ConsumerConfig;
 use bus::local::Local;
 use client::Client;
 use futures_util::StreamExt;
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use testkit::NatsServer;
+use testkit::{DiskFault, NatsServer};
 use wire::subjects;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -119,7 +120,65 @@ async fn accepted_tasks_survive_a_full_disk() {
 
     process.unlimit().await;
     testkit::eventually(SOON, async || get(process.ops(), "/readyz").await.0 == 200).await;
-    for id in &accepted {
+    all_end(&ipc, &accepted).await;
+    ends_with_each_billed_once(&mut process, &accepted).await;
+}
+
+/// The disk of the bus breaks while tasks are under way, and is mended later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn accepted_tasks_survive_a_broken_disk() {
+    let settings = "roles = [\"gateway\", \"router\", \"worker\"]\n[bus]\ndurability = \"power\"\n\
+                    [shutdown]\ndeadline = \"30s\"\n";
+    let mut process = Process::start_with_settings(settings).await;
+    let ipc = Client::connect(&process.socket()).await.unwrap();
+    let files = ["bus.db", "bus.db-wal"].map(|name| process.dir.path().join("data").join(name));
+    let files = files.each_ref().map(|file| &**file);
+    let accepted = Mutex::new(Vec::new());
+
+    let scene = async {
+        for fault in [DiskFault::writes, DiskFault::syncs] {
+            let before = accepted.lock().len();
+            testkit::eventually(SOON, async || accepted.lock().len() >= before + 50).await;
+            let fault = fault(process.pid(), &files);
+            testkit::eventually(SOON, async || {
+                let (status, body) = get(process.ops(), "/readyz").await;
+                status == 503 && body.contains("cannot write") && body.contains("I/O error")
+            })
+            .await;
+            let refused = ipc.submit(&submit(&format!("refused-{before}"))).await.unwrap_err();
+            assert!(refused.to_string().contains("cannot write"), "{refused}");
+            drop(fault);
+            testkit::eventually(SOON, async || get(process.ops(), "/readyz").await.0 == 200).await;
+        }
+        let before = accepted.lock().len();
+        testkit::eventually(SOON, async || accepted.lock().len() >= before + 50).await;
+    };
+    tokio::select! {
+        () = submit_on(&ipc, &accepted) => {}
+        () = scene => {}
+    }
+
+    process
+        .logged("cannot write to the journal; refusing every operation; check the disk")
+        .await;
+    process.logged("reopened the journal").await;
+    let accepted = accepted.into_inner();
+    all_end(&ipc, &accepted).await;
+    ends_with_each_billed_once(&mut process, &accepted).await;
+}
+
+/// Submits tasks one after the other, and notes which are accepted.
+async fn submit_on(ipc: &Client, accepted: &Mutex<Vec<String>>) {
+    for n in 0.. {
+        let request_id = format!("r{n}");
+        if ipc.submit(&submit(&request_id)).await.is_ok() {
+            accepted.lock().push(request_id);
+        }
+    }
+}
+
+async fn all_end(ipc: &Client, accepted: &[String]) {
+    for id in accepted {
         testkit::eventually(SOON, async || match ipc.query(id).await {
             Ok(task) => task.state.is_final(),
             Err(error) if error.to_string().contains("not_found") => panic!("task {id} was accepted and is unknown"),
@@ -127,11 +186,13 @@ async fn accepted_tasks_survive_a_full_disk() {
         })
         .await;
     }
+}
 
+async fn ends_with_each_billed_once(process: &mut Process, accepted: &[String]) {
     process.signal(nix::sys::signal::Signal::SIGTERM);
     assert_eq!(process.ended().await, Some(0));
-    let billed = billed(&process).await;
-    for id in &accepted {
+    let billed = billed(process).await;
+    for id in accepted {
         assert_eq!(billed.get(id), Some(&1), "task {id} is billed once");
     }
     assert!(billed.values().all(|count| *count == 1), "nothing is billed twice");
