@@ -3,6 +3,7 @@
 use bus::{Bus, Error, Headers, Message};
 use futures_util::future::join_all;
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -31,11 +32,20 @@ impl Outcomes {
 
 /// The outcomes of all requests so far.
 #[derive(Default)]
-pub struct Traffic(RefCell<Outcomes>);
+pub struct Traffic {
+    outcomes: RefCell<Outcomes>,
+    /// The numbers of the requests that have none yet.
+    in_flight: RefCell<BTreeSet<u64>>,
+}
 
 impl Traffic {
     pub fn now(&self) -> Outcomes {
-        *self.0.borrow()
+        *self.outcomes.borrow()
+    }
+
+    /// Whether the first `sent` requests have their outcomes.
+    pub fn has_outcomes_of(&self, sent: u64) -> bool {
+        self.in_flight.borrow().first().is_none_or(|first| *first > sent)
     }
 
     /// Sends requests from `asker` to `responder` until `scene` completes; returns its output.
@@ -80,13 +90,16 @@ impl Traffic {
             }
 
             pace.tick().await;
-            self.0.borrow_mut().sent += 1;
+            self.outcomes.borrow_mut().sent += 1;
+            let sent = self.now().sent;
+            self.in_flight.borrow_mut().insert(sent);
             let payload = format!("{lane}-{number}");
             let outcome = asker
                 .request(SUBJECT, Headers::new(), payload.clone().into(), DEADLINE)
                 .await;
 
-            let mut outcomes = self.0.borrow_mut();
+            self.in_flight.borrow_mut().remove(&sent);
+            let mut outcomes = self.outcomes.borrow_mut();
             match outcome {
                 Ok(reply) => {
                     assert_eq!(reply.payload, payload, "each request receives its own reply");
