@@ -75,7 +75,7 @@ const COUNTERS: &[(&str, bool, &str)] = &[
     (
         "beamline_unreadable_messages_total",
         false,
-        "Messages that could not be read; the stream DLQ_UNREADABLE has the newest",
+        "Messages that could not be read, or were of no known task; the stream DLQ_UNREADABLE has the newest",
     ),
     ("beamline_webapp_page_errors_total", false, "Page runs that failed"),
     ("beamline_worker_runs_total", true, "Task runs, by provider and status"),

@@ -1,7 +1,7 @@
 //! Dead letters: messages that a consumer cannot handle, stored for an operator to inspect.
 //!
-//! A message that ran out of deliveries goes to the stream DLQ. One that cannot be read goes to a stream of its own,
-//! because anybody can send any number of those.
+//! A message that ran out of deliveries goes to the stream DLQ. One that cannot be read, or that is of nothing that is
+//! known, goes to a stream of its own, because anybody can send any number of those.
 
 use crate::{Bus, Delivery, Error, Headers, Message, Result};
 use base64::Engine;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use wire::router::{DeadLetter, headers};
 use wire::subjects;
 
-/// Unreadable messages are logged at most this often.
+/// Messages that cannot be used are logged at most this often.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Stores a dead letter for a message that was read but could not be handled, then terminates the delivery so that it is
@@ -36,13 +36,13 @@ pub async fn bury(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
     delivery.term().await
 }
 
-/// As [`bury`], for a message that cannot be read.
+/// As [`bury`], for a message that cannot be read, or a result of a task that nobody knows any more.
 pub async fn bury_unreadable(bus: &Bus, delivery: &Delivery, reason: &str) -> Result<()> {
     let subject = subjects::unreadable(&delivery.message.subject);
     match append(bus, delivery, reason, subject).await {
         // It has no value that would justify holding up the messages behind it.
         Err(error @ Error::Full(_)) => {
-            tracing::debug!(%error, "an unreadable message was dropped");
+            tracing::debug!(%error, "a message that cannot be used was dropped");
         }
         stored => stored?,
     }
@@ -51,14 +51,14 @@ pub async fn bury_unreadable(bus: &Bus, delivery: &Delivery, reason: &str) -> Re
     metrics::counter!("beamline_unreadable_messages_total").increment(1);
     if let Some(more) = LOGGED.lock().next(Instant::now()) {
         let subject = &*delivery.message.subject;
-        tracing::error!(subject, reason, more, "a message that cannot be read was moved out of its stream");
+        tracing::error!(subject, reason, more, "a message that cannot be used was moved out of its stream");
     }
     delivery.term().await
 }
 
 static LOGGED: Mutex<Logged> = Mutex::new(Logged { last: None, suppressed: 0 });
 
-/// Bounds the rate of log lines about unreadable messages.
+/// Bounds the rate of log lines about messages that cannot be used.
 struct Logged {
     last: Option<Instant>,
     suppressed: u64,

@@ -147,7 +147,7 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
             if made_a_day_before(&result.assignment_id, delivery.stored_ms) {
                 let reason =
                     "the assignment of this result was made more than a day before; its task is not known any more";
-                return bus::dead_letter::bury(&router.bus, delivery, reason).await;
+                return bus::dead_letter::bury_unreadable(&router.bus, delivery, reason).await;
             }
             if bus::tasks::was_billed(&router.bus, result, delivery.sequence).await? {
                 return delivery.ack().await;
