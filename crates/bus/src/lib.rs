@@ -140,6 +140,10 @@ pub trait BusApi: Send + Sync + 'static {
     /// Adds subjects to those that a declared stream takes. Idempotent. Fails if another stream takes one of them.
     async fn add_subjects(&self, stream: &'static str, subjects: &[String]) -> Result<()>;
 
+    /// Deletes a consumer without a backlog that nobody reads, and takes the subject of its filter from the stream.
+    /// Returns whether it did. On the embedded bus, somebody reads every consumer that this process has opened.
+    async fn retire(&self, stream: &'static str, consumer: &str) -> Result<bool>;
+
     /// Appends the message to the stream that takes its subject; returns once it is stored.
     ///
     /// Another append with the same `msg_id` within the dedup window stores nothing and is acknowledged as `duplicate`.
@@ -150,7 +154,8 @@ pub trait BusApi: Send + Sync + 'static {
     ///
     /// The embedded bus commits all of them, or none. Over [`nats`], each write starts after the previous one is
     /// acknowledged, except that adjacent puts run concurrently; the batch ends at the first failure. Choose an order
-    /// in which an incomplete batch is safe to repeat. A batch must not put one key twice.
+    /// in which an incomplete batch is safe to repeat. A batch must not put one key twice. A message that is too large
+    /// refuses the whole batch on both.
     ///
     /// Dropping the future does not cancel writes that have begun. Live subscribers may then miss the appended
     /// messages, and consumers receive them up to five seconds late.
@@ -196,8 +201,8 @@ pub trait BusApi: Send + Sync + 'static {
     fn sizes(&self) -> &streams::Sizes;
 
     /// Stores a value and returns its revision. With `expected`, only if the entry is at that revision (0: does not
-    /// exist), else [`Error::WrongRevision`]. A value has the size limit of a message, else
-    /// [`Error::TooLarge`].
+    /// exist), else [`Error::WrongRevision`]. A value has the size limit of a message, else [`Error::TooLarge`]. An entry
+    /// that is `done` ([`Write::Put`]) stays so.
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64>;
     /// The value and its revision; `None` if there is no such entry.
     async fn kv_get(&self, bucket: &str, key: &str) -> Result<Option<(Bytes, u64)>>;

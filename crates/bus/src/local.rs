@@ -116,6 +116,10 @@ impl BusApi for Local {
         self.store.add_subjects(stream, subjects)
     }
 
+    async fn retire(&self, stream: &'static str, consumer: &str) -> Result<bool> {
+        self.store.retire(stream, consumer).await
+    }
+
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
         check(&message)?;
         let appended = self.store.append(&message, msg_id).await?;
@@ -219,7 +223,7 @@ impl Local {
                 check_size(value.len())?;
                 let (bucket, key) = (bucket.to_string(), key.clone());
                 let value = value.clone();
-                Ok(Some(Step::Put(Put { bucket, key, value, expected: *expected, done: *done })))
+                Ok(Some(Step::Put(Put { bucket, key, value, expected: *expected, done: Some(*done) })))
             }
             Write::Append { message, msg_id } => {
                 check(message)?;

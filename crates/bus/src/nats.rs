@@ -162,6 +162,23 @@ impl BusApi for Nats {
         Ok(())
     }
 
+    async fn retire(&self, stream: &'static str, consumer: &str) -> Result<bool> {
+        let link = self.pool.mine();
+        let Some(filter) = consumer::idle_filter(link, stream, consumer).await? else {
+            return Ok(false);
+        };
+
+        // First the subject: a message that comes later is refused, and not stored for nobody.
+        self.keeper.removed(stream, &filter);
+        streams::remove_subject(link, stream, &filter).await?;
+        if consumer::idle_filter(link, stream, consumer).await?.is_none() {
+            self.add_subjects(stream, &[filter]).await?;
+            return Ok(false);
+        }
+        consumer::delete(link, stream, consumer).await?;
+        Ok(true)
+    }
+
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
         check_subject(&message.subject)?;
         let link = self.pool.of(&message.subject).await?;
@@ -178,6 +195,13 @@ impl BusApi for Nats {
     }
 
     async fn write(&self, writes: Vec<Write<'_>>) -> Result<Vec<Written>, Incomplete> {
+        // A repeat would not make it smaller, so nothing must be left of what comes before it.
+        for write in &writes {
+            if let Write::Append { message, msg_id } = write {
+                self.pool.mine().check_size(streams::appended_bytes(message, *msg_id))?;
+            }
+        }
+
         let mut written = Vec::with_capacity(writes.len());
         let mut rest = writes.into_iter().peekable();
         while let Some(first) = rest.next() {

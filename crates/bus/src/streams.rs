@@ -15,7 +15,7 @@ pub const ROUTER: &str = "router";
 /// A consumer that shares nothing more about its pace than an operator's program would need.
 const ACK_WAIT: Duration = Duration::from_secs(30);
 const MAX_ACK_PENDING: usize = 1000;
-/// Share of [`Sizes::dead_letters`] for messages that cannot be read: one part of this many.
+/// Share of [`Sizes::dead_letters`] for messages that cannot be used: one part of this many.
 const UNREADABLE_SHARE: u64 = 8;
 
 /// Sizes of the streams and buckets, in bytes.

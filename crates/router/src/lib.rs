@@ -53,6 +53,9 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Signs the tokens of operators. Empty: nobody is one.
     pub operator_secret: Vec<u8>,
+    /// The consumer and the subject of a provider without assignments and workers are deleted after this long. A worker
+    /// that comes back makes them again.
+    pub retire_after: Duration,
     /// Rules of the breakers that all tenants share. A policy can only be stricter, and only for its own tasks.
     pub circuit_breaker: CircuitBreaker,
 }
@@ -64,6 +67,7 @@ impl Default for Config {
             max_in_flight: 10_000,
             drain_timeout: Duration::from_secs(10),
             operator_secret: Vec::new(),
+            retire_after: Duration::from_secs(3600),
             circuit_breaker: CircuitBreaker::default(),
         }
     }

@@ -3,6 +3,7 @@
 
 use crate::Router;
 use bus::assignments::{consumer, move_to, subject_of};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -17,33 +18,49 @@ const EMPTY_AFTER: Duration = Duration::from_secs(1);
 
 pub async fn run(router: Arc<Router>, cancel: CancellationToken) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
+    let mut unused = Unused::default();
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
             _ = ticks.tick() => {}
         }
 
-        if let Err(error) = look(&router, &cancel).await {
+        if let Err(error) = look(&router, &mut unused, &cancel).await {
             tracing::debug!(%error, "cannot look for assignments whose workers are gone");
         }
     }
 }
 
-/// Takes over every provider's subject that has assignments and no live worker.
-async fn look(router: &Router, cancel: &CancellationToken) -> bus::Result<()> {
+/// Since when this router has seen neither an assignment nor a live worker on a provider's subject, by consumer.
+type Unused = HashMap<String, Instant>;
+
+/// Takes over every provider's subject that has assignments and no live worker, and retires those that have neither.
+async fn look(router: &Router, unused: &mut Unused, cancel: &CancellationToken) -> bus::Result<()> {
     // A router that has just started does not know who is live.
     if !router.fleet.is_known(Instant::now()) {
         return Ok(());
     }
+    let mut still_unused = Unused::new();
     for (name, backlog) in router.bus.stream_info(STREAM_ASSIGN).await?.consumers {
-        let orphaned = subject_of(&name).filter(|subject| backlog > 0 && is_orphaned(router, subject));
-        if let Some(subject) = orphaned {
+        let Some(subject) = subject_of(&name).filter(|subject| is_orphaned(router, subject)) else {
+            continue;
+        };
+        if backlog > 0 {
             tokio::select! {
                 () = cancel.cancelled() => return Ok(()),
                 moved = take_over(router, &subject) => moved?,
             }
+            continue;
+        }
+
+        let since = unused.get(&name).copied().unwrap_or_else(Instant::now);
+        if since.elapsed() >= router.config.retire_after && router.bus.retire(STREAM_ASSIGN, &name).await? {
+            tracing::info!(subject, "no worker has taken from this subject for long; it and its consumer were deleted");
+        } else {
+            still_unused.insert(name, since);
         }
     }
+    *unused = still_unused;
     Ok(())
 }
 

@@ -66,7 +66,8 @@ pub struct Put {
     pub key: String,
     pub value: Bytes,
     pub expected: Option<u64>,
-    pub done: bool,
+    /// `None`: as the entry before, if there is one.
+    pub done: Option<bool>,
 }
 
 /// One step of [`State::write`].
@@ -145,11 +146,18 @@ impl State {
         // An opened consumer is read by this process. The next prune deletes what only the deleted ones needed.
         for consumer in retired {
             if stream.consumers.get(consumer).is_some_and(|known| !known.opened) {
-                stream.consumers.remove(consumer);
-                let (stream, consumer) = (name.clone(), consumer.to_string());
-                group.push(Kind::Retired(RetiredRecord { stream, consumer }));
+                stream.remove_consumer(group, &name, consumer);
             }
         }
+    }
+
+    /// Deletes a consumer that this process has not opened and that has no backlog. Returns its filter; the outer `None`
+    /// means that it stays.
+    pub fn retire(&mut self, group: &mut Group, stream: &str, consumer: &str) -> Result<Option<Option<String>>> {
+        let (known, _) = self.declared(stream)?;
+        let idle = known.consumers.get(consumer);
+        let idle = idle.is_some_and(|consumer| !consumer.opened && consumer.pending == 0);
+        Ok(idle.then(|| known.remove_consumer(group, stream, consumer)))
     }
 
     /// Stores the message, unless the stream has seen its id within the dedup window. Fails if the stream is full, and
@@ -364,6 +372,11 @@ impl State {
     fn put(&mut self, group: &mut Group, put: &Put, now_ms: u64) -> Result<u64> {
         let Put { bucket, key, value, expected, done } = put;
         self.check_revision(bucket, key, *expected, now_ms)?;
+        let was_done = || {
+            let before = self.buckets.get(bucket).and_then(|bucket| bucket.current(key, now_ms));
+            before.is_some_and(|entry| entry.done)
+        };
+        let done = done.unwrap_or_else(was_done);
 
         self.revision += 1;
         let revision = self.revision;
@@ -373,12 +386,12 @@ impl State {
             revision,
             at_ms: now_ms,
             place: None,
-            done: *done,
+            done,
         };
         let place = group.push_bytes(Kind::Entry(record), value);
         self.rows.hold(place);
 
-        let entry = Entry { place, revision, at_ms: now_ms, done: *done };
+        let entry = Entry { place, revision, at_ms: now_ms, done };
         if let Some(old) = self.buckets.entry(bucket.clone()).or_default().put(key, entry) {
             self.rows.release(old.place);
         }
@@ -561,6 +574,14 @@ impl Stream {
             .or_insert_with(|| Consumer::new(next));
         consumer.filter = config.filter.clone();
         consumer.count_pending(&self.messages);
+    }
+
+    /// Deletes a consumer; returns its filter.
+    fn remove_consumer(&mut self, group: &mut Group, stream: &str, consumer: &str) -> Option<String> {
+        let removed = self.consumers.remove(consumer)?;
+        let (stream, consumer) = (stream.to_string(), consumer.to_string());
+        group.push(Kind::Retired(RetiredRecord { stream, consumer }));
+        removed.filter
     }
 
     /// Whether a consumer has yet to receive or to settle the message.

@@ -142,6 +142,21 @@ impl Store {
         Ok(())
     }
 
+    /// Deletes a consumer; see [`State::retire`].
+    pub async fn retire(&self, stream: &'static str, consumer: &str) -> Result<bool> {
+        let name = consumer.to_string();
+        let retired = self.run(move |state, group| state.retire(group, stream, &name)).await?;
+        let Some(filter) = retired else { return Ok(false) };
+
+        let mut streams = self.streams.write();
+        if let (Some(known), Some(filter)) = (streams.get(stream), filter) {
+            let subjects = known.subjects.iter().filter(|subject| **subject != filter);
+            let (subjects, readers) = (subjects.cloned().collect(), known.readers.clone());
+            streams.insert(stream, Arc::new(Stream { subjects, readers }));
+        }
+        Ok(true)
+    }
+
     /// Unites a stream's subjects with these. A known stream keeps its readers.
     fn take_subjects(&self, name: &'static str, subjects: &[String]) {
         let mut streams = self.streams.write();
@@ -291,7 +306,7 @@ impl Store {
     }
 
     pub async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
-        let put = Put { bucket: bucket.into(), key: key.into(), value, expected, done: false };
+        let put = Put { bucket: bucket.into(), key: key.into(), value, expected, done: None };
         match self.write(vec![Step::Put(put)]).await?[..] {
             [Taken::Put { revision }] => Ok(revision),
             _ => unreachable!("a put is taken as one"),

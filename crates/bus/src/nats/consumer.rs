@@ -149,11 +149,22 @@ pub async fn retire(link: &Link, stream: &str, name: &str) -> Result<()> {
         return Ok(());
     }
 
-    let what = format!("cannot delete consumer {name} of stream {stream}");
-    let deleted = streams::api::<Value>(link, &format!("CONSUMER.DELETE.{stream}.{name}"), &what).await?;
-    deleted.map_err(|error| streams::unavailable(&what, &error))?;
+    delete(link, stream, name).await?;
     tracing::info!(stream, consumer = name, "deleted a consumer of an older version that nobody reads");
     Ok(())
+}
+
+/// The filter of a consumer that has no backlog and for which no pull waits.
+pub async fn idle_filter(link: &Link, stream: &str, name: &str) -> Result<Option<String>> {
+    let info = info_of(link, stream, name).await?;
+    let idle = info.filter(|info| info.num_pending == 0 && info.num_ack_pending == 0 && info.num_waiting == 0);
+    Ok(idle.map(|info| info.config.filter_subject))
+}
+
+pub async fn delete(link: &Link, stream: &str, name: &str) -> Result<()> {
+    let what = format!("cannot delete consumer {name} of stream {stream}");
+    let deleted = streams::api::<Value>(link, &format!("CONSUMER.DELETE.{stream}.{name}"), &what).await?;
+    deleted.map(drop).map_err(|error| streams::unavailable(&what, &error))
 }
 
 async fn info_of(link: &Link, stream: &str, name: &str) -> Result<Option<Info>> {

@@ -78,6 +78,13 @@ impl Keeper {
         }
     }
 
+    /// Notes that a declared stream does not take the subject any more.
+    pub fn removed(&self, stream: &str, subject: &str) {
+        if let Some(known) = self.wanted.lock().streams.get_mut(stream) {
+            known.subjects.retain(|known| known != subject);
+        }
+    }
+
     /// Whether a declared stream takes the subject.
     pub fn takes(&self, subject: &str) -> bool {
         let wanted = self.wanted.lock();

@@ -271,6 +271,15 @@ pub async fn fill(link: &Link, store: &'static str, stream: &str) -> Result<Opti
     }))
 }
 
+/// Bytes of an append that the server counts against its `max_payload`.
+pub fn appended_bytes(message: &Message, msg_id: Option<&str>) -> usize {
+    let line = |name: &str, value: &str| name.len() + value.len() + ": \r\n".len();
+    let id = msg_id.map_or(0, |id| line("Nats-Msg-Id", id));
+    let headers: usize = message.headers.iter().map(|(name, value)| line(name, value)).sum();
+    let frame = if id + headers == 0 { 0 } else { "NATS/1.0\r\n\r\n".len() };
+    message.payload.len() + frame + id + headers
+}
+
 /// Appends a message. Live subscribers receive every publish on the subject, duplicates included, because only the
 /// acknowledgement tells that a message is a duplicate.
 pub async fn append(link: &Link, message: Message, msg_id: Option<&str>, deadline: Duration) -> Result<Appended> {
@@ -336,6 +345,14 @@ pub async fn add_subjects(link: &Link, stream: &str, subjects: &[String]) -> Res
         return Err(Error::NoStream(stream.into()));
     }
     create_or_update(link, stream, None, |config, _| config.subjects = union(&config.subjects, subjects)).await
+}
+
+/// Takes a subject from those that an existing stream takes.
+pub async fn remove_subject(link: &Link, stream: &str, subject: &str) -> Result<()> {
+    if info_of(link, stream).await?.is_none() {
+        return Err(Error::NoStream(stream.into()));
+    }
+    create_or_update(link, stream, None, |config, _| config.subjects.retain(|known| known != subject)).await
 }
 
 /// The server's clock, as it answers a query about the stream.

@@ -105,7 +105,7 @@ pub async fn duplicate_append_does_not_fail_a_batch(bus: Bus) {
 pub async fn large_message_refuses_a_batch(bus: Bus) {
     let (_consumer, delivery) = with_delivery(&bus).await;
     let large = message("s.a", &"x".repeat(wire::limits::BUS_MESSAGE_MAX + 1));
-    let writes = vec![Write::Append { message: large, msg_id: None }, put("one", None), Write::Ack(&delivery)];
+    let writes = vec![put("one", None), Write::Append { message: large, msg_id: Some("id") }, Write::Ack(&delivery)];
     assert!(matches!(bus.write(writes).await.unwrap_err().error, Error::TooLarge { .. }));
-    assert_eq!(bus.kv_get("B", "one").await.unwrap(), None);
+    assert_eq!(bus.kv_get("B", "one").await.unwrap(), None, "a write before the large one was made");
 }

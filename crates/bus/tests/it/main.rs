@@ -78,6 +78,7 @@ conformance! {
     retention::full_interest_stream_refuses_and_drops_nothing,
     retention::limits_stream_becomes_one_of_interest,
     retention::retired_consumer_is_deleted_once_nobody_reads_it,
+    retention::idle_consumer_is_retired_with_its_subject,
     retention::age_evicts_nothing_from_a_stream_without_a_maximum,
     retention::fills_say_how_full_streams_and_buckets_are,
     retention::full_bucket_evicts_what_is_done,

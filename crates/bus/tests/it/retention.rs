@@ -82,6 +82,36 @@ pub async fn full_interest_stream_refuses_and_drops_nothing(bus: Bus) {
     eventually(SOON, || async { bus.append(message("s.a", &payload), None).await.is_ok() }).await;
 }
 
+/// A provider's consumer and subject, when the provider is gone for good.
+pub async fn idle_consumer_is_retired_with_its_subject(bus: Bus) {
+    let reads = |name: &str, subject: &str| ConsumerConfig { filter: Some(subject.into()), ..consumer(name) };
+    let declared = |subjects: &[&str]| StreamConfig {
+        subjects: subjects.iter().map(ToString::to_string).collect(),
+        consumers: vec![reads("behind", "s.b"), reads("gone", "s.gone")],
+        ..stream(Retention::WorkQueue)
+    };
+    bus.declare_stream(StreamConfig { consumers: Vec::new(), ..declared(&["s.b"]) })
+        .await
+        .unwrap();
+    bus.add_subjects("S", &["s.gone".into()]).await.unwrap();
+    bus.declare_stream(declared(&["s.b"])).await.unwrap();
+    bus.append(message("s.b", "unread"), None).await.unwrap();
+
+    for (name, retired) in [("behind", false), ("gone", true), ("gone", false), ("unknown", false)] {
+        assert_eq!(bus.retire("S", name).await.unwrap(), retired, "{name}");
+    }
+    let refused = bus.append(message("s.gone", "1"), None).await;
+    assert!(matches!(refused, Err(Error::NoStream(_))), "{refused:?}");
+    let info = bus.stream_info("S").await.unwrap();
+    assert_eq!((info.messages, info.consumers), (1, vec![("behind".to_string(), 1)]));
+
+    // The provider comes back.
+    bus.add_subjects("S", &["s.gone".into()]).await.unwrap();
+    let mut back = bus.consume(reads("gone", "s.gone")).await.unwrap();
+    bus.append(message("s.gone", "1"), None).await.unwrap();
+    ack(&mut back, "1").await;
+}
+
 /// The version before kept results by age; what its consumers had acknowledged goes, and the rest stays.
 pub async fn limits_stream_becomes_one_of_interest(bus: Bus) {
     bus.declare_stream(stream(Retention::Limits)).await.unwrap();

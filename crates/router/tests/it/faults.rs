@@ -49,6 +49,26 @@ async fn bytes_that_are_not_a_request_are_refused() {
     }
 }
 
+/// The request fits the bus, and the assignment, which has the decision, too, does not.
+#[tokio::test]
+async fn task_that_the_bus_cannot_hold_is_refused_and_leaves_nothing() {
+    const PAYLOAD_MAX: usize = 65_536;
+    let server = testkit::NatsServer::start_with("max_payload: 64KB").await;
+    let router = Router::with(tempfile::TempDir::new().unwrap(), Some(server)).await;
+    let empty = changed(push("large"), json!({"metadata": {"a": ""}})).to_string().len();
+    let request = changed(push("large"), json!({"metadata": {"a": "x".repeat(PAYLOAD_MAX - empty)}}));
+
+    for _ in 0..2 {
+        let answer = router.decide(&request).await;
+        assert_eq!(answer["error"]["code"], "invalid_request", "{answer}");
+        assert_eq!(answer["error"]["intake_error_code"], "PAYLOAD_TOO_LARGE", "{answer}");
+    }
+    let task = router.task("large").await;
+    assert_eq!(task["error"]["code"], "not_found", "{task}");
+    assert_eq!(router.bus.stream_info(subjects::STREAM_ASSIGN).await.unwrap().messages, 0);
+    assert_eq!(router.decide(&push("small")).await["ok"], true);
+}
+
 #[tokio::test]
 async fn queued_requests_are_answered_before_the_router_ends() {
     let router = Router::local().await;
@@ -95,12 +115,16 @@ async fn backpressure_status_reports_live_numbers() {
     );
     assert_eq!(load["data"]["policy"], json!({"retry_after_seconds": 30, "max_retry_attempts": 3}));
 
-    let pushes = (0..1000).map(|n| {
-        let payload = push(&format!("r{n}")).to_string().into();
-        router.bus.request(subjects::DECIDE, Headers::new(), payload, SOON)
-    });
-    for answer in futures_util::future::join_all(pushes).await {
-        answer.unwrap();
+    // Few at a time: as many pushes in flight as the second threshold would refuse further ones.
+    for first in (0..1000).step_by(100) {
+        let pushes = (first..first + 100).map(|n| {
+            let payload = push(&format!("r{n}")).to_string().into();
+            router.bus.request(subjects::DECIDE, Headers::new(), payload, SOON)
+        });
+        for answer in futures_util::future::join_all(pushes).await {
+            let answer: serde_json::Value = serde_json::from_slice(&answer.unwrap().payload).unwrap();
+            assert_eq!(answer["ok"], true, "{answer}");
+        }
     }
 
     let load = router.ask(subjects::BACKPRESSURE, &json!({})).await;

@@ -134,3 +134,33 @@ pub async fn assignments_of_a_provider_without_workers_are_moved_to_the_common_s
     assert!(moved.message.headers.get("x_sent_at_ms").is_some());
     testkit::eventually(SOON, || async { router.bus.stream_info(STREAM_ASSIGN).await.unwrap().messages == 1 }).await;
 }
+
+pub async fn subject_of_a_provider_that_is_gone_is_deleted(router: Router) {
+    let (gone, live) = (assign_to("gone").unwrap(), assign_to("live").unwrap());
+    for subject in [&gone, &live] {
+        add_subject(&router, subject).await;
+    }
+    // As another process has left them: nobody has opened them here.
+    let assignments = bus::streams::assignments(router.bus.sizes());
+    let consumers = [&gone, &live]
+        .map(|subject| bus::assignments::consumer(subject, 1))
+        .into();
+    router
+        .bus
+        .declare_stream(bus::StreamConfig { consumers, ..assignments })
+        .await
+        .unwrap();
+
+    testkit::eventually(GONE, || async {
+        beat(&router, "a", "idle", &[&live]).await;
+        let info = router.bus.stream_info(STREAM_ASSIGN).await.unwrap();
+        let names: Vec<&str> = info.consumers.iter().map(|(name, _)| name.as_str()).collect();
+        assert!(names.contains(&"worker-live"), "{names:?}");
+        !names.contains(&"worker-gone")
+    })
+    .await;
+    let message = |subject: &str| Message { subject: subject.into(), ..Message::default() };
+    let refused = router.bus.append(message(&gone), None).await;
+    assert!(matches!(refused, Err(bus::Error::NoStream(_))), "{refused:?}");
+    router.bus.append(message(&live), None).await.unwrap();
+}

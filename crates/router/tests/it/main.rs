@@ -69,6 +69,7 @@ on_both! {
     kinds::assignment_goes_to_the_common_subject_while_the_stream_lacks_the_providers,
     kinds::assignment_subject_of_a_request_is_honoured,
     kinds::assignments_of_a_provider_without_workers_are_moved_to_the_common_subject,
+    kinds::subject_of_a_provider_that_is_gone_is_deleted,
     once::only_a_reserved_task_is_assigned_again_and_only_in_time,
     once::result_of_an_unknown_task_is_billed_once,
     once::result_that_is_replayed_after_a_day_is_a_dead_letter,
@@ -129,6 +130,7 @@ impl Router {
             policies: dir.path().join("policies"),
             operator_secret: OPERATOR_SECRET.into(),
             circuit_breaker,
+            retire_after: Duration::from_secs(1),
             ..router::Config::default()
         };
         let bound = router::bind(config, bus.clone()).await.unwrap();

@@ -77,3 +77,21 @@ impl Seen {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn id_takes_no_more_memory_than_it_counts_for() {
+        let mut seen = Seen::default();
+        for n in 1..200_000_u64 {
+            seen.insert(u128::from(n), n, 0);
+            // A hash table keeps an eighth of its places free, and a byte for each place.
+            let known = seen.known.capacity() * 8 / 7 * (size_of::<(u128, (u64, u64))>() + 1);
+            let order = seen.order.capacity() * size_of::<u128>();
+            // Small tables are not worth a bound.
+            assert!(n < 64 || (known + order) as u64 <= n * ID_BYTES, "{n} ids take {known} and {order} bytes");
+        }
+    }
+}
