@@ -99,8 +99,11 @@ impl Nats {
 
     /// Lets the keeper look after what this call found missing.
     fn noted<T>(&self, outcome: Result<T>) -> Result<T> {
-        if matches!(outcome, Err(Error::NoStream(_) | Error::Storage(_))) {
-            self.keeper.missed();
+        match outcome {
+            Err(Error::NoStream(_) | Error::Storage(_)) => self.keeper.missed(),
+            // The connection stands, and the server says nothing: it does so when it cannot write to its disk.
+            Err(Error::Timeout(_)) => self.keeper.doubt(),
+            Ok(_) | Err(_) => {}
         }
         outcome
     }
@@ -181,6 +184,7 @@ impl BusApi for Nats {
 
     async fn append(&self, message: Message, msg_id: Option<&str>) -> Result<Appended> {
         check_subject(&message.subject)?;
+        self.keeper.stores()?;
         let link = self.pool.of(&message.subject).await?;
         let subject = message.subject.clone();
         let appended = match streams::append(link, message, msg_id, APPEND_DEADLINE).await {
@@ -267,6 +271,7 @@ impl BusApi for Nats {
 
     async fn kv_put(&self, bucket: &str, key: &str, value: Bytes, expected: Option<u64>) -> Result<u64> {
         self.declared(bucket)?;
+        self.keeper.stores()?;
         self.noted(buckets::put(self.pool.mine(), bucket, key, value, expected).await)
     }
 

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use testkit::{DiskFault, NatsServer};
+use testkit::{DiskFault, NatsServer, SmallDisk};
 use wire::subjects;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -165,6 +165,41 @@ async fn accepted_tasks_survive_a_broken_disk() {
     let accepted = accepted.into_inner();
     all_end(&ipc, &accepted).await;
     ends_with_each_billed_once(&mut process, &accepted).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn accepted_tasks_survive_a_full_disk_of_nats() {
+    let mut nats = NatsServer::start_on(SmallDisk::new(32 * 1024)).await;
+    let settings = format!("roles = [\"gateway\", \"router\", \"worker\"]\n[nats]\nurl = \"{}\"\n", nats.url());
+    let process = Process::start_with_settings(&settings).await;
+    let ipc = Client::connect(&process.socket()).await.unwrap();
+    let accepted = Mutex::new(Vec::new());
+
+    let scene = async {
+        testkit::eventually(SOON, async || accepted.lock().len() >= 50).await;
+        nats.disk().fill(0);
+        testkit::eventually(SOON, async || {
+            let (status, body) = get(process.ops(), "/readyz").await;
+            status == 503 && body.contains("disk of its JetStream")
+        })
+        .await;
+        testkit::eventually(SOON, async || {
+            let refused = ipc.submit(&submit("refused")).await.unwrap_err().to_string();
+            refused.contains("disk of its JetStream") || refused.contains("circuit breaker is open")
+        })
+        .await;
+        nats.disk().free();
+        nats.restart().await;
+        testkit::eventually(SOON, async || get(process.ops(), "/readyz").await.0 == 200).await;
+        let before = accepted.lock().len();
+        testkit::eventually(SOON, async || accepted.lock().len() >= before + 50).await;
+    };
+    tokio::select! {
+        () = submit_on(&ipc, &accepted) => {}
+        () = scene => {}
+    }
+    process.logged("refusing writes until a trial write is stored").await;
+    all_end(&ipc, &accepted.into_inner()).await;
 }
 
 /// Submits tasks one after the other, and notes which are accepted.

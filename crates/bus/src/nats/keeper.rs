@@ -1,6 +1,10 @@
 //! Keeps the declared streams and buckets on the server. One that is gone is declared again: the server may come back
 //! with an older or an empty store, and an operator may delete a stream.
+//!
+//! A server whose disk is full or read-only leaves writes without an answer. After one write without an answer, further
+//! ones fail at once until a trial write is stored.
 
+use super::buckets;
 use super::link::Link;
 use super::pool::Pool;
 use super::streams::{self, Declared};
@@ -11,6 +15,7 @@ use futures_util::future::try_join_all;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -22,12 +27,19 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the connections are compared with those of the last check.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// The key of trial writes, and their size: more than the room that the last block of a file may have left.
+const TRIAL_KEY: &str = "@trial";
+const TRIAL_BYTES: usize = 16 * 1024;
+const STORES_NOTHING: &str = "NATS does not confirm writes; the disk of its JetStream may be full, read-only or slow: see \
+                              its log, make room, and restart it if this does not end";
 
 #[derive(Default)]
 pub struct Keeper {
     replicas: Option<usize>,
     wanted: Mutex<Wanted>,
     standing: Mutex<Standing>,
+    /// Whether a write had no answer and no trial write was stored since.
+    doubted: AtomicBool,
     /// One check at a time.
     checking: tokio::sync::Mutex<()>,
     missed: Notify,
@@ -97,6 +109,40 @@ impl Keeper {
         self.missed.notify_one();
     }
 
+    /// Notes that a write had no answer.
+    pub fn doubt(&self) {
+        if !self.doubted.swap(true, Relaxed) {
+            tracing::error!("{STORES_NOTHING}; refusing writes until a trial write is stored");
+        }
+        self.missed();
+    }
+
+    /// Fails while there is no sense in a write.
+    pub fn stores(&self) -> Result<()> {
+        match self.doubted.load(Relaxed) {
+            true => Err(Error::Storage(STORES_NOTHING.into())),
+            false => Ok(()),
+        }
+    }
+
+    /// Writes to a bucket whose entries expire, if a write had no answer.
+    async fn try_write(&self, link: &Link) -> Result<()> {
+        if !self.doubted.load(Relaxed) {
+            return Ok(());
+        }
+        let buckets = self.wanted.lock().buckets.clone();
+        if let Some(bucket) = buckets.values().find(|bucket| bucket.max_age.is_some()) {
+            // The second write leaves little behind.
+            for size in [TRIAL_BYTES, 0] {
+                let written = buckets::put(link, bucket.name, TRIAL_KEY, vec![0; size].into(), None).await;
+                written.map_err(|error| Error::Storage(format!("{STORES_NOTHING} ({error})")))?;
+            }
+        }
+        self.doubted.store(false, Relaxed);
+        tracing::info!("NATS stores writes again");
+        Ok(())
+    }
+
     pub async fn fills(&self, link: &Link) -> Result<Vec<Fill>> {
         let wanted = self.wanted.lock().clone();
         let streams = wanted.streams.keys().map(|name| (*name, name.to_string()));
@@ -106,7 +152,8 @@ impl Keeper {
         Ok(try_join_all(fills).await?.into_iter().flatten().collect())
     }
 
-    /// Fails while a declared stream or bucket is missing. After a reconnect, this checks first.
+    /// Fails while a declared stream or bucket is missing, or writes have no answer. After a reconnect, this checks
+    /// first.
     pub async fn health(&self, pool: &Pool) -> Result<()> {
         let wanted = self.wanted.lock().clone();
         if wanted.streams.is_empty() && wanted.buckets.is_empty() {
@@ -115,10 +162,10 @@ impl Keeper {
         if self.standing.lock().connects != pool.connects() {
             return self.check(pool).await;
         }
-        match &self.standing.lock().problem {
-            None => Ok(()),
-            Some(problem) => Err(Error::Storage(problem.clone())),
+        if let Some(problem) = &self.standing.lock().problem {
+            return Err(Error::Storage(problem.clone()));
         }
+        self.stores()
     }
 
     /// Checks every [`CHECK_INTERVAL`], after each reconnect, and when something was missed, until cancelled.
@@ -159,12 +206,15 @@ impl Keeper {
     async fn check(&self, pool: &Pool) -> Result<()> {
         let _one = self.checking.lock().await;
         let connects = pool.connects();
-        let declared = self.declare_all(pool.mine()).await;
+        let declared = match self.declare_all(pool.mine()).await {
+            Ok(()) => self.try_write(pool.mine()).await,
+            failed => failed,
+        };
 
         let mut standing = self.standing.lock();
         match &declared {
             Ok(()) if standing.problem.take().is_some() => {
-                tracing::info!("the streams and buckets are declared on NATS again");
+                tracing::info!("the streams and buckets are on NATS again");
             }
             Ok(()) => {}
             Err(error) => {
