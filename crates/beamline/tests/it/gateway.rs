@@ -235,7 +235,8 @@ async fn e2e_2_errors_that_the_router_causes() {
 fn write_policies(router: &Process) {
     let directory = router.dir.path().join("policies/default");
     std::fs::create_dir_all(&directory).unwrap();
-    for (name, provider, weight) in [("weightless", "echo", 0), ("default", "echo", 100), ("limited", "limited", 100)] {
+    // The weightless policy comes last: once it is in use, the others are.
+    for (name, provider, weight) in [("default", "echo", 100), ("limited", "limited", 100), ("weightless", "echo", 0)] {
         let policy = json!({"version": "1.0", "providers": [{"name": provider, "weight": weight}]});
         // Renamed, so that the router does not read half of it.
         let written = directory.join(format!("{name}.new"));
