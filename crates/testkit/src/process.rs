@@ -55,7 +55,7 @@ impl Process {
         self.signal(Signal::SIGSTOP);
         let end = std::time::Instant::now() + STOP_DEADLINE;
         while !self.is_stopped() && std::time::Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::yield_now();
         }
     }
 

@@ -81,11 +81,11 @@ mod tests {
 
     fn model(settings: &crate::config::Settings) -> worker::Model {
         let kind = settings.worker.providers.iter().map(|provider| provider.kind.clone());
-        let model = kind.filter_map(|kind| match kind {
+        let mut model = kind.filter_map(|kind| match kind {
             worker::Kind::OpenAi(model) => Some(model),
             _ => None,
         });
-        model.last().unwrap()
+        model.next_back().unwrap()
     }
 
     #[test]
