@@ -116,7 +116,9 @@ pub async fn consumers_of_an_idle_reader_share_one_place(bus: Bus) {
             fill(&bus, name, 1).await;
             let delivery = either(&mut a, &mut b).await;
             assert!(text(&delivery.message).starts_with(name), "{round}");
-            assert_eq!(delivery.delivered, 1);
+            // Each delivery takes the only place for a moment, in which the other consumer takes back its wait. What
+            // arrives meanwhile is returned.
+            assert!(delivery.delivered <= 2, "{round}: {}", delivery.delivered);
             delivery.ack().await.unwrap();
         }
     }
