@@ -147,25 +147,7 @@ impl Log {
         let failed = |source| Error::Open { path: path.to_path_buf(), source };
 
         let writer = Connection::open(path).map_err(failed)?;
-        writer.pragma_update(None, "page_size", PAGE_BYTES).map_err(failed)?;
-        writer
-            .pragma_update(None, "auto_vacuum", "INCREMENTAL")
-            .map_err(failed)?;
-        writer.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
-        writer
-            .pragma_update(None, "synchronous", synchronous(options.durability))
-            .map_err(failed)?;
-        // The background thread checkpoints, so that commits do not wait for it.
-        writer.pragma_update(None, "wal_autocheckpoint", 0).map_err(failed)?;
-        writer
-            .pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT)
-            .map_err(failed)?;
-
-        writer.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
-        writer.execute_batch(SCHEMA).map_err(failed)?;
-        for table in ["log", "snapshot"] {
-            packed::add_column(&writer, table).map_err(failed)?;
-        }
+        prepare(&writer, options.durability).map_err(failed)?;
 
         let meta = |name: &str| -> rusqlite::Result<u64> {
             let found = writer.query_row("SELECT value FROM meta WHERE name = ?1", [name], |row| row.get(0));
@@ -318,6 +300,8 @@ impl Log {
             .execute_batch("BEGIN; DELETE FROM log; DELETE FROM snapshot; DELETE FROM meta; COMMIT")?;
         (self.last, self.snapshot_since, self.generation, self.open_snapshot) = (0, 0, 0, None);
         (self.snapshot_bytes, self.replay_bytes) = (0, 0);
+        // The numbers of rows begin again.
+        self.unpacked.take();
         Ok(())
     }
 
@@ -531,6 +515,24 @@ impl Log {
             let _ = wake.try_send(());
         }
     }
+}
+
+/// Sets up the writer's connection, and creates the tables or adds what they lack.
+fn prepare(writer: &Connection, durability: Durability) -> rusqlite::Result<()> {
+    writer.pragma_update(None, "page_size", PAGE_BYTES)?;
+    writer.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
+    writer.pragma_update(None, "journal_mode", "WAL")?;
+    writer.pragma_update(None, "synchronous", synchronous(durability))?;
+    // The background thread checkpoints, so that commits do not wait for it.
+    writer.pragma_update(None, "wal_autocheckpoint", 0)?;
+    writer.pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT)?;
+
+    writer.busy_timeout(BUSY_TIMEOUT)?;
+    writer.execute_batch(SCHEMA)?;
+    for table in ["log", "snapshot"] {
+        packed::add_column(writer, table)?;
+    }
+    Ok(())
 }
 
 /// The level of `PRAGMA synchronous`: in WAL mode, FULL syncs each commit and NORMAL only checkpoints.

@@ -135,13 +135,8 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
             Some(record) => Some(record),
             None => bus::tasks::of_result(&router.bus, result).await?,
         };
-        // The record is written last, so an assignment whose record has the result was fully recorded before.
         if let Some(record) = record.as_ref().filter(|record| record.task.result.is_some()) {
-            // The router that recorded it may have ended before it sent the copies.
-            if delivery.delivered > 1 {
-                send_copies(router, &record.task, delivery).await;
-            }
-            return delivery.ack().await;
+            return recorded_before(router, &record.task, delivery).await;
         }
         if record.is_none() {
             if made_a_day_before(&result.assignment_id, delivery.stored_ms) {
@@ -199,6 +194,15 @@ async fn record(router: &Router, result: &ExecResult, delivery: &Delivery) -> bu
         }
     }
     Err(bus::Error::WrongRevision(result.request_id.clone()))
+}
+
+/// Acknowledges a result that its task's record has. The record is written last, so everything else was done before; only
+/// the router that did it may have ended before it sent the copies.
+async fn recorded_before(router: &Router, task: &TaskState, delivery: &Delivery) -> bus::Result<()> {
+    if delivery.delivered > 1 {
+        send_copies(router, task, delivery).await;
+    }
+    delivery.ack().await
 }
 
 /// The tenant that pays. The task's record says who asked; a result need not name a tenant.

@@ -9,6 +9,7 @@ mod openai;
 mod postgres;
 mod process;
 mod redis;
+mod scripts;
 
 pub use certificates::Authority;
 pub use disk::{DiskFault, SmallDisk};
@@ -17,6 +18,7 @@ pub use nats::NatsServer;
 pub use openai::{OpenAi, Reply, Request};
 pub use postgres::PostgresServer;
 pub use redis::{RedisCluster, RedisServer};
+pub use scripts::Scripts;
 
 use std::time::Duration;
 use tokio::time::Instant;

@@ -1,5 +1,6 @@
 //! The cancellations that this worker has heard of. It hears them from its start on, so the record of a task that was
-//! made later need not be read before the run to learn whether the task was cancelled.
+//! made later need not be read before the run to learn whether the task was cancelled. A cancellation that is lost on
+//! its way is found soon after: the record is read when the run makes it `running`.
 
 use parking_lot::Mutex;
 use std::collections::{HashSet, VecDeque};

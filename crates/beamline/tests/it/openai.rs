@@ -3,15 +3,13 @@
 
 use crate::process::Process;
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
-use testkit::{OpenAi, Reply};
+use testkit::{OpenAi, Reply, Scripts};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
-const DEADLINE: Duration = Duration::from_secs(120);
 const ACME_KEY: &str = "acme-0123456789abcdef0123456789abcdef";
 
 /// A process whose models have the names of their policies: `small`, `busy`, `hasty`, `default` without a model, and `own`
@@ -71,53 +69,36 @@ fn choose(request: &testkit::Request) -> Option<Reply> {
     })
 }
 
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/openai")
-}
-
-async fn run(command: &mut Command) {
-    let child = command
-        .current_dir(folder())
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let output = tokio::time::timeout(DEADLINE, child)
-        .await
-        .expect("the command ends in time")
-        .expect("node, npm and python3 must be installed");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{command:?}\n{}\n{}", text(&output.stdout), text(&output.stderr));
-}
-
 /// Runs a client's script against a process, and checks that it left nothing running at the endpoint.
 async fn drive(command: &mut Command) {
     let (endpoint, policies) = (OpenAi::start().await, tempfile::tempdir().unwrap());
     endpoint.choose(choose);
     let process = start(&endpoint, policies.path()).await;
     let key = process.run(&["api-key"]).await.success();
-    run(command
-        .env("BASE_URL", format!("http://{}/v1", process.http()))
-        .env("KEY", key.trim())
-        .env("ACME_KEY", ACME_KEY))
-    .await;
+    Scripts::of("openai")
+        .run(
+            command
+                .env("BASE_URL", format!("http://{}/v1", process.http()))
+                .env("KEY", key.trim())
+                .env("ACME_KEY", ACME_KEY),
+        )
+        .await;
     // A model goes on only while somebody waits for its answer.
     testkit::eventually(Duration::from_secs(20), async || endpoint.open() == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn npm_client_works() {
-    if !folder().join("node_modules").is_dir() {
-        run(Command::new("npm").args(["ci", "--ignore-scripts", "--no-audit", "--no-fund"])).await;
-    }
+    Scripts::of("openai").npm_ci().await;
     drive(Command::new("node").arg("client.test.mjs")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn python_client_works() {
-    if !folder().join("site-packages").is_dir() {
-        run(Command::new("pip3").args(["install", "--quiet", "--target", "site-packages", "-r", "requirements.txt"]))
-            .await;
-    }
+    let arguments = ["install", "--quiet", "--target", "site-packages", "-r", "requirements.txt"];
+    Scripts::of("openai")
+        .install("site-packages", Command::new("pip3").args(arguments))
+        .await;
     drive(
         Command::new("python3")
             .arg("client_test.py")

@@ -3,32 +3,10 @@
 use crate::node::{API_KEY, Node, token, user};
 use bus::{Headers, Message};
 use serde_json::json;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
+use testkit::Scripts;
 use tokio::process::Command;
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-
-const DEADLINE: Duration = Duration::from_secs(120);
-
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/centrifuge")
-}
-
-async fn run(command: &mut Command) {
-    let child = command
-        .current_dir(folder())
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let output = timeout(DEADLINE, child)
-        .await
-        .expect("the command ends in time")
-        .expect("node and npm must be installed");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{command:?}\n{}\n{}", text(&output.stdout), text(&output.stderr));
-}
 
 async fn drive(name: &str, node: &Node) {
     let mut calls = node
@@ -53,21 +31,22 @@ async fn drive(name: &str, node: &Node) {
         }
     });
 
-    if !folder().join("node_modules").is_dir() {
-        run(Command::new("npm").args(["ci", "--ignore-scripts", "--no-audit", "--no-fund"])).await;
-    }
+    Scripts::of("centrifuge").npm_ci().await;
 
     let private = |name: &str| token(&json!({"sub": name, "channel": "$vip", "info": {"role": "host"}}));
-    run(Command::new("node")
-        .arg(name)
-        .env("ENDPOINT", format!("ws://{}/connection/websocket", node.address))
-        .env("API", format!("http://{}/api", node.address))
-        .env("API_KEY", API_KEY)
-        .env("TOKEN_ANN", user("ann"))
-        .env("TOKEN_BOB", user("bob"))
-        .env("TOKEN_EXPIRED", token(&json!({"sub": "ann", "exp": 1})))
-        .env("TOKEN_VIP", private("ann")))
-    .await;
+    Scripts::of("centrifuge")
+        .run(
+            Command::new("node")
+                .arg(name)
+                .env("ENDPOINT", format!("ws://{}/connection/websocket", node.address))
+                .env("API", format!("http://{}/api", node.address))
+                .env("API_KEY", API_KEY)
+                .env("TOKEN_ANN", user("ann"))
+                .env("TOKEN_BOB", user("bob"))
+                .env("TOKEN_EXPIRED", token(&json!({"sub": "ann", "exp": 1})))
+                .env("TOKEN_VIP", private("ann")),
+        )
+        .await;
     done.cancel();
     echo.await.unwrap();
 }
@@ -82,5 +61,7 @@ async fn npm_client_works() {
 #[tokio::test]
 #[should_panic(expected = "deliberate")]
 async fn failing_script_fails_the_test() {
-    run(Command::new("node").args(["-e", "console.error('deliberate'); process.exit(1)"])).await;
+    Scripts::of("centrifuge")
+        .run(Command::new("node").args(["-e", "console.error('deliberate'); process.exit(1)"]))
+        .await;
 }
